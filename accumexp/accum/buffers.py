@@ -1,0 +1,49 @@
+"""fp32 accumulation for parameters of lower precision.
+
+Adding N bf16 gradients in bf16 loses up to N/2 units in the last of 8 bits; adding them in fp32 and
+rounding once loses half a unit at any N. It costs one fp32 buffer per low-precision parameter, so it
+happens only where it was asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+LOW_PRECISION = (torch.bfloat16, torch.float16)
+
+
+class Fp32Buffers:
+    """Collects the gradients of low-precision parameters in fp32 while a window is open.
+
+    Each micro-batch's gradient moves from `.grad` into the buffer as soon as autograd has finished it;
+    `close` rounds the sums into `.grad` once and frees the buffers.
+    """
+
+    def __init__(self, parameters: Iterable[torch.nn.Parameter]) -> None:
+        self._sums: dict[Tensor, Tensor] = {}
+        self._open = False
+        for parameter in parameters:
+            if parameter.requires_grad and parameter.dtype in LOW_PRECISION:
+                parameter.register_post_accumulate_grad_hook(self._collect)
+
+    def open(self) -> None:
+        self._sums.clear()
+        self._open = True
+
+    def close(self) -> None:
+        self._open = False
+        for parameter, total in self._sums.items():
+            parameter.grad = total.to(parameter.dtype)
+        self._sums.clear()
+
+    def _collect(self, parameter: Tensor) -> None:
+        if not self._open or parameter.grad is None:
+            return
+        if parameter in self._sums:
+            self._sums[parameter].add_(parameter.grad)
+        else:
+            self._sums[parameter] = parameter.grad.float()
+        parameter.grad = None

@@ -1,0 +1,75 @@
+"""How many bytes a forward pass keeps for its backward."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+class SavedActivations:
+    """The peak of bytes saved for backward while `measure_activations` is active.
+
+    Counts what autograd keeps between forward and backward, each storage once, without parameters,
+    buffers and the batch itself. On any device; it knows nothing of the allocator.
+    """
+
+    def __init__(self) -> None:
+        self.peak_bytes = 0
+        self._live_bytes = 0
+        self._storages: dict[int, list[int]] = {}  # data pointer: [tensors alive, bytes]
+        self._owned: set[int] = set()
+
+    def exclude(self, tensors: Iterable[Tensor]) -> None:
+        self._owned.update(tensor.untyped_storage().data_ptr() for tensor in tensors)
+
+    def pack(self, tensor: Tensor) -> _Saved:
+        return _Saved(self, tensor)
+
+    def add(self, tensor: Tensor) -> int | None:
+        """Counts `tensor`; the key to `drop` it by, or None where it is not an activation."""
+        storage = tensor.untyped_storage().data_ptr()
+        if storage in self._owned:
+            return None
+        entry = self._storages.setdefault(storage, [0, 0])
+        grown = max(entry[1], tensor.numel() * tensor.element_size())
+        self._live_bytes += grown - entry[1]
+        entry[:] = entry[0] + 1, grown
+        self.peak_bytes = max(self.peak_bytes, self._live_bytes)
+        return storage
+
+    def drop(self, storage: int) -> None:
+        entry = self._storages[storage]
+        entry[0] -= 1
+        if not entry[0]:
+            self._live_bytes -= entry[1]
+            del self._storages[storage]
+
+
+class _Saved:
+    """A saved tensor that tells when autograd lets go of it."""
+
+    def __init__(self, saved: SavedActivations, tensor: Tensor) -> None:
+        self.tensor = tensor
+        self._saved = saved
+        self._storage = saved.add(tensor)
+
+    def __del__(self) -> None:
+        if self._storage is not None:
+            self._saved.drop(self._storage)
+
+
+@contextmanager
+def measure_activations(model: nn.Module, batch: Iterable[Tensor]) -> Iterator[SavedActivations]:
+    """Measures, in bytes, the activations that forward passes of `model` on `batch` keep for backward.
+
+    Costs a Python call per saved tensor: use it for a window, not for a run.
+    """
+    saved = SavedActivations()
+    saved.exclude(model.parameters())
+    saved.exclude(model.buffers())
+    saved.exclude(batch)
+    with torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda packed: packed.tensor):
+        yield saved

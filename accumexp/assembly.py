@@ -1,0 +1,133 @@
+"""From a configuration to the objects it names."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torchmetrics import Metric, MetricCollection
+
+from .accum import Window, WindowLoss, window_loss
+from .callbacks import Callback
+from .config import Config, Precision
+from .data import Placement, Splits, build_splits
+from .errors import UsageError
+from .evaluation import Evaluator
+from .seeding import seed_everything
+from .system import pick_device
+from .targets import build
+from .trainer import Recorder, Trainer, total_updates
+
+DTYPES = {
+    Precision.fp32: torch.float32,
+    Precision.bf16: torch.bfloat16,
+    Precision.fp16: torch.float16,
+    Precision.fp64: torch.float64,
+}
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What training and evaluation share."""
+
+    device: torch.device
+    model: nn.Module
+    loss: WindowLoss
+    splits: Splits
+    evaluator: Evaluator
+    autocast: torch.dtype | None
+
+
+def build_parts(config: Config) -> Parts:
+    """Model, loss, data and metrics, on the device and in the precision of `config`.
+
+    Seeds all generators first, so that the model's initial weights are a function of `seed`.
+
+    Raises:
+        UsageError: naming the key that cannot be built.
+    """
+    device = pick_device(config.device)
+    if config.trainer.threads:
+        torch.set_num_threads(config.trainer.threads)
+    seed_everything(config.seed, config.trainer.deterministic)
+    dtype = DTYPES[config.param_precision or _parameter_precision(config.precision)]
+    autocast = DTYPES[config.precision] if config.precision is Precision.bf16 != config.param_precision else None
+    model = build(config.model, "model")
+    if not isinstance(model, nn.Module):
+        raise UsageError(f"model: {config.model['_target_']} made a {type(model).__name__}, not a torch module")
+    criterion = build(config.loss, "loss")
+    if isinstance(criterion, nn.Module):
+        criterion = criterion.to(device, dtype)
+    splits = build_splits(config.data, config.seed, Placement(device, dtype))
+    loss = window_loss(criterion)
+    evaluator = Evaluator(loss, build_metrics(config, device), autocast)
+    return Parts(device, model.to(device, dtype), loss, splits, evaluator, autocast)
+
+
+def build_metrics(config: Config, device: torch.device) -> MetricCollection:
+    """The torchmetrics of `metrics`, by their names there."""
+    metrics: dict[str, Metric | MetricCollection] = {}
+    for name, node in config.metrics.items():
+        metric = build(node, f"metrics.{name}")
+        if not isinstance(metric, Metric):
+            raise UsageError(f"metrics.{name}: a torchmetrics Metric is needed, not {type(metric).__name__}")
+        metrics[name] = metric
+    return MetricCollection(metrics).to(device)
+
+
+def build_trainer(config: Config, parts: Parts, recorder: Recorder) -> Trainer:
+    """The loop over `parts` that `config` describes.
+
+    Raises:
+        UsageError: naming the key that cannot be built.
+    """
+    window = Window(
+        parts.model,
+        parts.loss,
+        cast(int, config.accum.steps),
+        reduction=config.accum.reduction.value,
+        autocast=parts.autocast,
+        fp32_buffers=config.accum.fp32_buffers,
+    )
+    loop = config.trainer
+    updates = total_updates(len(parts.splits.train), loop.epochs, loop.max_updates)
+    optimizer = build(config.optimizer, "optimizer", list(parts.model.parameters()))
+    scheduler = build(config.scheduler, "scheduler", optimizer, total_updates=updates)
+    return Trainer(
+        window,
+        optimizer,
+        scheduler,
+        parts.splits,
+        parts.evaluator,
+        build_metrics(config, parts.device),
+        recorder,
+        build_callbacks(config),
+        device=parts.device,
+        epochs=loop.epochs,
+        max_updates=loop.max_updates,
+        log_every=loop.log_every,
+        eval_every=loop.eval_every,
+        clip_norm=loop.clip_norm,
+        check_finite=loop.check_finite,
+    )
+
+
+def build_callbacks(config: Config) -> dict[str, Callback]:
+    known = {"loss", *config.metrics}
+    if config.monitor.removeprefix("eval/").removeprefix("ema_") not in known or "/" not in config.monitor:
+        choices = ", ".join(f"eval/{name}" for name in sorted(known))
+        raise UsageError(f"monitor={config.monitor}: this run evaluates {choices}")
+    callbacks: dict[str, Any] = {}
+    for name, node in config.callbacks.items():
+        if node is None:
+            continue
+        callbacks[name] = build(node, f"callbacks.{name}")
+        if not isinstance(callbacks[name], Callback):
+            raise UsageError(f"callbacks.{name}: {node['_target_']} is no accumexp.callbacks.Callback")
+    return callbacks
+
+
+def _parameter_precision(precision: Precision) -> Precision:
+    return Precision.fp64 if precision is Precision.fp64 else Precision.fp32

@@ -1,0 +1,140 @@
+"""The edge to Hydra: where conf lies, how commands start, and one line for every kind of bad input."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+from hydra.core.config_store import ConfigStore
+from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from .config import Config, explain_omegaconf, unknown_key
+from .errors import TrainingError, UsageError
+
+# Read before `hydra_app` sets it for Hydra.
+WANTS_TRACEBACK = os.environ.get("HYDRA_FULL_ERROR") == "1"
+
+ConfigStore.instance().store(name="schema", node=Config)
+
+
+def conf_dir() -> str:
+    """The folder of YAML files: inside the installed package, or beside it in a checkout."""
+    package = Path(__file__).resolve().parent
+    for folder in (package / "conf", package.parent / "conf"):
+        if (folder / "config.yaml").is_file():
+            return str(folder)
+    raise UsageError(f"conf: not found in {package} or beside it; reinstall accumexp")
+
+
+def _slug(text: str) -> str:
+    """`text` as one folder name: no separators, 120 characters at most."""
+    return re.sub(r"[^\w.,=+-]+", "_", text).strip("._")[:120] or "job"
+
+
+def _product(*factors: int) -> int:
+    result = 1
+    for factor in factors:
+        result *= int(factor)
+    return result
+
+
+def _folders(root: str) -> int:
+    path = Path(root)
+    return sum(entry.is_dir() for entry in path.iterdir()) if path.is_dir() else 0
+
+
+OmegaConf.register_new_resolver("slug", _slug, replace=True)
+OmegaConf.register_new_resolver("product", _product, replace=True)
+OmegaConf.register_new_resolver("folders", _folders, replace=True)
+
+
+def hydra_app(task: Callable[[Any], Any]) -> None:
+    """Runs `task` under Hydra with `conf/config.yaml`; Hydra's errors reach the caller unformatted.
+
+    Raises:
+        UsageError: if the command line composes no configuration.
+    """
+    import hydra
+
+    asked = os.environ.get("HYDRA_FULL_ERROR")
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        hydra.main(config_path=conf_dir(), config_name="config", version_base="1.3")(task)()
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UsageError(explain(error)) from error
+    finally:
+        if asked is None:
+            del os.environ["HYDRA_FULL_ERROR"]
+        else:
+            os.environ["HYDRA_FULL_ERROR"] = asked
+
+
+def explain(error: BaseException) -> str:
+    """One line for an error of Hydra's composition: the key or choice, and what would be right."""
+    cause = error.__cause__
+    text = str(error)
+    if isinstance(error, MissingConfigException):
+        choice = re.search(r"Could not find '([^']*)/([^'/]*)'", text)
+        options = getattr(error, "options", None)
+        if choice:
+            known = f"{choice[1]} is one of {', '.join(sorted(options))}" if options else "see --help"
+            return f"{choice[1]}={choice[2]}: no such choice, {known}"
+    override = re.search(r"(?:Could not override|Error merging override) '?([^'\s]+)'?", text)
+    if override and isinstance(cause, OmegaConfBaseException):
+        key, _, value = override[1].partition("=")
+        if "Could not override" in text:
+            return unknown_key(key, _siblings(key))
+        return f"{key}={value}: {str(cause.msg or cause).splitlines()[0]}"
+    missing = re.search(r"Could not override '([^']+)'", text) or re.search(r"Key '([^']+)' is not in struct", text)
+    if missing:
+        return unknown_key(missing[1], _siblings(missing[1]))
+    if isinstance(error, OmegaConfBaseException):
+        return explain_omegaconf(error)
+    if isinstance(error, ConfigCompositionException) and isinstance(cause, OmegaConfBaseException):
+        return explain_omegaconf(cause)
+    return " ".join(line.strip() for line in text.splitlines() if line.strip()) or type(error).__name__
+
+
+def _siblings(key: str) -> list[str]:
+    """The keys beside `key` in the default configuration, to suggest from."""
+    from hydra import compose, initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(conf_dir(), version_base="1.3"):
+        cfg = compose("config")
+    prefix = key.rpartition(".")[0]
+    node = OmegaConf.select(cfg, prefix) if prefix else cfg
+    if OmegaConf.is_dict(node):
+        return [str(name) for name in node]
+    return [str(name) for name in cfg]
+
+
+def command(main: Callable[[], None]) -> NoReturn:
+    """Runs a command's `main` and exits: 0, 2 with one line for bad input, 1 for a run that cannot go on.
+
+    `HYDRA_FULL_ERROR=1` adds the traceback.
+    """
+    try:
+        main()
+    except (UsageError, TrainingError) as error:
+        if WANTS_TRACEBACK:
+            traceback.print_exc()
+        sys.exit(fail(error))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    sys.exit(0)
+
+
+def fail(error: UsageError | TrainingError) -> int:
+    """Prints the error's line and gives the exit code it stands for."""
+    print(f"error: {error}", file=sys.stderr)
+    return 2 if isinstance(error, UsageError) else 1

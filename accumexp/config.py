@@ -1,0 +1,267 @@
+"""The experiment's configuration: what the project owns is typed here, what users bring is a `_target_`.
+
+Imports no torch. `from_hydra` is the one place where Hydra's config ends and a plain dataclass begins.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from .errors import UsageError
+
+DEFAULT_BATCH_SIZE = 128
+
+
+class Precision(Enum):
+    """fp32 and fp64 are the dtype of everything; bf16 is autocast over fp32 parameters."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+    fp16 = "fp16"
+    fp64 = "fp64"
+
+
+class Reduction(Enum):
+    mean = "mean"
+    sum = "sum"
+
+
+class Strategy(Enum):
+    standalone = "standalone"
+
+
+class Backend(Enum):
+    mlflow = "mlflow"
+    none = "none"
+
+
+@dataclass
+class AccumConfig:
+    """How one update's batch becomes a window."""
+
+    strategy: Strategy = Strategy.standalone
+    # Micro-batches in a window and samples in a micro-batch; of these two and data.batch_size,
+    # any two give the third.
+    steps: int | None = None
+    micro_batch_size: int | None = None
+    reduction: Reduction = Reduction.mean
+    # Accumulate the gradients of bf16 parameters in fp32: one more fp32 buffer per such parameter.
+    fp32_buffers: bool = False
+
+
+@dataclass
+class DataConfig:
+    """Where samples come from, how they are split into train, eval and test, and how they are fed."""
+
+    root: str = "data"
+    train: dict[str, Any] = field(default_factory=dict)
+    # Null: held out of train, the same samples for every seed.
+    eval: dict[str, Any] | None = None
+    eval_fraction: float = 0.1
+    split_seed: int = 0
+    test: dict[str, Any] = field(default_factory=dict)
+    # A deterministic transform of samples or whole tensors, and the random one applied in training.
+    transform: dict[str, Any] | None = None
+    augment: dict[str, Any] | None = None
+    num_classes: int = MISSING
+    channels: int = MISSING
+    image_size: int = MISSING
+    # Samples in one update. Null: accum.steps x accum.micro_batch_size, or 128.
+    batch_size: int | None = None
+    eval_batch_size: int = 256
+    drop_last: bool = False
+    # Null: the whole data set on the training device if it takes a quarter of the free memory at most.
+    resident: bool | None = None
+    workers: int = 2
+    prefetch: int = 2
+
+
+@dataclass
+class TrainerConfig:
+    """The loop: how long, how often it looks, what it does between backward and step."""
+
+    epochs: int = 30
+    # Stop after this many updates even inside an epoch. Null: all of them.
+    max_updates: int | None = None
+    # Updates between two reads of the device; the tracker gets the points of those updates.
+    log_every: int = 10
+    eval_every: int = 1
+    clip_norm: float | None = None
+    check_finite: bool = True
+    deterministic: bool = True
+    threads: int | None = None
+    # Null: a live bar on a terminal, plain lines elsewhere.
+    progress: bool | None = None
+
+
+@dataclass
+class TrackingConfig:
+    """Where runs are recorded."""
+
+    backend: Backend = Backend.mlflow
+    # Null: mlflow.db in the folder the command is run from, artifacts beside it.
+    uri: str | None = None
+    experiment: str = "accumexp"
+    run_name: str | None = None
+    tags: dict[str, str] = field(default_factory=dict)
+    system_metrics: bool = True
+    flush_points: int = 1000
+    flush_seconds: float = 5.0
+
+
+@dataclass
+class Config:
+    """A whole experiment."""
+
+    model: dict[str, Any] = field(default_factory=dict)
+    data: DataConfig = field(default_factory=DataConfig)
+    loss: dict[str, Any] = field(default_factory=dict)
+    optimizer: dict[str, Any] = field(default_factory=dict)
+    scheduler: dict[str, Any] = field(default_factory=dict)
+    accum: AccumConfig = field(default_factory=AccumConfig)
+    callbacks: dict[str, Any] = field(default_factory=dict)
+    metrics: dict[str, Any] = field(default_factory=dict)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    # The metric that names the best checkpoint and stops early, and whether it is to be "max" or "min".
+    monitor: str = "eval/accuracy"
+    mode: str = "max"
+    seed: int = 0
+    device: str = "auto"
+    precision: Precision = Precision.fp32
+    # Dtype of the parameters. Null: fp64 with precision=fp64, fp32 otherwise.
+    param_precision: Precision | None = None
+    resume: str | None = None
+
+
+def from_hydra(cfg: DictConfig | Mapping[str, Any]) -> Config:
+    """The typed, resolved and checked configuration.
+
+    Raises:
+        UsageError: naming the key, for an unknown one (with `+` too), a wrong type or a bad value.
+    """
+    try:
+        # Merging into the schema again refuses keys that `+` has added to typed nodes.
+        plain = OmegaConf.to_container(cfg, resolve=True) if isinstance(cfg, DictConfig) else dict(cfg)
+        merged = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.create(plain))
+        config = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        raise UsageError(explain_omegaconf(error)) from error
+    assert isinstance(config, Config)
+    return check(config)
+
+
+def explain_omegaconf(error: OmegaConfBaseException) -> str:
+    """One line for omegaconf's several: what is wrong with which key."""
+    key = error.full_key or "configuration"
+    reason = str(error.msg or error).splitlines()[0]
+    node = error.parent_node if isinstance(error.parent_node, DictConfig) else None
+    if "not in" in reason and node is not None:
+        return unknown_key(key, [str(name) for name in node])
+    if "Missing mandatory value" in reason:
+        return f"{key}: a value is needed, give {key}=..."
+    return f"{key}: {reason}"
+
+
+def unknown_key(key: str, choices: list[str]) -> str:
+    """The line for a key that does not exist, with its nearest neighbour or its siblings."""
+    import difflib
+
+    prefix, _, last = key.rpartition(".")
+    near = difflib.get_close_matches(last, choices, 1)
+    if near:
+        return f"{key}: no such key, did you mean {prefix + '.' if prefix else ''}{near[0]}?"
+    return f"{key}: no such key, {prefix or 'the configuration'} has {', '.join(sorted(choices))}"
+
+
+def check(config: Config) -> Config:
+    """`config` with its three batch sizes filled in, or a `UsageError` that names the key."""
+    data, accum, trainer = config.data, config.accum, config.trainer
+    data.batch_size, accum.steps, accum.micro_batch_size = batch_sizes(
+        data.batch_size, accum.steps, accum.micro_batch_size
+    )
+    _at_least(1, "data.eval_batch_size", data.eval_batch_size)
+    _at_least(0, "data.workers", data.workers)
+    _at_least(1, "data.prefetch", data.prefetch)
+    _at_least(1, "trainer.epochs", trainer.epochs)
+    _at_least(1, "trainer.max_updates", trainer.max_updates)
+    _at_least(1, "trainer.log_every", trainer.log_every)
+    _at_least(1, "trainer.eval_every", trainer.eval_every)
+    _at_least(1, "trainer.threads", trainer.threads)
+    _at_least(1, "tracking.flush_points", config.tracking.flush_points)
+    if not 0 <= data.eval_fraction < 1:
+        raise UsageError(f"data.eval_fraction={data.eval_fraction}: a fraction from 0 to below 1")
+    if trainer.clip_norm is not None and not trainer.clip_norm > 0:
+        raise UsageError(f"trainer.clip_norm={trainer.clip_norm}: a norm above 0, or null for no clipping")
+    if config.mode not in ("max", "min"):
+        raise UsageError(f"mode={config.mode}: max or min")
+    if Precision.fp16 in (config.precision, config.param_precision):
+        raise UsageError("precision=fp16: needs a loss scale, which accum=standalone has none of; use bf16")
+    for group in ("model", "loss", "optimizer", "scheduler"):
+        if "_target_" not in getattr(config, group):
+            raise UsageError(f"{group}: names no class, give {group}._target_=package.Class")
+    return config
+
+
+def batch_sizes(batch: int | None, steps: int | None, micro: int | None) -> tuple[int, int, int]:
+    """`data.batch_size`, `accum.steps`, `accum.micro_batch_size` from any two of them.
+
+    With less than two, the batch is 128 and the window has one step. Where steps do not divide the
+    batch, micro-batches differ by one sample and `micro_batch_size` is the larger.
+
+    Raises:
+        UsageError: if one is below 1, the three disagree, or the batch has fewer samples than steps.
+    """
+    given = {"data.batch_size": batch, "accum.steps": steps, "accum.micro_batch_size": micro}
+    for key, value in given.items():
+        _at_least(1, key, value)
+    if batch is None:
+        batch = steps * micro if steps and micro else DEFAULT_BATCH_SIZE
+    if steps is None:
+        steps = -(-batch // micro) if micro else 1
+    if steps > batch:
+        raise UsageError(
+            f"accum.steps={steps}: data.batch_size={batch} samples cannot be split into more "
+            f"micro-batches than samples, at most accum.steps={batch}"
+        )
+    largest = -(-batch // steps)
+    if micro is not None and micro != largest and steps != -(-batch // micro):
+        raise UsageError(
+            f"accum.micro_batch_size={micro}: disagrees with data.batch_size={batch} and "
+            f"accum.steps={steps}, which give {largest}; leave one of the three out"
+        )
+    return batch, steps, largest
+
+
+def flatten(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, plain value) of every leaf of a configuration, enums by name."""
+    if dataclasses.is_dataclass(node):
+        node = {item.name: getattr(node, item.name) for item in dataclasses.fields(node)}
+    if isinstance(node, Mapping) and node:
+        for key, value in node.items():
+            yield from flatten(value, f"{prefix}.{key}" if prefix else str(key))
+    else:
+        yield prefix, node.name if isinstance(node, Enum) else node
+
+
+def to_plain(node: Any) -> Any:
+    """`node` as dicts, lists and scalars: what a YAML file or a checkpoint can hold."""
+    if dataclasses.is_dataclass(node):
+        return {item.name: to_plain(getattr(node, item.name)) for item in dataclasses.fields(node)}
+    if isinstance(node, Mapping):
+        return {str(key): to_plain(value) for key, value in node.items()}
+    if isinstance(node, list | tuple):
+        return [to_plain(value) for value in node]
+    return node.name if isinstance(node, Enum) else node
+
+
+def _at_least(least: int, key: str, value: int | None) -> None:
+    if value is not None and value < least:
+        raise UsageError(f"{key}={value}: at least {least}")

@@ -1,0 +1,20 @@
+"""The samples: data sets, their splits, and the batches of an epoch."""
+
+from .batches import Batch, Batches, ResidentBatches, StreamedBatches
+from .digits import Digits
+from .splits import Placement, Splits, build_splits
+from .transforms import BatchAugment, Scale, ShiftAndFlip
+
+__all__ = [
+    "Batch",
+    "BatchAugment",
+    "Batches",
+    "Digits",
+    "Placement",
+    "ResidentBatches",
+    "Scale",
+    "ShiftAndFlip",
+    "Splits",
+    "StreamedBatches",
+    "build_splits",
+]

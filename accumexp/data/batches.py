@@ -1,0 +1,194 @@
+"""The batches of an epoch: one for each update, in an order that is a function of seed and epoch.
+
+The order does not depend on how a batch is split afterwards, and any epoch can be entered at any
+update, which is what lets a resumed run see exactly the samples that an undisturbed one would.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from ..accum.batch import Nested, map_tensors, tensors
+from ..seeding import derive_seed, drawn_from
+from .transforms import BatchAugment, keyed_uniforms
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The samples of one update on the training device, and their indices (n,) in the data set."""
+
+    inputs: Nested
+    targets: Nested
+    indices: Tensor
+
+
+class Batches:
+    """Base of both feeds: who comes when. `len` is the number of updates in an epoch.
+
+    Args:
+        indices: the samples, as indices into the data set, shape (samples,), on the CPU.
+        batch_size: samples in one update; the last batch of an epoch may be smaller.
+        shuffle: the run's seed for a new order each epoch, or None to keep the order of `indices`.
+        drop_last: leave out the last, smaller batch.
+        augment: applied to the inputs on the device, keyed by seed, epoch and sample.
+    """
+
+    def __init__(
+        self,
+        indices: Tensor,
+        batch_size: int,
+        *,
+        shuffle: int | None = None,
+        drop_last: bool = False,
+        augment: BatchAugment | None = None,
+    ) -> None:
+        self.indices = indices
+        self.batch_size = batch_size
+        self.shuffle = shuffle
+        self.drop_last = drop_last
+        self.augment = augment
+
+    def __len__(self) -> int:
+        full, rest = divmod(self.samples, self.batch_size)
+        return full + (rest > 0 and not self.drop_last)
+
+    @property
+    def samples(self) -> int:
+        return len(self.indices)
+
+    def order(self, epoch: int) -> Tensor:
+        """The indices in the order of `epoch`, shape (samples,), without what is dropped."""
+        if self.shuffle is None:
+            order = self.indices
+        else:
+            generator = torch.Generator().manual_seed(derive_seed("order", self.shuffle, epoch))
+            order = self.indices[torch.randperm(self.samples, generator=generator)]
+        return order[: len(self) * self.batch_size]
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """The batches of `epoch` from its update number `start` on."""
+        raise NotImplementedError
+
+    def _augmented(self, inputs: Nested, indices: Tensor, epoch: int) -> Nested:
+        if self.augment is None:
+            return inputs
+        seed = derive_seed("augment", self.shuffle or 0, epoch)
+        draws = keyed_uniforms(indices, self.augment.uniforms, seed)
+        augment = self.augment
+        return map_tensors(lambda images: augment(images, draws), inputs)
+
+
+class ResidentBatches(Batches):
+    """All samples on the training device: an update's batch is gathered there, nothing is copied to it.
+
+    `inputs` and `targets` hold the whole data set; `indices` says which of it belong to this split.
+    """
+
+    def __init__(self, inputs: Nested, targets: Nested, indices: Tensor, batch_size: int, **options: Any) -> None:
+        super().__init__(indices, batch_size, **options)
+        self.inputs = inputs
+        self.targets = targets
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        order = self.order(epoch).to(tensors(self.targets)[0].device)
+        for chosen in order.split(self.batch_size)[start:]:
+
+            def gather(tensor: Tensor, chosen: Tensor = chosen) -> Tensor:
+                return tensor[chosen]
+
+            inputs = map_tensors(gather, self.inputs)
+            yield Batch(self._augmented(inputs, chosen, epoch), map_tensors(gather, self.targets), chosen)
+
+
+class StreamedBatches(Batches):
+    """Samples read by DataLoader workers ahead of their use, through pinned memory to the device.
+
+    Args:
+        dataset: map-style; a sample is a pair (inputs, targets).
+        transform: applied to a sample's inputs.
+        sample_augment: then applied in training; it, and anything random in the data set itself, draws
+            from the run's seed, the epoch and the sample's index.
+        place: moves a batch's inputs and targets to the device and dtype of training.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset[Any],
+        indices: Tensor,
+        batch_size: int,
+        *,
+        transform: Callable[[Any], Any] | None,
+        sample_augment: Callable[[Any], Any] | None,
+        place: Callable[[Nested, Nested], tuple[Nested, Nested]],
+        workers: int,
+        prefetch: int,
+        pin_memory: bool,
+        **options: Any,
+    ) -> None:
+        super().__init__(indices, batch_size, **options)
+        self.place = place
+        self._sampler = _EpochSampler(self)
+        self._loader = DataLoader(
+            _Samples(dataset, transform, sample_augment, self.shuffle or 0),
+            batch_sampler=self._sampler,
+            num_workers=workers,
+            prefetch_factor=prefetch if workers else None,
+            persistent_workers=workers > 0,
+            pin_memory=pin_memory,
+            # A generator of its own, or starting an iterator would draw from the run's.
+            generator=torch.Generator(),
+        )
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        self._sampler.epoch, self._sampler.start = epoch, start
+        for inputs, targets, indices in self._loader:
+            inputs, targets = self.place(inputs, targets)
+            if self.augment is not None:
+                indices = indices.to(tensors(inputs)[0].device)
+            yield Batch(self._augmented(inputs, indices, epoch), targets, indices)
+
+
+class _EpochSampler:
+    """The batches of one epoch as lists of (epoch, index): workers learn the epoch with each sample."""
+
+    def __init__(self, batches: Batches) -> None:
+        self.batches = batches
+        self.epoch = 0
+        self.start = 0
+
+    def __len__(self) -> int:
+        return len(self.batches) - self.start
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for chosen in self.batches.order(self.epoch).split(self.batches.batch_size)[self.start :]:
+            yield [(self.epoch, index) for index in chosen.tolist()]
+
+
+class _Samples(Dataset[Any]):
+    def __init__(
+        self,
+        dataset: Dataset[Any],
+        transform: Callable[[Any], Any] | None,
+        augment: Callable[[Any], Any] | None,
+        seed: int,
+    ) -> None:
+        self.dataset = dataset
+        self.transform = transform
+        self.augment = augment
+        self.seed = seed
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Any, Any, int]:
+        epoch, index = key
+        with drawn_from(derive_seed("sample", self.seed, epoch, index)):
+            inputs, targets = self.dataset[index]
+            if self.augment is not None:
+                inputs = self.augment(inputs)
+            if self.transform is not None:
+                inputs = self.transform(inputs)
+        return inputs, targets, index

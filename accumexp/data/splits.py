@@ -1,0 +1,230 @@
+"""From configuration to the three splits: what to train on, what to choose by, what to report."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import psutil
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
+
+from ..accum.batch import Nested, map_tensors, tensors
+from ..config import DataConfig
+from ..errors import UsageError
+from ..seeding import drawn_from
+from ..targets import build
+from .batches import Batches, ResidentBatches, StreamedBatches
+from .transforms import BatchAugment
+
+RESIDENT_SHARE = 0.25
+TRANSFORM_CHUNK = 4096
+
+
+@dataclass(frozen=True)
+class Splits:
+    """The batches to train on, the ones to evaluate on each epoch, and the ones to test on at the end."""
+
+    train: Batches
+    eval: Batches
+    test: Batches
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where and as what batches are trained on: inputs have the parameters' dtype, targets at least fp32."""
+
+    device: torch.device
+    dtype: torch.dtype
+
+    def __call__(self, inputs: Nested, targets: Nested) -> tuple[Nested, Nested]:
+        wide = torch.promote_types(self.dtype, torch.float32)
+        return self._placed(inputs, self.dtype), self._placed(targets, wide)
+
+    def _placed(self, batch: Nested, dtype: torch.dtype) -> Nested:
+        def place(tensor: Tensor) -> Tensor:
+            to = dtype if tensor.is_floating_point() else tensor.dtype
+            return tensor.to(self.device, to, non_blocking=True)
+
+        return map_tensors(place, batch)
+
+
+def build_splits(config: DataConfig, seed: int, place: Placement) -> Splits:
+    """The splits that `config` describes, resident on the device or streamed to it.
+
+    Raises:
+        UsageError: if a data set is not there, cannot be downloaded, or has nothing to train on.
+    """
+    train_set = _dataset(config, config.train, "data.train")
+    test_set = _dataset(config, config.test, "data.test")
+    train_indices = torch.arange(_length(train_set, "data.train"))
+    if config.eval is not None:
+        eval_set = _dataset(config, config.eval, "data.eval")
+        eval_indices = torch.arange(_length(eval_set, "data.eval"))
+    else:
+        eval_set = train_set
+        held_out = max(1, round(len(train_indices) * config.eval_fraction)) if config.eval_fraction else 0
+        generator = torch.Generator().manual_seed(config.split_seed)
+        order = torch.randperm(len(train_indices), generator=generator)
+        eval_indices, train_indices = order[:held_out].sort().values, order[held_out:].sort().values
+    if not len(train_indices) or config.drop_last and len(train_indices) < cast(int, config.batch_size):
+        raise UsageError(f"data.batch_size={config.batch_size}: only {len(train_indices)} samples to train on")
+    test_indices = torch.arange(_length(test_set, "data.test"))
+    if not len(eval_indices):
+        eval_set, eval_indices = test_set, test_indices
+
+    transform = build(config.transform, "data.transform") if config.transform else None
+    augment = build(config.augment, "data.augment") if config.augment else None
+    feed = _Feed(config, transform, place)
+    batch_size = cast(int, config.batch_size)
+    return Splits(
+        train=feed(
+            train_set, train_indices, batch_size, augment, shuffle=seed, drop_last=config.drop_last
+        ),
+        eval=feed(eval_set, eval_indices, config.eval_batch_size),
+        test=feed(test_set, test_indices, config.eval_batch_size),
+    )
+
+
+class _Feed:
+    """Decides for each split between resident and streamed; reads every data set once."""
+
+    def __init__(self, config: DataConfig, transform: Callable[[Any], Any] | None, place: Placement) -> None:
+        self.config = config
+        self.transform = transform
+        self.place = place
+        self._read: dict[int, tuple[Nested, Nested]] = {}
+
+    def __call__(
+        self, dataset: Dataset[Any], indices: Tensor, batch_size: int, augment: Any = None, **options: Any
+    ) -> Batches:
+        on_device = augment if isinstance(augment, BatchAugment) else None
+        by_sample = None if on_device else augment
+        if by_sample is None and self._resident(dataset):
+            inputs, targets = self._tensors(dataset)
+            return ResidentBatches(inputs, targets, indices, batch_size, augment=on_device, **options)
+        if by_sample is not None and self.config.resident:
+            raise UsageError(
+                "data.resident=true: data.augment works sample by sample, so it needs "
+                "data.resident=false, or a BatchAugment such as accumexp.data.ShiftAndFlip"
+            )
+        return StreamedBatches(
+            dataset,
+            indices,
+            batch_size,
+            transform=self.transform,
+            sample_augment=by_sample,
+            place=self.place,
+            workers=self.config.workers,
+            prefetch=self.config.prefetch,
+            pin_memory=self.place.device.type == "cuda",
+            augment=on_device,
+            **options,
+        )
+
+    def _resident(self, dataset: Dataset[Any]) -> bool:
+        if self.config.resident is not None:
+            return self.config.resident
+        raw = _raw_tensors(dataset)
+        if raw is None:
+            return False
+        sample = self._transformed(map_tensors(lambda tensor: tensor[:1], raw[0]))
+        inputs, targets = self.place(sample, map_tensors(lambda tensor: tensor[:1], raw[1]))
+        bytes_each = sum(t.numel() * t.element_size() for t in [*tensors(inputs), *tensors(targets)])
+        return bytes_each * _length(dataset, "data") <= RESIDENT_SHARE * _free_bytes(self.place.device)
+
+    def _tensors(self, dataset: Dataset[Any]) -> tuple[Nested, Nested]:
+        """The whole data set, transformed and on the device, in the order of its indices."""
+        key = id(dataset)
+        if key not in self._read:
+            raw = _raw_tensors(dataset)
+            if raw is None:
+                inputs, targets = self._read_samples(dataset)
+            else:
+                inputs, targets = self._transformed(raw[0]), raw[1]
+            self._read[key] = self.place(inputs, targets)
+        return self._read[key]
+
+    def _transformed(self, inputs: Nested) -> Nested:
+        transform = self.transform
+        if transform is None:
+            return inputs
+
+        def in_chunks(tensor: Tensor) -> Tensor:
+            return torch.cat([transform(chunk).as_subclass(Tensor) for chunk in tensor.split(TRANSFORM_CHUNK)])
+
+        return map_tensors(in_chunks, inputs)
+
+    def _read_samples(self, dataset: Dataset[Any]) -> tuple[Nested, Nested]:
+        from rich.progress import track
+
+        def collate(samples: list[tuple[Any, Any]]) -> Any:
+            transform = self.transform or (lambda sample: sample)
+            return default_collate([(transform(inputs), targets) for inputs, targets in samples])
+
+        with drawn_from(0):
+            loader = DataLoader(dataset, batch_size=256, collate_fn=collate)
+            steps = math.ceil(_length(dataset, "data") / 256)
+            chunks = [tuple(chunk) for chunk in track(loader, "reading data", total=steps, transient=True)]
+        return _concatenated([c[0] for c in chunks]), _concatenated([c[1] for c in chunks])
+
+
+def _raw_tensors(dataset: Dataset[Any]) -> tuple[Nested, Nested] | None:
+    """(inputs, targets) of a data set that already holds them as tensors, or None.
+
+    Known are TensorDataset and those of torchvision that keep uint8 images in `.data`, both only where
+    indexing adds nothing of the user's own.
+    """
+    kind = type(dataset)
+    if isinstance(dataset, TensorDataset) and kind.__getitem__ is TensorDataset.__getitem__:
+        *inputs, targets = dataset.tensors
+        return inputs[0] if len(inputs) == 1 else tuple(inputs), targets
+    plain = getattr(dataset, "transforms", None) is None
+    if not (kind.__module__.startswith("torchvision.datasets") and plain):
+        return None
+    data, labels = getattr(dataset, "data", None), getattr(dataset, "targets", None)
+    if data is None or labels is None:
+        return None
+    images = torch.as_tensor(data)
+    if images.dtype != torch.uint8 or images.dim() not in (3, 4):
+        return None
+    images = images.unsqueeze(1) if images.dim() == 3 else images.permute(0, 3, 1, 2)
+    return images, torch.as_tensor(labels)
+
+
+def _concatenated(chunks: list[Nested]) -> Nested:
+    first = chunks[0]
+    if isinstance(first, Tensor):
+        return torch.cat(cast(list[Tensor], chunks))
+    if isinstance(first, Mapping):
+        return {key: _concatenated([cast(Mapping, chunk)[key] for chunk in chunks]) for key in first}
+    return type(first)(_concatenated(list(column)) for column in zip(*chunks, strict=True))
+
+
+def _dataset(config: DataConfig, node: Mapping[str, Any], key: str) -> Dataset[Any]:
+    try:
+        return build(node, key)
+    except UsageError as error:
+        cause = error.__cause__
+        if isinstance(cause, OSError | RuntimeError):
+            raise UsageError(
+                f"data.root={config.root}: {error}; give the folder that holds the data, or a "
+                "connection to download it"
+            ) from cause
+        raise
+
+
+def _length(dataset: Dataset[Any], key: str) -> int:
+    try:
+        return len(cast(Any, dataset))
+    except TypeError:
+        raise UsageError(f"{key}: a map-style data set with a length is needed, not a stream") from None
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available

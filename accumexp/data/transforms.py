@@ -1,0 +1,83 @@
+"""Transforms of images: what every sample gets once, and what training draws anew each epoch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+
+class Scale:
+    """uint8 images of shape (..., channels, height, width) to floats: `(x / 255 - mean) / std`."""
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        self.mean = torch.tensor(mean).view(-1, 1, 1)
+        self.std = torch.tensor(std).view(-1, 1, 1)
+
+    def __call__(self, image: Tensor) -> Tensor:
+        return (image.as_subclass(Tensor).float() / 255 - self.mean) / self.std
+
+
+@runtime_checkable
+class BatchAugment(Protocol):
+    """A random transform of a whole batch on its device.
+
+    `uniforms` numbers a sample, drawn from the run's seed, the epoch and the sample's own index, so
+    that a sample is augmented alike in whatever batch or micro-batch it comes.
+    """
+
+    uniforms: int
+
+    def __call__(self, images: Tensor, draws: Tensor) -> Tensor:
+        """Augments `images` (n, ...) by `draws` (n, uniforms), uniform in [0, 1)."""
+        ...
+
+
+class ShiftAndFlip:
+    """Shifts by up to `shift` pixels each way, filling with zeros, and flips half of the images.
+
+    Shapes: images (n, channels, height, width), draws (n, 3).
+    """
+
+    uniforms = 3
+
+    def __init__(self, shift: int = 4, flip: bool = True) -> None:
+        self.shift = shift
+        self.flip = flip
+
+    def __call__(self, images: Tensor, draws: Tensor) -> Tensor:
+        n, channels, height, width = images.shape
+        offsets = (draws[:, :2] * (2 * self.shift + 1)).long()
+        rows = offsets[:, :1] + torch.arange(height, device=images.device)
+        columns = offsets[:, 1:] + torch.arange(width, device=images.device)
+        if self.flip:
+            columns = torch.where(draws[:, 2:] < 0.5, columns, columns.flip(1))
+        padded = torch.nn.functional.pad(images, [self.shift] * 4)
+        sample = torch.arange(n, device=images.device).view(n, 1, 1, 1)
+        channel = torch.arange(channels, device=images.device).view(1, channels, 1, 1)
+        return padded[sample, channel, rows.view(n, 1, height, 1), columns.view(n, 1, 1, width)]
+
+
+def keyed_uniforms(indices: Tensor, count: int, seed: int) -> Tensor:
+    """`count` numbers in [0, 1) for each of `indices` (n,): a function of index and seed alone.
+
+    The finaliser of SplitMix64 (Steele, Lea, Flood, OOPSLA 2014) over a counter, on the indices'
+    device; 24 bits a number, shape (n, count), float32.
+    """
+    counter = indices.view(-1, 1) * count + torch.arange(count, device=indices.device) + 1
+    state = counter * _signed(0x9E3779B97F4A7C15) + _signed(seed)
+    state = (state ^ _shifted(state, 30)) * _signed(0xBF58476D1CE4E5B9)
+    state = (state ^ _shifted(state, 27)) * _signed(0x94D049BB133111EB)
+    state = state ^ _shifted(state, 31)
+    return _shifted(state, 40).float() / 2**24
+
+
+def _signed(word: int) -> int:
+    return word - 2**64 if word >= 2**63 else word
+
+
+def _shifted(state: Tensor, bits: int) -> Tensor:
+    """Logical right shift of int64, which torch has only as an arithmetic one."""
+    return (state >> bits) & ((1 << (64 - bits)) - 1)

@@ -1,0 +1,96 @@
+"""What a person sees of a run in the terminal."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
+from rich.table import Table
+
+from .callbacks import Callback
+
+if TYPE_CHECKING:
+    from .trainer import Trainer
+
+console = Console()
+
+SHOWN = {
+    "train/loss": ("loss", "{:.4f}"),
+    "train/accuracy": ("accuracy", "{:.3f}"),
+    "eval/accuracy": ("eval accuracy", "{:.3f}"),
+    "train/lr": ("lr", "{:.3g}"),
+}
+
+
+def line(values: Mapping[str, float]) -> str:
+    """The newest values in the order and form of `SHOWN`."""
+    parts = [f"{name} {form.format(values[key])}" for key, (name, form) in SHOWN.items() if key in values]
+    if "perf/update_ms" in values:
+        parts.append(f"{1e3 / max(values['perf/update_ms'], 1e-9):.1f} updates/s")
+    return "  ".join(parts)
+
+
+class Progress(Callback):
+    """A live bar over the run's updates with loss, accuracy, learning rate and speed.
+
+    Args:
+        show: None shows it on a terminal only.
+    """
+
+    def __init__(self, show: bool | None = None) -> None:
+        self.show = console.is_terminal if show is None else show
+        self._bar: RichProgress | None = None
+        self._task: Any = None
+
+    def run_begin(self, trainer: Trainer) -> None:
+        if not self.show:
+            return
+        self._bar = RichProgress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[values]}"),
+            TimeRemainingColumn(),
+            console=console,
+            refresh_per_second=4,
+        )
+        self._task = self._bar.add_task(
+            "training", total=trainer.total_updates, completed=trainer.progress.update, values=""
+        )
+        self._bar.start()
+
+    def epoch_begin(self, trainer: Trainer) -> None:
+        if self._bar:
+            epoch = min(trainer.progress.epoch + 1, trainer.epochs)
+            self._bar.update(self._task, description=f"epoch {epoch}/{trainer.epochs}")
+
+    def logged(self, trainer: Trainer, values: dict[str, float]) -> None:
+        if self._bar:
+            self._bar.update(self._task, completed=trainer.progress.update, values=line(values))
+
+    def run_end(self, trainer: Trainer) -> None:
+        if self._bar:
+            self._bar.update(self._task, completed=trainer.progress.update)
+            self._bar.stop()
+            self._bar = None
+
+
+def show_values(title: str, values: Mapping[str, object]) -> None:
+    """A two-column table; long values are wrapped, never cut."""
+    table = Table(title=title, show_header=False, title_justify="left", box=None, pad_edge=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for key, value in values.items():
+        table.add_row(key, str(value))
+    console.print(table)
+
+
+def duration(seconds: float) -> str:
+    """`seconds` as a person would say it."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    return time.strftime("%H:%M:%S", time.gmtime(seconds))

@@ -1,0 +1,62 @@
+"""Loss and metrics of a model over a split, every sample counted once."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchmetrics import MetricCollection
+
+from .accum import WindowLoss, call
+from .data import Batches
+
+
+class Evaluator:
+    """Evaluates in eval mode and without gradients; the model's mode is put back afterwards.
+
+    Args:
+        loss: as in training; the reported loss is its mean over all items of the split.
+        metrics: torchmetrics by name, on the device of the data.
+        autocast: dtype of `torch.autocast` around the forward pass, or None.
+    """
+
+    def __init__(
+        self, loss: WindowLoss, metrics: MetricCollection, autocast: torch.dtype | None = None
+    ) -> None:
+        self.loss = loss
+        self.metrics = metrics
+        self.autocast = autocast
+
+    @torch.no_grad()
+    def __call__(self, model: nn.Module, batches: Batches) -> dict[str, float]:
+        """`loss` and every metric by name. Waits for the device once, at the end."""
+        was_training = model.training
+        model.eval()
+        self.metrics.reset()
+        total: Tensor | float = 0.0
+        weight: Tensor | float = 0.0
+        try:
+            for batch in batches.epoch(0):
+                with precision(self.autocast, batch.indices.device):
+                    outputs = call(model, batch.inputs)
+                    total = total + self.loss.total(outputs, batch.targets)
+                weight = weight + self.loss.weight(batch.targets)
+                self.metrics.update(outputs, batch.targets)
+            values = {"loss": float(total) / (float(weight) or 1.0)}
+            values.update(plain_values(self.metrics))
+        finally:
+            self.metrics.reset()
+            model.train(was_training)
+        return values
+
+
+def plain_values(metrics: MetricCollection) -> dict[str, float]:
+    """The computed value of every metric that is one number."""
+    computed: dict[str, Any] = metrics.compute() if len(metrics) else {}
+    return {name: float(value) for name, value in computed.items() if torch.as_tensor(value).numel() == 1}
+
+
+def precision(autocast: torch.dtype | None, device: torch.device) -> AbstractContextManager[Any]:
+    return nullcontext() if autocast is None else torch.autocast(device.type, autocast)

@@ -1,0 +1,50 @@
+"""`metrics.jsonl`: every point of a run on the local disk, whatever becomes of the tracker."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+
+class Journal:
+    """Appends one JSON object a line: `update`, `time` (seconds since 1970) and the values.
+
+    Args:
+        path: the file, kept if it exists.
+        upto: drop rows beyond this update, which a resumed run is going to write again.
+    """
+
+    def __init__(self, path: Path, upto: int = 0) -> None:
+        self.path = path
+        if path.exists():
+            kept = [row for row in read(path) if row["update"] <= upto]
+            partial = path.with_suffix(".partial")
+            partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
+            os.replace(partial, path)
+        self._file = path.open("a")
+
+    def write(self, update: int, values: Mapping[str, float]) -> None:
+        self._file.write(json.dumps({"update": update, "time": round(time.time(), 3), **values}) + "\n")
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a journal; a last line cut short by a kill is left out."""
+    with path.open() as file:
+        for line in file:
+            if line.endswith("\n"):
+                yield json.loads(line)
+
+
+def last_update(path: Path) -> int:
+    """The newest update in a journal, 0 for none."""
+    return max((row["update"] for row in read(path)), default=0) if path.exists() else 0

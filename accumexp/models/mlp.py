@@ -1,0 +1,29 @@
+"""A multi-layer perceptron, the smallest model worth comparing with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+
+class MLP(nn.Module):
+    """Linear layers with ReLU between them and, if asked for, dropout.
+
+    Shapes: (n, ...) with `inputs` numbers a sample to (n, num_classes).
+    """
+
+    def __init__(
+        self, inputs: int, num_classes: int, hidden: Sequence[int] = (128, 64), dropout: float = 0.0
+    ) -> None:
+        super().__init__()
+        layers: list[nn.Module] = [nn.Flatten()]
+        for width in hidden:
+            layers += [nn.Linear(inputs, width), nn.ReLU()]
+            if dropout:
+                layers.append(nn.Dropout(dropout))
+            inputs = width
+        self.layers = nn.Sequential(*layers, nn.Linear(inputs, num_classes))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.layers(inputs)

@@ -1,0 +1,43 @@
+"""Learning rate schedules over updates.
+
+A schedule is stepped once an update, so its length does not depend on `accum.steps`. Each is a factor
+of the optimizer's own learning rates; `total_updates` is the number of updates in the run.
+"""
+
+from __future__ import annotations
+
+import math
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+
+def constant(optimizer: Optimizer) -> LambdaLR:
+    """Factor 1."""
+    return LambdaLR(optimizer, lambda update: 1.0)
+
+
+def cosine(optimizer: Optimizer, total_updates: int, min_factor: float = 0.0) -> LambdaLR:
+    """Factor 1 to `min_factor` along half a cosine (Loshchilov and Hutter, arXiv 1608.03983, eq. 5)."""
+    return warmup_cosine(optimizer, total_updates, warmup_updates=0, min_factor=min_factor)
+
+
+def warmup_cosine(
+    optimizer: Optimizer, total_updates: int, warmup_updates: int, min_factor: float = 0.0
+) -> LambdaLR:
+    """Linear from 1 / `warmup_updates` to 1 (Goyal et al., arXiv 1706.02677, 2.2), then `cosine`.
+
+    Raises:
+        ValueError: if the warm-up is negative or as long as the run.
+    """
+    if not 0 <= warmup_updates < total_updates:
+        raise ValueError(f"warmup_updates={warmup_updates} of {total_updates} updates in the run")
+
+    def factor(update: int) -> float:
+        if update < warmup_updates:
+            return (update + 1) / warmup_updates
+        # The last update, total_updates - 1, has min_factor itself.
+        done = (update - warmup_updates) / max(1, total_updates - 1 - warmup_updates)
+        return min_factor + (1 - min_factor) * (1 + math.cos(math.pi * min(1.0, done))) / 2
+
+    return LambdaLR(optimizer, factor)

@@ -1,0 +1,157 @@
+"""`resume=`: the run's own configuration, from its checkpoint, in its own folder."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from .config import Config, from_hydra
+from .errors import UsageError
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """A run to go on with: its configuration, and what its checkpoint holds."""
+
+    config: Config
+    content: dict[str, Any]
+    path: Path
+    overrides: list[str]
+
+    @property
+    def update(self) -> int:
+        return self.content["progress"]["update"]
+
+    def tags(self) -> dict[str, str]:
+        said = " ".join(self.overrides) or "unchanged"
+        return {f"accumexp.resumed.{self.update}": said}
+
+
+def resume_arguments(arguments: Sequence[str]) -> list[str]:
+    """The command's arguments, with Hydra told to work in the resumed run's folder.
+
+    Raises:
+        UsageError: if there is nothing to resume there, or a sweep is asked for too.
+    """
+    arguments = list(arguments)
+    where = next((a.partition("=")[2] for a in arguments if a.startswith("resume=")), None)
+    if where in (None, "", "null"):
+        return arguments
+    if {"-m", "--multirun"} & set(arguments):
+        raise UsageError("resume: goes on with one run, leave out -m")
+    folder = Path(where)
+    if not folder.exists():
+        raise UsageError(f"resume={where}: no such file or folder, give a run's folder or a checkpoint")
+    if folder.is_file():
+        folder = folder.parent.parent
+    elif folder.name == "checkpoints":
+        folder = folder.parent
+    return [*arguments, f"hydra.run.dir='{folder.resolve()}'", "hydra.output_subdir=null"]
+
+
+def resumed(cfg: DictConfig) -> Resumed | None:
+    """What `cfg.resume` names, with this command's other overrides on top; None if it names nothing.
+
+    A run whose newest checkpoint is damaged goes on from the one before, and says so.
+
+    Raises:
+        UsageError: if there is no readable checkpoint, the run is finished, or an override changes what
+            updates already logged would have been.
+    """
+    if not cfg.resume:
+        return None
+    from hydra.core.hydra_config import HydraConfig
+
+    from .checkpoint import find, load
+    from .journal import last_update
+
+    where = Path(str(cfg.resume))
+    path = find(where)
+    try:
+        content = load(path)
+    except UsageError:
+        older = _older(path) if where.is_dir() else None
+        if older is None:
+            raise
+        log.warning("checkpoint %s is damaged, going on from %s", path, older)
+        path, content = older, load(older)
+    overrides = [o for o in HydraConfig.get().overrides.task if not o.startswith("resume=")]
+    config = changed(content["config"], overrides)
+    updates = content["progress"]["update"]
+    journal = path.parent.parent / "metrics.jsonl"
+    if overrides and last_update(journal) > updates:
+        raise UsageError(
+            f"resume={where}: updates after {updates} are logged already, so {overrides[0]} would make "
+            "their points false; resume without changes first"
+        )
+    if not overrides and _finished(path):
+        raise UsageError(f"resume={where}: the run is finished; more of it with trainer.epochs=<more>")
+    return Resumed(config, content, path, overrides)
+
+
+def changed(plain: dict[str, Any], overrides: Sequence[str]) -> Config:
+    """A checkpoint's configuration with `key=value` overrides; groups cannot be exchanged in it.
+
+    Raises:
+        UsageError: for an unknown key, a wrong value, or an override that is not a plain value.
+    """
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    cfg = OmegaConf.create(plain)
+    try:
+        parsed = OverridesParser.create().parse_overrides(list(overrides))
+    except HydraException as error:
+        raise UsageError(" ".join(str(error).split())) from error
+    for override in parsed:
+        key = override.key_or_group
+        exists = OmegaConf.select(cfg, key, default=_NOTHING) is not _NOTHING
+        whole = isinstance(plain.get(key), dict)
+        if override.type is None or whole or not (exists or override.is_add()):
+            raise UsageError(
+                f"{override.input_line}: only values of the run's own configuration can be changed, "
+                "such as trainer.epochs=40"
+            )
+        if override.is_delete() or override.is_sweep_override():
+            raise UsageError(f"{override.input_line}: a single value is needed")
+        OmegaConf.update(cfg, key, override.value(), force_add=True)
+        if key in ("data.batch_size", "accum.steps", "accum.micro_batch_size"):
+            _forget_third(cfg, key)
+    return from_hydra(cfg)
+
+
+_NOTHING = object()
+
+
+def _forget_third(cfg: DictConfig, key: str) -> None:
+    """The other of steps and micro-batch size follows: a checkpoint holds all three filled in."""
+    other = "accum.steps" if key == "accum.micro_batch_size" else "accum.micro_batch_size"
+    OmegaConf.update(cfg, other, None)
+
+
+def _older(path: Path) -> Path | None:
+    from .checkpoint import load, saved_updates
+
+    for candidate in reversed([other for other in saved_updates(path.parent) if other < path]):
+        try:
+            load(candidate)
+        except UsageError:
+            continue
+        return candidate
+    return None
+
+
+def _finished(path: Path) -> bool:
+    import json
+
+    summary = path.parent.parent / "summary.json"
+    return summary.is_file() and json.loads(summary.read_text()).get("status") == "FINISHED"
+
+

@@ -1,0 +1,216 @@
+"""A sweep: one parent run, a child run for each job, and a table when all are done."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import signal
+import statistics
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig
+
+from .errors import TrainingError
+
+if TYPE_CHECKING:
+    from .config import Config
+    from .tracking import Store
+
+PARENT = "sweep.json"
+SUMMARY = "summary.json"
+
+
+class SweepFolder(Callback):
+    """Tells where Hydra puts the sweep that this process launches."""
+
+    current: Path | None = None
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        SweepFolder.current = Path(config.hydra.sweep.dir).absolute()
+
+
+@dataclass(frozen=True)
+class SweepJob:
+    """One job's place in its sweep."""
+
+    number: int
+    name: str
+    folder: Path
+    overrides: list[str]
+    jobs_at_once: int
+
+    @classmethod
+    def of(cls, hydra: Any) -> SweepJob | None:
+        """The job that Hydra's configuration describes, None outside a sweep."""
+        from hydra.types import RunMode
+
+        if hydra.mode != RunMode.MULTIRUN:
+            return None
+        number, _, name = str(hydra.sweep.subdir).partition("_")
+        folder = Path(hydra.sweep.dir).absolute()
+        return cls(int(number), name, folder, list(hydra.overrides.task), _jobs_at_once(hydra.launcher))
+
+    def share_cores(self, config: Config) -> None:
+        """Gives a parallel job its share of the cores, and keeps its live bar off the common terminal."""
+        if self.jobs_at_once == 1:
+            return
+        if config.trainer.threads is None:
+            config.trainer.threads = max(1, (os.cpu_count() or 1) // self.jobs_at_once)
+        if "progress" in config.callbacks:
+            config.callbacks["progress"]["show"] = False
+        import multiprocessing
+
+        # joblib's workers start processes by a method that torch's DataLoader cannot use.
+        if multiprocessing.get_start_method(allow_none=True) == "loky":
+            multiprocessing.set_start_method("spawn", force=True)
+
+    def parent(self, store: Store | None) -> str | None:
+        """The parent run's id; the first job that gets so far makes it, so a bad command line makes none."""
+        if store is None:
+            return None
+        known = self.folder / PARENT
+        with FileLock(self.folder / ".sweep.lock", timeout=120):
+            if not known.exists():
+                tags = {
+                    "accumexp.command": shlex.join(["python", "-m", "accumexp.run", *sys.argv[1:]]),
+                    "accumexp.folder": str(self.folder),
+                    "accumexp.sweep": "true",
+                }
+                run_id = store.create_run(f"sweep {self.folder.name}", tags)
+                written = {"run_id": run_id, "experiment_id": store.experiment_id, "uri": store.uri}
+                known.write_text(json.dumps(written) + "\n")
+            return json.loads(known.read_text())["run_id"]
+
+    def failed(self, folder: Path, error: Exception) -> None:
+        """Notes the job's failure where the sweep's end will find it."""
+        summary = folder / SUMMARY
+        known = json.loads(summary.read_text()) if summary.exists() else {"overrides": self.overrides}
+        known.update(status="FAILED", error=str(error) or type(error).__name__)
+        summary.write_text(json.dumps(known, indent=2) + "\n")
+
+
+def _jobs_at_once(launcher: Any) -> int:
+    if "joblib" not in str(launcher.get("_target_", "")):
+        return 1
+    jobs = int(launcher.get("n_jobs", 1) or 1)
+    cores = os.cpu_count() or 1
+    return jobs if jobs > 0 else max(1, cores + 1 + jobs)
+
+
+@contextmanager
+def closing_sweep() -> Iterator[None]:
+    """Closes the sweep that is launched inside, however it ends: status of the parent, table, failed jobs.
+
+    Raises:
+        TrainingError: naming the jobs that failed, after the rest have run.
+    """
+    SweepFolder.current = None
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    status = "FAILED"
+    try:
+        yield
+        status = "FINISHED"
+    except (KeyboardInterrupt, SystemExit) as stop:
+        status = "KILLED" if isinstance(stop, KeyboardInterrupt) or stop.code in (130, 143) else status
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        if SweepFolder.current is not None:
+            _close(SweepFolder.current, status)
+
+
+def _close(folder: Path, status: str) -> None:
+    jobs = summaries(folder)
+    if not jobs:
+        if folder.is_dir() and {entry.name for entry in folder.iterdir()} <= {"multirun.yaml"}:
+            shutil.rmtree(folder)
+        return
+    unfinished = [job for job in jobs if job["status"] == "RUNNING"]
+    failed = [job for job in jobs if job["status"] == "FAILED"]
+    if status == "FINISHED" and (failed or unfinished):
+        status = "FAILED"
+    _show_table(jobs, folder)
+    if (folder / PARENT).exists():
+        _close_parent(folder, status, unfinished)
+    if status != "KILLED" and (failed or unfinished):
+        lines = [f"job {' '.join(job['overrides'])}: {job.get('error') or 'died'}" for job in failed + unfinished]
+        raise TrainingError(f"{len(lines)} of {len(jobs)} jobs failed\n  " + "\n  ".join(lines))
+
+
+def _close_parent(folder: Path, status: str, unfinished: list[dict[str, Any]]) -> None:
+    from .config import TrackingConfig
+    from .display import console
+    from .tracking import Store
+
+    parent = json.loads((folder / PARENT).read_text())
+    store = Store(TrackingConfig(uri=parent["uri"]), parent["experiment_id"])
+    for job in unfinished:
+        if job.get("run_id"):
+            store.client.set_terminated(job["run_id"], "KILLED")
+    store.client.set_terminated(parent["run_id"], status)
+    lines = [f"sweep   {folder}", f"UI      {store.sweep_address(parent['run_id'])}"]
+    lines.append(f"charts  {store.charts_address(parent['run_id'])}")
+    if store.ui_command:
+        lines.append(f"serve   {store.ui_command}")
+    console.print("\n".join(lines), highlight=False, soft_wrap=True, markup=False)
+
+
+def summaries(folder: Path) -> list[dict[str, Any]]:
+    """What every job of a sweep wrote of itself, in the order of the jobs."""
+    paths = sorted(folder.glob(f"*_*/{SUMMARY}"), key=lambda path: int(path.parent.name.partition("_")[0]))
+    return [{**json.loads(path.read_text()), "folder": str(path.parent)} for path in paths]
+
+
+def groups(jobs: Sequence[dict[str, Any]]) -> tuple[list[str], dict[tuple[str, ...], list[dict[str, Any]]]]:
+    """(the keys that vary over the jobs, but the seed; the finished jobs by these keys' values)."""
+    values = [dict(o.lstrip("+").split("=", 1) for o in job["overrides"] if "=" in o) for job in jobs]
+    every = {key: None for value in values for key in value}
+    varied = [key for key in every if key != "seed" and len({value.get(key) for value in values}) > 1]
+    keys = varied or ["accum.steps"]
+    found: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for job, value in zip(jobs, values, strict=True):
+        if job["status"] == "FINISHED":
+            found.setdefault(tuple(value.get(key, "default") for key in keys), []).append(job)
+    return keys, found
+
+
+def _show_table(jobs: list[dict[str, Any]], folder: Path) -> None:
+    from rich.table import Table
+
+    from .display import console
+
+    keys, found = groups(jobs)
+    table = Table(title=f"{len(jobs)} jobs", title_justify="left")
+    for key in keys:
+        table.add_column(key)
+    for heading in ("seeds", "test accuracy", "test loss", "updates", "time", "ms/update", "activations"):
+        table.add_column(heading, justify="right")
+    for values, members in found.items():
+        finals = [job["final"] for job in members]
+        table.add_row(
+            *values,
+            str(len(members)),
+            _spread([final["accuracy"] for final in finals if "accuracy" in final]),
+            _spread([final["loss"] for final in finals]),
+            f"{statistics.fmean(final['updates'] for final in finals):.0f}",
+            f"{statistics.fmean(final['seconds'] for final in finals):.1f} s",
+            f"{statistics.median(final['update_ms'] for final in finals):.2f}",
+            f"{statistics.fmean(final['activation_mib'] for final in finals):.2f} MiB",
+        )
+    console.print(table)
+
+
+def _spread(values: list[float]) -> str:
+    if not values:
+        return "-"
+    mean = statistics.fmean(values)
+    return f"{mean:.4f}" + (f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else "")

@@ -1,0 +1,93 @@
+"""The machine under a run: its device, its memory, its threads, and what code it runs."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import subprocess
+from pathlib import Path
+
+import torch
+
+from .errors import UsageError
+
+MIB = 2**20
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is the GPU if there is one.
+
+    Raises:
+        UsageError: for a device that torch does not know or this machine does not have.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise UsageError(f"device={name}: {reason}; auto, cpu, cuda or cuda:<n>") from error
+    return device
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Starts a new peak: jobs of a sweep may share a process."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        try:
+            # Linux: 5 resets the peak of the resident set (proc(5), clear_refs).
+            Path("/proc/self/clear_refs").write_text("5")
+        except OSError:
+            pass
+
+
+def peak_memory_mib(device: torch.device) -> float:
+    """MiB: what torch allocated on a GPU, or the process's peak resident set on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / MIB
+    try:
+        peak = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+        if peak:
+            return int(peak[1]) * 1024 / MIB
+    except OSError:
+        pass
+    import psutil
+
+    return psutil.Process().memory_info().rss / MIB
+
+
+def wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def git(folder: Path, *arguments: str) -> str | None:
+    """What git says in `folder`, or None where there is no git or no checkout."""
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=10, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout
+
+
+def code_version() -> tuple[str, str]:
+    """(git sha, diff against it) of this package's checkout, or (version, "") of an installed wheel."""
+    from . import __version__
+
+    package = Path(__file__).resolve().parent
+    tracked = git(package, "ls-files", "--error-unmatch", "__init__.py")
+    sha = git(package, "rev-parse", "HEAD") if tracked else None
+    if sha is None:
+        return __version__, ""
+    return sha.strip(), git(package, "diff", "HEAD") or ""

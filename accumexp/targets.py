@@ -1,0 +1,49 @@
+"""Building what users bring: a `_target_` node becomes an object, or one line that says why not."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from .errors import UsageError
+
+
+def build(node: Mapping[str, Any], key: str, *args: Any, **offered: Any) -> Any:
+    """Instantiates `node`, whose `_target_` names a class or function of any installed package.
+
+    Args:
+        key: the node's dotted key, for the error.
+        args: passed first.
+        offered: passed as keywords where the target takes parameters of these names.
+
+    Raises:
+        UsageError: if the target cannot be imported, or refuses its arguments.
+    """
+    from hydra.errors import InstantiationException
+    from hydra.utils import get_method, get_object, instantiate
+
+    if not isinstance(node, Mapping) or "_target_" not in node:
+        raise UsageError(f"{key}: names no class, give {key}._target_=package.Class")
+    target = str(node["_target_"])
+    try:
+        found = get_object(target)
+        if not callable(found):
+            found = get_method(target)
+    except Exception as error:
+        raise UsageError(f"{key}._target_={target}: {_reason(error)}") from error
+    try:
+        names = inspect.signature(found).parameters
+    except (TypeError, ValueError):
+        names = {}
+    extra = {name: value for name, value in offered.items() if name in names and name not in node}
+    try:
+        return instantiate(dict(node), *args, **extra, _convert_="all")
+    except InstantiationException as error:
+        cause = error.__cause__ or error
+        raise UsageError(f"{key} ({target}): {_reason(cause)}") from cause
+
+
+def _reason(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,333 @@
+"""A run's record in MLflow. The only module that imports it, and only when a run is opened.
+
+Points are sent in batches: a single `log_metric` costs milliseconds, a point of a batch a tenth of one.
+A server that stops answering does not stop the training: points wait and are sent when it is back, and
+`metrics.jsonl` has them in any case.
+"""
+
+from __future__ import annotations
+
+import getpass
+import logging
+import os
+import sqlite3
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from filelock import FileLock
+
+from .config import Backend, TrackingConfig
+from .errors import UsageError
+
+log = logging.getLogger(__name__)
+LOCAL_UI = "http://127.0.0.1:5000"
+MAX_PARAM_LENGTH = 6000
+MAX_POINTS_A_CALL = 1000
+
+
+class Tracker:
+    """The record that is not kept (`tracking=none`), and the interface of those that are."""
+
+    run_id: str | None = None
+    address: str | None = None
+    ui_command: str | None = None
+
+    def identity(self) -> dict[str, str]:
+        """What a checkpoint must know to go on with the same record."""
+        return {}
+
+    def log(self, update: int, values: Mapping[str, float]) -> None: ...
+
+    def flush(self) -> None: ...
+
+    def final(self, values: Mapping[str, float]) -> None:
+        """Values of the whole run, without a step."""
+
+    def tag(self, tags: Mapping[str, str]) -> None: ...
+
+    def artifact(self, path: Path, folder: str | None = None) -> None: ...
+
+    def checkpoint(self, path: Path, update: int, evaluated: Mapping[str, float]) -> None:
+        """Keeps a checkpoint, as a logged model too if it was evaluated."""
+
+    def end(self, status: str) -> None:
+        """FINISHED, FAILED or KILLED."""
+
+
+class Store:
+    """A tracking server or database, reached once: its client, its address and its experiment.
+
+    Args:
+        experiment_id: of an experiment that is known to be there, instead of `config.experiment`.
+
+    Raises:
+        UsageError: if it cannot be reached, naming `tracking.uri`.
+    """
+
+    def __init__(self, config: TrackingConfig, experiment_id: str | None = None) -> None:
+        self.uri = config.uri or f"sqlite:///{Path.cwd() / 'mlflow.db'}"
+        if self.uri.startswith("sqlite:///"):
+            self.uri = f"sqlite:///{Path(self.uri.removeprefix('sqlite:///')).absolute()}"
+        try:
+            self.client = self._client()
+            self.experiment_id = experiment_id or self._open(config.experiment)
+        except UsageError:
+            raise
+        except Exception as error:
+            reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+            raise UsageError(f"tracking.uri={self.uri}: cannot be used: {reason}") from error
+
+    @property
+    def base(self) -> str:
+        """The UI's address: the server's own, or where `mlflow ui` serves a local store."""
+        return self.uri.rstrip("/") if self.uri.startswith("http") else LOCAL_UI
+
+    @property
+    def ui_command(self) -> str | None:
+        return None if self.uri.startswith("http") else f"mlflow ui --backend-store-uri {self.uri}"
+
+    def run_address(self, run_id: str) -> str:
+        return f"{self.base}/#/experiments/{self.experiment_id}/runs/{run_id}"
+
+    def sweep_address(self, parent_id: str) -> str:
+        """The parent's children in the UI, ordered by `accum.steps`: its default view hides them."""
+        condition = quote(f"tags.mlflow.parentRunId = '{parent_id}'")
+        order = quote("params.`accum.steps`")
+        return (
+            f"{self.base}/#/experiments/{self.experiment_id}/runs?workflowType=machine_learning"
+            f"&searchFilter={condition}&orderByKey={order}&orderByAsc=true"
+        )
+
+    def charts_address(self, parent_id: str) -> str:
+        """The children's curves over each other."""
+        return self.sweep_address(parent_id).replace("&searchFilter", "&compareRunsMode=CHART&searchFilter")
+
+    def create_run(self, name: str | None, tags: Mapping[str, str]) -> str:
+        own = {
+            "mlflow.source.name": "accumexp.run",
+            "mlflow.source.type": "LOCAL",
+            "mlflow.user": getpass.getuser() if hasattr(os, "getuid") else os.environ.get("USERNAME", ""),
+        }
+        return self.client.create_run(self.experiment_id, tags={**own, **tags}, run_name=name).info.run_id
+
+    def _client(self) -> Any:
+        if self.uri.startswith("http"):
+            _check_server(self.uri)
+        # A run tells nobody but its own store that it happens, and a dead server is found in seconds.
+        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
+        for noisy in ("mlflow", "alembic"):
+            logging.getLogger(noisy).setLevel(logging.WARNING)
+        from mlflow import MlflowClient
+
+        if self._database is None:
+            return MlflowClient(self.uri)
+        if not self._database.parent.is_dir():
+            raise UsageError(f"tracking.uri={self.uri}: the folder {self._database.parent} is not there")
+        # Processes that create the tables of one new store at the same time fail.
+        with FileLock(f"{self._database}.lock", timeout=120):
+            client = MlflowClient(self.uri)
+            client.search_experiments(max_results=1)
+            connection = sqlite3.connect(self._database)
+            connection.execute("PRAGMA journal_mode=WAL")
+            connection.close()
+        return client
+
+    def _open(self, experiment: str) -> str:
+        """The id of `experiment`, created if it is new."""
+        if self._database is None:
+            return _experiment(self.client, experiment, None)
+        with FileLock(f"{self._database}.lock", timeout=120):
+            return _experiment(self.client, experiment, (self._database.parent / "mlartifacts").as_uri())
+
+    @property
+    def _database(self) -> Path | None:
+        sqlite = self.uri.startswith("sqlite:///")
+        return Path(self.uri.removeprefix("sqlite:///")) if sqlite else None
+
+
+class MLflowTracker(Tracker):
+    """An open MLflow run."""
+
+    def __init__(self, store: Store, run_id: str, config: TrackingConfig, resumed: bool = False) -> None:
+        self.store = store
+        self.run_id: str = run_id
+        self.address = store.run_address(run_id)
+        self.ui_command = store.ui_command
+        self._config = config
+        self._queue: list[Any] = []
+        self._last_flush = time.monotonic()
+        self._troubled = False
+        self._times: dict[tuple[str, int], int] = {}  # (key, step): milliseconds since 1970
+        self._known = frozenset[tuple[str, int]]()
+        if resumed:
+            self._times = self._history()
+            self._known = frozenset(point for point in self._times if not point[0].startswith("final/"))
+            store.client.update_run(run_id, status="RUNNING")
+        self._monitor = self._system_metrics(resumed) if config.system_metrics else None
+
+    def identity(self) -> dict[str, str]:
+        return {"uri": self.store.uri, "experiment_id": self.store.experiment_id, "run_id": self.run_id}
+
+    def params(self, params: Mapping[str, Any]) -> None:
+        from mlflow.entities import Param
+
+        entries = [Param(key, str(value)[:MAX_PARAM_LENGTH]) for key, value in params.items()]
+        for start in range(0, len(entries), 100):
+            self.store.client.log_batch(self.run_id, params=entries[start : start + 100])
+
+    def dataset(self, name: str, digest: str, source: str, context: str, profile: str) -> None:
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        data = Dataset(name, digest, source_type="code", source=source, profile=profile)
+        tags = [InputTag("mlflow.data.context", context)]
+        self.store.client.log_inputs(self.run_id, [DatasetInput(data, tags)])
+
+    def tag(self, tags: Mapping[str, str]) -> None:
+        for key, value in tags.items():
+            self.store.client.set_tag(self.run_id, key, value)
+
+    def log(self, update: int, values: Mapping[str, float]) -> None:
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        for key, value in values.items():
+            # A run resumed from before its last point makes the points since then again, alike.
+            if (key, update) not in self._known:
+                self._queue.append(Metric(key, value, now, update))
+                if key.startswith("eval/"):
+                    self._times[key, update] = now
+        waited = time.monotonic() - self._last_flush
+        if len(self._queue) >= self._config.flush_points or waited >= self._config.flush_seconds:
+            self.flush()
+
+    def flush(self) -> None:
+        self._last_flush = time.monotonic()
+        try:
+            while self._queue:
+                self.store.client.log_batch(self.run_id, self._queue[:MAX_POINTS_A_CALL])
+                del self._queue[:MAX_POINTS_A_CALL]
+            self._troubled = False
+        except Exception as error:
+            if not self._troubled:
+                log.warning("tracking: %d points wait for %s: %s", len(self._queue), self.store.uri, error)
+            self._troubled = True
+
+    def final(self, values: Mapping[str, float]) -> None:
+        self.log(0, {f"final/{key}": value for key, value in values.items()})
+        self.flush()
+
+    def artifact(self, path: Path, folder: str | None = None) -> None:
+        try:
+            self.store.client.log_artifact(self.run_id, str(path), folder)
+        except Exception as error:
+            log.warning("tracking: %s is not uploaded: %s", path, error)
+
+    def checkpoint(self, path: Path, update: int, evaluated: Mapping[str, float]) -> None:
+        self.artifact(path, "checkpoints")
+        if not evaluated:
+            return
+        from mlflow.entities import LoggedModelOutput, LoggedModelStatus, Metric
+
+        client, now = self.store.client, int(time.time() * 1000)
+        try:
+            model = client.create_logged_model(
+                self.store.experiment_id,
+                name=f"update-{update}",
+                source_run_id=self.run_id,
+                tags={"accumexp.checkpoint": f"checkpoints/{path.name}"},
+                model_type="checkpoint",
+            )
+            client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
+            # With the time they were logged at, the run's own points are not doubled.
+            metrics = [
+                Metric(key, value, self._times.get((key, update), now), update, model_id=model.model_id)
+                for key, value in evaluated.items()
+            ]
+            client.log_batch(self.run_id, metrics)
+            client.log_outputs(self.run_id, [LoggedModelOutput(model.model_id, update)])
+        except Exception as error:
+            log.warning("tracking: no logged model for %s: %s", path, error)
+
+    def end(self, status: str) -> None:
+        if self._monitor:
+            self._monitor.finish()
+        self.flush()
+        if self._queue:
+            log.warning("tracking: %d points did not reach %s", len(self._queue), self.store.uri)
+        try:
+            self.store.client.set_terminated(self.run_id, status)
+        except Exception as error:
+            log.warning("tracking: %s did not reach %s: %s", status, self.store.uri, error)
+
+    def _history(self) -> dict[tuple[str, int], int]:
+        keys = [key for key in self.store.client.get_run(self.run_id).data.metrics if key[:7] != "system/"]
+        history = (self.store.client.get_metric_history(self.run_id, key) for key in keys)
+        return {(point.key, point.step): point.timestamp for points in history for point in points}
+
+    def _system_metrics(self, resumed: bool) -> Any:
+        from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+        monitor = SystemMetricsMonitor(
+            self.run_id, sampling_interval=5, resume_logging=resumed, tracking_uri=self.store.uri
+        )
+        monitor.start()
+        return monitor
+
+
+def reopen(config: TrackingConfig, identity: Mapping[str, str]) -> Tracker:
+    """The record that a checkpoint's `identity` names.
+
+    Raises:
+        UsageError: if its store cannot be reached or does not have the run any more.
+    """
+    if config.backend is Backend.none or not identity:
+        return Tracker()
+    config.uri = identity["uri"]
+    store = Store(config, identity["experiment_id"])
+    try:
+        return MLflowTracker(store, identity["run_id"], config, resumed=True)
+    except Exception as error:
+        raise UsageError(
+            f"resume: run {identity['run_id']} is not in {identity['uri']}: {error}; "
+            "tracking=none goes on without it"
+        ) from error
+
+
+def _experiment(client: Any, name: str, artifacts: str | None) -> str:
+    from mlflow.exceptions import MlflowException
+
+    found = client.get_experiment_by_name(name)
+    if found is None:
+        try:
+            return client.create_experiment(name, artifact_location=artifacts)
+        except MlflowException:  # another process was faster
+            found = client.get_experiment_by_name(name)
+            if found is None:
+                raise
+    if found.lifecycle_stage != "active":
+        raise UsageError(
+            f"tracking.experiment={name}: was deleted in this store; `mlflow gc` removes it, or "
+            "choose another name"
+        )
+    return found.experiment_id
+
+
+def _check_server(uri: str) -> None:
+    try:
+        with urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=5):
+            pass
+    except urllib.error.HTTPError:
+        pass  # something answers; whether it is MLflow, the first call will tell
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "reason", error)
+        raise UsageError(
+            f"tracking.uri={uri}: no server answers ({reason}); start it with `mlflow server`, or "
+            "leave tracking.uri out for a local store"
+        ) from error
