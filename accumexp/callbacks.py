@@ -62,7 +62,7 @@ class LossMonitor(Callback):
         update = trainer.progress.update
         if update >= self._next:
             self._next = (update // self.every + 1) * self.every
-            console.print(f"update {update}/{trainer.total_updates}  {line(values)}", highlight=False)
+            console.print(f"update {update}/{trainer.total_updates}  {line(values)}", highlight=False, soft_wrap=True)
 
 
 class Best:

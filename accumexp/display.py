@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
-from rich.table import Table
 
 from .callbacks import Callback
 
@@ -80,13 +79,11 @@ class Progress(Callback):
 
 
 def show_values(title: str, values: Mapping[str, object]) -> None:
-    """A two-column table; long values are wrapped, never cut."""
-    table = Table(title=title, show_header=False, title_justify="left", box=None, pad_edge=False)
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
+    """Names and values in two columns; addresses stay whole, so that they can be clicked and copied."""
+    width = max(map(len, values))
+    console.print(title, style="bold")
     for key, value in values.items():
-        table.add_row(key, str(value))
-    console.print(table)
+        console.print(f"  {key:<{width}}  {value}", highlight=False, soft_wrap=True, markup=False)
 
 
 def duration(seconds: float) -> str:

@@ -19,7 +19,7 @@ from .compose import WANTS_TRACEBACK, fail
 from .config import Backend, Config, from_hydra, to_plain
 from .display import console, duration, show_values
 from .errors import TrainingError, UsageError
-from .record import RunRecord, open_tracker, write_config
+from .record import SUMMARY, RunRecord, open_tracker, write_config
 from .resume import Resumed, resumed
 from .signals import StopSignals
 from .sweep import SweepJob
@@ -44,20 +44,15 @@ def run_job(cfg: DictConfig) -> float | None:
         return Run(cfg, folder, job).execute()
     except Exception as error:
         expected = isinstance(error, UsageError | TrainingError)
-        log.error("%s", error, exc_info=error)
-        if isinstance(error, UsageError) and not job:
-            shutil.rmtree(folder) if _untouched(folder) else None
+        log.info("failed", exc_info=error)  # to run.log, not to the terminal
+        if isinstance(error, UsageError) and not job and not (folder / SUMMARY).exists():
+            shutil.rmtree(folder, ignore_errors=True)  # no run was opened, so nothing is lost
         if WANTS_TRACEBACK or not expected:
             traceback.print_exc()
         if job:
             job.failed(folder, error)
             return None
         sys.exit(fail(error) if expected else 1)
-
-
-def _untouched(folder: Path) -> bool:
-    """Whether nothing but Hydra's own files and the log are in the run's folder."""
-    return folder.is_dir() and {entry.name for entry in folder.iterdir()} <= {".hydra", "run.log"}
 
 
 @dataclass

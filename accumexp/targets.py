@@ -45,5 +45,7 @@ def build(node: Mapping[str, Any], key: str, *args: Any, **offered: Any) -> Any:
 
 
 def _reason(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+    """The first sentence of an error: its first line, and the next where that one ends in a colon."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    more = lines[1:2] if lines[0].endswith(":") else []
+    return " ".join([lines[0], *more])

@@ -1,0 +1,84 @@
+"""`python -m accumexp.evaluate`: metrics of a saved model on the test split."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from .compose import command
+from .errors import UsageError
+
+HELP = """\
+  checkpoint=<path>   a checkpoint, or a run's folder, of which the best checkpoint is taken
+  split=test          the split to evaluate on: test or eval
+  json=false          true prints the values as one line of JSON
+  key=value ...       changes to the run's own configuration: data.root=..., device=cpu, precision=fp32
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m accumexp.evaluate",
+        description="Loss and metrics of a checkpoint's model, rebuilt from what the checkpoint knows.",
+        epilog=HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("arguments", nargs="*", metavar="key=value")
+    arguments = parser.parse_args().arguments
+    malformed = next((argument for argument in arguments if "=" not in argument), None)
+    if malformed:
+        raise UsageError(f"{malformed}: arguments are key=value, such as checkpoint=<path>")
+    own = {"checkpoint": "", "split": "test", "json": "false"}
+    overrides = []
+    for argument in arguments:
+        key, _, value = argument.partition("=")
+        if key in own:
+            own[key] = value
+        else:
+            overrides.append(argument)
+    if not own["checkpoint"]:
+        raise UsageError("checkpoint: a path is needed, give checkpoint=<run folder or file>")
+    if own["split"] not in ("test", "eval"):
+        raise UsageError(f"split={own['split']}: test or eval")
+    if own["json"] not in ("true", "false"):
+        raise UsageError(f"json={own['json']}: true or false")
+    evaluate(own["checkpoint"], own["split"], overrides, as_json=own["json"] == "true")
+
+
+def evaluate(checkpoint: str, split: str, overrides: list[str], as_json: bool) -> dict[str, float]:
+    """Prints and returns loss and metrics of `checkpoint` on `split`.
+
+    Raises:
+        UsageError: for a checkpoint that is missing, damaged, foreign, or does not fit its configuration.
+    """
+    from .checkpoint import find, load
+    from .resume import changed
+
+    path = find(Path(checkpoint), best=True)
+    content = load(path)
+    config = changed(content["config"], overrides)
+
+    from .assembly import build_parts
+    from .display import show_values
+
+    parts = build_parts(config)
+    try:
+        parts.model.load_state_dict(content["model"])
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UsageError(f"checkpoint {path}: does not fit this configuration: {reason}") from error
+    batches = parts.splits.test if split == "test" else parts.splits.eval
+    values = parts.evaluator(parts.model, batches)
+    if as_json:
+        print(json.dumps({"checkpoint": str(path), "split": split, "samples": batches.samples, **values}))
+    else:
+        shown: dict[str, object] = {"checkpoint": path, "update": content["progress"]["update"]}
+        shown["samples"] = f"{batches.samples} of the {split} split"
+        shown.update({name: f"{value:.4f}" for name, value in values.items()})
+        show_values("evaluation", shown)
+    return values
+
+
+if __name__ == "__main__":
+    command(main)
