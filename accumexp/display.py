@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from .trainer import Trainer
 
 console = Console()
+if not console.is_terminal:
+    console = Console(width=120)  # a pipe or a file has no width of its own
 
 SHOWN = {
     "train/loss": ("loss", "{:.4f}"),

@@ -138,7 +138,7 @@ def _close(folder: Path, status: str) -> None:
     failed = [job for job in jobs if job["status"] == "FAILED"]
     if status == "FINISHED" and (failed or unfinished):
         status = "FAILED"
-    _show_table(jobs, folder)
+    _show_table(jobs)
     if (folder / PARENT).exists():
         _close_parent(folder, status, unfinished)
     if status != "KILLED" and (failed or unfinished):
@@ -183,24 +183,26 @@ def groups(jobs: Sequence[dict[str, Any]]) -> tuple[list[str], dict[tuple[str, .
     return keys, found
 
 
-def _show_table(jobs: list[dict[str, Any]], folder: Path) -> None:
+def _show_table(jobs: list[dict[str, Any]]) -> None:
+    """Mean and standard deviation over seeds for every combination of what varied."""
+    from rich import box
     from rich.table import Table
 
     from .display import console
 
     keys, found = groups(jobs)
-    table = Table(title=f"{len(jobs)} jobs", title_justify="left")
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for key in keys:
         table.add_column(key)
     for heading in ("seeds", "test accuracy", "test loss", "updates", "time", "ms/update", "activations"):
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", no_wrap=True)
     for values, members in found.items():
         finals = [job["final"] for job in members]
         table.add_row(
             *values,
             str(len(members)),
             _spread([final["accuracy"] for final in finals if "accuracy" in final]),
-            _spread([final["loss"] for final in finals]),
+            f"{statistics.fmean(final['loss'] for final in finals):.4f}",
             f"{statistics.fmean(final['updates'] for final in finals):.0f}",
             f"{statistics.fmean(final['seconds'] for final in finals):.1f} s",
             f"{statistics.median(final['update_ms'] for final in finals):.2f}",
