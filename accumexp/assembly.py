@@ -53,10 +53,12 @@ def build_parts(config: Config) -> Parts:
         torch.set_num_threads(config.trainer.threads)
     seed_everything(config.seed, config.trainer.deterministic)
     dtype = DTYPES[config.param_precision or _parameter_precision(config.precision)]
-    autocast = DTYPES[config.precision] if config.precision is Precision.bf16 != config.param_precision else None
+    lowered = config.precision is Precision.bf16 and dtype is not torch.bfloat16
+    autocast = torch.bfloat16 if lowered else None
     model = build(config.model, "model")
     if not isinstance(model, nn.Module):
-        raise UsageError(f"model: {config.model['_target_']} made a {type(model).__name__}, not a torch module")
+        made = f"{config.model['_target_']} made a {type(model).__name__}"
+        raise UsageError(f"model: {made}, a torch.nn.Module is needed")
     criterion = build(config.loss, "loss")
     if isinstance(criterion, nn.Module):
         criterion = criterion.to(device, dtype)

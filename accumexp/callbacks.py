@@ -47,7 +47,7 @@ class Callback:
 
 
 class LossMonitor(Callback):
-    """Prints a line of loss, metrics, learning rate and speed, at the first read after every `every` updates."""
+    """Prints a line of loss, metrics, learning rate and speed every `every` updates, when they are read."""
 
     def __init__(self, every: int = 100) -> None:
         self.every = every
@@ -62,7 +62,8 @@ class LossMonitor(Callback):
         update = trainer.progress.update
         if update >= self._next:
             self._next = (update // self.every + 1) * self.every
-            console.print(f"update {update}/{trainer.total_updates}  {line(values)}", highlight=False, soft_wrap=True)
+            text = f"update {update}/{trainer.total_updates}  {line(values)}"
+            console.print(text, highlight=False, soft_wrap=True)
 
 
 class Best:

@@ -65,7 +65,7 @@ def load(path: Path) -> dict[str, Any]:
         raise UsageError(f"checkpoint {path}: not a checkpoint of accumexp ({reason})") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         found = content.get("format") if isinstance(content, dict) else type(content).__name__
-        raise UsageError(f"checkpoint {path}: not a checkpoint of accumexp (format {found!r}, not {FORMAT!r})")
+        raise UsageError(f"checkpoint {path}: of format {found!r}, not {FORMAT!r}")
     return content
 
 

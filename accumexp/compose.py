@@ -92,7 +92,7 @@ def explain(error: BaseException) -> str:
         if "Could not override" in text:
             return unknown_key(key, _siblings(key))
         return f"{key}={value}: {str(cause.msg or cause).splitlines()[0]}"
-    missing = re.search(r"Could not override '([^']+)'", text) or re.search(r"Key '([^']+)' is not in struct", text)
+    missing = re.search(r"(?:Could not override|Key) '([^']+)'", text)
     if missing:
         return unknown_key(missing[1], _siblings(missing[1]))
     if isinstance(error, OmegaConfBaseException):

@@ -8,7 +8,6 @@ import sys
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from omegaconf import DictConfig
 
@@ -160,10 +159,11 @@ class Run:
             values["test accuracy"] = f"{final['accuracy']:.4f}"
         values["test loss"] = f"{final['loss']:.4f}"
         values["updates"] = f"{trainer.progress.update} in {duration(trainer.progress.seconds)}"
-        values["speed"] = f"{final['update_ms']:.2f} ms an update, {final['samples_per_second']:.0f} samples/s"
-        values["memory"] = (
-            f"{final['activation_mib']:.2f} MiB of activations, {final['peak_memory_mib']:.0f} MiB at the peak"
-        )
+        speed, rate = final["update_ms"], final["samples_per_second"]
+        values["speed"] = f"{speed:.2f} ms an update, {rate:.0f} samples/s"
+        values["memory"] = f"{final['activation_mib']:.2f} MiB of activations"
+        if "peak_memory_mib" in final:
+            values["memory"] += f", {final['peak_memory_mib']:.0f} MiB at the peak"
         if trainer.stop_reason:
             values["ended by"] = trainer.stop_reason
         values["folder"] = self.folder

@@ -153,5 +153,3 @@ def _finished(path: Path) -> bool:
 
     summary = path.parent.parent / "summary.json"
     return summary.is_file() and json.loads(summary.read_text()).get("status") == "FINISHED"
-
-

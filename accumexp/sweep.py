@@ -93,7 +93,9 @@ class SweepJob:
     def failed(self, folder: Path, error: Exception) -> None:
         """Notes the job's failure where the sweep's end will find it."""
         summary = folder / SUMMARY
-        known = json.loads(summary.read_text()) if summary.exists() else {"overrides": self.overrides}
+        known: dict[str, Any] = {"overrides": self.overrides}
+        if summary.exists():
+            known = json.loads(summary.read_text())
         known.update(status="FAILED", error=str(error) or type(error).__name__)
         summary.write_text(json.dumps(known, indent=2) + "\n")
 
@@ -142,8 +144,10 @@ def _close(folder: Path, status: str) -> None:
     if (folder / PARENT).exists():
         _close_parent(folder, status, unfinished)
     if status != "KILLED" and (failed or unfinished):
-        lines = [f"job {' '.join(job['overrides'])}: {job.get('error') or 'died'}" for job in failed + unfinished]
-        raise TrainingError(f"{len(lines)} of {len(jobs)} jobs failed\n  " + "\n  ".join(lines))
+        lines = [f"{len(failed + unfinished)} of {len(jobs)} jobs failed"]
+        for job in failed + unfinished:
+            lines.append(f"  job {' '.join(job['overrides'])}: {job.get('error') or 'died'}")
+        raise TrainingError("\n".join(lines))
 
 
 def _close_parent(folder: Path, status: str, unfinished: list[dict[str, Any]]) -> None:

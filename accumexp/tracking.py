@@ -158,7 +158,7 @@ class MLflowTracker(Tracker):
 
     def __init__(self, store: Store, run_id: str, config: TrackingConfig, resumed: bool = False) -> None:
         self.store = store
-        self.run_id: str = run_id
+        self.run_id = run_id
         self.address = store.run_address(run_id)
         self.ui_command = store.ui_command
         self._config = config
@@ -174,7 +174,7 @@ class MLflowTracker(Tracker):
         self._monitor = self._system_metrics(resumed) if config.system_metrics else None
 
     def identity(self) -> dict[str, str]:
-        return {"uri": self.store.uri, "experiment_id": self.store.experiment_id, "run_id": self.run_id}
+        return {"uri": self.store.uri, "experiment_id": self.store.experiment_id, "run_id": str(self.run_id)}
 
     def params(self, params: Mapping[str, Any]) -> None:
         from mlflow.entities import Param

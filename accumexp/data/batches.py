@@ -90,7 +90,9 @@ class ResidentBatches(Batches):
     `inputs` and `targets` hold the whole data set; `indices` says which of it belong to this split.
     """
 
-    def __init__(self, inputs: Nested, targets: Nested, indices: Tensor, batch_size: int, **options: Any) -> None:
+    def __init__(
+        self, inputs: Nested, targets: Nested, indices: Tensor, batch_size: int, **options: Any
+    ) -> None:
         super().__init__(indices, batch_size, **options)
         self.inputs = inputs
         self.targets = targets

@@ -71,7 +71,8 @@ def build_splits(config: DataConfig, seed: int, place: Placement) -> Splits:
         order = torch.randperm(len(train_indices), generator=generator)
         eval_indices, train_indices = order[:held_out].sort().values, order[held_out:].sort().values
     if not len(train_indices) or config.drop_last and len(train_indices) < cast(int, config.batch_size):
-        raise UsageError(f"data.batch_size={config.batch_size}: only {len(train_indices)} samples to train on")
+        left = f"only {len(train_indices)} samples to train on"
+        raise UsageError(f"data.batch_size={config.batch_size}: {left}")
     test_indices = torch.arange(_length(test_set, "data.test"))
     if not len(eval_indices):
         eval_set, eval_indices = test_set, test_indices
@@ -81,9 +82,7 @@ def build_splits(config: DataConfig, seed: int, place: Placement) -> Splits:
     feed = _Feed(config, transform, place)
     batch_size = cast(int, config.batch_size)
     return Splits(
-        train=feed(
-            train_set, train_indices, batch_size, augment, shuffle=seed, drop_last=config.drop_last
-        ),
+        train=feed(train_set, train_indices, batch_size, augment, shuffle=seed, drop_last=config.drop_last),
         eval=feed(eval_set, eval_indices, config.eval_batch_size),
         test=feed(test_set, test_indices, config.eval_batch_size),
     )
@@ -102,7 +101,7 @@ class _Feed:
         self, dataset: Dataset[Any], indices: Tensor, batch_size: int, augment: Any = None, **options: Any
     ) -> Batches:
         on_device = augment if isinstance(augment, BatchAugment) else None
-        by_sample = None if on_device else augment
+        by_sample: Callable[[Any], Any] | None = None if on_device else augment
         if by_sample is None and self._resident(dataset):
             inputs, targets = self._tensors(dataset)
             return ResidentBatches(inputs, targets, indices, batch_size, augment=on_device, **options)
@@ -154,7 +153,8 @@ class _Feed:
             return inputs
 
         def in_chunks(tensor: Tensor) -> Tensor:
-            return torch.cat([transform(chunk).as_subclass(Tensor) for chunk in tensor.split(TRANSFORM_CHUNK)])
+            chunks = tensor.split(TRANSFORM_CHUNK)
+            return torch.cat([transform(chunk).as_subclass(Tensor) for chunk in chunks])
 
         return map_tensors(in_chunks, inputs)
 
