@@ -62,14 +62,14 @@ class DataConfig:
 
     root: str = "data"
     train: dict[str, Any] = field(default_factory=dict)
-    # Null: held out of train, the same samples for every seed.
-    eval: dict[str, Any] | None = None
+    # Empty: held out of train, the same samples for every seed.
+    eval: dict[str, Any] | None = field(default_factory=dict)
     eval_fraction: float = 0.1
     split_seed: int = 0
     test: dict[str, Any] = field(default_factory=dict)
     # A deterministic transform of samples or whole tensors, and the random one applied in training.
-    transform: dict[str, Any] | None = None
-    augment: dict[str, Any] | None = None
+    transform: dict[str, Any] | None = field(default_factory=dict)
+    augment: dict[str, Any] | None = field(default_factory=dict)
     num_classes: int = MISSING
     channels: int = MISSING
     image_size: int = MISSING

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 
 
@@ -23,7 +24,8 @@ class Regression(nn.Module):
 
     def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
         if not targets.is_floating_point() and outputs.dim() == targets.dim() + 1:
-            targets = nn.functional.one_hot(targets, outputs.shape[-1])
+            # one_hot() would read the labels on the host, once a micro-batch.
+            targets = targets.unsqueeze(-1) == torch.arange(outputs.shape[-1], device=targets.device)
         if outputs.shape != targets.shape:
             raise ValueError(
                 f"outputs of shape {tuple(outputs.shape)} against targets of shape {tuple(targets.shape)}"

@@ -127,7 +127,7 @@ class Trainer:
         self._pending: list[tuple[int, Tensor, float]] = []  # update, loss on the device, learning rate
         self._clock = time.perf_counter()
         self._last_read = (0, 0, 0.0)  # update, samples, seconds
-        self._events = {event: self._listeners(event) for event in EVENTS}
+        self._events: dict[str, list[Callable[..., None]]] = {}
 
     @property
     def finished(self) -> bool:
@@ -143,6 +143,7 @@ class Trainer:
         Raises:
             TrainingError: with `check_finite`, for a loss that is inf or nan.
         """
+        self._events = {event: self._listeners(event) for event in EVENTS}
         self._clock = time.perf_counter()
         self._mark_read()
         self._emit("run_begin")
@@ -287,7 +288,7 @@ class Trainer:
         return [getattr(c, event) for c in callbacks if getattr(type(c), event, base) is not base]
 
     def _emit(self, event: str, *arguments: Any) -> None:
-        for listener in self._events[event]:
+        for listener in self._events.get(event, ()):
             listener(self, *arguments)
 
     def state_dict(self) -> dict[str, Any]:

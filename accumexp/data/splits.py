@@ -61,7 +61,7 @@ def build_splits(config: DataConfig, seed: int, place: Placement) -> Splits:
     train_set = _dataset(config, config.train, "data.train")
     test_set = _dataset(config, config.test, "data.test")
     train_indices = torch.arange(_length(train_set, "data.train"))
-    if config.eval is not None:
+    if config.eval:
         eval_set = _dataset(config, config.eval, "data.eval")
         eval_indices = torch.arange(_length(eval_set, "data.eval"))
     else:
@@ -101,7 +101,7 @@ class _Feed:
         self, dataset: Dataset[Any], indices: Tensor, batch_size: int, augment: Any = None, **options: Any
     ) -> Batches:
         on_device = augment if isinstance(augment, BatchAugment) else None
-        by_sample: Callable[[Any], Any] | None = None if on_device else augment
+        by_sample: Any = None if on_device else augment
         if by_sample is None and self._resident(dataset):
             inputs, targets = self._tensors(dataset)
             return ResidentBatches(inputs, targets, indices, batch_size, augment=on_device, **options)

@@ -1,0 +1,13 @@
+"""What every test starts from: one thread a process, so that parallel tests do not fight over cores."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(20)

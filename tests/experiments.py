@@ -1,0 +1,57 @@
+"""Whole experiments composed as the command line composes them, run in this process."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra import compose, initialize_config_dir
+
+from accumexp.assembly import build_parts, build_trainer
+from accumexp.compose import conf_dir
+from accumexp.config import Config, from_hydra
+from accumexp.trainer import Trainer
+
+
+class Memory:
+    """A recorder that keeps every point: update, values, published."""
+
+    def __init__(self) -> None:
+        self.rows: list[tuple[int, dict[str, float], bool]] = []
+
+    def record(self, update: int, values: Mapping[str, float], publish: bool) -> None:
+        self.rows.append((update, dict(values), publish))
+
+    def series(self, key: str) -> list[tuple[int, float]]:
+        return [(update, values[key]) for update, values, _ in self.rows if key in values]
+
+
+def composed(*overrides: str) -> Config:
+    with initialize_config_dir(conf_dir(), version_base="1.3"):
+        return from_hydra(compose("config", list(overrides)))
+
+
+def trainer_of(*overrides: str) -> tuple[Trainer, Memory]:
+    """A trainer on digits in fp64 on the CPU, unless told otherwise, and what it records."""
+    config = composed("device=cpu", "precision=fp64", "model=mlp", "callbacks=none", *overrides)
+    memory = Memory()
+    return build_trainer(config, build_parts(config), memory), memory
+
+
+def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
+    return {name: value.detach().clone() for name, value in trainer.model.state_dict().items()}
+
+
+def write_images(root: Path, samples: Mapping[str, int]) -> None:
+    """A folder of random PNG images, two classes, `samples` a class in each split."""
+    from PIL import Image
+
+    generator = torch.Generator().manual_seed(0)
+    for split, count in samples.items():
+        for label in ("cat", "dog"):
+            (root / split / label).mkdir(parents=True)
+            for number in range(count):
+                pixels: Any = torch.randint(0, 256, (40, 48, 3), dtype=torch.uint8, generator=generator).numpy()
+                Image.fromarray(pixels).save(root / split / label / f"{number}.png")

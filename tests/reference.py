@@ -1,0 +1,47 @@
+"""The larger batch, written again without a line of accumexp: what windows are compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad
+
+
+def larger_batch_gradient(
+    model: nn.Module, criterion: Callable[[Any, Any], Tensor], inputs: Any, targets: Any
+) -> dict[str, Tensor]:
+    """The gradient of `criterion(model(inputs), targets)` by torch.func, in one piece."""
+    parameters = {name: p.detach().clone() for name, p in model.named_parameters()}
+    buffers = {name: b.detach().clone() for name, b in model.named_buffers()}
+
+    def objective(values: dict[str, Tensor]) -> Tensor:
+        return criterion(functional_call(model, (values, buffers), (inputs,)), targets)
+
+    return grad(objective)(parameters)
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def relative_error(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    """The largest relative 2-norm error over the parameters; all parameters must be there."""
+    assert found.keys() == expected.keys()
+    return max(
+        ((found[name] - expected[name]).norm() / expected[name].norm().clamp_min(1e-300)).item()
+        for name in expected
+    )
+
+
+def small_model(classes: int = 5, features: int = 6, seed: int = 3) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(features, 9), nn.Tanh(), nn.Linear(9, classes)).double()
+
+
+def classification(samples: int, classes: int = 5, features: int = 6) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(samples)
+    inputs = torch.randn(samples, features, generator=generator, dtype=torch.float64)
+    return inputs, torch.randint(0, classes, (samples,), generator=generator)
