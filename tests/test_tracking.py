@@ -1,0 +1,177 @@
+"""The record in MLflow: opened by many at once, patient with a store that does not answer."""
+
+from __future__ import annotations
+
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from accumexp.config import TrackingConfig
+from accumexp.errors import UsageError
+from accumexp.tracking import MLflowTracker, Store, reopen
+
+WRITER = """
+import sys
+from accumexp.config import TrackingConfig
+from accumexp.tracking import MLflowTracker, Store
+config = TrackingConfig(uri=sys.argv[1], system_metrics=False)
+store = Store(config)
+tracker = MLflowTracker(store, store.create_run(None, {}), config)
+for update in range(1, 501):
+    tracker.log(update, {"train/loss": float(update), "train/lr": 0.1})
+tracker.end("FINISHED")
+print(tracker.run_id)
+"""
+
+
+@pytest.fixture(scope="session")
+def migrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty store: making its tables takes seconds, copying them none."""
+    folder = tmp_path_factory.mktemp("store")
+    Store(config_at(folder)).client.search_experiments()
+    return folder / "mlflow.db"
+
+
+@pytest.fixture
+def folder(tmp_path: Path, migrated: Path) -> Path:
+    with sqlite3.connect(migrated) as source, sqlite3.connect(tmp_path / "mlflow.db") as copy:
+        source.backup(copy)
+    source.close()
+    copy.close()
+    return tmp_path
+
+
+def config_at(folder: Path) -> TrackingConfig:
+    uri = f"sqlite:///{folder / 'mlflow.db'}"
+    return TrackingConfig(uri=uri, system_metrics=False)
+
+
+def opened(folder: Path) -> MLflowTracker:
+    config = config_at(folder)
+    store = Store(config)
+    return MLflowTracker(store, store.create_run("a run", {}), config)
+
+
+def history(tracker: MLflowTracker, key: str) -> list[tuple[int, float]]:
+    assert tracker.run_id
+    return [(p.step, p.value) for p in tracker.store.client.get_metric_history(tracker.run_id, key)]
+
+
+def test_a_new_store_opened_by_several_processes_at_once_loses_nothing(tmp_path: Path) -> None:
+    config = config_at(tmp_path)
+    command = [sys.executable, "-c", WRITER, str(config.uri)]
+    writers = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(4)]
+    run_ids = [writer.communicate(timeout=240)[0].strip() for writer in writers]
+    assert [writer.returncode for writer in writers] == [0] * 4
+    client = Store(config).client
+    for run_id in run_ids:
+        points = client.get_metric_history(run_id, "train/loss")
+        assert sorted((p.step, p.value) for p in points) == [(u, float(u)) for u in range(1, 501)]
+        assert client.get_run(run_id).info.status == "FINISHED"
+
+
+def test_the_default_store_lies_where_the_command_is_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    store = Store(TrackingConfig())
+    assert store.uri == f"sqlite:///{tmp_path / 'mlflow.db'}"
+    assert store.ui_command == f"mlflow ui --backend-store-uri {store.uri}"
+    location = store.client.get_experiment(store.experiment_id).artifact_location
+    assert location == (tmp_path / "mlartifacts").as_uri()
+
+
+def test_points_are_sent_in_batches_and_all_of_them(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tracker = opened(folder)
+    tracker._config.flush_points, tracker._config.flush_seconds = 700, 1e9
+    calls: list[int] = []
+    send = tracker.store.client.log_batch
+
+    def counted(run_id: str, metrics: Any = (), **more: Any) -> Any:
+        calls.append(len(metrics))
+        return send(run_id, metrics, **more)
+
+    monkeypatch.setattr(tracker.store.client, "log_batch", counted)
+    for update in range(1, 1001):
+        tracker.log(update, {"train/loss": 1.0 / update})
+    assert calls == [700]
+    tracker.end("FINISHED")
+    assert calls == [700, 300]
+    assert history(tracker, "train/loss") == [(u, 1.0 / u) for u in range(1, 1001)]
+
+
+def test_points_wait_for_a_store_that_does_not_answer(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    tracker = opened(folder)
+    tracker._config.flush_seconds = 0.0
+    send = tracker.store.client.log_batch
+
+    def dead(*arguments: Any, **more: Any) -> None:
+        raise ConnectionError("gone")
+
+    monkeypatch.setattr(tracker.store.client, "log_batch", dead)
+    for update in range(1, 6):
+        tracker.log(update, {"train/loss": float(update)})
+    warnings = [r for r in caplog.records if r.levelname == "WARNING"]
+    assert len(warnings) == 1 and "gone" in warnings[0].getMessage()
+    monkeypatch.setattr(tracker.store.client, "log_batch", send)
+    tracker.log(6, {"train/loss": 6.0})
+    assert history(tracker, "train/loss") == [(u, float(u)) for u in range(1, 7)]
+
+
+def test_law_8_a_resumed_record_doubles_no_point_and_misses_none(folder: Path) -> None:
+    tracker = opened(folder)
+    for update in range(1, 8):
+        tracker.log(update, {"train/loss": float(update), "eval/accuracy": 0.5})
+    tracker.end("KILLED")
+    again = reopen(config_at(folder), tracker.identity())
+    assert isinstance(again, MLflowTracker)
+    assert again.store.client.get_run(again.run_id).info.status == "RUNNING"
+    for update in range(5, 11):
+        again.log(update, {"train/loss": float(update), "eval/accuracy": 0.5})
+    again.end("FINISHED")
+    assert history(again, "train/loss") == [(u, float(u)) for u in range(1, 11)]
+    assert [step for step, _ in history(again, "eval/accuracy")] == list(range(1, 11))
+    assert again.store.client.get_run(again.run_id).info.status == "FINISHED"
+
+
+def test_a_logged_model_is_ranked_by_its_evaluation_and_doubles_no_point(folder: Path) -> None:
+    tracker = opened(folder)
+    for update, accuracy in ((10, 0.7), (20, 0.9), (30, 0.8)):
+        tracker.log(update, {"eval/accuracy": accuracy})
+        tracker.flush()
+        path = folder / f"update-{update:08d}.pt"
+        path.write_bytes(b"weights")
+        tracker.checkpoint(path, update, {"eval/accuracy": accuracy})
+    tracker.end("FINISHED")
+    ranked = tracker.store.client.search_logged_models(
+        [tracker.store.experiment_id], order_by=[{"field_name": "metrics.eval/accuracy", "ascending": False}]
+    )
+    assert [model.name for model in ranked] == ["update-20", "update-30", "update-10"]
+    assert ranked[0].tags["accumexp.checkpoint"] == "checkpoints/update-00000020.pt"
+    assert history(tracker, "eval/accuracy") == [(10, 0.7), (20, 0.9), (30, 0.8)]
+
+
+def test_stores_that_cannot_be_used_are_named(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"tracking.uri=http://127.0.0.1:9: no server answers"):
+        Store(TrackingConfig(uri="http://127.0.0.1:9"))
+    with pytest.raises(UsageError, match=r"tracking.uri=sqlite:////nowhere/mlflow.db: the folder"):
+        Store(TrackingConfig(uri="sqlite:////nowhere/mlflow.db"))
+    (tmp_path / "mlflow.db").write_text("no database")
+    with pytest.raises(UsageError, match=r"tracking.uri=sqlite:.*cannot be used"):
+        Store(config_at(tmp_path))
+
+
+def test_a_deleted_experiment_or_run_is_named(folder: Path) -> None:
+    tracker = opened(folder)
+    tracker.end("FINISHED")
+    with pytest.raises(UsageError, match="resume: run 0000 is not in"):
+        reopen(config_at(folder), {**tracker.identity(), "run_id": "0000"})
+    tracker.store.client.delete_experiment(tracker.store.experiment_id)
+    with pytest.raises(UsageError, match="tracking.experiment=accumexp: was deleted"):
+        Store(config_at(folder))
