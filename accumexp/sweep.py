@@ -86,6 +86,7 @@ class SweepJob:
                     "accumexp.sweep": "true",
                 }
                 run_id = store.create_run(f"sweep {self.folder.name}", tags)
+                store.arrange_sweep(run_id)
                 written = {"run_id": run_id, "experiment_id": store.experiment_id, "uri": store.uri}
                 known.write_text(json.dumps(written) + "\n")
             return json.loads(known.read_text())["run_id"]

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
+os.environ["OMP_NUM_THREADS"] = "1"  # for the commands that tests start
 torch.set_num_threads(1)
 
 

@@ -53,5 +53,7 @@ def write_images(root: Path, samples: Mapping[str, int]) -> None:
         for label in ("cat", "dog"):
             (root / split / label).mkdir(parents=True)
             for number in range(count):
-                pixels: Any = torch.randint(0, 256, (40, 48, 3), dtype=torch.uint8, generator=generator).numpy()
+                pixels: Any = torch.randint(
+                    0, 256, (40, 48, 3), dtype=torch.uint8, generator=generator
+                ).numpy()
                 Image.fromarray(pixels).save(root / split / label / f"{number}.png")

@@ -113,7 +113,9 @@ def write_mnist(root: Path, train: int = 300, test: int = 70) -> None:
     for name, count in (("train", train), ("t10k", test)):
         pixels = source.integers(0, 256, (count, 28, 28), dtype=np.uint8)
         labels = source.integers(0, 10, count, dtype=np.uint8)
-        (raw / f"{name}-images-idx3-ubyte").write_bytes(struct.pack(">4i", 2051, count, 28, 28) + pixels.tobytes())
+        (raw / f"{name}-images-idx3-ubyte").write_bytes(
+            struct.pack(">4i", 2051, count, 28, 28) + pixels.tobytes()
+        )
         (raw / f"{name}-labels-idx1-ubyte").write_bytes(struct.pack(">2i", 2049, count) + labels.tobytes())
 
 
@@ -158,7 +160,11 @@ def test_draws_of_a_users_data_set_are_keyed_by_seed_epoch_and_sample() -> None:
     def samples(epoch: int, *overrides: str, seed: int = 0) -> dict[int, tuple[float, ...]]:
         train = splits_of(*noisy, *overrides, seed=seed).train
         rows = [(batch.indices, inputs_of(batch)) for batch in train.epoch(epoch)]
-        return {int(i): tuple(x.tolist()) for indices, inputs in rows for i, x in zip(indices, inputs, strict=True)}
+        return {
+            int(i): tuple(x.tolist())
+            for indices, inputs in rows
+            for i, x in zip(indices, inputs, strict=True)
+        }
 
     first = samples(0, "data.workers=0", "data.batch_size=10")
     assert first == samples(0, "data.workers=2", "data.batch_size=7")
@@ -226,7 +232,10 @@ class Stream(torch.utils.data.IterableDataset[Any]):
     ("overrides", "named"),
     [
         (["data=image_folder", "data.root=/nowhere"], "data.root=/nowhere"),
-        (["data.train._target_=tests.test_data.Stream", "~data.train.train", "~data.train.image_size"], "data.train"),
+        (
+            ["data.train._target_=tests.test_data.Stream", "~data.train.train", "~data.train.image_size"],
+            "data.train",
+        ),
         (["data.batch_size=5000", "data.drop_last=true"], "data.batch_size=5000: only 1293"),
         (["data.train._target_=sklearn.nothing"], "data.train._target_=sklearn.nothing"),
         (["data.eval_fraction=1"], "data.eval_fraction=1"),

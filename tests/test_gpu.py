@@ -69,7 +69,9 @@ def test_law_7_peak_memory_falls_with_the_micro_batch() -> None:
 def test_the_data_is_resident_and_the_weights_agree_with_the_cpus() -> None:
     finals = []
     for device in ("cpu", "cuda"):
-        trainer, _ = trainer_of(f"device={device}", "accum.steps=3", "trainer.epochs=1", "data.batch_size=100")
+        trainer, _ = trainer_of(
+            f"device={device}", "accum.steps=3", "trainer.epochs=1", "data.batch_size=100"
+        )
         assert isinstance(trainer.splits.train, ResidentBatches)
         assert next(trainer.splits.train.epoch(0)).indices.device.type == device
         trainer.fit()

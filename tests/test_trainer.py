@@ -71,7 +71,7 @@ def test_law_3_no_sample_is_dropped_doubled_or_carried_over() -> None:
     trainer, _ = trainer_of("data.batch_size=100", "accum.steps=3", "trainer.epochs=1")
     seen = Seen()
     trainer.callbacks["seen"] = seen
-    batches = [batch.inputs for batch in trainer.splits.train.epoch(0)]
+    batches: list[Any] = [batch.inputs for batch in trainer.splits.train.epoch(0)]
     trainer.fit()
     assert [torch.cat(window).shape for window in seen.windows] == [batch.shape for batch in batches]
     assert all(torch.equal(torch.cat(w), b) for w, b in zip(seen.windows, batches, strict=True))
@@ -106,7 +106,9 @@ def test_law_4_everything_but_forward_and_backward_happens_once_an_update(steps:
     assert int(small_ema.n_averaged) == trainer.progress.update == 22
     assert small_log.series("train/lr") == large_log.series("train/lr")
     for key in ("train/loss", "train/grad_norm", "eval/loss"):
-        for (update, found), (same, expected) in zip(small_log.series(key), large_log.series(key), strict=True):
+        for (update, found), (same, expected) in zip(
+            small_log.series(key), large_log.series(key), strict=True
+        ):
             assert update == same and found == pytest.approx(expected, rel=1e-9)
     assert max(norm for _, norm in small_log.series("train/grad_norm")) > 0.5, "clipping must have had work"
 
@@ -125,6 +127,7 @@ def test_law_4_clipping_is_of_the_windows_gradient() -> None:
 def test_the_logged_loss_is_the_whole_windows() -> None:
     trainer, memory = trainer_of("accum.steps=5", "trainer.max_updates=1")
     batch = next(iter(trainer.splits.train.epoch(0)))
+    assert isinstance(batch.targets, Tensor)
     before = nn.functional.cross_entropy(trainer.model(batch.inputs), batch.targets).item()
     trainer.fit()
     assert memory.series("train/loss") == [(1, pytest.approx(before, rel=1e-12))]
@@ -192,7 +195,9 @@ def test_evaluation_counts_every_sample_once_and_leaves_the_model_training() -> 
     with torch.no_grad():
         outputs = trainer.model.eval()(inputs)
     assert len(inputs) == 360
-    assert values["test/loss"] == pytest.approx(nn.functional.cross_entropy(outputs, targets).item(), rel=1e-12)
+    assert values["test/loss"] == pytest.approx(
+        nn.functional.cross_entropy(outputs, targets).item(), rel=1e-12
+    )
     assert values["test/accuracy"] == pytest.approx((outputs.argmax(1) == targets).double().mean().item())
 
 
@@ -267,14 +272,16 @@ def test_events_come_in_order_and_only_to_those_who_listen() -> None:
 
 def test_the_loss_monitor_prints_at_its_interval(capsys: pytest.CaptureFixture[str]) -> None:
     trainer, _ = trainer_of("trainer.max_updates=30", "trainer.log_every=4")
-    trainer.callbacks = {"monitor": LossMonitor(every=10)}
+    trainer.callbacks["monitor"] = LossMonitor(every=10)
     trainer.fit()
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("update")]
     assert [line.split()[1] for line in lines] == ["12/30", "20/30", "30/30"]
     assert all("loss" in line and "lr 0.05" in line and "updates/s" in line for line in lines)
 
 
-@pytest.mark.parametrize(("per_epoch", "epochs", "most", "expected"), [(10, 3, None, 30), (10, 3, 7, 7), (4, 2, 9, 8)])
+@pytest.mark.parametrize(
+    ("per_epoch", "epochs", "most", "expected"), [(10, 3, None, 30), (10, 3, 7, 7), (4, 2, 9, 8)]
+)
 def test_a_run_ends_at_whichever_comes_first(
     per_epoch: int, epochs: int, most: int | None, expected: int
 ) -> None:
@@ -296,7 +303,9 @@ def test_schedules_follow_their_formulas_update_by_update() -> None:
     assert rates[-1] == pytest.approx(0.0, abs=1e-12)
     trainer, memory = trainer_of("scheduler=step", "scheduler.step_size=3", "trainer.max_updates=7")
     trainer.fit()
-    assert [rate / 0.05 for _, rate in memory.series("train/lr")] == pytest.approx([1, 1, 1, 0.5, 0.5, 0.5, 0.25])
+    assert [rate / 0.05 for _, rate in memory.series("train/lr")] == pytest.approx(
+        [1, 1, 1, 0.5, 0.5, 0.5, 0.25]
+    )
 
 
 def test_precisions_train_and_keep_their_dtypes() -> None:

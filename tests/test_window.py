@@ -59,7 +59,9 @@ CRITERIA: dict[str, Callable[[], Callable[[Any, Any], Tensor]]] = {
     "ignore_index": lambda: nn.CrossEntropyLoss(ignore_index=2),
     "weights_and_ignore": lambda: nn.CrossEntropyLoss(weight=CLASS_WEIGHTS, ignore_index=1),
     "smoothing": lambda: nn.CrossEntropyLoss(label_smoothing=0.1),
-    "smoothing_weights_ignore": lambda: nn.CrossEntropyLoss(CLASS_WEIGHTS, ignore_index=0, label_smoothing=0.2),
+    "smoothing_weights_ignore": lambda: nn.CrossEntropyLoss(
+        CLASS_WEIGHTS, ignore_index=0, label_smoothing=0.2
+    ),
     "nll": lambda: lambda outputs, targets: nn.NLLLoss()(outputs.log_softmax(1), targets),
     "multi_margin": lambda: nn.MultiMarginLoss(weight=CLASS_WEIGHTS),
     "summed": lambda: nn.CrossEntropyLoss(reduction="sum"),
@@ -240,11 +242,14 @@ def test_law_7_saved_activations_fall_with_the_micro_batch(steps: int) -> None:
     assert peaks[0] / steps <= peaks[1] <= peaks[0] / steps + 1024
 
 
-@pytest.mark.parametrize(("dtype", "buffers", "held"), [
-    (torch.float32, True, 2),
-    (torch.bfloat16, False, 2),
-    (torch.bfloat16, True, 2),
-])
+@pytest.mark.parametrize(
+    ("dtype", "buffers", "held"),
+    [
+        (torch.float32, True, 2),
+        (torch.bfloat16, False, 2),
+        (torch.bfloat16, True, 2),
+    ],
+)
 def test_law_7_no_gradient_sized_buffer_but_grad(dtype: torch.dtype, buffers: bool, held: int) -> None:
     """Between micro-batches a parameter has its `.grad`, or in its place one fp32 buffer if asked for."""
     model = nn.Linear(37, 41, bias=False).to(dtype)

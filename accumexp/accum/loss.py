@@ -21,11 +21,11 @@ from .batch import Nested, batch_size
 class WindowLoss(Protocol):
     """A loss as its two sums. Implement it where `window_loss` cannot know what your mean divides by."""
 
-    def weight(self, targets: Nested) -> Tensor | float:
+    def weight(self, targets: Any, /) -> Tensor | float:
         """Total weight of the items in `targets`: a number, or a tensor of shape ()."""
         ...
 
-    def total(self, outputs: Any, targets: Nested) -> Tensor:
+    def total(self, outputs: Any, targets: Any, /) -> Tensor:
         """Weighted sum of the items' losses, shape (): `weight(targets)` times the batch's loss."""
         ...
 

@@ -1,4 +1,4 @@
-"""A run's record in MLflow. The only module that imports it, and only when a run is opened.
+"""The record of one run.
 
 Points are sent in batches: a single `log_metric` costs milliseconds, a point of a batch a tenth of one.
 A server that stops answering does not stop the training: points wait and are sent when it is back, and
@@ -7,25 +7,17 @@ A server that stops answering does not stop the training: points wait and are se
 
 from __future__ import annotations
 
-import getpass
 import logging
-import os
-import sqlite3
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
-from filelock import FileLock
-
-from .config import Backend, TrackingConfig
-from .errors import UsageError
+from ..config import Backend, TrackingConfig
+from ..errors import UsageError
+from .store import Store
 
 log = logging.getLogger(__name__)
-LOCAL_UI = "http://127.0.0.1:5000"
 MAX_PARAM_LENGTH = 6000
 MAX_POINTS_A_CALL = 1000
 
@@ -57,100 +49,6 @@ class Tracker:
 
     def end(self, status: str) -> None:
         """FINISHED, FAILED or KILLED."""
-
-
-class Store:
-    """A tracking server or database, reached once: its client, its address and its experiment.
-
-    Args:
-        experiment_id: of an experiment that is known to be there, instead of `config.experiment`.
-
-    Raises:
-        UsageError: if it cannot be reached, naming `tracking.uri`.
-    """
-
-    def __init__(self, config: TrackingConfig, experiment_id: str | None = None) -> None:
-        self.uri = config.uri or f"sqlite:///{Path.cwd() / 'mlflow.db'}"
-        if self.uri.startswith("sqlite:///"):
-            self.uri = f"sqlite:///{Path(self.uri.removeprefix('sqlite:///')).absolute()}"
-        try:
-            self.client = self._client()
-            self.experiment_id = experiment_id or self._open(config.experiment)
-        except UsageError:
-            raise
-        except Exception as error:
-            reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-            raise UsageError(f"tracking.uri={self.uri}: cannot be used: {reason}") from error
-
-    @property
-    def base(self) -> str:
-        """The UI's address: the server's own, or where `mlflow ui` serves a local store."""
-        return self.uri.rstrip("/") if self.uri.startswith("http") else LOCAL_UI
-
-    @property
-    def ui_command(self) -> str | None:
-        return None if self.uri.startswith("http") else f"mlflow ui --backend-store-uri {self.uri}"
-
-    def run_address(self, run_id: str) -> str:
-        return f"{self.base}/#/experiments/{self.experiment_id}/runs/{run_id}"
-
-    def sweep_address(self, parent_id: str) -> str:
-        """The parent's children in the UI, ordered by `accum.steps`: its default view hides them."""
-        condition = quote(f"tags.mlflow.parentRunId = '{parent_id}'")
-        order = quote("params.`accum.steps`")
-        return (
-            f"{self.base}/#/experiments/{self.experiment_id}/runs?workflowType=machine_learning"
-            f"&searchFilter={condition}&orderByKey={order}&orderByAsc=true"
-        )
-
-    def charts_address(self, parent_id: str) -> str:
-        """The children's curves over each other."""
-        return self.sweep_address(parent_id).replace("&searchFilter", "&compareRunsMode=CHART&searchFilter")
-
-    def create_run(self, name: str | None, tags: Mapping[str, str]) -> str:
-        own = {
-            "mlflow.source.name": "accumexp.run",
-            "mlflow.source.type": "LOCAL",
-            "mlflow.user": getpass.getuser() if hasattr(os, "getuid") else os.environ.get("USERNAME", ""),
-        }
-        return self.client.create_run(self.experiment_id, tags={**own, **tags}, run_name=name).info.run_id
-
-    def _client(self) -> Any:
-        if self.uri.startswith("http"):
-            _check_server(self.uri)
-        # A run tells nobody but its own store that it happens, and a dead server is found in seconds.
-        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
-        from mlflow import MlflowClient
-
-        # After the import, which sets up MLflow's own logging.
-        for noisy in ("mlflow", "alembic"):
-            logging.getLogger(noisy).setLevel(logging.WARNING)
-        if self._database is None:
-            return MlflowClient(self.uri)
-        if not self._database.parent.is_dir():
-            raise UsageError(f"tracking.uri={self.uri}: the folder {self._database.parent} is not there")
-        # Processes that create the tables of one new store at the same time fail.
-        with FileLock(f"{self._database}.lock", timeout=120):
-            client = MlflowClient(self.uri)
-            client.search_experiments(max_results=1)
-            connection = sqlite3.connect(self._database)
-            connection.execute("PRAGMA journal_mode=WAL")
-            connection.close()
-        return client
-
-    def _open(self, experiment: str) -> str:
-        """The id of `experiment`, created if it is new."""
-        if self._database is None:
-            return _experiment(self.client, experiment, None)
-        with FileLock(f"{self._database}.lock", timeout=120):
-            return _experiment(self.client, experiment, (self._database.parent / "mlartifacts").as_uri())
-
-    @property
-    def _database(self) -> Path | None:
-        sqlite = self.uri.startswith("sqlite:///")
-        return Path(self.uri.removeprefix("sqlite:///")) if sqlite else None
 
 
 class MLflowTracker(Tracker):
@@ -298,37 +196,4 @@ def reopen(config: TrackingConfig, identity: Mapping[str, str]) -> Tracker:
         raise UsageError(
             f"resume: run {identity['run_id']} is not in {identity['uri']}: {error}; "
             "tracking=none goes on without it"
-        ) from error
-
-
-def _experiment(client: Any, name: str, artifacts: str | None) -> str:
-    from mlflow.exceptions import MlflowException
-
-    found = client.get_experiment_by_name(name)
-    if found is None:
-        try:
-            return client.create_experiment(name, artifact_location=artifacts)
-        except MlflowException:  # another process was faster
-            found = client.get_experiment_by_name(name)
-            if found is None:
-                raise
-    if found.lifecycle_stage != "active":
-        raise UsageError(
-            f"tracking.experiment={name}: was deleted in this store; `mlflow gc` removes it, or "
-            "choose another name"
-        )
-    return found.experiment_id
-
-
-def _check_server(uri: str) -> None:
-    try:
-        with urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=5):
-            pass
-    except urllib.error.HTTPError:
-        pass  # something answers; whether it is MLflow, the first call will tell
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "reason", error)
-        raise UsageError(
-            f"tracking.uri={uri}: no server answers ({reason}); start it with `mlflow server`, or "
-            "leave tracking.uri out for a local store"
         ) from error
