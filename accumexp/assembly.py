@@ -55,6 +55,9 @@ def build_parts(config: Config) -> Parts:
     dtype = DTYPES[config.param_precision or _parameter_precision(config.precision)]
     lowered = config.precision is Precision.bf16 and dtype is not torch.bfloat16
     autocast = torch.bfloat16 if lowered else None
+    # Data before the model: what is wrong with it is then said first, and by name.
+    splits = build_splits(config.data, config.seed, Placement(device, dtype))
+    seed_everything(config.seed, config.trainer.deterministic)
     model = build(config.model, "model")
     if not isinstance(model, nn.Module):
         made = f"{config.model['_target_']} made a {type(model).__name__}"
@@ -62,7 +65,6 @@ def build_parts(config: Config) -> Parts:
     criterion = build(config.loss, "loss")
     if isinstance(criterion, nn.Module):
         criterion = criterion.to(device, dtype)
-    splits = build_splits(config.data, config.seed, Placement(device, dtype))
     loss = window_loss(criterion)
     evaluator = Evaluator(loss, build_metrics(config, device), autocast)
     return Parts(device, model.to(device, dtype), loss, splits, evaluator, autocast)

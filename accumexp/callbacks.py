@@ -17,7 +17,13 @@ if TYPE_CHECKING:
 
 
 class Callback:
-    """Base of all callbacks, in the order in which events happen."""
+    """Base of all callbacks, in the order in which events happen.
+
+    An event reaches callbacks of a smaller `order` first: those that add values (EMA) before those that
+    act on them, and the one that saves the others' state (checkpoints) last.
+    """
+
+    order = 0
 
     def run_begin(self, trainer: Trainer) -> None: ...
 
@@ -114,6 +120,8 @@ class EMA(Callback):
 
     Adds `ema_<metric>` to what is logged of each split.
     """
+
+    order = -1
 
     def __init__(self, decay: float = 0.99) -> None:
         self.decay = decay

@@ -103,6 +103,8 @@ class Checkpoints(Callback):
         monitor, mode: the evaluated value, and whether "max" or "min", that makes `best.pt`.
     """
 
+    order = 1
+
     def __init__(
         self,
         every_epochs: int | None = 1,

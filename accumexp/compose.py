@@ -11,7 +11,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from hydra.core.config_store import ConfigStore
-from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
+from hydra.errors import (
+    ConfigCompositionException,
+    HydraException,
+    MissingConfigException,
+    OverrideParseException,
+)
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -80,6 +85,8 @@ def explain(error: BaseException) -> str:
     """One line for an error of Hydra's composition: the key or choice, and what would be right."""
     cause = error.__cause__
     text = str(error)
+    if isinstance(error, OverrideParseException):
+        return f"{error.override}: not an override, give key=value, in quotes where the value needs them"
     if isinstance(error, MissingConfigException):
         choice = re.search(r"Could not find '([^']*)/([^'/]*)'", text)
         options = getattr(error, "options", None)
@@ -90,11 +97,11 @@ def explain(error: BaseException) -> str:
     if override and isinstance(cause, OmegaConfBaseException):
         key, _, value = override[1].partition("=")
         if "Could not override" in text:
-            return unknown_key(key, _siblings(key))
+            return _unknown(key)
         return f"{key}={value}: {str(cause.msg or cause).splitlines()[0]}"
     missing = re.search(r"(?:Could not override|Key) '([^']+)'", text)
     if missing:
-        return unknown_key(missing[1], _siblings(missing[1]))
+        return _unknown(missing[1])
     if isinstance(error, OmegaConfBaseException):
         return explain_omegaconf(error)
     if isinstance(error, ConfigCompositionException) and isinstance(cause, OmegaConfBaseException):
@@ -102,19 +109,20 @@ def explain(error: BaseException) -> str:
     return " ".join(line.strip() for line in text.splitlines() if line.strip()) or type(error).__name__
 
 
-def _siblings(key: str) -> list[str]:
-    """The keys beside `key` in the default configuration, to suggest from."""
+def _unknown(key: str) -> str:
+    """The line for a key that the default configuration does not have: the first wrong part of it."""
     from hydra import compose, initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
 
     GlobalHydra.instance().clear()
     with initialize_config_dir(conf_dir(), version_base="1.3"):
-        cfg = compose("config")
-    prefix = key.rpartition(".")[0]
-    node = OmegaConf.select(cfg, prefix) if prefix else cfg
-    if OmegaConf.is_dict(node):
-        return [str(name) for name in node]
-    return [str(name) for name in cfg]
+        node: Any = compose("config")
+    parts = key.split(".")
+    for depth, part in enumerate(parts, 1):
+        if not OmegaConf.is_dict(node) or part not in node:
+            return unknown_key(".".join(parts[:depth]), [str(name) for name in node or ()])
+        node = node[part]
+    return unknown_key(key, [])
 
 
 def command(main: Callable[[], None]) -> NoReturn:

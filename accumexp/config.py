@@ -178,7 +178,8 @@ def unknown_key(key: str, choices: list[str]) -> str:
     near = difflib.get_close_matches(last, choices, 1)
     if near:
         return f"{key}: no such key, did you mean {prefix + '.' if prefix else ''}{near[0]}?"
-    return f"{key}: no such key, {prefix or 'the configuration'} has {', '.join(sorted(choices))}"
+    known = f", {prefix or 'the configuration'} has {', '.join(sorted(choices))}" if choices else ""
+    return f"{key}: no such key{known}"
 
 
 def check(config: Config) -> Config:

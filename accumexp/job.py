@@ -18,7 +18,7 @@ from .compose import WANTS_TRACEBACK, fail
 from .config import Backend, Config, from_hydra, to_plain
 from .display import console, duration, show_values
 from .errors import TrainingError, UsageError
-from .record import SUMMARY, RunRecord, open_tracker, write_config
+from .record import METRICS, RunRecord, open_tracker, write_config
 from .resume import Resumed, resumed
 from .signals import StopSignals
 from .sweep import SweepJob
@@ -44,14 +44,23 @@ def run_job(cfg: DictConfig) -> float | None:
     except Exception as error:
         expected = isinstance(error, UsageError | TrainingError)
         log.info("failed", exc_info=error)  # to run.log, not to the terminal
-        if isinstance(error, UsageError) and not job and not (folder / SUMMARY).exists():
-            shutil.rmtree(folder, ignore_errors=True)  # no run was opened, so nothing is lost
+        if isinstance(error, UsageError) and not job and not cfg.resume:
+            remove_unused(folder)
         if WANTS_TRACEBACK or not expected:
             traceback.print_exc()
         if job:
             job.failed(folder, error)
             return None
         sys.exit(fail(error) if expected else 1)
+
+
+def remove_unused(folder: Path) -> None:
+    """Removes a run's folder in which nothing has happened: it holds only what was made on the way in."""
+    made = {".hydra", "run.log", METRICS}
+    if not folder.is_dir() or not {entry.name for entry in folder.iterdir()} <= made:
+        return
+    if not (folder / METRICS).exists() or not (folder / METRICS).stat().st_size:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @dataclass
@@ -109,12 +118,13 @@ class Run:
     def _open(
         self, config: Config, back: Resumed | None, parts: Parts, record: RunRecord, unequal: list[Inequality]
     ) -> None:
-        write_config(self.folder, config)
         if back:
             record.tracker = reopen(config.tracking, back.content["run"])
             record.tracker.tag(back.tags())
+            write_config(self.folder, config)
             return
         store = None if config.tracking.backend is Backend.none else Store(config.tracking)
+        write_config(self.folder, config)
         parent = self.job.parent(store) if self.job else None
         name = self.job.name if self.job else None
         record.tracker = open_tracker(config, store, self.folder, parts, unequal, name, parent)

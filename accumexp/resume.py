@@ -122,18 +122,20 @@ def changed(plain: dict[str, Any], overrides: Sequence[str]) -> Config:
         if override.is_delete() or override.is_sweep_override():
             raise UsageError(f"{override.input_line}: a single value is needed")
         OmegaConf.update(cfg, key, override.value(), force_add=True)
-        if key in ("data.batch_size", "accum.steps", "accum.micro_batch_size"):
-            _forget_third(cfg, key)
+    _forget_third(cfg, {override.key_or_group for override in parsed})
     return from_hydra(cfg)
 
 
 _NOTHING = object()
 
 
-def _forget_third(cfg: DictConfig, key: str) -> None:
-    """The other of steps and micro-batch size follows: a checkpoint holds all three filled in."""
-    other = "accum.steps" if key == "accum.micro_batch_size" else "accum.micro_batch_size"
-    OmegaConf.update(cfg, other, None)
+def _forget_third(cfg: DictConfig, given: set[str]) -> None:
+    """Lets the size that was not given follow from the others: a checkpoint holds all three filled in."""
+    steps, micro = "accum.steps", "accum.micro_batch_size"
+    if micro in given and steps not in given:
+        OmegaConf.update(cfg, steps, None)
+    elif micro not in given and given & {steps, "data.batch_size"}:
+        OmegaConf.update(cfg, micro, None)
 
 
 def _older(path: Path) -> Path | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,17 +22,21 @@ def build(node: Mapping[str, Any], key: str, *args: Any, **offered: Any) -> Any:
         UsageError: if the target cannot be imported, or refuses its arguments.
     """
     from hydra.errors import InstantiationException
-    from hydra.utils import get_method, get_object, instantiate
+    from hydra.utils import get_object, instantiate
 
     if not isinstance(node, Mapping) or "_target_" not in node:
         raise UsageError(f"{key}: names no class, give {key}._target_=package.Class")
     target = str(node["_target_"])
+    hydra_log = logging.getLogger("hydra.utils")
+    was_disabled, hydra_log.disabled = hydra_log.disabled, True  # it would print what is raised here
     try:
         found = get_object(target)
-        if not callable(found):
-            found = get_method(target)
     except Exception as error:
         raise UsageError(f"{key}._target_={target}: {_reason(error)}") from error
+    finally:
+        hydra_log.disabled = was_disabled
+    if not callable(found):
+        raise UsageError(f"{key}._target_={target}: a class or function is needed")
     try:
         names = inspect.signature(found).parameters
     except (TypeError, ValueError):
@@ -45,7 +50,7 @@ def build(node: Mapping[str, Any], key: str, *args: Any, **offered: Any) -> Any:
 
 
 def _reason(error: BaseException) -> str:
-    """The first sentence of an error: its first line, and the next where that one ends in a colon."""
+    """The first sentence of an error: its first line, and more as long as one ends in a colon."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    more = lines[1:2] if lines[0].endswith(":") else []
-    return " ".join([lines[0], *more])
+    end = next((k for k, line in enumerate(lines) if not line.endswith(":")), len(lines) - 1)
+    return " ".join(lines[: end + 1])

@@ -284,7 +284,7 @@ class Trainer:
 
     def _listeners(self, event: str) -> list[Callable[..., None]]:
         base = getattr(Callback, event)
-        callbacks = self.callbacks.values()
+        callbacks = sorted(self.callbacks.values(), key=lambda callback: callback.order)
         return [getattr(c, event) for c in callbacks if getattr(type(c), event, base) is not base]
 
     def _emit(self, event: str, *arguments: Any) -> None:

@@ -41,10 +41,11 @@ def plain_epoch(trainer: Trainer, epochs: int = 1, clip: float = math.inf) -> di
     return values
 
 
+@pytest.mark.parametrize("batch", [100, 500])
 @pytest.mark.parametrize("steps", [1, 2, 3, 4, 8])
-def test_law_3_an_epoch_of_any_steps_ends_at_the_larger_batchs_weights(steps: int) -> None:
-    trainer, memory = trainer_of("data.batch_size=100", f"accum.steps={steps}", "trainer.epochs=1")
-    assert len(trainer.splits.train) * 100 > trainer.splits.train.samples, "the last window must be smaller"
+def test_law_3_an_epoch_of_any_steps_ends_at_the_larger_batchs_weights(steps: int, batch: int) -> None:
+    trainer, memory = trainer_of(f"data.batch_size={batch}", f"accum.steps={steps}", "trainer.epochs=1")
+    assert len(trainer.splits.train) * batch > trainer.splits.train.samples, "the last window must be smaller"
     expected = plain_epoch(trainer)
     trainer.fit()
     assert relative_error(weights(trainer), expected) <= 1e-9

@@ -144,8 +144,21 @@ class _Feed:
                 inputs, targets = self._read_samples(dataset)
             else:
                 inputs, targets = self._transformed(raw[0]), raw[1]
+            self._check_labels(targets)
             self._read[key] = self.place(inputs, targets)
         return self._read[key]
+
+    def _check_labels(self, targets: Nested) -> None:
+        classes = self.config.num_classes
+        if (
+            not isinstance(targets, Tensor)
+            or targets.is_floating_point()
+            or targets.dim() > 1
+            or classes == 1
+        ):
+            return
+        if len(targets) and int(targets.max()) >= classes:
+            raise UsageError(f"data.num_classes={classes}: the labels go up to {int(targets.max())}")
 
     def _transformed(self, inputs: Nested) -> Nested:
         transform = self.transform

@@ -65,7 +65,9 @@ class MLflowTracker(Tracker):
         self._troubled = False
         self._times: dict[tuple[str, int], int] = {}  # (key, step): milliseconds since 1970
         self._known = frozenset[tuple[str, int]]()
+        self._models: set[str] = set()
         if resumed:
+            self._models = self._logged_models()
             self._times = self._history()
             self._known = frozenset(point for point in self._times if not point[0].startswith("final/"))
             store.client.update_run(run_id, status="RUNNING")
@@ -130,7 +132,7 @@ class MLflowTracker(Tracker):
 
     def checkpoint(self, path: Path, update: int, evaluated: Mapping[str, float]) -> None:
         self.artifact(path, "checkpoints")
-        if not evaluated:
+        if not evaluated or f"update-{update}" in self._models:
             return
         from mlflow.entities import LoggedModelOutput, LoggedModelStatus, Metric
 
@@ -170,6 +172,12 @@ class MLflowTracker(Tracker):
         history = (self.store.client.get_metric_history(self.run_id, key) for key in keys)
         return {(point.key, point.step): point.timestamp for points in history for point in points}
 
+    def _logged_models(self) -> set[str]:
+        found = self.store.client.search_logged_models(
+            [self.store.experiment_id], filter_string=f"source_run_id = '{self.run_id}'"
+        )
+        return {model.name for model in found}
+
     def _system_metrics(self, resumed: bool) -> Any:
         from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
@@ -195,5 +203,5 @@ def reopen(config: TrackingConfig, identity: Mapping[str, str]) -> Tracker:
     except Exception as error:
         raise UsageError(
             f"resume: run {identity['run_id']} is not in {identity['uri']}: {error}; "
-            "tracking=none goes on without it"
+            "tracking.backend=none goes on without it"
         ) from error

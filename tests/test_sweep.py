@@ -1,0 +1,243 @@
+"""Sweeps from the command line: one parent, a child a job, a table, and what is left when some fail."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+
+from accumexp.compose import conf_dir
+from accumexp.sweep import _jobs_at_once, groups, summaries
+
+from .command import Done, Record, environment, left_behind, only_sweep, records, run_command
+
+SMALL = ["model=mlp", "trainer.epochs=2", "tracking.system_metrics=false"]
+
+
+@dataclass(frozen=True)
+class Swept:
+    """A sweep that has ended: its process, its folder and what MLflow holds of it."""
+
+    done: Done
+    folder: Path
+    parent: Record
+    children: list[Record]
+
+
+def swept(base: Path, *arguments: str, env: dict[str, str] | None = None) -> Swept:
+    """`python -m accumexp.run -m <arguments>` in `base`."""
+    done = run_command("run", "-m", *arguments, folder=base, env=env)
+    folder, found = only_sweep(base), records(base)
+    parents = [record for record in found if "mlflow.parentRunId" not in record.tags]
+    assert len(parents) == 1, parents
+    return Swept(done, folder, parents[0], [record for record in found if record not in parents])
+
+
+def table(stdout: str) -> list[list[str]]:
+    """The rows of the sweep's table, from its rule to the empty line after it, as words."""
+    lines = stdout.splitlines()
+    rule = next(n for n, line in enumerate(lines) if line.strip() and set(line.strip()) <= set("─ "))
+    end = next(n for n in range(rule + 1, len(lines)) if not lines[n].strip())
+    return [line.split() for line in lines[rule + 1 : end]]
+
+
+# A sweep of which some jobs fail -----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def partly_failed(tmp_path_factory: pytest.TempPathFactory) -> Swept:
+    return swept(tmp_path_factory.mktemp("sweep"), "accum.steps=1,0,4", "seed=0,1", *SMALL)
+
+
+def test_a_sweep_with_failed_jobs_names_them_last_and_exits_with_1(partly_failed: Swept) -> None:
+    done = partly_failed.done
+    assert done.code == 1, done
+    head, *jobs = done.stderr.splitlines()[-3:]
+    assert head == "error: 2 of 6 jobs failed"
+    for seed, line in enumerate(jobs):
+        assert line.startswith("  job ") and f"accum.steps=0 seed={seed}" in line
+        assert line.endswith(": accum.steps=0: at least 1")
+    assert "Traceback" not in done.stderr + done.stdout
+
+
+def test_the_other_jobs_of_a_sweep_finish_as_children_of_a_failed_parent(partly_failed: Swept) -> None:
+    parent, children = partly_failed.parent, partly_failed.children
+    assert parent.status == "FAILED"
+    assert [child.status for child in children] == ["FINISHED"] * 4
+    assert {child.tags["mlflow.parentRunId"] for child in children} == {parent.run_id}
+    ran = sorted((child.params["accum.steps"], child.params["seed"]) for child in children)
+    assert ran == [("1", "0"), ("1", "1"), ("4", "0"), ("4", "1")]
+    assert {child.params["data.batch_size"] for child in children} == {"128"}
+    assert parent.tags["accumexp.command"].startswith("python -m accumexp.run -m accum.steps=1,0,4 seed=0,1")
+    assert parent.tags["accumexp.folder"] == str(partly_failed.folder)
+
+
+def test_a_sweep_ends_in_a_table_by_what_varied_and_the_parents_address(partly_failed: Swept) -> None:
+    stdout, children = partly_failed.done.stdout, partly_failed.children
+    rows = table(stdout)
+    assert [row[:2] for row in rows] == [["1", "2"], ["4", "2"]]  # accum.steps, seeds
+    for row in rows:
+        members = [child for child in children if child.params["accum.steps"] == row[0]]
+        accuracies = [child.points["final/accuracy"][0][1] for child in members]
+        assert float(row[2]) == pytest.approx(sum(accuracies) / 2, abs=1e-4)
+    addresses = [line for line in stdout.splitlines() if line.startswith("UI ")]
+    assert len(addresses) == 1 and partly_failed.parent.run_id in addresses[0]
+    assert str(partly_failed.folder) in stdout
+
+
+def test_each_job_tells_in_its_folder_how_it_ended(partly_failed: Swept) -> None:
+    jobs = summaries(partly_failed.folder)
+    assert [Path(job["folder"]).name.partition("_")[0] for job in jobs] == ["0", "1", "2", "3", "4", "5"]
+    assert [job["status"] for job in jobs] == ["FINISHED"] * 2 + ["FAILED"] * 2 + ["FINISHED"] * 2
+    assert {child.run_id for child in partly_failed.children} == {
+        job["run_id"] for job in jobs if job["status"] == "FINISHED"
+    }
+
+
+# Other sweeps ------------------------------------------------------------------------------------------
+
+
+def test_jobs_at_the_same_time_share_the_cores_and_the_parent(tmp_path: Path) -> None:
+    joblib = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
+    sweep = swept(tmp_path, "accum.steps=1,2", *joblib, *SMALL)
+    assert sweep.done.code == 0, sweep.done
+    assert sweep.parent.status == "FINISHED"
+    assert [child.status for child in sweep.children] == ["FINISHED"] * 2
+    assert {child.tags["mlflow.parentRunId"] for child in sweep.children} == {sweep.parent.run_id}
+    share = max(1, (os.cpu_count() or 1) // 2)
+    assert {child.params["trainer.threads"] for child in sweep.children} == {str(share)}
+    assert [row[:2] for row in table(sweep.done.stdout)] == [["1", "1"], ["2", "1"]]
+
+
+def test_a_typo_in_a_sweep_leaves_no_parent_and_no_folder(tmp_path: Path) -> None:
+    done = run_command("run", "-m", "accum.stps=1,2", folder=tmp_path)
+    assert done.error() == "accum.stps: no such key, did you mean accum.steps?"
+    assert left_behind(tmp_path) == []
+
+
+STOPPER = """
+import os
+import signal
+from accumexp.callbacks import Callback
+
+class Stop(Callback):
+    def update_end(self, trainer):
+        if trainer.window.steps == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+"""
+
+
+def test_sigterm_kills_the_job_and_the_parent_and_starts_no_other(tmp_path: Path) -> None:
+    (tmp_path / "modules").mkdir()
+    (tmp_path / "modules" / "stopper.py").write_text(STOPPER)
+    stop = "+callbacks.stop._target_=stopper.Stop"
+    env = environment(tmp_path / "modules")
+    sweep = swept(tmp_path, "accum.steps=1,2,4", "seed=0", stop, *SMALL, env=env)
+    assert sweep.done.code == 143, sweep.done
+    assert sweep.parent.status == "KILLED"
+    ended = {child.params["accum.steps"]: child.status for child in sweep.children}
+    assert ended == {"1": "FINISHED", "2": "KILLED"}
+    assert [row[0] for row in table(sweep.done.stdout)] == ["1"]
+    assert "Traceback" not in sweep.done.stderr
+
+
+def test_equal_batch_sweeps_steps_and_seeds_over_one_batch() -> None:
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(conf_dir(), version_base="1.3"):
+        cfg = compose("config", ["experiment=equal_batch"], return_hydra_config=True)
+    params = {key: str(value).split(",") for key, value in cfg.hydra.sweeper.params.items()}
+    assert params["accum.steps"] == ["1", "2", "4", "8"]
+    assert math.prod(map(len, params.values())) == 20
+    assert cfg.data.batch_size == 128
+
+
+def test_equal_batch_gives_the_larger_batchs_result_whatever_the_steps(tmp_path: Path) -> None:
+    done = run_command(
+        "run",
+        *("-m", "experiment=equal_batch", "model=mlp", "trainer.epochs=1", "tracking=none"),
+        *("accum.steps=1,8", "seed=0,1"),
+        folder=tmp_path,
+    )
+    assert done.code == 0, done
+    jobs = summaries(only_sweep(tmp_path))
+    assert len(jobs) == 4
+    losses = {
+        (steps, seed): job["final"]["loss"]
+        for job in jobs
+        for steps in (1, 8)
+        for seed in (0, 1)
+        if {f"accum.steps={steps}", f"seed={seed}"} <= set(job["overrides"])
+    }
+    assert losses.keys() == {(1, 0), (1, 1), (8, 0), (8, 1)}
+    for seed in (0, 1):
+        assert losses[8, seed] == pytest.approx(losses[1, seed], rel=1e-4)
+    assert losses[1, 0] != pytest.approx(losses[1, 1], rel=1e-4)
+    assert [row[:2] for row in table(done.stdout)] == [["1", "2"], ["8", "2"]]
+    assert not (tmp_path / "mlflow.db").exists()
+
+
+# The table's groups ------------------------------------------------------------------------------------
+
+
+def job(*overrides: str, status: str = "FINISHED") -> dict[str, Any]:
+    return {"overrides": list(overrides), "status": status}
+
+
+def test_jobs_are_grouped_by_all_that_varies_but_the_seed() -> None:
+    jobs = [
+        job(f"accum.steps={steps}", f"optimizer.lr={rate}", f"seed={seed}", "model=mlp")
+        for steps in (1, 2)
+        for rate in (0.1, 0.2)
+        for seed in (0, 1, 2)
+    ]
+    keys, found = groups(jobs)
+    assert keys == ["accum.steps", "optimizer.lr"]
+    assert list(found) == [("1", "0.1"), ("1", "0.2"), ("2", "0.1"), ("2", "0.2")]
+    assert found["1", "0.2"] == jobs[3:6]
+
+
+def test_jobs_that_did_not_finish_are_in_no_group() -> None:
+    ends = ["FINISHED", "FAILED", "KILLED", "RUNNING"]
+    jobs = [job(f"accum.steps={number}", status=status) for number, status in enumerate(ends, 1)]
+    keys, found = groups(jobs)
+    assert keys == ["accum.steps"]
+    assert found == {("1",): [jobs[0]]}
+
+
+def test_a_sweep_over_seeds_alone_is_one_group() -> None:
+    jobs = [job("seed=0"), job("seed=1")]
+    assert groups(jobs) == (["accum.steps"], {("default",): jobs})
+
+
+def test_an_added_key_and_values_with_equal_signs_are_grouped_whole() -> None:
+    jobs = [job("+tracking.tags.x='a=1'"), job("+tracking.tags.x='a=2'")]
+    keys, found = groups(jobs)
+    assert keys == ["tracking.tags.x"]
+    assert list(found) == [("'a=1'",), ("'a=2'",)]
+
+
+JOBLIB = "hydra_plugins.hydra_joblib_launcher.joblib_launcher.JoblibLauncher"
+
+
+@pytest.mark.parametrize(
+    ("launcher", "expected"),
+    [
+        ({"_target_": "hydra._internal.core_plugins.basic_launcher.BasicLauncher"}, 1),
+        ({"_target_": JOBLIB, "n_jobs": 3}, 3),
+        ({"_target_": JOBLIB, "n_jobs": -1}, 6),
+        ({"_target_": JOBLIB, "n_jobs": -2}, 5),
+        ({"_target_": JOBLIB, "n_jobs": -9}, 1),
+        ({"_target_": JOBLIB, "n_jobs": None}, 1),
+    ],
+)
+def test_jobs_at_once_follow_joblibs_own_counting(
+    launcher: dict[str, Any], expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    assert _jobs_at_once(launcher) == expected
