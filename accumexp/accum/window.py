@@ -97,7 +97,7 @@ class Window:
         samples = batch_size((inputs, targets))
         sizes = split_sizes(samples, steps)
         weight = self.loss.weight(targets)
-        denominator = _at_least_something(weight)
+        whole = denominator = _at_least_something(weight)
         total: Tensor | None = None
         if self._buffers:
             self._buffers.open()
@@ -117,7 +117,7 @@ class Window:
         if self._buffers:
             self._buffers.close()
         assert total is not None
-        return WindowResult(total / _at_least_something(weight), weight, samples, steps)
+        return WindowResult(total / whole, weight, samples, steps)
 
     def _precision(self) -> AbstractContextManager[Any]:
         if self.autocast is None:
@@ -134,6 +134,6 @@ def call(model: nn.Module, inputs: Nested) -> Any:
 
 def _at_least_something(weight: Tensor | float) -> Tensor | float:
     """`weight`, or 1 where it is 0: a window of ignored items has the gradient 0, not 0 / 0."""
-    if isinstance(weight, Tensor):
-        return torch.where(weight == 0, torch.ones_like(weight), weight)
-    return weight or 1.0
+    if not isinstance(weight, Tensor):
+        return weight or 1.0
+    return torch.where(weight == 0, 1.0, weight) if weight.is_floating_point() else weight.clamp(min=1)

@@ -1,0 +1,57 @@
+"""README holds: its loop runs, its commands compose, its tree is the tree, its numbers of laws have tests."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from .experiments import composed
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+COMMANDS = re.findall(r"^python -m accumexp\.run (.*?)(?:\s+#.*)?$", README, flags=re.MULTILINE)
+
+
+def test_the_loop_in_readme_trains(capsys: pytest.CaptureFixture[str]) -> None:
+    (loop,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    exec(compile(loop, "README.md", "exec"), {})
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3 and all(re.fullmatch(r"loss \d\.\d+ over 100 samples", line) for line in lines)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_in_readme_composes(command: str) -> None:
+    overrides = [word for word in shlex.split(command) if "=" in word and "my_package" not in word]
+    if overrides[0].startswith("resume="):
+        return
+    single = [re.sub(r"^(accum\.steps|seed)=([^,]*),.*", r"\1=\2", word) for word in overrides]
+    assert composed(*[word for word in single if not word.startswith("hydra")]).accum.steps
+
+
+def test_readme_names_what_there_is() -> None:
+    assert len(COMMANDS) >= 8
+    tree = README.partition("## Where things are")[2]
+    for name in re.findall(r"\b([a-z_]+\.py|[a-z]+/)", tree):
+        path = name.rstrip("/")
+        assert any((ROOT / folder / path).exists() for folder in (".", "accumexp")), name
+    for module in (ROOT / "accumexp").glob("[a-z]*.py"):
+        assert module.name in tree, module.name
+    for group in (path.name for path in (ROOT / "conf").iterdir() if path.is_dir()):
+        if group in ("hydra", "trainer"):
+            continue
+        (row,) = re.findall(rf"^\| `{group}` \|(.*)\|$", README, flags=re.MULTILINE)
+        for choice in (ROOT / "conf" / group).glob("*.yaml"):
+            assert f"`{choice.stem}`" in row, f"{group}={choice.stem}"
+
+
+def test_every_law_in_readme_has_a_test_that_bears_its_number() -> None:
+    laws = set(
+        re.findall(r"^(\d+)\. ", README.partition("## The laws")[2].partition("\n## ")[0], flags=re.MULTILINE)
+    )
+    assert laws == {"1", "2", "3", "4", "7", "8", "9", "10"}
+    tests = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+    for law in laws:
+        assert re.search(rf"def test_law_{law}_", tests), law
