@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import platform
-import re
+import resource
 import subprocess
+import sys
 from pathlib import Path
 
 import torch
@@ -54,15 +55,8 @@ def peak_memory_mib(device: torch.device) -> float:
     """MiB: what torch allocated on a GPU, or the process's peak resident set on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / MIB
-    try:
-        peak = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
-        if peak:
-            return int(peak[1]) * 1024 / MIB
-    except OSError:
-        pass
-    import psutil
-
-    return psutil.Process().memory_info().rss / MIB
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (MIB if sys.platform == "darwin" else 1024)  # bytes there, KiB elsewhere: getrusage(2)
 
 
 def wait_for(device: torch.device) -> None:

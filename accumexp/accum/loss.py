@@ -85,7 +85,7 @@ class ClassIndexLoss(nn.Module):
             return targets.numel() / targets.shape[1 if targets.dim() > 1 else 0]
         valid = targets != self.criterion.ignore_index
         if self.criterion.weight is None:
-            return valid.sum()
+            return valid.count_nonzero()
         return self.criterion.weight[targets.where(valid, 0)].where(valid, 0).sum()
 
     def total(self, outputs: Any, targets: Nested) -> Tensor:

@@ -97,17 +97,18 @@ class Window:
         samples = batch_size((inputs, targets))
         sizes = split_sizes(samples, steps)
         weight = self.loss.weight(targets)
-        whole = denominator = _at_least_something(weight)
+        share: Tensor | None = None  # of an item in the loss: 1 / weight
         total: Tensor | None = None
         if self._buffers:
             self._buffers.open()
         for inputs_k, targets_k in zip(split(inputs, sizes), split(targets, sizes), strict=True):
-            if self.reduction == "sum":
-                denominator = _at_least_something(self.loss.weight(targets_k))
             with self._precision():
                 outputs = call(self.model, inputs_k)
                 loss_sum = self.loss.total(outputs, targets_k)
-            (loss_sum / denominator).backward()
+            if share is None or self.reduction == "sum":
+                share = _share(weight if self.reduction == "mean" else self.loss.weight(targets_k), loss_sum)
+            # The gradient of loss_sum / weight, without a division to record and to go back through.
+            loss_sum.backward(share)
             detached = loss_sum.detach()
             total = detached if total is None else total + detached
             if observe is not None:
@@ -116,8 +117,9 @@ class Window:
             del outputs, loss_sum
         if self._buffers:
             self._buffers.close()
-        assert total is not None
-        return WindowResult(total / whole, weight, samples, steps)
+        assert total is not None and share is not None
+        mean = total * (share if self.reduction == "mean" else _share(weight, total))
+        return WindowResult(mean, weight, samples, steps)
 
     def _precision(self) -> AbstractContextManager[Any]:
         if self.autocast is None:
@@ -132,8 +134,13 @@ def call(model: nn.Module, inputs: Nested) -> Any:
     return model(**inputs) if isinstance(inputs, Mapping) else model(*inputs)
 
 
-def _at_least_something(weight: Tensor | float) -> Tensor | float:
-    """`weight`, or 1 where it is 0: a window of ignored items has the gradient 0, not 0 / 0."""
+def _share(weight: Tensor | float, like: Tensor) -> Tensor:
+    """1 / `weight`, shape (), of the dtype and device of `like`; 1 where the weight is 0.
+
+    A window of ignored items has the gradient 0, not 0 / 0.
+    """
     if not isinstance(weight, Tensor):
-        return weight or 1.0
-    return torch.where(weight == 0, 1.0, weight) if weight.is_floating_point() else weight.clamp(min=1)
+        return like.new_full((), 1 / (weight or 1.0))
+    if weight.is_floating_point():
+        return torch.where(weight == 0, 1.0, weight).to(like.dtype).reciprocal()
+    return like.new_ones(()) / weight.clamp(min=1)
