@@ -52,6 +52,45 @@ class Evaluator:
         return values
 
 
+class WindowMetrics:
+    """Metrics over the micro-batches of one window.
+
+    Small outputs are kept and counted together, because a metric's update costs as much for a
+    micro-batch as for a window; no more than `LARGEST` numbers are kept.
+    """
+
+    LARGEST = 2**16
+
+    def __init__(self, metrics: MetricCollection) -> None:
+        self.metrics = metrics
+        self._kept: list[tuple[Tensor, Tensor]] = []
+        self._size = 0
+
+    def observe(self, outputs: Any, targets: Any) -> None:
+        """Takes a micro-batch's detached outputs and its targets."""
+        if not (isinstance(outputs, Tensor) and isinstance(targets, Tensor)):
+            self.metrics.update(outputs, targets)
+            return
+        self._kept.append((outputs, targets))
+        self._size += outputs.numel()
+        if self._size > self.LARGEST:
+            self._count()
+
+    def values(self) -> dict[str, float]:
+        """The metrics of what was observed, which is forgotten. Waits for the device."""
+        self._count()
+        values = plain_values(self.metrics)
+        self.metrics.reset()
+        return values
+
+    def _count(self) -> None:
+        if self._kept:
+            outputs, targets = zip(*self._kept, strict=True)
+            self.metrics.update(torch.cat(outputs), torch.cat(targets))
+        self._kept.clear()
+        self._size = 0
+
+
 def plain_values(metrics: MetricCollection) -> dict[str, float]:
     """The computed value of every metric that is one number."""
     computed: dict[str, Any] = metrics.compute() if len(metrics) else {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
@@ -18,7 +18,7 @@ from .accum import Window, WindowResult, measure_activations, steps_for, tensors
 from .callbacks import Callback
 from .data import Batch, Splits
 from .errors import TrainingError
-from .evaluation import Evaluator, plain_values
+from .evaluation import Evaluator, WindowMetrics
 from .system import MIB, peak_memory_mib, wait_for
 
 EVENTS = (
@@ -111,7 +111,7 @@ class Trainer:
         self.scheduler = scheduler
         self.splits = splits
         self.evaluator = evaluator
-        self.train_metrics = train_metrics
+        self.train_metrics = WindowMetrics(train_metrics)
         self.recorder = recorder
         self.callbacks = dict(callbacks)
         self.device = device
@@ -180,7 +180,7 @@ class Trainer:
         publish = (progress.update + 1) % self.log_every == 0 or progress.update + 1 == self.total_updates
         self._emit("update_begin")
         self.optimizer.zero_grad(set_to_none=True)
-        result = self._accumulate(batch, self.train_metrics.update if publish else None)
+        result = self._accumulate(batch, self.train_metrics.observe if publish else None)
         norm = self._clip(publish)
         rate = float(self.optimizer.param_groups[0]["lr"])
         self.optimizer.step()
@@ -194,14 +194,12 @@ class Trainer:
         self._emit("update_end")
 
     def _accumulate(self, batch: Batch, observe: Callable[..., None] | None) -> WindowResult:
-        first = self.progress.update == 0
-        batch_tensors = [*tensors(batch.inputs), *tensors(batch.targets)]
-        measuring = measure_activations(self.model, batch_tensors) if first else nullcontext()
-        with measuring as saved:
-            steps = steps_for(len(batch.indices), self.splits.train.batch_size, self.window.steps)
+        steps = steps_for(len(batch.indices), self.splits.train.batch_size, self.window.steps)
+        if self.progress.update:
+            return self.window.backward(batch.inputs, batch.targets, steps=steps, observe=observe)
+        with measure_activations(self.model, [*tensors(batch.inputs), *tensors(batch.targets)]) as saved:
             result = self.window.backward(batch.inputs, batch.targets, steps=steps, observe=observe)
-        if saved is not None:
-            self.progress.activation_bytes = saved.peak_bytes
+        self.progress.activation_bytes = saved.peak_bytes
         return result
 
     def _clip(self, publish: bool) -> Tensor | None:
@@ -240,8 +238,7 @@ class Trainer:
 
     def _publish(self, norm: Tensor | None) -> None:
         extra: dict[str, float] = {} if norm is None else {"train/grad_norm": float(norm)}
-        extra.update({f"train/{name}": value for name, value in plain_values(self.train_metrics).items()})
-        self.train_metrics.reset()
+        extra.update({f"train/{name}": value for name, value in self.train_metrics.values().items()})
         self._tick()
         progress, (update, samples, seconds) = self.progress, self._last_read
         elapsed = max(progress.seconds - seconds, 1e-9)

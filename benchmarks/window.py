@@ -14,325 +14,31 @@ import os
 import platform
 import random
 import statistics
-import tempfile
 import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Iterator
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from time import perf_counter
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
-from torch.utils.data import DataLoader, TensorDataset
 
 from accumexp.accum import measure_activations
-from accumexp.callbacks import Callback
 from accumexp.data import Digits
-from accumexp.models import LeNet5
 from accumexp.seeding import seed_everything
-from accumexp.system import MIB, device_name, pick_device, wait_for
-from accumexp.trainer import Trainer
+from accumexp.system import MIB, device_name, pick_device
 
-SEED = 0
+from .contenders import CONTENDERS, SEED, Accumexp, Contender, HandWritten, Task
+
 TOLERANCE = 1e-5
 console = Console()
 if not console.is_terminal:
     console = Console(width=110)  # a pipe or a file has no width of its own
-
-
-@dataclass(frozen=True)
-class Task:
-    """What every contender trains on: the first `samples` of the digits, a whole number of updates."""
-
-    device: torch.device
-    micro_batch: int
-    steps: int
-    deterministic: bool
-    samples: int
-
-    @property
-    def batch(self) -> int:
-        return self.micro_batch * self.steps
-
-    def dataset(self) -> TensorDataset:
-        images, labels = Digits(train=True).tensors
-        return TensorDataset(images[: self.samples], labels[: self.samples])
-
-    def loader(self) -> DataLoader[Any]:
-        return DataLoader(self.dataset(), batch_size=self.micro_batch, shuffle=True)
-
-
-class Contender:
-    """A way to train. `run` trains for `epochs` and returns the seconds that took."""
-
-    name: ClassVar[str]
-
-    def __init__(self, task: Task) -> None:
-        self.task = task
-        self.model: nn.Module = LeNet5().to(task.device)
-        self.optimizer: torch.optim.Optimizer = torch.optim.SGD(self.model.parameters(), 0.01, momentum=0.9)
-
-    def run(self, epochs: int) -> float:
-        wait_for(self.task.device)
-        start = perf_counter()
-        for _ in range(epochs):
-            self.epoch()
-        wait_for(self.task.device)
-        return perf_counter() - start
-
-    def epoch(self) -> None:
-        raise NotImplementedError
-
-    def close(self) -> None: ...
-
-
-class HandWritten(Contender):
-    name = "hand-written"
-
-    def __init__(self, task: Task) -> None:
-        super().__init__(task)
-        self.images, self.labels = (tensor.to(task.device) for tensor in task.dataset().tensors)
-
-    def epoch(self) -> None:
-        steps = self.task.steps
-        order = torch.randperm(len(self.images), device=self.task.device)
-        for chosen in order.split(self.task.batch):
-            images, labels = self.images[chosen], self.labels[chosen]
-            self.optimizer.zero_grad()
-            for x, y in zip(images.chunk(steps), labels.chunk(steps), strict=True):
-                (cross_entropy(self.model(x), y) / steps).backward()
-            self.optimizer.step()
-
-
-class SingleBatch(HandWritten):
-    name = "single-batch"
-
-    def __init__(self, task: Task) -> None:
-        super().__init__(replace(task, micro_batch=task.batch, steps=1))
-
-
-class HandWrittenLoader(Contender):
-    name = "dataloader"
-
-    def __init__(self, task: Task) -> None:
-        super().__init__(task)
-        self.loader = task.loader()
-
-    def epoch(self) -> None:
-        steps, device = self.task.steps, self.task.device
-        for step, (images, labels) in enumerate(self.loader, 1):
-            loss = cross_entropy(self.model(images.to(device)), labels.to(device)) / steps
-            loss.backward()
-            if step % steps == 0:
-                self.optimizer.step()
-                self.optimizer.zero_grad()
-
-
-class Accelerate(Contender):
-    """The loop of Accelerate's guide to gradient accumulation."""
-
-    name = "accelerate"
-
-    def __init__(self, task: Task) -> None:
-        from accelerate import Accelerator
-
-        super().__init__(task)
-        self.accelerator = Accelerator(
-            gradient_accumulation_steps=task.steps, cpu=task.device.type == "cpu", mixed_precision="no"
-        )
-        prepared = self.accelerator.prepare(self.model, self.optimizer, task.loader())
-        self.prepared_model, self.prepared_optimizer, self.loader = prepared
-
-    def epoch(self) -> None:
-        accelerator, model, optimizer = self.accelerator, self.prepared_model, self.prepared_optimizer
-        for images, labels in self.loader:
-            with accelerator.accumulate(model):
-                loss = cross_entropy(model(images), labels)
-                accelerator.backward(loss)
-                optimizer.step()
-                optimizer.zero_grad()
-
-
-class Fabric(Contender):
-    """The loop of Fabric's guide to efficient gradient accumulation."""
-
-    name = "fabric"
-
-    def __init__(self, task: Task) -> None:
-        from lightning.fabric import Fabric as LightningFabric
-
-        super().__init__(task)
-        self.fabric: Any = LightningFabric(accelerator=lightning_accelerator(task.device), devices=1)
-        self.fabric_model, self.fabric_optimizer = self.fabric.setup(self.model, self.optimizer)
-        self.loader = self.fabric.setup_dataloaders(task.loader())
-
-    def epoch(self) -> None:
-        fabric, model, optimizer, steps = (
-            self.fabric,
-            self.fabric_model,
-            self.fabric_optimizer,
-            self.task.steps,
-        )
-        for step, (images, labels) in enumerate(self.loader, 1):
-            accumulating = step % steps != 0
-            with fabric.no_backward_sync(model, enabled=accumulating):
-                fabric.backward(cross_entropy(model(images), labels) / steps)
-            if not accumulating:
-                optimizer.step()
-                optimizer.zero_grad()
-
-
-class LightningTrainer(Contender):
-    """A Trainer a run; its clock goes from the first batch's start to the last one's end."""
-
-    name = "lightning"
-
-    def __init__(self, task: Task) -> None:
-        import lightning
-
-        super().__init__(task)
-        model, optimizer = self.model, self.optimizer
-
-        class Module(lightning.LightningModule):
-            def __init__(self) -> None:
-                super().__init__()
-                self.model = model
-
-            def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-                images, labels = batch
-                return cross_entropy(self.model(images), labels)
-
-            def configure_optimizers(self) -> torch.optim.Optimizer:
-                return optimizer
-
-        class Clock(lightning.Callback):
-            def __init__(self, updates: int) -> None:
-                self.updates = updates
-                self.start: float | None = None
-                self.seconds = 0.0
-
-            def on_train_batch_start(self, *_: Any, **__: Any) -> None:
-                if self.start is None:
-                    wait_for(task.device)
-                    self.start = perf_counter()
-
-            def on_train_batch_end(self, trainer: lightning.Trainer, *_: Any, **__: Any) -> None:
-                if trainer.global_step == self.updates:
-                    assert self.start is not None
-                    wait_for(task.device)
-                    self.seconds = perf_counter() - self.start
-
-        self.module, self.loader, self.clock = Module(), task.loader(), Clock
-        self.trainer: Callable[..., Any] = partial(
-            lightning.Trainer,
-            accelerator=lightning_accelerator(task.device),
-            devices=1,
-            accumulate_grad_batches=task.steps,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        )
-
-    def run(self, epochs: int) -> float:
-        clock = self.clock(epochs * self.task.samples // self.task.batch)
-        self.trainer(max_epochs=epochs, callbacks=[clock]).fit(self.module, self.loader)
-        assert clock.seconds
-        return clock.seconds
-
-
-class StopAtUpdate(Callback):
-    """Ends `fit` as a signal does, so that the same Trainer goes on in the next round."""
-
-    def __init__(self) -> None:
-        self.update = 0
-
-    def update_end(self, trainer: Trainer) -> None:
-        if trainer.progress.update == self.update:
-            trainer.stop("end of the round")
-
-
-class Accumexp(Contender):
-    """The Trainer that `accumexp.run` builds, with its metrics, its journal and its MLflow run."""
-
-    name = "accumexp"
-
-    def __init__(self, task: Task) -> None:
-        from hydra import compose, initialize_config_dir
-
-        from accumexp.assembly import build_parts, build_trainer
-        from accumexp.compose import conf_dir
-        from accumexp.config import from_hydra
-        from accumexp.record import RunRecord, open_tracker, write_config
-        from accumexp.tracking import Store
-
-        self.task = task
-        self._folder = tempfile.TemporaryDirectory()
-        folder = Path(self._folder.name)
-        overrides = [
-            "optimizer.lr=0.01",
-            f"accum.micro_batch_size={task.micro_batch}",
-            f"accum.steps={task.steps}",
-            "data.eval_fraction=0",
-            "callbacks=none",
-            f"+callbacks.stop._target_={__name__}.StopAtUpdate",
-            "trainer.epochs=1000000",
-            "trainer.eval_every=1000000",
-            f"trainer.deterministic={str(task.deterministic).lower()}",
-            f"tracking.uri=sqlite:///{folder}/mlflow.db",
-            # Its thread would run in every contender's rounds.
-            "tracking.system_metrics=false",
-            f"device={task.device}",
-            f"seed={SEED}",
-        ]
-        with initialize_config_dir(conf_dir(), version_base="1.3"):
-            config = from_hydra(compose("config", overrides))
-        parts = build_parts(config)
-        parts.splits.train.indices = torch.arange(task.samples)
-        self.record = RunRecord(folder)
-        self.trainer = build_trainer(config, parts, self.record)
-        self.model, self.optimizer = parts.model, self.trainer.optimizer
-        write_config(folder, config)
-        self.record.tracker = open_tracker(config, Store(config.tracking), folder, parts, [], None, None)
-        stop = self.trainer.callbacks["stop"]
-        assert isinstance(stop, StopAtUpdate)
-        self.stop = stop
-        self.flushes: list[float] = []
-
-    def run(self, epochs: int) -> float:
-        self.stop.update = self.trainer.progress.update + epochs * self.task.samples // self.task.batch
-        self.trainer.stop_reason = None
-        # The tracker flushes when its last flush is seconds ago: other contenders' seconds do not count.
-        self.record.flush()
-        wait_for(self.task.device)
-        start = perf_counter()
-        self.trainer.fit()
-        wait_for(self.task.device)
-        trained = perf_counter()
-        self.record.flush()
-        self.flushes.append(perf_counter() - trained)
-        return perf_counter() - start
-
-    def close(self) -> None:
-        self.record.close("FINISHED")
-        self._folder.cleanup()
-
-
-CONTENDERS: dict[str, type[Contender]] = {
-    kind.name: kind
-    for kind in (HandWritten, SingleBatch, HandWrittenLoader, Accelerate, Fabric, LightningTrainer, Accumexp)
-}
-
-
-def lightning_accelerator(device: torch.device) -> str:
-    return "gpu" if device.type == "cuda" else device.type
 
 
 @contextlib.contextmanager
@@ -356,13 +62,12 @@ def built(kind: type[Contender], task: Task) -> Contender:
     return made
 
 
-def timed(contender: Contender, epochs: int) -> float:
-    """Seconds of one run, with the global switches that a peer may have turned put back before it."""
+def timed(contender: Contender) -> float:
+    """Seconds of one epoch, with the global switches that a peer may have turned put back before it."""
     task = contender.task
     seed_everything(SEED, task.deterministic)
-    gc.collect()
     with peers_quiet(contender.name):
-        return contender.run(epochs)
+        return contender.seconds()
 
 
 def first_gradient(contender: Contender) -> list[Tensor]:
@@ -381,7 +86,7 @@ def saved_bytes(contender: Contender) -> int:
             saved.exclude(inputs)
 
         handle = contender.model.register_forward_pre_hook(exclude)
-        timed(contender, 1)
+        timed(contender)
         handle.remove()
     return saved.peak_bytes
 
@@ -389,7 +94,7 @@ def saved_bytes(contender: Contender) -> int:
 def first_update(kind: type[Contender], task: Task) -> tuple[list[Tensor], int]:
     """The gradient of the first update, and the bytes that the second saves for backward."""
     contender = built(kind, task)
-    timed(contender, 1)
+    timed(contender)
     gradient = first_gradient(contender)
     peak = saved_bytes(contender)
     contender.close()
@@ -409,14 +114,25 @@ def relative_error(name: str, gradient: list[Tensor], reference: list[Tensor]) -
 
 
 def measured(contenders: list[Contender], epochs: int, rounds: int) -> dict[str, list[float]]:
-    """Seconds by contender, one a round; rounds run everyone in a new order."""
-    seconds: dict[str, list[float]] = {contender.name: [] for contender in contenders}
+    """Seconds by contender, one number a round of `epochs` epochs.
+
+    Contenders take turns epoch by epoch, in a new random order each time, so that a machine whose speed
+    drifts is alike to all in every round.
+    """
+    seconds: dict[str, list[float]] = {contender.name: [0.0] * rounds for contender in contenders}
     for contender in contenders:
-        timed(contender, epochs)
+        timed(contender)
     orders = random.Random(SEED)
-    for _ in track(range(rounds), "rounds", console=console, transient=True):
+    for turn in track(range(rounds * epochs), "training", console=console, transient=True):
+        if turn % epochs == 0:
+            gc.collect()
         for contender in orders.sample(contenders, len(contenders)):
-            seconds[contender.name].append(timed(contender, epochs))
+            seconds[contender.name][turn // epochs] += timed(contender)
+        if (turn + 1) % epochs == 0:
+            for contender in contenders:
+                start = perf_counter()
+                contender.flush()
+                seconds[contender.name][turn // epochs] += perf_counter() - start
     return seconds
 
 
@@ -509,8 +225,6 @@ def main() -> None:
         error, peak = checks[name]
         rows[name] = summary(seconds[name], seconds[HandWritten.name], updates)
         rows[name] |= {"saved_mib": peak / MIB, "gradient_error": error}
-        if isinstance(contender, Accumexp):
-            rows[name]["last_flush_ms"] = 1e3 * statistics.median(contender.flushes) / updates
         contender.close()
     settings = {"micro_batch": asked.micro_batch, "steps": asked.steps, "updates": updates}
     settings |= {"rounds": asked.rounds, "deterministic": asked.deterministic}
