@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 
 from .accum import Inequality, inequalities
 from .assembly import Parts, build_parts, build_trainer
-from .checkpoint import Checkpoints, restore
+from .checkpoint import BEST, FOLDER, Checkpoints, restore
 from .compose import WANTS_TRACEBACK, fail
 from .config import Backend, Config, from_hydra, to_plain
 from .display import console, duration, show_values
@@ -177,6 +177,9 @@ class Run:
         if trainer.stop_reason:
             values["ended by"] = trainer.stop_reason
         values["folder"] = self.folder
+        best = self.folder / FOLDER / BEST
+        if best.exists():
+            values["best model"] = best
         if tracker.run_id:
             values["run"] = tracker.run_id
             values["UI"] = tracker.address
