@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 
 from .accum import Inequality, inequalities
 from .assembly import Parts, build_parts, build_trainer
-from .checkpoint import BEST, FOLDER, Checkpoints, restore
+from .checkpoint import BEST, FOLDER, Checkpoints, restore, saved_updates
 from .compose import WANTS_TRACEBACK, fail
 from .config import Backend, Config, from_hydra, to_plain
 from .display import console, duration, show_values
@@ -95,7 +95,7 @@ class Run:
                 record.tracker.final(final)
                 status = "KILLED" if signals.received else "FINISHED"
                 record.upload()
-            except KeyboardInterrupt:
+            except (KeyboardInterrupt, SystemExit):
                 status = "KILLED"
                 raise
             except Exception as error:
@@ -105,12 +105,10 @@ class Run:
                 record.close(status)
             self._summarise(record, config, status, final)
             if signals.received:
-                console.print(
-                    f"stopped by {signals.received.name} after update {trainer.progress.update}; go on with\n"
-                    f"  python -m accumexp.run resume={self.folder}",
-                    highlight=False,
-                    soft_wrap=True,
-                )
+                text = f"stopped by {signals.received.name} after update {trainer.progress.update}"
+                if saved_updates(self.folder / FOLDER):
+                    text += f"; go on with\n  python -m accumexp.run resume={self.folder}"
+                console.print(text, highlight=False, soft_wrap=True)
                 sys.exit(signals.exit_code)
             self._show(final, record, trainer)
             return trainer.latest.get(config.monitor)

@@ -40,5 +40,5 @@ class StopSignals:
         again = self.received is not None
         self.received = signal.Signals(number)
         if again or self.trainer is None:
-            raise KeyboardInterrupt(self.received.name)
+            raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(self.exit_code)
         self.trainer.stop(self.received.name)
