@@ -15,7 +15,7 @@ from accumexp.callbacks import EMA, Callback, EarlyStopping, LossMonitor
 from accumexp.errors import TrainingError, UsageError
 from accumexp.trainer import Trainer, total_updates
 
-from .experiments import Memory, trainer_of, weights
+from .experiments import trainer_of, weights
 from .reference import relative_error
 
 
@@ -335,7 +335,3 @@ def test_what_cannot_be_built_is_named() -> None:
     ]:
         with pytest.raises(UsageError, match=named):
             trainer_of(*overrides)
-
-
-def test_the_recorder_is_all_the_loop_needs_of_tracking() -> None:
-    assert isinstance(trainer_of("trainer.max_updates=1")[1], Memory)
