@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -9,16 +10,19 @@ import torch
 from torch import nn
 from torchmetrics import Metric, MetricCollection
 
-from .accum import Window, WindowLoss, window_loss
+from .accum import LossScale, Ranks, Window, WindowLoss, data_parallel, fully_sharded, window_loss
 from .callbacks import Callback
-from .config import Config, Precision
-from .data import Placement, Splits, build_splits
+from .config import AccumConfig, Config, LossScaling, Precision, Strategy
+from .data import Placement, Share, Splits, build_splits
 from .errors import UsageError
 from .evaluation import Evaluator
-from .seeding import seed_everything
+from .seeding import derive_seed, seed_everything
 from .system import pick_device
 from .targets import build
 from .trainer import Recorder, Trainer, total_updates
+from .world import World, first_here
+
+ALONE = World()
 
 DTYPES = {
     Precision.fp32: torch.float32,
@@ -40,23 +44,29 @@ class Parts:
     autocast: torch.dtype | None
 
 
-def build_parts(config: Config) -> Parts:
+def build_parts(config: Config, here: World = ALONE) -> Parts:
     """Model, loss, data and metrics, on the device and in the precision of `config`.
 
-    Seeds all generators first, so that the model's initial weights are a function of `seed`.
+    Seeds all generators first, so that the model's initial weights are a function of `seed`, on all ranks
+    alike; what is drawn later differs from rank to rank.
 
     Raises:
         UsageError: naming the key that cannot be built.
     """
     device = pick_device(config.device)
-    if config.trainer.threads:
-        torch.set_num_threads(config.trainer.threads)
+    threads = config.trainer.threads
+    if threads is None and here.size > 1:
+        threads = max(1, (os.cpu_count() or 1) // here.local_size)
+    if threads:
+        torch.set_num_threads(threads)
     seed_everything(config.seed, config.trainer.deterministic)
     dtype = DTYPES[config.param_precision or _parameter_precision(config.precision)]
-    lowered = config.precision is Precision.bf16 and dtype is not torch.bfloat16
-    autocast = torch.bfloat16 if lowered else None
+    autocast = _autocast(config.precision, dtype)
+    ranks = Ranks() if here.size > 1 else Ranks(alone=True)
     # Data before the model: what is wrong with it is then said first, and by name.
-    splits = build_splits(config.data, config.seed, Placement(device, dtype))
+    share = Share(here.rank, here.size, cast(int, config.accum.steps))
+    with first_here(here):
+        splits = build_splits(config.data, config.seed, Placement(device, dtype), share)
     seed_everything(config.seed, config.trainer.deterministic)
     model = build(config.model, "model")
     if not isinstance(model, nn.Module):
@@ -66,8 +76,11 @@ def build_parts(config: Config) -> Parts:
     if isinstance(criterion, nn.Module):
         criterion = criterion.to(device, dtype)
     loss = window_loss(criterion)
-    evaluator = Evaluator(loss, build_metrics(config, device), autocast)
-    return Parts(device, model.to(device, dtype), loss, splits, evaluator, autocast)
+    evaluator = Evaluator(loss, build_metrics(config, device), autocast, ranks)
+    model = model.to(device, dtype)
+    if here.rank:
+        seed_everything(derive_seed("rank", config.seed, here.rank), config.trainer.deterministic)
+    return Parts(device, model, loss, splits, evaluator, autocast)
 
 
 def build_metrics(config: Config, device: torch.device) -> MetricCollection:
@@ -87,13 +100,17 @@ def build_trainer(config: Config, parts: Parts, recorder: Recorder) -> Trainer:
     Raises:
         UsageError: naming the key that cannot be built.
     """
+    accum = config.accum
     window = Window(
-        parts.model,
+        _for_ranks(accum, parts),
         parts.loss,
-        cast(int, config.accum.steps),
-        reduction=config.accum.reduction.value,
+        cast(int, accum.steps),
+        reduction=accum.reduction.value,
         autocast=parts.autocast,
-        fp32_buffers=config.accum.fp32_buffers,
+        fp32_buffers=accum.fp32_buffers,
+        loss_scale=build_loss_scale(accum, parts.device),
+        reduce_every_micro_batch=accum.reduce_every_micro_batch,
+        local_loss=True,
     )
     loop = config.trainer
     updates = total_updates(len(parts.splits.train), loop.epochs, loop.max_updates)
@@ -118,6 +135,43 @@ def build_trainer(config: Config, parts: Parts, recorder: Recorder) -> Trainer:
     )
 
 
+def build_loss_scale(accum: AccumConfig, device: torch.device) -> LossScale | None:
+    """The loss scale of `accum`, or None.
+
+    Raises:
+        UsageError: naming the setting that cannot work.
+    """
+    if accum.loss_scale is LossScaling.none:
+        return None
+    try:
+        return LossScale(
+            accum.init_scale,
+            dynamic=accum.loss_scale is LossScaling.dynamic,
+            growth_factor=accum.growth_factor,
+            backoff_factor=accum.backoff_factor,
+            growth_interval=accum.growth_interval,
+            min_scale=accum.min_scale,
+            device=device,
+        )
+    except ValueError as error:
+        raise UsageError(f"accum.{error}") from error
+
+
+def _for_ranks(accum: AccumConfig, parts: Parts) -> nn.Module:
+    """The model as the strategy wants it."""
+    if accum.strategy is Strategy.ddp:
+        return data_parallel(parts.model, find_unused_parameters=accum.find_unused_parameters)
+    if accum.strategy is Strategy.fsdp:
+        return fully_sharded(parts.model, parts.device)
+    return parts.model
+
+
+def _autocast(precision: Precision | None, parameters: torch.dtype) -> torch.dtype | None:
+    if precision not in (Precision.bf16, Precision.fp16) or parameters is DTYPES[precision]:
+        return None
+    return DTYPES[precision]
+
+
 def build_callbacks(config: Config) -> dict[str, Callback]:
     known = {"loss", *config.metrics}
     if config.monitor.removeprefix("eval/").removeprefix("ema_") not in known or "/" not in config.monitor:
@@ -133,5 +187,5 @@ def build_callbacks(config: Config) -> dict[str, Callback]:
     return callbacks
 
 
-def _parameter_precision(precision: Precision) -> Precision:
+def _parameter_precision(precision: Precision | None) -> Precision:
     return Precision.fp64 if precision is Precision.fp64 else Precision.fp32

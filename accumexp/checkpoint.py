@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .accum import Ranks
 from .callbacks import Best, Callback
 from .errors import UsageError
 from .seeding import random_state, restore_random_state
@@ -158,17 +159,22 @@ class Checkpoints(Callback):
     def _save(self, trainer: Trainer, evaluated: dict[str, float]) -> None:
         with trainer.off_the_clock():
             state = trainer.state_dict()
+            ranks = trainer.window.sync.ranks
+            random, *others = everyone(random_state(), ranks)
+            improved, self._improved = self._improved, False
+            self._saved_at = (trainer.progress.update, trainer.progress.epoch)
+            if ranks.rank:
+                return
             self.before_save()
-            content = {**state, **self.identity, "evaluated": evaluated, "random": random_state()}
+            content = {**state, **self.identity, "evaluated": evaluated, "random": random}
+            content["random_others"] = others
             path = self.folder / f"update-{trainer.progress.update:08d}.pt"
             save(path, content)
             if not self._proven:
                 load(path)  # a custom class may have put into its state what cannot be read back
                 self._proven = True
-            if self._improved:
+            if improved:
                 _link(path, self.folder / BEST)
-                self._improved = False
-            self._saved_at = (trainer.progress.update, trainer.progress.epoch)
             for old in saved_updates(self.folder)[: -self.keep_last]:
                 old.unlink(missing_ok=True)
 
@@ -190,7 +196,21 @@ def restore(trainer: Trainer, content: Mapping[str, Any], path: Path) -> None:
     except (RuntimeError, ValueError, KeyError, TypeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UsageError(f"checkpoint {path}: does not fit this configuration: {reason}") from error
-    restore_random_state(content["random"])
+    states = [content["random"], *content.get("random_others", [])]
+    rank = trainer.window.sync.ranks.rank
+    if rank < len(states):  # a rank that was not there before keeps the draws of its own seed
+        restore_random_state(states[rank])
+
+
+def everyone(state: Any, ranks: Ranks) -> list[Any]:
+    """`state` of every rank, by rank."""
+    if ranks.size == 1:
+        return [state]
+    import torch.distributed as dist
+
+    found: list[Any] = [None] * ranks.size
+    dist.all_gather_object(found, state, ranks.group)
+    return found
 
 
 def _link(path: Path, name: Path) -> None:

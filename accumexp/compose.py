@@ -142,7 +142,7 @@ def command(main: Callable[[], None]) -> NoReturn:
     sys.exit(0)
 
 
-def fail(error: UsageError | TrainingError) -> int:
+def fail(error: Exception, speaker: str = "") -> int:
     """Prints the error's line and gives the exit code it stands for."""
-    print(f"error: {error}", file=sys.stderr)
+    print(f"{speaker}error: {error}", file=sys.stderr)
     return 2 if isinstance(error, UsageError) else 1

@@ -20,7 +20,7 @@ DEFAULT_BATCH_SIZE = 128
 
 
 class Precision(Enum):
-    """fp32 and fp64 are the dtype of everything; bf16 is autocast over fp32 parameters."""
+    """fp32 and fp64 are the dtype of everything; bf16 and fp16 are autocast over fp32 parameters."""
 
     fp32 = "fp32"
     bf16 = "bf16"
@@ -34,7 +34,17 @@ class Reduction(Enum):
 
 
 class Strategy(Enum):
+    """standalone is one process; ddp replicates the model in every rank, fsdp spreads it over them."""
+
     standalone = "standalone"
+    ddp = "ddp"
+    fsdp = "fsdp"
+
+
+class LossScaling(Enum):
+    none = "none"
+    static = "static"
+    dynamic = "dynamic"
 
 
 class Backend(Enum):
@@ -54,6 +64,20 @@ class AccumConfig:
     reduction: Reduction = Reduction.mean
     # Accumulate the gradients of bf16 parameters in fp32: one more fp32 buffer per such parameter.
     fp32_buffers: bool = False
+    # Ranks. Null: as many as torchrun or the cluster started; else one a GPU, or two without a GPU.
+    processes: int | None = None
+    # With it, a window in which any micro-batch on any rank overflows is skipped on all ranks.
+    loss_scale: LossScaling = LossScaling.none
+    init_scale: float = 65536.0
+    growth_factor: float = 2.0
+    backoff_factor: float = 0.5
+    # Updates without an overflow after which a dynamic scale grows.
+    growth_interval: int = 2000
+    min_scale: float = 1.0
+    # ddp: look for parameters that a forward pass did not use. Costs a walk of the graph a window.
+    find_unused_parameters: bool = False
+    # fsdp: reduce-scatter in every micro-batch, so that no unsharded gradient is kept between them.
+    reduce_every_micro_batch: bool = False
 
 
 @dataclass
@@ -135,7 +159,8 @@ class Config:
     mode: str = "max"
     seed: int = 0
     device: str = "auto"
-    precision: Precision = Precision.fp32
+    # Null: fp16 with a loss scale, fp32 without.
+    precision: Precision | None = None
     # Dtype of the parameters. Null: fp64 with precision=fp64, fp32 otherwise.
     param_precision: Precision | None = None
     resume: str | None = None
@@ -183,11 +208,15 @@ def unknown_key(key: str, choices: list[str]) -> str:
 
 
 def check(config: Config) -> Config:
-    """`config` with its three batch sizes filled in, or a `UsageError` that names the key."""
+    """`config` with ranks, precision and batch sizes filled in, or a `UsageError` that names the key."""
     data, accum, trainer = config.data, config.accum, config.trainer
+    accum.processes = processes(accum, config.device)
     data.batch_size, accum.steps, accum.micro_batch_size = batch_sizes(
-        data.batch_size, accum.steps, accum.micro_batch_size
+        data.batch_size, accum.steps, accum.micro_batch_size, accum.processes
     )
+    scaled = accum.loss_scale is not LossScaling.none
+    if config.precision is None:
+        config.precision = Precision.fp16 if scaled else Precision.fp32
     _at_least(1, "data.eval_batch_size", data.eval_batch_size)
     _at_least(0, "data.workers", data.workers)
     _at_least(1, "data.prefetch", data.prefetch)
@@ -203,19 +232,59 @@ def check(config: Config) -> Config:
         raise UsageError(f"trainer.clip_norm={trainer.clip_norm}: a norm above 0, or null for no clipping")
     if config.mode not in ("max", "min"):
         raise UsageError(f"mode={config.mode}: max or min")
-    if Precision.fp16 in (config.precision, config.param_precision):
-        raise UsageError("precision=fp16: needs a loss scale, which accum=standalone has none of; use bf16")
+    if config.precision is Precision.fp16 and not scaled:
+        raise UsageError("precision=fp16: needs a loss scale, accum=loss_scaled or accum.loss_scale=dynamic")
+    if config.param_precision is Precision.fp16:
+        raise UsageError("param_precision=fp16: a gradient of 10 bits cannot be unscaled; use fp32 or bf16")
+    if accum.strategy is Strategy.fsdp and accum.fp32_buffers:
+        raise UsageError("accum.fp32_buffers=true: not with accum=fsdp, which keeps gradients in shards")
+    if accum.reduce_every_micro_batch and accum.strategy is not Strategy.fsdp:
+        raise UsageError("accum.reduce_every_micro_batch=true: only accum=fsdp has shards to reduce to")
+    if accum.growth_interval < 1:
+        raise UsageError(f"accum.growth_interval={accum.growth_interval}: at least 1")
     for group in ("model", "loss", "optimizer", "scheduler"):
         if "_target_" not in getattr(config, group):
             raise UsageError(f"{group}: names no class, give {group}._target_=package.Class")
     return config
 
 
-def batch_sizes(batch: int | None, steps: int | None, micro: int | None) -> tuple[int, int, int]:
-    """`data.batch_size`, `accum.steps`, `accum.micro_batch_size` from any two of them.
+def processes(accum: AccumConfig, device: str) -> int:
+    """How many ranks the run has.
 
-    With less than two, the batch is 128 and the window has one step. Where steps do not divide the
-    batch, micro-batches differ by one sample and `micro_batch_size` is the larger.
+    Raises:
+        UsageError: if that is not what the strategy, torchrun or this machine's GPUs allow.
+    """
+    from .world import check_devices, default_processes, world
+
+    _at_least(1, "accum.processes", accum.processes)
+    outside = world()
+    if accum.strategy is Strategy.standalone:
+        asked = outside.size if outside else accum.processes or 1
+        if asked > 1:
+            source = "" if accum.processes == asked else "torchrun: "
+            raise UsageError(
+                f"{source}accum.processes={asked}: this strategy is one process, take accum=ddp or fsdp"
+            )
+        return 1
+    if outside:
+        if accum.processes not in (None, outside.size):
+            raise UsageError(
+                f"accum.processes={accum.processes}: {outside.size} processes were started, leave it out"
+            )
+        return outside.size
+    if accum.processes is None:
+        return default_processes(device)
+    check_devices(accum.processes, device)
+    return accum.processes
+
+
+def batch_sizes(
+    batch: int | None, steps: int | None, micro: int | None, ranks: int = 1
+) -> tuple[int, int, int]:
+    """`data.batch_size`, `accum.steps`, `accum.micro_batch_size` on each of `ranks`, from any two of them.
+
+    With less than two, the batch is 128 and the window has one step. Where steps and ranks do not divide
+    the batch, micro-batches differ by one sample and `micro_batch_size` is the largest.
 
     Raises:
         UsageError: if one is below 1, the three disagree, or the batch has fewer samples than steps.
@@ -224,19 +293,22 @@ def batch_sizes(batch: int | None, steps: int | None, micro: int | None) -> tupl
     for key, value in given.items():
         _at_least(1, key, value)
     if batch is None:
-        batch = steps * micro if steps and micro else DEFAULT_BATCH_SIZE
+        batch = steps * micro * ranks if steps and micro else DEFAULT_BATCH_SIZE
     if steps is None:
-        steps = -(-batch // micro) if micro else 1
-    if steps > batch:
+        steps = -(-batch // (micro * ranks)) if micro else 1
+    if steps * ranks > batch:
+        key, most = ("accum.steps", batch // ranks) if batch >= ranks else ("accum.processes", batch)
+        on = f" on each of {ranks} processes" if ranks > 1 else ""
         raise UsageError(
             f"accum.steps={steps}: data.batch_size={batch} samples cannot be split into more "
-            f"micro-batches than samples, at most accum.steps={batch}"
+            f"micro-batches{on} than samples, at most {key}={most}"
         )
-    largest = -(-batch // steps)
-    if micro is not None and micro != largest and steps != -(-batch // micro):
+    largest = -(-batch // (steps * ranks))
+    if micro is not None and micro != largest and steps != -(-batch // (micro * ranks)):
+        also = f" and accum.processes={ranks}" if ranks > 1 else ""
         raise UsageError(
             f"accum.micro_batch_size={micro}: disagrees with data.batch_size={batch} and "
-            f"accum.steps={steps}, which give {largest}; leave one of the three out"
+            f"accum.steps={steps}{also}, which give {largest}; leave one of the three out"
         )
     return batch, steps, largest
 

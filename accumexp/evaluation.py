@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -9,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
-from .accum import WindowLoss, call
+from .accum import Ranks, WindowLoss, call, tensors
+from .accum.ranks import ALONE
 from .data import Batches
 
 
@@ -20,30 +22,45 @@ class Evaluator:
         loss: as in training; the reported loss is its mean over all items of the split.
         metrics: torchmetrics by name, on the device of the data.
         autocast: dtype of `torch.autocast` around the forward pass, or None.
+        ranks: the processes that share the split; all of them must call.
     """
 
     def __init__(
-        self, loss: WindowLoss, metrics: MetricCollection, autocast: torch.dtype | None = None
+        self,
+        loss: WindowLoss,
+        metrics: MetricCollection,
+        autocast: torch.dtype | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.loss = loss
         self.metrics = metrics
         self.autocast = autocast
+        self.ranks = ranks
 
     @torch.no_grad()
     def __call__(self, model: nn.Module, batches: Batches) -> dict[str, float]:
-        """`loss` and every metric by name. Waits for the device once, at the end."""
+        """`loss` and every metric by name, over all ranks. Waits for the device once, at the end."""
         was_training = model.training
         model.eval()
         self.metrics.reset()
         total: Tensor | float = 0.0
         weight: Tensor | float = 0.0
+        device = torch.device("cpu")
         try:
             for batch in batches.epoch(0):
-                with precision(self.autocast, batch.indices.device):
+                device = tensors(batch.targets)[0].device
+                with precision(self.autocast, device):
                     outputs = call(model, batch.inputs)
-                    total = total + self.loss.total(outputs, batch.targets)
-                weight = weight + self.loss.weight(batch.targets)
-                self.metrics.update(outputs, batch.targets)
+                    loss_sum = self.loss.total(outputs, batch.targets)
+                if batch.samples:  # padding is only there for a forward pass that needs every rank
+                    total = total + loss_sum
+                    weight = weight + self.loss.weight(batch.targets)
+                    self.metrics.update(outputs, batch.targets)
+            if self.ranks.size > 1:
+                sums = [
+                    torch.as_tensor(value, dtype=torch.float64, device=device) for value in (total, weight)
+                ]
+                total, weight = self.ranks.sum(torch.stack(sums)).unbind()
             values = {"loss": float(total) / (float(weight) or 1.0)}
             values.update(plain_values(self.metrics))
         finally:
@@ -92,8 +109,11 @@ class WindowMetrics:
 
 
 def plain_values(metrics: MetricCollection) -> dict[str, float]:
-    """The computed value of every metric that is one number."""
-    computed: dict[str, Any] = metrics.compute() if len(metrics) else {}
+    """The computed value of every metric that is one number, over all ranks."""
+    with warnings.catch_warnings():
+        # A rank without samples has nothing to update, and the other ranks' counts to compute from.
+        warnings.filterwarnings("ignore", message=".*was called before the ``update`` method")
+        computed: dict[str, Any] = metrics.compute() if len(metrics) else {}
     return {name: float(value) for name, value in computed.items() if torch.as_tensor(value).numel() == 1}
 
 

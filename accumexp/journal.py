@@ -9,6 +9,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+METRICS = "metrics.jsonl"
+
 
 class Journal:
     """Appends one JSON object a line: `update`, `time` (seconds since 1970) and the values.

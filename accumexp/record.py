@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shlex
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,13 +18,11 @@ from .assembly import Parts
 from .checkpoint import BEST, FOLDER, load, saved_updates
 from .config import Backend, Config, flatten, to_plain
 from .data import Batches, ResidentBatches
-from .journal import Journal
+from .journal import METRICS, Journal
+from .order import CONFIG, Order
+from .sweep import SUMMARY
 from .system import code_version, device_name
 from .tracking import MLflowTracker, Store, Tracker
-
-SUMMARY = "summary.json"
-CONFIG = "config.yaml"
-METRICS = "metrics.jsonl"
 
 
 class RunRecord:
@@ -78,21 +74,38 @@ def write_config(folder: Path, config: Config) -> Path:
     return path
 
 
+class SilentRecord(RunRecord):
+    """The record of a rank that is not the first: none."""
+
+    def __init__(self) -> None:
+        self.tracker = Tracker()
+
+    def record(self, update: int, values: Mapping[str, float], publish: bool) -> None: ...
+
+    def flush(self) -> None: ...
+
+    def summarise(self, **entries: Any) -> None: ...
+
+    def upload(self) -> None: ...
+
+    def close(self, status: str) -> None: ...
+
+
 def open_tracker(
-    config: Config,
+    order: Order,
     store: Store | None,
-    folder: Path,
     parts: Parts,
     unequal: list[Inequality],
     name: str | None,
     parent: str | None,
 ) -> Tracker:
     """A new MLflow run that holds all that is known before the first update."""
+    config, folder = order.config, order.folder
     if config.tracking.backend is Backend.none or store is None:
         return Tracker()
     sha, diff = code_version()
     tags = {
-        "accumexp.command": shlex.join(["python", "-m", "accumexp.run", *sys.argv[1:]]),
+        "accumexp.command": order.command,
         "accumexp.git_sha": sha,
         "accumexp.device": device_name(parts.device),
         "accumexp.torch": torch.__version__,

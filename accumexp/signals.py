@@ -41,4 +41,4 @@ class StopSignals:
         self.received = signal.Signals(number)
         if again or self.trainer is None:
             raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(self.exit_code)
-        self.trainer.stop(self.received.name)
+        self.trainer.stop(self.received.name, number)

@@ -64,7 +64,8 @@ class SweepJob:
         if self.jobs_at_once == 1:
             return
         if config.trainer.threads is None:
-            config.trainer.threads = max(1, (os.cpu_count() or 1) // self.jobs_at_once)
+            at_once = self.jobs_at_once * (config.accum.processes or 1)
+            config.trainer.threads = max(1, (os.cpu_count() or 1) // at_once)
         if "progress" in config.callbacks:
             config.callbacks["progress"]["show"] = False
         import multiprocessing

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -14,11 +15,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torchmetrics import MetricCollection
 
-from .accum import Window, WindowResult, measure_activations, steps_for, tensors
+from .accum import Agreement, OptimizerStep, Window, WindowResult, measure_activations, tensors
 from .callbacks import Callback
 from .data import Batch, Splits
 from .errors import TrainingError
 from .evaluation import Evaluator, WindowMetrics
+from .readings import Readings, hopeless
 from .system import MIB, peak_memory_mib, wait_for
 
 EVENTS = (
@@ -69,12 +71,16 @@ class Trainer:
         for every batch of the epoch, one an update:
             zero the gradients
             window: count its weight, then forward and backward of each micro-batch
-            clip the gradient, step the optimizer, step the schedule
+            clip the gradient, step the optimizer (or skip, after an overflow), step the schedule
             every log_every updates: read the device, log
         evaluate on the eval split
 
     Everything in the inner loop happens once an update, whatever the number of micro-batches, and
-    nothing in it waits for the device but the read every `log_every` updates.
+    nothing in it waits for the device but the read every `log_every` updates (and, with a loss scale,
+    an optimizer that is not fused). On several ranks each runs this loop on its own samples.
+
+    A skipped window counts as an update on all step axes and in the schedule: `accum/skipped_windows`
+    says how many of them left the weights as they were.
 
     Args:
         window: accumulates a batch's gradient into the model's parameters.
@@ -119,12 +125,15 @@ class Trainer:
         self.total_updates = total_updates(len(splits.train), epochs, max_updates)
         self.log_every = log_every
         self.eval_every = eval_every
-        self.clip_norm = clip_norm
-        self.check_finite = check_finite
+        self.step = OptimizerStep(window, optimizer, clip_norm)
         self.progress = Progress()
         self.stop_reason: str | None = None
         self.latest: dict[str, float] = {}
-        self._pending: list[tuple[int, Tensor, float]] = []  # update, loss on the device, learning rate
+        self.stop_code = 0
+        self._wish: str | None = None
+        self._wish_code = 0
+        self._agreement = Agreement(window.sync.ranks)
+        self._readings = Readings(window, check_finite)
         self._clock = time.perf_counter()
         self._last_read = (0, 0, 0.0)  # update, samples, seconds
         self._events: dict[str, list[Callable[..., None]]] = {}
@@ -133,9 +142,23 @@ class Trainer:
     def finished(self) -> bool:
         return self.progress.update >= self.total_updates
 
-    def stop(self, reason: str) -> None:
-        """Asks the loop to end: after this update, or after the evaluation it is in."""
-        self.stop_reason = reason
+    def stop(self, reason: str, code: int = 1) -> None:
+        """Asks the loop to end: after this update, or after the evaluation it is in.
+
+        On several ranks it ends on all of them alike, at most one update later. `code` is the number of
+        the signal that asks, or 1; all ranks learn it as `stop_code`.
+        """
+        self._wish, self._wish_code = self._wish or reason, max(self._wish_code, code)
+
+    def go_on(self) -> None:
+        """Forgets a request to stop, so that `fit` goes on."""
+        self.stop_reason, self.stop_code, self._wish, self._wish_code = None, 0, None, 0
+
+    def _agree(self, agree: Callable[[int], int]) -> None:
+        """Makes a wish to stop of any rank the `stop_reason` of all."""
+        self.stop_code = agree(self._wish_code)
+        if self.stop_code and self.stop_reason is None:
+            self.stop_reason = self._wish or "another rank stopped"
 
     def fit(self) -> None:
         """Trains until the last update or a stop request, from wherever `progress` is.
@@ -147,6 +170,7 @@ class Trainer:
         self._clock = time.perf_counter()
         self._mark_read()
         self._emit("run_begin")
+        self._agree(self._agreement.now)
         try:
             while not self.stop_reason and not self._ended():
                 self._epoch()
@@ -163,6 +187,7 @@ class Trainer:
         self.model.train()
         for batch in self.splits.train.epoch(progress.epoch, progress.epoch_update):
             self._update(batch)
+            self._agree(self._agreement.soon)
             if self.stop_reason or self.finished:
                 break
         self.read()
@@ -173,71 +198,65 @@ class Trainer:
         if self.finished or progress.epoch % self.eval_every == 0:
             values = self.evaluate("eval")
             self.recorder.record(progress.update, values, publish=True)
+            self._agree(self._agreement.now)
         self._emit("epoch_end")
 
     def _update(self, batch: Batch) -> None:
         progress = self.progress
         publish = (progress.update + 1) % self.log_every == 0 or progress.update + 1 == self.total_updates
         self._emit("update_begin")
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=not self.window.sync.keeps_gradients)
         result = self._accumulate(batch, self.train_metrics.observe if publish else None)
-        norm = self._clip(publish)
         rate = float(self.optimizer.param_groups[0]["lr"])
-        self.optimizer.step()
-        self.scheduler.step()
+        done = self.step(want_norm=publish)
+        self._step_schedule()
         progress.update += 1
         progress.epoch_update += 1
-        progress.samples += result.samples
-        self._pending.append((progress.update, result.loss, rate))
+        progress.samples += batch.total
+        self._readings.add(progress.update, result.loss, done.overflow, rate)
         if publish:
-            self._publish(norm)
+            self._publish(done.norm)
         self._emit("update_end")
 
-    def _accumulate(self, batch: Batch, observe: Callable[..., None] | None) -> WindowResult:
-        steps = steps_for(len(batch.indices), self.splits.train.batch_size, self.window.steps)
+    def _step_schedule(self) -> None:
         if self.progress.update:
-            return self.window.backward(batch.inputs, batch.targets, steps=steps, observe=observe)
+            self.scheduler.step()
+            return
+        with warnings.catch_warnings():
+            # True if the first window was skipped, and meant so.
+            warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
+            self.scheduler.step()
+
+    def _accumulate(self, batch: Batch, observe: Callable[..., None] | None) -> WindowResult:
+        options: dict[str, Any] = {"steps": batch.steps, "samples": batch.samples, "observe": observe}
+        if self.progress.update:
+            return self.window.backward(batch.inputs, batch.targets, **options)
         with measure_activations(self.model, [*tensors(batch.inputs), *tensors(batch.targets)]) as saved:
-            result = self.window.backward(batch.inputs, batch.targets, steps=steps, observe=observe)
+            result = self.window.backward(batch.inputs, batch.targets, **options)
         self.progress.activation_bytes = saved.peak_bytes
         return result
-
-    def _clip(self, publish: bool) -> Tensor | None:
-        """The gradient's 2-norm before clipping, where it is needed."""
-        if self.clip_norm is None and not publish:
-            return None
-        limit = math.inf if self.clip_norm is None else self.clip_norm
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        if self.clip_norm is not None:
-            torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), limit, norm)
-        return norm
 
     def read(self, extra: Mapping[str, float] | None = None) -> None:
         """Reads the losses since the last read in one wait for the device, and records them.
 
         `extra` belongs to the newest update and makes it a published one.
         """
-        if not self._pending:
-            return
-        losses = torch.stack([loss for _, loss, _ in self._pending]).tolist()
-        newest = self._pending[-1][0]
-        for (update, _, rate), loss in zip(self._pending, losses, strict=True):
-            if self.check_finite and not math.isfinite(loss):
-                raise TrainingError(
-                    f"train/loss is {loss} at update {update}: lower optimizer.lr, set "
-                    "trainer.clip_norm, or go on regardless with trainer.check_finite=false"
-                )
-            values = {"train/loss": loss, "train/lr": rate}
-            publish = extra is not None and update == newest
+        rows, scaling = self._readings.read()
+        for update, values in rows:
+            publish = extra is not None and update == rows[-1][0]
             if publish:
-                values.update(extra or {})
+                values.update({**(extra or {}), **scaling})
                 self.latest.update(values)
             self.recorder.record(update, values, publish)
-        self._pending.clear()
+        if self.finished and scaling.get("accum/skipped_windows") == self.progress.update:
+            raise TrainingError(
+                hopeless(scaling["accum/loss_scale"], self.progress.update, self.progress.update)
+            )
 
     def _publish(self, norm: Tensor | None) -> None:
-        extra: dict[str, float] = {} if norm is None else {"train/grad_norm": float(norm)}
+        extra: dict[str, float] = {}
+        if norm is not None and math.isfinite(length := float(norm)):
+            extra["train/grad_norm"] = length
         extra.update({f"train/{name}": value for name, value in self.train_metrics.values().items()})
         self._tick()
         progress, (update, samples, seconds) = self.progress, self._last_read
@@ -254,6 +273,7 @@ class Trainer:
     def evaluate(self, split: str) -> dict[str, float]:
         """Loss and metrics of "eval" or "test", as `<split>/<name>`, with what callbacks add."""
         with self.off_the_clock():
+            self.window.sync.share_buffers()
             batches = self.splits.test if split == "test" else self.splits.eval
             values = {f"{split}/{k}": v for k, v in self.evaluator(self.model, batches).items()}
             self._emit("evaluated", split, values)
@@ -291,11 +311,13 @@ class Trainer:
     def state_dict(self) -> dict[str, Any]:
         """All that the next update depends on, but the random state and the samples' order."""
         self.read()
+        scale = self.window.loss_scale
         return {
             "progress": asdict(self.progress),
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
+            "loss_scale": {} if scale is None else scale.state_dict(),
             "callbacks": {name: callback.state_dict() for name, callback in self.callbacks.items()},
         }
 
@@ -304,6 +326,8 @@ class Trainer:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
+        if self.window.loss_scale is not None and state.get("loss_scale"):
+            self.window.loss_scale.load_state_dict(state["loss_scale"])
         for name, callback in self.callbacks.items():
             if state["callbacks"].get(name):
                 callback.load_state_dict(state["callbacks"][name])

@@ -250,6 +250,7 @@ class Accumexp(Contender):
         from accumexp.assembly import build_parts, build_trainer
         from accumexp.compose import conf_dir
         from accumexp.config import from_hydra
+        from accumexp.order import Order
         from accumexp.record import RunRecord, open_tracker, write_config
         from accumexp.tracking import Store
 
@@ -282,14 +283,15 @@ class Accumexp(Contender):
         self.trainer = build_trainer(config, parts, self.record)
         self.model, self.optimizer = parts.model, self.trainer.optimizer
         write_config(folder, config)
-        self.record.tracker = open_tracker(config, Store(config.tracking), folder, parts, [], None, None)
+        order = Order(config, folder, None, None, "python -m benchmarks.window")
+        self.record.tracker = open_tracker(order, Store(config.tracking), parts, [], None, None)
         stop = self.trainer.callbacks["stop"]
         assert isinstance(stop, StopAtUpdate)
         self.stop = stop
 
     def epoch(self) -> None:
         self.stop.update = self.trainer.progress.update + self.task.samples // self.task.batch
-        self.trainer.stop_reason = None
+        self.trainer.go_on()
         self.trainer.fit()
 
     def flush(self) -> None:

@@ -9,24 +9,37 @@ for inputs, targets in loader:             # the whole batch of the update
     optimizer.step()
 """
 
-from .batch import batch_size, map_tensors, split, split_sizes, steps_for, tensors
+from .batch import batch_size, map_tensors, rank_share, split, split_sizes, steps_for, tensors
 from .exactness import Inequality, inequalities
 from .loss import WindowLoss, window_loss
 from .memory import SavedActivations, measure_activations
+from .ranks import Agreement, Ranks
+from .scale import LossScale
+from .step import OptimizerStep, StepResult
+from .sync import Sync, data_parallel, fully_sharded
 from .window import Reduction, Window, WindowResult, call
 
 __all__ = [
+    "Agreement",
     "Inequality",
+    "LossScale",
+    "OptimizerStep",
+    "Ranks",
     "Reduction",
     "SavedActivations",
+    "StepResult",
+    "Sync",
     "Window",
     "WindowLoss",
     "WindowResult",
     "batch_size",
     "call",
+    "data_parallel",
+    "fully_sharded",
     "inequalities",
     "map_tensors",
     "measure_activations",
+    "rank_share",
     "split",
     "split_sizes",
     "steps_for",

@@ -47,13 +47,13 @@ def map_tensors(function: Callable[[Tensor], Any], batch: Nested) -> Any:
     return type(batch)(map_tensors(function, value) for value in batch)
 
 
-def split_sizes(samples: int, steps: int) -> list[int]:
+def split_sizes(samples: int, steps: int, *, empty: bool = False) -> list[int]:
     """Sizes of `steps` micro-batches that differ by one at most, the larger ones first.
 
     Raises:
-        ValueError: unless 1 <= steps <= samples.
+        ValueError: unless 1 <= steps <= samples; `empty` allows micro-batches of no samples.
     """
-    if not 1 <= steps <= samples:
+    if steps < 1 or steps > samples and not empty:
         raise ValueError(f"{samples} samples cannot be split into {steps} micro-batches")
     smaller, larger = divmod(samples, steps)
     return [smaller + 1] * larger + [smaller] * (steps - larger)
@@ -77,3 +77,20 @@ def steps_for(samples: int, full_batch: int, full_steps: int) -> int:
     its micro-batches no larger than a full window's: ceil(samples * full_steps / full_batch).
     """
     return max(1, -(-samples * full_steps // full_batch))
+
+
+def rank_share(samples: int, steps: int, rank: int, ranks: int) -> list[range]:
+    """The samples of a batch that `rank` takes, one range for each of its `steps` micro-batches.
+
+    The batch is cut into micro-batches as one process would cut it, and each of them over the ranks, so
+    that the k-th micro-batch of all ranks together holds the same samples at any number of ranks. Ranges
+    are empty where there are fewer samples than ranks.
+    """
+    shares = []
+    begin = 0
+    for size in split_sizes(samples, steps, empty=True):
+        parts = split_sizes(size, ranks, empty=True)
+        own = begin + sum(parts[:rank])
+        shares.append(range(own, own + parts[rank]))
+        begin += size
+    return shares

@@ -12,6 +12,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from .ranks import Ranks
+
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 
 
@@ -19,13 +21,14 @@ class Fp32Buffers:
     """Collects the gradients of low-precision parameters in fp32 while a window is open.
 
     Each micro-batch's gradient moves from `.grad` into the buffer as soon as autograd has finished it;
-    `close` rounds the sums into `.grad` once and frees the buffers.
+    `close` adds the sums of all ranks, rounds them into `.grad` once and frees the buffers.
     """
 
     def __init__(self, parameters: Iterable[torch.nn.Parameter]) -> None:
         self._sums: dict[Tensor, Tensor] = {}
         self._open = False
-        for parameter in parameters:
+        self._parameters = list(parameters)
+        for parameter in self._parameters:
             if parameter.requires_grad and parameter.dtype in LOW_PRECISION:
                 parameter.register_post_accumulate_grad_hook(self._collect)
 
@@ -33,8 +36,12 @@ class Fp32Buffers:
         self._sums.clear()
         self._open = True
 
-    def close(self) -> None:
+    def close(self, ranks: Ranks) -> None:
         self._open = False
+        for parameter in self._parameters if ranks.size > 1 else ():
+            total = self._sums.get(parameter, parameter.grad)
+            if total is not None:
+                ranks.sum(total)
         for parameter, total in self._sums.items():
             parameter.grad = total.to(parameter.dtype)
         self._sums.clear()

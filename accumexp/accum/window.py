@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -10,9 +10,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .batch import Nested, batch_size, split, split_sizes
+from .batch import Nested, batch_size, map_tensors, split, split_sizes
 from .buffers import Fp32Buffers
 from .loss import WindowLoss, window_loss
+from .scale import LossScale
+from .sync import sync_of
 
 Reduction = Literal["mean", "sum"]
 Observer = Callable[[Any, Nested], None]
@@ -23,9 +25,10 @@ class WindowResult:
     """What one window did. Tensors stay on the device: reading them is the caller's decision.
 
     Attributes:
-        loss: mean loss over the window's items, shape (), detached.
-        weight: the window's total weight (samples, or the sum of valid items' weights).
-        samples: number of samples in the window.
+        loss: mean loss over the window's items, on all ranks, shape (), detached; with `local_loss`
+            this rank's part of it, and the parts of all ranks add up to the mean.
+        weight: the window's total weight (samples, or the sum of valid items' weights), over all ranks.
+        samples: number of this rank's samples in the window.
         steps: number of micro-batches in the window.
     """
 
@@ -41,19 +44,33 @@ class Window:
     With `reduction="mean"` the gradient is that of `sum_i w_i l_i / sum_i w_i` over all items of the
     window, however it is split: the denominator is counted over the whole window first and every
     micro-batch divides its own sum by it. With `reduction="sum"` it is the sum of the micro-batch
-    means, which is about `steps` times larger and exact only for that definition.
+    means, which is about `steps` times larger and exact only for that definition; a micro-batch's mean
+    is then over its parts on all ranks.
+
+    A model that was wrapped for several ranks (`data_parallel`, `fully_sharded`, torch's own
+    DistributedDataParallel and `fully_shard`) makes one window of all ranks' samples: each rank calls
+    `backward` with its own, weights are counted over the ranks before the first backward, and gradients
+    are added over the ranks in the last micro-batch alone.
 
     Args:
         model: called as `model(x)` with a tensor, `model(*xs)` with a tuple or list, `model(**xs)`
             with a dict.
         loss: a criterion of torch, a function of (outputs, targets), or a `WindowLoss`.
-        steps: micro-batches in a window.
+        steps: micro-batches in a window, on each rank.
         reduction: "mean" or "sum", as above.
         autocast: dtype of `torch.autocast` around forward and loss, or None.
         fp32_buffers: accumulate the gradients of bf16 and fp16 parameters in fp32.
+        loss_scale: multiplies the loss before each backward; `OptimizerStep` divides the gradient by it.
+        reduce_every_micro_batch: of a fully sharded model, reduce-scatter in every micro-batch: more
+            communication, and no unsharded gradient is kept between micro-batches.
+        local_loss: leave the loss of the other ranks out of the result, and save a collective.
+
+    Attributes:
+        model: the model without what wraps it.
+        sync: how the ranks become one.
 
     Raises:
-        ValueError: for `steps` below 1 or an unknown reduction.
+        ValueError: for `steps` below 1, an unknown reduction, or fp32 buffers of a fully sharded model.
     """
 
     def __init__(
@@ -65,61 +82,107 @@ class Window:
         reduction: Reduction = "mean",
         autocast: torch.dtype | None = None,
         fp32_buffers: bool = False,
+        loss_scale: LossScale | None = None,
+        reduce_every_micro_batch: bool = False,
+        local_loss: bool = False,
     ) -> None:
         if steps < 1:
             raise ValueError(f"steps is the number of micro-batches in a window, at least 1, not {steps}")
         if reduction not in ("mean", "sum"):
             raise ValueError(f"reduction is 'mean' or 'sum', not {reduction!r}")
-        self.model = model
+        self.sync = sync_of(model, reduce_every_micro_batch)
+        if fp32_buffers and self.sync.sharded:
+            raise ValueError("fp32_buffers: gradients of a fully sharded model are not there to collect")
+        self.model = self.sync.module
         self.loss = window_loss(loss)
         self.steps = steps
         self.reduction: Reduction = reduction
         self.autocast = autocast
+        self.loss_scale = loss_scale
+        self.local_loss = local_loss
         self._buffers = Fp32Buffers(model.parameters()) if fp32_buffers else None
 
     def backward(
-        self, inputs: Nested, targets: Nested, *, steps: int | None = None, observe: Observer | None = None
+        self,
+        inputs: Nested,
+        targets: Nested,
+        *,
+        steps: int | None = None,
+        samples: int | None = None,
+        observe: Observer | None = None,
     ) -> WindowResult:
         """Forward and backward of every micro-batch; gradients are added to `.grad`.
 
         Nothing here waits for the device.
 
         Args:
-            inputs: the update's whole batch, samples first.
+            inputs: the update's whole batch on this rank, samples first.
             targets: its targets, samples first.
-            steps: micro-batches for this window alone, for example for the last one of an epoch.
+            steps: micro-batches for this window alone, for example for the last one of an epoch; the
+                same on all ranks.
+            samples: how many of the batch's samples count, the first ones. What follows is padding: on
+                several ranks a rank without a sample of its own gives one and `samples=0`.
             observe: called with each micro-batch's detached outputs and its targets.
 
         Raises:
-            ValueError: if the batch has fewer samples than `steps`, or its tensors disagree in size.
+            ValueError: if the batch has fewer samples than `steps` (on several ranks: none at all), its
+                tensors disagree in size, or `samples` are not in it.
         """
         steps = self.steps if steps is None else steps
-        samples = batch_size((inputs, targets))
-        sizes = split_sizes(samples, steps)
-        weight = self.loss.weight(targets)
+        held = batch_size((inputs, targets))
+        samples = held if samples is None else samples
+        if not 0 <= samples <= held or not held:
+            raise ValueError(f"samples={samples}: the batch has {held}, and one is needed to pad with")
+        sizes = split_sizes(samples, steps, empty=self.sync.ranks.size > 1)
+        padding = [map_tensors(_first, batch) for batch in (inputs, targets)] if 0 in sizes else []
+        if samples < held:
+            inputs, targets = (map_tensors(lambda t: t[:samples], batch) for batch in (inputs, targets))
+        parts = list(zip(split(inputs, sizes), split(targets, sizes), strict=True))
+        weight, weights = self._weigh(targets, [targets_k for _, targets_k in parts])
         share: Tensor | None = None  # of an item in the loss: 1 / weight
         total: Tensor | None = None
         if self._buffers:
             self._buffers.open()
-        for inputs_k, targets_k in zip(split(inputs, sizes), split(targets, sizes), strict=True):
-            with self._precision():
-                outputs = call(self.model, inputs_k)
-                loss_sum = self.loss.total(outputs, targets_k)
-            if share is None or self.reduction == "sum":
-                share = _share(weight if self.reduction == "mean" else self.loss.weight(targets_k), loss_sum)
-            # The gradient of loss_sum / weight, without a division to record and to go back through.
-            loss_sum.backward(share)
-            detached = loss_sum.detach()
-            total = detached if total is None else total + detached
-            if observe is not None:
-                observe(outputs.detach() if isinstance(outputs, Tensor) else outputs, targets_k)
+        for k, (inputs_k, targets_k) in enumerate(parts):
+            if not sizes[k]:
+                inputs_k, targets_k = padding
+            with self.sync.micro_batch(last=k == steps - 1 and not self._buffers):
+                with self._precision():
+                    outputs = call(self.sync.forward, inputs_k)
+                    loss_sum = self.loss.total(outputs, targets_k)
+                if share is None or self.reduction == "sum":
+                    share = _share(weights[k], loss_sum)
+                # The gradient of loss_sum / weight, without a division to record and to go back through.
+                loss_sum.backward(self._seed(share) if sizes[k] else torch.zeros_like(share))
+            if sizes[k]:
+                detached = loss_sum.detach()
+                total = detached if total is None else total + detached
+                if observe is not None:
+                    observe(outputs.detach() if isinstance(outputs, Tensor) else outputs, targets_k)
             # Outputs must not live through the next forward: for a language model they are the peak.
             del outputs, loss_sum
         if self._buffers:
-            self._buffers.close()
-        assert total is not None and share is not None
+            self._buffers.close(self.sync.ranks)
+        assert share is not None
+        total = torch.zeros_like(share) if total is None else total
         mean = total * (share if self.reduction == "mean" else _share(weight, total))
-        return WindowResult(mean, weight, samples, steps)
+        return WindowResult(mean if self.local_loss else self.sync.ranks.sum(mean), weight, samples, steps)
+
+    def _weigh(self, targets: Nested, parts: list[Nested]) -> tuple[Tensor | float, Sequence[Tensor | float]]:
+        """The window's weight, and for each micro-batch what its sum is divided by; over all ranks."""
+        ranks, loss = self.sync.ranks, self.loss
+        own = [loss.weight(part) for part in (parts if self.reduction == "sum" else [targets])]
+        if ranks.size > 1:
+            device = next(self.model.parameters()).device
+            exact = [torch.as_tensor(weight, dtype=torch.float64, device=device) for weight in own]
+            own = list(ranks.sum(torch.stack(exact)).unbind())
+        return (own[0], own * len(parts)) if self.reduction == "mean" else (_added(own), own)
+
+    def _seed(self, share: Tensor) -> Tensor:
+        """What autograd starts from: the share, times what the optimizer's step and the ranks undo."""
+        if self.loss_scale is not None:
+            share = (share * self.loss_scale.scale).to(share.dtype)
+        return share if self.sync.factor == 1 else share * self.sync.factor
 
     def _precision(self) -> AbstractContextManager[Any]:
         if self.autocast is None:
@@ -144,3 +207,11 @@ def _share(weight: Tensor | float, like: Tensor) -> Tensor:
     if weight.is_floating_point():
         return torch.where(weight == 0, 1.0, weight).to(like.dtype).reciprocal()
     return like.new_ones(()) / weight.clamp(min=1)
+
+
+def _added(weights: Sequence[Tensor | float]) -> Tensor | float:
+    return sum(weights[1:], weights[0])
+
+
+def _first(tensor: Tensor) -> Tensor:
+    return tensor[:1]

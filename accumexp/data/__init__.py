@@ -1,6 +1,6 @@
 """The samples: data sets, their splits, and the batches of an epoch."""
 
-from .batches import Batch, Batches, ResidentBatches, StreamedBatches
+from .batches import Batch, Batches, ResidentBatches, Share, StreamedBatches
 from .digits import Digits
 from .splits import Placement, Splits, build_splits
 from .transforms import BatchAugment, Scale, ShiftAndFlip
@@ -13,6 +13,7 @@ __all__ = [
     "Placement",
     "ResidentBatches",
     "Scale",
+    "Share",
     "ShiftAndFlip",
     "Splits",
     "StreamedBatches",

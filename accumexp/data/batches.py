@@ -14,18 +14,44 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ..accum.batch import Nested, map_tensors, tensors
+from ..accum.batch import Nested, map_tensors, rank_share, steps_for, tensors
 from ..seeding import derive_seed, drawn_from
 from .transforms import BatchAugment, keyed_uniforms
 
 
 @dataclass(frozen=True)
+class Share:
+    """Which samples of which ranks: this process is `rank` of `ranks`, each of `steps` micro-batches."""
+
+    rank: int = 0
+    ranks: int = 1
+    steps: int = 1
+
+
+@dataclass(frozen=True)
 class Batch:
-    """The samples of one update on the training device, and their indices (n,) in the data set."""
+    """This rank's samples of one update on the training device, and their indices (n,) in the data set.
+
+    Attributes:
+        samples: how many of them count; 0 where the rank has none, and the one it holds is padding.
+        total: samples of the update on all ranks.
+        steps: micro-batches of the update's window.
+    """
 
     inputs: Nested
     targets: Nested
     indices: Tensor
+    samples: int
+    total: int
+    steps: int
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    indices: Tensor
+    samples: int
+    total: int
+    steps: int
 
 
 class Batches:
@@ -37,6 +63,7 @@ class Batches:
         shuffle: the run's seed for a new order each epoch, or None to keep the order of `indices`.
         drop_last: leave out the last, smaller batch.
         augment: applied to the inputs on the device, keyed by seed, epoch and sample.
+        share: the part of every batch that this rank takes; the others never read it.
     """
 
     def __init__(
@@ -47,12 +74,14 @@ class Batches:
         shuffle: int | None = None,
         drop_last: bool = False,
         augment: BatchAugment | None = None,
+        share: Share | None = None,
     ) -> None:
         self.indices = indices
         self.batch_size = batch_size
         self.shuffle = shuffle
         self.drop_last = drop_last
         self.augment = augment
+        self.share = share or Share()
 
     def __len__(self) -> int:
         full, rest = divmod(self.samples, self.batch_size)
@@ -74,6 +103,18 @@ class Batches:
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """The batches of `epoch` from its update number `start` on."""
         raise NotImplementedError
+
+    def chosen(self, epoch: int, start: int) -> Iterator[_Chosen]:
+        """This rank's samples in the batches of `epoch` from `start` on."""
+        for batch in self.order(epoch).split(self.batch_size)[start:]:
+            total = len(batch)
+            steps = steps_for(total, self.batch_size, self.share.steps)
+            own, samples = batch, total
+            if self.share.ranks > 1:
+                parts = rank_share(total, steps, self.share.rank, self.share.ranks)
+                own = torch.cat([batch[part.start : part.stop] for part in parts])
+                samples = len(own)
+            yield _Chosen(own if samples else batch[:1], samples, total, steps)
 
     def _augmented(self, inputs: Nested, indices: Tensor, epoch: int) -> Nested:
         if self.augment is None:
@@ -98,14 +139,18 @@ class ResidentBatches(Batches):
         self.targets = targets
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        order = self.order(epoch).to(tensors(self.targets)[0].device)
-        for chosen in order.split(self.batch_size)[start:]:
+        plan = list(self.chosen(epoch, start))
+        # One copy to the device an epoch, not one an update.
+        every = torch.cat([chosen.indices for chosen in plan]) if plan else self.indices[:0]
+        placed = every.to(tensors(self.targets)[0].device).split([len(chosen.indices) for chosen in plan])
+        for chosen, indices in zip(plan, placed, strict=True):
 
-            def gather(tensor: Tensor, chosen: Tensor = chosen) -> Tensor:
-                return tensor[chosen]
+            def gather(tensor: Tensor, indices: Tensor = indices) -> Tensor:
+                return tensor[indices]
 
-            inputs = map_tensors(gather, self.inputs)
-            yield Batch(self._augmented(inputs, chosen, epoch), map_tensors(gather, self.targets), chosen)
+            inputs = self._augmented(map_tensors(gather, self.inputs), indices, epoch)
+            targets = map_tensors(gather, self.targets)
+            yield Batch(inputs, targets, indices, chosen.samples, chosen.total, chosen.steps)
 
 
 class StreamedBatches(Batches):
@@ -149,11 +194,12 @@ class StreamedBatches(Batches):
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         self._sampler.epoch, self._sampler.start = epoch, start
-        for inputs, targets, indices in self._loader:
+        for (inputs, targets, indices), chosen in zip(self._loader, self.chosen(epoch, start), strict=True):
             inputs, targets = self.place(inputs, targets)
             if self.augment is not None:
                 indices = indices.to(tensors(inputs)[0].device)
-            yield Batch(self._augmented(inputs, indices, epoch), targets, indices)
+            inputs = self._augmented(inputs, indices, epoch)
+            yield Batch(inputs, targets, indices, chosen.samples, chosen.total, chosen.steps)
 
 
 class _EpochSampler:
@@ -168,8 +214,8 @@ class _EpochSampler:
         return len(self.batches) - self.start
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        for chosen in self.batches.order(self.epoch).split(self.batches.batch_size)[self.start :]:
-            yield [(self.epoch, index) for index in chosen.tolist()]
+        for chosen in self.batches.chosen(self.epoch, self.start):
+            yield [(self.epoch, index) for index in chosen.indices.tolist()]
 
 
 class _Samples(Dataset[Any]):

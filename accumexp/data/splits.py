@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import psutil
@@ -17,7 +17,7 @@ from ..config import DataConfig
 from ..errors import UsageError
 from ..seeding import drawn_from
 from ..targets import build
-from .batches import Batches, ResidentBatches, StreamedBatches
+from .batches import Batches, ResidentBatches, Share, StreamedBatches
 from .transforms import BatchAugment
 
 RESIDENT_SHARE = 0.25
@@ -52,8 +52,10 @@ class Placement:
         return map_tensors(place, batch)
 
 
-def build_splits(config: DataConfig, seed: int, place: Placement) -> Splits:
+def build_splits(config: DataConfig, seed: int, place: Placement, share: Share | None = None) -> Splits:
     """The splits that `config` describes, resident on the device or streamed to it.
+
+    Of each batch, this process gets the part that `share` says.
 
     Raises:
         UsageError: if a data set is not there, cannot be downloaded, or has nothing to train on.
@@ -81,10 +83,20 @@ def build_splits(config: DataConfig, seed: int, place: Placement) -> Splits:
     augment = build(config.augment, "data.augment") if config.augment else None
     feed = _Feed(config, transform, place)
     batch_size = cast(int, config.batch_size)
+    share = share or Share()
+    whole = replace(share, steps=1)
     return Splits(
-        train=feed(train_set, train_indices, batch_size, augment, shuffle=seed, drop_last=config.drop_last),
-        eval=feed(eval_set, eval_indices, config.eval_batch_size),
-        test=feed(test_set, test_indices, config.eval_batch_size),
+        train=feed(
+            train_set,
+            train_indices,
+            batch_size,
+            augment,
+            shuffle=seed,
+            drop_last=config.drop_last,
+            share=share,
+        ),
+        eval=feed(eval_set, eval_indices, config.eval_batch_size, share=whole),
+        test=feed(test_set, test_indices, config.eval_batch_size, share=whole),
     )
 
 

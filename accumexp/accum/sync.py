@@ -1,0 +1,176 @@
+"""How the gradients of several ranks become one: never, once a window, or once a micro-batch.
+
+A window adds sums, so ranks must add too. `data_parallel` and `fully_sharded` prepare a model that way;
+a model wrapped by other hands averages, as torch does by default, and its window makes up for it.
+"""
+
+from __future__ import annotations
+
+import math
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import get_total_norm
+
+from .ranks import ALONE, Ranks
+
+NOTHING = nullcontext()
+SUMS = "sums_gradients"
+
+
+class Sync:
+    """One process: there is nothing to synchronise.
+
+    Attributes:
+        module: the model itself, without what wraps it.
+        forward: what is called.
+        ranks: the processes that share the window.
+        factor: what a gradient must be multiplied by beforehand to be a sum over the ranks afterwards.
+        keeps_gradients: zero `.grad` in place between windows; it lives in the buffers of the collective.
+        sharded: parameters and gradients are spread over the ranks.
+    """
+
+    keeps_gradients = False
+    sharded = False
+
+    def __init__(self, model: nn.Module) -> None:
+        self.module = model
+        self.forward = model
+        self.ranks = ALONE
+        self.factor = 1
+
+    def micro_batch(self, last: bool) -> AbstractContextManager[Any]:
+        """Around forward and backward of a micro-batch, the `last` of its window or not."""
+        return NOTHING
+
+    def gradients(self) -> list[Tensor]:
+        """The gradients that this process holds, as plain tensors that share their memory."""
+        return [plain(p.grad) for p in self.module.parameters() if p.grad is not None]
+
+    def norm(self) -> Tensor:
+        """The 2-norm of the whole gradient, shape ()."""
+        own = get_total_norm(self.gradients())
+        return self.ranks.sum(own.square()).sqrt() if self.sharded else own
+
+    def share_buffers(self) -> None:
+        """Gives every rank the first one's buffers (BatchNorm's statistics), as the next window will."""
+        for buffer in self.module.buffers() if self.ranks.size > 1 else ():
+            dist.broadcast(plain(buffer), group=self.ranks.group, group_src=0)
+
+    def overflow(self) -> Tensor:
+        """Whether the gradient has an inf or nan anywhere, on any rank; bool of shape ().
+
+        Addition keeps both, so this sees what any micro-batch of the window produced. After an
+        all-reduce every rank sees it; shards have to ask each other.
+        """
+        largest = get_total_norm(self.gradients(), norm_type=math.inf)
+        found = largest.isfinite().logical_not()
+        return self.ranks.any(found) if self.sharded else found
+
+
+class DataParallelSync(Sync):
+    """DistributedDataParallel: one all-reduce a bucket, in the backward of the window's last micro-batch."""
+
+    keeps_gradients = True
+
+    def __init__(self, model: DistributedDataParallel) -> None:
+        super().__init__(model)
+        self.wrapper = model
+        self.module = model.module
+        self.ranks = Ranks(model.process_group)
+        self.factor = 1 if getattr(model, SUMS, False) else self.ranks.size
+
+    def micro_batch(self, last: bool) -> AbstractContextManager[Any]:
+        return NOTHING if last else self.wrapper.no_sync()
+
+
+class FullyShardedSync(Sync):
+    """`fully_shard`: a reduce-scatter for each sharded module, once a window or once a micro-batch."""
+
+    sharded = True
+
+    def __init__(self, model: FSDPModule, reduce_every_micro_batch: bool) -> None:
+        assert isinstance(model, nn.Module)
+        super().__init__(model)
+        self.wrapper = model
+        self.every = reduce_every_micro_batch
+        mesh = next(p.device_mesh for p in model.parameters() if isinstance(p, DTensor))
+        self.ranks = Ranks(mesh.get_group() if mesh.ndim == 1 else None)
+        self.factor = 1 if getattr(model, SUMS, False) else self.ranks.size
+
+    def micro_batch(self, last: bool) -> AbstractContextManager[Any]:
+        self.wrapper.set_requires_gradient_sync(last or self.every)
+        self.wrapper.set_is_last_backward(last)
+        return NOTHING
+
+
+def sync_of(model: nn.Module, reduce_every_micro_batch: bool = False) -> Sync:
+    """How the gradients of `model` are synchronised, by what it is wrapped in."""
+    if isinstance(model, DistributedDataParallel):
+        return DataParallelSync(model)
+    if isinstance(model, FSDPModule):
+        return FullyShardedSync(model, reduce_every_micro_batch)
+    return Sync(model)
+
+
+def data_parallel(
+    model: nn.Module, *, find_unused_parameters: bool = False, group: dist.ProcessGroup | None = None
+) -> DistributedDataParallel:
+    """`model` in a DistributedDataParallel that adds gradients over the ranks, in their own memory.
+
+    Adding instead of averaging leaves every rank with the values that one process would have: an fp16
+    backward overflows where the larger batch's does, at any number of ranks.
+    """
+    wrapped = DistributedDataParallel(
+        model,
+        process_group=group,
+        gradient_as_bucket_view=True,
+        find_unused_parameters=find_unused_parameters,
+    )
+    wrapped.register_comm_hook(wrapped.process_group, _add)
+    setattr(wrapped, SUMS, True)
+    return wrapped
+
+
+def fully_sharded(model: nn.Module, device: torch.device, *, group: dist.ProcessGroup | None = None) -> Any:
+    """`model` with its parameters spread over the ranks, each block for itself, gradients added.
+
+    A block is a direct child of the model, or an item of a direct child that is a list of layers. While
+    one block computes, the others exist only in shards.
+    """
+    mesh = dist.device_mesh.DeviceMesh.from_group(group or _world(), device.type)
+    blocks = [
+        item
+        for child in model.children()
+        for item in (child if isinstance(child, nn.Sequential | nn.ModuleList) else [child])
+        if any(p.requires_grad for p in item.parameters())
+    ]
+    for module in [*blocks, model]:
+        sharded = fully_shard(module, mesh=mesh)
+        sharded.set_gradient_divide_factor(1.0)
+        sharded.set_force_sum_reduction_for_comms(True)
+    setattr(model, SUMS, True)
+    return model
+
+
+def plain(tensor: Tensor) -> Tensor:
+    """This process's part of `tensor`: its shard, or all of it."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _world() -> dist.ProcessGroup:
+    world = dist.group.WORLD
+    assert world is not None, "torch.distributed is not initialised"
+    return world
+
+
+def _add(group: Any, bucket):  # DDP refuses a hook whose annotations are strings, as they are here
+    """DDP's communication hook: one all-reduce of the bucket, added and not averaged."""
+    work: Any = dist.all_reduce(bucket.buffer(), dist.ReduceOp.SUM, group, async_op=True)
+    return work.get_future().then(lambda done: done.value()[0])

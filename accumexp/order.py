@@ -1,0 +1,83 @@
+"""What a run is to be: all that a process needs to carry it out, in a form that can be handed to another."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from .config import Config, from_hydra, to_plain
+from .resume import Resumed, resumed
+from .sweep import SweepJob
+
+CONFIG = "config.yaml"
+
+
+@dataclass(frozen=True)
+class Order:
+    """A run, in `folder`, alone or as a job of a sweep.
+
+    Attributes:
+        back: the checkpoint it goes on from, or None.
+        command: the command line that asked for it.
+        logging: Hydra's logging of the job, as `logging.config.dictConfig` takes it.
+    """
+
+    config: Config
+    folder: Path
+    job: SweepJob | None
+    back: Resumed | None
+    command: str
+    logging: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, cfg: DictConfig, hydra: Any) -> Order:
+        """The order that Hydra's composition means.
+
+        Raises:
+            UsageError: naming the key that is wrong.
+        """
+        back = resumed(cfg)
+        config = back.config if back else from_hydra(cfg)
+        job = SweepJob.of(hydra)
+        if job:
+            job.share_cores(config)
+        command = shlex.join(["python", "-m", "accumexp.run", *sys.argv[1:]])
+        logging = OmegaConf.to_container(hydra.job_logging, resolve=True)
+        assert isinstance(logging, dict)
+        folder = Path(hydra.runtime.output_dir)
+        return cls(config, folder, job, back, command, {str(key): value for key, value in logging.items()})
+
+    def write(self, path: Path) -> None:
+        job = None if self.job is None else {**asdict(self.job), "folder": str(self.job.folder)}
+        back = None if self.back is None else {"path": str(self.back.path), "overrides": self.back.overrides}
+        plain = {
+            "config": to_plain(self.config),
+            "folder": str(self.folder),
+            "job": job,
+            "back": back,
+            "command": self.command,
+            "logging": self.logging,
+        }
+        path.write_text(json.dumps(plain))
+
+    @classmethod
+    def read(cls, path: Path) -> Order:
+        from .checkpoint import load
+
+        plain = json.loads(path.read_text())
+        config = from_hydra(plain["config"])
+        job, back = plain["job"], plain["back"]
+        return cls(
+            config,
+            Path(plain["folder"]),
+            job and SweepJob(**{**job, "folder": Path(job["folder"])}),
+            back and Resumed(config, load(Path(back["path"])), Path(back["path"]), back["overrides"]),
+            plain["command"],
+            plain["logging"],
+        )

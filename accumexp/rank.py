@@ -1,0 +1,58 @@
+"""`python -m accumexp.rank <folder>`: one rank of a run that `accumexp.launch` started. Not for the shell."""
+
+from __future__ import annotations
+
+import logging.config
+import os
+import sys
+from pathlib import Path
+
+
+def main() -> None:
+    folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
+    die_with_parent()
+    from .launch import report
+
+    code = 0
+    try:
+        carry_out(folder / "order.json", rank)
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else 1
+    except KeyboardInterrupt:
+        code = 130
+    except BaseException as error:
+        logging.getLogger(__name__).info("rank %d failed", rank, exc_info=error)
+        report(folder, rank, error)
+        code = 1
+    # Leaving a group whose members are gone may wait for them: end at once instead.
+    if code:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def carry_out(path: Path, rank: int) -> None:
+    from .order import Order
+    from .runner import Run
+    from .world import world
+
+    order = Order.read(path)
+    if rank == 0 and order.logging.get("version"):
+        logging.config.dictConfig(order.logging)
+    here = world()
+    assert here is not None
+    Run(order, here).execute()
+
+
+def die_with_parent() -> None:
+    """On Linux, SIGTERM when the process that launched the ranks is gone, however it went."""
+    if sys.platform == "linux":
+        import ctypes
+        import signal
+
+        PR_SET_PDEATHSIG = 1  # prctl(2)
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+"""Losses and overflows that the device has computed and the host has not read yet."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .accum import Window
+from .errors import TrainingError
+
+# Windows that may overflow one after the other at the smallest loss scale before the run is given up.
+IN_VAIN = 10
+
+
+@dataclass(frozen=True)
+class _Pending:
+    update: int
+    loss: Tensor
+    overflow: Tensor | None
+    rate: float
+
+
+class Readings:
+    """Keeps an update's results on the device until `read`, which waits for it once for all of them.
+
+    Args:
+        window: whose ranks' parts of a loss are added, and whose loss scale is watched.
+        check_finite: fail on a loss that is inf or nan, unless its window was skipped.
+    """
+
+    def __init__(self, window: Window, check_finite: bool) -> None:
+        self.window = window
+        self.check_finite = check_finite
+        self._pending: list[_Pending] = []
+
+    def add(self, update: int, loss: Tensor, overflow: Tensor | None, rate: float) -> None:
+        """Takes this rank's part of the loss, whether the window was skipped, and its learning rate."""
+        self._pending.append(_Pending(update, loss, overflow, rate))
+
+    def read(self) -> tuple[list[tuple[int, dict[str, float]]], dict[str, float]]:
+        """(update, values) of all updates since the last call, and the newest values of the loss scale.
+
+        Raises:
+            TrainingError: for a loss that is not finite, or if the loss scale cannot help any more.
+        """
+        pending, self._pending = self._pending, []
+        if not pending:
+            return [], {}
+        scale = self.window.loss_scale
+        losses = torch.stack([one.loss for one in pending]).double()
+        found = [self.window.sync.ranks.sum(losses)]
+        if scale is not None:
+            found.append(torch.stack([one.overflow for one in pending if one.overflow is not None]).double())
+            found.append(scale.counters())
+        numbers = torch.cat(found).tolist()
+        rows = []
+        for k, one in enumerate(pending):
+            skipped = scale is not None and bool(numbers[len(pending) + k])
+            if self.check_finite and not skipped and not math.isfinite(numbers[k]):
+                raise TrainingError(
+                    f"train/loss is {numbers[k]} at update {one.update}: lower optimizer.lr, set "
+                    "trainer.clip_norm, or go on regardless with trainer.check_finite=false"
+                )
+            rows.append((one.update, {"train/loss": numbers[k], "train/lr": one.rate}))
+        if scale is None:
+            return rows, {}
+        size, skips, in_vain = numbers[-3:]
+        if in_vain >= IN_VAIN:
+            raise TrainingError(hopeless(size, skips, pending[-1].update))
+        return rows, {"accum/loss_scale": size, "accum/skipped_windows": skips}
+
+
+def hopeless(scale: float, skipped: float, updates: int) -> str:
+    """What to say of a run that does nothing but overflow."""
+    return (
+        f"every window overflows: {skipped:.0f} of {updates} were skipped, the last at loss scale {scale:g}; "
+        "look for inf or nan in the data and the forward pass, lower accum.init_scale (and accum.min_scale, "
+        "the smallest it may become), or use precision=bf16 accum.loss_scale=none"
+    )

@@ -1,0 +1,208 @@
+"""One run in this process: the whole of it, or one rank's part, from its order to its summary."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+from .accum import Inequality, inequalities
+from .assembly import Parts, build_parts, build_trainer
+from .checkpoint import BEST, FOLDER, Checkpoints, restore, saved_updates
+from .config import Backend, Config, LossScaling, Strategy, to_plain
+from .display import console, duration, show_values
+from .order import Order
+from .record import RunRecord, SilentRecord, open_tracker, write_config
+from .resume import Resumed
+from .signals import StopSignals
+from .sweep import SweepJob
+from .system import MIB, device_name, reset_peak_memory
+from .tracking import Store, reopen
+from .trainer import Trainer
+from .world import World, device_of, joined
+
+
+@dataclass
+class Run:
+    """A run about to happen, in this process: the whole of it, or one rank's part."""
+
+    order: Order
+    here: World
+
+    def execute(self) -> float | None:
+        config, back, here = self.order.config, self.order.back, self.here
+        if not here.first:
+            console.quiet = True
+        config.device = device_of(config.device, here)
+        with StopSignals() as signals, self._joined():
+            parts = build_parts(config, here)
+            record = RunRecord(self.folder, upto=back.update if back else 0) if here.first else SilentRecord()
+            trainer = build_trainer(config, parts, record)
+            if back:
+                restore(trainer, back.content, back.path)
+            ways = trainer.window.steps * here.size
+            unequal = inequalities(parts.model.train(), parts.splits.train.batch_size, ways)
+            if here.first:
+                self._open(config, back, parts, record, unequal)
+            status, final = "FAILED", {}
+            try:
+                self._attach(trainer, config, record)
+                announce(config, trainer, parts, unequal, here)
+                reset_peak_memory(parts.device)
+                signals.trainer = trainer
+                trainer.fit()
+                interrupted = trainer.stop_code > 1
+                final = {} if interrupted else finals(trainer)
+                record.tracker.final(final)
+                status = "KILLED" if interrupted else "FINISHED"
+                record.upload()
+            except (KeyboardInterrupt, SystemExit):
+                status = "KILLED"
+                raise
+            except Exception as error:
+                self._summarise(record, status, {}, error)
+                raise
+            finally:
+                record.close(status)
+            monitored = trainer.latest.get(config.monitor)
+            self._summarise(record, status, final, monitored=monitored)
+        if interrupted:
+            stopped_by = signal.Signals(trainer.stop_code).name
+            text = f"stopped by {stopped_by} after update {trainer.progress.update}"
+            if saved_updates(self.folder / FOLDER):
+                text += f"; go on with\n  python -m accumexp.run resume={self.folder}"
+            console.print(text, highlight=False, soft_wrap=True)
+            sys.exit(128 + trainer.stop_code)
+        if here.first:
+            self._show(final, record, trainer)
+        return monitored
+
+    @property
+    def folder(self) -> Path:
+        return self.order.folder
+
+    @property
+    def job(self) -> SweepJob | None:
+        return self.order.job
+
+    def _joined(self) -> AbstractContextManager[None]:
+        alone = self.order.config.accum.strategy is Strategy.standalone
+        return nullcontext() if alone else joined(self.here, self.order.config.device)
+
+    def _open(
+        self, config: Config, back: Resumed | None, parts: Parts, record: RunRecord, unequal: list[Inequality]
+    ) -> None:
+        if back:
+            record.tracker = reopen(config.tracking, back.content["run"])
+            record.tracker.tag(back.tags())
+            write_config(self.folder, config)
+            return
+        store = None if config.tracking.backend is Backend.none else Store(config.tracking)
+        write_config(self.folder, config)
+        parent = self.job.parent(store) if self.job else None
+        name = self.job.name if self.job else None
+        record.tracker = open_tracker(self.order, store, parts, unequal, name, parent)
+        self._summarise(record, "RUNNING", {})
+
+    def _attach(self, trainer: Trainer, config: Config, record: RunRecord) -> None:
+        identity = {"config": to_plain(config), "run": record.tracker.identity()}
+        for callback in trainer.callbacks.values():
+            if isinstance(callback, Checkpoints):
+                callback.attach(self.folder, identity, record.flush)
+
+    def _summarise(
+        self,
+        record: RunRecord,
+        status: str,
+        final: dict[str, float],
+        error: Exception | None = None,
+        monitored: float | None = None,
+    ) -> None:
+        record.summarise(
+            status=status,
+            error=None if error is None else str(error) or type(error).__name__,
+            overrides=self.job.overrides if self.job else [],
+            seed=self.order.config.seed,
+            run_id=record.tracker.run_id,
+            final=final,
+            monitored=monitored,
+        )
+
+    def _show(self, final: dict[str, float], record: RunRecord, trainer: Trainer) -> None:
+        if self.job:
+            accuracy = f"test accuracy {final['accuracy']:.4f}, " if "accuracy" in final else ""
+            console.print(
+                f"job {self.job.number} {self.job.name}: {accuracy}test loss {final['loss']:.4f}, "
+                f"{trainer.progress.update} updates in {duration(trainer.progress.seconds)}",
+                highlight=False,
+                soft_wrap=True,
+            )
+            return
+        tracker = record.tracker
+        values: dict[str, object] = {}
+        if "accuracy" in final:
+            values["test accuracy"] = f"{final['accuracy']:.4f}"
+        values["test loss"] = f"{final['loss']:.4f}"
+        values["updates"] = f"{trainer.progress.update} in {duration(trainer.progress.seconds)}"
+        speed, rate = final["update_ms"], final["samples_per_second"]
+        values["speed"] = f"{speed:.2f} ms an update, {rate:.0f} samples/s"
+        values["memory"] = f"{final['activation_mib']:.2f} MiB of activations"
+        if "peak_memory_mib" in final:
+            values["memory"] += f", {final['peak_memory_mib']:.0f} MiB at the peak"
+        if trainer.stop_reason:
+            values["ended by"] = trainer.stop_reason
+        values["folder"] = self.folder
+        best = self.folder / FOLDER / BEST
+        if best.exists():
+            values["best model"] = best
+        if tracker.run_id:
+            values["run"] = tracker.run_id
+            values["UI"] = tracker.address
+        if tracker.ui_command:
+            values["serve it with"] = tracker.ui_command
+        show_values("summary", values)
+
+
+def announce(config: Config, trainer: Trainer, parts: Parts, unequal: list[Inequality], here: World) -> None:
+    """One line of what is about to happen, and a warning where the window cannot be the larger batch."""
+    steps, batch = trainer.window.steps, parts.splits.train.batch_size
+    window = f"{steps} micro-batches of {config.accum.micro_batch_size}" if steps > 1 else "one micro-batch"
+    if here.size > 1:
+        window += f" on each of {here.size} ranks"
+    numbers = config.precision.name if config.precision else ""
+    if config.accum.loss_scale is not LossScaling.none:
+        numbers = f"loss-scaled {numbers}"
+    console.print(
+        f"{config.model['_target_'].rpartition('.')[2]} on {parts.splits.train.samples} samples, "
+        f"{trainer.total_updates} updates of {batch} samples in {window}, {numbers} "
+        f"on {parts.device} ({device_name(parts.device)})",
+        highlight=False,
+        soft_wrap=True,
+    )
+    for found in unequal[:3]:
+        console.print(f"not the larger batch: {found.module} ({found.kind}): {found.reason}", style="yellow")
+    if len(unequal) > 3:
+        console.print(f"not the larger batch: and {len(unequal) - 3} more modules like these", style="yellow")
+
+
+def finals(trainer: Trainer) -> dict[str, float]:
+    """What `final/*` holds: the test split's values and what the run cost."""
+    tested = {key.removeprefix("test/"): value for key, value in trainer.evaluate("test").items()}
+    progress = trainer.progress
+    seconds = max(progress.seconds, 1e-9)
+    final = {
+        **tested,
+        **{key.replace("eval/", "eval_"): v for key, v in trainer.latest.items() if key.startswith("eval/")},
+        "updates": float(progress.update),
+        "epochs": float(progress.epoch),
+        "samples": float(progress.samples),
+        "seconds": progress.seconds,
+        "samples_per_second": progress.samples / seconds,
+        "update_ms": 1e3 * seconds / max(progress.update, 1),
+        "activation_mib": progress.activation_bytes / MIB,
+    }
+    if "perf/peak_memory_mib" in trainer.latest:
+        final["peak_memory_mib"] = trainer.latest["perf/peak_memory_mib"]
+    return final
