@@ -38,7 +38,7 @@ def launch(order: Order, processes: int) -> None:
     Raises:
         UsageError, TrainingError: what a rank raised, or that one was killed.
         RankError: for any other exception of a rank.
-        KeyboardInterrupt, SystemExit: after SIGINT or SIGTERM, when the ranks have ended.
+        SystemExit: after SIGINT or SIGTERM, when the ranks have ended.
     """
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -64,8 +64,6 @@ def launch(order: Order, processes: int) -> None:
         except ChildFailedError as error:
             raise _cause(folder, error.failures) from None
         except SignalException as stop:
-            if stop.sigval == signal.SIGINT:
-                raise KeyboardInterrupt from None
             raise SystemExit(128 + stop.sigval) from None
         finally:
             for child in set(psutil.Process().children(recursive=True)) - before:

@@ -23,6 +23,15 @@ class _Pending:
     rate: float
 
 
+@dataclass(frozen=True)
+class Reading:
+    """What was read: values by update, the newest of the loss scale, and why the run cannot go on."""
+
+    rows: list[tuple[int, dict[str, float]]]
+    scaling: dict[str, float]
+    trouble: TrainingError | None
+
+
 class Readings:
     """Keeps an update's results on the device until `read`, which waits for it once for all of them.
 
@@ -40,15 +49,11 @@ class Readings:
         """Takes this rank's part of the loss, whether the window was skipped, and its learning rate."""
         self._pending.append(_Pending(update, loss, overflow, rate))
 
-    def read(self) -> tuple[list[tuple[int, dict[str, float]]], dict[str, float]]:
-        """(update, values) of all updates since the last call, and the newest values of the loss scale.
-
-        Raises:
-            TrainingError: for a loss that is not finite, or if the loss scale cannot help any more.
-        """
+    def read(self) -> Reading:
+        """All that was added since the last call. Waits for the device."""
         pending, self._pending = self._pending, []
         if not pending:
-            return [], {}
+            return Reading([], {}, None)
         scale = self.window.loss_scale
         losses = torch.stack([one.loss for one in pending]).double()
         found = [self.window.sync.ranks.sum(losses)]
@@ -56,26 +61,27 @@ class Readings:
             found.append(torch.stack([one.overflow for one in pending if one.overflow is not None]).double())
             found.append(scale.counters())
         numbers = torch.cat(found).tolist()
-        rows = []
+        rows, trouble = [], None
         for k, one in enumerate(pending):
             skipped = scale is not None and bool(numbers[len(pending) + k])
             if self.check_finite and not skipped and not math.isfinite(numbers[k]):
-                raise TrainingError(
+                trouble = TrainingError(
                     f"train/loss is {numbers[k]} at update {one.update}: lower optimizer.lr, set "
                     "trainer.clip_norm, or go on regardless with trainer.check_finite=false"
                 )
+                break
             rows.append((one.update, {"train/loss": numbers[k], "train/lr": one.rate}))
         if scale is None:
-            return rows, {}
+            return Reading(rows, {}, trouble)
         size, skips, in_vain = numbers[-3:]
         if in_vain >= IN_VAIN:
-            raise TrainingError(hopeless(size, skips, pending[-1].update))
-        return rows, {"accum/loss_scale": size, "accum/skipped_windows": skips}
+            trouble = hopeless(size, skips, pending[-1].update)
+        return Reading(rows, {"accum/loss_scale": size, "accum/skipped_windows": skips}, trouble)
 
 
-def hopeless(scale: float, skipped: float, updates: int) -> str:
+def hopeless(scale: float, skipped: float, updates: int) -> TrainingError:
     """What to say of a run that does nothing but overflow."""
-    return (
+    return TrainingError(
         f"every window overflows: {skipped:.0f} of {updates} were skipped, the last at loss scale {scale:g}; "
         "look for inf or nan in the data and the forward pass, lower accum.init_scale (and accum.min_scale, "
         "the smallest it may become), or use precision=bf16 accum.loss_scale=none"

@@ -23,6 +23,9 @@ from .tracking import Store, reopen
 from .trainer import Trainer
 from .world import World, device_of, joined
 
+# Seconds that a rank may wait for others that are gone, after it was told to stop.
+STUCK = 10.0
+
 
 @dataclass
 class Run:
@@ -36,7 +39,7 @@ class Run:
         if not here.first:
             console.quiet = True
         config.device = device_of(config.device, here)
-        with StopSignals() as signals, self._joined():
+        with StopSignals(STUCK if here.size > 1 else None) as signals, self._joined():
             parts = build_parts(config, here)
             record = RunRecord(self.folder, upto=back.update if back else 0) if here.first else SilentRecord()
             trainer = build_trainer(config, parts, record)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from types import FrameType
@@ -14,9 +15,15 @@ class StopSignals:
     """While active, SIGINT and SIGTERM stop `trainer` after its update; the second time they interrupt.
 
     Outside the main thread, where handlers cannot be set, it does nothing.
+
+    Args:
+        deadline: seconds after which a signal ends the process that does not get to hear it, because its
+            main thread waits in a collective for a rank that is gone. None: never.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, deadline: float | None = None) -> None:
+        self.deadline = deadline
+        self._heard = threading.Event()
         self.received: signal.Signals | None = None
         self.trainer: Trainer | None = None
         self._previous: dict[int, Any] = {}
@@ -30,13 +37,31 @@ class StopSignals:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._previous[number] = signal.signal(number, self._handle)
+            if self.deadline is not None:
+                self._watch(self.deadline)
         return self
 
+    def _watch(self, deadline: float) -> None:
+        """Reads signals where the interpreter writes them at once, even while the main thread is away."""
+        reads, writes = os.pipe()
+        os.set_blocking(writes, False)
+        signal.set_wakeup_fd(writes, warn_on_full_buffer=False)
+
+        def watch() -> None:
+            number = os.read(reads, 1)[0]
+            if not self._heard.wait(deadline):
+                os._exit(128 + number)
+
+        threading.Thread(target=watch, daemon=True, name="stop-signals").start()
+
     def __exit__(self, *error: object) -> None:
+        if self.deadline is not None and self._previous:
+            signal.set_wakeup_fd(-1)
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        self._heard.set()
         again = self.received is not None
         self.received = signal.Signals(number)
         if again or self.trainer is None:

@@ -18,7 +18,6 @@ from torchmetrics import MetricCollection
 from .accum import Agreement, OptimizerStep, Window, WindowResult, measure_activations, tensors
 from .callbacks import Callback
 from .data import Batch, Splits
-from .errors import TrainingError
 from .evaluation import Evaluator, WindowMetrics
 from .readings import Readings, hopeless
 from .system import MIB, peak_memory_mib, wait_for
@@ -241,17 +240,18 @@ class Trainer:
 
         `extra` belongs to the newest update and makes it a published one.
         """
-        rows, scaling = self._readings.read()
-        for update, values in rows:
-            publish = extra is not None and update == rows[-1][0]
+        reading = self._readings.read()
+        newest = self.progress.update
+        for update, values in reading.rows:
+            publish = extra is not None and update == newest
             if publish:
-                values.update({**(extra or {}), **scaling})
+                values.update({**(extra or {}), **reading.scaling})
                 self.latest.update(values)
             self.recorder.record(update, values, publish)
-        if self.finished and scaling.get("accum/skipped_windows") == self.progress.update:
-            raise TrainingError(
-                hopeless(scaling["accum/loss_scale"], self.progress.update, self.progress.update)
-            )
+        if reading.trouble:
+            raise reading.trouble
+        if self.finished and reading.scaling.get("accum/skipped_windows") == newest:
+            raise hopeless(reading.scaling["accum/loss_scale"], newest, newest)
 
     def _publish(self, norm: Tensor | None) -> None:
         extra: dict[str, float] = {}

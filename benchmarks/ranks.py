@@ -1,0 +1,320 @@
+"""Times a window on several ranks and counts its all-reduces, beside loops written by hand, interleaved.
+
+python -m benchmarks.ranks --ranks 1,2 --steps 1,2,4,8 --json ranks.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import platform
+import random
+import statistics
+import tempfile
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from time import perf_counter
+from typing import Any, ClassVar
+from unittest.mock import patch
+
+import torch
+import torch.distributed as dist
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.multiprocessing.spawn import spawn
+from torch.nn.functional import cross_entropy
+from torch.nn.parallel import DistributedDataParallel
+
+from accumexp.accum import OptimizerStep, Window, data_parallel
+from accumexp.models import MLP, LeNet5
+from accumexp.system import device_name, wait_for
+
+SEED = 0
+TOLERANCE = 1e-5
+
+
+@dataclass(frozen=True)
+class Task:
+    """What every contender does: windows of `steps` micro-batches on each of `ranks` ranks."""
+
+    device: torch.device
+    ranks: int
+    steps: int
+    micro_batch: int
+    width: int | None
+
+    def batch(self, rank: int) -> tuple[Tensor, Tensor]:
+        """The samples of `rank` in one window: (n, 1, 32, 32) images and (n,) labels."""
+        samples, generator = self.micro_batch * self.steps, torch.Generator().manual_seed(rank)
+        images = torch.randn(samples, 1, 32, 32, generator=generator)
+        labels = torch.randint(0, 10, (samples,), generator=generator)
+        return images.to(self.device), labels.to(self.device)
+
+    def model(self) -> nn.Module:
+        torch.manual_seed(SEED)
+        made = LeNet5() if self.width is None else MLP(32 * 32, 10, (self.width, self.width))
+        return made.to(self.device)
+
+    def larger_batch_gradient(self) -> list[Tensor]:
+        """The gradient of all ranks' samples in one batch, in one process."""
+        model = self.model()
+        images, labels = zip(*(self.batch(rank) for rank in range(self.ranks)), strict=True)
+        cross_entropy(model(torch.cat(images)), torch.cat(labels)).backward()
+        return gradient(model)
+
+
+class Contender:
+    """A way to do a window and to step on it; `counted` makes all its all-reduces pass through Python."""
+
+    name: ClassVar[str]
+
+    def __init__(self, task: Task, counted: bool = False) -> None:
+        self.task = task
+        self.images, self.labels = task.batch(dist.get_rank())
+        self.model = self.wrap(task.model(), counted)
+        self.optimizer = torch.optim.SGD(self.model.parameters(), 0.01, momentum=0.9)
+
+    def wrap(self, model: nn.Module, counted: bool) -> DistributedDataParallel:
+        wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True)
+        if counted:  # the same all-reduces as without a hook, where DDP starts them in C++
+            wrapped.register_comm_hook(None, allreduce_hook)
+        return wrapped
+
+    def accumulate(self) -> None:
+        raise NotImplementedError
+
+    def step(self) -> None:
+        self.optimizer.step()
+
+
+class HandWritten(Contender):
+    name = "hand-written"
+    always_reduces = False
+
+    def accumulate(self) -> None:
+        steps, ranks, size = self.task.steps, self.task.ranks, self.task.micro_batch
+        # Gradients live in DDP's buckets: it would have to copy others there.
+        self.optimizer.zero_grad(set_to_none=False)
+        parts = zip(self.images.split(size), self.labels.split(size), strict=True)
+        for k, (images, labels) in enumerate(parts, 1):
+            reduces = self.always_reduces or k == steps
+            with contextlib.nullcontext() if reduces else self.model.no_sync():
+                loss = cross_entropy(self.model(images), labels, reduction="sum")
+                # Over the samples of all ranks, and DDP divides by the number of ranks.
+                (loss * (ranks / (ranks * steps * size))).backward()
+
+
+class WithoutNoSync(HandWritten):
+    name = "no no_sync"
+    always_reduces = True
+
+
+class Accumexp(Contender):
+    name = "accumexp"
+
+    def __init__(self, task: Task, counted: bool = False) -> None:
+        super().__init__(task, counted)
+        self.window = Window(self.model, nn.CrossEntropyLoss(), steps=task.steps, local_loss=True)
+        self.optimizer_step = OptimizerStep(self.window, self.optimizer)
+
+    def wrap(self, model: nn.Module, counted: bool) -> DistributedDataParallel:
+        return data_parallel(model)
+
+    def accumulate(self) -> None:
+        self.optimizer.zero_grad(set_to_none=not self.window.sync.keeps_gradients)
+        self.window.backward(self.images, self.labels)
+
+    def step(self) -> None:
+        self.optimizer_step()
+
+
+CONTENDERS: tuple[type[Contender], ...] = (HandWritten, WithoutNoSync, Accumexp)
+
+
+def gradient(model: nn.Module) -> list[Tensor]:
+    return [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+
+
+def gradient_error(contender: Contender) -> float:
+    """The largest of the parameters' errors against one large batch, each relative to its gradient's norm.
+
+    Raises:
+        AssertionError: if it is above the tolerance.
+    """
+    contender.accumulate()
+    pairs = zip(gradient(contender.model), contender.task.larger_batch_gradient(), strict=True)
+    error = max(float((found - wanted).norm() / wanted.norm()) for found, wanted in pairs)
+    assert error <= TOLERANCE, f"{contender.name}: the gradient is off by {error:.1e} of its norm"
+    return error
+
+
+def traffic(kind: type[Contender], task: Task) -> dict[str, int]:
+    """One window's all-reduces on this rank: the gradients' (one a bucket), the others', bytes of both.
+
+    Gradients' are counted by a communication hook around the contender's own, all of them by a function
+    in the place of `torch.distributed.all_reduce`.
+    """
+    count = {"gradient_all_reduces": 0, "all_reduces": 0, "bytes": 0}
+    register, all_reduce = DistributedDataParallel.register_comm_hook, dist.all_reduce
+
+    def counting_register(model: DistributedDataParallel, state: object, hook: Any) -> None:
+        def counting_hook(state: Any, bucket):  # DDP refuses annotations that are strings, as they are here
+            count["gradient_all_reduces"] += 1
+            return hook(state, bucket)
+
+        register(model, state, counting_hook)
+
+    def counting_all_reduce(tensor: Tensor, *arguments: Any, **options: Any) -> Any:
+        count["all_reduces"] += 1
+        count["bytes"] += tensor.nbytes
+        return all_reduce(tensor, *arguments, **options)
+
+    hooks = patch.object(DistributedDataParallel, "register_comm_hook", counting_register)
+    with hooks, patch.object(dist, "all_reduce", counting_all_reduce):
+        contender = kind(task, counted=True)
+        contender.accumulate()  # DDP arranges its buckets anew after its first backward
+        count.update(dict.fromkeys(count, 0))
+        contender.accumulate()
+    count["other_all_reduces"] = count.pop("all_reduces") - count["gradient_all_reduces"]
+    return count
+
+
+def milliseconds(contender: Contender, updates: int) -> float:
+    dist.barrier()
+    wait_for(contender.task.device)
+    start = perf_counter()
+    for _ in range(updates):
+        contender.accumulate()
+        contender.step()
+    wait_for(contender.task.device)
+    return 1e3 * (perf_counter() - start) / updates
+
+
+def measured(task: Task, updates: int, repeats: int) -> list[dict[str, Any]]:
+    """A row for each contender. They take turns, in a new random order each time, alike on all ranks."""
+    contenders = [kind(task) for kind in CONTENDERS]
+    rows: list[dict[str, Any]] = []
+    for contender in contenders:
+        row = {"ranks": task.ranks, "steps": task.steps, "contender": contender.name}
+        rows.append(row | traffic(type(contender), task) | {"gradient_error": gradient_error(contender)})
+        milliseconds(contender, updates)
+    times = torch.zeros(len(contenders), repeats, dtype=torch.float64)
+    orders = random.Random(SEED)
+    for repeat in range(repeats):
+        for k in orders.sample(range(len(contenders)), len(contenders)):
+            times[k, repeat] = milliseconds(contenders[k], updates)
+    slowest = times.to(task.device)
+    dist.all_reduce(slowest, dist.ReduceOp.MAX)  # an update lasts until its last rank is done
+    reference = slowest[0].tolist()
+    for row, own in zip(rows, slowest.tolist(), strict=True):
+        ratios = [mine / other for mine, other in zip(own, reference, strict=True)]
+        low, _, high = statistics.quantiles(ratios, n=4) if repeats > 1 else ratios * 3
+        row |= {"median_ms": statistics.median(own), "ratio": statistics.median(ratios)}
+        row |= {"ratio_low": low, "ratio_high": high, "ms": own}
+    return rows
+
+
+def measure_rank(rank: int, ranks: int, asked: argparse.Namespace, folder: Path) -> None:
+    """One rank: joins the others and measures; the first one writes the rows."""
+    torch.set_num_threads(asked.threads)
+    # TF32 would make the gradients of two kernels differ more than the two definitions might.
+    torch.backends.cudnn.allow_tf32 = False
+    options: dict[str, Any] = {"backend": "gloo", "timeout": timedelta(minutes=5)}
+    device = torch.device(asked.device)
+    if asked.device == "cuda":
+        device = torch.device("cuda", rank)
+        torch.cuda.set_device(device)
+        options.update(backend="nccl", device_id=device)
+    store = dist.FileStore(str(folder / "store"), ranks)  # pyright: ignore[reportPrivateImportUsage]
+    dist.init_process_group(**options, store=store, rank=rank, world_size=ranks)
+    width = asked.width if asked.model == "mlp" else None
+    tasks = [Task(device, ranks, steps, asked.micro_batch, width) for steps in asked.steps]
+    rows = [row for task in tasks for row in measured(task, asked.updates, asked.repeats)]
+    if rank == 0:
+        (folder / "rows.json").write_text(json.dumps(rows))
+    dist.destroy_process_group()
+
+
+def show(report: dict[str, Any]) -> None:
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=110)  # a pipe or a file has no width of its own
+    table = Table(
+        "ranks", "steps", "contender", title="one window", title_justify="left", box=box.SIMPLE_HEAD
+    )
+    for heading in (
+        "gradient\nall-reduces",
+        "other\nall-reduces",
+        "bytes",
+        "median ms",
+        "ratio",
+        "quartiles",
+    ):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("gradient\noff by", justify="right", no_wrap=True)
+    for row in report["rows"]:
+        names = ("ranks", "steps", "contender", "gradient_all_reduces", "other_all_reduces", "bytes")
+        quartiles = f"{row['ratio_low']:.3f} to {row['ratio_high']:.3f}"
+        values = (f"{row['median_ms']:.3f}", f"{row['ratio']:.3f}", quartiles, f"{row['gradient_error']:.1e}")
+        last = row["contender"] == CONTENDERS[-1].name
+        table.add_row(*(str(row[name]) for name in names), *values, end_section=last)
+    console.print(table)
+    for part in ("settings", "environment"):
+        line = ", ".join(f"{key} {value}" for key, value in report[part].items())
+        console.print(f"{part}: {line}", highlight=False, soft_wrap=True)
+
+
+def numbers(text: str) -> list[int]:
+    return [int(number) for number in text.split(",")]
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.ranks", description=__doc__)
+    parser.add_argument("--ranks", type=numbers, default="1,2", help="how many; %(default)s")
+    parser.add_argument("--steps", type=numbers, default="1,2,4,8", help="micro-batches a rank; %(default)s")
+    parser.add_argument("--micro-batch", type=int, default=32, help="samples on each rank; %(default)s")
+    parser.add_argument("--model", choices=["lenet5", "mlp"], default="lenet5")
+    parser.add_argument("--width", type=int, default=1024, help="of the mlp's two hidden layers; %(default)s")
+    parser.add_argument("--updates", type=int, default=10, help="in a repeat; %(default)s")
+    parser.add_argument("--repeats", type=int, default=30)
+    parser.add_argument("--threads", type=int, default=1, help="of each rank; %(default)s")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    parser.add_argument("--json", type=Path, metavar="PATH")
+    asked = parser.parse_args()
+    sizes = (asked.micro_batch, asked.width, asked.updates, asked.repeats, asked.threads)
+    if min(*asked.ranks, *asked.steps, *sizes) < 1:
+        parser.error("numbers are at least 1")
+    enough = torch.cuda.device_count() >= max(asked.ranks)
+    if asked.device == "cuda" and not enough:
+        parser.error(f"--device cuda: {max(asked.ranks)} ranks need a GPU each")
+    if asked.device == "auto":
+        asked.device = "cuda" if enough else "cpu"
+    return asked
+
+
+def main() -> None:
+    asked = arguments()
+    rows: list[dict[str, Any]] = []
+    for ranks in asked.ranks:
+        with tempfile.TemporaryDirectory() as temporary:
+            spawn(measure_rank, (ranks, asked, Path(temporary)), ranks)
+            rows += json.loads(Path(temporary, "rows.json").read_text())
+    names = ["model", "micro_batch", "updates", "repeats", "threads"]
+    settings = {name: getattr(asked, name) for name in names + ["width"] * (asked.model == "mlp")}
+    device = device_name(torch.device(asked.device))
+    environment = {"torch": torch.__version__, "python": platform.python_version(), "device": device}
+    environment |= {"cores": os.cpu_count(), "backend": "nccl" if asked.device == "cuda" else "gloo"}
+    report = {"environment": environment, "settings": settings, "rows": rows}
+    show(report)
+    if asked.json:
+        asked.json.write_text(json.dumps(report, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""Several real processes in one gloo group, for tests of what happens between ranks."""
+
+from __future__ import annotations
+
+import multiprocessing
+import traceback
+import warnings
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+# Forks from a process that has imported torch and done nothing else: a rank starts in milliseconds.
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["torch", "accumexp.accum"])
+
+
+def on_ranks(size: int, folder: Path, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """What `function(*arguments)` returns on each of `size` ranks; tensors and plain values.
+
+    `function` is found by its name in its module. A failure on any rank fails the test with its traceback.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    ranks = [
+        CONTEXT.Process(target=_rank, args=(rank, size, folder, function, arguments), daemon=True)
+        for rank in range(size)
+    ]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join(120)
+    failed = sorted(folder.glob("error-*"))
+    assert not failed, "\n".join(path.read_text() for path in failed)
+    assert [rank.exitcode for rank in ranks] == [0] * size
+    return [torch.load(folder / f"result-{rank}.pt", weights_only=False) for rank in range(size)]
+
+
+def _rank(
+    rank: int, size: int, folder: Path, function: Callable[..., Any], arguments: tuple[Any, ...]
+) -> None:
+    torch.set_num_threads(1)
+    try:
+        store = dist.FileStore(str(folder / "store"), size)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            dist.init_process_group(
+                "gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=60)
+            )
+            torch.save(function(*arguments), folder / f"result-{rank}.pt")
+            dist.barrier()
+            dist.destroy_process_group()
+    except BaseException:
+        (folder / f"error-{rank}").write_text(f"rank {rank}: {traceback.format_exc()}")
+        raise
