@@ -11,7 +11,7 @@ from torch import nn
 from torchmetrics import Metric, MetricCollection
 
 from .accum import LossScale, Ranks, Window, WindowLoss, data_parallel, fully_sharded, window_loss
-from .callbacks import Callback
+from .callbacks import EMA, Callback
 from .config import AccumConfig, Config, LossScaling, Precision, Strategy
 from .data import Placement, Share, Splits, build_splits
 from .errors import UsageError
@@ -182,6 +182,10 @@ def build_callbacks(config: Config) -> dict[str, Callback]:
         if node is None:
             continue
         callbacks[name] = build(node, f"callbacks.{name}")
+        if isinstance(callbacks[name], EMA) and config.accum.strategy is Strategy.fsdp:
+            raise UsageError(
+                f"callbacks.{name}: keeps a second whole model, which accum=fsdp has no room for"
+            )
         if not isinstance(callbacks[name], Callback):
             raise UsageError(f"callbacks.{name}: {node['_target_']} is no accumexp.callbacks.Callback")
     return callbacks

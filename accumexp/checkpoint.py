@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from . import shards
 from .accum import Ranks
 from .callbacks import Best, Callback
 from .errors import UsageError
@@ -163,13 +165,13 @@ class Checkpoints(Callback):
             random, *others = everyone(random_state(), ranks)
             improved, self._improved = self._improved, False
             self._saved_at = (trainer.progress.update, trainer.progress.epoch)
+            path = self.folder / f"update-{trainer.progress.update:08d}.pt"
+            parts = shards.save(trainer, path) if trainer.window.sync.sharded else None
             if ranks.rank:
                 return
             self.before_save()
             content = {**state, **self.identity, "evaluated": evaluated, "random": random}
-            content["random_others"] = others
-            path = self.folder / f"update-{trainer.progress.update:08d}.pt"
-            save(path, content)
+            save(path, {**content, "random_others": others, shards.KEY: parts})
             if not self._proven:
                 load(path)  # a custom class may have put into its state what cannot be read back
                 self._proven = True
@@ -177,6 +179,15 @@ class Checkpoints(Callback):
                 _link(path, self.folder / BEST)
             for old in saved_updates(self.folder)[: -self.keep_last]:
                 old.unlink(missing_ok=True)
+            self._drop_parts()
+
+    def _drop_parts(self) -> None:
+        """Removes the parts that no checkpoint, the best one included, belongs to any more."""
+        best = self.folder / BEST
+        kept = {path.stem for path in saved_updates(self.folder)}
+        for folder in self.folder.glob(f"update-*{shards.SUFFIX}"):
+            if folder.stem not in kept and (not best.exists() or load(best).get(shards.KEY) != folder.name):
+                shutil.rmtree(folder, ignore_errors=True)
 
     def state_dict(self) -> dict[str, Any]:
         return {"best": self.best.value}
@@ -191,7 +202,14 @@ def restore(trainer: Trainer, content: Mapping[str, Any], path: Path) -> None:
     Raises:
         UsageError: if the model or optimizer has another shape than the checkpoint's.
     """
+    parts = shards.folder_of(path, content)
+    if trainer.window.sync.sharded and parts is None:
+        raise UsageError(
+            f"checkpoint {path}: holds a whole model; accum=fsdp goes on from a checkpoint of accum=fsdp"
+        )
     try:
+        if parts is not None:
+            shards.load(trainer, parts)
         trainer.load_state_dict(content)
     except (RuntimeError, ValueError, KeyError, TypeError) as error:
         reason = " ".join(str(error).split())[:300]
@@ -215,8 +233,6 @@ def everyone(state: Any, ranks: Ranks) -> list[Any]:
 
 def _link(path: Path, name: Path) -> None:
     """Gives `path` a second name in one step, by a copy where the file system has no links."""
-    import shutil
-
     partial = name.with_name(f".{name.name}.{os.getpid()}.partial")
     partial.unlink(missing_ok=True)
     try:

@@ -57,15 +57,23 @@ def evaluate(checkpoint: str, split: str, overrides: list[str], as_json: bool) -
 
     path = find(Path(checkpoint), best=True)
     content = load(path)
-    config = changed(content["config"], overrides)
+    # One process evaluates, whatever has trained.
+    config = changed(content["config"], ["accum.strategy=standalone", "accum.processes=1", *overrides])
+
+    from torch.distributed.checkpoint.api import CheckpointException
 
     from .assembly import build_parts
     from .display import show_values
+    from .shards import folder_of, load_model
 
     parts = build_parts(config)
+    split_up = folder_of(path, content)
     try:
-        parts.model.load_state_dict(content["model"])
-    except RuntimeError as error:
+        if split_up is None:
+            parts.model.load_state_dict(content["model"])
+        else:
+            load_model(parts.model, split_up)
+    except (RuntimeError, CheckpointException) as error:
         reason = " ".join(str(error).split())[:300]
         raise UsageError(f"checkpoint {path}: does not fit this configuration: {reason}") from error
     batches = parts.splits.test if split == "test" else parts.splits.eval

@@ -19,7 +19,7 @@ from .journal import METRICS
 from .launch import RankError, launch, settle
 from .order import Order
 from .sweep import SUMMARY, SweepJob
-from .world import World, world
+from .world import World, abandon, world
 
 log = logging.getLogger(__name__)
 
@@ -56,8 +56,12 @@ def run_job(cfg: DictConfig) -> float | None:
             job.failed(folder, error)
         if job and here.size == 1:
             return None
-        speaker = "" if here.first else f"rank {here.rank}: "
-        end_rank(here, fail(error, speaker) if expected else 1)
+        code = fail(error, "" if here.first else f"rank {here.rank}: ") if expected else 1
+        if here.size > 1:
+            abandon()
+            if not (job and here.first):  # which has its sweep to close
+                end_now(code)
+        sys.exit(code)
 
 
 def launched(order: Order, processes: int) -> float | None:
@@ -77,13 +81,11 @@ def launched(order: Order, processes: int) -> float | None:
     return json.loads((order.folder / SUMMARY).read_text()).get("monitored")
 
 
-def end_rank(here: World, code: int) -> NoReturn:
-    """Ends the process. One of several ranks does not wait for others that may be gone."""
-    if here.size > 1 and code:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    sys.exit(code)
+def end_now(code: int) -> NoReturn:
+    """Ends the process without what Python would still wait for."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def remove_unused(folder: Path) -> None:

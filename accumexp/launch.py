@@ -88,8 +88,11 @@ def report(folder: Path, rank: int, error: BaseException) -> None:
     (folder / f"rank-{rank}.json").write_text(json.dumps(written))
 
 
-def _cause(folder: Path, failures: dict[int, Any]) -> Exception:
-    """The first failure that no other explains, as an exception that names its rank."""
+def _cause(folder: Path, failures: dict[int, Any]) -> BaseException:
+    """The first failure that no other explains, as an exception that names its rank.
+
+    Ranks that were stopped by a signal of their own ended as they should: the command does so too.
+    """
     reports = {int(path.stem[5:]): json.loads(path.read_text()) for path in folder.glob("rank-*.json")}
     killed = {r: f for r, f in failures.items() if f.exitcode < 0 and r not in reports}
     unasked = {rank: f for rank, f in killed.items() if f.exitcode != -signal.SIGTERM}
@@ -104,6 +107,8 @@ def _cause(folder: Path, failures: dict[int, Any]) -> Exception:
                 return EXPECTED[found["kind"]](found["message"])
             return RankError(f"rank {rank}: {found['message']}\n{found['traceback']}")
     rank, failure = next(iter(failures.items()))
+    if failure.exitcode in (130, 143):
+        return SystemExit(failure.exitcode)
     return TrainingError(f"rank {rank} (process {failure.pid}) ended with exit code {failure.exitcode}")
 
 

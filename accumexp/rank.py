@@ -11,6 +11,7 @@ from pathlib import Path
 def main() -> None:
     folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
     die_with_parent()
+    from .job import end_now
     from .launch import report
 
     code = 0
@@ -26,9 +27,7 @@ def main() -> None:
         code = 1
     # Leaving a group whose members are gone may wait for them: end at once instead.
     if code:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+        end_now(code)
 
 
 def carry_out(path: Path, rank: int) -> None:

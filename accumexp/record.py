@@ -20,6 +20,7 @@ from .config import Backend, Config, flatten, to_plain
 from .data import Batches, ResidentBatches
 from .journal import METRICS, Journal
 from .order import CONFIG, Order
+from .shards import folder_of
 from .sweep import SUMMARY
 from .system import code_version, device_name
 from .tracking import MLflowTracker, Store, Tracker
@@ -59,6 +60,9 @@ class RunRecord:
             update = content["progress"]["update"]
             if update not in seen:
                 self.tracker.checkpoint(path, update, content["evaluated"])
+                parts = folder_of(path, content)
+                if parts is not None:
+                    self.tracker.artifact(parts, "checkpoints")
                 seen.add(update)
         self.tracker.artifact(self.folder / METRICS)
 

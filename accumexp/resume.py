@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from .config import Config, from_hydra
 from .errors import UsageError
+from .world import world
 
 log = logging.getLogger(__name__)
 
@@ -130,11 +131,16 @@ _NOTHING = object()
 
 
 def _forget_third(cfg: DictConfig, given: set[str]) -> None:
-    """Lets the size that was not given follow from the others: a checkpoint holds all three filled in."""
-    steps, micro = "accum.steps", "accum.micro_batch_size"
+    """Lets what was not given follow from the rest: a checkpoint holds ranks and all sizes filled in."""
+    steps, micro, ranks, strategy = (
+        f"accum.{k}" for k in ("steps", "micro_batch_size", "processes", "strategy")
+    )
+    if ranks not in given and (strategy in given or world() is not None):
+        OmegaConf.update(cfg, ranks, None)
+        given = given | {ranks}
     if micro in given and steps not in given:
         OmegaConf.update(cfg, steps, None)
-    elif micro not in given and given & {steps, "data.batch_size"}:
+    elif micro not in given and given & {steps, ranks, "data.batch_size"}:
         OmegaConf.update(cfg, micro, None)
 
 

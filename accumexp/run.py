@@ -18,9 +18,16 @@ def task(cfg: Any) -> float | None:
 def main() -> None:
     from .resume import resume_arguments
     from .sweep import closing_sweep
+    from .world import silent_arguments, world
 
-    sys.argv[1:] = resume_arguments(sys.argv[1:])
-    with closing_sweep():
+    here = world()
+    arguments = resume_arguments(sys.argv[1:])
+    if here is None or here.first:
+        sys.argv[1:] = arguments
+        with closing_sweep():
+            hydra_app(task)
+    else:
+        sys.argv[1:] = [*arguments, *silent_arguments()]
         hydra_app(task)
 
 

@@ -309,13 +309,17 @@ class Trainer:
             listener(self, *arguments)
 
     def state_dict(self) -> dict[str, Any]:
-        """All that the next update depends on, but the random state and the samples' order."""
+        """All that the next update depends on, but the random state and the samples' order.
+
+        Of a fully sharded model without model and optimizer, which are saved in parts (`shards`).
+        """
         self.read()
         scale = self.window.loss_scale
+        whole = not self.window.sync.sharded
         return {
             "progress": asdict(self.progress),
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "model": self.model.state_dict() if whole else {},
+            "optimizer": self.optimizer.state_dict() if whole else {},
             "scheduler": self.scheduler.state_dict(),
             "loss_scale": {} if scale is None else scale.state_dict(),
             "callbacks": {name: callback.state_dict() for name, callback in self.callbacks.items()},
@@ -323,8 +327,9 @@ class Trainer:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes back to where `state_dict` was taken."""
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        if state["model"]:
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         if self.window.loss_scale is not None and state.get("loss_scale"):
             self.window.loss_scale.load_state_dict(state["loss_scale"])

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import atexit
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -44,6 +46,14 @@ def world() -> World | None:
     size = int(environment["WORLD_SIZE"])
     local_size = int(environment.get("LOCAL_WORLD_SIZE", size))
     return World(int(environment["RANK"]), size, int(environment.get("LOCAL_RANK", 0)), local_size)
+
+
+def silent_arguments() -> list[str]:
+    """Hydra's arguments for a rank that is not the first: it writes nothing where the first one does."""
+    folder = tempfile.mkdtemp(prefix="accumexp-rank-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    folders = [f"hydra.run.dir='{folder}'", f"hydra.sweep.dir='{folder}'", "hydra.output_subdir=null"]
+    return [*folders, "hydra/job_logging=none", "hydra/hydra_logging=none"]
 
 
 def _adopt_cluster_job() -> None:
@@ -127,10 +137,19 @@ def joined(here: World, device: str) -> Iterator[None]:
         dist.destroy_process_group()
 
 
+_abandoned = False
+
+
+def abandon() -> None:
+    """Leaves the group without a word at the end of the process: other ranks may be gone."""
+    global _abandoned
+    _abandoned = True
+
+
 def _leave() -> None:
     import torch.distributed as dist
 
-    if dist.is_initialized():
+    if dist.is_initialized() and not _abandoned:
         dist.destroy_process_group()
 
 

@@ -43,7 +43,7 @@ def _rank(
 ) -> None:
     torch.set_num_threads(1)
     try:
-        store = dist.FileStore(str(folder / "store"), size)
+        store = dist.FileStore(str(folder / "store"), size)  # pyright: ignore[reportPrivateImportUsage]
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             dist.init_process_group(

@@ -108,9 +108,9 @@ def grid(how: str, case: str, samples: int, options: dict[str, Any]) -> dict[int
         model = wrapped(make(), how)
         window = Window(model, loss, steps, **options)
         inputs, targets, counted = own_part(data(samples), steps)
-        for _ in range(2):
-            model.zero_grad(set_to_none=not window.sync.keeps_gradients)
-            result = window.backward(inputs, targets, samples=counted)
+        window.backward(inputs, targets, samples=counted)
+        model.zero_grad(set_to_none=not window.sync.keeps_gradients)
+        result = window.backward(inputs, targets, samples=counted)
         found[steps] = (whole_gradients(model), float(result.loss), float(result.weight))
     return found
 

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from .sync import plain
+
 
 class SavedActivations:
     """The peak of bytes saved for backward while `measure_activations` is active.
@@ -23,15 +25,17 @@ class SavedActivations:
         self._owned: set[int] = set()
 
     def exclude(self, tensors: Iterable[Tensor]) -> None:
-        self._owned.update(tensor.untyped_storage().data_ptr() for tensor in tensors)
+        self._owned.update(plain(tensor).untyped_storage().data_ptr() for tensor in tensors)
 
     def pack(self, tensor: Tensor) -> _Saved:
         return _Saved(self, tensor)
 
     def add(self, tensor: Tensor) -> int | None:
         """Counts `tensor`; the key to `drop` it by, or None where it is not an activation."""
+        # A fully sharded parameter is whole only now, in memory that was not there before.
+        origin = tensor._base if tensor._is_view() else tensor
         storage = tensor.untyped_storage().data_ptr()
-        if storage in self._owned:
+        if isinstance(origin, nn.Parameter) or storage in self._owned:
             return None
         entry = self._storages.setdefault(storage, [0, 0])
         grown = max(entry[1], tensor.numel() * tensor.element_size())
