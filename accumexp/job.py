@@ -7,6 +7,7 @@ import logging
 import os
 import shutil
 import sys
+import time
 import traceback
 from pathlib import Path
 from typing import NoReturn
@@ -59,6 +60,9 @@ def run_job(cfg: DictConfig) -> float | None:
         code = fail(error, "" if here.first else f"rank {here.rank}: ") if expected else 1
         if here.size > 1:
             abandon()
+            if expected and not here.first:
+                # The launcher stops all ranks as soon as one ends: the first one speaks and closes before.
+                time.sleep(3)
             if not (job and here.first):  # which has its sweep to close
                 end_now(code)
         sys.exit(code)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,6 +27,11 @@ class Ranks:
         if self.size > 1:
             dist.all_reduce(tensor, dist.ReduceOp.SUM, self.group)
         return tensor
+
+    def sum_soon(self, tensor: Tensor) -> Callable[[], None]:
+        """Starts `sum`; the result is there when what is returned has been called."""
+        work: Any = dist.all_reduce(tensor, dist.ReduceOp.SUM, self.group, async_op=True)
+        return work.wait
 
     def any(self, flag: Tensor) -> Tensor:
         """Whether `flag`, a bool of shape (), is true on any rank; shape ()."""

@@ -125,7 +125,8 @@ def data_parallel(
     """`model` in a DistributedDataParallel that adds gradients over the ranks, in their own memory.
 
     Adding instead of averaging leaves every rank with the values that one process would have: an fp16
-    backward overflows where the larger batch's does, at any number of ranks.
+    backward overflows where the larger batch's does, at any number of ranks. It is made for `Window`: in a
+    loop of other hands, every backward outside `no_sync` adds what was accumulated before once more.
     """
     wrapped = DistributedDataParallel(
         model,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -138,7 +138,7 @@ class Window:
         if samples < held:
             inputs, targets = (map_tensors(lambda t: t[:samples], batch) for batch in (inputs, targets))
         parts = list(zip(split(inputs, sizes), split(targets, sizes), strict=True))
-        weight, weights = self._weigh(targets, [targets_k for _, targets_k in parts])
+        weights = _Weights(self, targets, [targets_k for _, targets_k in parts])
         share: Tensor | None = None  # of an item in the loss: 1 / weight
         total: Tensor | None = None
         if self._buffers:
@@ -151,7 +151,7 @@ class Window:
                     outputs = call(self.sync.forward, inputs_k)
                     loss_sum = self.loss.total(outputs, targets_k)
                 if share is None or self.reduction == "sum":
-                    share = _share(weights[k], loss_sum)
+                    share = _share(weights.of(k), loss_sum)
                 # The gradient of loss_sum / weight, without a division to record and to go back through.
                 loss_sum.backward(self._seed(share) if sizes[k] else torch.zeros_like(share))
             if sizes[k]:
@@ -165,18 +165,10 @@ class Window:
             self._buffers.close(self.sync.ranks)
         assert share is not None
         total = torch.zeros_like(share) if total is None else total
-        mean = total * (share if self.reduction == "mean" else _share(weight, total))
-        return WindowResult(mean if self.local_loss else self.sync.ranks.sum(mean), weight, samples, steps)
-
-    def _weigh(self, targets: Nested, parts: list[Nested]) -> tuple[Tensor | float, Sequence[Tensor | float]]:
-        """The window's weight, and for each micro-batch what its sum is divided by; over all ranks."""
-        ranks, loss = self.sync.ranks, self.loss
-        own = [loss.weight(part) for part in (parts if self.reduction == "sum" else [targets])]
-        if ranks.size > 1:
-            device = next(self.model.parameters()).device
-            exact = [torch.as_tensor(weight, dtype=torch.float64, device=device) for weight in own]
-            own = list(ranks.sum(torch.stack(exact)).unbind())
-        return (own[0], own * len(parts)) if self.reduction == "mean" else (_added(own), own)
+        mean = total * (share if self.reduction == "mean" else _share(weights.total, total))
+        if not self.local_loss:
+            self.sync.ranks.sum(mean)
+        return WindowResult(mean, weights.total, samples, steps)
 
     def _seed(self, share: Tensor) -> Tensor:
         """What autograd starts from: the share, times what the optimizer's step and the ranks undo."""
@@ -188,6 +180,37 @@ class Window:
         if self.autocast is None:
             return nullcontext()
         return torch.autocast(next(self.model.parameters()).device.type, self.autocast)
+
+
+class _Weights:
+    """What each micro-batch's sum is divided by, counted over all ranks before the first backward.
+
+    The count travels while the first forward computes.
+    """
+
+    def __init__(self, window: Window, targets: Nested, parts: list[Nested]) -> None:
+        self.by_step = window.reduction == "sum"
+        self._own = [window.loss.weight(part) for part in (parts if self.by_step else [targets])]
+        self._arrived: Callable[[], None] | None = None
+        ranks = window.sync.ranks
+        if ranks.size > 1:
+            device = next(window.model.parameters()).device
+            exact = [torch.as_tensor(weight, dtype=torch.float64, device=device) for weight in self._own]
+            counted = torch.stack(exact)
+            self._own = list(counted.unbind())
+            self._arrived = ranks.sum_soon(counted)
+
+    def of(self, k: int) -> Tensor | float:
+        """The weight that micro-batch `k` is a part of: the window's, or its own for a sum of means."""
+        if self._arrived is not None:
+            self._arrived()
+            self._arrived = None
+        return self._own[k if self.by_step else 0]
+
+    @property
+    def total(self) -> Tensor | float:
+        """The window's weight."""
+        return sum(self._own[1:], self._own[0])
 
 
 def call(model: nn.Module, inputs: Nested) -> Any:
@@ -207,10 +230,6 @@ def _share(weight: Tensor | float, like: Tensor) -> Tensor:
     if weight.is_floating_point():
         return torch.where(weight == 0, 1.0, weight).to(like.dtype).reciprocal()
     return like.new_ones(()) / weight.clamp(min=1)
-
-
-def _added(weights: Sequence[Tensor | float]) -> Tensor | float:
-    return sum(weights[1:], weights[0])
 
 
 def _first(tensor: Tensor) -> Tensor:

@@ -1,0 +1,390 @@
+"""Runs of several processes by the real commands: started, compared, stopped, killed, resumed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+
+from accumexp.checkpoint import find, load
+from accumexp.shards import folder_of, load_model
+
+from .command import Done, environment, journal, only_run, only_sweep, records, run_command
+from .experiments import composed
+from .reference import relative_error
+
+TROUBLE = '''
+import os
+import pathlib
+import signal
+from accumexp.callbacks import Callback
+
+class Trouble(Callback):
+    """After update `at` on `rank` (None: on all), once: a signal or an error."""
+
+    def __init__(self, at, what, mark, rank=None):
+        self.at, self.what, self.rank = at, what, rank
+        self.mark = pathlib.Path(f"{mark}-{os.environ.get('RANK')}")
+
+    def update_end(self, trainer):
+        here = self.rank is None or os.environ.get("RANK") == str(self.rank)
+        if here and trainer.progress.update == self.at and not self.mark.exists():
+            self.mark.touch()
+            if self.what == "ERROR":
+                raise ZeroDivisionError("one rank's own bug")
+            os.kill(os.getpid(), getattr(signal, self.what))
+'''
+SMALL = ["model=mlp", "device=cpu", "tracking.system_metrics=false", "trainer.log_every=4"]
+EXACT = [*SMALL, "precision=fp64", "accum.steps=3", "trainer.epochs=2", "data.batch_size=101"]
+STATEFUL = [*SMALL, "model.dropout=0.3", "optimizer=adamw", "scheduler=cosine", "accum.steps=2"]
+
+
+def troubled(folder: Path) -> dict[str, str]:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "trouble.py").write_text(TROUBLE)
+    return environment(folder)
+
+
+def trouble(folder: Path, what: str, at: int, rank: int | None = None) -> str:
+    where = "" if rank is None else f", rank: {rank}"
+    made = f"_target_: trouble.Trouble, what: {what}, at: {at}, mark: '{folder / 'mark'}'{where}"
+    return f"+callbacks.trouble={{{made}}}"
+
+
+def saved_weights(run: Path) -> dict[str, torch.Tensor]:
+    """The weights in a run's newest checkpoint, whole."""
+    path = find(run)
+    content = load(path)
+    parts = folder_of(path, content)
+    if parts is None:
+        return content["model"]
+    from accumexp.assembly import build_parts
+    from accumexp.resume import changed
+
+    config = changed(content["config"], ["accum.strategy=standalone", "accum.processes=1"])
+    model = build_parts(config).model
+    load_model(model, parts)
+    return model.state_dict()
+
+
+def ranks_alive() -> list[psutil.Process]:
+    found = []
+    for process in psutil.process_iter(["cmdline", "environ"]):
+        mine = (process.info["environ"] or {}).get("ACCUMEXP_TEST") == str(os.getpid())
+        if mine and process.status() != psutil.STATUS_ZOMBIE:
+            found.append(process)
+    return found
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The larger batch in one process."""
+    folder = tmp_path_factory.mktemp("alone")
+    done = run_command("run", *EXACT, "accum.steps=1", folder=folder)
+    assert done.code == 0, done
+    return only_run(folder)
+
+
+def assert_equal_runs(run: Path, reference: Path) -> None:
+    assert relative_error(saved_weights(run), saved_weights(reference)) <= 1e-9
+    rows, expected = journal(run), journal(reference)
+    assert [row["update"] for row in rows] == [row["update"] for row in expected]
+    for row, other in zip(rows, expected, strict=True):
+        shared = {k for k in other if k.startswith(("train/", "eval/"))}
+        assert shared <= set(row)
+        assert {k: row[k] for k in shared} == pytest.approx({k: other[k] for k in shared}, rel=1e-7)
+    finals = [json.loads((folder / "summary.json").read_text())["final"] for folder in (run, reference)]
+    for key in ("loss", "accuracy", "eval_loss", "eval_accuracy", "samples"):
+        assert finals[0][key] == pytest.approx(finals[1][key], rel=1e-6), key
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_two_ranks_train_what_one_process_trains(tmp_path: Path, alone: Path, strategy: str) -> None:
+    done = run_command("run", *EXACT, f"accum={strategy}", "accum.processes=2", folder=tmp_path)
+    assert done.code == 0 and not done.stderr, done
+    assert "on each of 2 ranks" in done.stdout and done.stdout.count("test accuracy") == 1
+    run = only_run(tmp_path)
+    assert_equal_runs(run, alone)
+    (record,) = records(tmp_path)
+    assert record.status == "FINISHED"
+    assert record.params["accum.processes"] == "2" and record.params["accum.strategy"] == strategy
+    assert record.points["eval/accuracy"][-1][0] == 2 * 13
+    written = {entry.name for entry in run.iterdir()} - {"code.diff", "run.log", ".hydra"}
+    assert written == {"checkpoints", "config.yaml", "metrics.jsonl", "summary.json"}
+    assert {entry.name for entry in tmp_path.iterdir()} <= {
+        "outputs", "mlflow.db", "mlflow.db.lock", "mlflow.db-shm", "mlflow.db-wal", "mlartifacts",
+    }  # fmt: skip
+
+
+def torchrun(*arguments: str, folder: Path, node: int = 0, nodes: int = 1, port: int = 0) -> Any:
+    line = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node=1" if nodes > 1 else "--nproc-per-node=2",
+    ]
+    line += [
+        f"--nnodes={nodes}",
+        f"--node-rank={node}",
+        "--rdzv-backend=c10d",
+        f"--rdzv-endpoint=localhost:{port}",
+    ]
+    line += ["--rdzv-id=test", "-m", "accumexp.run", *arguments]
+    folder.mkdir(parents=True, exist_ok=True)
+    return subprocess.Popen(
+        line, cwd=folder, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def free_port() -> int:
+    import socket
+
+    with socket.socket() as opened:
+        opened.bind(("localhost", 0))
+        return opened.getsockname()[1]
+
+
+def test_two_agents_of_torchrun_are_one_run(tmp_path: Path, alone: Path) -> None:
+    """Two 'nodes' of one rank each, that only share a rendezvous and the folder they are started in."""
+    port = free_port()
+    agents = [
+        torchrun(*EXACT, "accum=ddp", folder=tmp_path, node=node, nodes=2, port=port) for node in range(2)
+    ]
+    outputs = [agent.communicate(timeout=240) for agent in agents]
+    assert [agent.returncode for agent in agents] == [0, 0], outputs
+    assert sum("test accuracy" in out for out, _ in outputs) == 1, "one rank speaks"
+    assert_equal_runs(only_run(tmp_path), alone)
+    assert len(records(tmp_path)) == 1
+
+
+def test_a_sweep_under_torchrun_ends_with_its_first_failure(tmp_path: Path) -> None:
+    """Ranks cannot go on to the next job when one of them may be gone."""
+    options = [*SMALL, "accum=ddp", "trainer.max_updates=3", "trainer.clip_norm=0.1,-1,0.2"]
+    agent = torchrun("-m", *options, folder=tmp_path)
+    out, err = agent.communicate(timeout=240)
+    assert agent.returncode == 1
+    assert "trainer.clip_norm=-1" in err and "rank 1: error: trainer.clip_norm=-1" in err
+    states = sorted((record.tags.get("accumexp.sweep", "job"), record.status) for record in records(tmp_path))
+    assert states == [("job", "FINISHED"), ("true", "FAILED")], (states, out, err)
+    jobs = sorted(path.parent.name for path in only_sweep(tmp_path).glob("*/summary.json"))
+    assert [name[0] for name in jobs] == ["0", "1"]
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_law_8_a_stopped_run_of_two_ranks_goes_on_bit_for_bit(tmp_path: Path, strategy: str) -> None:
+    ranks = [f"accum={strategy}", "accum.processes=2", "trainer.epochs=2"]
+    env = troubled(tmp_path)
+    whole = run_command("run", *STATEFUL, *ranks, folder=tmp_path / "whole", env=env)
+    assert whole.code == 0, whole
+    # One rank hears the signal, both stop after the same update.
+    stopper = trouble(tmp_path, "SIGTERM", 15, rank=1)
+    first = run_command("run", *STATEFUL, *ranks, stopper, folder=tmp_path / "parts", env=env)
+    assert first.code == 143 and "go on with" in first.stdout, first
+    run = only_run(tmp_path / "parts")
+    (record,) = records(tmp_path / "parts")
+    assert record.status == "KILLED"
+    second = run_command("run", f"resume={run}", folder=tmp_path / "parts", env=env)
+    assert second.code == 0, second
+    reference = only_run(tmp_path / "whole")
+    found, expected = saved_weights(run), saved_weights(reference)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    rows = [
+        {k: v for k, v in row.items() if k.startswith(("train/", "eval/", "update"))} for row in journal(run)
+    ]
+    others = [
+        {k: v for k, v in row.items() if k.startswith(("train/", "eval/", "update"))}
+        for row in journal(reference)
+    ]
+    assert rows == others
+    (record,) = records(tmp_path / "parts")
+    assert record.status == "FINISHED"
+
+
+@pytest.mark.parametrize(("ranks", "strategy"), [(3, "fsdp"), (1, "standalone")])
+def test_a_sharded_checkpoint_opens_at_another_number_of_ranks(
+    tmp_path: Path, sharded_and_stopped: Path, alone: Path, ranks: int, strategy: str
+) -> None:
+    import shutil
+
+    run = shutil.copytree(sharded_and_stopped, tmp_path / "run")
+    options = [f"accum.strategy={strategy}", f"accum.processes={ranks}", "tracking.backend=none"]
+    done = run_command("run", f"resume={run}", *options, folder=tmp_path, env=troubled(tmp_path))
+    assert done.code == 0, done
+    assert relative_error(saved_weights(run), saved_weights(alone)) <= 1e-9
+
+
+@pytest.fixture(scope="module")
+def sharded_and_stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sharded")
+    env = troubled(folder)
+    options = ["accum=fsdp", "accum.processes=2", "tracking=none", trouble(folder, "SIGINT", 14, rank=0)]
+    done = run_command("run", *EXACT, *options, folder=folder, env=env)
+    assert done.code == 130, done
+    run = only_run(folder)
+    # The evaluation command opens it in one process.
+    found = run_command("evaluate", f"checkpoint={run}", folder=folder, env=env)
+    assert found.code == 0 and "accuracy" in found.stdout, found
+    return run
+
+
+def test_a_killed_rank_ends_its_job_and_the_sweep_goes_on(tmp_path: Path) -> None:
+    env = troubled(tmp_path)
+    options = [*SMALL, "accum=ddp", "accum.processes=2", "trainer.max_updates=8", "seed=0,1"]
+    began = time.monotonic()
+    done = run_command(
+        "run", "-m", *options, trouble(tmp_path, "SIGKILL", 5, rank=1), folder=tmp_path, env=env
+    )
+    assert done.code == 1 and time.monotonic() - began < 120
+    (error,) = [line for line in done.stderr.splitlines() if line.startswith("  job ")]
+    assert "seed=0" in error and "rank 1 (process" in error and "SIGKILL" in error
+    states = {record.params.get("seed", "sweep"): record.status for record in records(tmp_path)}
+    assert states == {"sweep": "FAILED", "0": "FAILED", "1": "FINISHED"}
+
+
+def test_the_first_rank_killed_leaves_a_failed_run(tmp_path: Path) -> None:
+    env = troubled(tmp_path)
+    killer = trouble(tmp_path, "SIGKILL", 5, rank=0)
+    done = run_command("run", *SMALL, "accum=ddp", "accum.processes=2", killer, folder=tmp_path, env=env)
+    assert done.code == 1 and done.stderr.startswith("error: rank 0 (process"), done
+    (record,) = records(tmp_path)
+    assert record.status == "FAILED"
+    assert "SIGKILL" in json.loads((only_run(tmp_path) / "summary.json").read_text())["error"]
+
+
+def test_a_bug_on_one_rank_ends_the_run_with_its_traceback(tmp_path: Path) -> None:
+    env = troubled(tmp_path)
+    bug = trouble(tmp_path, "ERROR", 5, rank=1)
+    done = run_command("run", *SMALL, "accum=ddp", "accum.processes=2", bug, folder=tmp_path, env=env)
+    assert done.code == 1
+    assert "rank 1" in done.stdout and "ZeroDivisionError: one rank's own bug" in done.stdout, done
+    (record,) = records(tmp_path)
+    assert record.status == "FAILED"
+
+
+def test_bad_input_found_by_the_ranks_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
+    done = run_command("run", *SMALL, "accum=ddp", "accum.processes=2", "+model.depth=3", folder=tmp_path)
+    assert "model (accumexp.models.MLP)" in done.error() and "depth" in done.error()
+    assert not list(tmp_path.glob("outputs/*/*")) and not (tmp_path / "mlflow.db").exists()
+
+
+def test_ctrl_c_ends_all_ranks_and_leaves_no_process(tmp_path: Path) -> None:
+    line = [
+        sys.executable,
+        "-m",
+        "accumexp.run",
+        *SMALL,
+        "accum=ddp",
+        "accum.processes=2",
+        "trainer.epochs=5000",
+    ]
+    env = environment(ACCUMEXP_TEST=str(os.getpid()))
+    with subprocess.Popen(
+        line, cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as run:
+        until(lambda: any(path.stat().st_size for path in tmp_path.glob("outputs/*/*/metrics.jsonl")))
+        assert len(ranks_alive()) == 3
+        run.send_signal(signal.SIGINT)
+        asked = time.monotonic()
+        out, err = run.communicate(timeout=60)
+        took = time.monotonic() - asked
+    assert run.returncode == 130 and "stopped by SIGINT" in out, (out, err)
+    assert took < 15, took  # 1 s on a quiet machine
+    assert not ranks_alive()
+    assert [record.status for record in records(tmp_path)] == ["KILLED"]
+
+
+def test_ranks_do_not_outlive_the_command_that_started_them(tmp_path: Path) -> None:
+    line = [
+        sys.executable,
+        "-m",
+        "accumexp.run",
+        *SMALL,
+        "accum=ddp",
+        "accum.processes=2",
+        "trainer.epochs=5000",
+    ]
+    env = environment(ACCUMEXP_TEST=str(os.getpid()))
+    with subprocess.Popen(
+        line, cwd=tmp_path, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as run:
+        until(lambda: any(path.stat().st_size for path in tmp_path.glob("outputs/*/*/metrics.jsonl")))
+        run.kill()
+        run.wait()
+        until(lambda: not ranks_alive())
+
+
+def until(condition: Any, seconds: float = 90) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+def test_joblibs_workers_start_ranks_of_their_own(tmp_path: Path) -> None:
+    options = [
+        *SMALL,
+        "accum=ddp_loss_scaled",
+        "accum.processes=2",
+        "precision=fp32",
+        "trainer.max_updates=4",
+    ]
+    parallel = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "seed=0,1"]
+    done = run_command("run", "-m", *options, *parallel, folder=tmp_path)
+    assert done.code == 0, done
+    states = [(r.params.get("accum.processes"), r.status) for r in records(tmp_path)]
+    assert sorted(states, key=str) == [("2", "FINISHED"), ("2", "FINISHED"), (None, "FINISHED")]
+
+
+def test_the_tasks_of_a_cluster_job_are_the_ranks(tmp_path: Path) -> None:
+    """submitit's local executor starts the tasks as Slurm would: one process a rank."""
+    pytest.importorskip("submitit")
+    options = [*SMALL, "accum=ddp", "trainer.max_updates=4", "seed=0,1"]
+    tasks = [
+        "hydra/launcher=submitit_local",
+        "hydra.launcher.tasks_per_node=2",
+        "hydra.launcher.timeout_min=5",
+    ]
+    done: Done = run_command("run", "-m", *options, *tasks, folder=tmp_path)
+    assert done.code == 0, done
+    states = [(r.params.get("accum.processes"), r.status) for r in records(tmp_path)]
+    assert sorted(states, key=str) == [("2", "FINISHED"), ("2", "FINISHED"), (None, "FINISHED")]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["accum.processes=2"], "accum.processes=2: this strategy is one process, take accum=ddp or fsdp"),
+        (["accum=ddp", "accum.processes=0"], "accum.processes=0: at least 1"),
+        (["accum=ddp", "accum.processes=8", "data.batch_size=4"], "at most accum.processes=4"),
+        (["accum=ddp", "accum.processes=3", "accum.steps=50"], "on each of 3 processes than samples"),
+        (["precision=fp16"], "precision=fp16: needs a loss scale"),
+        (["accum=loss_scaled", "param_precision=fp16"], "param_precision=fp16"),
+        (["accum=fsdp", "accum.fp32_buffers=true"], "accum.fp32_buffers=true"),
+        (["accum=ddp", "accum.reduce_every_micro_batch=true"], "accum.reduce_every_micro_batch=true"),
+        (["accum=ddp", "device=cuda:1", "accum.processes=2"], "device=cuda:1"),
+        (["accum=loss_scaled", "accum.growth_interval=0"], "accum.growth_interval=0"),
+    ],
+)  # fmt: skip
+def test_what_ranks_and_scales_cannot_be_is_said_by_key(overrides: list[str], expected: str) -> None:
+    from accumexp.errors import UsageError
+
+    with pytest.raises(UsageError) as said:
+        composed(*overrides)
+    assert expected in str(said.value)
+
+
+def test_sizes_follow_from_each_other_over_ranks() -> None:
+    config = composed("accum=ddp", "accum.processes=2", "accum.micro_batch_size=16", "accum.steps=4")
+    assert config.data.batch_size == 128
+    config = composed("accum=ddp", "accum.processes=4", "accum.micro_batch_size=16", "data.batch_size=101")
+    assert (config.accum.steps, config.accum.micro_batch_size) == (2, 13)
+    assert composed("accum=ddp", "accum.processes=2").accum.processes == 2
