@@ -52,7 +52,10 @@ def run_job(cfg: DictConfig) -> float | None:
         if here.first and isinstance(error, UsageError) and not job and not cfg.resume:
             remove_unused(folder)
         if WANTS_TRACEBACK or not expected:
-            print(error) if isinstance(error, RankError) else traceback.print_exc()
+            if isinstance(error, RankError):
+                print(error, file=sys.stderr)
+            else:
+                traceback.print_exc()
         if job and here.first:
             job.failed(folder, error)
         if job and here.size == 1:

@@ -19,7 +19,7 @@ from accumexp.checkpoint import find, load
 from accumexp.shards import folder_of, load_model
 
 from .command import Done, environment, journal, only_run, only_sweep, records, run_command
-from .experiments import composed
+from .experiments import composed, write_images
 from .reference import relative_error
 
 TROUBLE = '''
@@ -265,7 +265,7 @@ def test_a_bug_on_one_rank_ends_the_run_with_its_traceback(tmp_path: Path) -> No
     bug = trouble(tmp_path, "ERROR", 5, rank=1)
     done = run_command("run", *SMALL, "accum=ddp", "accum.processes=2", bug, folder=tmp_path, env=env)
     assert done.code == 1
-    assert "rank 1" in done.stdout and "ZeroDivisionError: one rank's own bug" in done.stdout, done
+    assert "rank 1" in done.stderr and "ZeroDivisionError: one rank's own bug" in done.stderr, done
     (record,) = records(tmp_path)
     assert record.status == "FAILED"
 
@@ -388,3 +388,54 @@ def test_sizes_follow_from_each_other_over_ranks() -> None:
     config = composed("accum=ddp", "accum.processes=4", "accum.micro_batch_size=16", "data.batch_size=101")
     assert (config.accum.steps, config.accum.micro_batch_size) == (2, 13)
     assert composed("accum=ddp", "accum.processes=2").accum.processes == 2
+
+
+def test_the_tutorials_resnet50_trains_on_two_ranks(tmp_path: Path) -> None:
+    """At a small size, on generated images; its BatchNorms make it unequal, which it says."""
+    write_images(tmp_path / "images", {"train": 8, "test": 2})
+    sizes = ["data.image_size=32", "accum.steps=3", "accum.micro_batch_size=2", "accum.processes=2"]
+    options = [
+        "data=image_folder",
+        f"data.root={tmp_path / 'images'}",
+        "data.num_classes=2",
+        "data.workers=1",
+        "data.eval_fraction=0",
+    ]
+    done = run_command(
+        "run",
+        "experiment=tutorial_resnet50",
+        *options,
+        *sizes,
+        "device=cpu",
+        "trainer.epochs=1",
+        folder=tmp_path,
+    )
+    assert done.code == 0, done
+    assert (
+        "resnet50 on 16 samples, 2 updates of 12 samples in 3 micro-batches of 2 on each of 2" in done.stdout
+    )
+    assert "not the larger batch: bn1 (BatchNorm2d): batch statistics over 2 of 12 samples" in done.stdout
+    (record,) = records(tmp_path)
+    assert (record.status, record.params["accum.reduction"]) == ("FINISHED", "sum")
+    assert [update for update, _ in record.points["eval/accuracy"]] == [2]
+
+
+def test_a_rank_that_cannot_hear_a_signal_ends_all_the_same(tmp_path: Path) -> None:
+    """Its main thread computes for long without Python, as one does that waits for a rank that is gone."""
+    (tmp_path / "stuck.py").write_text(
+        "import time, torch\n"
+        "from accumexp.signals import StopSignals\n"
+        "matrix = torch.ones(9000, 9000, dtype=torch.float64)\n"
+        "with StopSignals(deadline=0.5):\n"
+        "    print('ready', flush=True)\n"
+        "    while True:\n"
+        "        matrix @ matrix\n"
+    )
+    line = [sys.executable, str(tmp_path / "stuck.py")]
+    with subprocess.Popen(line, env=environment(), stdout=subprocess.PIPE, text=True) as stuck:
+        assert stuck.stdout is not None and stuck.stdout.readline() == "ready\n"
+        time.sleep(0.5)
+        stuck.send_signal(signal.SIGTERM)
+        asked = time.monotonic()
+        assert stuck.wait(60) == 143
+    assert time.monotonic() - asked < 8, "a product takes longer"
