@@ -20,7 +20,7 @@ from .seeding import derive_seed, seed_everything
 from .system import pick_device
 from .targets import build
 from .trainer import Recorder, Trainer, total_updates
-from .world import World, first_here
+from .world import World, device_of, first_here
 
 ALONE = World()
 
@@ -53,7 +53,7 @@ def build_parts(config: Config, here: World = ALONE) -> Parts:
     Raises:
         UsageError: naming the key that cannot be built.
     """
-    device = pick_device(config.device)
+    device = pick_device(device_of(config.device, here))
     threads = config.trainer.threads
     if threads is None and here.size > 1:
         threads = max(1, (os.cpu_count() or 1) // here.local_size)

@@ -38,7 +38,6 @@ class Run:
         config, back, here = self.order.config, self.order.back, self.here
         if not here.first:
             console.quiet = True
-        config.device = device_of(config.device, here)
         with StopSignals(STUCK if here.size > 1 else None) as signals, self._joined():
             parts = build_parts(config, here)
             record = RunRecord(self.folder, upto=back.update if back else 0) if here.first else SilentRecord()
@@ -91,8 +90,10 @@ class Run:
         return self.order.job
 
     def _joined(self) -> AbstractContextManager[None]:
-        alone = self.order.config.accum.strategy is Strategy.standalone
-        return nullcontext() if alone else joined(self.here, self.order.config.device)
+        config = self.order.config
+        if config.accum.strategy is Strategy.standalone:
+            return nullcontext()
+        return joined(self.here, device_of(config.device, self.here))
 
     def _open(
         self, config: Config, back: Resumed | None, parts: Parts, record: RunRecord, unequal: list[Inequality]

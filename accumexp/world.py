@@ -124,7 +124,8 @@ def joined(here: World, device: str) -> Iterator[None]:
     options: dict[str, Any] = {"backend": "gloo", "timeout": PATIENCE}
     if device.startswith("cuda"):
         options["backend"] = "cpu:gloo,cuda:nccl"
-        torch.cuda.set_device(device)
+        if ":" in device:
+            torch.cuda.set_device(device)
     given = world() is not None
     if not given:
         store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]

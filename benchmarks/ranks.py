@@ -29,6 +29,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.distributed.tensor import DTensor
 from torch.multiprocessing.spawn import spawn
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
@@ -66,11 +67,12 @@ class Task:
 
 @dataclass(frozen=True)
 class Contender:
-    """A way to do a window and to step on it."""
+    """A way to do a window and to step on it; `window` is there if it is this package's."""
 
-    model: DistributedDataParallel
+    model: nn.Module
     accumulate: Callable[[], object]
     step: Callable[[], object]
+    window: Window | None = None
 
 
 def hand_written(task: Task, counted: bool = False, reduce_always: bool = False) -> Contender:
@@ -94,17 +96,27 @@ def hand_written(task: Task, counted: bool = False, reduce_always: bool = False)
     return Contender(model, accumulate, optimizer.step)
 
 
-def accumexp(task: Task, counted: bool = False) -> Contender:
+def windowed(task: Task, model: nn.Module, reduce_every_micro_batch: bool = False) -> Contender:
+    """This package's window and step, on a `model` that is wrapped for several ranks."""
     images, labels = task.batch(dist.get_rank())
-    model = data_parallel(task.model())  # its hook is in Python, counted or not
     optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9)
-    window = Window(model, nn.CrossEntropyLoss(), steps=task.steps, local_loss=True)
+    window = Window(
+        model,
+        nn.CrossEntropyLoss(),
+        steps=task.steps,
+        reduce_every_micro_batch=reduce_every_micro_batch,
+        local_loss=True,
+    )
 
     def accumulate() -> None:
         optimizer.zero_grad(set_to_none=not window.sync.keeps_gradients)
         window.backward(images, labels)
 
-    return Contender(model, accumulate, OptimizerStep(window, optimizer))
+    return Contender(model, accumulate, OptimizerStep(window, optimizer), window)
+
+
+def accumexp(task: Task, counted: bool = False) -> Contender:
+    return windowed(task, data_parallel(task.model()))  # its hook is in Python, counted or not
 
 
 CONTENDERS: dict[str, Callable[[Task, bool], Contender]] = {
@@ -129,7 +141,8 @@ def gradient_error(contender: Contender, task: Task) -> float:
     error = 0.0
     for own, wanted in zip(contender.model.parameters(), reference.parameters(), strict=True):
         assert own.grad is not None and wanted.grad is not None
-        error = max(error, float((own.grad - wanted.grad).norm() / wanted.grad.norm()))
+        whole = own.grad.full_tensor() if isinstance(own.grad, DTensor) else own.grad
+        error = max(error, float((whole - wanted.grad).norm() / wanted.grad.norm()))
     assert error <= TOLERANCE, f"the gradient is off by {error:.1e} of its norm"
     return error
 
@@ -176,13 +189,12 @@ def milliseconds(contender: Contender, device: torch.device, updates: int) -> fl
     return 1e3 * (perf_counter() - start) / updates
 
 
-def measured(task: Task, updates: int, repeats: int) -> list[dict[str, Any]]:
-    """A row for each contender. They take turns, in a new random order each time, alike on all ranks."""
-    contenders = [build(task, False) for build in CONTENDERS.values()]
-    rows: list[dict[str, Any]] = []
-    for contender, (name, build) in zip(contenders, CONTENDERS.items(), strict=True):
-        row = {"ranks": task.ranks, "steps": task.steps, "contender": name} | traffic(build, task)
-        rows.append(row | {"gradient_error": gradient_error(contender, task)})
+def timings(contenders: list[Contender], task: Task, updates: int, repeats: int) -> list[dict[str, Any]]:
+    """Times of an update in ms and their ratios to the first contender's, for each contender.
+
+    They take turns, in a new random order each time, alike on all ranks.
+    """
+    for contender in contenders:
         milliseconds(contender, task.device, updates)
     times = torch.zeros(len(contenders), repeats, dtype=torch.float64)
     orders = random.Random(SEED)
@@ -192,15 +204,30 @@ def measured(task: Task, updates: int, repeats: int) -> list[dict[str, Any]]:
     slowest = times.to(task.device)
     dist.all_reduce(slowest, dist.ReduceOp.MAX)  # an update lasts until its last rank is done
     reference = slowest[0].tolist()
-    for row, own in zip(rows, slowest.tolist(), strict=True):
+    found: list[dict[str, Any]] = []
+    for own in slowest.tolist():
         ratios = [mine / other for mine, other in zip(own, reference, strict=True)]
         low, _, high = statistics.quantiles(ratios, n=4) if repeats > 1 else ratios * 3
-        row |= {"median_ms": statistics.median(own), "ratio": statistics.median(ratios)}
-        row |= {"ratio_low": low, "ratio_high": high, "ms": own}
-    return rows
+        row = {"median_ms": statistics.median(own), "ratio": statistics.median(ratios)}
+        found.append(row | {"ratio_low": low, "ratio_high": high, "ms": own})
+    return found
 
 
-def measure_rank(rank: int, ranks: int, asked: argparse.Namespace, folder: Path) -> None:
+def measured(task: Task, updates: int, repeats: int) -> list[dict[str, Any]]:
+    """A row for each contender."""
+    contenders = [build(task, False) for build in CONTENDERS.values()]
+    rows: list[dict[str, Any]] = []
+    for contender, (name, build) in zip(contenders, CONTENDERS.items(), strict=True):
+        row = {"ranks": task.ranks, "steps": task.steps, "contender": name} | traffic(build, task)
+        rows.append(row | {"gradient_error": gradient_error(contender, task)})
+    times = timings(contenders, task, updates, repeats)
+    return [row | found for row, found in zip(rows, times, strict=True)]
+
+
+Measured = Callable[[Task, int, int], list[dict[str, Any]]]
+
+
+def measure_rank(rank: int, ranks: int, asked: argparse.Namespace, folder: Path, measured: Measured) -> None:
     """One rank: joins the others and measures; the first one writes the rows."""
     torch.set_num_threads(asked.threads)
     # TF32 would make the gradients of two kernels differ more than the two definitions might.
@@ -221,42 +248,57 @@ def measure_rank(rank: int, ranks: int, asked: argparse.Namespace, folder: Path)
     dist.destroy_process_group()
 
 
-def show(report: dict[str, Any]) -> None:
+def console_of() -> Console:
     console = Console()
-    if not console.is_terminal:
-        console = Console(width=110)  # a pipe or a file has no width of its own
-    table = Table(title="one window", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    headings = "ranks,steps,contender,gradient\nreduces,other\nreduces,bytes,median\nms,ratio,quartiles"
-    for heading in f"{headings},gradient\noff by".split(","):
+    return console if console.is_terminal else Console(width=110)  # a pipe or a file has no width of its own
+
+
+def table_of(title: str, headings: str) -> Table:
+    """A table of numbers, and of contenders; `headings` are separated by commas."""
+    table = Table(
+        title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True
+    )
+    for heading in headings.split(","):
         table.add_column(heading, justify="left" if heading == "contender" else "right", no_wrap=True)
+    return table
+
+
+def times_of(row: dict[str, Any]) -> list[str]:
+    """The cells of a row that all tables of times end with."""
+    quartiles = f"{row['ratio_low']:.3f} to {row['ratio_high']:.3f}"
+    return [f"{row['median_ms']:.3f}", f"{row['ratio']:.3f}", quartiles, f"{row['gradient_error']:.1e}"]
+
+
+def show(report: dict[str, Any]) -> list[Table]:
+    headings = "ranks,steps,contender,gradient\nreduces,other\nreduces,bytes,median\nms,ratio,quartiles"
+    table = table_of("one window", f"{headings},gradient\noff by")
     for row in report["rows"]:
         names = ("ranks", "steps", "contender", "gradient_all_reduces", "other_all_reduces", "bytes")
-        quartiles = f"{row['ratio_low']:.3f} to {row['ratio_high']:.3f}"
-        values = (f"{row['median_ms']:.3f}", f"{row['ratio']:.3f}", quartiles, f"{row['gradient_error']:.1e}")
         last = row["contender"] == list(CONTENDERS)[-1]
-        table.add_row(*(str(row[name]) for name in names), *values, end_section=last)
-    console.print(table)
-    for part in ("settings", "environment"):
-        line = ", ".join(f"{key} {value}" for key, value in report[part].items())
-        console.print(f"{part}: {line}", highlight=False, soft_wrap=True)
+        table.add_row(*(str(row[name]) for name in names), *times_of(row), end_section=last)
+    return [table]
 
 
 def numbers(text: str) -> list[int]:
     return [int(number) for number in text.split(",")]
 
 
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.ranks", description=__doc__)
-    parser.add_argument("--ranks", type=numbers, default="1,2", help="how many; %(default)s")
+def parser_of(prog: str, description: str | None, ranks: str) -> argparse.ArgumentParser:
+    """The options of a benchmark on several ranks."""
+    parser = argparse.ArgumentParser(prog=f"python -m {prog}", description=description)
+    parser.add_argument("--ranks", type=numbers, default=ranks, help="how many; %(default)s")
     parser.add_argument("--steps", type=numbers, default="1,2,4,8", help="micro-batches a rank; %(default)s")
     parser.add_argument("--micro-batch", type=int, default=32, help="samples on each rank; %(default)s")
-    parser.add_argument("--model", choices=["lenet5", "mlp"], default="lenet5")
     parser.add_argument("--width", type=int, default=1024, help="of the mlp's two hidden layers; %(default)s")
     parser.add_argument("--updates", type=int, default=10, help="in a repeat; %(default)s")
     parser.add_argument("--repeats", type=int, default=30)
     parser.add_argument("--threads", type=int, default=1, help="of each rank; %(default)s")
     parser.add_argument("--device", choices=["auto", "cpu"], default="auto", help="a GPU a rank if there is")
     parser.add_argument("--json", type=Path, metavar="PATH")
+    return parser
+
+
+def arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
     asked = parser.parse_args()
     sizes = (asked.micro_batch, asked.width, asked.updates, asked.repeats, asked.threads)
     if min(*asked.ranks, *asked.steps, *sizes) < 1:
@@ -266,12 +308,12 @@ def arguments() -> argparse.Namespace:
     return asked
 
 
-def main() -> None:
-    asked = arguments()
+def run(asked: argparse.Namespace, measured: Measured, show: Callable[[dict[str, Any]], list[Table]]) -> None:
+    """Measures on all numbers of ranks, prints the tables and, if asked for, writes the report as JSON."""
     rows: list[dict[str, Any]] = []
     for ranks in asked.ranks:
         with tempfile.TemporaryDirectory() as temporary:
-            spawn(measure_rank, (ranks, asked, Path(temporary)), ranks)
+            spawn(measure_rank, (ranks, asked, Path(temporary), measured), ranks)
             rows += json.loads(Path(temporary, "rows.json").read_text())
     names = ["model", "micro_batch", "updates", "repeats", "threads"]
     settings = {name: getattr(asked, name) for name in names + ["width"] * (asked.model == "mlp")}
@@ -279,9 +321,20 @@ def main() -> None:
     environment = {"torch": torch.__version__, "python": platform.python_version(), "device": device}
     environment |= {"cores": os.cpu_count(), "backend": "nccl" if asked.device == "cuda" else "gloo"}
     report = {"environment": environment, "settings": settings, "rows": rows}
-    show(report)
+    console = console_of()
+    for table in show(report):
+        console.print(table)
+    for part in ("settings", "environment"):
+        line = ", ".join(f"{key} {value}" for key, value in report[part].items())
+        console.print(f"{part}: {line}", highlight=False, soft_wrap=True)
     if asked.json:
         asked.json.write_text(json.dumps(report, indent=2) + "\n")
+
+
+def main() -> None:
+    parser = parser_of("benchmarks.ranks", __doc__, ranks="1,2")
+    parser.add_argument("--model", choices=["lenet5", "mlp"], default="lenet5")
+    run(arguments(parser), measured, show)
 
 
 if __name__ == "__main__":

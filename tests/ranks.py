@@ -18,14 +18,17 @@ CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["torch", "accumexp.accum"])
 
 
-def on_ranks(size: int, folder: Path, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+def on_ranks(
+    size: int, folder: Path, function: Callable[..., Any], *arguments: Any, cuda: bool = False
+) -> list[Any]:
     """What `function(*arguments)` returns on each of `size` ranks; tensors and plain values.
 
-    `function` is found by its name in its module. A failure on any rank fails the test with its traceback.
+    `function` is found by its name in its module. With `cuda` each rank has a GPU, and nccl between them.
+    A failure on any rank fails the test with its traceback.
     """
     folder.mkdir(parents=True, exist_ok=True)
     ranks = [
-        CONTEXT.Process(target=_rank, args=(rank, size, folder, function, arguments), daemon=True)
+        CONTEXT.Process(target=_rank, args=(rank, size, folder, function, arguments, cuda), daemon=True)
         for rank in range(size)
     ]
     for rank in ranks:
@@ -39,15 +42,21 @@ def on_ranks(size: int, folder: Path, function: Callable[..., Any], *arguments: 
 
 
 def _rank(
-    rank: int, size: int, folder: Path, function: Callable[..., Any], arguments: tuple[Any, ...]
+    rank: int, size: int, folder: Path, function: Callable[..., Any], arguments: tuple[Any, ...], cuda: bool
 ) -> None:
     torch.set_num_threads(1)
+    if cuda:
+        torch.cuda.set_device(rank)
     try:
         store = dist.FileStore(str(folder / "store"), size)  # pyright: ignore[reportPrivateImportUsage]
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             dist.init_process_group(
-                "gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=60)
+                "cpu:gloo,cuda:nccl" if cuda else "gloo",
+                store=store,
+                rank=rank,
+                world_size=size,
+                timeout=timedelta(seconds=60),
             )
             torch.save(function(*arguments), folder / f"result-{rank}.pt")
             dist.barrier()

@@ -7,15 +7,17 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
-from accumexp.accum import Window
+from accumexp.accum import LossScale, OptimizerStep, Window, data_parallel, fully_sharded, rank_share
 from accumexp.checkpoint import load, restore, save
 from accumexp.data import ResidentBatches
 from accumexp.models import LeNet5
 from accumexp.seeding import random_state
 
 from .experiments import trainer_of, weights
+from .ranks import on_ranks
 from .reference import gradients, larger_batch_gradient, relative_error
 
 pytestmark = [
@@ -92,3 +94,93 @@ def test_law_8_on_the_gpu_with_dropout(tmp_path: Path) -> None:
     second.fit()
     for name, value in weights(whole).items():
         assert torch.equal(value, weights(second)[name]), name
+
+
+@pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.AdamW])
+def test_law_9_a_loss_scaled_update_with_a_fused_optimizer_never_waits(make: Any) -> None:
+    model = LeNet5().cuda()
+    images = torch.randn(64, 1, 32, 32, device="cuda")
+    labels = torch.randint(0, 10, (64,), device="cuda")
+    options: dict[str, Any] = {"momentum": 0.9} if make is torch.optim.SGD else {}
+    optimizer = make(model.parameters(), lr=0.01, fused=True, **options)
+    scale = LossScale(device="cuda")
+    window = Window(model, nn.CrossEntropyLoss(), 4, autocast=torch.float16, loss_scale=scale)
+    step = OptimizerStep(window, optimizer, clip_norm=1.0)
+    window.backward(images, labels)
+    step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(2):
+            optimizer.zero_grad()
+            window.backward(images, labels)
+            step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert int(scale.skipped) == 0
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("first", [0, 1])
+def test_law_6_a_real_fp16_overflow_leaves_weights_and_momentum(fused: bool, first: int) -> None:
+    torch.manual_seed(0)
+    model = LeNet5().cuda()
+    images = torch.randn(64, 1, 32, 32, device="cuda")
+    labels = torch.randint(0, 10, (64,), device="cuda")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, fused=fused)
+    scale = LossScale(2.0**8, min_scale=1.0, device="cuda")
+    window = Window(model, nn.CrossEntropyLoss(), 4, autocast=torch.float16, loss_scale=scale)
+    step = OptimizerStep(window, optimizer)
+    for _ in range(first):
+        window.backward(images, labels)
+        step()
+    scale.scale.fill_(2.0**40)
+    before = [p.detach().clone() for p in model.parameters()]
+    kept = [optimizer.state[p].get("momentum_buffer") for p in model.parameters()]
+    kept = [None if buffer is None else buffer.clone() for buffer in kept]
+    optimizer.zero_grad()
+    window.backward(images, labels)
+    result = step(want_norm=True)
+    assert result.overflow is not None and bool(result.overflow)
+    assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+    for p, buffer in zip(model.parameters(), kept, strict=True):
+        now = optimizer.state[p].get("momentum_buffer")
+        assert (now is None or not now.any()) if buffer is None else torch.equal(now, buffer)
+    assert float(scale.scale) == 2.0**39
+
+
+def test_fp16_reaches_fp32s_accuracy_on_digits() -> None:
+    found = {}
+    for accum in ("standalone", "loss_scaled"):
+        options = ["model=lenet5", "precision=null", f"accum={accum}", "accum.steps=4", "trainer.epochs=15"]
+        trainer, _ = trainer_of("device=cuda", *options)
+        trainer.fit()
+        found[accum] = trainer.evaluate("test")["test/accuracy"]
+    assert abs(found["standalone"] - found["loss_scaled"]) <= 0.02
+
+
+def lenet_over_nccl(how: str) -> dict[str, torch.Tensor]:
+    """The gradient of LeNet-5 in fp64, 3 micro-batches a rank."""
+    torch.manual_seed(0)
+    model: Any = LeNet5().double().cuda()
+    model = fully_sharded(model, torch.device("cuda")) if how == "sharded" else data_parallel(model)
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randn(50, 1, 32, 32, dtype=torch.float64, generator=generator)
+    labels = torch.randint(0, 10, (50,), generator=generator)
+    parts = rank_share(50, 3, dist.get_rank(), dist.get_world_size())
+    own = [sample for part in parts for sample in part]
+    window = Window(model, nn.CrossEntropyLoss(), 3)
+    window.backward(images[own].cuda(), labels[own].cuda())
+    found = {name.removeprefix("module."): p.grad for name, p in model.named_parameters()}
+    return {n: (g.full_tensor() if hasattr(g, "full_tensor") else g).cpu() for n, g in found.items()}
+
+
+@pytest.mark.parametrize("how", ["adding", "sharded"])
+def test_law_1_over_nccl(tmp_path: Path, how: str) -> None:
+    torch.manual_seed(0)
+    model = LeNet5().double()
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randn(50, 1, 32, 32, dtype=torch.float64, generator=generator)
+    labels = torch.randint(0, 10, (50,), generator=generator)
+    expected = larger_batch_gradient(model, nn.CrossEntropyLoss(), images, labels)
+    for found in on_ranks(min(2, torch.cuda.device_count()), tmp_path, lenet_over_nccl, how, cuda=True):
+        assert relative_error(found, expected) <= 1e-12

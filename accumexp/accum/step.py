@@ -39,6 +39,7 @@ class OptimizerStep:
         self.window = window
         self.optimizer = optimizer
         self.clip_norm = clip_norm
+        self._skips_on_device: bool | None = None
 
     def __call__(self, want_norm: bool = False) -> StepResult:
         sync, scale = self.window.sync, self.window.loss_scale
@@ -79,9 +80,13 @@ class OptimizerStep:
     @property
     def skips_on_device(self) -> bool:
         """Whether the optimizer itself can leave an update out, as torch's fused ones can."""
-        if self.window.sync.sharded or not getattr(self.optimizer, "_step_supports_amp_scaling", False):
-            return False
-        return not isinstance(self.optimizer, SGD) or self._with_momentum_buffers(self.optimizer)
+        if self._skips_on_device is None:
+            fused = getattr(self.optimizer, "_step_supports_amp_scaling", False)
+            able = fused and not self.window.sync.sharded
+            if able and isinstance(self.optimizer, SGD):
+                able = self._with_momentum_buffers(self.optimizer)
+            self._skips_on_device = able
+        return self._skips_on_device
 
     @staticmethod
     def _with_momentum_buffers(optimizer: SGD) -> bool:
@@ -94,7 +99,7 @@ class OptimizerStep:
                 return False
             for parameter in group["params"] if group["momentum"] else ():
                 state = optimizer.state[parameter]
-                if parameter.grad is not None and state.get("momentum_buffer") is None:
+                if parameter.requires_grad and state.get("momentum_buffer") is None:
                     state["momentum_buffer"] = torch.zeros_like(parameter)
         return True
 

@@ -195,8 +195,7 @@ class _Weights:
         ranks = window.sync.ranks
         if ranks.size > 1:
             device = next(window.model.parameters()).device
-            exact = [torch.as_tensor(weight, dtype=torch.float64, device=device) for weight in self._own]
-            counted = torch.stack(exact)
+            counted = torch.stack([_exact(weight, device) for weight in self._own])
             self._own = list(counted.unbind())
             self._arrived = ranks.sum_soon(counted)
 
@@ -234,3 +233,10 @@ def _share(weight: Tensor | float, like: Tensor) -> Tensor:
 
 def _first(tensor: Tensor) -> Tensor:
     return tensor[:1]
+
+
+def _exact(weight: Tensor | float, device: torch.device) -> Tensor:
+    """`weight` as fp64 of shape (), without a copy that the host would wait for."""
+    if isinstance(weight, Tensor):
+        return weight.to(device, torch.float64)
+    return torch.full((), weight, dtype=torch.float64, device=device)
