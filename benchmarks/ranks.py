@@ -38,6 +38,7 @@ from accumexp.accum import OptimizerStep, Window, data_parallel
 from accumexp.models import MLP, LeNet5
 from accumexp.system import device_name, wait_for
 
+Rows = list[dict[str, Any]]
 SEED = 0
 TOLERANCE = 1e-5
 
@@ -63,6 +64,9 @@ class Task:
         torch.manual_seed(SEED)
         made = LeNet5() if self.width is None else MLP(32 * 32, 10, (self.width, self.width))
         return made.to(self.device)
+
+
+Measured = Callable[[Task, int, int], Rows]
 
 
 @dataclass(frozen=True)
@@ -96,17 +100,12 @@ def hand_written(task: Task, counted: bool = False, reduce_always: bool = False)
     return Contender(model, accumulate, optimizer.step)
 
 
-def windowed(task: Task, model: nn.Module, reduce_every_micro_batch: bool = False) -> Contender:
+def windowed(task: Task, model: nn.Module, reduce_always: bool = False) -> Contender:
     """This package's window and step, on a `model` that is wrapped for several ranks."""
     images, labels = task.batch(dist.get_rank())
     optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9)
-    window = Window(
-        model,
-        nn.CrossEntropyLoss(),
-        steps=task.steps,
-        reduce_every_micro_batch=reduce_every_micro_batch,
-        local_loss=True,
-    )
+    loss = nn.CrossEntropyLoss()
+    window = Window(model, loss, task.steps, reduce_every_micro_batch=reduce_always, local_loss=True)
 
     def accumulate() -> None:
         optimizer.zero_grad(set_to_none=not window.sync.keeps_gradients)
@@ -189,7 +188,7 @@ def milliseconds(contender: Contender, device: torch.device, updates: int) -> fl
     return 1e3 * (perf_counter() - start) / updates
 
 
-def timings(contenders: list[Contender], task: Task, updates: int, repeats: int) -> list[dict[str, Any]]:
+def timings(contenders: list[Contender], task: Task, updates: int, repeats: int) -> Rows:
     """Times of an update in ms and their ratios to the first contender's, for each contender.
 
     They take turns, in a new random order each time, alike on all ranks.
@@ -204,7 +203,7 @@ def timings(contenders: list[Contender], task: Task, updates: int, repeats: int)
     slowest = times.to(task.device)
     dist.all_reduce(slowest, dist.ReduceOp.MAX)  # an update lasts until its last rank is done
     reference = slowest[0].tolist()
-    found: list[dict[str, Any]] = []
+    found: Rows = []
     for own in slowest.tolist():
         ratios = [mine / other for mine, other in zip(own, reference, strict=True)]
         low, _, high = statistics.quantiles(ratios, n=4) if repeats > 1 else ratios * 3
@@ -213,18 +212,15 @@ def timings(contenders: list[Contender], task: Task, updates: int, repeats: int)
     return found
 
 
-def measured(task: Task, updates: int, repeats: int) -> list[dict[str, Any]]:
+def measured(task: Task, updates: int, repeats: int) -> Rows:
     """A row for each contender."""
     contenders = [build(task, False) for build in CONTENDERS.values()]
-    rows: list[dict[str, Any]] = []
+    rows: Rows = []
     for contender, (name, build) in zip(contenders, CONTENDERS.items(), strict=True):
         row = {"ranks": task.ranks, "steps": task.steps, "contender": name} | traffic(build, task)
         rows.append(row | {"gradient_error": gradient_error(contender, task)})
     times = timings(contenders, task, updates, repeats)
     return [row | found for row, found in zip(rows, times, strict=True)]
-
-
-Measured = Callable[[Task, int, int], list[dict[str, Any]]]
 
 
 def measure_rank(rank: int, ranks: int, asked: argparse.Namespace, folder: Path, measured: Measured) -> None:
@@ -248,16 +244,10 @@ def measure_rank(rank: int, ranks: int, asked: argparse.Namespace, folder: Path,
     dist.destroy_process_group()
 
 
-def console_of() -> Console:
-    console = Console()
-    return console if console.is_terminal else Console(width=110)  # a pipe or a file has no width of its own
-
-
 def table_of(title: str, headings: str) -> Table:
     """A table of numbers, and of contenders; `headings` are separated by commas."""
-    table = Table(
-        title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True
-    )
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.collapse_padding = True
     for heading in headings.split(","):
         table.add_column(heading, justify="left" if heading == "contender" else "right", no_wrap=True)
     return table
@@ -310,7 +300,7 @@ def arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
 
 def run(asked: argparse.Namespace, measured: Measured, show: Callable[[dict[str, Any]], list[Table]]) -> None:
     """Measures on all numbers of ranks, prints the tables and, if asked for, writes the report as JSON."""
-    rows: list[dict[str, Any]] = []
+    rows: Rows = []
     for ranks in asked.ranks:
         with tempfile.TemporaryDirectory() as temporary:
             spawn(measure_rank, (ranks, asked, Path(temporary), measured), ranks)
@@ -321,7 +311,9 @@ def run(asked: argparse.Namespace, measured: Measured, show: Callable[[dict[str,
     environment = {"torch": torch.__version__, "python": platform.python_version(), "device": device}
     environment |= {"cores": os.cpu_count(), "backend": "nccl" if asked.device == "cuda" else "gloo"}
     report = {"environment": environment, "settings": settings, "rows": rows}
-    console = console_of()
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=110)  # a pipe or a file has no width of its own
     for table in show(report):
         console.print(table)
     for part in ("settings", "environment"):

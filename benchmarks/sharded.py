@@ -23,6 +23,7 @@ from accumexp.system import MIB, reset_peak_memory, wait_for
 
 from .ranks import (
     Contender,
+    Rows,
     Task,
     arguments,
     gradient_error,
@@ -35,14 +36,13 @@ from .ranks import (
 )
 
 
-def sharded(task: Task, reduce_every_micro_batch: bool) -> Contender:
-    model = fully_sharded(task.model(), task.device)
-    return windowed(task, model, reduce_every_micro_batch)
+def sharded(task: Task, reduce_always: bool) -> Contender:
+    return windowed(task, fully_sharded(task.model(), task.device), reduce_always)
 
 
 CONTENDERS: dict[str, Callable[[Task], Contender]] = {
-    "once a window": lambda task: sharded(task, reduce_every_micro_batch=False),
-    "every micro-batch": lambda task: sharded(task, reduce_every_micro_batch=True),
+    "once a window": lambda task: sharded(task, reduce_always=False),
+    "every micro-batch": lambda task: sharded(task, reduce_always=True),
     "DDP": lambda task: windowed(task, data_parallel(task.model())),
 }
 # Each with its names in torch, of which a release has one or both, and the place of its whole tensor: what
@@ -158,7 +158,7 @@ def traffic(build: Callable[[Task], Contender], task: Task) -> dict[str, Any]:
     return row | {"peak_bytes": torch.cuda.max_memory_allocated(task.device) if on_gpu else None}
 
 
-def measured(task: Task, updates: int, repeats: int) -> list[dict[str, Any]]:
+def measured(task: Task, updates: int, repeats: int) -> Rows:
     """A row for each contender."""
     rows = [
         {"ranks": task.ranks, "steps": task.steps, "contender": name} | traffic(build, task)

@@ -82,7 +82,7 @@ class OptimizerStep:
         """Whether the optimizer itself can leave an update out, as torch's fused ones can."""
         if self._skips_on_device is None:
             fused = getattr(self.optimizer, "_step_supports_amp_scaling", False)
-            able = fused and not self.window.sync.sharded
+            able = bool(fused) and not self.window.sync.sharded
             if able and isinstance(self.optimizer, SGD):
                 able = self._with_momentum_buffers(self.optimizer)
             self._skips_on_device = able

@@ -105,8 +105,9 @@ class FullyShardedSync(Sync):
         self.factor = 1 if getattr(model, SUMS, False) else self.ranks.size
 
     def micro_batch(self, last: bool) -> AbstractContextManager[Any]:
+        # Every backward is left marked as the last: otherwise torch keeps the whole gradient of the block
+        # it reduced last, and gathers one block for nothing.
         self.wrapper.set_requires_gradient_sync(last or self.every)
-        self.wrapper.set_is_last_backward(last)
         return NOTHING
 
 
