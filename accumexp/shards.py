@@ -1,7 +1,8 @@
 """Checkpoints of a model that no process holds whole: every rank writes and reads its own part.
 
 torch.distributed.checkpoint names each tensor by its parameter and knows where its parts lie, so what
-some ranks wrote, any other number of ranks, or one process, can read.
+some ranks wrote, any other number of ranks, or one process, can read. It is imported where it is used:
+that takes as long as half of torch.
 """
 
 from __future__ import annotations
@@ -15,10 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
-import torch.distributed.checkpoint.state_dict_loader as loader
-import torch.distributed.checkpoint.state_dict_saver as saver
 from torch import nn
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from .errors import UsageError
 
@@ -49,6 +47,8 @@ def save(trainer: Trainer, path: Path) -> str:
     Returns:
         The folder's name, which it has only once it is whole.
     """
+    import torch.distributed.checkpoint.state_dict_saver as saver
+
     folder = path.with_suffix(SUFFIX)
     partial = path.with_name(f".{folder.name}.partial")
     first = trainer.window.sync.ranks.rank == 0
@@ -66,6 +66,9 @@ def save(trainer: Trainer, path: Path) -> str:
 
 def load(trainer: Trainer, folder: Path) -> None:
     """Reads this process's parts of model and optimizer from `folder`; all ranks must call."""
+    import torch.distributed.checkpoint.state_dict_loader as loader
+    from torch.distributed.checkpoint.state_dict import set_state_dict
+
     with _quiet():
         state = _state(trainer)
         loader.load(state, checkpoint_id=folder)
@@ -79,6 +82,8 @@ def load(trainer: Trainer, folder: Path) -> None:
 
 def load_model(model: nn.Module, folder: Path) -> None:
     """Reads the whole model from `folder`, in one process."""
+    import torch.distributed.checkpoint.state_dict_loader as loader
+
     state = {"model": model.state_dict()}
     with _quiet():
         loader.load(state, checkpoint_id=folder, no_dist=True)
@@ -86,6 +91,8 @@ def load_model(model: nn.Module, folder: Path) -> None:
 
 
 def _state(trainer: Trainer) -> dict[str, Any]:
+    from torch.distributed.checkpoint.state_dict import get_state_dict
+
     model, optimizer = get_state_dict(trainer.model, trainer.optimizer)
     return {"model": model, "optimizer": optimizer}
 

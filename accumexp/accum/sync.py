@@ -13,8 +13,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import get_total_norm
 
@@ -95,12 +93,12 @@ class FullyShardedSync(Sync):
 
     sharded = True
 
-    def __init__(self, model: FSDPModule, reduce_every_micro_batch: bool) -> None:
-        assert isinstance(model, nn.Module)
+    def __init__(self, model: nn.Module, reduce_every_micro_batch: bool) -> None:
         super().__init__(model)
-        self.wrapper = model
+        self.wrapper: Any = model
         self.every = reduce_every_micro_batch
-        mesh = next(p.device_mesh for p in model.parameters() if isinstance(p, DTensor))
+        parameters: Any = model.parameters()
+        mesh = next(p.device_mesh for p in parameters if hasattr(p, "device_mesh"))
         self.ranks = Ranks(mesh.get_group() if mesh.ndim == 1 else None)
         self.factor = 1 if getattr(model, SUMS, False) else self.ranks.size
 
@@ -115,7 +113,8 @@ def sync_of(model: nn.Module, reduce_every_micro_batch: bool = False) -> Sync:
     """How the gradients of `model` are synchronised, by what it is wrapped in."""
     if isinstance(model, DistributedDataParallel):
         return DataParallelSync(model)
-    if isinstance(model, FSDPModule):
+    # By its method, not its class: importing torch.distributed.fsdp takes as long as half of torch.
+    if hasattr(model, "set_requires_gradient_sync"):
         return FullyShardedSync(model, reduce_every_micro_batch)
     return Sync(model)
 
@@ -146,7 +145,10 @@ def fully_sharded(model: nn.Module, device: torch.device, *, group: dist.Process
     A block is a direct child of the model, or an item of a direct child that is a list of layers. While
     one block computes, the others exist only in shards.
     """
-    mesh = dist.device_mesh.DeviceMesh.from_group(group or _world(), device.type)
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = DeviceMesh.from_group(group or _world(), device.type)
     blocks = [
         item
         for child in model.children()
@@ -163,7 +165,8 @@ def fully_sharded(model: nn.Module, device: torch.device, *, group: dist.Process
 
 def plain(tensor: Tensor) -> Tensor:
     """This process's part of `tensor`: its shard, or all of it."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    to_local = getattr(tensor, "to_local", None)  # of a DTensor
+    return tensor if to_local is None else to_local()
 
 
 def _world() -> dist.ProcessGroup:
