@@ -15,8 +15,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from .errors import UsageError
-
-DEFAULT_BATCH_SIZE = 128
+from .sizes import at_least, batch_sizes, processes
 
 
 class Precision(Enum):
@@ -210,22 +209,23 @@ def unknown_key(key: str, choices: list[str]) -> str:
 def check(config: Config) -> Config:
     """`config` with ranks, precision and batch sizes filled in, or a `UsageError` that names the key."""
     data, accum, trainer = config.data, config.accum, config.trainer
-    accum.processes = processes(accum, config.device)
+    standalone = accum.strategy is Strategy.standalone
+    accum.processes = processes(accum.processes, standalone, config.device)
     data.batch_size, accum.steps, accum.micro_batch_size = batch_sizes(
         data.batch_size, accum.steps, accum.micro_batch_size, accum.processes
     )
     scaled = accum.loss_scale is not LossScaling.none
     if config.precision is None:
         config.precision = Precision.fp16 if scaled else Precision.fp32
-    _at_least(1, "data.eval_batch_size", data.eval_batch_size)
-    _at_least(0, "data.workers", data.workers)
-    _at_least(1, "data.prefetch", data.prefetch)
-    _at_least(1, "trainer.epochs", trainer.epochs)
-    _at_least(1, "trainer.max_updates", trainer.max_updates)
-    _at_least(1, "trainer.log_every", trainer.log_every)
-    _at_least(1, "trainer.eval_every", trainer.eval_every)
-    _at_least(1, "trainer.threads", trainer.threads)
-    _at_least(1, "tracking.flush_points", config.tracking.flush_points)
+    at_least(1, "data.eval_batch_size", data.eval_batch_size)
+    at_least(0, "data.workers", data.workers)
+    at_least(1, "data.prefetch", data.prefetch)
+    at_least(1, "trainer.epochs", trainer.epochs)
+    at_least(1, "trainer.max_updates", trainer.max_updates)
+    at_least(1, "trainer.log_every", trainer.log_every)
+    at_least(1, "trainer.eval_every", trainer.eval_every)
+    at_least(1, "trainer.threads", trainer.threads)
+    at_least(1, "tracking.flush_points", config.tracking.flush_points)
     if not 0 <= data.eval_fraction < 1:
         raise UsageError(f"data.eval_fraction={data.eval_fraction}: a fraction from 0 to below 1")
     if trainer.clip_norm is not None and not trainer.clip_norm > 0:
@@ -248,71 +248,6 @@ def check(config: Config) -> Config:
     return config
 
 
-def processes(accum: AccumConfig, device: str) -> int:
-    """How many ranks the run has.
-
-    Raises:
-        UsageError: if that is not what the strategy, torchrun or this machine's GPUs allow.
-    """
-    from .world import check_devices, default_processes, world
-
-    _at_least(1, "accum.processes", accum.processes)
-    outside = world()
-    if accum.strategy is Strategy.standalone:
-        asked = outside.size if outside else accum.processes or 1
-        if asked > 1:
-            source = "" if accum.processes == asked else "torchrun: "
-            raise UsageError(
-                f"{source}accum.processes={asked}: this strategy is one process, take accum=ddp or fsdp"
-            )
-        return 1
-    if outside:
-        if accum.processes not in (None, outside.size):
-            raise UsageError(
-                f"accum.processes={accum.processes}: {outside.size} processes were started, leave it out"
-            )
-        return outside.size
-    if accum.processes is None:
-        return default_processes(device)
-    check_devices(accum.processes, device)
-    return accum.processes
-
-
-def batch_sizes(
-    batch: int | None, steps: int | None, micro: int | None, ranks: int = 1
-) -> tuple[int, int, int]:
-    """`data.batch_size`, `accum.steps`, `accum.micro_batch_size` on each of `ranks`, from any two of them.
-
-    With less than two, the batch is 128 and the window has one step. Where steps and ranks do not divide
-    the batch, micro-batches differ by one sample and `micro_batch_size` is the largest.
-
-    Raises:
-        UsageError: if one is below 1, the three disagree, or the batch has fewer samples than steps.
-    """
-    given = {"data.batch_size": batch, "accum.steps": steps, "accum.micro_batch_size": micro}
-    for key, value in given.items():
-        _at_least(1, key, value)
-    if batch is None:
-        batch = steps * micro * ranks if steps and micro else DEFAULT_BATCH_SIZE
-    if steps is None:
-        steps = -(-batch // (micro * ranks)) if micro else 1
-    if steps * ranks > batch:
-        key, most = ("accum.steps", batch // ranks) if batch >= ranks else ("accum.processes", batch)
-        on = f" on each of {ranks} processes" if ranks > 1 else ""
-        raise UsageError(
-            f"accum.steps={steps}: data.batch_size={batch} samples cannot be split into more "
-            f"micro-batches{on} than samples, at most {key}={most}"
-        )
-    largest = -(-batch // (steps * ranks))
-    if micro is not None and micro != largest and steps != -(-batch // (micro * ranks)):
-        also = f" and accum.processes={ranks}" if ranks > 1 else ""
-        raise UsageError(
-            f"accum.micro_batch_size={micro}: disagrees with data.batch_size={batch} and "
-            f"accum.steps={steps}{also}, which give {largest}; leave one of the three out"
-        )
-    return batch, steps, largest
-
-
 def flatten(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """(dotted key, plain value) of every leaf of a configuration, enums by name."""
     if dataclasses.is_dataclass(node):
@@ -333,8 +268,3 @@ def to_plain(node: Any) -> Any:
     if isinstance(node, list | tuple):
         return [to_plain(value) for value in node]
     return node.name if isinstance(node, Enum) else node
-
-
-def _at_least(least: int, key: str, value: int | None) -> None:
-    if value is not None and value < least:
-        raise UsageError(f"{key}={value}: at least {least}")

@@ -1,0 +1,72 @@
+"""How many ranks, steps and samples: what was not given follows from the rest. Imports no torch."""
+
+from __future__ import annotations
+
+from .errors import UsageError
+from .world import check_devices, default_processes, world
+
+DEFAULT_BATCH_SIZE = 128
+
+
+def processes(asked: int | None, standalone: bool, device: str) -> int:
+    """How many ranks the run has, `asked` for or not.
+
+    Raises:
+        UsageError: if that is not what the strategy, torchrun or this machine's GPUs allow.
+    """
+    at_least(1, "accum.processes", asked)
+    outside = world()
+    if standalone:
+        source = "WORLD_SIZE" if outside else "accum.processes"
+        count = outside.size if outside else asked or 1
+        if count > 1:
+            raise UsageError(f"{source}={count}: this strategy is one process, take accum=ddp or fsdp")
+        return 1
+    if outside:
+        if asked not in (None, outside.size):
+            raise UsageError(f"accum.processes={asked}: {outside.size} processes were started, leave it out")
+        return outside.size
+    if asked is None:
+        return default_processes(device)
+    check_devices(asked, device)
+    return asked
+
+
+def batch_sizes(
+    batch: int | None, steps: int | None, micro: int | None, ranks: int = 1
+) -> tuple[int, int, int]:
+    """`data.batch_size`, `accum.steps`, `accum.micro_batch_size` on each of `ranks`, from any two of them.
+
+    With less than two, the batch is 128 and the window has one step. Where steps and ranks do not divide
+    the batch, micro-batches differ by one sample and `micro_batch_size` is the largest.
+
+    Raises:
+        UsageError: if one is below 1, the three disagree, or the batch has fewer samples than steps.
+    """
+    given = {"data.batch_size": batch, "accum.steps": steps, "accum.micro_batch_size": micro}
+    for key, value in given.items():
+        at_least(1, key, value)
+    if batch is None:
+        batch = steps * micro * ranks if steps and micro else DEFAULT_BATCH_SIZE
+    if steps is None:
+        steps = -(-batch // (micro * ranks)) if micro else 1
+    if steps * ranks > batch:
+        key, most = ("accum.steps", batch // ranks) if batch >= ranks else ("accum.processes", batch)
+        on = f" on each of {ranks} processes" if ranks > 1 else ""
+        raise UsageError(
+            f"accum.steps={steps}: data.batch_size={batch} samples cannot be split into more "
+            f"micro-batches{on} than samples, at most {key}={most}"
+        )
+    largest = -(-batch // (steps * ranks))
+    if micro is not None and micro != largest and steps != -(-batch // (micro * ranks)):
+        also = f" and accum.processes={ranks}" if ranks > 1 else ""
+        raise UsageError(
+            f"accum.micro_batch_size={micro}: disagrees with data.batch_size={batch} and "
+            f"accum.steps={steps}{also}, which give {largest}; leave one of the three out"
+        )
+    return batch, steps, largest
+
+
+def at_least(least: int, key: str, value: int | None) -> None:
+    if value is not None and value < least:
+        raise UsageError(f"{key}={value}: at least {least}")
