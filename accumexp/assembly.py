@@ -162,7 +162,10 @@ def _for_ranks(accum: AccumConfig, parts: Parts) -> nn.Module:
     if accum.strategy is Strategy.ddp:
         return data_parallel(parts.model, find_unused_parameters=accum.find_unused_parameters)
     if accum.strategy is Strategy.fsdp:
-        return fully_sharded(parts.model, parts.device)
+        try:
+            return fully_sharded(parts.model, parts.device)
+        except ValueError as error:  # parameters that two blocks share
+            raise UsageError(f"model: accum=fsdp cannot cut it into blocks: {error}") from error
     return parts.model
 
 

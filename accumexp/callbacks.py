@@ -140,6 +140,7 @@ class EMA(Callback):
     def evaluated(self, trainer: Trainer, split: str, values: dict[str, float]) -> None:
         assert self.average is not None
         batches = trainer.splits.test if split == "test" else trainer.splits.eval
+        trainer.window.sync.share_buffers(self.average)
         averaged = trainer.evaluator(self.average, batches)
         values.update({f"{split}/ema_{name}": value for name, value in averaged.items()})
 

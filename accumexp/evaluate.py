@@ -60,8 +60,6 @@ def evaluate(checkpoint: str, split: str, overrides: list[str], as_json: bool) -
     # One process evaluates, whatever has trained.
     config = changed(content["config"], ["accum.strategy=standalone", "accum.processes=1", *overrides])
 
-    from torch.distributed.checkpoint.api import CheckpointException
-
     from .assembly import build_parts
     from .display import show_values
     from .shards import folder_of, load_model
@@ -73,7 +71,7 @@ def evaluate(checkpoint: str, split: str, overrides: list[str], as_json: bool) -
             parts.model.load_state_dict(content["model"])
         else:
             load_model(parts.model, split_up)
-    except (RuntimeError, CheckpointException) as error:
+    except RuntimeError as error:
         reason = " ".join(str(error).split())[:300]
         raise UsageError(f"checkpoint {path}: does not fit this configuration: {reason}") from error
     batches = parts.splits.test if split == "test" else parts.splits.eval

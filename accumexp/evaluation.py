@@ -46,6 +46,7 @@ class Evaluator:
         total: Tensor | float = 0.0
         weight: Tensor | float = 0.0
         device = torch.device("cpu")
+        counts = getattr(self.loss, "counts", True)
         try:
             for batch in batches.epoch(0):
                 device = tensors(batch.targets)[0].device
@@ -54,8 +55,9 @@ class Evaluator:
                     loss_sum = self.loss.total(outputs, batch.targets)
                 if batch.samples:  # padding is only there for a forward pass that needs every rank
                     total = total + loss_sum
-                    weight = weight + self.loss.weight(batch.targets)
+                    weight = weight + (self.loss.weight(batch.targets) if counts else 0.0)
                     self.metrics.update(outputs, batch.targets)
+                weight = weight + (0.0 if counts else 1 / self.ranks.size)
             if self.ranks.size > 1:
                 sums = [
                     torch.as_tensor(value, dtype=torch.float64, device=device) for value in (total, weight)

@@ -10,7 +10,6 @@ import sys
 import time
 import traceback
 from pathlib import Path
-from typing import NoReturn
 
 from omegaconf import DictConfig
 
@@ -20,7 +19,7 @@ from .journal import METRICS
 from .launch import RankError, launch, settle
 from .order import Order
 from .sweep import SUMMARY, SweepJob
-from .world import World, abandon, world
+from .world import World, abandon, end_now, world
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +57,8 @@ def run_job(cfg: DictConfig) -> float | None:
                 traceback.print_exc()
         if job and here.first:
             job.failed(folder, error)
-        if job and here.size == 1:
+        if job and (here.size == 1 or "SUBMITIT_EXECUTOR" in os.environ):
+            abandon()
             return None
         code = fail(error, "" if here.first else f"rank {here.rank}: ") if expected else 1
         if here.size > 1:
@@ -86,13 +86,6 @@ def launched(order: Order, processes: int) -> float | None:
         settle(order.folder, "KILLED", None)
         raise
     return json.loads((order.folder / SUMMARY).read_text()).get("monitored")
-
-
-def end_now(code: int) -> NoReturn:
-    """Ends the process without what Python would still wait for."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
 
 
 def remove_unused(folder: Path) -> None:

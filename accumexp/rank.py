@@ -11,8 +11,8 @@ from pathlib import Path
 def main() -> None:
     folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
     die_with_parent()
-    from .job import end_now
     from .launch import report
+    from .world import end_now
 
     code = 0
     try:
@@ -25,9 +25,7 @@ def main() -> None:
         logging.getLogger(__name__).info("rank %d failed", rank, exc_info=error)
         report(folder, rank, error)
         code = 1
-    # Leaving a group whose members are gone may wait for them: end at once instead.
-    if code:
-        end_now(code)
+    end_now(code)
 
 
 def carry_out(path: Path, rank: int) -> None:

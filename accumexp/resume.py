@@ -128,6 +128,7 @@ def changed(plain: dict[str, Any], overrides: Sequence[str]) -> Config:
 
 
 _NOTHING = object()
+REDUCE = "reduce_every_micro_batch"
 
 
 def _forget_third(cfg: DictConfig, given: set[str]) -> None:
@@ -138,6 +139,8 @@ def _forget_third(cfg: DictConfig, given: set[str]) -> None:
     if ranks not in given and (strategy in given or world() is not None):
         OmegaConf.update(cfg, ranks, None)
         given = given | {ranks}
+    if strategy in given and f"accum.{REDUCE}" not in given:
+        OmegaConf.update(cfg, f"accum.{REDUCE}", False)  # which other strategies do not have
     if micro in given and steps not in given:
         OmegaConf.update(cfg, steps, None)
     elif micro not in given and given & {steps, ranks, "data.batch_size"}:

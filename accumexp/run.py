@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import tempfile
 from typing import Any
 
 from .compose import command, hydra_app
@@ -18,17 +19,34 @@ def task(cfg: Any) -> float | None:
 def main() -> None:
     from .resume import resume_arguments
     from .sweep import closing_sweep
-    from .world import silent_arguments, world
+    from .world import world
 
+    sys.argv[1:] = resume_arguments(sys.argv[1:])
     here = world()
-    arguments = resume_arguments(sys.argv[1:])
-    if here is None or here.first:
-        sys.argv[1:] = arguments
+    if here is None or here.size == 1:
         with closing_sweep():
             hydra_app(task)
     else:
-        sys.argv[1:] = [*arguments, *silent_arguments()]
-        hydra_app(task)
+        run_as_rank(first=here.first)
+
+
+def run_as_rank(first: bool) -> None:
+    """`main` in a rank that torchrun started; ends the process."""
+    from .sweep import closing_sweep
+    from .world import end_now, silent_arguments
+
+    code: object = 0
+    with tempfile.TemporaryDirectory(prefix="accumexp-rank-") as folder:
+        try:
+            if first:
+                with closing_sweep():
+                    hydra_app(task)
+            else:
+                sys.argv += silent_arguments(folder)
+                hydra_app(task)
+        except SystemExit as end:
+            code = end.code
+    end_now(code if isinstance(code, int) else 1)
 
 
 if __name__ == "__main__":

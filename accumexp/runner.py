@@ -18,10 +18,10 @@ from .record import RunRecord, SilentRecord, open_tracker, write_config
 from .resume import Resumed
 from .signals import StopSignals
 from .sweep import SweepJob
-from .system import MIB, device_name, reset_peak_memory
+from .system import MIB, device_name, pick_device, reset_peak_memory
 from .tracking import Store, reopen
 from .trainer import Trainer
-from .world import World, device_of, joined
+from .world import World, device_of, first_says, joined, wait_for_all
 
 # Seconds that a rank may wait for others that are gone, after it was told to stop.
 STUCK = 10.0
@@ -34,11 +34,16 @@ class Run:
     order: Order
     here: World
 
+    def __post_init__(self) -> None:
+        self.folder = self.order.folder
+
     def execute(self) -> float | None:
         config, back, here = self.order.config, self.order.back, self.here
         if not here.first:
             console.quiet = True
         with StopSignals(STUCK if here.size > 1 else None) as signals, self._joined():
+            # Under torchrun the others composed a folder of their own, but checkpoints may have many writers.
+            self.folder = Path(first_says(str(self.folder), here))
             parts = build_parts(config, here)
             record = RunRecord(self.folder, upto=back.update if back else 0) if here.first else SilentRecord()
             trainer = build_trainer(config, parts, record)
@@ -71,6 +76,8 @@ class Run:
             monitored = trainer.latest.get(config.monitor)
             self._summarise(record, status, final, monitored=monitored)
         if interrupted:
+            # The launcher would stop a first rank that is still saving as soon as another ends.
+            wait_for_all(here)
             stopped_by = signal.Signals(trainer.stop_code).name
             text = f"stopped by {stopped_by} after update {trainer.progress.update}"
             if saved_updates(self.folder / FOLDER):
@@ -82,10 +89,6 @@ class Run:
         return monitored
 
     @property
-    def folder(self) -> Path:
-        return self.order.folder
-
-    @property
     def job(self) -> SweepJob | None:
         return self.order.job
 
@@ -93,7 +96,7 @@ class Run:
         config = self.order.config
         if config.accum.strategy is Strategy.standalone:
             return nullcontext()
-        return joined(self.here, device_of(config.device, self.here))
+        return joined(self.here, str(pick_device(device_of(config.device, self.here))))
 
     def _open(
         self, config: Config, back: Resumed | None, parts: Parts, record: RunRecord, unequal: list[Inequality]
@@ -102,6 +105,7 @@ class Run:
             record.tracker = reopen(config.tracking, back.content["run"])
             record.tracker.tag(back.tags())
             write_config(self.folder, config)
+            self._summarise(record, "RUNNING", {})
             return
         store = None if config.tracking.backend is Backend.none else Store(config.tracking)
         write_config(self.folder, config)

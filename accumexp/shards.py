@@ -104,8 +104,13 @@ def _wait(trainer: Trainer) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without torch's own deprecations and its advice to a single process."""
+    """Without torch's own deprecations and its advice to a single process; failures as RuntimeError."""
+    from torch.distributed.checkpoint.api import CheckpointException
+
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="torch")
         warnings.filterwarnings("ignore", message=".*torch.distributed is disabled, unavailable or uninit")
-        yield
+        try:
+            yield
+        except CheckpointException as error:  # a BaseException, which nobody expects
+            raise RuntimeError("; ".join(f"rank {r}: {e[0]}" for r, e in error.failures.items())) from error

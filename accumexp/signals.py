@@ -24,6 +24,7 @@ class StopSignals:
     def __init__(self, deadline: float | None = None) -> None:
         self.deadline = deadline
         self._heard = threading.Event()
+        self._wakeup: tuple[int, int] | None = None  # the descriptor before ours, and ours
         self.received: signal.Signals | None = None
         self.trainer: Trainer | None = None
         self._previous: dict[int, Any] = {}
@@ -45,18 +46,23 @@ class StopSignals:
         """Reads signals where the interpreter writes them at once, even while the main thread is away."""
         reads, writes = os.pipe()
         os.set_blocking(writes, False)
-        signal.set_wakeup_fd(writes, warn_on_full_buffer=False)
+        self._wakeup = (signal.set_wakeup_fd(writes, warn_on_full_buffer=False), writes)
 
         def watch() -> None:
-            number = os.read(reads, 1)[0]
-            if not self._heard.wait(deadline):
-                os._exit(128 + number)
+            while written := os.read(reads, 1):
+                stops = written[0] in (signal.SIGINT, signal.SIGTERM)  # and not a child that ended, say
+                if stops and not self._heard.wait(deadline):
+                    os._exit(128 + written[0])
+            os.close(reads)
 
         threading.Thread(target=watch, daemon=True, name="stop-signals").start()
 
     def __exit__(self, *error: object) -> None:
-        if self.deadline is not None and self._previous:
-            signal.set_wakeup_fd(-1)
+        if self._wakeup is not None:
+            before, writes = self._wakeup
+            signal.set_wakeup_fd(before)
+            os.close(writes)
+            self._wakeup = None
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 

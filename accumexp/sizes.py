@@ -25,6 +25,8 @@ def processes(asked: int | None, standalone: bool, device: str) -> int:
     if outside:
         if asked not in (None, outside.size):
             raise UsageError(f"accum.processes={asked}: {outside.size} processes were started, leave it out")
+        if device.startswith("cuda:"):
+            check_devices(outside.size, device)
         return outside.size
     if asked is None:
         return default_processes(device)

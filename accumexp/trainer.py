@@ -152,6 +152,7 @@ class Trainer:
     def go_on(self) -> None:
         """Forgets a request to stop, so that `fit` goes on."""
         self.stop_reason, self.stop_code, self._wish, self._wish_code = None, 0, None, 0
+        self._agreement = Agreement(self.window.sync.ranks)
 
     def _agree(self, agree: Callable[[int], int]) -> None:
         """Makes a wish to stop of any rank the `stop_reason` of all."""

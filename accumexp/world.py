@@ -7,14 +7,14 @@ MASTER_ADDR, MASTER_PORT.
 from __future__ import annotations
 
 import atexit
+import logging
 import os
-import shutil
-import tempfile
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, NoReturn
 
 from .errors import UsageError
 
@@ -48,10 +48,8 @@ def world() -> World | None:
     return World(int(environment["RANK"]), size, int(environment.get("LOCAL_RANK", 0)), local_size)
 
 
-def silent_arguments() -> list[str]:
-    """Hydra's arguments for a rank that is not the first: it writes nothing where the first one does."""
-    folder = tempfile.mkdtemp(prefix="accumexp-rank-")
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+def silent_arguments(folder: str) -> list[str]:
+    """Hydra's arguments for a rank that is not the first: what it writes goes to `folder`."""
     folders = [f"hydra.run.dir='{folder}'", f"hydra.sweep.dir='{folder}'", "hydra.output_subdir=null"]
     return [*folders, "hydra/job_logging=none", "hydra/hydra_logging=none"]
 
@@ -72,9 +70,11 @@ def _adopt_cluster_job() -> None:
 
 
 def default_processes(device: str) -> int:
-    """One a GPU; without one, two, if there are two cores."""
+    """One a GPU, or one on the GPU that is named; without a GPU two, if there are two cores."""
     import torch
 
+    if device.startswith("cuda:"):
+        return 1
     if device in ("auto", "cuda") and torch.cuda.is_available():
         return torch.cuda.device_count()
     return min(2, os.cpu_count() or 1)
@@ -105,7 +105,10 @@ def device_of(device: str, here: World) -> str:
 
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    return f"cuda:{here.local_rank}" if device == "cuda" and here.size > 1 else device
+    if device != "cuda" or here.size == 1:
+        return device
+    # A cluster may show each task its own GPU alone, which is then number 0.
+    return f"cuda:{0 if torch.cuda.device_count() == 1 else here.local_rank}"
 
 
 @contextmanager
@@ -138,6 +141,17 @@ def joined(here: World, device: str) -> Iterator[None]:
         dist.destroy_process_group()
 
 
+def end_now(code: int) -> NoReturn:
+    """Ends a rank without what Python and C++ would still tear down.
+
+    Leaving a group may wait for members that are gone, and its threads may outlive what they use.
+    """
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 _abandoned = False
 
 
@@ -154,13 +168,29 @@ def _leave() -> None:
         dist.destroy_process_group()
 
 
+def first_says(text: str, here: World) -> str:
+    """`text` of the first rank, on every rank of a joined world."""
+    import torch.distributed as dist
+
+    said: list[Any] = [text]
+    if here.size > 1:
+        dist.broadcast_object_list(said)
+    return said[0]
+
+
+def wait_for_all(here: World) -> None:
+    """Waits until every rank of a joined world is here."""
+    import torch.distributed as dist
+
+    if here.size > 1:
+        dist.barrier()
+
+
 @contextmanager
 def first_here(here: World) -> Iterator[None]:
     """One rank of each machine goes first (it may have to download), the others follow."""
-    import torch.distributed as dist
-
-    if here.size > 1 and here.local_rank:
-        dist.barrier()
+    if here.local_rank:
+        wait_for_all(here)
     yield
-    if here.size > 1 and not here.local_rank:
-        dist.barrier()
+    if not here.local_rank:
+        wait_for_all(here)

@@ -166,6 +166,17 @@ def test_two_agents_of_torchrun_are_one_run(tmp_path: Path, alone: Path) -> None
     assert len(records(tmp_path)) == 1
 
 
+def test_shards_of_all_ranks_lie_in_the_first_ones_folder_under_torchrun(tmp_path: Path, alone: Path) -> None:
+    agent = torchrun(*EXACT, "accum=fsdp", "tracking=none", folder=tmp_path)
+    out, err = agent.communicate(timeout=240)
+    assert agent.returncode == 0, (out, err)
+    run = next(path.parent for path in tmp_path.glob("outputs/*/*/summary.json"))
+    assert {part.name for part in find(run).with_suffix(".shards").iterdir()} == {
+        ".metadata", "__0_0.distcp", "__1_0.distcp",
+    }  # fmt: skip
+    assert relative_error(saved_weights(run), saved_weights(alone)) <= 1e-9
+
+
 def test_a_sweep_under_torchrun_ends_with_its_first_failure(tmp_path: Path) -> None:
     """Ranks cannot go on to the next job when one of them may be gone."""
     options = [*SMALL, "accum=ddp", "trainer.max_updates=3", "trainer.clip_norm=0.1,-1,0.2"]
@@ -227,6 +238,7 @@ def sharded_and_stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sharded")
     env = troubled(folder)
     options = ["accum=fsdp", "accum.processes=2", "tracking=none", trouble(folder, "SIGINT", 14, rank=0)]
+    options.append("accum.reduce_every_micro_batch=true")
     done = run_command("run", *EXACT, *options, folder=folder, env=env)
     assert done.code == 130, done
     run = only_run(folder)
@@ -276,30 +288,39 @@ def test_bad_input_found_by_the_ranks_is_one_line_and_leaves_nothing(tmp_path: P
     assert not list(tmp_path.glob("outputs/*/*")) and not (tmp_path / "mlflow.db").exists()
 
 
-def test_ctrl_c_ends_all_ranks_and_leaves_no_process(tmp_path: Path) -> None:
-    line = [
-        sys.executable,
-        "-m",
-        "accumexp.run",
-        *SMALL,
-        "accum=ddp",
-        "accum.processes=2",
-        "trainer.epochs=5000",
-    ]
+STREAMED = ["data.resident=false", "data.workers=1"]
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "options"), [(signal.SIGINT, 130, []), (signal.SIGTERM, 143, STREAMED)]
+)
+def test_a_signal_ends_all_ranks_and_leaves_no_process(
+    tmp_path: Path, number: signal.Signals, code: int, options: list[str]
+) -> None:
+    """SIGTERM reaches whole process groups: the workers that read data must not fall with it."""
+    ranks = ["accum=ddp", "accum.processes=2", "trainer.epochs=5000"]
+    line = [sys.executable, "-m", "accumexp.run", *SMALL, *ranks, *options]
     env = environment(ACCUMEXP_TEST=str(os.getpid()))
     with subprocess.Popen(
         line, cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as run:
         until(lambda: any(path.stat().st_size for path in tmp_path.glob("outputs/*/*/metrics.jsonl")))
-        assert len(ranks_alive()) == 3
-        run.send_signal(signal.SIGINT)
+        assert len(ranks_alive()) >= 3
+        run.send_signal(number)
         asked = time.monotonic()
         out, err = run.communicate(timeout=60)
         took = time.monotonic() - asked
-    assert run.returncode == 130 and "stopped by SIGINT" in out, (out, err)
+    assert run.returncode == code and f"stopped by {number.name}" in out, (out, err)
     assert took < 15, took  # 1 s on a quiet machine
     assert not ranks_alive()
     assert [record.status for record in records(tmp_path)] == ["KILLED"]
+    assert find(only_run(tmp_path)).is_file()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about a machine without CUDA")
+def test_ranks_on_a_device_that_is_not_there_are_one_line(tmp_path: Path) -> None:
+    done = run_command("run", *SMALL, "accum=ddp", "accum.processes=2", "device=cuda", folder=tmp_path)
+    assert done.error().startswith("device=cuda")
 
 
 def test_ranks_do_not_outlive_the_command_that_started_them(tmp_path: Path) -> None:
@@ -425,8 +446,13 @@ def test_a_rank_that_cannot_hear_a_signal_ends_all_the_same(tmp_path: Path) -> N
     (tmp_path / "stuck.py").write_text(
         "import time, torch\n"
         "from accumexp.signals import StopSignals\n"
+        "import signal, subprocess\n"
         "matrix = torch.ones(9000, 9000, dtype=torch.float64)\n"
         "with StopSignals(deadline=0.5):\n"
+        # A child that ends is no reason to stop.
+        "    signal.signal(signal.SIGCHLD, lambda *_: None)\n"
+        "    subprocess.run(['true'])\n"
+        "    time.sleep(1.0)\n"
         "    print('ready', flush=True)\n"
         "    while True:\n"
         "        matrix @ matrix\n"

@@ -311,6 +311,48 @@ def test_law_5_the_profiler_sees_one_gradient_and_one_weight(tmp_path: Path, ste
         assert len(sizes) == 2, sizes
 
 
+def of_a_sum(reduction: Any) -> dict[str, Tensor]:
+    model = data_parallel(small_model())
+    inputs, targets, own = own_part(classification(SAMPLES), 3)
+    window = Window(model, nn.CrossEntropyLoss(reduction="sum"), 3, reduction=reduction)
+    window.backward(inputs, targets, samples=own)
+    return whole_gradients(model)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_law_1_a_criterion_that_is_a_sum_is_divided_by_nothing(tmp_path: Path, reduction: str) -> None:
+    batch = classification(SAMPLES)
+    expected = larger_batch_gradient(small_model(), nn.CrossEntropyLoss(reduction="sum"), *batch)
+    for found in on_ranks(2, tmp_path, of_a_sum, reduction):
+        assert relative_error(found, expected) <= 1e-12
+
+
+class Branches(nn.Module):
+    """Samples whose first feature is positive go one way, the others another: a rank may use one alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(2)
+        self.one, self.other = nn.Linear(6, 5), nn.Linear(6, 5)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return (self.one if bool((inputs[:, 0] > 0).all()) else self.other)(inputs)
+
+
+def branched() -> dict[str, Tensor]:
+    model = data_parallel(Branches().bfloat16(), find_unused_parameters=True)
+    inputs, targets = classification(8)
+    inputs[:, 0] = 1.0 if dist.get_rank() == 0 else -1.0
+    Window(model, nn.CrossEntropyLoss(), 2, fp32_buffers=True).backward(inputs.bfloat16(), targets)
+    return whole_gradients(model)
+
+
+def test_fp32_buffers_agree_where_ranks_use_different_parameters(tmp_path: Path) -> None:
+    first, second = on_ranks(2, tmp_path, branched)
+    assert first.keys() == second.keys() and len(first) == 4
+    assert all(torch.equal(first[name], second[name]) and first[name].any() for name in first)
+
+
 def in_bf16(steps: int) -> dict[str, Tensor]:
     model = data_parallel(small_model().bfloat16())
     inputs, targets, own = own_part(classification(64), steps)

@@ -39,9 +39,13 @@ class Fp32Buffers:
     def close(self, ranks: Ranks) -> None:
         self._open = False
         for parameter in self._parameters if ranks.size > 1 else ():
+            if not parameter.requires_grad:
+                continue
             total = self._sums.get(parameter, parameter.grad)
-            if total is not None:
-                ranks.sum(total)
+            if total is None:  # not used on this rank, but perhaps on another
+                low = parameter.dtype in LOW_PRECISION
+                total = torch.zeros_like(parameter, dtype=torch.float32 if low else None)
+            self._sums[parameter] = ranks.sum(total)
         for parameter, total in self._sums.items():
             parameter.grad = total.to(parameter.dtype)
         self._sums.clear()

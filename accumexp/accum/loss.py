@@ -19,7 +19,11 @@ from .batch import Nested, batch_size
 
 @runtime_checkable
 class WindowLoss(Protocol):
-    """A loss as its two sums. Implement it where `window_loss` cannot know what your mean divides by."""
+    """A loss as its two sums. Implement it where `window_loss` cannot know what your mean divides by.
+
+    Weights are added over micro-batches and ranks; a class attribute `counts = False` says that the weight
+    is no count and stays as it is.
+    """
 
     def weight(self, targets: Any, /) -> Tensor | float:
         """Total weight of the items in `targets`: a number, or a tensor of shape ()."""
@@ -51,7 +55,12 @@ class MeanOverSamples(nn.Module):
 
 
 class SumOverSamples(nn.Module):
-    """A criterion that is a sum over samples (`reduction="sum"`): nothing is divided, by anything."""
+    """A criterion that is a sum over samples (`reduction="sum"`): nothing is divided, by anything.
+
+    Its weight is no count: it is 1 on any number of ranks.
+    """
+
+    counts = False
 
     def __init__(self, criterion: Callable[[Any, Any], Tensor]) -> None:
         super().__init__()

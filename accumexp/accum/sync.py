@@ -56,9 +56,12 @@ class Sync:
         own = get_total_norm(self.gradients())
         return self.ranks.sum(own.square()).sqrt() if self.sharded else own
 
-    def share_buffers(self) -> None:
-        """Gives every rank the first one's buffers (BatchNorm's statistics), as the next window will."""
-        for buffer in self.module.buffers() if self.ranks.size > 1 else ():
+    def share_buffers(self, module: nn.Module | None = None) -> None:
+        """Gives every rank the first one's buffers (BatchNorm's statistics), as the next window will.
+
+        Those of `module` instead of the model's, where it is given.
+        """
+        for buffer in (module or self.module).buffers() if self.ranks.size > 1 else ():
             dist.broadcast(plain(buffer), group=self.ranks.group, group_src=0)
 
     def overflow(self) -> Tensor:
@@ -67,7 +70,9 @@ class Sync:
         Addition keeps both, so this sees what any micro-batch of the window produced. After an
         all-reduce every rank sees it; shards have to ask each other.
         """
-        largest = get_total_norm(self.gradients(), norm_type=math.inf)
+        held = [gradient for gradient in self.gradients() if gradient.numel()]  # a shard may be empty
+        device = next(self.module.parameters()).device
+        largest = get_total_norm(held, norm_type=math.inf) if held else torch.zeros((), device=device)
         found = largest.isfinite().logical_not()
         return self.ranks.any(found) if self.sharded else found
 
@@ -99,7 +104,9 @@ class FullyShardedSync(Sync):
         self.every = reduce_every_micro_batch
         parameters: Any = model.parameters()
         mesh = next(p.device_mesh for p in parameters if hasattr(p, "device_mesh"))
-        self.ranks = Ranks(mesh.get_group() if mesh.ndim == 1 else None)
+        if mesh.ndim != 1:
+            raise ValueError(f"a model sharded over one dimension is needed, not over a mesh of {mesh.ndim}")
+        self.ranks = Ranks(mesh.get_group())
         self.factor = 1 if getattr(model, SUMS, False) else self.ranks.size
 
     def micro_batch(self, last: bool) -> AbstractContextManager[Any]:
@@ -152,7 +159,7 @@ def fully_sharded(model: nn.Module, device: torch.device, *, group: dist.Process
     blocks = [
         item
         for child in model.children()
-        for item in (child if isinstance(child, nn.Sequential | nn.ModuleList) else [child])
+        for item in _items(child)
         if any(p.requires_grad for p in item.parameters())
     ]
     for module in [*blocks, model]:
@@ -161,6 +168,13 @@ def fully_sharded(model: nn.Module, device: torch.device, *, group: dist.Process
         sharded.set_force_sum_reduction_for_comms(True)
     setattr(model, SUMS, True)
     return model
+
+
+def _items(child: nn.Module) -> list[nn.Module]:
+    return list(child.children()) if isinstance(child, _LISTS) else [child]
+
+
+_LISTS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
 def plain(tensor: Tensor) -> Tensor:

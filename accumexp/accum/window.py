@@ -193,7 +193,7 @@ class _Weights:
         self._own = [window.loss.weight(part) for part in (parts if self.by_step else [targets])]
         self._arrived: Callable[[], None] | None = None
         ranks = window.sync.ranks
-        if ranks.size > 1:
+        if ranks.size > 1 and getattr(window.loss, "counts", True):
             device = next(window.model.parameters()).device
             counted = torch.stack([_exact(weight, device) for weight in self._own])
             self._own = list(counted.unbind())

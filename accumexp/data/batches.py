@@ -6,6 +6,7 @@ update, which is what lets a resumed run see exactly the samples that an undistu
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -188,6 +189,7 @@ class StreamedBatches(Batches):
             prefetch_factor=prefetch if workers else None,
             persistent_workers=workers > 0,
             pin_memory=pin_memory,
+            worker_init_fn=_leave_group,
             # A generator of its own, or starting an iterator would draw from the run's.
             generator=torch.Generator(),
         )
@@ -200,6 +202,12 @@ class StreamedBatches(Batches):
                 indices = indices.to(tensors(inputs)[0].device)
             inputs = self._augmented(inputs, indices, epoch)
             yield Batch(inputs, targets, indices, chosen.samples, chosen.total, chosen.steps)
+
+
+def _leave_group(worker: int) -> None:
+    """Out of the process group that a stop signal is sent to: it is for the run to stop its workers."""
+    if hasattr(os, "setsid"):
+        os.setsid()
 
 
 class _EpochSampler:
