@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
+
+from .command import only_run, run_command
+from .launched import EXACT
 
 os.environ["OMP_NUM_THREADS"] = "1"  # for the commands that tests start
 torch.set_num_threads(1)
@@ -14,3 +18,12 @@ torch.set_num_threads(1)
 @pytest.fixture
 def generator() -> torch.Generator:
     return torch.Generator().manual_seed(20)
+
+
+@pytest.fixture(scope="session")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The larger batch in one process."""
+    folder = tmp_path_factory.mktemp("alone")
+    done = run_command("run", *EXACT, "accum.steps=1", folder=folder)
+    assert done.code == 0, done
+    return only_run(folder)
