@@ -166,7 +166,7 @@ def test_a_rank_that_cannot_hear_a_signal_ends_all_the_same(tmp_path: Path) -> N
         "import time, torch\n"
         "from accumexp.signals import StopSignals\n"
         "import signal, subprocess\n"
-        "matrix = torch.ones(9000, 9000, dtype=torch.float64)\n"
+        "matrix = torch.ones(7000, 7000, dtype=torch.float64)\n"
         "with StopSignals(deadline=0.5):\n"
         # A child that ends is no reason to stop.
         "    signal.signal(signal.SIGCHLD, lambda *_: None)\n"
