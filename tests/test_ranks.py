@@ -311,20 +311,22 @@ def test_law_5_the_profiler_sees_one_gradient_and_one_weight(tmp_path: Path, ste
         assert len(sizes) == 2, sizes
 
 
-def of_a_sum(reduction: Any) -> dict[str, Tensor]:
+def of_a_sum(reduction: Any) -> tuple[dict[str, Tensor], float]:
     model = data_parallel(small_model())
     inputs, targets, own = own_part(classification(SAMPLES), 3)
     window = Window(model, nn.CrossEntropyLoss(reduction="sum"), 3, reduction=reduction)
-    window.backward(inputs, targets, samples=own)
-    return whole_gradients(model)
+    result = window.backward(inputs, targets, samples=own)
+    return whole_gradients(model), float(result.loss)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_law_1_a_criterion_that_is_a_sum_is_divided_by_nothing(tmp_path: Path, reduction: str) -> None:
     batch = classification(SAMPLES)
     expected = larger_batch_gradient(small_model(), nn.CrossEntropyLoss(reduction="sum"), *batch)
-    for found in on_ranks(2, tmp_path, of_a_sum, reduction):
+    loss = nn.functional.cross_entropy(small_model()(batch[0]), batch[1], reduction="sum").item()
+    for found, found_loss in on_ranks(2, tmp_path, of_a_sum, reduction):
         assert relative_error(found, expected) <= 1e-12
+        assert found_loss == pytest.approx(loss, rel=1e-12)
 
 
 class Branches(nn.Module):
@@ -386,8 +388,8 @@ def test_rank_shares_are_a_partition_and_the_same_micro_batches_at_any_number_of
                     assert sizes == split_sizes(sum(sizes), steps, empty=True), "as the window will split it"
 
 
-def broken_no_sync(steps: int) -> dict[str, Tensor]:
-    """The forward outside `no_sync`, as in a well-known tutorial: what the window must not do."""
+def never_synchronised(steps: int) -> dict[str, Tensor]:
+    """The last micro-batch in `no_sync` too: every rank keeps its own part."""
     model = data_parallel(small_model())
     inputs, targets, own = own_part(classification(SAMPLES), steps)
     window = Window(model, nn.CrossEntropyLoss(), steps)
@@ -398,5 +400,5 @@ def broken_no_sync(steps: int) -> dict[str, Tensor]:
 
 def test_a_window_that_never_synchronises_would_be_seen(tmp_path: Path) -> None:
     expected = larger_batch_gradient(small_model(), nn.CrossEntropyLoss(), *classification(SAMPLES))
-    found = on_ranks(2, tmp_path, broken_no_sync, 3)
+    found = on_ranks(2, tmp_path, never_synchronised, 3)
     assert all(relative_error(gradient, expected) > 1e-3 for gradient in found)

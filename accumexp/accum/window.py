@@ -192,8 +192,9 @@ class _Weights:
         self.by_step = window.reduction == "sum"
         self._own = [window.loss.weight(part) for part in (parts if self.by_step else [targets])]
         self._arrived: Callable[[], None] | None = None
+        self.counts: bool = getattr(window.loss, "counts", True)
         ranks = window.sync.ranks
-        if ranks.size > 1 and getattr(window.loss, "counts", True):
+        if ranks.size > 1 and self.counts:
             device = next(window.model.parameters()).device
             counted = torch.stack([_exact(weight, device) for weight in self._own])
             self._own = list(counted.unbind())
@@ -209,6 +210,8 @@ class _Weights:
     @property
     def total(self) -> Tensor | float:
         """The window's weight."""
+        if not self.counts:
+            return self._own[0]
         return sum(self._own[1:], self._own[0])
 
 
