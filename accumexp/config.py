@@ -140,6 +140,22 @@ class TrackingConfig:
 
 
 @dataclass
+class ReportConfig:
+    """What the report of a sweep compares, and how strictly. Best fixed before the sweep runs."""
+
+    # Page, pictures and CSV at the end of every sweep; without, the tables in the terminal alone.
+    write: bool = True
+    # A key of final/*. Null: accuracy where the runs have it, else loss.
+    metric: str | None = None
+    # The largest difference that does not matter, in points (hundredths) of accuracy or in the metric's unit.
+    margin: float = 0.5
+    # Of all intervals; all claims of a report together err with a chance of 1 - confidence at most.
+    confidence: float = 0.95
+    # With which the number of seeds that would settle an undecided comparison is planned.
+    power: float = 0.8
+
+
+@dataclass
 class Config:
     """A whole experiment."""
 
@@ -153,6 +169,7 @@ class Config:
     metrics: dict[str, Any] = field(default_factory=dict)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    report: ReportConfig = field(default_factory=ReportConfig)
     # The metric that names the best checkpoint and stops early, and whether it is to be "max" or "min".
     monitor: str = "eval/accuracy"
     mode: str = "max"
@@ -242,10 +259,45 @@ def check(config: Config) -> Config:
         raise UsageError("accum.reduce_every_micro_batch=true: only accum=fsdp has shards to reduce to")
     if accum.growth_interval < 1:
         raise UsageError(f"accum.growth_interval={accum.growth_interval}: at least 1")
+    check_report(config.report)
     for group in ("model", "loss", "optimizer", "scheduler"):
         if "_target_" not in getattr(config, group):
             raise UsageError(f"{group}: names no class, give {group}._target_=package.Class")
     return config
+
+
+def check_report(report: ReportConfig) -> ReportConfig:
+    """`report`, or a `UsageError` that names the key."""
+    if not report.margin > 0:
+        raise UsageError(f"report.margin={report.margin}: a difference above 0")
+    for key, value in (("confidence", report.confidence), ("power", report.power)):
+        if not 0.5 <= value < 1:
+            raise UsageError(f"report.{key}={value}: from 0.5 to below 1")
+    return report
+
+
+def report_from(params: Mapping[str, str], changes: Mapping[str, str]) -> ReportConfig:
+    """The report that a run's `params` ask for (dotted keys, values as text), with `changes` on top.
+
+    Raises:
+        UsageError: naming the key, for an unknown one or a bad value.
+    """
+    known = {field.name for field in dataclasses.fields(ReportConfig)}
+    texts = {key.removeprefix("report."): value for key, value in params.items() if key.startswith("report.")}
+    texts = {key: value for key, value in texts.items() if key in known}
+    for key, value in changes.items():
+        if key.removeprefix("report.") not in known:
+            raise UsageError(unknown_key(key, [f"report.{name}" for name in known]))
+        texts[key.removeprefix("report.")] = value
+    cfg = OmegaConf.structured(ReportConfig)
+    for key, value in texts.items():
+        try:
+            OmegaConf.update(cfg, key, None if value in ("None", "null", "") else value)
+        except OmegaConfBaseException as error:
+            raise UsageError(f"report.{key}={value}: {str(error.msg or error).splitlines()[0]}") from error
+    report = OmegaConf.to_object(cfg)
+    assert isinstance(report, ReportConfig)
+    return check_report(report)
 
 
 def flatten(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

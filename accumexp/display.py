@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn, track
 from rich.progress import Progress as RichProgress
 
 from .callbacks import Callback
@@ -15,6 +15,7 @@ from .callbacks import Callback
 if TYPE_CHECKING:
     from .trainer import Trainer
 
+Item = TypeVar("Item")
 console = Console()
 if not console.is_terminal:
     console = Console(width=120)  # a pipe or a file has no width of its own
@@ -78,6 +79,11 @@ class Progress(Callback):
             self._bar.update(self._task, completed=trainer.progress.update)
             self._bar.stop()
             self._bar = None
+
+
+def steps(title: str, items: Sequence[Item]) -> Iterable[Item]:
+    """`items` with a bar on a terminal, which goes when it is done."""
+    return track(items, title, console=console, transient=True, disable=not console.is_terminal)
 
 
 def show_values(title: str, values: Mapping[str, object]) -> None:

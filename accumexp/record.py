@@ -114,6 +114,7 @@ def open_tracker(
         "accumexp.device": device_name(parts.device),
         "accumexp.torch": torch.__version__,
         "accumexp.folder": str(folder),
+        **({"accumexp.overrides": json.dumps(order.job.overrides)} if order.job else {}),
         "mlflow.source.git.commit": sha,
         **config.tracking.tags,
     }

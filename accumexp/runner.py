@@ -70,6 +70,7 @@ class Run:
                 raise
             except Exception as error:
                 self._summarise(record, status, {}, error)
+                record.tracker.tag({"accumexp.error": str(error)[:5000] or type(error).__name__})
                 raise
             finally:
                 record.close(status)

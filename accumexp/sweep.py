@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shlex
 import shutil
 import signal
-import statistics
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .config import Config
     from .tracking import Store
 
+log = logging.getLogger(__name__)
 PARENT = "sweep.json"
 SUMMARY = "summary.json"
 
@@ -133,6 +134,8 @@ def closing_sweep() -> Iterator[None]:
 
 
 def _close(folder: Path, status: str) -> None:
+    from .display import console
+
     jobs = summaries(folder)
     if not jobs:
         if folder.is_dir() and {entry.name for entry in folder.iterdir()} <= {"multirun.yaml"}:
@@ -142,9 +145,9 @@ def _close(folder: Path, status: str) -> None:
     failed = [job for job in jobs if job["status"] == "FAILED"]
     if status == "FINISHED" and (failed or unfinished):
         status = "FAILED"
-    _show_table(jobs)
-    if (folder / PARENT).exists():
-        _close_parent(folder, status, unfinished)
+    addresses = _close_parent(folder, status, unfinished) if (folder / PARENT).exists() else []
+    _report(folder, files=status != "KILLED")
+    console.print("\n".join([f"sweep   {folder}", *addresses]), highlight=False, soft_wrap=True, markup=False)
     if status != "KILLED" and (failed or unfinished):
         lines = [f"{len(failed + unfinished)} of {len(jobs)} jobs failed"]
         for job in failed + unfinished:
@@ -152,9 +155,9 @@ def _close(folder: Path, status: str) -> None:
         raise TrainingError("\n".join(lines))
 
 
-def _close_parent(folder: Path, status: str, unfinished: list[dict[str, Any]]) -> None:
+def _close_parent(folder: Path, status: str, unfinished: list[dict[str, Any]]) -> list[str]:
+    """Ends the parent run, and those of jobs that died; the lines that say where to look at them."""
     from .config import TrackingConfig
-    from .display import console
     from .tracking import Store
 
     parent = json.loads((folder / PARENT).read_text())
@@ -163,62 +166,26 @@ def _close_parent(folder: Path, status: str, unfinished: list[dict[str, Any]]) -
         if job.get("run_id"):
             store.client.set_terminated(job["run_id"], "KILLED")
     store.client.set_terminated(parent["run_id"], status)
-    lines = [f"sweep   {folder}", f"UI      {store.sweep_address(parent['run_id'])}"]
+    lines = [f"UI      {store.sweep_address(parent['run_id'])}"]
     lines.append(f"charts  {store.charts_address(parent['run_id'])}")
     if store.ui_command:
         lines.append(f"serve   {store.ui_command}")
-    console.print("\n".join(lines), highlight=False, soft_wrap=True, markup=False)
+    return lines
+
+
+def _report(folder: Path, files: bool) -> None:
+    """The sweep's report; a report that fails leaves the sweep as it ended, and says how to make it again."""
+    from .reporting import find, publish
+
+    try:
+        publish(find(str(folder)), {}, files=files)
+    except Exception as error:
+        log.info("no report", exc_info=error)
+        again = f"python -m accumexp.report sweep={folder}"
+        print(f"no report: {str(error) or type(error).__name__}; again with\n  {again}", file=sys.stderr)
 
 
 def summaries(folder: Path) -> list[dict[str, Any]]:
     """What every job of a sweep wrote of itself, in the order of the jobs."""
     paths = sorted(folder.glob(f"*_*/{SUMMARY}"), key=lambda path: int(path.parent.name.partition("_")[0]))
     return [{**json.loads(path.read_text()), "folder": str(path.parent)} for path in paths]
-
-
-def groups(jobs: Sequence[dict[str, Any]]) -> tuple[list[str], dict[tuple[str, ...], list[dict[str, Any]]]]:
-    """(the keys that vary over the jobs, but the seed; the finished jobs by these keys' values)."""
-    values = [dict(o.lstrip("+").split("=", 1) for o in job["overrides"] if "=" in o) for job in jobs]
-    every = {key: None for value in values for key in value}
-    varied = [key for key in every if key != "seed" and len({value.get(key) for value in values}) > 1]
-    keys = varied or ["accum.steps"]
-    found: dict[tuple[str, ...], list[dict[str, Any]]] = {}
-    for job, value in zip(jobs, values, strict=True):
-        if job["status"] == "FINISHED":
-            found.setdefault(tuple(value.get(key, "default") for key in keys), []).append(job)
-    return keys, found
-
-
-def _show_table(jobs: list[dict[str, Any]]) -> None:
-    """Mean and standard deviation over seeds for every combination of what varied."""
-    from rich import box
-    from rich.table import Table
-
-    from .display import console
-
-    keys, found = groups(jobs)
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for key in keys:
-        table.add_column(key)
-    for heading in ("seeds", "test accuracy", "test loss", "updates", "time", "ms/update", "activations"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for values, members in found.items():
-        finals = [job["final"] for job in members]
-        table.add_row(
-            *values,
-            str(len(members)),
-            _spread([final["accuracy"] for final in finals if "accuracy" in final]),
-            f"{statistics.fmean(final['loss'] for final in finals):.4f}",
-            f"{statistics.fmean(final['updates'] for final in finals):.0f}",
-            f"{statistics.fmean(final['seconds'] for final in finals):.1f} s",
-            f"{statistics.median(final['update_ms'] for final in finals):.2f}",
-            f"{statistics.fmean(final['activation_mib'] for final in finals):.2f} MiB",
-        )
-    console.print(table)
-
-
-def _spread(values: list[float]) -> str:
-    if not values:
-        return "-"
-    mean = statistics.fmean(values)
-    return f"{mean:.4f}" + (f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else "")

@@ -32,6 +32,8 @@ EVENTS = (
     "epoch_end",
     "run_end",
 )
+# Updates whose points are all published: where the losses of equal windows differ by rounding alone.
+FIRST_UPDATES = 100
 
 
 class Recorder(Protocol):
@@ -248,7 +250,7 @@ class Trainer:
             if publish:
                 values.update({**(extra or {}), **reading.scaling})
                 self.latest.update(values)
-            self.recorder.record(update, values, publish)
+            self.recorder.record(update, values, publish or update <= FIRST_UPDATES)
         if reading.trouble:
             raise reading.trouble
         if self.finished and reading.scaling.get("accum/skipped_windows") == newest:

@@ -1,6 +1,17 @@
 """The record in MLflow. The only package that imports it, and only when a run is opened."""
 
+from .past import PastRun, curve, jobs_of, newest_sweep, sweep_of
 from .run import MLflowTracker, Tracker, reopen
 from .store import Store
 
-__all__ = ["MLflowTracker", "Store", "Tracker", "reopen"]
+__all__ = [
+    "MLflowTracker",
+    "PastRun",
+    "Store",
+    "Tracker",
+    "curve",
+    "jobs_of",
+    "newest_sweep",
+    "reopen",
+    "sweep_of",
+]

@@ -92,7 +92,10 @@ class MLflowTracker(Tracker):
 
     def tag(self, tags: Mapping[str, str]) -> None:
         for key, value in tags.items():
-            self.store.client.set_tag(self.run_id, key, value)
+            try:
+                self.store.client.set_tag(self.run_id, key, value)
+            except Exception as error:
+                log.warning("tracking: the tag %s did not reach %s: %s", key, self.store.uri, error)
 
     def log(self, update: int, values: Mapping[str, float]) -> None:
         from mlflow.entities import Metric

@@ -7,9 +7,10 @@ import json
 import logging
 import os
 import sqlite3
+import time
 import urllib.error
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from filelock import FileLock
 from ..config import TrackingConfig
 from ..errors import UsageError
 
+COSTS = ("update_ms", "samples_per_second", "activation_mib", "peak_memory_mib")
 LOCAL_UI = "http://127.0.0.1:5000"
 
 
@@ -67,8 +69,14 @@ class Store:
         """The children's curves over each other."""
         return f"{self.sweep_address(parent_id)}&compareRunsMode=CHART"
 
-    def arrange_sweep(self, parent_id: str) -> None:
+    def arrange_sweep(
+        self, parent_id: str, varied: Sequence[str] = ("accum.steps",), metric: str = "accuracy"
+    ) -> None:
         """Saves a view of the parent's children for `sweep_address`: grouped over seeds, with their results.
+
+        Args:
+            varied: the params that tell the groups apart.
+            metric: the key of `final/*` that they are compared by.
 
         The view is a tag of the experiment in the form of the UI's own shared views, which MLflow does
         not document (seen in 3.17); a UI that does not know it shows its default view.
@@ -81,17 +89,26 @@ class Store:
             "lifecycleFilter": "Active",
             "datasetsFilter": [],
             "modelVersionFilter": "All Runs",
-            "selectedColumns": [f"params.`{key}`" for key in ("accum.steps", "seed")]
-            + [f"metrics.`final/{key}`" for key in ("accuracy", "loss", "update_ms", "activation_mib")],
+            "selectedColumns": [f"params.`{key}`" for key in (*varied, "seed")]
+            + [f"metrics.`final/{key}`" for key in dict.fromkeys((metric, "loss", *COSTS))],
             "columnOrder": [],
             "columnWidths": {},
             "groupBy": {
                 "aggregateFunction": "average",
-                "groupByKeys": [{"mode": "param", "groupByData": "accum.steps"}],
+                "groupByKeys": [{"mode": "param", "groupByData": key} for key in varied],
             },
         }
         tag = f"mlflow.sharedViewState.{parent_id}"
         self.client.set_experiment_tag(self.experiment_id, tag, json.dumps(view))
+
+    def log_once(self, run_id: str, values: Mapping[str, float]) -> None:
+        """Metrics without a step, in calls of a size that servers take."""
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        points = [Metric(key, value, now, 0) for key, value in values.items()]
+        for start in range(0, len(points), 500):
+            self.client.log_batch(run_id, points[start : start + 500])
 
     def create_run(self, name: str | None, tags: Mapping[str, str]) -> str:
         own = {

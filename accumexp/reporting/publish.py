@@ -1,0 +1,177 @@
+"""Where a report goes: the sweep's folder, the terminal, and the record of the parent run."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..config import report_from
+from ..display import console, steps
+from .groups import varied_params
+from .jobs import Sweep
+from .page import page
+from .pictures import draw
+from .report import Report, costs, make_report
+from .tables import (
+    COST_COLUMNS,
+    accuracy_cells,
+    accuracy_columns,
+    cost_cells,
+    group_rows,
+    job_rows,
+    markdown,
+    terminal,
+    write_csv,
+)
+from .wording import conclusion, noise_conclusion, outcome
+
+FOLDER = "report"
+PAGE = "report.html"
+
+
+@dataclass(frozen=True)
+class Written:
+    """The files of a report."""
+
+    folder: Path
+    page: Path
+    files: list[Path]
+
+
+def publish(
+    sweep: Sweep, changes: Mapping[str, str], folder: Path | None = None, files: bool = True
+) -> Report:
+    """Makes the report of `sweep` and shows it; with `files`, writes it, and keeps it with the parent.
+
+    Args:
+        changes: `report.*` settings instead of those that the sweep was run with.
+        folder: for the files; the sweep's own if it is on this machine.
+
+    Raises:
+        UsageError: for a setting that is wrong, naming it.
+    """
+    params = next((job.params for job in sweep.jobs if job.params), {})
+    config = report_from(params, changes)
+    report = make_report(sweep, config, lambda jobs: steps("reading the runs", jobs))
+    show(report)
+    if not (files and (config.write or changes or folder)):
+        return report
+    where = folder or (sweep.folder or Path.cwd() / f"report-{sweep.run_id}") / FOLDER
+    written = write(report, where)
+    console.print(f"report  {written.page}", highlight=False, soft_wrap=True, markup=False)
+    record(report, written)
+    return report
+
+
+def write(report: Report, folder: Path) -> Written:
+    """Page, pictures and CSV, in `folder`, which is made if it is not there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    pictures = draw(report, folder)
+    html = folder / PAGE
+    html.write_text(page(report, pictures), encoding="utf-8")
+    tables = [
+        write_csv(folder / "groups.csv", group_rows(report)),
+        write_csv(folder / "jobs.csv", job_rows(report)),
+    ]
+    return Written(folder, html, [html, *pictures.values(), *tables])
+
+
+def show(report: Report) -> None:
+    """The tables and the verdict, in the terminal."""
+    for table in terminal(report):
+        console.print(table)
+    console.print(conclusion(report), highlight=False, markup=False)
+    for row in report.comparisons:
+        if row.comparison and row.comparison.verdict.value != "equivalent":
+            console.print(
+                f"  {row.group.label}: {outcome(row.comparison, report.measure)}",
+                highlight=False,
+                markup=False,
+            )
+    answer = noise_conclusion(report)
+    if answer:
+        console.print(answer, highlight=False, markup=False)
+    for job in report.sweep.unfinished:
+        reason = f": {job.error}" if job.error else ""
+        console.print(
+            f"  left out: {job.said}: {job.status}{reason}", highlight=False, markup=False, style="yellow"
+        )
+
+
+def record(report: Report, written: Written) -> None:
+    """The report as artifacts, metrics, tags and note of the parent run, if the sweep has one."""
+    sweep = report.sweep
+    if sweep.store is None or sweep.run_id is None:
+        return
+    store, run_id = sweep.store, sweep.run_id
+    for path in written.files:
+        store.client.log_artifact(run_id, str(path), FOLDER)
+    store.log_once(run_id, metrics(report))
+    for key, value in tags(report).items():
+        store.client.set_tag(run_id, key, value)
+    store.arrange_sweep(run_id, varied_params([row.group for row in report.rows]), report.measure.key)
+
+
+def metrics(report: Report) -> dict[str, float]:
+    """`final/<what>/<group>` of every group, in names that MLflow takes."""
+    found: dict[str, float] = {}
+    for row in report.rows:
+        name = re.sub(r"[^\w.\-/ ]+", " ", row.group.label.replace("=", " ")).strip()
+        key = report.measure.key
+        values = {key: row.value.mean, f"{key}_std": row.value.std, **vars(costs(row.group))}
+        if row.comparison:
+            values[f"{key}_difference"] = row.comparison.difference.mean
+        for what, value in values.items():
+            if value is not None and not math.isnan(value):
+                found[f"final/{what}/{name}"] = value
+    return found
+
+
+def tags(report: Report) -> dict[str, str]:
+    """The verdicts, and the note that the UI shows."""
+    found = {"mlflow.note.content": note(report)}
+    if report.verdict:
+        found["accumexp.verdict"] = report.verdict.value
+        verdicts = {
+            row.group.label: row.comparison.verdict.value for row in report.comparisons if row.comparison
+        }
+        found["accumexp.verdicts"] = json.dumps(verdicts)[:5000]
+        found["accumexp.margin"] = report.measure.amount(report.config.margin)
+    refused = [
+        {"overrides": job.said.split(), "error": job.error} for job in report.sweep.jobs if job.run_id is None
+    ]
+    if refused:
+        found["accumexp.refused"] = json.dumps(refused)
+    return found
+
+
+def note(report: Report) -> str:
+    """The report as markdown, of the length that a note may have."""
+    parts = [f"**{conclusion(report)}**"]
+    if report.rows:
+        keys = list(report.rows[0].group.values)
+        cells = [accuracy_cells(report, row) for row in report.rows]
+        parts.append(markdown(accuracy_columns(report), cells))
+        paid = [
+            [
+                *row.group.values.values(),
+                *cost_cells(row.group, row.comparison.reference if row.comparison else None),
+            ]
+            for row in report.rows
+        ]
+        parts.append(markdown([*keys, *COST_COLUMNS], paid))
+    answer = noise_conclusion(report)
+    if answer:
+        parts.append(answer)
+    if report.sweep.unfinished:
+        parts.append(
+            "\n".join(
+                f"- left out: `{job.said}`: {job.status} {job.error or ''}" for job in report.sweep.unfinished
+            )
+        )
+    parts.append(f"The whole report, with pictures: artifact `{FOLDER}/{PAGE}`.")
+    return "\n\n".join(parts)[:7500]

@@ -1,0 +1,180 @@
+"""The report as tables: in the terminal, as markdown, and as CSV."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .groups import Group
+from .report import Cost, Report, Row, costs
+from .wording import amount, outcome, p_value, signed_interval, spread, verdict_word
+
+VERDICT_STYLES = {"equivalent": "green", "different": "red", "undecided": "yellow", "reference": "dim"}
+
+
+def accuracy_columns(report: Report) -> list[str]:
+    """The headings of `accuracy_cells`."""
+    keys = list(report.rows[0].group.values) if report.rows else []
+    columns = [*keys, "seeds", report.measure.name]
+    if report.comparisons:
+        unit = f" ({report.measure.unit})" if report.measure.unit else ""
+        columns += [f"difference{unit} [{report.config.confidence:.0%}]", "p", "training", "verdict"]
+    return columns
+
+
+def accuracy_cells(report: Report, row: Row) -> list[str]:
+    """A group's row: what it is, its mean and deviation, and how it compares."""
+    cells = [*row.group.values.values(), str(row.value.count), spread(row.value, report.measure)]
+    if report.comparisons:
+        found = row.comparison
+        if found is None:
+            cells += ["", "", "", verdict_word(row)]
+        else:
+            cells += [
+                signed_interval(found.difference, report.measure),
+                p_value(found.judgement.p_equivalent),
+                training(row),
+                verdict_word(row),
+            ]
+    return cells
+
+
+def training(row: Row) -> str:
+    """The trajectory in a word or two."""
+    if row.comparison is None:
+        return ""
+    path = row.comparison.trajectory
+    if path.same is None:
+        return "not claimed" if path.declared else "not known"
+    return "the same" if path.same else f"leaves at {path.leaves}"
+
+
+COST_COLUMNS = ["ms/update", "samples/s", "activations", "peak memory", "training time"]
+
+
+def cost_cells(group: Group, reference: Group | None) -> list[str]:
+    """What a group paid, with the ratio to its reference."""
+    mine = costs(group)
+    other = costs(reference) if reference else None
+
+    def cell(key: str, unit: str, digits: int) -> str:
+        value = getattr(mine, key)
+        if value is None:
+            return "-"
+        base = getattr(other, key) if other else None
+        return f"{value:,.{digits}f}{unit}" + (f" (x{value / base:.2f})" if base else "")
+
+    return [
+        cell("update_ms", "", 2),
+        cell("samples_per_second", "", 0),
+        cell("activation_mib", " MiB", 2),
+        f"{amount(mine.peak_mib, 0)} MiB",
+        f"{amount(mine.seconds, 1)} s",
+    ]
+
+
+def terminal(report: Report) -> list[Any]:
+    """Renderables for a rich console: accuracy, then cost."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    if not report.rows:
+        return []
+    first = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    keys = len(report.rows[0].group.values)
+    for number, heading in enumerate(accuracy_columns(report)):
+        first.add_column(heading, justify="left" if number < keys else "right", no_wrap=True)
+    for row in report.rows:
+        *cells, last = accuracy_cells(report, row)
+        first.add_row(*cells, Text(last, style=VERDICT_STYLES.get(last, "")))
+    second = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for heading in report.rows[0].group.values:
+        second.add_column(heading)
+    for heading in COST_COLUMNS:
+        second.add_column(heading, justify="right", no_wrap=True)
+    for row in report.rows:
+        second.add_row(*row.group.values.values(), *cost_cells(row.group, _reference(row)))
+    return [first, second]
+
+
+def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table of markdown."""
+    lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
+    lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
+    return "\n".join(lines)
+
+
+def group_rows(report: Report) -> list[dict[str, Any]]:
+    """Every number of the report, a dict a group."""
+    rows = []
+    for row in report.rows:
+        values: dict[str, Any] = dict(row.group.values)
+        values["seeds"] = row.value.count
+        key = report.measure.key
+        values.update({f"{key}_mean": row.value.mean, f"{key}_std": row.value.std})
+        values.update({f"{key}_low": row.value.low, f"{key}_high": row.value.high})
+        found = row.comparison
+        if found is not None:
+            path = found.trajectory
+            values.update(
+                reference=found.reference.label,
+                pairs=found.difference.pairs,
+                difference=found.difference.mean,
+                difference_std=found.difference.std,
+                difference_low=found.difference.low,
+                difference_high=found.difference.high,
+                margin=report.config.margin,
+                p_different=found.difference.p_different,
+                p_equivalent=found.difference.p_equivalent,
+                p_different_corrected=found.judgement.p_different,
+                p_equivalent_corrected=found.judgement.p_equivalent,
+                seeds_needed=found.seeds_needed,
+                same_training=path.same,
+                leaves_at_update=path.leaves,
+                verdict=found.verdict.value,
+                because=outcome(found, report.measure),
+            )
+        else:
+            values["verdict"] = "reference"
+        paid: Cost = costs(row.group)
+        values.update(vars(paid))
+        rows.append(values)
+    return rows
+
+
+def job_rows(report: Report) -> list[dict[str, Any]]:
+    """Every job of the sweep with what it measured, a dict a job."""
+    return [
+        {
+            **job.overrides,
+            "seed": job.seed,
+            "status": job.status,
+            "run_id": job.run_id,
+            **{f"final/{key}": value for key, value in job.final.items()},
+            "error": job.error,
+        }
+        for job in report.sweep.jobs
+    ]
+
+
+def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
+    """`rows` with a column for every key that any of them has; what is not known stays empty."""
+    columns = list({key: None for row in rows for key in row})
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        for row in rows:
+            writer.writerow({key: "" if _unknown(value) else value for key, value in row.items()})
+    return path
+
+
+def _unknown(value: Any) -> bool:
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def _reference(row: Row) -> Group | None:
+    return row.comparison.reference if row.comparison else None

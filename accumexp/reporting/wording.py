@@ -1,0 +1,154 @@
+"""Numbers and verdicts in words, alike in terminal, page, note and CSV."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from .noise import worth
+from .report import Comparison, Measure, Report, Row
+from .statistics import Difference, Summary, Verdict
+
+
+def spread(value: Summary, measure: Measure) -> str:
+    """Mean and standard deviation: 97.12 ± 0.40."""
+    digits = 2 if measure.unit else 4
+    text = f"{value.mean:.{digits}f}"
+    return text if math.isnan(value.std) else f"{text} ± {value.std:.{digits}f}"
+
+
+def signed_interval(difference: Difference, measure: Measure) -> str:
+    """The mean difference and its interval: +0.12 [-0.30, +0.54]."""
+    digits = 2 if measure.unit else 4
+    if difference.pairs == 0:
+        return "no common seed"
+    text = f"{difference.mean:+.{digits}f}"
+    if math.isnan(difference.low):
+        return f"{text} (one pair)"
+    return f"{text} [{difference.low:+.{digits}f}, {difference.high:+.{digits}f}]"
+
+
+def p_value(p: float) -> str:
+    return "< 0.0001" if p < 1e-4 else f"{p:.4f}"
+
+
+def amount(value: float | None, digits: int = 2) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def outcome(comparison: Comparison, measure: Measure) -> str:
+    """One sentence that says what the verdict on a group rests on."""
+    found, judged = comparison.difference, comparison.judgement
+    if comparison.trajectory.same is False:
+        return (
+            f"another training: its loss leaves the reference's at update {comparison.trajectory.leaves} by "
+            f"{comparison.trajectory.by:.1e}, where rounding explains {comparison.trajectory.bound:.1e}"
+        )
+    if judged.verdict is Verdict.equivalent:
+        zero = ", though the difference is real" if judged.p_different < 0.05 else ""
+        return f"the difference is inside the margin{zero}"
+    if judged.verdict is Verdict.different:
+        side = "higher" if found.mean > 0 else "lower"
+        return f"{side} by {measure.amount(round(abs(found.mean), 4))}"
+    if found.pairs < 2:
+        return "one pair of seeds cannot decide; run more"
+    if comparison.seeds_needed is None:
+        return "the spread over seeds is too large for this margin"
+    needed = max(comparison.seeds_needed, found.pairs + 1)
+    return f"{found.pairs} seeds do not tell; about {needed} would, if there is no difference"
+
+
+def conclusion(report: Report) -> str:
+    """The sweep's verdict in a sentence or a few, the first of which says it all."""
+    rows = report.comparisons
+    if not rows:
+        if not report.rows:
+            return "No job of this sweep has finished yet: there is nothing to compare."
+        return "One group of runs: there is nothing to compare it with."
+    margin = report.measure.amount(report.config.margin)
+    parts = []
+    for verdict in Verdict:
+        members = [row for row in rows if row.comparison and row.comparison.verdict is verdict]
+        if not members:
+            continue
+        names = _enumerated([row.group.label for row in members])
+        are = "is" if len(members) == 1 else "are"
+        other = "its reference" if len(members) == 1 else "their reference"
+        references = {row.comparison.reference.label for row in members if row.comparison}
+        if len(references) == 1:
+            other = references.pop()
+        if verdict is Verdict.equivalent:
+            parts.append(f"{names} {are} equivalent to {other}: {_what(report)} within {margin}.")
+        elif verdict is Verdict.different:
+            parts.append(f"{names} {are} different from {other}.")
+        else:
+            parts.append(f"{names} {are} undecided against {other} at a margin of {margin}.")
+    return " ".join(parts)
+
+
+def noise_conclusion(report: Report) -> str | None:
+    """Up to which batch a larger one is worth it, or None if no job measured the noise scale."""
+    if not report.noise:
+        return None
+    limit = worth(report.noise)
+    early = min(scale.early for scale in report.noise)
+    sizes = sorted({row.group.batch_size for row in report.rows})
+    inside = [size for size in sizes if size <= limit]
+    text = (
+        f"The gradient noise scale is {_two(early)} samples early and {_two(limit)} late in training: a "
+        f"larger batch is worth it up to about {_two(limit)} samples. There a run needs twice the fewest "
+        "samples and twice the fewest updates; beyond it most of the added samples are wasted."
+    )
+    if len(sizes) > 1:
+        text += (
+            f" Of the batches tried, {_enumerated(list(map(str, inside)))} lie below."
+            if inside
+            else (" All batches tried lie above.")
+        )
+        text += " " + _measured(report)
+    return text
+
+
+def _measured(report: Report) -> str:
+    kept = []
+    for row in sorted(report.rows, key=lambda row: row.group.batch_size):
+        comparison = row.comparison
+        lost = comparison is not None and comparison.judgement.verdict is Verdict.different
+        if (
+            lost
+            and comparison is not None
+            and (comparison.difference.mean < 0) == (report.measure.unit != "")
+        ):
+            break
+        kept.append(row.group.batch_size)
+    largest = max(row.group.batch_size for row in report.rows)
+    if not kept:
+        return ""
+    if max(kept) == largest:
+        return f"At equal samples seen, no batch up to {largest} was shown to be worse than the smallest."
+    return f"At equal samples seen, batches above {max(kept)} did worse than the smallest."
+
+
+def _two(value: float) -> str:
+    """Two significant digits, as a count of samples."""
+    if value <= 0 or not math.isfinite(value):
+        return f"{value:.0f}"
+    digits = 1 - math.floor(math.log10(value))
+    return f"{round(value, digits):,.0f}" if digits <= 0 else f"{round(value, digits):g}"
+
+
+def _what(report: Report) -> str:
+    return report.measure.name.removesuffix(" (%)")
+
+
+def _enumerated(names: Sequence[str]) -> str:
+    common = {name.partition("=")[0] for name in names}
+    if len(names) > 1 and len(common) == 1 and all(name.count("=") == 1 for name in names):
+        names = [names[0], *[name.partition("=")[2] for name in names[1:]]]
+    if len(names) < 2:
+        return "".join(names)
+    return f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def verdict_word(row: Row) -> str:
+    return "reference" if row.comparison is None else row.comparison.verdict.value

@@ -1,0 +1,94 @@
+"""Reading what a store holds of sweeps that are over, under way, or dead."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import UsageError
+from .store import Store
+
+PARENT = "mlflow.parentRunId"
+SWEEP = "accumexp.sweep"
+MOST_PER_CALL = 1000
+
+
+@dataclass(frozen=True)
+class PastRun:
+    """A run as the store tells it. Times are seconds since 1970, 0 for an end that is not there."""
+
+    run_id: str
+    experiment_id: str
+    name: str
+    status: str
+    started: float
+    ended: float
+    params: dict[str, str]
+    metrics: dict[str, float]  # of each key the newest value
+    tags: dict[str, str]
+
+
+def newest_sweep(store: Store) -> PastRun | None:
+    """The sweep that was started last, in any experiment."""
+    experiments = [found.experiment_id for found in store.client.search_experiments()]
+    found = store.client.search_runs(
+        experiments, f"tags.`{SWEEP}` = 'true'", max_results=1, order_by=["attributes.start_time DESC"]
+    )
+    return _past(found[0]) if found else None
+
+
+def sweep_of(store: Store, run_id: str) -> PastRun:
+    """The sweep with this id, or the one that the run with this id is a job of.
+
+    Raises:
+        UsageError: if there is no such run, or it is no sweep.
+    """
+    try:
+        run = _past(store.client.get_run(run_id))
+    except Exception as error:
+        raise UsageError(f"sweep={run_id}: no such folder, and no such run in {store.uri}") from error
+    if PARENT in run.tags:
+        run = _past(store.client.get_run(run.tags[PARENT]))
+    if SWEEP not in run.tags:
+        raise UsageError(f"sweep={run_id}: is a single run; a sweep's folder or parent run is needed")
+    return run
+
+
+def jobs_of(store: Store, sweep: PastRun) -> list[PastRun]:
+    """The runs of a sweep's jobs, oldest first."""
+    found: list[Any] = []
+    token = None
+    while token is not None or not found:
+        page = store.client.search_runs(
+            [sweep.experiment_id],
+            f"tags.`{PARENT}` = '{sweep.run_id}'",
+            max_results=MOST_PER_CALL,
+            order_by=["attributes.start_time ASC"],
+            page_token=token,
+        )
+        found.extend(page)
+        token = page.token
+        if not token:
+            break
+    return [_past(run) for run in found]
+
+
+def curve(store: Store, run_id: str, key: str) -> list[tuple[int, float]]:
+    """(step, value) of every point of a metric, by step; a step logged twice counts once, the newest."""
+    points = sorted(store.client.get_metric_history(run_id, key), key=lambda p: (p.step, p.timestamp))
+    return list({point.step: (point.step, point.value) for point in points}.values())
+
+
+def _past(run: Any) -> PastRun:
+    info, data = run.info, run.data
+    return PastRun(
+        info.run_id,
+        info.experiment_id,
+        info.run_name or info.run_id,
+        info.status,
+        (info.start_time or 0) / 1e3,
+        (info.end_time or 0) / 1e3,
+        dict(data.params),
+        dict(data.metrics),
+        dict(data.tags),
+    )
