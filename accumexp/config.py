@@ -287,7 +287,7 @@ def report_from(params: Mapping[str, str], changes: Mapping[str, str]) -> Report
     texts = {key: value for key, value in texts.items() if key in known}
     for key, value in changes.items():
         if key.removeprefix("report.") not in known:
-            raise UsageError(unknown_key(key, [f"report.{name}" for name in known]))
+            raise UsageError(unknown_key(key, sorted(known)))
         texts[key.removeprefix("report.")] = value
     cfg = OmegaConf.structured(ReportConfig)
     for key, value in texts.items():

@@ -95,7 +95,7 @@ def references(groups: Sequence[Group]) -> list[Group | None]:
     for group in groups:
         rest = tuple(value for key, value in group.values.items() if key not in OF_THE_WINDOW)
         families.setdefault(rest, []).append(group)
-    if len(families) == len(groups):
+    if groups and len(families) == len(groups):
         families = {(): list(groups)}
     found = {}
     for members in families.values():

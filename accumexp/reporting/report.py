@@ -160,9 +160,7 @@ def _rows(
     by_group = {id(group): found for group, found in zip(groups, values, strict=True)}
     tests = sum(reference is not None for reference in compared_with)
     differences = [
-        None
-        if reference is None
-        else _difference(by_group[id(group)], by_group[id(reference)], config, tests)
+        None if reference is None else _difference(by_group[id(group)], by_group[id(reference)], config)
         for group, reference in zip(groups, compared_with, strict=True)
     ]
     judgements = iter(judge([found for found in differences if found], config.confidence))

@@ -1,0 +1,62 @@
+"""Sweeps that never ran: jobs with made-up results, in the form in which a report reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from accumexp.config import ReportConfig
+from accumexp.reporting import Job, Report, Sweep, make_report
+
+Values = Callable[[int, int], float]  # (steps, seed)
+
+
+def job(
+    *overrides: str,
+    status: str = "FINISHED",
+    final: Mapping[str, float] | None = None,
+    losses: Sequence[float] = (),
+    tags: Mapping[str, str] | None = None,
+    **params: Any,
+) -> Job:
+    """A job of 128 samples an update in fp32, whose params are its overrides and `params`."""
+    written = dict(override.split("=", 1) for override in overrides)
+    known = {"data.batch_size": "128", "accum.steps": "1", "accum.processes": "1", "precision": "fp32"}
+    known.update({key: value for key, value in written.items() if "." in key or key == "seed"})
+    known.update({key.replace("__", "."): str(value) for key, value in params.items()})
+    curve = [(update, loss) for update, loss in enumerate(losses, 1)]
+    return Job(
+        run_id="run-" + "-".join(overrides),
+        status=status,
+        overrides=written,
+        params=known,
+        final=dict(final or {}),
+        tags=dict(tags or {}),
+        curve=lambda key: curve if key == "train/loss" else [],
+    )
+
+
+def sweep(*jobs: Job) -> Sweep:
+    return Sweep("sweep", "python -m accumexp.run -m ...", "FINISHED", list(jobs))
+
+
+def over_steps(
+    accuracy: Values, steps: Sequence[int] = (1, 2, 4), seeds: int = 5, loss: Values | None = None
+) -> Sweep:
+    """A sweep over `accum.steps` and `seed` with these accuracies and, by update, `loss(steps, update)`."""
+    return sweep(
+        *[
+            job(
+                f"accum.steps={k}",
+                f"seed={seed}",
+                final={"accuracy": accuracy(k, seed), "loss": 0.1, "update_ms": 5.0 * k},
+                losses=[loss(k, update) for update in range(1, 31)] if loss else (),
+            )
+            for k in steps
+            for seed in range(seeds)
+        ]
+    )
+
+
+def reported(jobs: Sweep, **settings: Any) -> Report:
+    return make_report(jobs, ReportConfig(**settings))
