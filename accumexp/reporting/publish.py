@@ -16,6 +16,7 @@ from .jobs import Sweep
 from .page import page
 from .pictures import draw
 from .report import Report, costs, make_report
+from .statistics import Verdict
 from .tables import (
     COST_COLUMNS,
     accuracy_cells,
@@ -84,22 +85,19 @@ def show(report: Report) -> None:
     """The tables and the verdict, in the terminal."""
     for table in terminal(report):
         console.print(table)
-    console.print(conclusion(report), highlight=False, markup=False)
+
+    def say(text: str, style: str | None = None) -> None:
+        console.print(text, style=style, highlight=False, markup=False, soft_wrap=not console.is_terminal)
+
+    say(conclusion(report))
     for row in report.comparisons:
-        if row.comparison and row.comparison.verdict.value != "equivalent":
-            console.print(
-                f"  {row.group.label}: {outcome(row.comparison, report.measure)}",
-                highlight=False,
-                markup=False,
-            )
+        if row.comparison and row.comparison.verdict is not Verdict.equivalent:
+            say(f"  {row.group.label}: {outcome(row.comparison, report.measure)}")
     answer = noise_conclusion(report)
     if answer:
-        console.print(answer, highlight=False, markup=False)
+        say(answer)
     for job in report.sweep.unfinished:
-        reason = f": {job.error}" if job.error else ""
-        console.print(
-            f"  left out: {job.said}: {job.status}{reason}", highlight=False, markup=False, style="yellow"
-        )
+        say(f"  left out: {job.said}: {job.status}" + (f": {job.error}" if job.error else ""), "yellow")
 
 
 def record(report: Report, written: Written) -> None:
@@ -122,9 +120,14 @@ def metrics(report: Report) -> dict[str, float]:
     for row in report.rows:
         name = re.sub(r"[^\w.\-/ ]+", " ", row.group.label.replace("=", " ")).strip()
         key = report.measure.key
-        values = {key: row.value.mean, f"{key}_std": row.value.std, **vars(costs(row.group))}
+        factor = report.measure.factor  # the jobs' own unit, as their final/* have it
+        values = {
+            key: row.value.mean / factor,
+            f"{key}_std": row.value.std / factor,
+            **vars(costs(row.group)),
+        }
         if row.comparison:
-            values[f"{key}_difference"] = row.comparison.difference.mean
+            values[f"{key}_difference"] = row.comparison.difference.mean / factor
         for what, value in values.items():
             if value is not None and not math.isnan(value):
                 found[f"final/{what}/{name}"] = value

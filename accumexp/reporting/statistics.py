@@ -79,7 +79,9 @@ def summary(values: Sequence[float], confidence: float = 0.95) -> Summary:
     return Summary(array.size, mean, std, low, high)
 
 
-def difference(differences: Sequence[float], margin: float, confidence: float = 0.95) -> Difference:
+def difference(
+    differences: Sequence[float] | np.ndarray, margin: float, confidence: float = 0.95
+) -> Difference:
     """Interval, difference test and equivalence test of paired differences.
 
     The equivalence test is Schuirmann's (1987, doi:10.1007/BF01068419): two one-sided t-tests, of which the

@@ -1,0 +1,41 @@
+"""Windows that are wrong on purpose, as callbacks: accuracy alone would not tell them from right ones."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from accumexp.accum import WindowResult, split, split_sizes
+from accumexp.accum.batch import batch_size
+from accumexp.callbacks import Callback
+from accumexp.trainer import Trainer
+
+
+class HalfRate(Callback):
+    """Half the learning rate wherever a window has more than one micro-batch."""
+
+    def run_begin(self, trainer: Trainer) -> None:
+        if trainer.window.steps > 1:
+            trainer.scheduler.base_lrs = [rate / 2 for rate in trainer.scheduler.base_lrs]
+            for group in trainer.optimizer.param_groups:
+                group["lr"] /= 2
+
+
+class MeanOfMeans(Callback):
+    """Every micro-batch's mean counts alike, whatever its number of samples."""
+
+    def run_begin(self, trainer: Trainer) -> None:
+        window = trainer.window
+
+        def backward(inputs: Any, targets: Any, *, steps: int, samples: int, observe: Any) -> WindowResult:
+            sizes = split_sizes(batch_size(targets), steps)
+            total: Any = 0.0
+            for inputs_k, targets_k in zip(split(inputs, sizes), split(targets, sizes), strict=True):
+                outputs = window.model(inputs_k)
+                loss = window.loss.total(outputs, targets_k) / window.loss.weight(targets_k) / steps
+                loss.backward()
+                total = total + loss.detach()
+                if observe is not None:
+                    observe(outputs.detach(), targets_k)
+            return WindowResult(total, float(samples), samples, steps)
+
+        window.backward = backward  # type: ignore[method-assign]
