@@ -20,33 +20,67 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
 from .errors import TrainingError
+from .journal import SUMMARY, write_whole
+from .live import View
+from .places import begin_launch, begun, command_line, counted, launches
 
 if TYPE_CHECKING:
-    from .config import Config
+    from .config import Config, TrackingConfig
     from .tracking import Store
 
 PARENT = "sweep.json"
-SUMMARY = "summary.json"
 
 
 class SweepFolder(Callback):
-    """Tells where Hydra puts the sweep that this process launches."""
+    """Tells where Hydra puts the sweep that this process launches.
+
+    Args:
+        launch: 0 for the sweep's first launch, its number for one that goes on with it.
+    """
 
     current: Path | None = None
+    here = 0  # the launch that this process has begun
+    asked: Sequence[str] = ()  # its command line, as typed
+    jobs: int | None = None  # how many it has, where Hydra's own sweeper counts them
+    view: View | None = None
+
+    def __init__(self, launch: int = 0) -> None:
+        self.launch = launch
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        SweepFolder.current = Path(config.hydra.sweep.dir).absolute()
+        folder = Path(config.hydra.sweep.dir).absolute()
+        SweepFolder.current, SweepFolder.here = folder, self.launch
+        if self.launch:
+            begin_launch(folder, self.launch, command_line(SweepFolder.asked))
+        SweepFolder.jobs, varied = counted(config)
+        if parallel(config.hydra.launcher) and config.trainer.progress is not False:
+            SweepFolder.view = View.on_terminal(
+                folder, self.launch, SweepFolder.jobs, varied, config.monitor, config.mode
+            )
 
 
 @dataclass(frozen=True)
 class SweepJob:
-    """One job's place in its sweep."""
+    """One job's place in its sweep.
+
+    Attributes:
+        number, name: of its folder.
+        folder: the sweep's.
+        jobs_at_once: jobs that share this machine's cores.
+        parallel: whether others may run at the same time, here or elsewhere.
+        launch: which launch of the sweep this is, 0 for the first.
+        turn, jobs: it is the launch's job `turn`, from 1, of `jobs`, as far as this process knows.
+    """
 
     number: int
     name: str
     folder: Path
     overrides: list[str]
     jobs_at_once: int
+    parallel: bool = False
+    launch: int = 0
+    turn: int = 1
+    jobs: int | None = None
 
     @classmethod
     def of(cls, hydra: Any) -> SweepJob | None:
@@ -55,9 +89,24 @@ class SweepJob:
 
         if hydra.mode != RunMode.MULTIRUN:
             return None
-        number, _, name = str(hydra.sweep.subdir).partition("_")
+        number, _, name = Path(hydra.runtime.output_dir).name.partition("_")
         folder = Path(hydra.sweep.dir).absolute()
-        return cls(int(number), name, folder, list(hydra.overrides.task), _jobs_at_once(hydra.launcher))
+        at_once = _jobs_at_once(hydra.launcher)
+        return cls(
+            int(number),
+            name,
+            folder,
+            list(hydra.overrides.task),
+            at_once,
+            parallel(hydra.launcher),
+            int(hydra.callbacks.sweep.launch),
+            int(hydra.job.num) + 1,
+            SweepFolder.jobs if SweepFolder.current == folder else None,
+        )
+
+    @property
+    def title(self) -> str:
+        return f"job {self.number} {self.name}"
 
     def share_cores(self, config: Config) -> None:
         """Gives a parallel job its share of the cores, and keeps its live bar off the common terminal."""
@@ -82,15 +131,27 @@ class SweepJob:
         with FileLock(self.folder / ".sweep.lock", timeout=120):
             if not known.exists():
                 tags = {
-                    "accumexp.command": shlex.join(["python", "-m", "accumexp.run", *sys.argv[1:]]),
+                    "accumexp.command": command_line(sys.argv[1:]),
                     "accumexp.folder": str(self.folder),
                     "accumexp.sweep": "true",
                 }
                 run_id = store.create_run(f"sweep {self.folder.name}", tags)
                 store.arrange_sweep(run_id)
                 written = {"run_id": run_id, "experiment_id": store.experiment_id, "uri": store.uri}
-                known.write_text(json.dumps(written) + "\n")
-            return json.loads(known.read_text())["run_id"]
+                write_whole(known, {**written, "launch": self.launch})
+            written = json.loads(known.read_text())
+            if written.get("launch", 0) < self.launch:
+                store.client.update_run(written["run_id"], status="RUNNING")
+                command = launches(self.folder)[str(self.launch)]
+                store.client.set_tag(written["run_id"], "accumexp.resumed", command)
+                write_whole(known, {**written, "launch": self.launch})
+            return written["run_id"]
+
+    def same_store(self, tracking: TrackingConfig) -> None:
+        """Keeps a sweep in the store it began in, whatever folder it goes on from."""
+        known = self.folder / PARENT
+        if tracking.uri is None and known.exists():
+            tracking.uri = json.loads(known.read_text())["uri"]
 
     def failed(self, folder: Path, error: Exception) -> None:
         """Notes the job's failure where the sweep's end will find it."""
@@ -98,8 +159,13 @@ class SweepJob:
         known: dict[str, Any] = {"overrides": self.overrides}
         if summary.exists():
             known = json.loads(summary.read_text())
-        known.update(status="FAILED", error=str(error) or type(error).__name__)
-        summary.write_text(json.dumps(known, indent=2) + "\n")
+        known.update(status="FAILED", error=str(error) or type(error).__name__, launch=self.launch)
+        write_whole(summary, known)
+
+
+def parallel(launcher: Any) -> bool:
+    """Whether a launcher may run several jobs at a time."""
+    return _jobs_at_once(launcher) > 1 or "BasicLauncher" not in str(launcher.get("_target_", ""))
 
 
 def _jobs_at_once(launcher: Any) -> int:
@@ -111,13 +177,16 @@ def _jobs_at_once(launcher: Any) -> int:
 
 
 @contextmanager
-def closing_sweep() -> Iterator[None]:
+def closing_sweep(asked: Sequence[str] = ()) -> Iterator[None]:
     """Closes the sweep that is launched inside, however it ends: status of the parent, table, failed jobs.
 
+    Args:
+        asked: the command's arguments, as typed.
+
     Raises:
-        TrainingError: naming the jobs that failed, after the rest have run.
+        TrainingError: naming the jobs that failed, after the rest have run, and how to go on with them.
     """
-    SweepFolder.current = None
+    SweepFolder.current, SweepFolder.asked = None, asked
     before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     status = "FAILED"
     try:
@@ -128,8 +197,22 @@ def closing_sweep() -> Iterator[None]:
         raise
     finally:
         signal.signal(signal.SIGTERM, before)
-        if SweepFolder.current is not None:
-            _close(SweepFolder.current, status)
+        if SweepFolder.view is not None:
+            SweepFolder.view.stop()
+            SweepFolder.view = None
+        if SweepFolder.current is not None and begun(SweepFolder.current, SweepFolder.here):
+            _close_and_tell(SweepFolder.current, status)
+
+
+def _close_and_tell(folder: Path, status: str) -> None:
+    """Closes a sweep; if there is more of it to be done, the last line says how."""
+    how = f"go on with\n  python -m accumexp.run -m sweep.resume={shlex.quote(str(folder))}"
+    try:
+        _close(folder, status)
+    except TrainingError as error:
+        raise TrainingError(f"{error}\n{how}") from None
+    if status != "FINISHED" and folder.exists():
+        print(how, flush=True)
 
 
 def _close(folder: Path, status: str) -> None:

@@ -101,6 +101,15 @@ class Store:
         }
         return self.client.create_run(self.experiment_id, tags={**own, **tags}, run_name=name).info.run_id
 
+    def close_left_open(self, folder: Path) -> None:
+        """Marks as KILLED what still runs, as far as this store knows, in a `folder` where nothing runs."""
+        found = self.client.search_runs(
+            [self.experiment_id],
+            filter_string=f"tags.`accumexp.folder` = '{folder}' and attributes.status = 'RUNNING'",
+        )
+        for run in found:
+            self.client.set_terminated(run.info.run_id, "KILLED")
+
     def _client(self) -> Any:
         if self.uri.startswith("http"):
             _check_server(self.uri)
