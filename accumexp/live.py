@@ -132,9 +132,8 @@ class Watched:
         found = []
         for job in self.seen.values():
             ended = job.status == "FINISHED"
-            value = (
-                job.summary.get("monitored") if ended else job.progress.get("values", {}).get(self.monitor)
-            )
+            newest = job.progress.get("values", {}).get(self.monitor)
+            value = job.summary.get("monitored") if ended else newest
             if value is not None and not math.isnan(value):
                 found.append((value, job))
         if not found:
@@ -152,12 +151,9 @@ class Watched:
 
     def name(self, job: Seen) -> str:
         """The overrides that tell a job from the others."""
-        chosen = [
-            o
-            for o in job.place.overrides
-            if not self.varied or o.partition("=")[0].lstrip("+") in self.varied
-        ]
-        return " ".join(chosen or job.place.overrides)
+        every = job.place.overrides
+        varied = [one for one in every if one.partition("=")[0].lstrip("+") in self.varied]
+        return " ".join(varied or every)
 
 
 def render(watched: Watched, now: float, height: int) -> RenderableType:

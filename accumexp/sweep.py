@@ -54,9 +54,8 @@ class SweepFolder(Callback):
             begin_launch(folder, self.launch, command_line(SweepFolder.asked))
         SweepFolder.jobs, varied = counted(config)
         if parallel(config.hydra.launcher) and config.trainer.progress is not False:
-            SweepFolder.view = View.on_terminal(
-                folder, self.launch, SweepFolder.jobs, varied, config.monitor, config.mode
-            )
+            told = (SweepFolder.jobs, varied, config.monitor, config.mode)
+            SweepFolder.view = View.on_terminal(folder, self.launch, *told)
 
 
 @dataclass(frozen=True)
@@ -68,8 +67,8 @@ class SweepJob:
         folder: the sweep's.
         jobs_at_once: jobs that share this machine's cores.
         parallel: whether others may run at the same time, here or elsewhere.
-        launch: which launch of the sweep this is, 0 for the first.
-        turn, jobs: it is the launch's job `turn`, from 1, of `jobs`, as far as this process knows.
+        launch: of the sweep, 0 for the first.
+        turn, jobs: the launch's job `turn` of `jobs`, as far as this process knows.
     """
 
     number: int
@@ -91,17 +90,12 @@ class SweepJob:
             return None
         number, _, name = Path(hydra.runtime.output_dir).name.partition("_")
         folder = Path(hydra.sweep.dir).absolute()
-        at_once = _jobs_at_once(hydra.launcher)
         return cls(
-            int(number),
-            name,
-            folder,
-            list(hydra.overrides.task),
-            at_once,
-            parallel(hydra.launcher),
-            int(hydra.callbacks.sweep.launch),
-            int(hydra.job.num) + 1,
-            SweepFolder.jobs if SweepFolder.current == folder else None,
+            *(int(number), name, folder, list(hydra.overrides.task), _jobs_at_once(hydra.launcher)),
+            parallel=parallel(hydra.launcher),
+            launch=int(hydra.callbacks.sweep.launch),
+            turn=int(hydra.job.num) + 1,
+            jobs=SweepFolder.jobs if SweepFolder.current == folder else None,
         )
 
     @property
@@ -141,9 +135,7 @@ class SweepJob:
                 write_whole(known, {**written, "launch": self.launch})
             written = json.loads(known.read_text())
             if written.get("launch", 0) < self.launch:
-                store.client.update_run(written["run_id"], status="RUNNING")
-                command = launches(self.folder)[str(self.launch)]
-                store.client.set_tag(written["run_id"], "accumexp.resumed", command)
+                store.open_again(written["run_id"], launches(self.folder)[str(self.launch)])
                 write_whole(known, {**written, "launch": self.launch})
             return written["run_id"]
 
@@ -205,7 +197,7 @@ def closing_sweep(asked: Sequence[str] = ()) -> Iterator[None]:
 
 
 def _close_and_tell(folder: Path, status: str) -> None:
-    """Closes a sweep; if there is more of it to be done, the last line says how."""
+    """Closes a sweep; if more of it is to be done, the last line says how."""
     how = f"go on with\n  python -m accumexp.run -m sweep.resume={shlex.quote(str(folder))}"
     try:
         _close(folder, status)

@@ -101,6 +101,11 @@ class Store:
         }
         return self.client.create_run(self.experiment_id, tags={**own, **tags}, run_name=name).info.run_id
 
+    def open_again(self, run_id: str, command: str) -> None:
+        """Marks a run that had ended as running, by a command that goes on with it."""
+        self.client.update_run(run_id, status="RUNNING")
+        self.client.set_tag(run_id, "accumexp.resumed", command)
+
     def close_left_open(self, folder: Path) -> None:
         """Marks as KILLED what still runs, as far as this store knows, in a `folder` where nothing runs."""
         found = self.client.search_runs(
