@@ -117,6 +117,11 @@ def counted(config: DictConfig) -> tuple[int | None, list[str]]:
     return math.prod(values.values()), [key.lstrip("+") for key, count in values.items() if count > 1]
 
 
+def parallel(launcher: Any) -> bool:
+    """Whether a launcher may run several jobs at a time: any but Hydra's own."""
+    return not str(launcher.get("_target_", "")).endswith(".BasicLauncher")
+
+
 def begun(sweep: Path, launch: int) -> bool:
     """Whether a job of this launch has come to be; a bad command line changes nothing in an old sweep."""
     return not launch or any(one.launch == launch for one in places(sweep))

@@ -36,6 +36,11 @@ class Resumed:
     def update(self) -> int:
         return self.content["progress"]["update"]
 
+    @property
+    def ended_by(self) -> str | None:
+        """Why it had ended before its last update, of its own will; None if overrides may ask for more."""
+        return None if self.overrides else self.content.get("ended_by")
+
     def tags(self) -> dict[str, str]:
         said = " ".join(self.overrides) or "unchanged"
         return {f"accumexp.resumed.{self.update}": said}

@@ -64,6 +64,8 @@ class Run:
                 self._attach(trainer, config, record)
                 announce(config, trainer, parts, unequal, here)
                 reset_peak_memory(parts.device)
+                if back and back.ended_by:
+                    trainer.stop(back.ended_by)
                 signals.trainer = trainer
                 trainer.fit()
                 interrupted = trainer.stop_code > 1
@@ -127,6 +129,8 @@ class Run:
         for callback in trainer.callbacks.values():
             if isinstance(callback, Checkpoints):
                 callback.attach(self.folder, identity, record.flush)
+                if self.order.back and self.order.back.ended_by:
+                    callback.know_saved(trainer)
             if isinstance(callback, Progress) and self.job and self.job.jobs:
                 callback.title = f"job {self.job.turn} of {self.job.jobs}, "
 

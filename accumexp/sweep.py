@@ -22,7 +22,7 @@ from omegaconf import DictConfig
 from .errors import TrainingError
 from .journal import SUMMARY, write_whole
 from .live import View
-from .places import begin_launch, begun, command_line, counted, launches
+from .places import begin_launch, begun, command_line, counted, launches, parallel
 
 if TYPE_CHECKING:
     from .config import Config, TrackingConfig
@@ -155,11 +155,6 @@ class SweepJob:
         write_whole(summary, known)
 
 
-def parallel(launcher: Any) -> bool:
-    """Whether a launcher may run several jobs at a time."""
-    return _jobs_at_once(launcher) > 1 or "BasicLauncher" not in str(launcher.get("_target_", ""))
-
-
 def _jobs_at_once(launcher: Any) -> int:
     if "joblib" not in str(launcher.get("_target_", "")):
         return 1
@@ -184,8 +179,13 @@ def closing_sweep(asked: Sequence[str] = ()) -> Iterator[None]:
     try:
         yield
         status = "FINISHED"
-    except (KeyboardInterrupt, SystemExit) as stop:
-        status = "KILLED" if isinstance(stop, KeyboardInterrupt) or stop.code in (130, 143) else status
+    except KeyboardInterrupt:
+        status = "KILLED"
+        if SweepFolder.current is None:
+            raise
+        sys.exit(130)  # without another line behind the one that says how to go on
+    except SystemExit as stop:
+        status = "KILLED" if stop.code in (130, 143) else status
         raise
     finally:
         signal.signal(signal.SIGTERM, before)

@@ -18,8 +18,7 @@ from rich.console import Console
 from accumexp.compose import conf_dir
 from accumexp.journal import ProgressFile, write_whole
 from accumexp.live import View, Watched, render
-from accumexp.places import counted, place
-from accumexp.sweep import parallel
+from accumexp.places import counted, parallel, place
 from accumexp.terminal import OUTPUT, VIEWED, unseen
 
 from .command import environment

@@ -26,7 +26,10 @@ from accumexp.sweep import SweepJob, summaries
 from .command import Record, environment, journal, only_sweep, records, run_command
 from .test_resume import STATEFUL, STOPPER
 
-SMALL = ["model=mlp", "trainer.epochs=8", "tracking.system_metrics=false", "trainer.log_every=4"]
+SMALL = ["model=mlp", "trainer.epochs=20", "tracking.system_metrics=false", "trainer.log_every=4"]
+# Each ends after 4 of 20 epochs, of its own will.
+STOPPING = ["callbacks=early_stopping", "callbacks.early_stopping.min_delta=1"]
+STOPPING += ["callbacks.early_stopping.patience=3"]
 PATIENCE = 120  # seconds for a worker on busy cores to import torch and train
 
 
@@ -39,7 +42,7 @@ def ended(sweep: Path, status: str = "FINISHED") -> dict[str, dict[str, Any]]:
 
 
 def test_after_a_kill_of_the_launcher_every_job_is_finished_once(tmp_path: Path) -> None:
-    overrides = ["accum.steps=1,2,4", "seed=0,1", *SMALL]
+    overrides = ["accum.steps=1,2,4", "seed=0,1", *SMALL, *STOPPING]
     line = ["run", "-m", *overrides, "hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
     launcher = subprocess.Popen(
         [sys.executable, "-m", f"accumexp.{line[0]}", *line[1:]],
@@ -59,7 +62,7 @@ def test_after_a_kill_of_the_launcher_every_job_is_finished_once(tmp_path: Path)
         sweep = only_sweep(tmp_path)
         before = ended(sweep)
         assert before and len(summaries(sweep)) < 6
-        # As if it had been killed after its last update and before it was evaluated on the test split.
+        # As if it had been killed after it had stopped and before it was evaluated on the test split.
         half, finished = next(iter(before.items()))
         write_whole(sweep / half / "summary.json", {**finished, "status": "RUNNING", "final": {}})
 
@@ -87,6 +90,7 @@ def test_after_a_kill_of_the_launcher_every_job_is_finished_once(tmp_path: Path)
         assert told == (folder != half)
     for key in ("accuracy", "loss", "eval_accuracy", "updates"):
         assert after[half]["final"][key] == finished["final"][key]
+    assert {job["final"]["updates"] for job in after.values()} == {44}
     assert after[half]["monitored"] == finished["monitored"]
     assert places(sweep)[-1].launch == 1 and "n_jobs=2" in done.stdout  # its own launcher was taken
 
