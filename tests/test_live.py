@@ -83,7 +83,7 @@ def test_the_view_names_running_jobs_totals_and_the_best(tmp_path: Path) -> None
 
 def test_the_best_of_a_loss_is_the_smallest(tmp_path: Path) -> None:
     seen = watched(tmp_path, mode="min")
-    for number, value in enumerate((0.5, 0.2, float("nan"))):
+    for number, value in enumerate((float("nan"), 0.2, 0.5)):
         over(begun(tmp_path, number), monitored=value)
     seen.read()
     assert drawn(seen, BEGAN + 1)[-1] == "best eval/accuracy 0.2000: job 1 accum.steps=4 seed=1"
