@@ -155,6 +155,10 @@ class Checkpoints(Callback):
         if trainer.stop_reason and not self._is_saved(trainer):
             self._save(trainer, {})
 
+    def know_saved(self, trainer: Trainer) -> None:
+        """The state that `trainer` is in was saved before: it came from there."""
+        self._saved_at = (trainer.progress.update, trainer.progress.epoch)
+
     def _is_saved(self, trainer: Trainer) -> bool:
         return self._saved_at == (trainer.progress.update, trainer.progress.epoch)
 
@@ -164,13 +168,15 @@ class Checkpoints(Callback):
             ranks = trainer.window.sync.ranks
             random, *others = everyone(random_state(), ranks)
             improved, self._improved = self._improved, False
-            self._saved_at = (trainer.progress.update, trainer.progress.epoch)
+            self.know_saved(trainer)
             path = self.folder / f"update-{trainer.progress.update:08d}.pt"
             parts = shards.save(trainer, path) if trainer.window.sync.sharded else None
             if ranks.rank:
                 return
             self.before_save()
-            content = {**state, **self.identity, "evaluated": evaluated, "random": random}
+            ended_by = trainer.stop_reason if trainer.stop_code == 1 else None  # and not by a signal
+            told = {"evaluated": evaluated, "ended_by": ended_by}
+            content = {**state, **self.identity, **told, "random": random}
             save(path, {**content, "random_others": others, shards.KEY: parts})
             if not self._proven:
                 load(path)  # a custom class may have put into its state what cannot be read back

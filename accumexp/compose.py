@@ -6,7 +6,7 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -22,6 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from .config import Config, explain_omegaconf, unknown_key
 from .errors import TrainingError, UsageError
+from .places import place
 
 # Read before `hydra_app` sets it for Hydra.
 WANTS_TRACEBACK = os.environ.get("HYDRA_FULL_ERROR") == "1"
@@ -43,6 +44,10 @@ def _slug(text: str) -> str:
     return re.sub(r"[^\w.,=+-]+", "_", text).strip("._")[:120] or "job"
 
 
+def _place(sweep: str, launch: int, number: int, name: str, overrides: Sequence[str]) -> str:
+    return place(sweep, launch, number, name, list(overrides))
+
+
 def _product(*factors: int) -> int:
     result = 1
     for factor in factors:
@@ -56,6 +61,7 @@ def _folders(root: str) -> int:
 
 
 OmegaConf.register_new_resolver("slug", _slug, replace=True)
+OmegaConf.register_new_resolver("place", _place, replace=True)
 OmegaConf.register_new_resolver("product", _product, replace=True)
 OmegaConf.register_new_resolver("folders", _folders, replace=True)
 

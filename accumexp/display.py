@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn, track
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
 from .callbacks import Callback
+from .terminal import console as console
+from .terminal import show_values as show_values
 
 if TYPE_CHECKING:
     from .trainer import Trainer
-
-Item = TypeVar("Item")
-console = Console()
-if not console.is_terminal:
-    console = Console(width=120)  # a pipe or a file has no width of its own
 
 SHOWN = {
     "train/loss": ("loss", "{:.4f}"),
@@ -45,6 +40,7 @@ class Progress(Callback):
 
     def __init__(self, show: bool | None = None) -> None:
         self.show = console.is_terminal if show is None else show
+        self.title = ""  # of the job that the bar is of
         self._bar: RichProgress | None = None
         self._task: Any = None
 
@@ -68,7 +64,7 @@ class Progress(Callback):
     def epoch_begin(self, trainer: Trainer) -> None:
         if self._bar:
             epoch = min(trainer.progress.epoch + 1, trainer.epochs)
-            self._bar.update(self._task, description=f"epoch {epoch}/{trainer.epochs}")
+            self._bar.update(self._task, description=f"{self.title}epoch {epoch}/{trainer.epochs}")
 
     def logged(self, trainer: Trainer, values: dict[str, float]) -> None:
         if self._bar:
@@ -79,23 +75,3 @@ class Progress(Callback):
             self._bar.update(self._task, completed=trainer.progress.update)
             self._bar.stop()
             self._bar = None
-
-
-def steps(title: str, items: Sequence[Item]) -> Iterable[Item]:
-    """`items` with a bar on a terminal, which goes when it is done."""
-    return track(items, title, console=console, transient=True, disable=not console.is_terminal)
-
-
-def show_values(title: str, values: Mapping[str, object]) -> None:
-    """Names and values in two columns; addresses stay whole, so that they can be clicked and copied."""
-    width = max(map(len, values))
-    console.print(title, style="bold")
-    for key, value in values.items():
-        console.print(f"  {key:<{width}}  {value}", highlight=False, soft_wrap=True, markup=False)
-
-
-def duration(seconds: float) -> str:
-    """`seconds` as a person would say it."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    return time.strftime("%H:%M:%S", time.gmtime(seconds))

@@ -10,15 +10,18 @@ import sys
 import time
 import traceback
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig
 
 from .compose import WANTS_TRACEBACK, fail
 from .errors import TrainingError, UsageError
-from .journal import METRICS
+from .journal import METRICS, SUMMARY
 from .launch import RankError, launch, settle
 from .order import Order
-from .sweep import SUMMARY, SweepJob
+from .standing import Standing, agreed, alone_in, clear, standing
+from .sweep import SweepJob
+from .terminal import unseen
 from .world import World, abandon, end_now, world
 
 log = logging.getLogger(__name__)
@@ -37,8 +40,28 @@ def run_job(cfg: DictConfig) -> float | None:
     folder = Path(hydra.runtime.output_dir)
     outside = world()
     here = outside or World()
+    if not (job and here.first):
+        return _run(cfg, hydra, job, folder, outside, here)
+    with unseen(folder, job.parallel), alone_in(folder, job.title):
+        return _run(cfg, hydra, job, folder, outside, here)
+
+
+def _run(
+    cfg: DictConfig, hydra: Any, job: SweepJob | None, folder: Path, outside: World | None, here: World
+) -> float | None:
     try:
+        before = standing(folder) if job and here.first else Standing()
+        if before.finished and here.size == 1:
+            return _again(job, before)
         order = Order.of(cfg, hydra)
+        if job and here.size > 1:
+            before = agreed(before, here, order.config.device)
+            if before.finished:
+                return _again(job if here.first else None, before)
+        if before.checkpoint:
+            order = order.going_on(before.checkpoint)
+        elif job and here.first:
+            clear(folder)
         processes = order.config.accum.processes or 1
         if outside is None and processes > 1:
             return launched(order, processes)
@@ -69,6 +92,13 @@ def run_job(cfg: DictConfig) -> float | None:
             if not (job and here.first):  # which has its sweep to close
                 end_now(code)
         sys.exit(code)
+
+
+def _again(job: SweepJob | None, before: Standing) -> float | None:
+    """What a job that has finished before gives, without any work."""
+    if job:
+        print(f"{job.title}: finished before", flush=True)
+    return before.monitored
 
 
 def launched(order: Order, processes: int) -> float | None:

@@ -22,8 +22,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from .config import from_hydra
 from .errors import TrainingError, UsageError
+from .journal import SUMMARY, write_whole
 from .order import CONFIG, Order
-from .sweep import SUMMARY
 
 EXPECTED = {error.__name__: error for error in (UsageError, TrainingError)}
 
@@ -160,7 +160,7 @@ def settle(folder: Path, status: str, error: str | None) -> None:
     unclosed = known["status"] == "RUNNING"
     if unclosed or error and known["status"] == "FAILED":
         known.update(status=status, error=error)
-        path.write_text(json.dumps(known, indent=2) + "\n")
+        write_whole(path, known)
     written = folder / CONFIG
     if unclosed and known["run_id"] and written.exists():
         from .tracking import Store

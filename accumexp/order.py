@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-import shlex
 import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from .config import Config, from_hydra, to_plain
-from .resume import Resumed, resumed
+from .places import command_line
+from .resume import Resumed, going_on, resumed
 from .sweep import SweepJob
 
 CONFIG = "config.yaml"
@@ -47,11 +47,21 @@ class Order:
         job = SweepJob.of(hydra)
         if job:
             job.share_cores(config)
-        command = shlex.join(["python", "-m", "accumexp.run", *sys.argv[1:]])
+        command = command_line(sys.argv[1:])
         logging = OmegaConf.to_container(hydra.job_logging, resolve=True)
         assert isinstance(logging, dict)
         folder = Path(hydra.runtime.output_dir)
         return cls(config, folder, job, back, command, {str(key): value for key, value in logging.items()})
+
+    def going_on(self, path: Path) -> Order:
+        """This order from checkpoint `path` on, to the same bits: with the configuration of then.
+
+        Whether a bar is shown is no part of it and follows from this launch.
+        """
+        back = going_on(path)
+        if {"progress"} <= back.config.callbacks.keys() & self.config.callbacks.keys():
+            back.config.callbacks["progress"]["show"] = self.config.callbacks["progress"].get("show")
+        return replace(self, config=back.config, back=back)
 
     def write(self, path: Path) -> None:
         job = None if self.job is None else {**asdict(self.job), "folder": str(self.job.folder)}

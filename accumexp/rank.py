@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging.config
 import os
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 
 def main() -> None:
@@ -38,7 +40,17 @@ def carry_out(path: Path, rank: int) -> None:
         logging.config.dictConfig(order.logging)
     here = world()
     assert here is not None
-    Run(order, here).execute()
+    with _known_to_run(order.folder) if order.job and here.first else nullcontext():
+        Run(order, here).execute()
+
+
+def _known_to_run(folder: Path) -> AbstractContextManager[Any]:
+    """A lock that tells whoever goes on with the job that its ranks outlive the one who started them."""
+    from filelock import FileLock
+
+    from .standing import RANKS_LOCK
+
+    return FileLock(folder / RANKS_LOCK)
 
 
 def die_with_parent() -> None:

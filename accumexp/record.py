@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,10 +17,9 @@ from .assembly import Parts
 from .checkpoint import BEST, FOLDER, load, saved_updates
 from .config import Backend, Config, flatten, to_plain
 from .data import Batches, ResidentBatches
-from .journal import METRICS, Journal
+from .journal import METRICS, SUMMARY, Journal, ProgressFile, write_whole
 from .order import CONFIG, Order
 from .shards import folder_of
-from .sweep import SUMMARY
 from .system import code_version, device_name
 from .tracking import MLflowTracker, Store, Tracker
 
@@ -33,21 +31,22 @@ class RunRecord:
         self.folder = folder
         self.journal = Journal(folder / METRICS, upto)
         self.tracker = Tracker()
+        self.progress: ProgressFile | None = None
 
     def record(self, update: int, values: Mapping[str, float], publish: bool) -> None:
         self.journal.write(update, values)
         if publish:
             self.tracker.log(update, values)
+            if self.progress:
+                self.progress.tell(update, values)
 
     def flush(self) -> None:
         self.journal.flush()
         self.tracker.flush()
 
     def summarise(self, **entries: Any) -> None:
-        """Writes `summary.json` in one step, so that a reader never sees half of it."""
-        partial = self.folder / f".{SUMMARY}.partial"
-        partial.write_text(json.dumps(entries, indent=2) + "\n")
-        os.replace(partial, self.folder / SUMMARY)
+        """Writes `summary.json`."""
+        write_whole(self.folder / SUMMARY, entries)
 
     def upload(self) -> None:
         """Hands the kept checkpoints and the journal to the tracker."""
@@ -107,6 +106,8 @@ def open_tracker(
     config, folder = order.config, order.folder
     if config.tracking.backend is Backend.none or store is None:
         return Tracker()
+    if order.job:
+        store.close_left_open(folder)
     sha, diff = code_version()
     tags = {
         "accumexp.command": order.command,

@@ -49,8 +49,8 @@ def report(sweep: str, uri: str, folder: str, changes: dict[str, str]) -> None:
     Raises:
         UsageError: if there is no such sweep, or a setting is wrong.
     """
-    from .display import console
     from .reporting import find, publish
+    from .terminal import console
 
     found = find(sweep, uri)
     publish(found, changes, Path(folder) if folder else None)

@@ -1,4 +1,4 @@
-"""`resume=`: the run's own configuration, from its checkpoint, in its own folder."""
+"""`resume=`: a run goes on with its own configuration, in its own folder; `sweep.resume=`: a sweep does."""
 
 from __future__ import annotations
 
@@ -12,9 +12,15 @@ from omegaconf import DictConfig, OmegaConf
 
 from .config import Config, from_hydra
 from .errors import UsageError
+from .places import next_launch
 from .world import world
 
 log = logging.getLogger(__name__)
+
+SWEEP = "sweep.resume="
+MULTIRUN = {"-m", "--multirun"}
+# What Hydra or an earlier `sweep.resume=` has added to a sweep's own overrides.
+ADDED = {"hydra.mode", "hydra.sweep.dir", "hydra.callbacks.sweep.launch"}
 
 
 @dataclass(frozen=True)
@@ -30,6 +36,11 @@ class Resumed:
     def update(self) -> int:
         return self.content["progress"]["update"]
 
+    @property
+    def ended_by(self) -> str | None:
+        """Why it had ended before its last update, of its own will; None if overrides may ask for more."""
+        return None if self.overrides else self.content.get("ended_by")
+
     def tags(self) -> dict[str, str]:
         said = " ".join(self.overrides) or "unchanged"
         return {f"accumexp.resumed.{self.update}": said}
@@ -42,10 +53,12 @@ def resume_arguments(arguments: Sequence[str]) -> list[str]:
         UsageError: if there is nothing to resume there, or a sweep is asked for too.
     """
     arguments = list(arguments)
+    if any(a.startswith(SWEEP) for a in arguments):
+        return sweep_arguments(arguments)
     where = next((a.partition("=")[2] for a in arguments if a.startswith("resume=")), None)
     if where in (None, "", "null"):
         return arguments
-    if {"-m", "--multirun"} & set(arguments):
+    if MULTIRUN & set(arguments):
         raise UsageError("resume: goes on with one run, leave out -m")
     folder = Path(where)
     if not folder.exists():
@@ -55,6 +68,54 @@ def resume_arguments(arguments: Sequence[str]) -> list[str]:
     elif folder.name == "checkpoints":
         folder = folder.parent
     return [*arguments, f"hydra.run.dir='{folder.resolve()}'", "hydra.output_subdir=null"]
+
+
+def sweep_arguments(arguments: Sequence[str]) -> list[str]:
+    """`arguments` with `sweep.resume=<folder>`, as Hydra launches that sweep once more in its folder.
+
+    Without overrides of the task, the sweep's own are taken, and what it told Hydra unless given anew.
+
+    Raises:
+        UsageError: if there is no sweep in the folder, or no sweep is asked for.
+    """
+    (where, *more) = [a.removeprefix(SWEEP) for a in arguments if a.startswith(SWEEP)]
+    rest = [a for a in arguments if not a.startswith(SWEEP)]
+    if more:
+        raise UsageError("sweep.resume: goes on with one sweep, give one folder")
+    if any(a.startswith("resume=") for a in rest):
+        raise UsageError("sweep.resume: goes on with all runs of a sweep, leave out resume=")
+    if not MULTIRUN & set(rest):
+        raise UsageError(f"{SWEEP}{where}: goes on with a sweep, add -m")
+    folder = Path(where.strip("'\""))
+    if not where or not (folder / "multirun.yaml").is_file():
+        raise UsageError(f"{SWEEP}{where}: no sweep there, give the folder of one, which holds multirun.yaml")
+    given = {_key(a) for a in rest if a[0] != "-" and ("=" in a or a[0] == "~")}
+    if all(key.startswith("hydra") for key in given):
+        node = OmegaConf.load(folder / "multirun.yaml")
+        assert isinstance(node, DictConfig)
+        own = OmegaConf.to_container(node.hydra.overrides, resolve=False)
+        assert isinstance(own, dict)
+        rest += [*own["task"], *(a for a in own["hydra"] if not _replaced(_key(a), given))]
+    launch = next_launch(folder)
+    return [*rest, f"hydra.sweep.dir='{folder.resolve()}'", f"hydra.callbacks.sweep.launch={launch}"]
+
+
+def _key(override: str) -> str:
+    return override.partition("=")[0].lstrip("+~").partition("@")[0]
+
+
+def _replaced(key: str, given: set[str]) -> bool:
+    """Whether a sweep's override of Hydra is left out: it is given anew, or goes with a group that is."""
+    groups = {other.replace("/", ".") for other in given if "/" in other}
+    return key in ADDED | given or any(key.startswith(f"{group}.") for group in groups)
+
+
+def going_on(path: Path) -> Resumed:
+    """A job of a sweep, unchanged from its checkpoint `path`."""
+    from .checkpoint import load
+
+    content = load(path)
+    return Resumed(changed(content["config"], []), content, path, [])
 
 
 def resumed(cfg: DictConfig) -> Resumed | None:

@@ -17,29 +17,30 @@ def task(cfg: Any) -> float | None:
 
 
 def main() -> None:
+    from .closing import closing_sweep
     from .resume import resume_arguments
-    from .sweep import closing_sweep
     from .world import world
 
-    sys.argv[1:] = resume_arguments(sys.argv[1:])
+    asked = sys.argv[1:]
+    sys.argv[1:] = resume_arguments(asked)
     here = world()
     if here is None or here.size == 1:
-        with closing_sweep():
+        with closing_sweep(asked):
             hydra_app(task)
     else:
-        run_as_rank(first=here.first)
+        run_as_rank(asked, first=here.first)
 
 
-def run_as_rank(first: bool) -> None:
+def run_as_rank(asked: list[str], first: bool) -> None:
     """`main` in a rank that torchrun started; ends the process."""
-    from .sweep import closing_sweep
+    from .closing import closing_sweep
     from .world import end_now, silent_arguments
 
     code: object = 0
     with tempfile.TemporaryDirectory(prefix="accumexp-rank-") as folder:
         try:
             if first:
-                with closing_sweep():
+                with closing_sweep(asked):
                     hydra_app(task)
             else:
                 sys.argv += silent_arguments(folder)

@@ -12,13 +12,15 @@ from .accum import Inequality, inequalities
 from .assembly import Parts, build_parts, build_trainer
 from .checkpoint import BEST, FOLDER, Checkpoints, restore, saved_updates
 from .config import Backend, Config, LossScaling, Strategy, to_plain
-from .display import console, duration, show_values
+from .display import Progress
+from .journal import ProgressFile
 from .order import Order
 from .record import RunRecord, SilentRecord, open_tracker, write_config
 from .resume import Resumed
 from .signals import StopSignals
 from .sweep import SweepJob
 from .system import MIB, device_name, pick_device, reset_peak_memory
+from .terminal import console, duration, result, show_values
 from .tracking import Store, reopen
 from .trainer import Trainer
 from .world import World, device_of, first_says, joined, wait_for_all
@@ -49,6 +51,10 @@ class Run:
             trainer = build_trainer(config, parts, record)
             if back:
                 restore(trainer, back.content, back.path)
+                trainer.latest.update(back.content["evaluated"])
+            if self.job and self.job.parallel and here.first:
+                record.progress = ProgressFile(self.folder, trainer.total_updates)
+                record.progress.tell(trainer.progress.update, trainer.latest)
             ways = trainer.window.steps * here.size
             unequal = inequalities(parts.model.train(), parts.splits.train.batch_size, ways)
             if here.first:
@@ -58,6 +64,8 @@ class Run:
                 self._attach(trainer, config, record)
                 announce(config, trainer, parts, unequal, here)
                 reset_peak_memory(parts.device)
+                if back and back.ended_by:
+                    trainer.stop(back.ended_by)
                 signals.trainer = trainer
                 trainer.fit()
                 interrupted = trainer.stop_code > 1
@@ -81,7 +89,7 @@ class Run:
             wait_for_all(here)
             stopped_by = signal.Signals(trainer.stop_code).name
             text = f"stopped by {stopped_by} after update {trainer.progress.update}"
-            if saved_updates(self.folder / FOLDER):
+            if not self.job and saved_updates(self.folder / FOLDER):
                 text += f"; go on with\n  python -m accumexp.run resume={self.folder}"
             console.print(text, highlight=False, soft_wrap=True)
             sys.exit(128 + trainer.stop_code)
@@ -108,6 +116,8 @@ class Run:
             write_config(self.folder, config)
             self._summarise(record, "RUNNING", {})
             return
+        if self.job:
+            self.job.same_store(config.tracking)
         store = None if config.tracking.backend is Backend.none else Store(config.tracking)
         write_config(self.folder, config)
         parent = self.job.parent(store) if self.job else None
@@ -120,6 +130,10 @@ class Run:
         for callback in trainer.callbacks.values():
             if isinstance(callback, Checkpoints):
                 callback.attach(self.folder, identity, record.flush)
+                if self.order.back and self.order.back.ended_by:
+                    callback.know_saved(trainer)
+            if isinstance(callback, Progress) and self.job and self.job.jobs:
+                callback.title = f"job {self.job.turn} of {self.job.jobs}, "
 
     def _summarise(
         self,
@@ -137,17 +151,12 @@ class Run:
             run_id=record.tracker.run_id,
             final=final,
             monitored=monitored,
+            launch=self.job.launch if self.job else 0,
         )
 
     def _show(self, final: dict[str, float], record: RunRecord, trainer: Trainer) -> None:
         if self.job:
-            accuracy = f"test accuracy {final['accuracy']:.4f}, " if "accuracy" in final else ""
-            console.print(
-                f"job {self.job.number} {self.job.name}: {accuracy}test loss {final['loss']:.4f}, "
-                f"{trainer.progress.update} updates in {duration(trainer.progress.seconds)}",
-                highlight=False,
-                soft_wrap=True,
-            )
+            console.print(f"{self.job.title}: {result(final)}", highlight=False, soft_wrap=True, markup=False)
             return
         tracker = record.tracker
         values: dict[str, object] = {}

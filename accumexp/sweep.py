@@ -1,16 +1,11 @@
-"""A sweep: one parent run, a child run for each job, and a table when all are done."""
+"""A sweep: one parent run, a child run for each job, each job in its place."""
 
 from __future__ import annotations
 
 import json
-import logging
 import os
-import shlex
-import shutil
-import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,35 +14,66 @@ from filelock import FileLock
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
-from .errors import TrainingError
+from .journal import SUMMARY, write_whole
+from .live import View
+from .places import begin_launch, command_line, counted, launches, parallel
 
 if TYPE_CHECKING:
-    from .config import Config
+    from .config import Config, TrackingConfig
     from .tracking import Store
 
-log = logging.getLogger(__name__)
 PARENT = "sweep.json"
-SUMMARY = "summary.json"
 
 
 class SweepFolder(Callback):
-    """Tells where Hydra puts the sweep that this process launches."""
+    """Tells where Hydra puts the sweep that this process launches.
+
+    Args:
+        launch: 0 for the sweep's first launch, its number for one that goes on with it.
+    """
 
     current: Path | None = None
+    here = 0  # the launch that this process has begun
+    asked: Sequence[str] = ()  # its command line, as typed
+    jobs: int | None = None  # how many it has, where Hydra's own sweeper counts them
+    view: View | None = None
+
+    def __init__(self, launch: int = 0) -> None:
+        self.launch = launch
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        SweepFolder.current = Path(config.hydra.sweep.dir).absolute()
+        folder = Path(config.hydra.sweep.dir).absolute()
+        SweepFolder.current, SweepFolder.here = folder, self.launch
+        if self.launch:
+            begin_launch(folder, self.launch, command_line(SweepFolder.asked))
+        SweepFolder.jobs, varied = counted(config)
+        if parallel(config.hydra.launcher) and config.trainer.progress is not False:
+            told = (SweepFolder.jobs, varied, config.monitor, config.mode)
+            SweepFolder.view = View.on_terminal(folder, self.launch, *told)
 
 
 @dataclass(frozen=True)
 class SweepJob:
-    """One job's place in its sweep."""
+    """One job's place in its sweep.
+
+    Attributes:
+        number, name: of its folder.
+        folder: the sweep's.
+        jobs_at_once: jobs that share this machine's cores.
+        parallel: whether others may run at the same time, here or elsewhere.
+        launch: of the sweep, 0 for the first.
+        turn, jobs: the launch's job `turn` of `jobs`, as far as this process knows.
+    """
 
     number: int
     name: str
     folder: Path
     overrides: list[str]
     jobs_at_once: int
+    parallel: bool = False
+    launch: int = 0
+    turn: int = 1
+    jobs: int | None = None
 
     @classmethod
     def of(cls, hydra: Any) -> SweepJob | None:
@@ -56,9 +82,19 @@ class SweepJob:
 
         if hydra.mode != RunMode.MULTIRUN:
             return None
-        number, _, name = str(hydra.sweep.subdir).partition("_")
+        number, _, name = Path(hydra.runtime.output_dir).name.partition("_")
         folder = Path(hydra.sweep.dir).absolute()
-        return cls(int(number), name, folder, list(hydra.overrides.task), _jobs_at_once(hydra.launcher))
+        return cls(
+            *(int(number), name, folder, list(hydra.overrides.task), _jobs_at_once(hydra.launcher)),
+            parallel=parallel(hydra.launcher),
+            launch=int(hydra.callbacks.sweep.launch),
+            turn=int(hydra.job.num) + 1,
+            jobs=SweepFolder.jobs if SweepFolder.current == folder else None,
+        )
+
+    @property
+    def title(self) -> str:
+        return f"job {self.number} {self.name}"
 
     def share_cores(self, config: Config) -> None:
         """Gives a parallel job its share of the cores, and keeps its live bar off the common terminal."""
@@ -83,15 +119,25 @@ class SweepJob:
         with FileLock(self.folder / ".sweep.lock", timeout=120):
             if not known.exists():
                 tags = {
-                    "accumexp.command": shlex.join(["python", "-m", "accumexp.run", *sys.argv[1:]]),
+                    "accumexp.command": command_line(sys.argv[1:]),
                     "accumexp.folder": str(self.folder),
                     "accumexp.sweep": "true",
                 }
                 run_id = store.create_run(f"sweep {self.folder.name}", tags)
                 store.arrange_sweep(run_id)
                 written = {"run_id": run_id, "experiment_id": store.experiment_id, "uri": store.uri}
-                known.write_text(json.dumps(written) + "\n")
-            return json.loads(known.read_text())["run_id"]
+                write_whole(known, {**written, "launch": self.launch})
+            written = json.loads(known.read_text())
+            if written.get("launch", 0) < self.launch:
+                store.open_again(written["run_id"], launches(self.folder)[str(self.launch)])
+                write_whole(known, {**written, "launch": self.launch})
+            return written["run_id"]
+
+    def same_store(self, tracking: TrackingConfig) -> None:
+        """Keeps a sweep in the store it began in, whatever folder it goes on from."""
+        known = self.folder / PARENT
+        if tracking.uri is None and known.exists():
+            tracking.uri = json.loads(known.read_text())["uri"]
 
     def failed(self, folder: Path, error: Exception) -> None:
         """Notes the job's failure where the sweep's end will find it."""
@@ -99,8 +145,8 @@ class SweepJob:
         known: dict[str, Any] = {"overrides": self.overrides}
         if summary.exists():
             known = json.loads(summary.read_text())
-        known.update(status="FAILED", error=str(error) or type(error).__name__)
-        summary.write_text(json.dumps(known, indent=2) + "\n")
+        known.update(status="FAILED", error=str(error) or type(error).__name__, launch=self.launch)
+        write_whole(summary, known)
 
 
 def _jobs_at_once(launcher: Any) -> int:
@@ -109,80 +155,6 @@ def _jobs_at_once(launcher: Any) -> int:
     jobs = int(launcher.get("n_jobs", 1) or 1)
     cores = os.cpu_count() or 1
     return jobs if jobs > 0 else max(1, cores + 1 + jobs)
-
-
-@contextmanager
-def closing_sweep() -> Iterator[None]:
-    """Closes the sweep that is launched inside, however it ends: status of the parent, table, failed jobs.
-
-    Raises:
-        TrainingError: naming the jobs that failed, after the rest have run.
-    """
-    SweepFolder.current = None
-    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    status = "FAILED"
-    try:
-        yield
-        status = "FINISHED"
-    except (KeyboardInterrupt, SystemExit) as stop:
-        status = "KILLED" if isinstance(stop, KeyboardInterrupt) or stop.code in (130, 143) else status
-        raise
-    finally:
-        signal.signal(signal.SIGTERM, before)
-        if SweepFolder.current is not None:
-            _close(SweepFolder.current, status)
-
-
-def _close(folder: Path, status: str) -> None:
-    from .display import console
-
-    jobs = summaries(folder)
-    if not jobs:
-        if folder.is_dir() and {entry.name for entry in folder.iterdir()} <= {"multirun.yaml"}:
-            shutil.rmtree(folder)
-        return
-    unfinished = [job for job in jobs if job["status"] == "RUNNING"]
-    failed = [job for job in jobs if job["status"] == "FAILED"]
-    if status == "FINISHED" and (failed or unfinished):
-        status = "FAILED"
-    addresses = _close_parent(folder, status, unfinished) if (folder / PARENT).exists() else []
-    _report(folder, files=status != "KILLED")
-    console.print("\n".join([f"sweep   {folder}", *addresses]), highlight=False, soft_wrap=True, markup=False)
-    if status != "KILLED" and (failed or unfinished):
-        lines = [f"{len(failed + unfinished)} of {len(jobs)} jobs failed"]
-        for job in failed + unfinished:
-            lines.append(f"  job {' '.join(job['overrides'])}: {job.get('error') or 'died'}")
-        raise TrainingError("\n".join(lines))
-
-
-def _close_parent(folder: Path, status: str, unfinished: list[dict[str, Any]]) -> list[str]:
-    """Ends the parent run, and those of jobs that died; the lines that say where to look at them."""
-    from .config import TrackingConfig
-    from .tracking import Store
-
-    parent = json.loads((folder / PARENT).read_text())
-    store = Store(TrackingConfig(uri=parent["uri"]), parent["experiment_id"])
-    for job in unfinished:
-        if job.get("run_id"):
-            store.client.set_terminated(job["run_id"], "KILLED")
-    store.client.set_terminated(parent["run_id"], status)
-    lines = [f"UI      {store.sweep_address(parent['run_id'])}"]
-    lines.append(f"charts  {store.charts_address(parent['run_id'])}")
-    if store.ui_command:
-        lines.append(f"serve   {store.ui_command}")
-    return lines
-
-
-def _report(folder: Path, files: bool) -> None:
-    """The sweep's report; a report that fails leaves the sweep as it ended, and says how to make it again."""
-    from .reporting import find, publish
-
-    try:
-        publish(find(str(folder)), {}, files=files)
-    except Exception as error:
-        log.info("no report", exc_info=error)
-        again = f"python -m accumexp.report sweep={folder}"
-        print(f"no report: {str(error) or type(error).__name__}; again with\n  {again}", file=sys.stderr)
 
 
 def summaries(folder: Path) -> list[dict[str, Any]]:

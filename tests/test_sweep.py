@@ -58,8 +58,10 @@ def partly_failed(tmp_path_factory: pytest.TempPathFactory) -> Swept:
 def test_a_sweep_with_failed_jobs_names_them_last_and_exits_with_1(partly_failed: Swept) -> None:
     done = partly_failed.done
     assert done.code == 1, done
-    head, *jobs = done.stderr.splitlines()[-3:]
+    head, *jobs, how, command = done.stderr.splitlines()[-5:]
     assert head == "error: 2 of 6 jobs failed"
+    assert how == "go on with"
+    assert command == f"  python -m accumexp.run -m sweep.resume={partly_failed.folder}"
     for seed, line in enumerate(jobs):
         assert line.startswith("  job ") and f"accum.steps=0 seed={seed}" in line
         assert line.endswith(": accum.steps=0: at least 1")
@@ -144,6 +146,8 @@ def test_sigterm_kills_the_job_and_the_parent_and_starts_no_other(tmp_path: Path
     ended = {child.params["accum.steps"]: child.status for child in sweep.children}
     assert ended == {"1": "FINISHED", "2": "KILLED"}
     assert [row[0] for row in table(sweep.done.stdout)] == ["1"]
+    how = ["go on with", f"  python -m accumexp.run -m sweep.resume={sweep.folder}"]
+    assert sweep.done.stdout.splitlines()[-2:] == how
     assert "Traceback" not in sweep.done.stderr
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..config import report_from
-from ..display import console, steps
+from ..terminal import console, steps
 from .groups import varied_params
 from .jobs import Sweep
 from .page import page

@@ -118,6 +118,20 @@ class Store:
         }
         return self.client.create_run(self.experiment_id, tags={**own, **tags}, run_name=name).info.run_id
 
+    def open_again(self, run_id: str, command: str) -> None:
+        """Marks a run that had ended as running, by a command that goes on with it."""
+        self.client.update_run(run_id, status="RUNNING")
+        self.client.set_tag(run_id, "accumexp.resumed", command)
+
+    def close_left_open(self, folder: Path) -> None:
+        """Marks as KILLED what still runs, as far as this store knows, in a `folder` where nothing runs."""
+        found = self.client.search_runs(
+            [self.experiment_id],
+            filter_string=f"tags.`accumexp.folder` = '{folder}' and attributes.status = 'RUNNING'",
+        )
+        for run in found:
+            self.client.set_terminated(run.info.run_id, "KILLED")
+
     def _client(self) -> Any:
         if self.uri.startswith("http"):
             _check_server(self.uri)
