@@ -20,7 +20,7 @@ from .data import Batches, ResidentBatches
 from .journal import METRICS, SUMMARY, Journal, ProgressFile, write_whole
 from .order import CONFIG, Order
 from .shards import folder_of
-from .system import code_version, device_name
+from .system import code_version, device_name, tf32
 from .tracking import MLflowTracker, Store, Tracker
 
 
@@ -114,6 +114,7 @@ def open_tracker(
         "accumexp.git_sha": sha,
         "accumexp.device": device_name(parts.device),
         "accumexp.torch": torch.__version__,
+        "accumexp.tf32": str(tf32(parts.device)).lower(),
         "accumexp.folder": str(folder),
         **({"accumexp.overrides": json.dumps(order.job.overrides)} if order.job else {}),
         "mlflow.source.git.commit": sha,

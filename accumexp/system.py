@@ -39,6 +39,13 @@ def device_name(device: torch.device) -> str:
     return f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
 
 
+def tf32(device: torch.device) -> bool:
+    """Whether products of fp32 numbers may be rounded to TF32's 10 bits: on a GPU, unless it is forbidden."""
+    if device.type != "cuda":
+        return False
+    return torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32
+
+
 def reset_peak_memory(device: torch.device) -> None:
     """Starts a new peak: jobs of a sweep may share a process."""
     if device.type == "cuda":

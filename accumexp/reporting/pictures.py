@@ -15,7 +15,7 @@ from matplotlib.ticker import FuncFormatter
 from .noise import worth
 from .report import Report, Row, costs
 from .statistics import Verdict
-from .trajectory import EPSILON
+from .trajectory import epsilon_of
 from .wording import verdict_word
 
 # Okabe and Ito's colours, told apart with every colour vision (jfly.uni-koeln.de/color).
@@ -142,7 +142,7 @@ def losses(report: Report) -> Figure | None:
     if not compared:
         return figure
     right = axes[1]
-    smallest = min(EPSILON.get(row.group.first.params.get("precision", "fp32"), 1e-7) for row in compared) / 4
+    smallest = min(epsilon_of(row.group) for row in compared) / 4
     for index, row in enumerate(report.rows):
         if row not in compared or row.comparison is None:
             continue

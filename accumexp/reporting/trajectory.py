@@ -21,6 +21,7 @@ from .jobs import Curve
 JUMP = 100.0
 # Beyond this bound rounding explains too much to judge by.
 TOO_COARSE = 1e-2
+TF32 = 2.0**-10
 EPSILON = {"fp64": 2.0**-52, "fp32": 2.0**-23, "fp16": 2.0**-10, "bf16": 2.0**-7}
 LOSS = "train/loss"
 
@@ -34,7 +35,8 @@ class Trajectory:
         updates: updates of which all pairs have a point.
         median, low, high: over the seeds, of |difference| / reference; shape (updates,).
         bound: what rounding explains: batch size times the precision's epsilon, the worst case of a sum of
-            that many terms (Higham 2002, Accuracy and Stability of Numerical Algorithms, 4.2).
+            that many terms (Higham 2002, Accuracy and Stability of Numerical Algorithms, 4.2), and no less
+            than one rounding to TF32 where a GPU may have used it.
         judged: consecutive updates from the first on that were looked at, 0 if there are no such points.
         leaves: the update at which the loss leaves the reference's by more than rounding in most pairs.
         by: the relative difference there.
@@ -72,8 +74,10 @@ def compared(group: Group, reference: Group, curves: Mapping[int, Mapping[int, C
     """How `group` trains beside `reference`; `curves` holds the loss by `id` of a group and by seed."""
     seeds = sorted(group.jobs.keys() & reference.jobs.keys())
     reasons = declared(group, reference)
-    epsilon = EPSILON.get(reference.first.params.get("precision", "fp32"), EPSILON["fp32"])
+    epsilon = epsilon_of(reference)
     bound = reference.batch_size * epsilon
+    if any(one.first.tags.get("accumexp.tf32") == "true" for one in (group, reference)):
+        bound = max(bound, TF32)
     pairs = [_relative(curves[id(group)][seed], curves[id(reference)][seed]) for seed in seeds]
     if "batch size" in reasons or not pairs:
         pairs = []
@@ -95,6 +99,11 @@ def compared(group: Group, reference: Group, curves: Mapping[int, Mapping[int, C
         leaves=None if leaves is None else common[leaves],
         by=math.nan if leaves is None else float(np.median(table[:, leaves])),
     )
+
+
+def epsilon_of(group: Group) -> float:
+    """The distance from 1 to the next number of the group's precision."""
+    return EPSILON.get(group.first.params.get("precision", "fp32"), EPSILON["fp32"])
 
 
 def declared(group: Group, reference: Group) -> list[str]:
