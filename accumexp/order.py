@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -12,8 +11,9 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from .config import Config, from_hydra, to_plain
+from .cores import share_cores
 from .resume import Resumed, resumed
-from .sweep import SweepJob
+from .sweep import SweepJob, command_line
 
 CONFIG = "config.yaml"
 
@@ -46,8 +46,8 @@ class Order:
         config = back.config if back else from_hydra(cfg)
         job = SweepJob.of(hydra)
         if job:
-            job.share_cores(config)
-        command = shlex.join(["python", "-m", "accumexp.run", *sys.argv[1:]])
+            share_cores(config, hydra.launcher, job.batch)
+        command = job.command if job else command_line(sys.argv[1:])
         logging = OmegaConf.to_container(hydra.job_logging, resolve=True)
         assert isinstance(logging, dict)
         folder = Path(hydra.runtime.output_dir)

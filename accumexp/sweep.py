@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
+import math
 import shlex
 import shutil
 import signal
@@ -17,12 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from .errors import TrainingError
 
 if TYPE_CHECKING:
-    from .config import Config
     from .tracking import Store
 
 PARENT = "sweep.json"
@@ -38,15 +37,45 @@ class SweepFolder(Callback):
         SweepFolder.current = Path(config.hydra.sweep.dir).absolute()
 
 
+def command_line(arguments: Sequence[str]) -> str:
+    return shlex.join(["python", "-m", "accumexp.run", *arguments])
+
+
+def _batch(sweeper: Any, overrides: Sequence[str]) -> int | None:
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    if not str(sweeper.get("_target_", "")).endswith(".BasicSweeper"):
+        return None
+    given = [f"{key}={value}" for key, value in (sweeper.get("params") or {}).items()]
+    counts: dict[str, int] = {}
+    try:
+        # The last word for a key is the one that counts.
+        for override in OverridesParser.create().parse_overrides([*given, *overrides]):
+            sweeps = override.is_sweep_override()
+            values = list(override.sweep_string_iterator()) if sweeps else [None]
+            counts[override.get_key_element()] = len(values)
+    except HydraException:  # a glob, which needs all of the configuration
+        return None
+    jobs = math.prod(counts.values())
+    return min(jobs, sweeper.get("max_batch_size") or jobs)
+
+
 @dataclass(frozen=True)
 class SweepJob:
-    """One job's place in its sweep."""
+    """One job's place in its sweep.
+
+    Attributes:
+        command: the command line that asked for the sweep; a launcher's worker has one of its own.
+        batch: the jobs that are handed to the launcher together, None if the sweeper is not Hydra's own.
+    """
 
     number: int
     name: str
     folder: Path
     overrides: list[str]
-    jobs_at_once: int
+    command: str
+    batch: int | None
 
     @classmethod
     def of(cls, hydra: Any) -> SweepJob | None:
@@ -57,22 +86,14 @@ class SweepJob:
             return None
         number, _, name = str(hydra.sweep.subdir).partition("_")
         folder = Path(hydra.sweep.dir).absolute()
-        return cls(int(number), name, folder, list(hydra.overrides.task), _jobs_at_once(hydra.launcher))
-
-    def share_cores(self, config: Config) -> None:
-        """Gives a parallel job its share of the cores, and keeps its live bar off the common terminal."""
-        if self.jobs_at_once == 1:
-            return
-        if config.trainer.threads is None:
-            at_once = self.jobs_at_once * (config.accum.processes or 1)
-            config.trainer.threads = max(1, (os.cpu_count() or 1) // at_once)
-        if "progress" in config.callbacks:
-            config.callbacks["progress"]["show"] = False
-        import multiprocessing
-
-        # joblib's workers start processes by a method that torch's DataLoader cannot use.
-        if multiprocessing.get_start_method(allow_none=True) == "loky":
-            multiprocessing.set_start_method("spawn", force=True)
+        written = folder / "multirun.yaml"  # by Hydra's sweeper, before the first job
+        asked = OmegaConf.load(written).hydra.overrides if written.exists() else hydra.overrides
+        arguments = sys.argv[1:]
+        if SweepFolder.current is None:
+            own = [override for override in asked.hydra if override != "hydra.mode=MULTIRUN"]
+            arguments = ["-m", *asked.task, *own]
+        batch = _batch(hydra.sweeper, asked.task)
+        return cls(int(number), name, folder, list(hydra.overrides.task), command_line(arguments), batch)
 
     def parent(self, store: Store | None) -> str | None:
         """The parent run's id; the first job that gets so far makes it, so a bad command line makes none."""
@@ -82,7 +103,7 @@ class SweepJob:
         with FileLock(self.folder / ".sweep.lock", timeout=120):
             if not known.exists():
                 tags = {
-                    "accumexp.command": shlex.join(["python", "-m", "accumexp.run", *sys.argv[1:]]),
+                    "accumexp.command": self.command,
                     "accumexp.folder": str(self.folder),
                     "accumexp.sweep": "true",
                 }
@@ -100,14 +121,6 @@ class SweepJob:
             known = json.loads(summary.read_text())
         known.update(status="FAILED", error=str(error) or type(error).__name__)
         summary.write_text(json.dumps(known, indent=2) + "\n")
-
-
-def _jobs_at_once(launcher: Any) -> int:
-    if "joblib" not in str(launcher.get("_target_", "")):
-        return 1
-    jobs = int(launcher.get("n_jobs", 1) or 1)
-    cores = os.cpu_count() or 1
-    return jobs if jobs > 0 else max(1, cores + 1 + jobs)
 
 
 @contextmanager
