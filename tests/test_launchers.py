@@ -141,7 +141,7 @@ def test_a_real_sweep_in_other_processes_ends_as_one_in_this(
     """submitit's is `test_the_tasks_of_a_cluster_job_are_the_ranks`."""
     pytest.importorskip(PLUGINS[launcher])
     options = ["accum.steps=0,2", *SMALL, f"hydra/launcher={launcher}", *words]
-    done = run_command("run", "-m", *options, folder=tmp_path)
+    done = run_command("run", "-m", *options, folder=tmp_path, fresh=True)
     assert done.code == 1, done
     head, failed = done.stderr.splitlines()[-2:]
     assert head == "error: 1 of 2 jobs failed"
