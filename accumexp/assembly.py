@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -13,6 +12,7 @@ from torchmetrics import Metric, MetricCollection
 from .accum import LossScale, Ranks, Window, WindowLoss, data_parallel, fully_sharded, window_loss
 from .callbacks import EMA, Callback
 from .config import AccumConfig, Config, LossScaling, Precision, Strategy
+from .cores import cores
 from .data import Placement, Share, Splits, build_splits
 from .errors import UsageError
 from .evaluation import Evaluator
@@ -56,7 +56,7 @@ def build_parts(config: Config, here: World = ALONE) -> Parts:
     device = pick_device(device_of(config.device, here))
     threads = config.trainer.threads
     if threads is None and here.size > 1:
-        threads = max(1, (os.cpu_count() or 1) // here.local_size)
+        threads = max(1, cores() // here.local_size)
     if threads:
         torch.set_num_threads(threads)
     seed_everything(config.seed, config.trainer.deterministic)

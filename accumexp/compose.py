@@ -24,8 +24,8 @@ from .config import Config, explain_omegaconf, unknown_key
 from .errors import TrainingError, UsageError
 from .places import place
 
-# Read before `hydra_app` sets it for Hydra.
-WANTS_TRACEBACK = os.environ.get("HYDRA_FULL_ERROR") == "1"
+# Read before `hydra_app` sets it for Hydra, and handed on to the processes in which a launcher runs jobs.
+WANTS_TRACEBACK = os.environ.get("ACCUMEXP_TRACEBACK", os.environ.get("HYDRA_FULL_ERROR")) == "1"
 
 ConfigStore.instance().store(name="schema", node=Config)
 
@@ -74,17 +74,19 @@ def hydra_app(task: Callable[[Any], Any]) -> None:
     """
     import hydra
 
-    asked = os.environ.get("HYDRA_FULL_ERROR")
-    os.environ["HYDRA_FULL_ERROR"] = "1"
+    ours = {"HYDRA_FULL_ERROR": "1", "ACCUMEXP_TRACEBACK": str(int(WANTS_TRACEBACK))}
+    before = {name: os.environ.get(name) for name in ours}
+    os.environ.update(ours)
     try:
         hydra.main(config_path=conf_dir(), config_name="config", version_base="1.3")(task)()
     except (HydraException, OmegaConfBaseException) as error:
         raise UsageError(explain(error)) from error
     finally:
-        if asked is None:
-            del os.environ["HYDRA_FULL_ERROR"]
-        else:
-            os.environ["HYDRA_FULL_ERROR"] = asked
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 def explain(error: BaseException) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from .config import Config, from_hydra, to_plain
+from .cores import share_cores
 from .places import command_line
 from .resume import Resumed, going_on, resumed
 from .sweep import SweepJob
@@ -46,8 +47,8 @@ class Order:
         config = back.config if back else from_hydra(cfg)
         job = SweepJob.of(hydra)
         if job:
-            job.share_cores(config)
-        command = command_line(sys.argv[1:])
+            share_cores(config, hydra.launcher, job.batch)
+        command = job.command if job else command_line(sys.argv[1:])
         logging = OmegaConf.to_container(hydra.job_logging, resolve=True)
         assert isinstance(logging, dict)
         folder = Path(hydra.runtime.output_dir)

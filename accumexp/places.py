@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
-from omegaconf import DictConfig
 
+# What Hydra or an earlier `sweep.resume=` has added to a sweep's own overrides.
+ADDED = {"hydra.mode", "hydra.sweep.dir", "hydra.callbacks.sweep.launch"}
 PLACES = "jobs.jsonl"
 LAUNCHES = "launches.json"
 
@@ -99,21 +100,25 @@ def next_launch(sweep: Path) -> int:
     return 1 + max((int(number) for number in launches(sweep)), default=0)
 
 
-def counted(config: DictConfig) -> tuple[int | None, list[str]]:
+def counted(sweeper: Any, overrides: Sequence[str]) -> tuple[int | None, list[str]]:
     """(How many jobs Hydra's own sweeper makes of a multirun's overrides, the keys that vary over them).
 
-    Another sweeper decides on its way: (None, nothing known to vary).
+    Another sweeper decides on its way, and a glob needs all of the configuration: (None, nothing known).
     """
     from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
 
-    sweeper = config.hydra.sweeper
     if not str(sweeper.get("_target_", "")).endswith(".BasicSweeper"):
         return None, []
     lines = [f"{key}={value}" for key, value in (sweeper.get("params") or {}).items()]
     values: dict[str, int] = {}
-    for override in OverridesParser.create().parse_overrides([*lines, *config.hydra.overrides.task]):
-        several = override.is_sweep_override() and override.is_discrete_sweep()
-        values[override.get_key_element()] = len(list(override.sweep_iterator())) if several else 1
+    try:
+        # The last word for a key is the one that counts.
+        for override in OverridesParser.create().parse_overrides([*lines, *overrides]):
+            several = list(override.sweep_string_iterator()) if override.is_sweep_override() else [None]
+            values[override.get_key_element()] = len(several)
+    except HydraException:
+        return None, []
     return math.prod(values.values()), [key.lstrip("+") for key, count in values.items() if count > 1]
 
 

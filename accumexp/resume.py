@@ -12,15 +12,13 @@ from omegaconf import DictConfig, OmegaConf
 
 from .config import Config, from_hydra
 from .errors import UsageError
-from .places import next_launch
+from .places import ADDED, next_launch
 from .world import world
 
 log = logging.getLogger(__name__)
 
 SWEEP = "sweep.resume="
 MULTIRUN = {"-m", "--multirun"}
-# What Hydra or an earlier `sweep.resume=` has added to a sweep's own overrides.
-ADDED = {"hydra.mode", "hydra.sweep.dir", "hydra.callbacks.sweep.launch"}
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from .journal import SUMMARY, write_whole
 from .live import View
-from .places import begin_launch, command_line, counted, launches, parallel
+from .places import ADDED, begin_launch, command_line, counted, launches, parallel
 
 if TYPE_CHECKING:
-    from .config import Config, TrackingConfig
+    from .config import TrackingConfig
     from .tracking import Store
 
 PARENT = "sweep.json"
@@ -46,7 +45,7 @@ class SweepFolder(Callback):
         SweepFolder.current, SweepFolder.here = folder, self.launch
         if self.launch:
             begin_launch(folder, self.launch, command_line(SweepFolder.asked))
-        SweepFolder.jobs, varied = counted(config)
+        SweepFolder.jobs, varied = counted(config.hydra.sweeper, config.hydra.overrides.task)
         if parallel(config.hydra.launcher) and config.trainer.progress is not False:
             told = (SweepFolder.jobs, varied, config.monitor, config.mode)
             SweepFolder.view = View.on_terminal(folder, self.launch, *told)
@@ -59,7 +58,8 @@ class SweepJob:
     Attributes:
         number, name: of its folder.
         folder: the sweep's.
-        jobs_at_once: jobs that share this machine's cores.
+        command: the command line that asked for the sweep; a launcher's worker has one of its own.
+        batch: the jobs that are handed to the launcher together, None if the sweeper is not Hydra's own.
         parallel: whether others may run at the same time, here or elsewhere.
         launch: of the sweep, 0 for the first.
         turn, jobs: the launch's job `turn` of `jobs`, as far as this process knows.
@@ -69,7 +69,8 @@ class SweepJob:
     name: str
     folder: Path
     overrides: list[str]
-    jobs_at_once: int
+    command: str
+    batch: int | None
     parallel: bool = False
     launch: int = 0
     turn: int = 1
@@ -84,8 +85,17 @@ class SweepJob:
             return None
         number, _, name = Path(hydra.runtime.output_dir).name.partition("_")
         folder = Path(hydra.sweep.dir).absolute()
+        written = folder / "multirun.yaml"  # by Hydra's sweeper, before the first job
+        asked = OmegaConf.load(written).hydra.overrides if written.exists() else hydra.overrides
+        arguments = list(SweepFolder.asked or sys.argv[1:])
+        if SweepFolder.current is None:
+            own = [override for override in asked.hydra if override.partition("=")[0] not in ADDED]
+            arguments = ["-m", *asked.task, *own]
+        batch, _ = counted(hydra.sweeper, asked.task)
+        if batch is not None:
+            batch = min(batch, hydra.sweeper.get("max_batch_size") or batch)
         return cls(
-            *(int(number), name, folder, list(hydra.overrides.task), _jobs_at_once(hydra.launcher)),
+            *(int(number), name, folder, list(hydra.overrides.task), command_line(arguments), batch),
             parallel=parallel(hydra.launcher),
             launch=int(hydra.callbacks.sweep.launch),
             turn=int(hydra.job.num) + 1,
@@ -96,21 +106,6 @@ class SweepJob:
     def title(self) -> str:
         return f"job {self.number} {self.name}"
 
-    def share_cores(self, config: Config) -> None:
-        """Gives a parallel job its share of the cores, and keeps its live bar off the common terminal."""
-        if self.jobs_at_once == 1:
-            return
-        if config.trainer.threads is None:
-            at_once = self.jobs_at_once * (config.accum.processes or 1)
-            config.trainer.threads = max(1, (os.cpu_count() or 1) // at_once)
-        if "progress" in config.callbacks:
-            config.callbacks["progress"]["show"] = False
-        import multiprocessing
-
-        # joblib's workers start processes by a method that torch's DataLoader cannot use.
-        if multiprocessing.get_start_method(allow_none=True) == "loky":
-            multiprocessing.set_start_method("spawn", force=True)
-
     def parent(self, store: Store | None) -> str | None:
         """The parent run's id; the first job that gets so far makes it, so a bad command line makes none."""
         if store is None:
@@ -119,7 +114,7 @@ class SweepJob:
         with FileLock(self.folder / ".sweep.lock", timeout=120):
             if not known.exists():
                 tags = {
-                    "accumexp.command": command_line(sys.argv[1:]),
+                    "accumexp.command": self.command,
                     "accumexp.folder": str(self.folder),
                     "accumexp.sweep": "true",
                 }
@@ -147,14 +142,6 @@ class SweepJob:
             known = json.loads(summary.read_text())
         known.update(status="FAILED", error=str(error) or type(error).__name__, launch=self.launch)
         write_whole(summary, known)
-
-
-def _jobs_at_once(launcher: Any) -> int:
-    if "joblib" not in str(launcher.get("_target_", "")):
-        return 1
-    jobs = int(launcher.get("n_jobs", 1) or 1)
-    cores = os.cpu_count() or 1
-    return jobs if jobs > 0 else max(1, cores + 1 + jobs)
 
 
 def summaries(folder: Path) -> list[dict[str, Any]]:

@@ -43,7 +43,7 @@ def tf32(device: torch.device) -> bool:
     """Whether products of fp32 numbers may be rounded to TF32's 10 bits: on a GPU, unless it is forbidden."""
     if device.type != "cuda":
         return False
-    return torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32
+    return bool(torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32)
 
 
 def reset_peak_memory(device: torch.device) -> None:

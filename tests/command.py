@@ -1,7 +1,8 @@
 """The real command line in folders of its own, and what it leaves on the disk and in MLflow.
 
-`run_command` starts `python -m accumexp.<command>`. Most of such a process's time goes into importing
-torch, so `run_many` runs a list of commands, each to its exit code and in its own folder, in one process.
+`run_command` is `python -m accumexp.<command>`, forked from a process that has imported the libraries: they
+take most of a command's time. `fresh` ones start from nothing, as a user's do. `run_many` runs a list of
+commands, each to its exit code and in its own folder, in one process.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import accumexp
+
+from .forked import as_main, forked
 
 PACKAGE_PARENT = Path(accumexp.__file__).resolve().parents[1]
 HANGS_AFTER = 300  # seconds
@@ -85,11 +88,14 @@ def run_command(
     folder: Path,
     env: dict[str, str] | None = None,
     flags: Sequence[str] = (),
+    fresh: bool = False,
 ) -> Done:
-    """`python <flags> -m accumexp.<command> <arguments>` in `folder`."""
+    """`python <flags> -m accumexp.<command> <arguments>` in `folder`; `flags` need a `fresh` process."""
     folder.mkdir(parents=True, exist_ok=True)
-    line = [sys.executable, *flags, "-m", f"accumexp.{command}", *arguments]
-    return _ended(line, folder, environment() if env is None else env)
+    module, env = f"accumexp.{command}", environment() if env is None else env
+    if fresh or flags:
+        return _ended([sys.executable, *flags, "-m", module, *arguments], folder, env)
+    return Done(*forked(as_main, module, list(arguments), folder=folder, env=env, seconds=HANGS_AFTER))
 
 
 def run_many(cases: Sequence[Case], scratch: Path) -> list[Done]:
@@ -97,7 +103,7 @@ def run_many(cases: Sequence[Case], scratch: Path) -> list[Done]:
     scratch.mkdir(parents=True, exist_ok=True)
     asked, answered = scratch / "cases.json", scratch / "results.json"
     asked.write_text(json.dumps([asdict(case) for case in cases]))
-    done = _ended([sys.executable, __file__, str(asked), str(answered)], scratch, environment())
+    done = Done(*forked(_run_all, asked, answered, folder=scratch, env=environment(), seconds=HANGS_AFTER))
     assert done.code == 0 and not done.stderr, done
     return [Done(**result) for result in json.loads(answered.read_text())]
 
@@ -107,6 +113,11 @@ def _ended(line: list[str], folder: Path, env: dict[str, str]) -> Done:
         line, cwd=folder, env=env, capture_output=True, text=True, timeout=HANGS_AFTER, check=False
     )
     return Done(done.returncode, done.stdout, done.stderr)
+
+
+def _run_all(asked: Path, answered: Path) -> None:
+    ended = [_run_here(Case(**case)) for case in json.loads(asked.read_text())]
+    answered.write_text(json.dumps([asdict(one) for one in ended]))
 
 
 def _run_here(case: Case) -> Done:
@@ -216,9 +227,3 @@ def _record(store: Any, run: Any) -> Record:
             if tag.key == "mlflow.data.context"
         },
     )
-
-
-if __name__ == "__main__":
-    wanted, results = map(Path, sys.argv[1:])
-    ended = [_run_here(Case(**case)) for case in json.loads(wanted.read_text())]
-    results.write_text(json.dumps([asdict(one) for one in ended]))

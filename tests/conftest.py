@@ -12,6 +12,7 @@ from .command import only_run, run_command
 from .launched import EXACT
 
 os.environ["OMP_NUM_THREADS"] = "1"  # for the commands that tests start
+os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 torch.set_num_threads(1)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import traceback
 import warnings
 from collections.abc import Callable
@@ -13,9 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-# Forks from a process that has imported torch and done nothing else: a rank starts in milliseconds.
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["torch", "accumexp.accum"])
+from .forked import CONTEXT
 
 
 def on_ranks(

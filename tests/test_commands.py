@@ -159,14 +159,14 @@ def test_bad_input_gives_one_line_that_names_the_key_and_leaves_nothing(
     ],
 )
 def test_bad_input_ends_a_process_of_its_own_in_one_line(argument: str, says: str, tmp_path: Path) -> None:
-    done = run_command("run", argument, folder=tmp_path)
+    done = run_command("run", argument, folder=tmp_path, fresh=True)
     assert says in done.error()
     assert left_behind(tmp_path) == []
 
 
 def test_hydra_full_error_adds_the_traceback(tmp_path: Path) -> None:
     env = environment(HYDRA_FULL_ERROR="1")
-    done = run_command("run", "accum.steps=0", folder=tmp_path, env=env)
+    done = run_command("run", "accum.steps=0", folder=tmp_path, env=env, fresh=True)
     assert done.code == 2
     assert "Traceback (most recent call last)" in done.stderr
     assert done.stderr.splitlines()[-1] == "error: accum.steps=0: at least 1"
@@ -205,7 +205,7 @@ class Trained:
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     base = tmp_path_factory.mktemp("trained")
-    done = run_command("run", *RUN, folder=base)
+    done = run_command("run", *RUN, folder=base, fresh=True)
     assert done.code == 0, done
     folder = only_run(base)
     return Trained(done, base, folder, record_of(folder))

@@ -145,16 +145,25 @@ def test_joblibs_workers_start_ranks_of_their_own(tmp_path: Path) -> None:
 def test_the_tasks_of_a_cluster_job_are_the_ranks(tmp_path: Path) -> None:
     """submitit's local executor starts the tasks as Slurm would: one process a rank."""
     pytest.importorskip("submitit")
-    options = [*SMALL, "accum=ddp", "trainer.max_updates=4", "seed=0,1"]
+    options = ["accum.steps=0,2", *SMALL, "accum=ddp", "trainer.max_updates=4"]
     tasks = [
         "hydra/launcher=submitit_local",
         "hydra.launcher.tasks_per_node=2",
+        "hydra.launcher.cpus_per_task=3",
         "hydra.launcher.timeout_min=5",
     ]
     done: Done = run_command("run", "-m", *options, *tasks, folder=tmp_path)
-    assert done.code == 0, done
-    states = [(r.params.get("accum.processes"), r.status) for r in records(tmp_path)]
-    assert sorted(states, key=str) == [("2", "FINISHED"), ("2", "FINISHED"), (None, "FINISHED")]
+    assert done.code == 1, done
+    head, failed = done.stderr.splitlines()
+    assert head == "error: 1 of 2 jobs failed" and failed.endswith("accum.steps=0: at least 1")
+    child, parent = sorted(records(tmp_path), key=lambda record: "accumexp.sweep" in record.tags)
+    assert (child.status, parent.status) == ("FINISHED", "FAILED")
+    assert child.tags["mlflow.parentRunId"] == parent.run_id
+    assert (child.params["accum.processes"], child.params["trainer.threads"]) == ("2", "3")
+    for record in (child, parent):
+        assert record.tags["accumexp.command"].startswith(
+            "python -m accumexp.run -m accum.steps=0,2 model=mlp"
+        )
 
 
 @pytest.mark.parametrize(

@@ -240,8 +240,8 @@ def test_jobs_are_counted_as_hydras_sweeper_makes_them(
 ) -> None:
     taken = [one for one in overrides if not one.startswith("name")]
     config = multirun(*taken)
-    config.hydra.overrides.task = [one for one in overrides if not one.startswith("hydra")]
-    assert counted(config) == (jobs, varied)
+    task = [one for one in overrides if not one.startswith("hydra")]
+    assert counted(config.hydra.sweeper, task) == (jobs, varied)
 
 
 @pytest.mark.parametrize(

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
 from accumexp.compose import conf_dir
-from accumexp.sweep import _jobs_at_once, summaries
+from accumexp.sweep import summaries
 
 from .command import Done, Record, environment, left_behind, only_sweep, records, run_command
 
@@ -105,18 +103,6 @@ def test_each_job_tells_in_its_folder_how_it_ended(partly_failed: Swept) -> None
 # Other sweeps ------------------------------------------------------------------------------------------
 
 
-def test_jobs_at_the_same_time_share_the_cores_and_the_parent(tmp_path: Path) -> None:
-    joblib = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
-    sweep = swept(tmp_path, "accum.steps=1,2", *joblib, *SMALL)
-    assert sweep.done.code == 0, sweep.done
-    assert sweep.parent.status == "FINISHED"
-    assert [child.status for child in sweep.children] == ["FINISHED"] * 2
-    assert {child.tags["mlflow.parentRunId"] for child in sweep.children} == {sweep.parent.run_id}
-    share = max(1, (os.cpu_count() or 1) // 2)
-    assert {child.params["trainer.threads"] for child in sweep.children} == {str(share)}
-    assert [row[:2] for row in table(sweep.done.stdout)] == [["1", "1"], ["2", "1"]]
-
-
 def test_a_typo_in_a_sweep_leaves_no_parent_and_no_folder(tmp_path: Path) -> None:
     done = run_command("run", "-m", "accum.stps=1,2", folder=tmp_path)
     assert done.error() == "accum.stps: no such key, did you mean accum.steps?"
@@ -184,26 +170,3 @@ def test_equal_batch_gives_the_larger_batchs_result_whatever_the_steps(tmp_path:
     assert losses[1, 0] != pytest.approx(losses[1, 1], rel=1e-4)
     assert [row[:2] for row in table(done.stdout)] == [["1", "2"], ["8", "2"]]
     assert not (tmp_path / "mlflow.db").exists()
-
-
-# Cores -----------------------------------------------------------------------------------------------
-
-JOBLIB = "hydra_plugins.hydra_joblib_launcher.joblib_launcher.JoblibLauncher"
-
-
-@pytest.mark.parametrize(
-    ("launcher", "expected"),
-    [
-        ({"_target_": "hydra._internal.core_plugins.basic_launcher.BasicLauncher"}, 1),
-        ({"_target_": JOBLIB, "n_jobs": 3}, 3),
-        ({"_target_": JOBLIB, "n_jobs": -1}, 6),
-        ({"_target_": JOBLIB, "n_jobs": -2}, 5),
-        ({"_target_": JOBLIB, "n_jobs": -9}, 1),
-        ({"_target_": JOBLIB, "n_jobs": None}, 1),
-    ],
-)
-def test_jobs_at_once_follow_joblibs_own_counting(
-    launcher: dict[str, Any], expected: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(os, "cpu_count", lambda: 6)
-    assert _jobs_at_once(launcher) == expected

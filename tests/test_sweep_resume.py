@@ -324,7 +324,7 @@ def test_the_first_job_of_a_later_launch_opens_the_parent_again(tmp_path: Path) 
     write_whole(tmp_path / "sweep.json", {"run_id": "p", "experiment_id": "1", "uri": "u", "launch": 0})
     store: Any = Opened()
     for launch in (0, 2, 2):
-        job = SweepJob(0, "a", tmp_path, [], 1, launch=launch)
+        job = SweepJob(0, "a", tmp_path, [], "", None, launch=launch)
         assert job.parent(store) == "p"
     assert store.runs == [("p", "python -m accumexp.run again")]
     assert json.loads((tmp_path / "sweep.json").read_text())["launch"] == 2

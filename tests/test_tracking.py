@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import socket
 import sqlite3
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
+from glob import glob
 from pathlib import Path
 from typing import Any
 
@@ -64,9 +70,9 @@ def history(tracker: MLflowTracker, key: str) -> list[tuple[int, float]]:
 def test_a_new_store_opened_by_several_processes_at_once_loses_nothing(tmp_path: Path) -> None:
     config = config_at(tmp_path)
     command = [sys.executable, "-c", WRITER, str(config.uri)]
-    writers = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(4)]
+    writers = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(8)]
     run_ids = [writer.communicate(timeout=240)[0].strip() for writer in writers]
-    assert [writer.returncode for writer in writers] == [0] * 4
+    assert [writer.returncode for writer in writers] == [0] * 8
     client = Store(config).client
     for run_id in run_ids:
         points = client.get_metric_history(run_id, "train/loss")
@@ -165,6 +171,75 @@ def test_stores_that_cannot_be_used_are_named(tmp_path: Path) -> None:
     (tmp_path / "mlflow.db").write_text("no database")
     with pytest.raises(UsageError, match=r"tracking.uri=sqlite:.*cannot be used"):
         Store(config_at(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("uri", "says"),
+    [
+        ("postgresql://me:secret@db/runs", "~/.pgpass or PGPASSWORD"),
+        ("postgresql+psycopg2://me:secret@db/runs", "~/.pgpass or PGPASSWORD"),
+        ("http://me:secret@127.0.0.1:9", "MLFLOW_TRACKING_PASSWORD"),
+        ("mysql+pymysql://me@db/runs", "start `mlflow server"),
+    ],
+)
+def test_what_would_tell_a_password_or_race_is_refused(uri: str, says: str) -> None:
+    with pytest.raises(UsageError, match="tracking.uri=") as refused:
+        Store(TrackingConfig(uri=uri))
+    assert says in str(refused.value) and "secret" not in str(refused.value)
+
+
+def test_a_postgresql_database_needs_its_driver_and_an_answer() -> None:
+    """Whether it is installed or not: one line, soon."""
+    with pytest.raises(UsageError, match="needs psycopg2, pip install|127.0.0.1.*port 9 failed"):
+        Store(TrackingConfig(uri="postgresql://me@127.0.0.1:9/runs"))
+
+
+POSTGRES = Path(next(iter(sorted(glob("/usr/lib/postgresql/*/bin"), reverse=True)), "/nowhere"))
+
+
+@pytest.fixture
+def database(tmp_path: Path) -> Iterator[str]:
+    """The address of a PostgreSQL of this test's own, where it is installed."""
+    pytest.importorskip("psycopg2")
+    if not (POSTGRES / "initdb").exists():
+        pytest.skip("PostgreSQL is not installed")
+    # It refuses to run as root.
+    tmp_path.chmod(0o755)
+    data = Path(tempfile.mkdtemp(prefix="accumexp-pg-", dir="/tmp"))
+    become: dict[str, Any] = {}
+    if os.getuid() == 0:
+        shutil.chown(data, "postgres", "postgres")
+        become = {"user": "postgres", "cwd": "/"}
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    quiet: dict[str, Any] = {"check": True, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    options = f"-p {port} -k {data} -c listen_addresses=127.0.0.1 -c fsync=off"
+    control = [str(POSTGRES / "pg_ctl"), "-D", str(data / "db")]
+    try:
+        made = [str(POSTGRES / "initdb"), "-D", str(data / "db"), "-U", "me", "-A", "trust", "-N"]
+        subprocess.run(made, **quiet, **become)
+        subprocess.run([*control, "-o", options, "-l", str(data / "log"), "-w", "start"], **quiet, **become)
+        yield f"postgresql://me@127.0.0.1:{port}/postgres"
+        subprocess.run([*control, "-m", "immediate", "stop"], **quiet, **become)
+    finally:
+        shutil.rmtree(data, ignore_errors=True)
+
+
+def test_a_new_postgresql_database_opened_by_several_at_once_loses_nothing(
+    tmp_path: Path, database: str
+) -> None:
+    command = [sys.executable, "-c", WRITER, database]
+    writers = [subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True) for _ in range(4)]
+    run_ids = [writer.communicate(timeout=240)[0].strip() for writer in writers]
+    assert [writer.returncode for writer in writers] == [0] * 4
+    store = Store(TrackingConfig(uri=database))
+    for run_id in run_ids:
+        points = store.client.get_metric_history(run_id, "train/loss")
+        assert sorted((p.step, p.value) for p in points) == [(u, float(u)) for u in range(1, 501)]
+    assert store.ui_command == f"mlflow ui --backend-store-uri {store.uri}"
+    location = store.client.get_experiment(store.experiment_id).artifact_location
+    assert location == (tmp_path / "mlartifacts").as_uri()
 
 
 def test_a_deleted_experiment_or_run_is_named(folder: Path) -> None:

@@ -6,13 +6,16 @@ import getpass
 import json
 import logging
 import os
+import re
 import sqlite3
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from filelock import FileLock
 
@@ -21,6 +24,8 @@ from ..errors import UsageError
 
 COSTS = ("update_ms", "samples_per_second", "activation_mib", "peak_memory_mib")
 LOCAL_UI = "http://127.0.0.1:5000"
+# What PostgreSQL's lock is known by among all that use the same database: any constant of 64 bits.
+OPENING = int.from_bytes(b"accumexp")
 
 
 class Store:
@@ -37,11 +42,17 @@ class Store:
         self.uri = config.uri or f"sqlite:///{Path.cwd() / 'mlflow.db'}"
         if self.uri.startswith("sqlite:///"):
             self.uri = f"sqlite:///{Path(self.uri.removeprefix('sqlite:///')).absolute()}"
+        # The driver of accumexp[postgres]; which one SQLAlchemy takes by itself depends on its version.
+        self.uri = re.sub("^postgres(ql)?://", "postgresql+psycopg2://", self.uri)
+        _check(self.uri)
         try:
             self.client = self._client()
             self.experiment_id = experiment_id or self._open(config.experiment)
         except UsageError:
             raise
+        except ModuleNotFoundError as error:
+            extra = ", pip install 'accumexp[postgres]'" if error.name == "psycopg2" else ""
+            raise UsageError(f"tracking.uri={self.uri}: needs {error.name}{extra}") from error
         except Exception as error:
             reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
             raise UsageError(f"tracking.uri={self.uri}: cannot be used: {reason}") from error
@@ -137,7 +148,7 @@ class Store:
             _check_server(self.uri)
         # A run tells nobody but its own store that it happens, and a dead server is found in seconds.
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-        os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+        os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # a run prints its own
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
         from mlflow import MlflowClient
@@ -145,25 +156,41 @@ class Store:
         # After the import, which sets up MLflow's own logging.
         for noisy in ("mlflow", "alembic"):
             logging.getLogger(noisy).setLevel(logging.WARNING)
-        if self._database is None:
-            return MlflowClient(self.uri)
-        if not self._database.parent.is_dir():
+        if self._database is not None and not self._database.parent.is_dir():
             raise UsageError(f"tracking.uri={self.uri}: the folder {self._database.parent} is not there")
-        # Processes that create the tables of one new store at the same time fail.
-        with FileLock(f"{self._database}.lock", timeout=120):
+        with self._alone():
             client = MlflowClient(self.uri)
-            client.search_experiments(max_results=1)
-            connection = sqlite3.connect(self._database)
-            connection.execute("PRAGMA journal_mode=WAL")
-            connection.close()
+            if not self.uri.startswith("http"):
+                client.search_experiments(max_results=1)
+            if self._database is not None:
+                connection = sqlite3.connect(self._database)
+                connection.execute("PRAGMA journal_mode=WAL")
+                connection.close()
         return client
 
     def _open(self, experiment: str) -> str:
         """The id of `experiment`, created if it is new."""
-        if self._database is None:
+        if self.uri.startswith("http"):
             return _experiment(self.client, experiment, None)
-        with FileLock(f"{self._database}.lock", timeout=120):
-            return _experiment(self.client, experiment, (self._database.parent / "mlartifacts").as_uri())
+        beside = Path.cwd() if self._database is None else self._database.parent
+        with self._alone():
+            return _experiment(self.client, experiment, (beside / "mlartifacts").as_uri())
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """One process at a time: those that create the tables of one new database together fail."""
+        if self._database is not None:
+            with FileLock(f"{self._database}.lock", timeout=120):
+                yield
+        elif self.uri.startswith("postgresql"):
+            from sqlalchemy import NullPool, create_engine, text
+
+            engine = create_engine(self.uri, poolclass=NullPool, connect_args={"connect_timeout": 5})
+            with engine.connect() as connection:  # whose end is the lock's
+                connection.execute(text("SELECT pg_advisory_lock(:key)"), {"key": OPENING})
+                yield
+        else:
+            yield  # a server has its tables
 
     @property
     def _database(self) -> Path | None:
@@ -188,6 +215,22 @@ def _experiment(client: Any, name: str, artifacts: str | None) -> str:
             "choose another name"
         )
     return found.experiment_id
+
+
+def _check(uri: str) -> None:
+    """Refuses what cannot be opened safely, before anything of it is written down."""
+    parts = urlsplit(uri)
+    if parts.password is not None:
+        place = "MLFLOW_TRACKING_PASSWORD" if uri.startswith("http") else "~/.pgpass or PGPASSWORD"
+        shown = uri.replace(f":{parts.password}@", ":...@")
+        raise UsageError(
+            f"tracking.uri={shown}: a password here would be written into every run; put it into {place}"
+        )
+    if parts.scheme.startswith(("mysql", "mssql")):
+        raise UsageError(
+            f"tracking.uri={uri}: not a database that runs open themselves; start `mlflow server "
+            f"--backend-store-uri {uri}` and give its http address"
+        )
 
 
 def _check_server(uri: str) -> None:
