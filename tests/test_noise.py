@@ -251,11 +251,14 @@ STATEFUL = ["model.dropout=0.3", "optimizer=adamw", "accum.steps=3", "trainer.lo
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("data", [(), ("data.resident=false", "data.workers=1")])
-def test_a_run_with_a_noise_scale_has_the_bits_of_one_without(kind: str, data: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(
+    "options",
+    [(), ("data.resident=false", "data.workers=1"), ("model._target_=tests.test_noise.Called",)],
+)
+def test_a_run_with_a_noise_scale_has_the_bits_of_one_without(kind: str, options: tuple[str, ...]) -> None:
     found = []
     for callback in ((), (KINDS[kind],)):
-        trainer, memory = trainer_of(*STATEFUL, *data, *callback, "trainer.max_updates=13")
+        trainer, memory = trainer_of(*STATEFUL, *options, *callback, "trainer.max_updates=13")
         trainer.fit()
         found.append((weights(trainer), random_state(), memory.series("train/loss")))
     assert memory.series("train/noise_scale")
@@ -342,6 +345,23 @@ class Counted(Normed):
     def forward(self, images: Tensor) -> Tensor:
         self.seen += images.detach().mean()
         return super().forward(images)
+
+
+class Called(Counted):
+    """Counts its calls in a buffer."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.seen += 1
+        return self.layers(images)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_the_trial_on_single_samples_leaves_the_model_as_it_was(training: bool) -> None:
+    trainer, _ = trainer_of()
+    trainer.model.train(training)
+    SampleNoiseScale().check(trainer, "callbacks.noise")
+    assert all(module.training is training for module in trainer.model.modules())
+    assert all(parameter.grad is None for parameter in trainer.model.parameters())
 
 
 @pytest.mark.parametrize(
