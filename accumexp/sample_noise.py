@@ -159,10 +159,11 @@ def sample_moments(model: nn.Module, loss: WindowLoss, inputs: Nested, targets: 
 
 def _summed(model: nn.Module, loss: WindowLoss) -> Callable[..., Tensor]:
     """The weighted sum of one sample's losses as a function of the parameters. Buffers stay as they are."""
-    buffers = {name: b.detach().clone() for name, b in model.named_buffers()}
 
     def total(parameters: dict[str, Tensor], inputs: Nested, targets: Nested) -> Tensor:
         inputs, targets = (map_tensors(lambda t: t.unsqueeze(0), one) for one in (inputs, targets))
+        # Copied in here, because what is differentiated may only write to what it has made itself.
+        buffers = {name: b.detach().clone() for name, b in model.named_buffers()}
         if isinstance(inputs, Mapping):
             outputs = functional_call(model, (parameters, buffers), (), dict(inputs))
         else:

@@ -198,7 +198,7 @@ def test_batch_size_question_sees_as_many_samples_at_a_rate_that_follows_the_bat
     assert steps == {"32": 1, "64": 2, "128": 4, "256": 8, "512": 16}
     for size, config in found.items():
         assert config.trainer.epochs == 30 and config.trainer.max_updates is None
-        assert config.optimizer["lr"] == pytest.approx(0.05 * math.sqrt(int(size) / 128))
+        assert config.optimizer["lr"] == pytest.approx(0.025 * math.sqrt(int(size) / 128))
 
 
 def test_a_rate_that_follows_the_batch_needs_a_known_rule_and_a_batch() -> None:
