@@ -116,7 +116,7 @@ def build_trainer(config: Config, parts: Parts, recorder: Recorder) -> Trainer:
     updates = total_updates(len(parts.splits.train), loop.epochs, loop.max_updates)
     optimizer = build(config.optimizer, "optimizer", list(parts.model.parameters()))
     scheduler = build(config.scheduler, "scheduler", optimizer, total_updates=updates)
-    return Trainer(
+    trainer = Trainer(
         window,
         optimizer,
         scheduler,
@@ -133,6 +133,9 @@ def build_trainer(config: Config, parts: Parts, recorder: Recorder) -> Trainer:
         clip_norm=loop.clip_norm,
         check_finite=loop.check_finite,
     )
+    for name, callback in trainer.callbacks.items():
+        callback.check(trainer, f"callbacks.{name}")
+    return trainer
 
 
 def build_loss_scale(accum: AccumConfig, device: torch.device) -> LossScale | None:

@@ -7,6 +7,7 @@ reads the device itself in `update_begin` or `update_end` makes every update wai
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +15,18 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 if TYPE_CHECKING:
     from .trainer import Trainer
+
+EVENTS = (
+    "run_begin",
+    "epoch_begin",
+    "update_begin",
+    "measured",
+    "logged",
+    "update_end",
+    "evaluated",
+    "epoch_end",
+    "run_end",
+)
 
 
 class Callback:
@@ -25,17 +38,30 @@ class Callback:
 
     order = 0
 
+    def check(self, trainer: Trainer, key: str) -> None:
+        """Before anything is opened or trained: raises `UsageError`, naming `key`, if it cannot work here.
+
+        `key` is where the configuration has this callback, such as "callbacks.ema".
+        """
+
     def run_begin(self, trainer: Trainer) -> None: ...
 
     def epoch_begin(self, trainer: Trainer) -> None: ...
 
-    def update_begin(self, trainer: Trainer) -> None: ...
+    def update_begin(self, trainer: Trainer) -> None:
+        """Before the window of `trainer.batch`; `trainer.publishes` says whether it will be measured."""
 
-    def update_end(self, trainer: Trainer) -> None:
-        """After the optimizer's step; `trainer.stop(reason)` ends the run after this update."""
+    def measured(self, trainer: Trainer, values: dict[str, float]) -> None:
+        """After the optimizer's step of an update whose points are published, every `trainer.log_every`.
+
+        What is added to `values` is logged with them. The device may be read here.
+        """
 
     def logged(self, trainer: Trainer, values: dict[str, float]) -> None:
         """The points of this update were just read: every `trainer.log_every` updates."""
+
+    def update_end(self, trainer: Trainer) -> None:
+        """After the optimizer's step; `trainer.stop(reason)` ends the run after this update."""
 
     def evaluated(self, trainer: Trainer, split: str, values: dict[str, float]) -> None:
         """`split` ("eval" or "test") was evaluated; what is added to `values` is logged with them."""
@@ -50,6 +76,15 @@ class Callback:
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+def listeners(callbacks: Iterable[Callback]) -> dict[str, list[Callable[..., None]]]:
+    """By event, the methods of those who override it, those of a smaller `order` first."""
+    ordered = sorted(callbacks, key=lambda callback: callback.order)
+    return {
+        event: [getattr(c, event) for c in ordered if getattr(type(c), event) is not getattr(Callback, event)]
+        for event in EVENTS
+    }
 
 
 class LossMonitor(Callback):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import sys
@@ -55,6 +56,21 @@ def _product(*factors: int) -> int:
     return result
 
 
+RATES: dict[str, Callable[[float], float]] = {
+    "linear": lambda ratio: ratio,  # Goyal et al., arXiv 1706.02677
+    "sqrt": math.sqrt,  # Krizhevsky, arXiv 1404.5997
+}
+
+
+def _scaled_rate(rate: float, reference: int, batch: int | None, rule: str) -> float:
+    """The learning rate for updates of `batch` samples, where `rate` is that for `reference` samples."""
+    if rule not in RATES:
+        raise ValueError(f"{rule}: no rule for a learning rate, known are {', '.join(RATES)}")
+    if batch is None:
+        raise ValueError("a learning rate is to follow from the batch size, give data.batch_size=...")
+    return rate * RATES[rule](batch / reference)
+
+
 def _folders(root: str) -> int:
     path = Path(root)
     return sum(entry.is_dir() for entry in path.iterdir()) if path.is_dir() else 0
@@ -63,6 +79,7 @@ def _folders(root: str) -> int:
 OmegaConf.register_new_resolver("slug", _slug, replace=True)
 OmegaConf.register_new_resolver("place", _place, replace=True)
 OmegaConf.register_new_resolver("product", _product, replace=True)
+OmegaConf.register_new_resolver("scaled_rate", _scaled_rate, replace=True)
 OmegaConf.register_new_resolver("folders", _folders, replace=True)
 
 

@@ -16,22 +16,12 @@ from torch.optim import Optimizer
 from torchmetrics import MetricCollection
 
 from .accum import Agreement, OptimizerStep, Window, WindowResult, measure_activations, tensors
-from .callbacks import Callback
+from .callbacks import Callback, listeners
 from .data import Batch, Splits
 from .evaluation import Evaluator, WindowMetrics
 from .readings import Readings, hopeless
 from .system import MIB, peak_memory_mib, wait_for
 
-EVENTS = (
-    "run_begin",
-    "epoch_begin",
-    "update_begin",
-    "update_end",
-    "logged",
-    "evaluated",
-    "epoch_end",
-    "run_end",
-)
 # Updates whose points are all published: where the losses of equal windows differ by rounding alone.
 FIRST_UPDATES = 100
 
@@ -91,6 +81,9 @@ class Trainer:
         eval_every: epochs between two evaluations; the last is always evaluated.
         clip_norm: the 2-norm that the update's gradient is clipped to, or None.
         check_finite: fail on a loss that is inf or nan.
+
+    Attributes:
+        batch: this rank's samples of the update that is under way, or was the last.
     """
 
     def __init__(
@@ -128,6 +121,7 @@ class Trainer:
         self.eval_every = eval_every
         self.step = OptimizerStep(window, optimizer, clip_norm)
         self.progress = Progress()
+        self.batch: Batch | None = None
         self.stop_reason: str | None = None
         self.latest: dict[str, float] = {}
         self.stop_code = 0
@@ -142,6 +136,12 @@ class Trainer:
     @property
     def finished(self) -> bool:
         return self.progress.update >= self.total_updates
+
+    @property
+    def publishes(self) -> bool:
+        """Whether the next update, or in `update_begin` the one that begins, is published."""
+        following = self.progress.update + 1
+        return following % self.log_every == 0 or following == self.total_updates
 
     def stop(self, reason: str, code: int = 1) -> None:
         """Asks the loop to end: after this update, or after the evaluation it is in.
@@ -168,7 +168,7 @@ class Trainer:
         Raises:
             TrainingError: with `check_finite`, for a loss that is inf or nan.
         """
-        self._events = {event: self._listeners(event) for event in EVENTS}
+        self._events = listeners(self.callbacks.values())
         self._clock = time.perf_counter()
         self._mark_read()
         self._emit("run_begin")
@@ -204,8 +204,7 @@ class Trainer:
         self._emit("epoch_end")
 
     def _update(self, batch: Batch) -> None:
-        progress = self.progress
-        publish = (progress.update + 1) % self.log_every == 0 or progress.update + 1 == self.total_updates
+        progress, publish, self.batch = self.progress, self.publishes, batch
         self._emit("update_begin")
         self.optimizer.zero_grad(set_to_none=not self.window.sync.keeps_gradients)
         result = self._accumulate(batch, self.train_metrics.observe if publish else None)
@@ -270,6 +269,7 @@ class Trainer:
         if update < self.log_every:
             extra["perf/activation_mib"] = progress.activation_bytes / MIB
         self._mark_read()
+        self._emit("measured", extra)
         self.read(extra)
         self._emit("logged", self.latest)
 
@@ -301,11 +301,6 @@ class Trainer:
 
     def _mark_read(self) -> None:
         self._last_read = (self.progress.update, self.progress.samples, self.progress.seconds)
-
-    def _listeners(self, event: str) -> list[Callable[..., None]]:
-        base = getattr(Callback, event)
-        callbacks = sorted(self.callbacks.values(), key=lambda callback: callback.order)
-        return [getattr(c, event) for c in callbacks if getattr(type(c), event, base) is not base]
 
     def _emit(self, event: str, *arguments: Any) -> None:
         for listener in self._events.get(event, ()):

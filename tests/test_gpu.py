@@ -14,9 +14,11 @@ from accumexp.accum import LossScale, OptimizerStep, Window, data_parallel, full
 from accumexp.checkpoint import load, restore, save
 from accumexp.data import ResidentBatches
 from accumexp.models import LeNet5
+from accumexp.noise import NoiseScale
 from accumexp.seeding import random_state
 
 from .experiments import trainer_of, weights
+from .noise import look
 from .ranks import on_ranks
 from .reference import gradients, larger_batch_gradient, relative_error
 
@@ -146,6 +148,42 @@ def test_law_6_a_real_fp16_overflow_leaves_weights_and_momentum(fused: bool, fir
         now = optimizer.state[p].get("momentum_buffer")
         assert (now is None or not now.any()) if buffer is None else torch.equal(now, buffer)
     assert float(scale.scale) == 2.0**39
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_law_9_an_observer_of_gradient_noise_never_waits(scaled: bool) -> None:
+    model = LeNet5().cuda()
+    scale = LossScale(2.0**10, device="cuda") if scaled else None
+    window = Window(model, nn.CrossEntropyLoss(), 4, loss_scale=scale)
+    images = torch.randn(64, 1, 32, 32, device="cuda")
+    labels = torch.randint(0, 10, (64,), device="cuda")
+    callback = NoiseScale()
+    look(callback, window, images, labels)
+    callback.watch(window)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        window.backward(images, labels)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("kind", ["noise.NoiseScale", "sample_noise.SampleNoiseScale"])
+def test_the_noise_scale_on_the_gpu_is_the_cpus_and_changes_no_bit(kind: str) -> None:
+    options = ["accum.steps=4", "trainer.log_every=2", "trainer.max_updates=6"]
+    callback = f"+callbacks.noise._target_=accumexp.{kind}"
+    found = {}
+    for device in ("cpu", "cuda"):
+        trainer, memory = trainer_of(f"device={device}", *options, callback)
+        trainer.fit()
+        found[device] = [value for _, value in memory.series("train/gradient_variance")]
+    assert found["cuda"] == pytest.approx(found["cpu"], rel=1e-6) and found["cuda"]
+    ends = []
+    for extra in ((), (callback,)):
+        trainer, _ = trainer_of("device=cuda", "model.dropout=0.3", *options, *extra)
+        trainer.fit()
+        ends.append((weights(trainer), torch.cuda.get_rng_state()))
+    assert all(torch.equal(value, ends[1][0][name]) for name, value in ends[0][0].items())
+    assert torch.equal(ends[0][1], ends[1][1])
 
 
 def test_fp16_reaches_fp32s_accuracy_on_digits() -> None:

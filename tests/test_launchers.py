@@ -144,7 +144,8 @@ def test_a_real_sweep_in_other_processes_ends_as_one_in_this(
     options = ["accum.steps=0,2", *SMALL, f"hydra/launcher={launcher}", *words]
     done = run_command("run", "-m", *options, folder=tmp_path, fresh=True)
     assert done.code == 1, done
-    head, failed = done.stderr.splitlines()[-2:]
+    head, failed, *how = done.stderr.splitlines()[-4:]
+    assert how[0] == "go on with" and "sweep.resume=" in how[1]
     assert head == "error: 1 of 2 jobs failed"
     assert failed.endswith("accum.steps=0: at least 1") and "Traceback" not in done.stderr
     child, parent = sorted(records(tmp_path), key=lambda record: "accumexp.sweep" in record.tags)

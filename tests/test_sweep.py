@@ -11,9 +11,11 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
 from accumexp.compose import conf_dir
+from accumexp.errors import UsageError
 from accumexp.sweep import summaries
 
-from .command import Done, Record, environment, left_behind, only_sweep, records, run_command
+from .command import Done, Record, environment, journal, left_behind, only_sweep, records, run_command
+from .experiments import composed
 
 SMALL = ["model=mlp", "trainer.epochs=2", "tracking.system_metrics=false"]
 
@@ -170,3 +172,44 @@ def test_equal_batch_gives_the_larger_batchs_result_whatever_the_steps(tmp_path:
     assert losses[1, 0] != pytest.approx(losses[1, 1], rel=1e-4)
     assert [row[:2] for row in table(done.stdout)] == [["1", "2"], ["8", "2"]]
     assert not (tmp_path / "mlflow.db").exists()
+
+
+QUESTION = "experiment=batch_size_question"
+
+
+def test_batch_size_question_sees_as_many_samples_at_a_rate_that_follows_the_batch() -> None:
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(conf_dir(), version_base="1.3"):
+        cfg = compose("config", [QUESTION], return_hydra_config=True)
+    params = {key: str(value).split(",") for key, value in cfg.hydra.sweeper.params.items()}
+    assert math.prod(map(len, params.values())) == 25
+    found = {size: composed(QUESTION, f"data.batch_size={size}") for size in params["data.batch_size"]}
+    steps = {size: config.accum.steps for size, config in found.items()}
+    assert steps == {"32": 1, "64": 2, "128": 4, "256": 8, "512": 16}
+    for size, config in found.items():
+        assert config.trainer.epochs == 30 and config.trainer.max_updates is None
+        assert config.optimizer["lr"] == pytest.approx(0.025 * math.sqrt(int(size) / 128))
+
+
+def test_a_rate_that_follows_the_batch_needs_a_known_rule_and_a_batch() -> None:
+    by = 'optimizer.lr="${scaled_rate:0.05,128,${data.batch_size},%s}"'
+    GlobalHydra.instance().clear()
+    assert composed("data.batch_size=512", by % "linear").optimizer["lr"] == pytest.approx(0.2)
+    with pytest.raises(UsageError, match="^optimizer.lr: .*cubic: no rule .* known are linear, sqrt$"):
+        composed("data.batch_size=512", by % "cubic")
+    with pytest.raises(UsageError, match="^optimizer.lr: .* give data.batch_size="):
+        composed(QUESTION, "data.batch_size=null")
+
+
+def test_batch_size_question_has_a_noise_scale_without_accumulation_too(tmp_path: Path) -> None:
+    done = run_command(
+        "run",
+        *("-m", QUESTION, "model=mlp", "trainer.epochs=1", "tracking=none"),
+        *("data.batch_size=32,64", "seed=0"),
+        folder=tmp_path,
+    )
+    assert done.code == 0, done
+    for folder in (path.parent for path in only_sweep(tmp_path).glob("*/metrics.jsonl")):
+        points = [row["train/noise_scale"] for row in journal(folder) if "train/noise_scale" in row]
+        assert len(points) >= 2 and min(points) > 0
+    assert {job["final"]["samples"] for job in summaries(only_sweep(tmp_path))} == {1293}

@@ -246,6 +246,9 @@ def test_events_come_in_order_and_only_to_those_who_listen() -> None:
         def update_end(self, trainer: Trainer) -> None:
             happened.append("update_end")
 
+        def measured(self, trainer: Trainer, values: dict[str, float]) -> None:
+            happened.append("measured")
+
         def logged(self, trainer: Trainer, values: dict[str, float]) -> None:
             happened.append("logged")
 
@@ -261,13 +264,14 @@ def test_events_come_in_order_and_only_to_those_who_listen() -> None:
     trainer, _ = trainer_of("trainer.epochs=1", "data.batch_size=1000", "trainer.log_every=2")
     trainer.callbacks = {"told": Told(), "quiet": Callback()}
     trainer.fit()
-    assert [len(listeners) for listeners in trainer._events.values()] == [1] * 8
+    assert [len(listeners) for listeners in trainer._events.values()] == [1] * 9
     assert happened == [
         "run_begin",
         "epoch_begin",
         "update_begin",
         "update_end",
         "update_begin",
+        "measured",
         "logged",
         "update_end",
         "evaluated eval",

@@ -17,12 +17,13 @@ from .ranks import Agreement, Ranks
 from .scale import LossScale
 from .step import OptimizerStep, StepResult
 from .sync import Sync, data_parallel, fully_sharded
-from .window import Reduction, Window, WindowResult, call
+from .window import MicroBatch, Reduction, Window, WindowResult, call
 
 __all__ = [
     "Agreement",
     "Inequality",
     "LossScale",
+    "MicroBatch",
     "OptimizerStep",
     "Ranks",
     "Reduction",

@@ -21,6 +21,30 @@ Observer = Callable[[Any, Nested], None]
 
 
 @dataclass(frozen=True)
+class MicroBatch:
+    """What is known of a micro-batch right after its backward, on this rank.
+
+    `.grad` has then grown by its part of the gradient: the sum of its items' weighted losses, times `share`,
+    times `Window.loss_scale` and `Window.sync.factor` where there are any. After the `last` one of several
+    ranks it holds the sum over all of them instead.
+
+    Attributes:
+        number: from 0.
+        last: whether the window ends with it.
+        samples: this rank's samples in it; 0 where it was padding, whose gradient is 0.
+        targets: theirs; `Window.loss.weight(targets)` is what they weigh.
+        share: of a unit of weight in the loss, shape (): 1 / the window's weight, or with
+            `reduction="sum"` 1 / the micro-batch's.
+    """
+
+    number: int
+    last: bool
+    samples: int
+    targets: Nested
+    share: Tensor
+
+
+@dataclass(frozen=True)
 class WindowResult:
     """What one window did. Tensors stay on the device: reading them is the caller's decision.
 
@@ -68,6 +92,9 @@ class Window:
     Attributes:
         model: the model without what wraps it.
         sync: how the ranks become one.
+        after_micro_batch: called with a `MicroBatch` right after each one's backward, in this order.
+            Gradients are there to be looked at, unless fp32 buffers or shards keep them elsewhere. What
+            is called must neither change them nor wait for the device.
 
     Raises:
         ValueError: for `steps` below 1, an unknown reduction, or fp32 buffers of a fully sharded model.
@@ -100,6 +127,8 @@ class Window:
         self.autocast = autocast
         self.loss_scale = loss_scale
         self.local_loss = local_loss
+        self.fp32_buffers = fp32_buffers
+        self.after_micro_batch: list[Callable[[MicroBatch], None]] = []
         self._buffers = Fp32Buffers(model.parameters()) if fp32_buffers else None
 
     def backward(
@@ -154,6 +183,8 @@ class Window:
                     share = _share(weights.of(k), loss_sum)
                 # The gradient of loss_sum / weight, without a division to record and to go back through.
                 loss_sum.backward(self._seed(share) if sizes[k] else torch.zeros_like(share))
+            for after in self.after_micro_batch:
+                after(MicroBatch(k, k == steps - 1, sizes[k], targets_k, share))
             if sizes[k]:
                 detached = loss_sum.detach()
                 total = detached if total is None else total + detached
