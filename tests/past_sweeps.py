@@ -7,6 +7,7 @@ from typing import Any
 
 from accumexp.config import ReportConfig
 from accumexp.reporting import Job, Report, Sweep, make_report
+from accumexp.reporting.jobs import parsed
 
 Values = Callable[[int, int], float]  # (steps, seed)
 
@@ -20,7 +21,7 @@ def job(
     **params: Any,
 ) -> Job:
     """A job of 128 samples an update in fp32, whose params are its overrides and `params`."""
-    written = dict(override.split("=", 1) for override in overrides)
+    written = parsed(overrides)
     known = {"data.batch_size": "128", "accum.steps": "1", "accum.processes": "1", "precision": "fp32"}
     known.update({key: value for key, value in written.items() if "." in key or key == "seed"})
     known.update({key.replace("__", "."): str(value) for key, value in params.items()})

@@ -137,7 +137,7 @@ def test_equal_accuracy_of_the_same_training_is_equivalent() -> None:
         "rounding only, up to update 30"
     ] * 2
     assert conclusion(report) == (
-        "accum.steps=2 and 4 are equivalent to accum.steps=1: test accuracy within 1 points."
+        "accum.steps=2 and 4 are equivalent to accum.steps=1: test accuracy within 1 point."
     )
 
 
@@ -149,7 +149,7 @@ def test_equal_accuracy_of_another_training_is_different_and_says_where_it_leave
     assert report.verdict is Verdict.different
     for row in report.comparisons:
         assert row.comparison and row.comparison.trajectory.leaves == 2
-        assert "its loss leaves the reference's at update 2 by 1.0e-02" in outcome(
+        assert "its loss leaves the reference's at update 2 by 5.0e-03" in outcome(
             row.comparison, report.measure
         )
 
@@ -190,9 +190,25 @@ def test_a_training_that_is_declared_another_is_judged_by_accuracy_alone(changed
     assert report.verdict is Verdict.equivalent
 
 
+def test_a_loss_that_falls_to_nothing_does_not_leave_the_reference() -> None:
+    """Near 0 a loss is all rounding: 1e-9 beside 0 is no other training."""
+
+    def vanishing(steps: int, update: int) -> float:
+        return 2.0 if update < 5 else (0.0 if steps == 1 else 1e-9)
+
+    assert reported(over_steps(like, loss=vanishing), margin=1.0).verdict is Verdict.equivalent
+
+
+def test_one_update_is_not_judged() -> None:
+    jobs = [job(f"accum.steps={k}", "seed=0", final={"accuracy": 0.9}, losses=[2.0]) for k in (1, 2)]
+    (row,) = reported(sweep(*jobs)).comparisons
+    assert row.comparison and row.comparison.trajectory.same is None
+
+
 def test_points_with_gaps_or_in_too_few_bits_are_not_judged() -> None:
     report = reported(over_steps(like))
-    assert {row.comparison.trajectory.words for row in report.comparisons if row.comparison} == {"not known"}
+    words = {row.comparison.trajectory.words for row in report.comparisons if row.comparison}
+    assert words == {"not known: the losses of the first updates were not recorded"}
     jobs = [
         job("seed=0", f"accum.steps={k}", losses=[half_rate(k, u) for u in (1, 2, 3)], precision="bf16")
         for k in (1, 2)

@@ -115,6 +115,16 @@ def test_one_pair_or_none_decides_nothing() -> None:
     assert verdict([-40.0]) is Verdict.undecided
 
 
+def test_a_run_that_diverged_leaves_nothing_to_test_and_the_others_their_verdicts() -> None:
+    lost = difference([0.1, float("nan"), 0.2], 0.5)
+    good = difference([0.1, -0.1, 0.05, -0.02, 0.0], 0.5)
+    assert [one.verdict for one in judge([lost, good, lost])] == [
+        Verdict.undecided,
+        Verdict.equivalent,
+        Verdict.undecided,
+    ]
+
+
 def test_pairs_without_spread_count_as_they_stand_from_three_on() -> None:
     assert verdict([0.0, 0.0]) is Verdict.undecided
     assert verdict([0.0, 0.0, 0.0]) is Verdict.equivalent

@@ -40,8 +40,10 @@ def _in_folder(folder: Path, uri: str) -> Sweep:
     known = folder / PARENT
     if known.exists():
         parent = json.loads(known.read_text())
-        store = Store(TrackingConfig(uri=uri or parent["uri"]), parent["experiment_id"])
-        return from_store(store, sweep_of(store, parent["run_id"]))
+        store = _store(uri or parent["uri"])
+        found = sweep_of(store, parent["run_id"])
+        store.experiment_id = found.experiment_id
+        return from_store(store, found, folder)
     if summaries(folder):
         return from_folder(folder)
     if (folder / "config.yaml").exists():
@@ -50,7 +52,9 @@ def _in_folder(folder: Path, uri: str) -> Sweep:
 
 
 def _store(uri: str) -> Store:
-    if not uri and not Path("mlflow.db").exists():
-        raise UsageError(f"sweep: there is no mlflow.db in {Path.cwd()}; {HOW}")
+    database = Path(uri.removeprefix("sqlite:///") if uri else "mlflow.db")
+    if uri.startswith("sqlite:///") or not uri:
+        if not database.exists():  # which a store that is opened to be written to would make
+            raise UsageError(f"sweep: there is no {database.name} in {database.parent.absolute()}; {HOW}")
     # Any experiment will do until the sweep is known, and none is to be made.
     return Store(TrackingConfig(uri=uri or None), "0")

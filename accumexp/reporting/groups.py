@@ -41,11 +41,6 @@ class Group:
     def label(self) -> str:
         return ", ".join(f"{key}={value}" for key, value in self.values.items())
 
-    @property
-    def short(self) -> str:
-        """The label for an axis: values alone, a line each."""
-        return "\n".join(self.values.values())
-
     def finals(self, key: str) -> list[float]:
         """`final/<key>` of the group's jobs that have it."""
         return [job.final[key] for job in self.jobs.values() if key in job.final]

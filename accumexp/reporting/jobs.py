@@ -85,9 +85,13 @@ class Sweep:
         return [job for job in self.jobs if job.status != FINISHED]
 
 
-def from_store(store: Store, parent: PastRun) -> Sweep:
-    """The sweep that `parent` is the record of; jobs that never had a run come from its folder."""
-    folder = Path(parent.tags.get("accumexp.folder", ""))
+def from_store(store: Store, parent: PastRun, folder: Path | None = None) -> Sweep:
+    """The sweep that `parent` is the record of; jobs that never had a run come from its folder.
+
+    Args:
+        folder: where that is now, if it is not where the sweep was run.
+    """
+    folder = folder or Path(parent.tags.get("accumexp.folder", ""))
     here = folder if folder.is_dir() and folder.is_absolute() else None
     written = {job["run_id"]: job for job in summaries(here) if job.get("run_id")} if here else {}
     runs = jobs_of(store, parent)
@@ -163,7 +167,7 @@ def _from_run(store: Store, run: PastRun, summary: dict) -> Job:
         tags=run.tags,
         started=run.started,
         error=run.tags.get("accumexp.error") or summary.get("error"),
-        curve=lambda key: curve(store, run.run_id, key),
+        curve=lambda key: curve(store, run.run_id, key) if key in run.metrics else [],
     )
 
 

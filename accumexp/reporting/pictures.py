@@ -27,7 +27,9 @@ VERDICT_COLOURS = {
     Verdict.different: "#D55E00",
     Verdict.undecided: "#6E6E6E",
 }
-MANY = 8  # groups, beyond which labels are turned and legends shrink
+MANY = 8  # groups, beyond which labels are turned, pictures grow and legends shrink
+TOO_MANY = 20  # groups, beyond which a legend would hide the curves
+LONGEST = 24  # characters of a group's name on an axis or in a legend
 RESOLUTION = 110  # dots an inch: sharp on a page, small in a mail
 STYLE: dict[Any, Any] = {
     "font.size": 10,
@@ -68,7 +70,8 @@ def accuracy(report: Report) -> Figure | None:
         return None
     measure, margin = report.measure, report.config.margin
     compared = bool(report.comparisons)
-    figure = Figure(figsize=(9.4 if compared else 5.2, 3.9), layout="constrained")
+    wide = (9.4 if compared else 5.2) * max(1.0, len(rows) / (2 * MANY))
+    figure = Figure(figsize=(wide, 3.9), layout="constrained")
     axes = figure.subplots(1, 2 if compared else 1, squeeze=False)[0]
     left = axes[0]
     places = np.arange(len(rows))
@@ -128,7 +131,7 @@ def losses(report: Report) -> Figure | None:
             continue
         updates, middle, low, high = _band(curves)
         x = updates * row.group.batch_size if by_samples else updates
-        left.plot(x, middle, label=row.group.label, **_line(index))
+        left.plot(x, middle, label=_cut(row.group.label, 2 * LONGEST), **_line(index))
         if len(curves) > 1:
             left.fill_between(x, low, high, color=_line(index)["color"], alpha=0.12, lw=0)
     if all(
@@ -138,7 +141,7 @@ def losses(report: Report) -> Figure | None:
     left.set_xlabel("samples seen" if by_samples else "update")
     left.set_ylabel("training loss of the window")
     left.set_title("median and range over the seeds", fontsize=10)
-    left.legend(fontsize=8 if len(rows) <= MANY else 6)
+    _legend(left, len(rows))
     if not compared:
         return figure
     right = axes[1]
@@ -148,7 +151,9 @@ def losses(report: Report) -> Figure | None:
             continue
         path = row.comparison.trajectory
         style = _line(index)
-        right.plot(path.updates, np.maximum(path.median, smallest), label=row.group.label, **style)
+        right.plot(
+            path.updates, np.maximum(path.median, smallest), label=_cut(row.group.label, 2 * LONGEST), **style
+        )
         right.fill_between(
             path.updates, np.maximum(path.low, smallest), np.maximum(path.high, smallest),
             color=style["color"], alpha=0.12, lw=0,
@@ -170,9 +175,9 @@ def losses(report: Report) -> Figure | None:
     right.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     right.set_ylim(bottom=smallest / 2)
     right.set_xlabel("update")
-    right.set_ylabel("|loss - reference's| / reference's")
+    right.set_ylabel("|loss - reference's| / largest so far")
     right.set_title("rounding grows smoothly; a bug jumps", fontsize=10)
-    right.legend(fontsize=8 if len(compared) <= MANY else 6, loc="upper left")
+    _legend(right, len(compared), loc="upper left")
     return figure
 
 
@@ -189,7 +194,7 @@ def cost(report: Report) -> Figure | None:
         ("peak memory", _where(rows), [one.peak_mib for one in found]),
     ]
     panels = [panel for panel in panels if all(value is not None for value in panel[2])]
-    wide = 2.45 * len(panels) * (1 if len(rows) <= MANY else 1.5)
+    wide = 2.45 * len(panels) * max(1.0, len(rows) / MANY)
     figure = Figure(figsize=(wide, 3.2), layout="constrained")
     for axes, (title, unit, values) in zip(
         figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True
@@ -220,22 +225,32 @@ def noise(report: Report) -> Figure | None:
         )  # fmt: skip
     for index, scale in enumerate(report.noise):
         x, y = zip(*scale.points, strict=True)
-        axes.plot(x, y, label=scale.group.label, **_line(index))
+        axes.plot(x, y, label=_cut(scale.group.label, 2 * LONGEST), **_line(index))
     axes.axhline(worth(report.noise), color="#D55E00", lw=1.6, ls="--", label="worth it up to here")
     axes.set_yscale("log")
     axes.set_xlabel("samples seen")
     axes.set_ylabel("gradient noise scale (samples)")
     axes.set_title("batches below the noise scale are worth enlarging", fontsize=10)
-    axes.legend(fontsize=8)
+    _legend(axes, len(report.noise))
     return figure
 
 
 def _groups_axis(axes: Axes, rows: Sequence[Row], report: Report) -> None:
-    axes.set_xticks(range(len(rows)), [row.group.short for row in rows])
-    axes.set_xlabel(", ".join(rows[0].group.values))
+    labels = ["\n".join(_cut(value) for value in row.group.values.values()) for row in rows]
+    axes.set_xticks(range(len(rows)), labels)
+    axes.set_xlabel(_cut(", ".join(rows[0].group.values), 2 * LONGEST))
     axes.set_xlim(-0.6, len(rows) - 0.4)
-    if len(rows) > MANY or max(len(row.group.short) for row in rows) > 24:
+    if len(rows) > MANY or max(map(len, labels)) > LONGEST:
         axes.tick_params(axis="x", rotation=60, labelsize=7)
+
+
+def _legend(axes: Axes, groups: int, **where: Any) -> None:
+    if groups <= TOO_MANY:
+        axes.legend(fontsize=8 if groups <= MANY else 6, **where)
+
+
+def _cut(text: str, longest: int = LONGEST) -> str:
+    return text if len(text) <= longest else text[: longest - 1] + "…"
 
 
 def _verdicts(axes: Axes, rows: Sequence[Row]) -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ..config import report_from
 from ..terminal import console, steps
@@ -32,6 +33,8 @@ from .wording import conclusion, noise_conclusion, outcome
 
 FOLDER = "report"
 PAGE = "report.html"
+# Of MLflow, with room to spare: 8,000 characters a tag, 250 a metric's name.
+LONGEST_TAG, LONGEST_NAME = 7500, 200
 
 
 @dataclass(frozen=True)
@@ -118,7 +121,7 @@ def metrics(report: Report) -> dict[str, float]:
     """`final/<what>/<group>` of every group, in names that MLflow takes."""
     found: dict[str, float] = {}
     for row in report.rows:
-        name = re.sub(r"[^\w.\-/ ]+", " ", row.group.label.replace("=", " ")).strip()
+        name = re.sub(r"[^\w.\-/ ]+", " ", row.group.label.replace("=", " ")).strip()[:LONGEST_NAME]
         key = report.measure.key
         factor = report.measure.factor  # the jobs' own unit, as their final/* have it
         values = {
@@ -142,14 +145,20 @@ def tags(report: Report) -> dict[str, str]:
         verdicts = {
             row.group.label: row.comparison.verdict.value for row in report.comparisons if row.comparison
         }
-        found["accumexp.verdicts"] = json.dumps(verdicts)[:5000]
+        found["accumexp.verdicts"] = _fitting(list(verdicts.items()), dict)
         found["accumexp.margin"] = report.measure.amount(report.config.margin)
     refused = [
         {"overrides": job.said.split(), "error": job.error} for job in report.sweep.jobs if job.run_id is None
     ]
     if refused:
-        found["accumexp.refused"] = json.dumps(refused)
+        found["accumexp.refused"] = _fitting(refused, list)
     return found
+
+
+def _fitting(entries: Sequence[Any], form: Callable[[Sequence[Any]], Any]) -> str:
+    """As many of the entries as a tag holds, as JSON."""
+    text = json.dumps(form(entries))
+    return text if len(text) <= LONGEST_TAG else _fitting(entries[: len(entries) // 2], form)
 
 
 def note(report: Report) -> str:
@@ -177,4 +186,5 @@ def note(report: Report) -> str:
             )
         )
     parts.append(f"The whole report, with pictures: artifact `{FOLDER}/{PAGE}`.")
-    return "\n\n".join(parts)[:7500]
+    text = "\n\n".join(parts)
+    return text if len(text) <= LONGEST_TAG else text[:LONGEST_TAG] + "\n\n... cut here; the page has it all"

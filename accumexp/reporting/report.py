@@ -31,11 +31,13 @@ class Measure:
     @property
     def name(self) -> str:
         """With the unit of a value, for a heading."""
-        return f"test {self.key.replace('_', ' ')}" + (" (%)" if self.unit else "")
+        split = "" if self.key.startswith("eval_") else "test "
+        return split + self.key.replace("_", " ") + (" (%)" if self.unit else "")
 
     def amount(self, value: float) -> str:
         """A difference or a margin, with its unit."""
-        return f"{value:g} {self.unit}".strip()
+        unit = self.unit.removesuffix("s") if value == 1 else self.unit
+        return f"{value:g} {unit}".strip()
 
 
 @dataclass(frozen=True)

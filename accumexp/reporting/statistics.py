@@ -87,7 +87,7 @@ def difference(
     The equivalence test is Schuirmann's (1987, doi:10.1007/BF01068419): two one-sided t-tests, of which the
     larger p-value counts, that of the nearer side of the margin. Pairs that all differ by exactly the same
     have no spread to test with: from three pairs on their common difference is taken as it stands, below
-    that nothing is.
+    that nothing is. A value that is not finite, of a run that diverged, leaves nothing to test.
 
     Args:
         differences: group minus reference, one number a seed.
@@ -98,6 +98,8 @@ def difference(
     if count == 0:
         return Difference(0, math.nan, math.nan, math.nan, math.nan, 1.0, 1.0)
     mean = float(array.mean())
+    if not np.isfinite(array).all():
+        return Difference(count, mean, math.nan, math.nan, math.nan, 1.0, 1.0)
     if count == 1:
         return Difference(1, mean, math.nan, math.nan, math.nan, 1.0, 1.0)
     std = float(array.std(ddof=1))

@@ -33,7 +33,8 @@ class Trajectory:
     Attributes:
         declared: why the two cannot be the same training, by configuration; empty if they should be.
         updates: updates of which all pairs have a point.
-        median, low, high: over the seeds, of |difference| / reference; shape (updates,).
+        median, low, high: over the seeds, of |difference| / the largest loss of the reference so far, because
+            the rounding of a loss does not fall with the loss; shape (updates,).
         bound: what rounding explains: batch size times the precision's epsilon, the worst case of a sum of
             that many terms (Higham 2002, Accuracy and Stability of Numerical Algorithms, 4.2), and no less
             than one rounding to TF32 where a GPU may have used it.
@@ -63,8 +64,10 @@ class Trajectory:
     def words(self) -> str:
         if self.declared:
             return "not claimed: " + "; ".join(self.declared)
+        if self.bound >= TOO_COARSE:
+            return f"not judged: in this precision rounding explains up to {self.bound:.1e}"
         if not self.judged:
-            return "not known"
+            return "not known: the losses of the first updates were not recorded"
         if self.leaves is None:
             return f"rounding only, up to update {self.judged}"
         return f"leaves at update {self.leaves}, by {self.by:.1e}"
@@ -84,6 +87,7 @@ def compared(group: Group, reference: Group, curves: Mapping[int, Mapping[int, C
     common = sorted(set.intersection(*[set(pair) for pair in pairs])) if pairs else []
     table = np.array([[pair[update] for update in common] for pair in pairs]).reshape(len(pairs), len(common))
     judged = consecutive(common) if bound < TOO_COARSE else 0
+    judged = judged if judged > 1 else 0  # the first loss depends on no update
     ends = [departure(row[:judged], bound, epsilon) for row in table]
     left = sorted(index for index in ends if index is not None)
     leaves = left[len(left) // 2] if left and 2 * len(left) > len(ends) else None
@@ -145,9 +149,10 @@ def consecutive(updates: Sequence[int]) -> int:
 
 
 def _relative(curve: Curve, reference: Curve) -> dict[int, float]:
-    other = dict(reference)
-    return {
-        update: abs(value - other[update]) / max(abs(other[update]), 1e-300)
-        for update, value in curve
-        if update in other and math.isfinite(value) and math.isfinite(other[update])
-    }
+    mine, found, largest = dict(curve), {}, 0.0
+    for update, value in reference:
+        if math.isfinite(value):
+            largest = max(largest, abs(value))
+            if math.isfinite(mine.get(update, math.nan)):
+                found[update] = abs(mine[update] - value) / (largest or 1.0)
+    return found
