@@ -154,7 +154,8 @@ def test_the_tasks_of_a_cluster_job_are_the_ranks(tmp_path: Path) -> None:
     ]
     done: Done = run_command("run", "-m", *options, *tasks, folder=tmp_path)
     assert done.code == 1, done
-    head, failed = done.stderr.splitlines()
+    head, failed, *how = done.stderr.splitlines()
+    assert how[0] == "go on with"
     assert head == "error: 1 of 2 jobs failed" and failed.endswith("accum.steps=0: at least 1")
     child, parent = sorted(records(tmp_path), key=lambda record: "accumexp.sweep" in record.tags)
     assert (child.status, parent.status) == ("FINISHED", "FAILED")
