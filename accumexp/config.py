@@ -148,8 +148,10 @@ class ReportConfig:
     # A key of final/*. Null: accuracy where the runs have it, else loss.
     metric: str | None = None
     # The largest difference that does not matter, in points (hundredths) of accuracy or in the metric's unit.
-    margin: float = 0.5
-    # Of all intervals; all claims of a report together err with a chance of 1 - confidence at most.
+    # Null: half a point of an accuracy; of another metric nobody but you knows, and none is equivalent.
+    margin: float | None = None
+    # Of all intervals; all claims of a kind (equivalent, different) together err with a chance of
+    # 1 - confidence at most.
     confidence: float = 0.95
     # With which the number of seeds that would settle an undecided comparison is planned.
     power: float = 0.8
@@ -268,7 +270,7 @@ def check(config: Config) -> Config:
 
 def check_report(report: ReportConfig) -> ReportConfig:
     """`report`, or a `UsageError` that names the key."""
-    if not report.margin > 0:
+    if report.margin is not None and not report.margin > 0:
         raise UsageError(f"report.margin={report.margin}: a difference above 0")
     for key, value in (("confidence", report.confidence), ("power", report.power)):
         if not 0.5 <= value < 1:

@@ -32,6 +32,7 @@ class RunRecord:
         self.journal = Journal(folder / METRICS, upto)
         self.tracker = Tracker()
         self.progress: ProgressFile | None = None
+        self.tags: dict[str, str] = {}
 
     def record(self, update: int, values: Mapping[str, float], publish: bool) -> None:
         self.journal.write(update, values)
@@ -82,6 +83,7 @@ class SilentRecord(RunRecord):
 
     def __init__(self) -> None:
         self.tracker = Tracker()
+        self.tags = {}
 
     def record(self, update: int, values: Mapping[str, float], publish: bool) -> None: ...
 
@@ -94,15 +96,27 @@ class SilentRecord(RunRecord):
     def close(self, status: str) -> None: ...
 
 
+def described(parts: Parts, unequal: list[Inequality]) -> dict[str, str]:
+    """Tags of what a run is computed on, and of why its window cannot be the larger batch."""
+    tags = {
+        "accumexp.device": device_name(parts.device),
+        "accumexp.torch": torch.__version__,
+        "accumexp.tf32": str(tf32(parts.device)).lower(),
+    }
+    if unequal:
+        tags["accumexp.unequal"] = "; ".join(f"{u.module} ({u.kind}): {u.reason}" for u in unequal)[:5000]
+    return tags
+
+
 def open_tracker(
     order: Order,
     store: Store | None,
     parts: Parts,
-    unequal: list[Inequality],
+    known: Mapping[str, str],
     name: str | None,
     parent: str | None,
 ) -> Tracker:
-    """A new MLflow run that holds all that is known before the first update."""
+    """A new MLflow run that holds all that is known before the first update; `known` are tags."""
     config, folder = order.config, order.folder
     if config.tracking.backend is Backend.none or store is None:
         return Tracker()
@@ -112,16 +126,12 @@ def open_tracker(
     tags = {
         "accumexp.command": order.command,
         "accumexp.git_sha": sha,
-        "accumexp.device": device_name(parts.device),
-        "accumexp.torch": torch.__version__,
-        "accumexp.tf32": str(tf32(parts.device)).lower(),
+        **known,
         "accumexp.folder": str(folder),
         **({"accumexp.overrides": json.dumps(order.job.overrides)} if order.job else {}),
         "mlflow.source.git.commit": sha,
         **config.tracking.tags,
     }
-    if unequal:
-        tags["accumexp.unequal"] = "; ".join(f"{u.module} ({u.kind}): {u.reason}" for u in unequal)[:5000]
     if parent:
         tags["mlflow.parentRunId"] = parent
     run_id = store.create_run(config.tracking.run_name or name, tags)

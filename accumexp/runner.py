@@ -15,7 +15,7 @@ from .config import Backend, Config, LossScaling, Strategy, to_plain
 from .display import Progress
 from .journal import ProgressFile
 from .order import Order
-from .record import RunRecord, SilentRecord, open_tracker, write_config
+from .record import RunRecord, SilentRecord, described, open_tracker, write_config
 from .resume import Resumed
 from .signals import StopSignals
 from .sweep import SweepJob
@@ -110,6 +110,7 @@ class Run:
     def _open(
         self, config: Config, back: Resumed | None, parts: Parts, record: RunRecord, unequal: list[Inequality]
     ) -> None:
+        record.tags = described(parts, unequal)
         if back:
             record.tracker = reopen(config.tracking, back.content["run"])
             record.tracker.tag(back.tags())
@@ -122,7 +123,7 @@ class Run:
         write_config(self.folder, config)
         parent = self.job.parent(store) if self.job else None
         name = self.job.name if self.job else None
-        record.tracker = open_tracker(self.order, store, parts, unequal, name, parent)
+        record.tracker = open_tracker(self.order, store, parts, record.tags, name, parent)
         self._summarise(record, "RUNNING", {})
 
     def _attach(self, trainer: Trainer, config: Config, record: RunRecord) -> None:
@@ -152,6 +153,7 @@ class Run:
             final=final,
             monitored=monitored,
             launch=self.job.launch if self.job else 0,
+            tags=record.tags,
         )
 
     def _show(self, final: dict[str, float], record: RunRecord, trainer: Trainer) -> None:
@@ -213,6 +215,7 @@ def finals(trainer: Trainer) -> dict[str, float]:
     final = {
         **tested,
         **{key.replace("eval/", "eval_"): v for key, v in trainer.latest.items() if key.startswith("eval/")},
+        "test_samples": float(trainer.splits.test.samples),
         "updates": float(progress.update),
         "epochs": float(progress.epoch),
         "samples": float(progress.samples),

@@ -8,7 +8,8 @@ import pytest
 from accumexp.config import report_from
 from accumexp.errors import UsageError
 from accumexp.reporting.groups import grouped, references, varied_keys, varied_params
-from accumexp.reporting.jobs import once, parsed
+from accumexp.reporting.jobs import once, parsed, told_apart
+from accumexp.reporting.report import thinned
 from accumexp.reporting.statistics import Verdict
 from accumexp.reporting.trajectory import departure
 from accumexp.reporting.wording import conclusion, noise_conclusion, outcome
@@ -39,7 +40,13 @@ def test_jobs_that_did_not_finish_are_in_no_group_but_count_for_what_varied() ->
     ends = ["FINISHED", "FAILED", "KILLED", "RUNNING"]
     jobs = [job(f"accum.steps={number}", status=status) for number, status in enumerate(ends, 1)]
     assert varied_keys(jobs) == ["accum.steps"]
-    assert [group.values for group in grouped(jobs)] == [{"accum.steps": "1"}]
+    assert [(group.values["accum.steps"], len(group.jobs), group.unfinished) for group in grouped(jobs)] == [
+        *(("1", 1, 0), ("2", 0, 1), ("3", 0, 1), ("4", 0, 1)),
+    ]
+    report = reported(sweep(*[Job(**{**vars(one), "final": {"accuracy": 0.9}}) for one in jobs]))
+    assert [row.group.label for row in report.rows] == ["accum.steps=1"]
+    assert [group.label for group in report.missing] == [f"accum.steps={number}" for number in (2, 3, 4)]
+    assert conclusion(report).endswith("nothing to compare it with.")
 
 
 def test_a_sweep_over_seeds_alone_is_one_group_of_its_steps() -> None:
@@ -104,18 +111,30 @@ EPSILON, BOUND = 2.0**-23, 128 * 2.0**-23
 
 
 def test_smooth_growth_of_rounding_is_no_departure() -> None:
-    assert departure(1e-7 * 4.0 ** np.arange(14), BOUND, EPSILON) is None
-    assert departure([0.0] * 30, BOUND, EPSILON) is None
-    assert departure([], BOUND, EPSILON) is None
+    assert departure(1e-7 * 4.0 ** np.arange(14), BOUND, EPSILON) == (None, 4)
+    assert departure([1e-7] * 6 + [1e-6, 9e-6, 6e-5], BOUND, EPSILON) == (None, 8)
+    assert departure([0.0] * 30, BOUND, EPSILON) == (None, 30)
+    assert departure([], BOUND, EPSILON) == (None, 0)
+
+
+def test_a_small_difference_is_a_departure_where_rounding_has_had_no_time_to_grow() -> None:
+    assert departure([1e-7, 1.6e-5, 3e-5], BOUND, EPSILON) == (2, 1)
+    assert departure([1e-7, 8e-6, 1.6e-5], BOUND, EPSILON) == (3, 2)
+    assert departure([1e-7, 1e-7, 1e-7, 1e-7, 1e-6, 1.6e-5], BOUND, EPSILON) == (None, 5)
 
 
 @pytest.mark.parametrize("where", [0, 1, 11])
 def test_a_jump_beyond_rounding_is_a_departure_wherever_it_comes(where: int) -> None:
-    assert departure([1e-7] * where + [1e-3] + [2e-3] * 5, BOUND, EPSILON) == where
+    assert departure([1e-7] * where + [1e-3] + [2e-3] * 5, BOUND, EPSILON) == (where + 1, where)
+
+
+def test_what_a_single_pair_does_late_is_not_judged() -> None:
+    assert departure([1e-7] * 11 + [1e-3], BOUND, EPSILON, late=False) == (None, 11)
+    assert departure([1e-7, 1e-3], BOUND, EPSILON, late=False) == (2, 1)
 
 
 def test_a_jump_within_rounding_is_no_departure() -> None:
-    assert departure([1e-9, 1e-5, 1e-5], 1e-4, 1e-12) is None
+    assert departure([1e-9, 1e-5, 1e-5], 1e-4, 1e-12) == (None, 3)
 
 
 def rounding(steps: int, update: int) -> float:
@@ -149,9 +168,7 @@ def test_equal_accuracy_of_another_training_is_different_and_says_where_it_leave
     assert report.verdict is Verdict.different
     for row in report.comparisons:
         assert row.comparison and row.comparison.trajectory.leaves == 2
-        assert "its loss leaves the reference's at update 2 by 5.0e-03" in outcome(
-            row.comparison, report.measure
-        )
+        assert "its loss leaves the reference's at update 2 by 5.0e-03" in outcome(row.comparison, report)
 
 
 def test_one_seed_that_parts_does_not_condemn_the_others() -> None:
@@ -225,14 +242,14 @@ def test_an_undecided_comparison_says_how_many_seeds_would_decide() -> None:
     assert report.verdict is Verdict.undecided
     (first, *_) = report.comparisons
     assert first.comparison and first.comparison.seeds_needed and first.comparison.seeds_needed > 5
-    assert f"about {first.comparison.seeds_needed} would" in outcome(first.comparison, report.measure)
+    assert f"about {first.comparison.seeds_needed} would" in outcome(first.comparison, report)
 
 
 def test_a_lower_accuracy_is_different_and_says_by_how_much() -> None:
     report = reported(over_steps(lambda k, seed: 0.97 - 0.03 * (k > 1) + 0.001 * ((seed * k) % 2)))
     assert report.verdict is Verdict.different
     (first, *_) = report.comparisons
-    assert first.comparison and outcome(first.comparison, report.measure).startswith("lower by ")
+    assert first.comparison and outcome(first.comparison, report).startswith("lower by ")
 
 
 def test_pairs_are_of_the_same_seed_and_seeds_of_one_group_alone_do_not_count() -> None:
@@ -261,11 +278,94 @@ def test_losses_are_compared_in_their_own_unit_if_there_is_no_accuracy() -> None
     assert report.rows[0].value.mean == pytest.approx(0.31)
 
 
+def test_a_metric_without_a_margin_is_never_equivalent() -> None:
+    jobs = [
+        job(f"accum.steps={k}", f"seed={s}", final={"loss": 0.01 * k**2 + 0.0001 * s * k})
+        for k in (1, 2)
+        for s in range(4)
+    ]
+    report = reported(sweep(*jobs))
+    assert report.margin is None and report.verdict is Verdict.different
+    same = reported(
+        sweep(
+            *[
+                job(f"accum.steps={k}", f"seed={s}", final={"loss": 0.01 * s})
+                for k in (1, 2)
+                for s in range(4)
+            ]
+        )
+    )
+    (row,) = same.comparisons
+    assert same.verdict is Verdict.undecided
+    assert row.comparison and outcome(row.comparison, same).startswith("report.margin=... is needed")
+
+
+def test_strategies_are_compared_with_the_larger_batch_itself() -> None:
+    jobs = [
+        job(f"accum={accum}", f"accum.steps={steps}", accum__processes=2 if accum == "ddp" else 1)
+        for accum in ("standalone", "ddp")
+        for steps in (1, 2)
+    ]
+    first = "accum=standalone, accum.steps=1"
+    assert chosen(*jobs) == [None, first, first, first]
+
+
+def test_a_key_that_varies_is_declared_and_its_accuracy_judged_alone() -> None:
+    jobs = [
+        job(
+            *(f"optimizer.lr={rate}", f"seed={seed}"),
+            final={"accuracy": 0.9 + 0.001 * ((seed + (rate == 0.1)) % 3)},
+            losses=[2.0 / (1 + rate * update) for update in range(20)],
+        )
+        for rate in (0.1, 0.2)
+        for seed in range(5)
+    ]
+    report = reported(sweep(*jobs), margin=1.0)
+    (row,) = report.comparisons
+    assert row.comparison and row.comparison.trajectory.declared == ["optimizer.lr"]
+    assert report.verdict is Verdict.equivalent
+
+
+def test_a_rate_that_follows_the_steps_unsaid_is_another_training() -> None:
+    jobs = [
+        job(
+            *(f"accum.steps={k}", f"seed={s}"),
+            final={"accuracy": 0.9 + 0.001 * ((s + k) % 3)},
+            losses=[2.0 / (1 + 0.0003 / k * update) for update in range(20)],
+        )
+        for k in (1, 2)
+        for s in range(5)
+    ]
+    assert reported(sweep(*jobs), margin=1.0).verdict is Verdict.different
+
+
+def test_a_group_that_is_missing_leaves_the_sweep_undecided() -> None:
+    found = over_steps(like, loss=rounding)
+    report = reported(sweep(*found.jobs, job("accum.steps=16", "seed=0", status="FAILED")), margin=1.0)
+    assert report.verdict is Verdict.undecided
+    assert conclusion(report).endswith("accum.steps=16 has no finished job.")
+
+
+def test_jobs_of_unknown_overrides_are_told_apart_by_their_params() -> None:
+    jobs = [job(f"accum.steps={k}", f"seed={s}", model__name="mlp") for k in (1, 2) for s in (0, 1, 2)]
+    bare = [Job(**{**vars(one), "overrides": {}}) for one in jobs]
+    assert [one.overrides for one in told_apart(bare)] == [one.overrides for one in jobs]
+    assert len(once(told_apart(bare))) == 6
+
+
+def test_a_long_curve_is_thinned_but_for_what_it_is_judged_by() -> None:
+    curve = [(update, 1.0 / update) for update in range(1, 50_001)]
+    kept = thinned(curve)
+    assert [update for update, _ in kept][:101] == [*range(1, 101), 200]
+    assert len(kept) < 2200 and thinned(kept[:50]) == kept[:50]
+
+
 def test_the_margin_is_the_one_the_sweep_was_run_with_unless_another_is_asked_for() -> None:
     params = {"report.margin": "2.0", "report.metric": "None", "report.older": "1", "seed": "0"}
     assert report_from(params, {}).margin == 2.0
     assert report_from(params, {"report.margin": "1"}).margin == 1.0
-    assert report_from({}, {}).margin == 0.5
+    assert report_from({}, {}).margin is None
+    assert reported(over_steps(like)).margin == 0.5
 
 
 @pytest.mark.parametrize(
@@ -295,7 +395,7 @@ def test_the_noise_scale_says_up_to_which_batch_a_larger_one_is_worth_it() -> No
         one = job(
             f"data.batch_size={size}",
             f"seed={seed}",
-            final={"accuracy": 0.97 - 0.05 * (size > 128)},
+            final={"accuracy": 0.97 - 0.05 * (size > 128), "samples": 9000.0, "test_samples": 1000.0},
             accum__steps=size // 32,
         )
         points = [(update, 40.0 + 10 * update) for update in range(1, 10)]
@@ -303,8 +403,7 @@ def test_the_noise_scale_says_up_to_which_batch_a_larger_one_is_worth_it() -> No
 
     report = reported(sweep(*[noisy(size, seed) for size in (32, 128, 512) for seed in range(3)]))
     assert [(scale.early, scale.late) for scale in report.noise] == [(60.0, 120.0)] * 3
-    assert report.noise[0].extra_samples(120) == 2.0
     answer = noise_conclusion(report)
-    assert answer and "up to about 120 samples" in answer and "32 lie below" in answer
-    assert answer.endswith("At equal samples seen, batches above 128 did worse than the smallest.")
+    assert answer and "up to about 120 samples" in answer and "32 lies below" in answer
+    assert answer.endswith("At equal samples seen, 512 did worse than 32.")
     assert noise_conclusion(reported(over_steps(like))) is None

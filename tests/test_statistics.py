@@ -125,12 +125,34 @@ def test_a_run_that_diverged_leaves_nothing_to_test_and_the_others_their_verdict
     ]
 
 
-def test_pairs_without_spread_count_as_they_stand_from_three_on() -> None:
-    assert verdict([0.0, 0.0]) is Verdict.undecided
-    assert verdict([0.0, 0.0, 0.0]) is Verdict.equivalent
-    assert verdict([0.3, 0.3, 0.3]) is Verdict.equivalent
-    assert verdict([0.5, 0.5, 0.5]) is Verdict.different
-    assert verdict([-2.0, -2.0, -2.0]) is Verdict.different
+def test_pairs_without_spread_count_by_the_smallest_step_or_as_signs() -> None:
+    assert verdict([0.0] * 4) is Verdict.undecided  # by signs: 1 in 16
+    assert verdict([0.0] * 5) is Verdict.equivalent
+    assert verdict([0.5] * 6) is Verdict.different
+    for count, step, expected in (
+        (2, 0.01, Verdict.equivalent),
+        (3, 0.28, Verdict.equivalent),
+        (3, 1.0, Verdict.undecided),
+        (2, 0.28, Verdict.undecided),
+    ):
+        assert judge([difference([0.0] * count, 0.5, resolution=step)])[0].verdict is expected
+
+
+def test_accuracies_of_few_samples_are_falsely_equivalent_no_more_often_than_promised() -> None:
+    """Counts of 360 test samples agree by chance; the true difference is the margin."""
+    generator = np.random.default_rng(5)
+    sweeps, samples, margin, false = 2000, 360, 1.0, 0
+    for _ in range(sweeps):
+        reference = 100 * generator.binomial(samples, 0.98, 3) / samples
+        mine = 100 * generator.binomial(samples, 0.97, 3) / samples
+        found = difference(mine - reference, margin, resolution=100 / samples)
+        false += judge([found])[0].verdict is Verdict.equivalent
+    assert 0 < false / sweeps <= 0.065
+
+
+def test_without_a_margin_nothing_is_equivalent() -> None:
+    assert difference([0.0] * 9, None).p_equivalent == 1.0
+    assert difference([0.01, -0.01, 0.0, 0.02], None).p_equivalent == 1.0
 
 
 def test_many_comparisons_need_more_evidence_than_one() -> None:

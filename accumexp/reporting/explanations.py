@@ -5,19 +5,21 @@ from __future__ import annotations
 from html import escape
 
 from .report import Report
+from .trajectory import EARLY, JUMP
 
 
 def explanations(report: Report) -> list[str]:
     """One entry for each kind of number that the report shows."""
     config, measure = report.config, report.measure
     percent, error = f"{config.confidence:.0%}", f"{1 - config.confidence:.0%}"
-    margin = escape(measure.amount(config.margin))
+    margin = "the margin" if report.margin is None else escape(measure.amount(report.margin))
     lines = [
         f"<b>{escape(measure.name)}</b>: mean and standard deviation over the seeds, of the "
         "model at the end of the run, on the test split.",
         "<b>Difference</b>: mean over the seeds of this group's value minus the reference's "
         "with the same seed (same first weights, same order of samples), with Student's "
-        f"{percent} interval of that mean, for each comparison by itself.",
+        f"{percent} interval of that mean, for each comparison by itself. (p below does not look "
+        "at this interval: two one-sided tests are an interval of its own level.)",
         "<b>Reference</b>: of the groups that differ only in how the window is cut, the one "
         "with the fewest micro-batches: the larger batch itself, if one is among them.",
         f"<b>p</b>: the chance to see such data if the true difference were {margin} or more, by "
@@ -33,12 +35,12 @@ def explanations(report: Report) -> list[str]:
         f"which the test has {config.power:.0%} power if there is no difference and the spread "
         "stays as it is (Phillips 1990, doi:10.1007/BF01063556).",
         "<b>Training</b>: the window's loss beside the reference's from the first update on. "
-        "Rounding makes them differ by at most the batch size times the precision's epsilon "
-        "(Higham 2002, Accuracy and Stability of Numerical Algorithms, 4.2), and stable "
-        "training amplifies that by a small factor an update (Cohen et al. 2021, "
-        "arXiv:2103.00065): a jump beyond it by a factor of 100 in one update is another "
-        "computation. Later the losses of equal trainings part too. That is chaos, which only "
-        "the statistics above can judge.",
+        "Rounding makes them differ by at most about 8 * sqrt(batch size) * u, u half the "
+        "precision's epsilon (Higham and Mary 2019, doi:10.1137/18M1226312), until it has had "
+        f"time to grow. Beyond that within the first {EARLY} updates, or by a jump of a factor of "
+        f"{JUMP:g} in most seeds at the same update, is another computation. Later the losses of "
+        "equal trainings part too. That is chaos, which only the statistics above can judge. A bug "
+        "whose effect is smaller than rounding, or comes later, is not seen here.",
         "<b>ms/update, samples/s</b>: medians over the runs, without evaluation and "
         "checkpoints; in brackets the ratio to the reference.",
         "<b>Activations</b>: what autograd saves for backward in one window, at its highest. "

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .jobs import Job
+from .jobs import FINISHED, Job
 
 STEPS = "accum.steps"
-# Keys that cut the same update into other micro-batches.
-OF_THE_WINDOW = (STEPS, "accum.micro_batch_size")
+# Keys that cut the same update into other micro-batches, here or on several ranks.
+CUTS = (STEPS, "accum.micro_batch_size", "accum", "accum.strategy", "accum.processes")
 
 
 @dataclass(frozen=True)
 class Group:
-    """The finished jobs of one combination of what varied, by seed."""
+    """One combination of what varied, with its finished jobs by seed and the number of those that are not."""
 
     values: dict[str, str]
     jobs: dict[int, Job]
+    unfinished: int = 0
 
     @property
     def first(self) -> Job:
@@ -54,22 +56,24 @@ def varied_keys(jobs: Sequence[Job]) -> list[str]:
 
 
 def grouped(jobs: Sequence[Job]) -> list[Group]:
-    """The finished ones of `jobs`, grouped by what varies over all of them; numbers in their order."""
+    """`jobs`, grouped by what varies over all of them; numbers in their order."""
     keys = varied_keys(jobs)
     found: dict[tuple[str, ...], dict[int, Job]] = {}
+    missing: Counter[tuple[str, ...]] = Counter()
     for job in jobs:
         values = tuple(job.overrides.get(key) or job.params.get(key, "default") for key in keys)
         members = found.setdefault(values, {})
-        if job.status == "FINISHED":
+        if job.status == FINISHED:
             members[job.seed] = job
+        else:
+            missing[values] += 1
     columns = list(zip(*found, strict=True))
     order = sorted(
         found, key=lambda values: [_rank(v, column) for v, column in zip(values, columns, strict=True)]
     )
     return [
-        Group(dict(zip(keys, values, strict=True)), dict(sorted(found[values].items())))
+        Group(dict(zip(keys, values, strict=True)), dict(sorted(found[values].items())), missing[values])
         for values in order
-        if found[values]
     ]
 
 
@@ -81,22 +85,24 @@ def _rank(value: str, column: Sequence[str]) -> float:
 
 
 def references(groups: Sequence[Group]) -> list[Group | None]:
-    """The group that each one is compared with: None for those that are the reference themselves.
+    """The group that each one is compared with: None for those that are the reference or have no job yet.
 
     Groups that differ only in how the window is cut are compared with the one of them that has the fewest
     micro-batches. Where no two groups are so alike, all are compared with the one of the fewest.
     """
     families: dict[tuple[str, ...], list[Group]] = {}
     for group in groups:
-        rest = tuple(value for key, value in group.values.items() if key not in OF_THE_WINDOW)
+        rest = tuple(value for key, value in group.values.items() if key not in CUTS)
         families.setdefault(rest, []).append(group)
     if groups and len(families) == len(groups):
         families = {(): list(groups)}
     found = {}
     for members in families.values():
-        fewest = min(members, key=lambda group: group.micro_batches)
-        found.update({id(group): None if group is fewest else fewest for group in members})
-    return [found[id(group)] for group in groups]
+        done = [group for group in members if group.jobs]
+        if done:
+            fewest = min(done, key=lambda group: group.micro_batches)
+            found.update({id(group): None if group is fewest else fewest for group in done})
+    return [found.get(id(group)) for group in groups]
 
 
 def varied_params(groups: Sequence[Group]) -> list[str]:

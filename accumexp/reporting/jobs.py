@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
@@ -95,7 +95,7 @@ def from_store(store: Store, parent: PastRun, folder: Path | None = None) -> Swe
     here = folder if folder.is_dir() and folder.is_absolute() else None
     written = {job["run_id"]: job for job in summaries(here) if job.get("run_id")} if here else {}
     runs = jobs_of(store, parent)
-    jobs = [_from_run(store, run, written.get(run.run_id, {})) for run in runs]
+    jobs = told_apart([_from_run(store, run, written.get(run.run_id, {})) for run in runs])
     known = {frozenset(job.overrides.items()) for job in jobs}
     if here:
         others = [_from_summary(job) for job in summaries(here)]
@@ -153,11 +153,25 @@ def parsed(overrides: Iterable[str]) -> dict[str, str]:
     return found
 
 
+def told_apart(jobs: list[Job]) -> list[Job]:
+    """Jobs that nobody knows the overrides of, with the params instead that vary over them."""
+    unknown = [job for job in jobs if not job.overrides]
+    if len(unknown) < 2:
+        return jobs
+    keys = sorted({key for job in unknown for key in job.params})
+    varied = [key for key in keys if len({job.params.get(key) for job in unknown}) > 1]
+    return [
+        job
+        if job.overrides
+        else replace(job, overrides={key: job.params[key] for key in varied if key in job.params})
+        for job in jobs
+    ]
+
+
 def _from_run(store: Store, run: PastRun, summary: dict) -> Job:
+    overrides = summary.get("overrides", [])
     if "accumexp.overrides" in run.tags:
         overrides = json.loads(run.tags["accumexp.overrides"])
-    else:
-        overrides = summary.get("overrides", [])
     return Job(
         run_id=run.run_id,
         status=run.status,
@@ -166,7 +180,7 @@ def _from_run(store: Store, run: PastRun, summary: dict) -> Job:
         final={key[6:]: value for key, value in run.metrics.items() if key.startswith("final/")},
         tags=run.tags,
         started=run.started,
-        error=run.tags.get("accumexp.error") or summary.get("error"),
+        error=None if run.status == FINISHED else run.tags.get("accumexp.error") or summary.get("error"),
         curve=lambda key: curve(store, run.run_id, key) if key in run.metrics else [],
     )
 
@@ -189,6 +203,7 @@ def _from_summary(summary: dict) -> Job:
         overrides=parsed(summary["overrides"]),
         params=params,
         final=summary.get("final", {}),
+        tags=summary.get("tags", {}),
         started=os.stat(folder).st_ctime,
         error=summary.get("error"),
         curve=points,

@@ -26,13 +26,6 @@ class NoiseScale:
     late: float
     points: list[tuple[int, float]]
 
-    def extra_samples(self, batch_size: int) -> float:
-        """Samples that this batch needs in units of the fewest that any batch could: 1 + B / B_noise.
-
-        McCandlish et al. 2018, arXiv:1812.06162, section 2, with the noise scale as the critical batch.
-        """
-        return 1 + batch_size / self.late
-
 
 def noise_scales(groups: Sequence[Group]) -> list[NoiseScale]:
     """Of the groups whose jobs have measured it."""

@@ -70,7 +70,7 @@ def page(report: Report, pictures: Mapping[str, Path]) -> str:
     if "loss" in pictures:
         parts += ["<h2>Is it the same training?</h2>", _image(pictures, "loss"), _each(report, _path)]
     if rows:
-        costs = [[*row.group.values.values(), *cost_cells(row.group, _reference(row))] for row in rows]
+        costs = [[*row.group.values.values(), *cost_cells(row.group, row.reference)] for row in rows]
         columns = [*rows[0].group.values, *COST_COLUMNS]
         parts += ["<h2>What it costs, and what it buys</h2>", _table(columns, costs, rows)]
         parts.append(_image(pictures, "cost"))
@@ -94,6 +94,8 @@ def page(report: Report, pictures: Mapping[str, Path]) -> str:
 def _about(report: Report) -> str:
     sweep = report.sweep
     done = f"{len(sweep.finished)} of {len(sweep.jobs)} jobs finished"
+    if sweep.status == "RUNNING":
+        done += ", the sweep is still running"
     when = time.strftime("%Y-%m-%d %H:%M", time.localtime(sweep.started)) if sweep.started else ""
     seconds = f"{sweep.seconds:,.0f} s from first to last" if sweep.seconds else ""
     tags = next((job.tags for job in sweep.finished if job.tags), {})
@@ -106,7 +108,7 @@ def _about(report: Report) -> str:
 
 def _because(report: Report, row: Row) -> str:
     assert row.comparison is not None
-    return f"{verdict_word(row)}, {outcome(row.comparison, report.measure)}"
+    return f"{verdict_word(row)}, {outcome(row.comparison, report)}"
 
 
 def _path(row: Row) -> str:
@@ -157,7 +159,3 @@ def _configuration(group: Group) -> str:
         return ""
     title = f"Configuration of {escape(group.label)}, seed {group.first.seed}"
     return f"<details><summary>{title}</summary><pre>{escape(params)}</pre></details>"
-
-
-def _reference(row: Row) -> Group | None:
-    return row.comparison.reference if row.comparison else None

@@ -68,7 +68,7 @@ def accuracy(report: Report) -> Figure | None:
     rows = report.rows
     if not rows:
         return None
-    measure, margin = report.measure, report.config.margin
+    measure, margin = report.measure, report.margin
     compared = bool(report.comparisons)
     wide = (9.4 if compared else 5.2) * max(1.0, len(rows) / (2 * MANY))
     figure = Figure(figsize=(wide, 3.9), layout="constrained")
@@ -93,9 +93,12 @@ def accuracy(report: Report) -> Figure | None:
     if not compared:
         return figure
     right = axes[1]
-    right.axhspan(-margin, margin, color="#0072B2", alpha=0.12, lw=0)
-    for side in (-margin, margin):
-        right.axhline(side, color="#0072B2", lw=1, ls="--")
+    title = f"{percent} interval"
+    if margin is not None:
+        title += f", and the margin of ±{measure.amount(margin)}"
+        right.axhspan(-margin, margin, color="#0072B2", alpha=0.12, lw=0)
+        for side in (-margin, margin):
+            right.axhline(side, color="#0072B2", lw=1, ls="--")
     right.axhline(0, color="#444444", lw=1)
     for place, row in zip(places, rows, strict=True):
         if row.comparison is None:
@@ -110,7 +113,7 @@ def accuracy(report: Report) -> Figure | None:
     _verdicts(right, rows)
     unit = f" ({measure.unit})" if measure.unit else ""
     right.set_ylabel(f"difference to the reference{unit}")
-    right.set_title(f"{percent} interval, and the margin of ±{measure.amount(margin)}", fontsize=10)
+    right.set_title(title, fontsize=10)
     _groups_axis(right, rows, report)
     return figure
 

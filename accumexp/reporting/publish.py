@@ -95,7 +95,7 @@ def show(report: Report) -> None:
     say(conclusion(report))
     for row in report.comparisons:
         if row.comparison and row.comparison.verdict is not Verdict.equivalent:
-            say(f"  {row.group.label}: {outcome(row.comparison, report.measure)}")
+            say(f"  {row.group.label}: {outcome(row.comparison, report)}")
     answer = noise_conclusion(report)
     if answer:
         say(answer)
@@ -120,8 +120,11 @@ def record(report: Report, written: Written) -> None:
 def metrics(report: Report) -> dict[str, float]:
     """`final/<what>/<group>` of every group, in names that MLflow takes."""
     found: dict[str, float] = {}
-    for row in report.rows:
-        name = re.sub(r"[^\w.\-/ ]+", " ", row.group.label.replace("=", " ")).strip()[:LONGEST_NAME]
+    names: set[str] = set()
+    for number, row in enumerate(report.rows, 1):
+        name = re.sub(r"[^\w.\- ]+", " ", row.group.label)[:LONGEST_NAME].strip(" .")
+        name += f" - {number}" if name in names else ""
+        names.add(name)
         key = report.measure.key
         factor = report.measure.factor  # the jobs' own unit, as their final/* have it
         values = {
@@ -146,9 +149,12 @@ def tags(report: Report) -> dict[str, str]:
             row.group.label: row.comparison.verdict.value for row in report.comparisons if row.comparison
         }
         found["accumexp.verdicts"] = _fitting(list(verdicts.items()), dict)
-        found["accumexp.margin"] = report.measure.amount(report.config.margin)
+        if report.margin is not None:
+            found["accumexp.margin"] = report.measure.amount(report.margin)
     refused = [
-        {"overrides": job.said.split(), "error": job.error} for job in report.sweep.jobs if job.run_id is None
+        {"overrides": [f"{key}={value}" for key, value in job.overrides.items()], "error": job.error}
+        for job in report.sweep.jobs
+        if job.run_id is None
     ]
     if refused:
         found["accumexp.refused"] = _fitting(refused, list)
@@ -168,13 +174,7 @@ def note(report: Report) -> str:
         keys = list(report.rows[0].group.values)
         cells = [accuracy_cells(report, row) for row in report.rows]
         parts.append(markdown(accuracy_columns(report), cells))
-        paid = [
-            [
-                *row.group.values.values(),
-                *cost_cells(row.group, row.comparison.reference if row.comparison else None),
-            ]
-            for row in report.rows
-        ]
+        paid = [[*row.group.values.values(), *cost_cells(row.group, row.reference)] for row in report.rows]
         parts.append(markdown([*keys, *COST_COLUMNS], paid))
     answer = noise_conclusion(report)
     if answer:

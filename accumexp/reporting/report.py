@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from .groups import Group, grouped, references
 from .jobs import Curve, Job, Sweep
 from .noise import NoiseScale, noise_scales
 from .statistics import Difference, Judgement, Summary, Verdict, difference, judge, seeds_needed, summary
-from .trajectory import LOSS, Trajectory, compared
+from .trajectory import LOOKED_AT, LOSS, Trajectory, compared
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,11 @@ class Measure:
     def of(cls, key: str) -> Measure:
         """Accuracies are fractions, shown in percent and compared in points; all else is taken as it is."""
         return cls(key, 100.0, "points") if key.endswith("accuracy") else cls(key, 1.0, "")
+
+    @property
+    def margin(self) -> float | None:
+        """What does not matter unless somebody says otherwise; None if nobody knows."""
+        return 0.5 if self.unit else None
 
     @property
     def name(self) -> str:
@@ -69,6 +75,10 @@ class Row:
     value: Summary
     comparison: Comparison | None
 
+    @property
+    def reference(self) -> Group | None:
+        return self.comparison.reference if self.comparison else None
+
 
 @dataclass(frozen=True)
 class Cost:
@@ -91,12 +101,19 @@ class Cost:
 
 @dataclass(frozen=True)
 class Report:
-    """All that the pictures, the page and the tables show."""
+    """All that the pictures, the page and the tables show.
+
+    Attributes:
+        margin: that the verdicts hold for, None if the metric has none by itself and none was given.
+        missing: groups of which no job has finished.
+    """
 
     sweep: Sweep
     config: ReportConfig
     measure: Measure
+    margin: float | None
     rows: list[Row]
+    missing: list[Group]
     curves: dict[int, dict[int, Curve]]  # of the loss, by id of the group and by seed
     noise: list[NoiseScale]
 
@@ -106,8 +123,10 @@ class Report:
 
     @property
     def verdict(self) -> Verdict | None:
-        """Of the whole sweep: the worst one. None if nothing was compared."""
+        """Of the whole sweep: the worst one, a missing group undecided; None if nothing was compared."""
         found = {row.comparison.verdict for row in self.rows if row.comparison}
+        if found and self.missing:
+            found.add(Verdict.undecided)
         for verdict in (Verdict.different, Verdict.undecided, Verdict.equivalent):
             if verdict in found:
                 return verdict
@@ -139,52 +158,64 @@ def make_report(
     Raises:
         UsageError: if no job measured `config.metric`, naming what there is.
     """
-    groups = grouped(sweep.jobs)
+    planned = grouped(sweep.jobs)
     measure = Measure.of(_metric(config, sweep))
-    compared_with = references(groups)
-    members = [(group, job) for group in groups for job in group.jobs.values()]
-    losses: dict[int, dict[int, Curve]] = {id(group): {} for group in groups}
-    curves_of = {id(job): job.curve(LOSS) for job in progress([job for _, job in members])}
-    for group, job in members:
-        losses[id(group)][job.seed] = curves_of[id(job)]
-    rows = _rows(groups, compared_with, measure, config, losses)
-    return Report(sweep, config, measure, rows, losses, noise_scales(groups))
+    margin = config.margin if config.margin is not None else measure.margin
+    pairs = [(group, other) for group, other in zip(planned, references(planned), strict=True) if group.jobs]
+    jobs = [job for group, _ in pairs for job in group.jobs.values()]
+    read = {id(job): thinned(job.curve(LOSS)) for job in progress(jobs)}
+    curves = {id(group): {seed: read[id(job)] for seed, job in group.jobs.items()} for group, _ in pairs}
+    rows = [row for row in _rows(pairs, measure, margin, config, curves) if row.value.count]
+    missing = [group for group in planned if not any(row.group is group for row in rows)]
+    return Report(sweep, config, measure, margin, rows, missing, curves, noise_scales([g for g, _ in pairs]))
+
+
+def thinned(curve: Curve, most: int = 2000) -> Curve:
+    """`curve` with all of its first points, by which it is judged, and at most `most` of the later ones.
+
+    Which ones depends on their updates, so that curves of the same length keep the same.
+    """
+    stride = 1
+    while sum(update % stride == 0 for update, _ in curve) > most:
+        stride *= 10
+    return [(update, value) for update, value in curve if update <= LOOKED_AT or update % stride == 0]
 
 
 def _rows(
-    groups: Sequence[Group],
-    compared_with: Sequence[Group | None],
+    pairs: Sequence[tuple[Group, Group | None]],
     measure: Measure,
+    margin: float | None,
     config: ReportConfig,
-    losses: dict[int, dict[int, Curve]],
+    curves: dict[int, dict[int, Curve]],
 ) -> list[Row]:
-    values = [_values(group, measure) for group in groups]
-    by_group = {id(group): found for group, found in zip(groups, values, strict=True)}
-    tests = sum(reference is not None for reference in compared_with)
-    differences = [
-        None if reference is None else _difference(by_group[id(group)], by_group[id(reference)], config)
-        for group, reference in zip(groups, compared_with, strict=True)
+    values = {id(group): _values(group, measure) for group, _ in pairs}
+    compared_with = [(group, other) for group, other in pairs if other is not None]
+    differences = []
+    for group, other in compared_with:
+        mine, others = values[id(group)], values[id(other)]
+        steps = [mine[seed] - others[seed] for seed in sorted(mine.keys() & others.keys())]
+        differences.append(difference(steps, margin, config.confidence, _resolution(group, measure)))
+    comparisons = {}
+    for (group, other), found, judged in zip(
+        compared_with, differences, judge(differences, config.confidence), strict=True
+    ):
+        needed = None
+        if judged.verdict is Verdict.undecided and margin is not None and math.isfinite(found.std):
+            alpha = (1 - config.confidence) / len(differences)
+            spread = max(found.std, _resolution(group, measure))
+            needed = seeds_needed(spread, margin, alpha, config.power)
+        path = compared(group, other, curves)
+        comparisons[id(group)] = Comparison(other, found, judged, path, needed)
+    return [
+        Row(group, summary(list(values[id(group)].values()), config.confidence), comparisons.get(id(group)))
+        for group, _ in pairs
     ]
-    judgements = iter(judge([found for found in differences if found], config.confidence))
-    rows = []
-    for group, reference, found in zip(groups, compared_with, differences, strict=True):
-        comparison = None
-        if reference is not None and found is not None:
-            trajectory = compared(group, reference, losses)
-            judged, needed = next(judgements), None
-            if judged.verdict is Verdict.undecided and found.pairs > 1:
-                alpha = (1 - config.confidence) / tests
-                needed = seeds_needed(found.std, config.margin, alpha, config.power)
-            comparison = Comparison(reference, found, judged, trajectory, needed)
-        mine = list(by_group[id(group)].values())
-        rows.append(Row(group, summary(mine, config.confidence), comparison) if mine else None)
-    return [row for row in rows if row is not None]
 
 
-def _difference(mine: dict[int, float], other: dict[int, float], config: ReportConfig) -> Difference:
-    seeds = sorted(mine.keys() & other.keys())
-    differences = [mine[seed] - other[seed] for seed in seeds]
-    return difference(differences, config.margin, config.confidence)
+def _resolution(group: Group, measure: Measure) -> float:
+    """The smallest step of an accuracy, one sample of the test split; 0 where that is not known."""
+    samples = group.finals("test_samples")
+    return measure.factor / max(samples) if measure.unit and samples else 0.0
 
 
 def _values(group: Group, measure: Measure) -> dict[int, float]:

@@ -80,38 +80,40 @@ def summary(values: Sequence[float], confidence: float = 0.95) -> Summary:
 
 
 def difference(
-    differences: Sequence[float] | np.ndarray, margin: float, confidence: float = 0.95
+    differences: Sequence[float] | np.ndarray,
+    margin: float | None,
+    confidence: float = 0.95,
+    resolution: float = 0.0,
 ) -> Difference:
     """Interval, difference test and equivalence test of paired differences.
 
     The equivalence test is Schuirmann's (1987, doi:10.1007/BF01068419): two one-sided t-tests, of which the
-    larger p-value counts, that of the nearer side of the margin. Pairs that all differ by exactly the same
-    have no spread to test with: from three pairs on their common difference is taken as it stands, below
-    that nothing is. A value that is not finite, of a run that diverged, leaves nothing to test.
+    larger p-value counts, that of the nearer side of the margin. A value that is not finite, of a run that
+    diverged, leaves nothing to test. Pairs that all differ by exactly the same have no spread to test with:
+    one step of `resolution` is taken for it, and without one the p-values are those of a sign test.
 
     Args:
         differences: group minus reference, one number a seed.
-        margin: the largest difference that does not matter, above 0.
+        margin: the largest difference that does not matter, above 0; None if nobody has said.
+        resolution: the smallest step of a value, for an accuracy one sample of the test split.
     """
     array = np.asarray(differences, dtype=float)
     count = array.size
-    if count == 0:
-        return Difference(0, math.nan, math.nan, math.nan, math.nan, 1.0, 1.0)
-    mean = float(array.mean())
-    if not np.isfinite(array).all():
+    mean = float(array.mean()) if count else math.nan
+    if count < 2 or not np.isfinite(array).all():
         return Difference(count, mean, math.nan, math.nan, math.nan, 1.0, 1.0)
-    if count == 1:
-        return Difference(1, mean, math.nan, math.nan, math.nan, 1.0, 1.0)
     std = float(array.std(ddof=1))
-    if std <= 1e-12 * max(abs(mean), margin):
-        known = count > 2
-        p_different = 0.0 if known and abs(mean) > 1e-12 * margin else 1.0
-        p_equivalent = 0.0 if known and abs(mean) < margin else 1.0
-        return Difference(count, mean, std, mean, mean, p_different, p_equivalent)
     low, high = _interval(mean, std, count, confidence)
-    error = std / math.sqrt(count)
+    spread = std
+    if std <= 1e-12 * float(np.abs(array).max()):
+        if not resolution:
+            sign = 0.5**count
+            inside = margin is not None and abs(mean) < margin
+            return Difference(count, mean, std, low, high, 2 * sign if mean else 1.0, sign if inside else 1.0)
+        spread = resolution
+    error = spread / math.sqrt(count)
     p_different = 2 * _p_value(abs(mean) / error, count)
-    p_equivalent = _p_value((margin - abs(mean)) / error, count)
+    p_equivalent = 1.0 if margin is None else _p_value((margin - abs(mean)) / error, count)
     return Difference(count, mean, std, low, high, p_different, p_equivalent)
 
 
@@ -170,8 +172,8 @@ def seeds_needed(std: float, margin: float, alpha: float = 0.05, power: float = 
         margin: in the same unit.
         alpha: the level of the test; with several comparisons its share of it.
     """
-    if std == 0:
-        return 3
+    if not std > 1e-9 * margin:  # which needs no more pairs than a sign test does
+        return math.ceil(math.log2(1 / alpha))
     if equivalence_power(MOST_SEEDS, std, margin, alpha) < power:
         return None
     low, high = 1, MOST_SEEDS  # power is too small at low, and large enough at high

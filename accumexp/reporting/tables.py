@@ -87,17 +87,18 @@ def terminal(report: Report) -> list[Any]:
     first = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     keys = len(report.rows[0].group.values)
     for number, heading in enumerate(accuracy_columns(report)):
-        first.add_column(heading, justify="left" if number < keys else "right", no_wrap=True)
+        first.add_column(Text(heading), justify="left" if number < keys else "right", no_wrap=True)
     for row in report.rows:
         *cells, last = accuracy_cells(report, row)
-        first.add_row(*cells, Text(last, style=VERDICT_STYLES.get(last, "")))
+        # As Text, because brackets in a value are no markup.
+        first.add_row(*map(Text, cells), Text(last, style=VERDICT_STYLES.get(last, "")))
     second = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for heading in report.rows[0].group.values:
-        second.add_column(heading)
+        second.add_column(Text(heading))
     for heading in COST_COLUMNS:
         second.add_column(heading, justify="right", no_wrap=True)
     for row in report.rows:
-        second.add_row(*row.group.values.values(), *cost_cells(row.group, _reference(row)))
+        second.add_row(*map(Text, [*row.group.values.values(), *cost_cells(row.group, row.reference)]))
     return [first, second]
 
 
@@ -127,7 +128,7 @@ def group_rows(report: Report) -> list[dict[str, Any]]:
                 difference_std=found.difference.std,
                 difference_low=found.difference.low,
                 difference_high=found.difference.high,
-                margin=report.config.margin,
+                margin=report.margin,
                 p_different=found.difference.p_different,
                 p_equivalent=found.difference.p_equivalent,
                 p_different_corrected=found.judgement.p_different,
@@ -136,7 +137,7 @@ def group_rows(report: Report) -> list[dict[str, Any]]:
                 same_training=path.same,
                 leaves_at_update=path.leaves,
                 verdict=found.verdict.value,
-                because=outcome(found, report.measure),
+                because=outcome(found, report),
             )
         else:
             values["verdict"] = "reference"
@@ -174,7 +175,3 @@ def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
 
 def _unknown(value: Any) -> bool:
     return value is None or (isinstance(value, float) and math.isnan(value))
-
-
-def _reference(row: Row) -> Group | None:
-    return row.comparison.reference if row.comparison else None

@@ -1,9 +1,9 @@
 """Is it the same training? Loss curves against the reference's, so that rounding can be told from a bug.
 
-Two windows of the same batch give the same loss up to rounding as long as the weights agree up to rounding.
-The difference then grows smoothly: an update of stable training with momentum amplifies a disturbance at
-most about fourfold (its sharpness times its rate stays below 2 + 2 * momentum, Cohen et al. 2021,
-arXiv:2103.00065). A wrong denominator, a lost sample or another learning rate shows in one update.
+Windows of the same batch give the same loss up to rounding, as long as the weights agree up to rounding. That
+lasts: the first losses of right windows agree to a few units in the last place, and then part smoothly, by a
+small factor an update, as chaos does. A wrong denominator, a lost sample or another learning rate shows at
+once, in the first updates or as a jump out of rounding where a later window is wrong.
 """
 
 from __future__ import annotations
@@ -14,11 +14,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .groups import Group
+from .groups import CUTS, Group
 from .jobs import Curve
 
-# A growth within one update that no stable training has.
+# Updates in which rounding has had no time to grow: Adam, which steps by the sign of the smallest gradients,
+# takes five to reach ten units in the last place (ResNet-18, fp32).
+EARLY = 4
+# A growth within one update, out of rounding, that no training has by itself in most of its seeds at once.
 JUMP = 100.0
+LOOKED_AT = 100
 # Beyond this bound rounding explains too much to judge by.
 TOO_COARSE = 1e-2
 TF32 = 2.0**-10
@@ -35,11 +39,9 @@ class Trajectory:
         updates: updates of which all pairs have a point.
         median, low, high: over the seeds, of |difference| / the largest loss of the reference so far, because
             the rounding of a loss does not fall with the loss; shape (updates,).
-        bound: what rounding explains: batch size times the precision's epsilon, the worst case of a sum of
-            that many terms (Higham 2002, Accuracy and Stability of Numerical Algorithms, 4.2), and no less
-            than one rounding to TF32 where a GPU may have used it.
-        judged: consecutive updates from the first on that were looked at, 0 if there are no such points.
-        leaves: the update at which the loss leaves the reference's by more than rounding in most pairs.
+        bound: what rounding explains, as `rounding_bound` has it.
+        judged: the last update up to which the losses agree within the bound, 0 if it cannot be told.
+        leaves: the update at which the loss leaves the reference's by more than rounding, in most pairs.
         by: the relative difference there.
     """
 
@@ -56,53 +58,64 @@ class Trajectory:
     @property
     def same(self) -> bool | None:
         """Whether this is the reference's training up to rounding; None if that cannot be told."""
-        if self.declared or not self.judged:
+        if self.declared or not (self.judged or self.leaves):
             return None
         return self.leaves is None
 
     @property
     def words(self) -> str:
         if self.declared:
-            return "not claimed: " + "; ".join(self.declared)
+            return "another computation by its configuration: " + "; ".join(self.declared)
+        if self.leaves is not None:
+            return f"leaves at update {self.leaves}, by {self.by:.1e}"
         if self.bound >= TOO_COARSE:
             return f"not judged: in this precision rounding explains up to {self.bound:.1e}"
         if not self.judged:
             return "not known: the losses of the first updates were not recorded"
-        if self.leaves is None:
-            return f"rounding only, up to update {self.judged}"
-        return f"leaves at update {self.leaves}, by {self.by:.1e}"
+        return f"rounding only, up to update {self.judged}"
 
 
 def compared(group: Group, reference: Group, curves: Mapping[int, Mapping[int, Curve]]) -> Trajectory:
     """How `group` trains beside `reference`; `curves` holds the loss by `id` of a group and by seed."""
     seeds = sorted(group.jobs.keys() & reference.jobs.keys())
     reasons = declared(group, reference)
-    epsilon = epsilon_of(reference)
-    bound = reference.batch_size * epsilon
-    if any(one.first.tags.get("accumexp.tf32") == "true" for one in (group, reference)):
-        bound = max(bound, TF32)
+    bound = max(rounding_bound(one) for one in (group, reference))
     pairs = [_relative(curves[id(group)][seed], curves[id(reference)][seed]) for seed in seeds]
-    if "batch size" in reasons or not pairs:
+    if group.batch_size != reference.batch_size or not pairs:
         pairs = []
     common = sorted(set.intersection(*[set(pair) for pair in pairs])) if pairs else []
     table = np.array([[pair[update] for update in common] for pair in pairs]).reshape(len(pairs), len(common))
-    judged = consecutive(common) if bound < TOO_COARSE else 0
-    judged = judged if judged > 1 else 0  # the first loss depends on no update
-    ends = [departure(row[:judged], bound, epsilon) for row in table]
-    left = sorted(index for index in ends if index is not None)
-    leaves = left[len(left) // 2] if left and 2 * len(left) > len(ends) else None
-    empty = np.zeros(0)
+    known = consecutive(common[:LOOKED_AT]) if bound < TOO_COARSE else 0
+    # Of most pairs at the same update: in a single one rounding may flip a unit that weighs.
+    most = np.sort(table, axis=0)[(len(pairs) - 1) // 2] if common else np.zeros(0)
+    leaves, judged = None, 0
+    if known > 1 and not reasons:  # the first loss depends on no update
+        leaves, judged = departure(most[:known], bound, epsilon_of(reference), late=len(pairs) > 1)
     return Trajectory(
         declared=reasons,
         updates=np.array(common),
-        median=np.median(table, axis=0) if common else empty,
-        low=table.min(axis=0) if common else empty,
-        high=table.max(axis=0) if common else empty,
+        median=np.median(table, axis=0) if common else np.zeros(0),
+        low=table.min(axis=0) if common else np.zeros(0),
+        high=table.max(axis=0) if common else np.zeros(0),
         bound=bound,
         judged=judged,
-        leaves=None if leaves is None else common[leaves],
-        by=math.nan if leaves is None else float(np.median(table[:, leaves])),
+        leaves=leaves,
+        by=math.nan if leaves is None else float(most[leaves - 1]),
     )
+
+
+def rounding_bound(group: Group) -> float:
+    """The relative difference of two losses that rounding explains: 8 * sqrt(n) * u, n samples a batch.
+
+    Sums of n terms err by sqrt(n) * u times a small factor with a probability that is all but 1, u half the
+    precision's epsilon (Higham and Mary 2019, doi:10.1137/18M1226312); no less than one rounding to TF32 where
+    a GPU may have used it.
+    """
+    tags = group.first.tags
+    bound = 8 * math.sqrt(group.batch_size) * epsilon_of(group) / 2
+    device = tags.get("accumexp.device", "")
+    on_a_gpu = bool(device) and "cores" not in device
+    return max(bound, TF32) if tags.get("accumexp.tf32", str(on_a_gpu).lower()) == "true" else bound
 
 
 def epsilon_of(group: Group) -> float:
@@ -119,6 +132,8 @@ def declared(group: Group, reference: Group) -> list[str]:
     keys = ("precision", "param_precision", "accum.loss_scale")
     if any(mine.params.get(key) != other.params.get(key) for key in keys):
         reasons.append("precision")
+    varied = [key for key in group.values if key not in (*CUTS, "data.batch_size", *keys)]
+    reasons += [key for key in varied if group.values[key] != reference.values.get(key)]
     for job in (mine, other):
         if "accumexp.unequal" in job.tags:
             reasons.append(job.tags["accumexp.unequal"].partition(";")[0])
@@ -126,18 +141,22 @@ def declared(group: Group, reference: Group) -> list[str]:
     return reasons
 
 
-def departure(differences: Sequence[float] | np.ndarray, bound: float, epsilon: float) -> int | None:
-    """Index of the first difference above `bound` and `JUMP` times all before it; None if there is none.
+def departure(
+    differences: Sequence[float] | np.ndarray, bound: float, epsilon: float, late: bool = True
+) -> tuple[int | None, int]:
+    """(The update that leaves the reference by more than rounding or None, the last one within the bound).
 
     Args:
         differences: relative, of consecutive updates from the first on.
+        late: judge what leaves after the first updates, too.
     """
     before = epsilon
-    for index, value in enumerate(differences):
-        if value > bound and value > JUMP * before:
-            return index
+    for update, value in enumerate(differences, 1):
+        if value > bound:
+            jumped = late and value > JUMP * before
+            return (update if update <= EARLY or jumped else None), update - 1
         before = max(before, value)
-    return None
+    return None, len(differences)
 
 
 def consecutive(updates: Sequence[int]) -> int:

@@ -9,6 +9,8 @@ from .noise import worth
 from .report import Comparison, Measure, Report, Row
 from .statistics import Difference, Summary, Verdict
 
+MOST_NAMES = 8  # in a sentence
+
 
 def spread(value: Summary, measure: Measure) -> str:
     """Mean and standard deviation: 97.12 ± 0.40."""
@@ -36,22 +38,27 @@ def amount(value: float | None, digits: int = 2) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
 
-def outcome(comparison: Comparison, measure: Measure) -> str:
+def outcome(comparison: Comparison, report: Report) -> str:
     """One sentence that says what the verdict on a group rests on."""
-    found, judged = comparison.difference, comparison.judgement
+    found, judged, measure = comparison.difference, comparison.judgement, report.measure
     if comparison.trajectory.same is False:
         return (
             f"another training: its loss leaves the reference's at update {comparison.trajectory.leaves} by "
             f"{comparison.trajectory.by:.1e}, where rounding explains {comparison.trajectory.bound:.1e}"
         )
     if judged.verdict is Verdict.equivalent:
-        zero = ", though the difference is real" if judged.p_different < 0.05 else ""
+        real = judged.p_different < 1 - report.config.confidence
+        zero = ", though it is a real one" if real else ""
         return f"the difference is inside the margin{zero}"
     if judged.verdict is Verdict.different:
         side = "higher" if found.mean > 0 else "lower"
         return f"{side} by {measure.amount(round(abs(found.mean), 4))}"
     if found.pairs < 2:
-        return "one pair of seeds cannot decide; run more"
+        return f"{found.pairs or 'no'} pair of seeds cannot decide; run more"
+    if not math.isfinite(found.mean):
+        return "a run of it has no finite value"
+    if report.margin is None:
+        return f"report.margin=... is needed, the largest difference of {measure.key} that does not matter"
     if comparison.seeds_needed is None:
         return "the spread over seeds is too large for this margin"
     needed = max(comparison.seeds_needed, found.pairs + 1)
@@ -65,7 +72,7 @@ def conclusion(report: Report) -> str:
         if not report.rows:
             return "No job of this sweep has finished yet: there is nothing to compare."
         return "One group of runs: there is nothing to compare it with."
-    margin = report.measure.amount(report.config.margin)
+    margin = report.margin and report.measure.amount(report.margin)
     parts = []
     for verdict in Verdict:
         members = [row for row in rows if row.comparison and row.comparison.verdict is verdict]
@@ -82,7 +89,13 @@ def conclusion(report: Report) -> str:
         elif verdict is Verdict.different:
             parts.append(f"{names} {are} different from {other}.")
         else:
-            parts.append(f"{names} {are} undecided against {other} at a margin of {margin}.")
+            at = f" at a margin of {margin}" if margin else ""
+            parts.append(f"{names} {are} undecided against {other}{at}.")
+    if report.missing:
+        verb = "has" if len(report.missing) == 1 else "have"
+        parts.append(f"{_enumerated([group.label for group in report.missing])} {verb} no finished job.")
+    if any(row.group.unfinished for row in report.rows):
+        parts.append("Of the other groups only the seeds that finished count.")
     return " ".join(parts)
 
 
@@ -100,33 +113,32 @@ def noise_conclusion(report: Report) -> str | None:
         "samples and twice the fewest updates; beyond it most of the added samples are wasted."
     )
     if len(sizes) > 1:
-        text += (
-            f" Of the batches tried, {_enumerated(list(map(str, inside)))} lie below."
-            if inside
-            else (" All batches tried lie above.")
-        )
+        verb = "lies" if len(inside) == 1 else "lie"
+        names = _enumerated(list(map(str, inside)))
+        text += f" Of the batches tried, {names} {verb} below." if inside else " All batches tried lie above."
         text += " " + _measured(report)
-    return text
+    return text.strip()
 
 
 def _measured(report: Report) -> str:
-    kept = []
-    for row in sorted(report.rows, key=lambda row: row.group.batch_size):
-        comparison = row.comparison
-        lost = comparison is not None and comparison.judgement.verdict is Verdict.different
-        if (
-            lost
-            and comparison is not None
-            and (comparison.difference.mean < 0) == (report.measure.unit != "")
-        ):
-            break
-        kept.append(row.group.batch_size)
-    largest = max(row.group.batch_size for row in report.rows)
-    if not kept:
+    """What the runs say themselves, if they saw as many samples and the smallest batch is what all are beside."""
+    smallest = min(report.rows, key=lambda row: row.group.batch_size).group
+    others = [row for row in report.rows if row.group is not smallest]
+    seen = {samples for row in report.rows for samples in row.group.finals("samples")}
+    if len(seen) != 1 or any(row.reference is not smallest for row in others):
         return ""
-    if max(kept) == largest:
-        return f"At equal samples seen, no batch up to {largest} was shown to be worse than the smallest."
-    return f"At equal samples seen, batches above {max(kept)} did worse than the smallest."
+    better = smallest.first.params.get("mode", "max")
+    lower_is_worse = better == "max" and not report.measure.key.endswith("loss")
+    worse = [
+        str(row.group.batch_size)
+        for row in sorted(others, key=lambda row: row.group.batch_size)
+        if row.comparison
+        and row.comparison.judgement.verdict is Verdict.different
+        and (row.comparison.difference.mean < 0) == lower_is_worse
+    ]
+    if not worse:
+        return f"At equal samples seen, none was shown to be worse than {smallest.batch_size}."
+    return f"At equal samples seen, {_enumerated(worse)} did worse than {smallest.batch_size}."
 
 
 def _two(value: float) -> str:
@@ -145,6 +157,8 @@ def _enumerated(names: Sequence[str]) -> str:
     common = {name.partition("=")[0] for name in names}
     if len(names) > 1 and len(common) == 1 and all(name.count("=") == 1 for name in names):
         names = [names[0], *[name.partition("=")[2] for name in names[1:]]]
+    if len(names) > MOST_NAMES:
+        names = [*names[:MOST_NAMES], f"{len(names) - MOST_NAMES} more"]
     if len(names) < 2:
         return "".join(names)
     return f"{', '.join(names[:-1])} and {names[-1]}"
