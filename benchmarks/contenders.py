@@ -284,7 +284,7 @@ class Accumexp(Contender):
         self.model, self.optimizer = parts.model, self.trainer.optimizer
         write_config(folder, config)
         order = Order(config, folder, None, None, "python -m benchmarks.window")
-        self.record.tracker = open_tracker(order, Store(config.tracking), parts, [], None, None)
+        self.record.tracker = open_tracker(order, Store(config.tracking), parts, {}, None, None)
         stop = self.trainer.callbacks["stop"]
         assert isinstance(stop, StopAtUpdate)
         self.stop = stop

@@ -105,11 +105,11 @@ def compared(group: Group, reference: Group, curves: Mapping[int, Mapping[int, C
 
 
 def rounding_bound(group: Group) -> float:
-    """The relative difference of two losses that rounding explains: 8 * sqrt(n) * u, n samples a batch.
+    """The relative difference of two losses that rounding explains: 8 * sqrt(n) * u for n samples a batch.
 
     Sums of n terms err by sqrt(n) * u times a small factor with a probability that is all but 1, u half the
-    precision's epsilon (Higham and Mary 2019, doi:10.1137/18M1226312); no less than one rounding to TF32 where
-    a GPU may have used it.
+    precision's epsilon (Higham and Mary 2019, doi:10.1137/18M1226312); no less than one rounding to TF32
+    where a GPU may have used it.
     """
     tags = group.first.tags
     bound = 8 * math.sqrt(group.batch_size) * epsilon_of(group) / 2

@@ -121,7 +121,7 @@ def noise_conclusion(report: Report) -> str | None:
 
 
 def _measured(report: Report) -> str:
-    """What the runs say themselves, if they saw as many samples and the smallest batch is what all are beside."""
+    """What the runs say themselves, if all saw as many samples and are compared with the smallest batch."""
     smallest = min(report.rows, key=lambda row: row.group.batch_size).group
     others = [row for row in report.rows if row.group is not smallest]
     seen = {samples for row in report.rows for samples in row.group.finals("samples")}
