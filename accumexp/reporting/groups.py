@@ -40,6 +40,12 @@ class Group:
         return self.first.number("data.batch_size")
 
     @property
+    def samples_an_update(self) -> float:
+        """On average: the last update of an epoch may have fewer than `batch_size`."""
+        final = self.first.final
+        return final["samples"] / final["updates"] if final.get("updates") else float(self.batch_size)
+
+    @property
     def label(self) -> str:
         return ", ".join(f"{key}={value}" for key, value in self.values.items())
 

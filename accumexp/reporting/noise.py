@@ -41,7 +41,7 @@ def noise_scales(groups: Sequence[Group]) -> list[NoiseScale]:
             for update, value in curve:
                 by_update.setdefault(update, []).append(value)
         points = [
-            (update * group.batch_size, statistics.median(values))
+            (round(update * group.samples_an_update), statistics.median(values))
             for update, values in sorted(by_update.items())
             if 2 * len(values) > len(curves)
         ]

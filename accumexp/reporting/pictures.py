@@ -133,7 +133,7 @@ def losses(report: Report) -> Figure | None:
         if not curves:
             continue
         updates, middle, low, high = _band(curves)
-        x = updates * row.group.batch_size if by_samples else updates
+        x = updates * row.group.samples_an_update if by_samples else updates
         left.plot(x, middle, label=_cut(row.group.label, 2 * LONGEST), **_line(index))
         if len(curves) > 1:
             left.fill_between(x, low, high, color=_line(index)["color"], alpha=0.12, lw=0)
@@ -229,7 +229,12 @@ def noise(report: Report) -> Figure | None:
     for index, scale in enumerate(report.noise):
         x, y = zip(*scale.points, strict=True)
         axes.plot(x, y, label=_cut(scale.group.label, 2 * LONGEST), **_line(index))
-    axes.axhline(worth(report.noise), color="#D55E00", lw=1.6, ls="--", label="worth it up to here")
+    limit = worth(report.noise)
+    axes.axhline(limit, color="#E69F00", lw=3.5, alpha=0.8)
+    axes.annotate(
+        f"worth it up to here: {limit:.0f}", (0.0, limit), (3, 4), xycoords=("axes fraction", "data"),
+        textcoords="offset points", fontsize=8,
+    )  # fmt: skip
     axes.set_yscale("log")
     axes.set_xlabel("samples seen")
     axes.set_ylabel("gradient noise scale (samples)")
