@@ -11,7 +11,7 @@ from accumexp.reporting.groups import grouped, references, varied_keys, varied_p
 from accumexp.reporting.jobs import once, parsed, told_apart
 from accumexp.reporting.report import thinned
 from accumexp.reporting.statistics import Verdict
-from accumexp.reporting.trajectory import departure
+from accumexp.reporting.trajectory import departure, in_most
 from accumexp.reporting.wording import conclusion, noise_conclusion, outcome
 
 from .past_sweeps import Job, job, over_steps, reported, sweep
@@ -128,9 +128,24 @@ def test_a_jump_beyond_rounding_is_a_departure_wherever_it_comes(where: int) -> 
     assert departure([1e-7] * where + [1e-3] + [2e-3] * 5, BOUND, EPSILON) == (where + 1, where)
 
 
-def test_what_a_single_pair_does_late_is_not_judged() -> None:
-    assert departure([1e-7] * 11 + [1e-3], BOUND, EPSILON, late=False) == (None, 11)
-    assert departure([1e-7, 1e-3], BOUND, EPSILON, late=False) == (2, 1)
+@pytest.mark.parametrize(
+    ("ends", "expected"),
+    [
+        ([2, 2, 3], 2),
+        ([2], 2),
+        ([None, 1, 2], 2),
+        ([2, None, None], None),
+        ([13, 13, 12, 14, None], 13),
+        ([12, 55, None], None),
+        ([12, 55, 80], None),
+        ([55], None),
+        ([55, None], None),
+        ([55, 56], 56),
+        ([], None),
+    ],
+)
+def test_most_pairs_leave_together_or_none_is_said_to(ends: list[int | None], expected: int | None) -> None:
+    assert in_most(ends) == expected
 
 
 def test_a_jump_within_rounding_is_no_departure() -> None:
@@ -323,6 +338,7 @@ def test_a_key_that_varies_is_declared_and_its_accuracy_judged_alone() -> None:
     report = reported(sweep(*jobs), margin=1.0)
     (row,) = report.comparisons
     assert row.comparison and row.comparison.trajectory.declared == ["optimizer.lr"]
+    assert row.comparison.trajectory.leaves is None and "optimizer.lr" in row.comparison.trajectory.words
     assert report.verdict is Verdict.equivalent
 
 

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from accumexp.reporting import Report
 from accumexp.reporting.page import page
 from accumexp.reporting.pictures import draw
 from accumexp.reporting.publish import metrics, note, tags, write
-from accumexp.reporting.tables import markdown
+from accumexp.reporting.tables import markdown, terminal
 
 from .past_sweeps import job, over_steps, reported, sweep
 
@@ -105,3 +107,32 @@ def test_pictures_are_drawn_of_what_there_is(tmp_path: Path) -> None:
         job(f"accum.steps={k}", f"seed={s}", final={"accuracy": float("nan")}) for k in (1, 2) for s in (0, 1)
     ]
     assert set(draw(reported(sweep(*lost)), tmp_path)) == {"accuracy"}
+
+
+@pytest.mark.parametrize(
+    ("width", "spared"), [(None, set()), (200, set()), (95, {"p"}), (80, {"p", "training"})]
+)
+def test_a_narrow_terminal_loses_details_and_keeps_the_verdict(width: int | None, spared: set[str]) -> None:
+    report = reported(over_steps(lambda k, s: 0.9 + 0.01 * s))
+    first, _ = terminal(report, width)
+    headings = [str(column.header) for column in first.columns]
+    assert {"p", "training"} - set(headings) == spared
+    printed = Console(width=width or 200, record=True, file=io.StringIO())
+    printed.print(first)
+    text = printed.export_text()
+    assert text.count("undecided") == 2 and "…" not in text
+
+
+def test_brackets_in_a_value_are_no_markup() -> None:
+    jobs = [job(f"model.act={act}", "seed=0", final={"accuracy": 0.9}) for act in ("[relu,tanh]", "[/x]")]
+    printed = Console(width=200, record=True, file=io.StringIO())
+    for table in terminal(reported(sweep(*jobs))):
+        printed.print(table)
+    text = printed.export_text()
+    assert "[relu,tanh]" in text and "[/x]" in text
+
+
+def test_the_parents_metrics_are_in_the_unit_of_the_jobs() -> None:
+    found = metrics(reported(over_steps(lambda k, s: 0.9 + 0.01 * k + 0.001 * s)))
+    assert found["final/accuracy/accum.steps 4"] == pytest.approx(0.942)
+    assert found["final/accuracy_difference/accum.steps 4"] == pytest.approx(0.03)

@@ -29,6 +29,7 @@ from .tables import (
     terminal,
     write_csv,
 )
+from .tables import show as show_tables
 from .wording import conclusion, noise_conclusion, outcome
 
 FOLDER = "report"
@@ -86,8 +87,7 @@ def write(report: Report, folder: Path) -> Written:
 
 def show(report: Report) -> None:
     """The tables and the verdict, in the terminal."""
-    for table in terminal(report):
-        console.print(table)
+    show_tables(terminal(report, console.width if console.is_terminal else None))
 
     def say(text: str, style: str | None = None) -> None:
         console.print(text, style=style, highlight=False, markup=False, soft_wrap=not console.is_terminal)

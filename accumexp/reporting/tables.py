@@ -76,30 +76,64 @@ def cost_cells(group: Group, reference: Group | None) -> list[str]:
     ]
 
 
-def terminal(report: Report) -> list[Any]:
-    """Renderables for a rich console: accuracy, then cost."""
+# Left out one after the other where a terminal is too narrow, the least missed first.
+SPARED = ["p", "training", "seeds"]
+
+
+def terminal(report: Report, width: int | None = None) -> list[Any]:
+    """Tables for a rich console: accuracy, then cost.
+
+    Args:
+        width: columns there are; what says the verdict is never what is cut. None for as many as it takes.
+    """
+    if not report.rows:
+        return []
+    cells = [accuracy_cells(report, row) for row in report.rows]
+    spared: list[str] = []
+    first = _table(report, accuracy_columns(report), cells, spared)
+    for heading in SPARED if width is not None else ():
+        if _needed(first) <= (width or 0):
+            break
+        spared.append(heading)
+        first = _table(report, accuracy_columns(report), cells, spared)
+    paid = [[*row.group.values.values(), *cost_cells(row.group, row.reference)] for row in report.rows]
+    return [first, _table(report, [*report.rows[0].group.values, *COST_COLUMNS], paid)]
+
+
+def _table(
+    report: Report, columns: Sequence[str], rows: Sequence[Sequence[str]], spared: Sequence[str] = ()
+) -> Any:
     from rich import box
     from rich.table import Table
     from rich.text import Text
 
-    if not report.rows:
-        return []
-    first = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     keys = len(report.rows[0].group.values)
-    for number, heading in enumerate(accuracy_columns(report)):
-        first.add_column(Text(heading), justify="left" if number < keys else "right", no_wrap=True)
-    for row in report.rows:
-        *cells, last = accuracy_cells(report, row)
+    kept = [number for number, heading in enumerate(columns) if number < keys or heading not in spared]
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for number in kept:
         # As Text, because brackets in a value are no markup.
-        first.add_row(*map(Text, cells), Text(last, style=VERDICT_STYLES.get(last, "")))
-    second = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for heading in report.rows[0].group.values:
-        second.add_column(Text(heading))
-    for heading in COST_COLUMNS:
-        second.add_column(heading, justify="right", no_wrap=True)
-    for row in report.rows:
-        second.add_row(*map(Text, [*row.group.values.values(), *cost_cells(row.group, row.reference)]))
-    return [first, second]
+        heading = Text(columns[number])
+        table.add_column(heading, justify="left" if number < keys else "right", no_wrap=number >= keys)
+    for row in rows:
+        table.add_row(*[Text(row[number], style=VERDICT_STYLES.get(row[number], "")) for number in kept])
+    return table
+
+
+def _needed(table: Any) -> int:
+    """Columns of a terminal that a table takes if nothing is cut."""
+    from rich.measure import Measurement
+
+    from ..terminal import console
+
+    return Measurement.get(console, console.options.update(max_width=10_000), table).maximum
+
+
+def show(tables: Sequence[Any]) -> None:
+    """Prints tables, in a file or a pipe as wide as they are."""
+    from ..terminal import console
+
+    for table in tables:
+        console.print(table, width=None if console.is_terminal else max(console.width, _needed(table)))
 
 
 def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
