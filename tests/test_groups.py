@@ -33,7 +33,7 @@ def test_jobs_are_grouped_by_all_that_varies_but_the_seed() -> None:
         for rate in ("0.02", "0.1")
     ]
     assert [list(group.jobs) for group in groups] == [[0, 1, 2]] * 6
-    assert groups[0].label == "accum.steps=1, optimizer.lr=0.02"
+    assert groups[0].label == "accum.steps=1 optimizer.lr=0.02"
 
 
 def test_jobs_that_did_not_finish_are_in_no_group_but_count_for_what_varied() -> None:
@@ -76,7 +76,7 @@ def chosen(*jobs: Job) -> list[str | None]:
 
 def test_groups_are_compared_with_their_like_of_the_fewest_micro_batches() -> None:
     jobs = [job(f"accum.steps={steps}", f"optimizer.lr={rate}") for steps in (2, 1, 4) for rate in (0.1, 0.2)]
-    lower, higher = "accum.steps=1, optimizer.lr=0.1", "accum.steps=1, optimizer.lr=0.2"
+    lower, higher = "accum.steps=1 optimizer.lr=0.1", "accum.steps=1 optimizer.lr=0.2"
     assert chosen(*jobs) == [None, None, lower, higher, lower, higher]
 
 
@@ -321,7 +321,7 @@ def test_strategies_are_compared_with_the_larger_batch_itself() -> None:
         for accum in ("standalone", "ddp")
         for steps in (1, 2)
     ]
-    first = "accum=standalone, accum.steps=1"
+    first = "accum=standalone accum.steps=1"
     assert chosen(*jobs) == [None, first, first, first]
 
 

@@ -47,7 +47,7 @@ class Group:
 
     @property
     def label(self) -> str:
-        return ", ".join(f"{key}={value}" for key, value in self.values.items())
+        return " ".join(f"{key}={value}" for key, value in self.values.items())
 
     def finals(self, key: str) -> list[float]:
         """`final/<key>` of the group's jobs that have it."""
