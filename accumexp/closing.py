@@ -8,30 +8,34 @@ import shlex
 import shutil
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from .errors import TrainingError
-from .places import begun
+from .journal import SUMMARY, read_whole
+from .places import LAUNCHES, LOCK, begun, places
+from .standing import held
 from .sweep import PARENT, SweepFolder, summaries
 from .terminal import console
 
 log = logging.getLogger(__name__)
+NOTHING = {"multirun.yaml", LAUNCHES, LOCK}  # what a sweep's folder holds before its first job
 
 
 @contextmanager
-def closing_sweep(asked: Sequence[str] = ()) -> Iterator[None]:
+def closing_sweep(asked: Sequence[str] = (), changes: Mapping[str, str] | None = None) -> Iterator[None]:
     """Closes the sweep that is launched inside, however it ends: status of the parent, report, failed jobs.
 
     Args:
         asked: the command's arguments, as typed.
+        changes: `report.*` settings instead of those that the sweep was run with.
 
     Raises:
         TrainingError: naming the jobs that failed, after the rest have run, and how to go on with them.
     """
-    SweepFolder.current, SweepFolder.asked = None, asked
+    SweepFolder.current, SweepFolder.here, SweepFolder.asked = None, (), asked
     before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     status = "FAILED"
     try:
@@ -47,36 +51,48 @@ def closing_sweep(asked: Sequence[str] = ()) -> Iterator[None]:
         raise
     finally:
         signal.signal(signal.SIGTERM, before)
-        if SweepFolder.view is not None:
-            SweepFolder.view.stop()
-            SweepFolder.view = None
-        if SweepFolder.current is not None and begun(SweepFolder.current, SweepFolder.here):
-            _close_and_tell(SweepFolder.current, status)
+        SweepFolder.stop_view()
+        folder, here = SweepFolder.current, SweepFolder.here
+        if folder is not None and any(begun(folder, launch) for launch in here):
+            _close_and_tell(folder, status, here, changes or {})
 
 
-def _close_and_tell(folder: Path, status: str) -> None:
+def _close_and_tell(folder: Path, status: str, here: Sequence[int], changes: Mapping[str, str]) -> None:
     """Closes a sweep; if more of it is to be done, the last line says how."""
     how = f"go on with\n  python -m accumexp.run -m sweep.resume={shlex.quote(str(folder))}"
     try:
-        _close(folder, status)
+        _close(folder, status, here, changes)
     except TrainingError as error:
         raise TrainingError(f"{error}\n{how}") from None
     if status != "FINISHED" and folder.exists():
         print(how, flush=True)
 
 
-def _close(folder: Path, status: str) -> None:
+def _close(folder: Path, status: str, here: Sequence[int], changes: Mapping[str, str]) -> None:
     jobs = summaries(folder)
     if not jobs:
-        if folder.is_dir() and {entry.name for entry in folder.iterdir()} <= {"multirun.yaml"}:
+        if folder.is_dir() and {entry.name for entry in folder.iterdir()} <= NOTHING:
             shutil.rmtree(folder)
         return
-    unfinished = [job for job in jobs if job["status"] == "RUNNING"]
-    failed = [job for job in jobs if job["status"] == "FAILED"]
+    elsewhere = _still_running(folder, here)
+    over = [job for job in jobs if Path(job["folder"]).name not in elsewhere]
+    unfinished = [job for job in over if job["status"] == "RUNNING"]
+    failed = [job for job in over if job["status"] == "FAILED"]
     if status == "FINISHED" and (failed or unfinished):
         status = "FAILED"
-    addresses = _close_parent(folder, status, unfinished) if (folder / PARENT).exists() else []
-    _report(folder, files=status != "KILLED")
+    addresses, recorded = [], (folder / PARENT).exists()
+    try:
+        if recorded:
+            addresses = _close_parent(folder, None if elsewhere else status, unfinished)
+    except Exception as error:
+        log.info("the end is not recorded", exc_info=error)
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        uri = read_whole(folder / PARENT).get("uri", "its store")
+        print(f"warning: the sweep's end did not reach {uri}: {reason}", file=sys.stderr)
+        recorded = False
+    _report(folder, changes, recorded, files=status != "KILLED")
+    if elsewhere:
+        print(f"jobs of another launch still run: {', '.join(elsewhere)}", flush=True)
     console.print("\n".join([f"sweep   {folder}", *addresses]), highlight=False, soft_wrap=True, markup=False)
     if status != "KILLED" and (failed or unfinished):
         lines = [f"{len(failed + unfinished)} of {len(jobs)} jobs failed"]
@@ -85,8 +101,22 @@ def _close(folder: Path, status: str) -> None:
         raise TrainingError("\n".join(lines))
 
 
-def _close_parent(folder: Path, status: str, unfinished: list[dict[str, Any]]) -> list[str]:
-    """Ends the parent run, and those of jobs that died; the lines that say where to look at them."""
+def _still_running(folder: Path, here: Sequence[int]) -> list[str]:
+    """The folders in which jobs of other launches than those of this process still run."""
+    found = []
+    for name, launch in {one.folder: one.launch for one in places(folder)}.items():
+        known = read_whole(folder / name / SUMMARY)
+        if known.get("status") != "FINISHED" and known.get("launch", launch) not in here:
+            found += [name] * held(folder / name)
+    return found
+
+
+def _close_parent(folder: Path, status: str | None, unfinished: list[dict[str, Any]]) -> list[str]:
+    """Ends the parent run, and those of jobs that died; the lines that say where to look at them.
+
+    Args:
+        status: None if another launch still has to end it.
+    """
     from .config import TrackingConfig
     from .tracking import Store
 
@@ -95,7 +125,8 @@ def _close_parent(folder: Path, status: str, unfinished: list[dict[str, Any]]) -
     for job in unfinished:
         if job.get("run_id"):
             store.client.set_terminated(job["run_id"], "KILLED")
-    store.client.set_terminated(parent["run_id"], status)
+    if status is not None:
+        store.client.set_terminated(parent["run_id"], status)
     lines = [f"UI      {store.sweep_address(parent['run_id'])}"]
     lines.append(f"charts  {store.charts_address(parent['run_id'])}")
     if store.ui_command:
@@ -103,12 +134,18 @@ def _close_parent(folder: Path, status: str, unfinished: list[dict[str, Any]]) -
     return lines
 
 
-def _report(folder: Path, files: bool) -> None:
-    """The sweep's report; a report that fails leaves the sweep as it ended, and says how to make it again."""
-    from .reporting import find, publish
+def _report(folder: Path, changes: Mapping[str, str], recorded: bool, files: bool) -> None:
+    """The sweep's report; a report that fails leaves the sweep as it ended, and says how to make it again.
+
+    Args:
+        recorded: whether it is made from the store, which can be used, or from the folder alone.
+    """
+    from .config import report_from
+    from .reporting import find, from_folder, publish
 
     try:
-        publish(find(str(folder)), {}, files=files)
+        found = find(str(folder)) if recorded else from_folder(folder)
+        publish(found, changes, files=files and report_from({}, changes).write)
     except Exception as error:
         log.info("no report", exc_info=error)
         again = f"python -m accumexp.report sweep={folder}"

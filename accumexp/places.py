@@ -2,7 +2,8 @@
 
 Every launch of a sweep, the first and those that go on with it, numbers its jobs from 0 on its own. What
 makes a job the same in two launches is the set of its overrides, so `jobs.jsonl` in the sweep's folder keeps,
-a line a job and launch, which overrides work in which folder.
+a line a job and launch, which overrides work in which folder; `launches.json` keeps what each launch
+asked for.
 """
 
 from __future__ import annotations
@@ -18,10 +19,17 @@ from typing import Any
 
 from filelock import FileLock
 
+from .errors import UsageError
+from .journal import write_whole
+
 # What Hydra or an earlier `sweep.resume=` has added to a sweep's own overrides.
-ADDED = {"hydra.mode", "hydra.sweep.dir", "hydra.callbacks.sweep.launch"}
+LAUNCH = "hydra.callbacks.sweep.launch"
+ADDED = {"hydra.mode", "hydra.sweep.dir", LAUNCH}
+SWEEPER = ("hydra.sweeper", "hydra/sweeper")
+REPORT = "report."
 PLACES = "jobs.jsonl"
 LAUNCHES = "launches.json"
+LOCK = ".jobs.lock"
 
 
 @dataclass(frozen=True)
@@ -35,6 +43,15 @@ class Place:
     time: float
 
 
+@dataclass(frozen=True)
+class Launch:
+    """The command line of a launch, and the overrides that it came to: of the task, and of Hydra."""
+
+    command: str
+    task: list[str]
+    hydra: list[str]
+
+
 def place(sweep: str | Path, launch: int, number: int, name: str, overrides: Sequence[str]) -> str:
     """The name of the folder for job `number` of launch `launch`; asked again, it says the same.
 
@@ -42,14 +59,15 @@ def place(sweep: str | Path, launch: int, number: int, name: str, overrides: Seq
     first if there are several. Else it is a new one, `<number>_<name>`, with a number that no other has.
     """
     root = Path(sweep)
-    with FileLock(root / ".jobs.lock", timeout=120):
+    with FileLock(root / LOCK, timeout=120):
         known = places(root)
-        mine = {one.number: one for one in known if one.launch == launch}
-        if number in mine:
-            return mine[number].folder
-        taken = {one.folder for one in mine.values()}
-        same = sorted(overrides)
-        before = [one for one in known if sorted(one.overrides) == same and one.folder not in taken]
+        same = _identity(overrides)
+        alike = [one for one in known if _identity(one.overrides) == same]
+        for one in alike:
+            if (one.launch, one.number) == (launch, number):
+                return one.folder
+        taken = {one.folder for one in known if one.launch == launch}
+        before = [one for one in alike if one.folder not in taken]
         if before:
             folder = min(before, key=lambda one: one.number != number).folder
         else:
@@ -76,28 +94,54 @@ def number_of(folder: str | Path) -> int:
     return int(Path(folder).name.partition("_")[0])
 
 
-def begin_launch(sweep: Path, launch: int, command: str) -> None:
-    """Notes the command that goes on with a sweep, and the places of one that has not noted them itself."""
-    with FileLock(sweep / ".jobs.lock", timeout=120):
-        commands = launches(sweep)
-        (sweep / LAUNCHES).write_text(json.dumps({**commands, str(launch): command}, indent=2) + "\n")
-        if (sweep / PLACES).exists():
-            return
-        for summary in sweep.glob("[0-9]*_*/summary.json"):
+def begin_launch(sweep: Path, launch: Launch) -> int:
+    """The number of a launch that begins now, which no other has: 0 for a sweep's first.
+
+    Notes the launch, and the places of an earlier one that has not noted them itself.
+
+    Raises:
+        UsageError: if the list of launches is damaged.
+    """
+    sweep.mkdir(parents=True, exist_ok=True)
+    with FileLock(sweep / LOCK, timeout=120):
+        noted = launches(sweep)
+        for summary in [] if (sweep / PLACES).exists() else sweep.glob("[0-9]*_*/summary.json"):
             overrides = json.loads(summary.read_text())["overrides"]
             folder = summary.parent.name
             _append(sweep / PLACES, Place(0, number_of(folder), overrides, folder, summary.stat().st_mtime))
+        number = 1 + max([*noted, *(one.launch for one in places(sweep))], default=-1)
+        written = {str(key): asdict(value) for key, value in {**noted, number: launch}.items()}
+        write_whole(sweep / LAUNCHES, written)
+        return number
 
 
-def launches(sweep: Path) -> dict[str, str]:
-    """The commands that went on with a sweep, by the number of the launch."""
+def launches(sweep: Path) -> dict[int, Launch]:
+    """The launches of a sweep by their number, also those of which no job came to be.
+
+    Raises:
+        UsageError: if the list of them is damaged.
+    """
     path = sweep / LAUNCHES
-    return json.loads(path.read_text()) if path.exists() else {}
+    if not path.exists():
+        return {}
+    try:
+        return {int(number): Launch(**entry) for number, entry in json.loads(path.read_text()).items()}
+    except (ValueError, TypeError, AttributeError):
+        raise UsageError(f"{path}: is damaged; if removed, multirun.yaml counts in its place") from None
 
 
-def next_launch(sweep: Path) -> int:
-    """The number of the launch that is about to go on with a sweep: 1 for the first that does."""
-    return 1 + max((int(number) for number in launches(sweep)), default=0)
+def asked_for(sweep: Path) -> list[Launch]:
+    """What the launches of a sweep asked for, oldest first, the same jobs once, in the newest words.
+
+    A launch of which no job came to be counts for nothing.
+    """
+    came = {one.launch for one in places(sweep)}
+    found: dict[tuple[str, ...], Launch] = {}
+    for number, launch in sorted(launches(sweep).items()):
+        if number in came:
+            sweeper = [word for word in launch.hydra if word.lstrip("+~").startswith(SWEEPER)]
+            found[tuple([*_identity(launch.task), *sweeper])] = launch
+    return list(found.values())
 
 
 def counted(sweeper: Any, overrides: Sequence[str]) -> tuple[int | None, list[str]]:
@@ -135,6 +179,11 @@ def begun(sweep: Path, launch: int) -> bool:
 def command_line(arguments: Sequence[str]) -> str:
     """The command that has these arguments, to be typed again."""
     return shlex.join(["python", "-m", "accumexp.run", *arguments])
+
+
+def _identity(overrides: Sequence[str]) -> list[str]:
+    """What makes a job the same as another; how the sweep is reported on is no part of it."""
+    return sorted(one for one in overrides if not one.lstrip("+~").startswith(REPORT))
 
 
 def _append(path: Path, entry: Any) -> None:

@@ -10,9 +10,9 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from .config import Config, from_hydra
+from .config import Config, from_hydra, report_from
 from .errors import UsageError
-from .places import ADDED, next_launch
+from .places import ADDED, REPORT, Launch, asked_for
 from .world import world
 
 log = logging.getLogger(__name__)
@@ -44,6 +44,17 @@ class Resumed:
         return {f"accumexp.resumed.{self.update}": said}
 
 
+def command_lines(arguments: Sequence[str]) -> tuple[list[list[str]], dict[str, str]]:
+    """(What Hydra is to run, one after the other; the settings of a resumed sweep's report) for a command.
+
+    Raises:
+        UsageError: if there is nothing to resume where the command says so.
+    """
+    if any(a.startswith(SWEEP) for a in arguments):
+        return sweep_arguments(arguments)
+    return [resume_arguments(arguments)], {}
+
+
 def resume_arguments(arguments: Sequence[str]) -> list[str]:
     """The command's arguments, with Hydra told to work in the resumed run's folder.
 
@@ -51,8 +62,6 @@ def resume_arguments(arguments: Sequence[str]) -> list[str]:
         UsageError: if there is nothing to resume there, or a sweep is asked for too.
     """
     arguments = list(arguments)
-    if any(a.startswith(SWEEP) for a in arguments):
-        return sweep_arguments(arguments)
     where = next((a.partition("=")[2] for a in arguments if a.startswith("resume=")), None)
     if where in (None, "", "null"):
         return arguments
@@ -68,16 +77,17 @@ def resume_arguments(arguments: Sequence[str]) -> list[str]:
     return [*arguments, f"hydra.run.dir='{folder.resolve()}'", "hydra.output_subdir=null"]
 
 
-def sweep_arguments(arguments: Sequence[str]) -> list[str]:
+def sweep_arguments(arguments: Sequence[str]) -> tuple[list[list[str]], dict[str, str]]:
     """`arguments` with `sweep.resume=<folder>`, as Hydra launches that sweep once more in its folder.
 
-    Without overrides of the task, the sweep's own are taken, and what it told Hydra unless given anew.
+    Without overrides of the task, those of all its launches are taken, a line for each set of jobs, and
+    what they told Hydra unless given anew. `report.*` settings make no other jobs: they are told apart.
 
     Raises:
-        UsageError: if there is no sweep in the folder, or no sweep is asked for.
+        UsageError: if there is no sweep in the folder, or no sweep is asked for, or a setting is wrong.
     """
     (where, *more) = [a.removeprefix(SWEEP) for a in arguments if a.startswith(SWEEP)]
-    rest = [a for a in arguments if not a.startswith(SWEEP)]
+    rest = [a for a in arguments if a and not a.startswith(SWEEP)]
     if more:
         raise UsageError("sweep.resume: goes on with one sweep, give one folder")
     if any(a.startswith("resume=") for a in rest):
@@ -87,15 +97,29 @@ def sweep_arguments(arguments: Sequence[str]) -> list[str]:
     folder = Path(where.strip("'\""))
     if not where or not (folder / "multirun.yaml").is_file():
         raise UsageError(f"{SWEEP}{where}: no sweep there, give the folder of one, which holds multirun.yaml")
+    reported = [a for a in rest if _key(a).startswith(REPORT)]
+    changes = {_key(a): a.partition("=")[2] for a in reported}
+    report_from({}, changes)
+    rest = [a for a in rest if a not in reported]
     given = {_key(a) for a in rest if a[0] != "-" and ("=" in a or a[0] == "~")}
+    if "report" in given:
+        raise UsageError(f"{SWEEP}{where}: give a report's settings one by one, such as report.margin=2")
+    lines = [rest]
     if all(key.startswith("hydra") for key in given):
-        node = OmegaConf.load(folder / "multirun.yaml")
-        assert isinstance(node, DictConfig)
-        own = OmegaConf.to_container(node.hydra.overrides, resolve=False)
-        assert isinstance(own, dict)
-        rest += [*own["task"], *(a for a in own["hydra"] if not _replaced(_key(a), given))]
-    launch = next_launch(folder)
-    return [*rest, f"hydra.sweep.dir='{folder.resolve()}'", f"hydra.callbacks.sweep.launch={launch}"]
+        lines = [
+            [*rest, *own.task, *(a for a in own.hydra if not _replaced(_key(a), given))]
+            for own in asked_for(folder) or [_last_asked(folder)]
+        ]
+    return [[*line, f"hydra.sweep.dir='{folder.resolve()}'"] for line in lines], changes
+
+
+def _last_asked(sweep: Path) -> Launch:
+    """What Hydra has kept of a sweep's newest launch."""
+    node = OmegaConf.load(sweep / "multirun.yaml")
+    assert isinstance(node, DictConfig)
+    own = OmegaConf.to_container(node.hydra.overrides, resolve=False)
+    assert isinstance(own, dict)
+    return Launch("", own["task"], own["hydra"])
 
 
 def _key(override: str) -> str:

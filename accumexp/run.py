@@ -18,20 +18,27 @@ def task(cfg: Any) -> float | None:
 
 def main() -> None:
     from .closing import closing_sweep
-    from .resume import resume_arguments
+    from .resume import command_lines
     from .world import world
 
     asked = sys.argv[1:]
-    sys.argv[1:] = resume_arguments(asked)
+    lines, changes = command_lines(asked)
     here = world()
     if here is None or here.size == 1:
-        with closing_sweep(asked):
-            hydra_app(task)
+        with closing_sweep(asked, changes):
+            run_lines(lines)
     else:
-        run_as_rank(asked, first=here.first)
+        run_as_rank(asked, lines, changes, first=here.first)
 
 
-def run_as_rank(asked: list[str], first: bool) -> None:
+def run_lines(lines: list[list[str]]) -> None:
+    """Runs under Hydra what the arguments of each line ask for."""
+    for line in lines:
+        sys.argv[1:] = line
+        hydra_app(task)
+
+
+def run_as_rank(asked: list[str], lines: list[list[str]], changes: dict[str, str], first: bool) -> None:
     """`main` in a rank that torchrun started; ends the process."""
     from .closing import closing_sweep
     from .world import end_now, silent_arguments
@@ -40,11 +47,10 @@ def run_as_rank(asked: list[str], first: bool) -> None:
     with tempfile.TemporaryDirectory(prefix="accumexp-rank-") as folder:
         try:
             if first:
-                with closing_sweep(asked):
-                    hydra_app(task)
+                with closing_sweep(asked, changes):
+                    run_lines(lines)
             else:
-                sys.argv += silent_arguments(folder)
-                hydra_app(task)
+                run_lines([[*line, *silent_arguments(folder)] for line in lines])
         except SystemExit as end:
             code = end.code
     end_now(code if isinstance(code, int) else 1)

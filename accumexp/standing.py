@@ -65,6 +65,18 @@ def clear(folder: Path) -> None:
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
 
 
+def held(folder: Path) -> bool:
+    """Whether a process that lives carries out the job in `folder`."""
+    try:
+        for name in (LOCK, RANKS_LOCK):
+            if (folder / name).exists():
+                with FileLock(folder / name, timeout=0):
+                    pass
+    except Timeout:
+        return True
+    return False
+
+
 @contextmanager
 def alone_in(folder: Path, name: str) -> Iterator[None]:
     """Inside, no other process carries out the job in `folder`; says so in one line if it has to wait.

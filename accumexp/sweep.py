@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, read_write
 
+from .errors import UsageError
 from .journal import SUMMARY, write_whole
 from .live import View
-from .places import ADDED, begin_launch, command_line, counted, launches, parallel
+from .places import ADDED, LAUNCH, Launch, begin_launch, command_line, counted, launches, parallel
 
 if TYPE_CHECKING:
     from .config import TrackingConfig
@@ -28,11 +29,11 @@ class SweepFolder(Callback):
     """Tells where Hydra puts the sweep that this process launches.
 
     Args:
-        launch: 0 for the sweep's first launch, its number for one that goes on with it.
+        launch: 0 for the sweep's first launch; the number of another is known, and told, when it begins.
     """
 
     current: Path | None = None
-    here = 0  # the launch that this process has begun
+    here: tuple[int, ...] = ()  # the launches that this process has begun
     asked: Sequence[str] = ()  # its command line, as typed
     jobs: int | None = None  # how many it has, where Hydra's own sweeper counts them
     view: View | None = None
@@ -42,13 +43,30 @@ class SweepFolder(Callback):
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         folder = Path(config.hydra.sweep.dir).absolute()
-        SweepFolder.current, SweepFolder.here = folder, self.launch
+        asked: Any = OmegaConf.to_container(config.hydra.overrides, resolve=False)
+        said = command_line(SweepFolder.asked)
+        try:
+            self.launch = begin_launch(folder, Launch(said, asked["task"], asked["hydra"]))
+        except UsageError as error:  # of which Hydra would make a warning
+            from .compose import fail
+
+            raise SystemExit(fail(error)) from error
         if self.launch:
-            begin_launch(folder, self.launch, command_line(SweepFolder.asked))
+            with read_write(config):  # the launcher composes its jobs' configuration from these
+                config.hydra.callbacks.sweep.launch = self.launch
+                config.hydra.overrides.hydra.append(f"{LAUNCH}={self.launch}")
+        SweepFolder.current, SweepFolder.here = folder, (*SweepFolder.here, self.launch)
         SweepFolder.jobs, varied = counted(config.hydra.sweeper, config.hydra.overrides.task)
+        SweepFolder.stop_view()  # of the launch before
         if parallel(config.hydra.launcher) and config.trainer.progress is not False:
             told = (SweepFolder.jobs, varied, config.monitor, config.mode)
             SweepFolder.view = View.on_terminal(folder, self.launch, *told)
+
+    @classmethod
+    def stop_view(cls) -> None:
+        if cls.view is not None:
+            cls.view.stop()
+            cls.view = None
 
 
 @dataclass(frozen=True)
@@ -124,7 +142,7 @@ class SweepJob:
                 write_whole(known, {**written, "launch": self.launch})
             written = json.loads(known.read_text())
             if written.get("launch", 0) < self.launch:
-                store.open_again(written["run_id"], launches(self.folder)[str(self.launch)])
+                store.open_again(written["run_id"], launches(self.folder)[self.launch].command)
                 write_whole(known, {**written, "launch": self.launch})
             return written["run_id"]
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,13 @@ import torch
 from accumexp.checkpoint import find, load, save
 from accumexp.errors import UsageError
 from accumexp.journal import write_whole
-from accumexp.places import begin_launch, launches, next_launch, place, places
-from accumexp.resume import resume_arguments
+from accumexp.places import Launch, asked_for, begin_launch, begun, launches, place, places
+from accumexp.resume import command_lines
 from accumexp.standing import Standing, alone_in, clear, standing
-from accumexp.sweep import SweepJob, summaries
+from accumexp.sweep import SweepFolder, SweepJob, summaries
 
 from .command import Record, environment, journal, only_sweep, records, run_command
+from .test_live import multirun
 from .test_resume import STATEFUL, STOPPER
 
 SMALL = ["model=mlp", "trainer.epochs=20", "tracking.system_metrics=false", "trainer.log_every=4"]
@@ -140,6 +142,31 @@ def test_law_8_a_killed_job_goes_on_to_the_bits_of_its_undisturbed_twin(tmp_path
     assert len(found) == 4 and {record.status for record in found} == {"FINISHED"}
 
 
+# Several launches in one folder --------------------------------------------------------------------------
+
+
+def test_the_bare_form_goes_through_all_that_the_launches_asked_for(tmp_path: Path) -> None:
+    small = ["model=mlp", "trainer.max_updates=2", "trainer.epochs=1", "tracking=none"]
+
+    def run(*arguments: str) -> str:
+        done = run_command("run", "-m", *arguments, folder=tmp_path)
+        assert done.code == 0, done
+        return done.stdout
+
+    run(*small, "seed=0", "hydra.sweep.dir=swept")
+    run(*small, "seed=7,8", "sweep.resume=swept")
+    run(*small, "seed=9", "hydra.sweep.dir=swept")  # said otherwise, and the same
+    assert [job["launch"] for job in summaries(tmp_path / "swept")] == [0, 1, 1, 2]
+    jobs = [next((tmp_path / "swept").glob(f"{number}_*")) for number in range(4)]
+    for job in jobs[:2]:
+        clear(job)
+    said = run("sweep.resume=swept", "report.margin=2")
+    found = ended(tmp_path / "swept")
+    assert sorted(found) == [job.name for job in jobs]
+    assert [found[job.name]["launch"] for job in jobs] == [3, 4, 1, 2]
+    assert said.count(": finished before") == 2 and said.count("sweep   ") == 1
+
+
 # The command line ----------------------------------------------------------------------------------------
 
 
@@ -154,28 +181,98 @@ def sweep(tmp_path: Path) -> Path:
     return folder
 
 
-def hydras(sweep: Path, launch: int = 1) -> list[str]:
-    return [f"hydra.sweep.dir='{sweep}'", f"hydra.callbacks.sweep.launch={launch}"]
+def hydras(sweep: Path) -> list[str]:
+    return [f"hydra.sweep.dir='{sweep}'"]
+
+
+def only_line(*arguments: str) -> list[str]:
+    (line,), changes = command_lines(arguments)
+    assert not changes
+    return line
+
+
+def launched(sweep: Path, task: list[str], hydra: list[str], *jobs: str) -> int:
+    """A launch, and the jobs that came to be of it."""
+    launch = begin_launch(sweep, Launch("python -m accumexp.run", task, ["hydra.mode=MULTIRUN", *hydra]))
+    for number, job in enumerate(jobs):
+        place(sweep, launch, number, job, [job])
+    return launch
 
 
 def test_the_bare_form_takes_the_sweeps_own_overrides(sweep: Path) -> None:
     own = ["seed=0", "name=${x}", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
-    assert resume_arguments(["-m", f"sweep.resume={sweep}"]) == ["-m", *own, *hydras(sweep)]
+    assert only_line("-m", f"sweep.resume={sweep}") == ["-m", *own, *hydras(sweep)]
+    assert only_line("-m", f"sweep.resume={sweep}", "") == ["-m", *own, *hydras(sweep)]  # "$UNSET"
 
 
 def test_what_the_bare_form_gives_hydra_anew_replaces_the_sweeps_own(sweep: Path) -> None:
     anew = ["-m", "hydra.launcher.n_jobs=4"]
     taken = ["seed=0", "name=${x}", "hydra/launcher=joblib"]
-    assert resume_arguments([*anew, f"sweep.resume={sweep}"]) == [*anew, *taken, *hydras(sweep)]
+    assert only_line(*anew, f"sweep.resume={sweep}") == [*anew, *taken, *hydras(sweep)]
     anew = ["-m", "hydra/launcher=submitit_local"]
-    assert resume_arguments([*anew, f"sweep.resume={sweep}"]) == [*anew, *taken[:2], *hydras(sweep)]
+    assert only_line(*anew, f"sweep.resume={sweep}") == [*anew, *taken[:2], *hydras(sweep)]
 
 
 def test_with_overrides_the_command_line_is_taken_as_it_is(sweep: Path) -> None:
-    begin_launch(sweep, 1, "python -m accumexp.run")
+    before = sorted(sweep.iterdir())
     given = ["--multirun", "seed=0,1"]
-    assert resume_arguments([f"sweep.resume={sweep}", *given]) == [*given, *hydras(sweep, 2)]
-    assert launches(sweep) == {"1": "python -m accumexp.run"} and next_launch(sweep) == 2
+    assert only_line(f"sweep.resume={sweep}", *given) == [*given, *hydras(sweep)]
+    assert sorted(sweep.iterdir()) == before
+
+
+def test_the_bare_form_runs_what_is_missing_of_all_launches(sweep: Path) -> None:
+    first, more = ["seed=0,1"], ["seed=7"]
+    launched(sweep, first, ["hydra/launcher=joblib"], "seed=0")
+    launched(sweep, more, [], "seed=7")
+    launched(sweep, ["modl=x"], [])  # a bad command line, of which no job came to be
+    launched(sweep, first, ["hydra/launcher=ray"], "seed=0")  # gone on with, in other words
+    lines, _ = command_lines(["-m", f"sweep.resume={sweep}"])
+    ray = ["-m", *first, "hydra/launcher=ray", *hydras(sweep)]
+    assert lines == [ray, ["-m", *more, *hydras(sweep)]]
+    launched(sweep, first, ["hydra/sweeper=optuna"], "seed=0")  # which makes other jobs of the same words
+    assert len(asked_for(sweep)) == 3
+
+
+def test_settings_of_the_report_make_no_other_jobs_and_reach_the_report(sweep: Path) -> None:
+    own = ["seed=0", "name=${x}", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
+    given = ["-m", f"sweep.resume={sweep}", "report.margin=2"]
+    assert command_lines(given) == ([["-m", *own, *hydras(sweep)]], {"report.margin": "2"})
+    assert command_lines([*given, "seed=1"]) == ([["-m", "seed=1", *hydras(sweep)]], {"report.margin": "2"})
+    assert place(sweep, 0, 0, "a", ["seed=0", "report.margin=1"]) == "0_a"
+    assert place(sweep, 1, 0, "a", ["seed=0"]) == "0_a"
+
+
+def test_a_damaged_list_of_launches_is_one_clear_line(sweep: Path) -> None:
+    for content in ('{"0": {"comm', "[]", '{"0": "python"}'):
+        (sweep / "launches.json").write_text(content)
+        with pytest.raises(UsageError, match="^.*/launches.json: is damaged; [^\n]*$"):
+            command_lines(["-m", f"sweep.resume={sweep}"])
+        with pytest.raises(UsageError, match="is damaged"):
+            launched(sweep, [], [])
+    assert not (sweep / "jobs.jsonl").exists()
+
+
+def test_launches_that_begin_together_have_a_number_each(sweep: Path) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        given = list(pool.map(lambda seed: launched(sweep, [f"seed={seed}"], []), range(16)))
+    assert sorted(given) == list(range(16)) == sorted(launches(sweep))
+    assert not begun(sweep, 5)
+
+
+def test_a_second_sweep_into_one_folder_is_a_launch_of_its_own(tmp_path: Path) -> None:
+    folder = f"hydra.sweep.dir={tmp_path / 'new'}"
+    configs = [multirun("seed=0,1", folder), multirun("seed=5", folder)]
+    try:
+        for config in configs:
+            SweepFolder().on_multirun_start(config)
+            first = config.hydra.overrides.task[0].partition(",")[0]
+            place(tmp_path / "new", int(config.hydra.callbacks.sweep.launch), 0, first, [first])
+        assert SweepFolder.here == (0, 1)
+    finally:
+        SweepFolder.current, SweepFolder.here, SweepFolder.jobs = None, (), None
+    assert [one.folder for one in places(tmp_path / "new")] == ["0_seed=0", "1_seed=5"]
+    # From which launchers compose the configuration of their jobs.
+    assert "hydra.callbacks.sweep.launch=1" in configs[1].hydra.overrides.hydra
 
 
 @pytest.mark.parametrize(
@@ -186,11 +283,13 @@ def test_with_overrides_the_command_line_is_taken_as_it_is(sweep: Path) -> None:
         (["-m", "sweep.resume="], "sweep.resume=: no sweep there"),
         (["-m", "sweep.resume={sweep}", "resume=x"], "sweep.resume: .*leave out resume="),
         (["-m", "sweep.resume={sweep}", "sweep.resume=x"], "sweep.resume: .*one folder"),
+        (["-m", "sweep.resume={sweep}", "report.margin=-1"], "^report.margin=-1.0: a difference above 0"),
+        (["-m", "sweep.resume={sweep}", "report={{margin: 2}}"], "one by one, such as report.margin=2$"),
     ],
 )
 def test_wrong_uses_are_named(arguments: list[str], complaint: str, sweep: Path) -> None:
     with pytest.raises(UsageError, match=complaint.format(sweep=sweep)):
-        resume_arguments([argument.format(sweep=sweep) for argument in arguments])
+        command_lines([argument.format(sweep=sweep) for argument in arguments])
 
 
 # The jobs' folders ---------------------------------------------------------------------------------------
@@ -203,6 +302,13 @@ def test_a_job_keeps_its_folder_whatever_its_number_becomes(tmp_path: Path) -> N
     # A new seed first: every job behind it has another number now, and its overrides another order.
     given = [place(tmp_path, 1, n, f"seed={s}", [f"seed={s}", "a=1"]) for n, s in enumerate("90123")]
     assert given == ["4_seed=9", "0_seed=0", "1_seed=1", "2_seed=2", "3_seed=3"]
+
+
+def test_another_job_never_gets_the_folder_of_one_with_the_same_number(tmp_path: Path) -> None:
+    for number, seed in enumerate("01"):
+        place(tmp_path, 0, number, f"seed={seed}", [f"seed={seed}"])
+    assert place(tmp_path, 0, 0, "seed=7", ["seed=7"]) == "2_seed=7"
+    assert place(tmp_path, 0, 0, "seed=0", ["seed=0"]) == "0_seed=0"
 
 
 def test_new_jobs_never_share_a_number_even_where_names_are_cut_alike(tmp_path: Path) -> None:
@@ -229,7 +335,7 @@ def test_a_line_cut_short_by_a_kill_costs_that_job_alone_its_place(tmp_path: Pat
 def test_a_sweep_without_a_list_of_places_is_known_by_its_summaries(tmp_path: Path) -> None:
     (tmp_path / "3_seed=1").mkdir()
     write_whole(tmp_path / "3_seed=1" / "summary.json", {"overrides": ["seed=1"], "status": "FINISHED"})
-    begin_launch(tmp_path, 1, "again")
+    assert launched(tmp_path, [], []) == 1
     assert place(tmp_path, 1, 0, "seed=1", ["seed=1"]) == "3_seed=1"
 
 
@@ -320,7 +426,8 @@ class Opened:
 
 
 def test_the_first_job_of_a_later_launch_opens_the_parent_again(tmp_path: Path) -> None:
-    begin_launch(tmp_path, 2, "python -m accumexp.run again")
+    for said in ("", "", "python -m accumexp.run again"):
+        begin_launch(tmp_path, Launch(said, [], []))
     write_whole(tmp_path / "sweep.json", {"run_id": "p", "experiment_id": "1", "uri": "u", "launch": 0})
     store: Any = Opened()
     for launch in (0, 2, 2):

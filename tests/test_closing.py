@@ -1,0 +1,116 @@
+"""The end of a sweep: what still runs elsewhere is left to run, and a store that is gone costs no report."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from filelock import FileLock
+
+from accumexp.closing import closing_sweep
+from accumexp.config import TrackingConfig
+from accumexp.errors import TrainingError
+from accumexp.journal import write_whole
+from accumexp.places import Launch, begin_launch, place
+from accumexp.sweep import SweepFolder
+from accumexp.tracking import Store
+
+GONE = "http://127.0.0.1:9"  # where nothing listens
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(TrackingConfig(uri=f"sqlite:///{tmp_path / 'mlflow.db'}"))
+
+
+@pytest.fixture
+def sweep(tmp_path: Path) -> Iterator[Path]:
+    """Two launches, each of which has one job: 0 that runs and 1 that is finished."""
+    folder = tmp_path / "swept"
+    for launch, status in enumerate(("RUNNING", "FINISHED")):
+        begin_launch(folder, Launch("python -m accumexp.run", [f"seed={launch}"], []))
+        over(folder, launch, status)
+    yield folder
+    SweepFolder.current, SweepFolder.here = None, ()
+
+
+def over(folder: Path, launch: int, status: str, **more: Any) -> Path:
+    overrides = [f"seed={launch}"]
+    job = folder / place(folder, launch, 0, overrides[0], overrides)
+    job.mkdir(exist_ok=True)
+    final = {"accuracy": 0.9, "loss": 0.25, "updates": 4.0, "seconds": 1.0}
+    known = {"status": status, "overrides": overrides, "launch": launch, "run_id": None, "final": final}
+    write_whole(job / "summary.json", {**known, **more})
+    return job
+
+
+def parent(folder: Path, store: Store, uri: str = "") -> str:
+    tags = {"accumexp.sweep": "true", "accumexp.folder": str(folder)}
+    run_id = store.create_run("sweep", tags)
+    written = {"run_id": run_id, "experiment_id": store.experiment_id, "uri": uri or store.uri, "launch": 1}
+    write_whole(folder / "sweep.json", written)
+    return run_id
+
+
+def close(folder: Path, launch: int, changes: Mapping[str, str] | None = None) -> None:
+    with closing_sweep([], changes):
+        SweepFolder.current, SweepFolder.here = folder, (launch,)
+
+
+def status(store: Store, run_id: str) -> str:
+    return store.client.get_run(run_id).info.status
+
+
+@pytest.mark.parametrize("lock", [".job.lock", ".ranks.lock"])
+def test_a_job_that_another_launch_still_runs_is_left_to_it(
+    sweep: Path, store: Store, lock: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job, sweeps = store.create_run("job", {}), parent(sweep, store)
+    store.client.set_tag(job, "mlflow.parentRunId", sweeps)
+    running = over(sweep, 0, "RUNNING", run_id=job)
+    (running / ".job.lock").touch()
+    with FileLock(running / lock):
+        close(sweep, launch=1)  # without an error
+    said = capsys.readouterr().out
+    assert "jobs of another launch still run: 0_seed=0\n" in said and "go on with" not in said
+    assert [status(store, run) for run in (job, sweeps)] == ["RUNNING", "RUNNING"]
+
+    with pytest.raises(TrainingError, match="1 of 2 jobs failed\n  job seed=0: died\ngo on with"):
+        close(sweep, launch=1)  # its process is gone by now
+    assert [status(store, run) for run in (job, sweeps)] == ["KILLED", "FAILED"]
+    assert "still run" not in capsys.readouterr().out
+
+
+def test_a_job_of_ones_own_launch_is_over_when_its_sweep_is(sweep: Path) -> None:
+    with FileLock(sweep / "0_seed=0" / ".ranks.lock"):  # ranks that are about to end with their launcher
+        with pytest.raises(TrainingError, match="job seed=0: died"):
+            close(sweep, launch=0)
+
+
+def test_a_store_that_is_gone_at_the_end_costs_one_line_and_no_report(
+    sweep: Path, store: Store, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parent(sweep, store, GONE)
+    over(sweep, 0, "FAILED", error="no luck")
+    with pytest.raises(
+        TrainingError, match="1 of 2 jobs failed\n  job seed=0: no luck\ngo on with\n  python"
+    ):
+        close(sweep, launch=1)
+    out, err = capsys.readouterr()
+    (line,) = err.splitlines()
+    assert line.startswith(f"warning: the sweep's end did not reach {GONE}: ")
+    assert f"sweep   {sweep}\n" in out and (sweep / "report" / "report.html").is_file()
+
+
+def test_settings_of_a_report_given_to_a_resumed_sweep_are_taken(
+    sweep: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    over(sweep, 0, "FINISHED")
+    close(sweep, 1, {"report.write": "false"})
+    assert not (sweep / "report").exists() and "no report" not in capsys.readouterr().err
+    close(sweep, 1, {"report.metric": "nonsense"})
+    assert "nonsense" in capsys.readouterr().err
+    assert json.loads((sweep / "launches.json").read_text()).keys() == {"0", "1"}
