@@ -127,11 +127,7 @@ def _close_parent(folder: Path, status: str | None, unfinished: list[dict[str, A
             store.client.set_terminated(job["run_id"], "KILLED")
     if status is not None:
         store.client.set_terminated(parent["run_id"], status)
-    lines = [f"UI      {store.sweep_address(parent['run_id'])}"]
-    lines.append(f"charts  {store.charts_address(parent['run_id'])}")
-    if store.ui_command:
-        lines.append(f"serve   {store.ui_command}")
-    return lines
+    return store.sweep_lines(parent["run_id"])
 
 
 def _report(folder: Path, changes: Mapping[str, str], recorded: bool, files: bool) -> None:

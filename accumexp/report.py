@@ -55,10 +55,7 @@ def report(sweep: str, uri: str, folder: str, changes: dict[str, str]) -> None:
     found = find(sweep, uri)
     publish(found, changes, Path(folder) if folder else None)
     if found.store and found.run_id:
-        lines = [f"UI      {found.store.sweep_address(found.run_id)}"]
-        lines.append(f"charts  {found.store.charts_address(found.run_id)}")
-        if found.store.ui_command:
-            lines.append(f"serve   {found.store.ui_command}")
+        lines = found.store.sweep_lines(found.run_id)
         console.print("\n".join(lines), highlight=False, soft_wrap=True, markup=False)
 
 

@@ -80,6 +80,11 @@ class Store:
         """The children's curves over each other."""
         return f"{self.sweep_address(parent_id)}&compareRunsMode=CHART"
 
+    def sweep_lines(self, parent_id: str) -> list[str]:
+        """Where to look at a sweep, a line each."""
+        lines = [f"UI      {self.sweep_address(parent_id)}", f"charts  {self.charts_address(parent_id)}"]
+        return [*lines, f"serve   {self.ui_command}"] if self.ui_command else lines
+
     def arrange_sweep(
         self, parent_id: str, varied: Sequence[str] = ("accum.steps",), metric: str = "accuracy"
     ) -> None:
