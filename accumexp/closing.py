@@ -136,7 +136,7 @@ def _report(folder: Path, changes: Mapping[str, str], recorded: bool, files: boo
     Args:
         recorded: whether it is made from the store, which can be used, or from the folder alone.
     """
-    from .config import report_from
+    from .report_config import report_from
     from .reporting import find, from_folder, publish
 
     try:

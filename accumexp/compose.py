@@ -21,8 +21,8 @@ from hydra.errors import (
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from .config import Config, explain_omegaconf, unknown_key
-from .errors import TrainingError, UsageError
+from .config import Config, explain_omegaconf
+from .errors import TrainingError, UsageError, unknown_key
 from .places import place
 
 # Read before `hydra_app` sets it for Hydra, and handed on to the processes in which a launcher runs jobs.

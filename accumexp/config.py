@@ -14,7 +14,8 @@ from typing import Any
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from .errors import UsageError
+from .errors import UsageError, unknown_key
+from .report_config import ReportConfig, check_report
 from .sizes import at_least, batch_sizes, processes
 
 
@@ -140,24 +141,6 @@ class TrackingConfig:
 
 
 @dataclass
-class ReportConfig:
-    """What the report of a sweep compares, and how strictly. Best fixed before the sweep runs."""
-
-    # Page, pictures and CSV at the end of every sweep; without, the tables in the terminal alone.
-    write: bool = True
-    # A key of final/*. Null: accuracy where the runs have it, else loss.
-    metric: str | None = None
-    # The largest difference that does not matter, in points (hundredths) of accuracy or in the metric's unit.
-    # Null: half a point of an accuracy; of another metric nobody but you knows, and none is equivalent.
-    margin: float | None = None
-    # Of all intervals; all claims of a kind (equivalent, different) together err with a chance of
-    # 1 - confidence at most.
-    confidence: float = 0.95
-    # With which the number of seeds that would settle an undecided comparison is planned.
-    power: float = 0.8
-
-
-@dataclass
 class Config:
     """A whole experiment."""
 
@@ -213,18 +196,6 @@ def explain_omegaconf(error: OmegaConfBaseException) -> str:
     return f"{key}: {reason}"
 
 
-def unknown_key(key: str, choices: list[str]) -> str:
-    """The line for a key that does not exist, with its nearest neighbour or its siblings."""
-    import difflib
-
-    prefix, _, last = key.rpartition(".")
-    near = difflib.get_close_matches(last, choices, 1)
-    if near:
-        return f"{key}: no such key, did you mean {prefix + '.' if prefix else ''}{near[0]}?"
-    known = f", {prefix or 'the configuration'} has {', '.join(sorted(choices))}" if choices else ""
-    return f"{key}: no such key{known}"
-
-
 def check(config: Config) -> Config:
     """`config` with ranks, precision and batch sizes filled in, or a `UsageError` that names the key."""
     data, accum, trainer = config.data, config.accum, config.trainer
@@ -266,40 +237,6 @@ def check(config: Config) -> Config:
         if "_target_" not in getattr(config, group):
             raise UsageError(f"{group}: names no class, give {group}._target_=package.Class")
     return config
-
-
-def check_report(report: ReportConfig) -> ReportConfig:
-    """`report`, or a `UsageError` that names the key."""
-    if report.margin is not None and not report.margin > 0:
-        raise UsageError(f"report.margin={report.margin}: a difference above 0")
-    for key, value in (("confidence", report.confidence), ("power", report.power)):
-        if not 0.5 <= value < 1:
-            raise UsageError(f"report.{key}={value}: from 0.5 to below 1")
-    return report
-
-
-def report_from(params: Mapping[str, str], changes: Mapping[str, str]) -> ReportConfig:
-    """The report that a run's `params` ask for (dotted keys, values as text), with `changes` on top.
-
-    Raises:
-        UsageError: naming the key, for an unknown one or a bad value.
-    """
-    known = {field.name for field in dataclasses.fields(ReportConfig)}
-    texts = {key.removeprefix("report."): value for key, value in params.items() if key.startswith("report.")}
-    texts = {key: value for key, value in texts.items() if key in known}
-    for key, value in changes.items():
-        if key.removeprefix("report.") not in known:
-            raise UsageError(unknown_key(key, sorted(known)))
-        texts[key.removeprefix("report.")] = value
-    cfg = OmegaConf.structured(ReportConfig)
-    for key, value in texts.items():
-        try:
-            OmegaConf.update(cfg, key, None if value in ("None", "null", "") else value)
-        except OmegaConfBaseException as error:
-            raise UsageError(f"report.{key}={value}: {str(error.msg or error).splitlines()[0]}") from error
-    report = OmegaConf.to_object(cfg)
-    assert isinstance(report, ReportConfig)
-    return check_report(report)
 
 
 def flatten(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -1,4 +1,4 @@
-"""The two errors a command reports in one line; anything else is a bug and keeps its traceback."""
+"""What a command reports in one line: two kinds of error. Anything else is a bug and keeps its traceback."""
 
 
 class UsageError(Exception):
@@ -7,3 +7,15 @@ class UsageError(Exception):
 
 class TrainingError(Exception):
     """A run that cannot go on for a reason the user must decide about. Commands print it and exit with 1."""
+
+
+def unknown_key(key: str, choices: list[str]) -> str:
+    """The line for a key that does not exist, with its nearest neighbour or its siblings."""
+    import difflib
+
+    prefix, _, last = key.rpartition(".")
+    near = difflib.get_close_matches(last, choices, 1)
+    if near:
+        return f"{key}: no such key, did you mean {prefix + '.' if prefix else ''}{near[0]}?"
+    known = f", {prefix or 'the configuration'} has {', '.join(sorted(choices))}" if choices else ""
+    return f"{key}: no such key{known}"

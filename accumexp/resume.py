@@ -10,9 +10,10 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from .config import Config, from_hydra, report_from
+from .config import Config, from_hydra
 from .errors import UsageError
 from .places import ADDED, REPORT, Launch, asked_for
+from .report_config import report_from
 from .world import world
 
 log = logging.getLogger(__name__)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from accumexp.config import ReportConfig
+from accumexp.report_config import ReportConfig
 from accumexp.reporting import Job, Report, Sweep, make_report
 from accumexp.reporting.jobs import parsed
 

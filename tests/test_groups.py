@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from accumexp.config import report_from
 from accumexp.errors import UsageError
+from accumexp.report_config import report_from
 from accumexp.reporting.groups import grouped, references, varied_keys, varied_params
 from accumexp.reporting.jobs import once, parsed, told_apart
 from accumexp.reporting.report import thinned

@@ -16,7 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from accumexp.config import ReportConfig, TrackingConfig
+from accumexp.config import TrackingConfig
+from accumexp.report_config import ReportConfig
 from accumexp.reporting import from_store, make_report
 from accumexp.reporting.publish import record, write
 from accumexp.tracking import Store, sweep_of

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..config import report_from
+from ..report_config import report_from
 from ..terminal import console, steps
 from .groups import varied_params
 from .jobs import Sweep

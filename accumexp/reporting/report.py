@@ -7,8 +7,8 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from ..config import ReportConfig
 from ..errors import UsageError
+from ..report_config import ReportConfig
 from .groups import Group, grouped, references
 from .jobs import Curve, Job, Sweep
 from .noise import NoiseScale, noise_scales
