@@ -57,14 +57,16 @@ def composed() -> Iterator[Callable[..., DictConfig]]:
 # --help ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", ["run", "evaluate"])
+@pytest.mark.parametrize("command", ["run", "evaluate", "report"])
 def test_help_imports_none_of_the_slow_packages(command: str, tmp_path: Path) -> None:
     done = run_command(command, "--help", folder=tmp_path, flags=["-X", "importtime"])
     imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in done.stderr.splitlines()}
     assert done.code == 0
     assert f"python -m accumexp.{command}" in done.stdout
     assert "accumexp" in imported
-    assert imported.isdisjoint({"torch", "torchvision", "torchmetrics", "mlflow", "sklearn"})
+    assert imported.isdisjoint(
+        {"torch", "torchvision", "torchmetrics", "mlflow", "sklearn", "scipy", "matplotlib"}
+    )
     assert left_behind(tmp_path) == []
 
 
