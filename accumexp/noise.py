@@ -33,8 +33,9 @@ class GradientNoise(Callback):
 
     `train/gradient_square` is |G|^2, `train/gradient_variance` tr(Sigma) of one sample, both averaged with
     weights that fall by `decay` from one estimate to the next (bias-corrected, as Adam's moments are), and
-    `train/noise_scale` is their ratio, in samples. An estimate of |G|^2 may be negative, as one without bias
-    of something small must be. It is counted; as long as the average is not above 0, no point is logged.
+    `train/noise_scale` is their ratio, in samples. An estimate may be negative, as one without bias of
+    something small must be. It is counted; while the average of |G|^2 is not above 0, or that of tr(Sigma)
+    is below 0, no point is logged.
 
     Args:
         decay: from 0 (only the newest estimate) to below 1.
@@ -67,7 +68,7 @@ class GradientNoise(Callback):
         self.variance += (1 - self.decay) * (variance - self.variance)
         counted = 1 - self.decay**self.estimates
         square, variance = self.square / counted, self.variance / counted
-        if square <= 0:
+        if square <= 0 or variance < 0:
             return {}
         return {
             "train/noise_scale": variance / square,

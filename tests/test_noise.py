@@ -295,6 +295,7 @@ def test_points_are_smoothed_apart_and_divided_last() -> None:
     assert callback.count(-40.0, 1.0) == {} and callback.estimates == 3
     assert callback.count(math.nan, 1.0) == {} and callback.estimates == 3
     assert callback.count(400.0, 1.0).keys() == set(NAMES)
+    assert callback.count(400.0, -400.0) == {} and callback.estimates == 5
 
 
 def test_only_windows_that_are_published_are_observed_and_nothing_is_kept() -> None:

@@ -62,17 +62,16 @@ def cost_cells(group: Group, reference: Group | None) -> list[str]:
 
     def cell(key: str, unit: str, digits: int) -> str:
         value = getattr(mine, key)
-        if value is None:
-            return "-"
         base = getattr(other, key) if other else None
-        return f"{value:,.{digits}f}{unit}" + (f" (x{value / base:.2f})" if base else "")
+        ratio = f" (x{value / base:.2f})" if value is not None and base else ""
+        return amount(value, unit, digits) + ratio
 
     return [
         cell("update_ms", "", 2),
         cell("samples_per_second", "", 0),
         cell("activation_mib", " MiB", 2),
-        f"{amount(mine.peak_mib, 0)} MiB",
-        f"{amount(mine.seconds, 1)} s",
+        amount(mine.peak_mib, " MiB", 0),
+        amount(mine.seconds, " s", 1),
     ]
 
 

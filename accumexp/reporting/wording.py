@@ -34,8 +34,8 @@ def p_value(p: float) -> str:
     return "< 0.0001" if p < 1e-4 else f"{p:.4f}"
 
 
-def amount(value: float | None, digits: int = 2) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"
+def amount(value: float | None, unit: str, digits: int) -> str:
+    return "-" if value is None else f"{value:,.{digits}f}{unit}"
 
 
 def outcome(comparison: Comparison, report: Report) -> str:
@@ -71,7 +71,11 @@ def conclusion(report: Report) -> str:
     if not rows:
         if not report.rows:
             return "No job of this sweep has finished yet: there is nothing to compare."
-        return "One group of runs: there is nothing to compare it with."
+        if len(report.rows) > 1:
+            return "There is nothing to compare yet: of these groups each is its own reference." + _missing(
+                report
+            )
+        return "One group of runs: there is nothing to compare it with." + _missing(report)
     margin = report.margin and report.measure.amount(report.margin)
     parts = []
     for verdict in Verdict:
@@ -91,12 +95,18 @@ def conclusion(report: Report) -> str:
         else:
             at = f" at a margin of {margin}" if margin else ""
             parts.append(f"{names} {are} undecided against {other}{at}.")
+    return " ".join(parts) + _missing(report)
+
+
+def _missing(report: Report) -> str:
+    """What the verdicts do not rest on, because it has not finished."""
+    text = ""
     if report.missing:
         verb = "has" if len(report.missing) == 1 else "have"
-        parts.append(f"{_enumerated([group.label for group in report.missing])} {verb} no finished job.")
+        text = f" {_enumerated([group.label for group in report.missing])} {verb} no finished job."
     if any(row.group.unfinished for row in report.rows):
-        parts.append("Of the other groups only the seeds that finished count.")
-    return " ".join(parts)
+        text += " Of the other groups only the seeds that finished count."
+    return text
 
 
 def noise_conclusion(report: Report) -> str | None:

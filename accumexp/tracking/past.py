@@ -58,7 +58,7 @@ def jobs_of(store: Store, sweep: PastRun) -> list[PastRun]:
     """The runs of a sweep's jobs, oldest first."""
     found: list[Any] = []
     token = None
-    while token is not None or not found:
+    while True:
         page = store.client.search_runs(
             [sweep.experiment_id],
             f"tags.`{PARENT}` = '{sweep.run_id}'",
@@ -69,8 +69,7 @@ def jobs_of(store: Store, sweep: PastRun) -> list[PastRun]:
         found.extend(page)
         token = page.token
         if not token:
-            break
-    return [_past(run) for run in found]
+            return [_past(run) for run in found]
 
 
 def curve(store: Store, run_id: str, key: str) -> list[tuple[int, float]]:
