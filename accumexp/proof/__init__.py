@@ -1,0 +1,13 @@
+"""Is this window the larger batch? The proof, for any loop. Needs torch alone.
+
+from accumexp.proof import certify
+
+certificate = certify(train_window, model, loss, (inputs, targets), steps=4)
+print(certificate)                         # proved, or not and why
+"""
+
+from .certificate import Cause, Certificate, Check
+from .certify import certify
+from .problem import Scaling
+
+__all__ = ["Cause", "Certificate", "Check", "Scaling", "certify"]

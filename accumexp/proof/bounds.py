@@ -1,0 +1,110 @@
+"""How far two right gradients may lie apart by rounding alone, derived from the larger batch itself.
+
+In fp64. What a pass over the larger batch loses to rounding is proportional to the unit roundoff u, so
+fp64 loses 2^-29 of what fp32 loses on the same numbers, which is measured. Rounding errors of many
+operations behave like independent random numbers, so that another order of the same operations lies
+further than lambda = 8 of their standard deviations away with probability 2 exp(-lambda^2 / 2), which is
+2.5e-14 (Higham and Mary, A New Approach to Probabilistic Rounding Error Analysis, SIAM J. Sci. Comput.
+41, 2019). To it comes the worst case of adding n terms in any order, n u times their size (Higham,
+Accuracy and Stability of Numerical Algorithms, 2nd ed., 4.2).
+
+In the run's precision single roundings may switch a ReLU, and with it the gradient, by much more than u.
+How often is a matter of the model, so nothing is assumed of it: the window's distance from the fp64
+gradient on several batches is held against the larger batch's own on the same batches. Two samples of one
+distribution: that all `WINDOWS` of the first are larger than all `LARGER` of the second has a
+probability of at most 1 / C(WINDOWS + LARGER, WINDOWS).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ..accum.batch import tensors
+from .draws import drawing
+from .larger import Gradient, Larger, clipped, larger_batch, norm
+from .problem import Batch, Problem, cast, rows
+
+LAMBDA = 8.0
+WINDOWS = 5
+LARGER = 10
+U32 = 2.0**-24
+U64 = 2.0**-53
+ROUNDING = "fp64 rounding: 8 times 2^-29 of what fp32 loses on the larger batch, and n u for adding n samples"
+
+
+@dataclass(frozen=True)
+class Expected:
+    """The larger batch's update in fp64, and how far from it rounding alone can lead.
+
+    Attributes:
+        gradient: after clipping, by parameter name.
+        size: its 2-norm before clipping.
+        bound: of the error's 2-norm, by parameter name.
+        loss_bound: of the loss's error.
+    """
+
+    larger: Larger
+    gradient: Gradient
+    size: float
+    bound: dict[str, float]
+    loss_bound: float
+
+    @property
+    def loss(self) -> float:
+        return float(self.larger.loss)
+
+
+def expected(problem: Problem, batch: Batch, model: nn.Module, clip_norm: float | None = None) -> Expected:
+    """The larger batch's update on `batch` from the weights of `model`, which is in fp64."""
+    exact = in_precision(problem, model, batch, torch.float64)
+    coarse = in_precision(problem, narrowed(model), batch, torch.float32)
+    size = norm(exact.gradient)
+    samples = len(_first(batch))
+    factor = 1.0 if clip_norm is None else min(1.0, clip_norm / (size + 1e-6))
+    lost = {name: float((coarse.gradient[name].double() - g).norm()) for name, g in exact.gradient.items()}
+    bound = {
+        name: factor * (LAMBDA * 2.0**-29 * error + samples * U64 * size) for name, error in lost.items()
+    }
+    loss = float(exact.loss)
+    lost_loss = abs(float(coarse.loss.double()) - loss)
+    loss_bound = LAMBDA * 2.0**-29 * lost_loss + samples * U64 * max(abs(loss), U64)
+    return Expected(exact, clipped(exact.gradient, clip_norm), size, bound, loss_bound)
+
+
+def in_precision(
+    problem: Problem,
+    model: nn.Module,
+    batch: Batch,
+    dtype: torch.dtype,
+    autocast: torch.dtype | None = None,
+    numbers: Sequence[int] | None = None,
+) -> Larger:
+    """The larger batch in `dtype`, in which `model` has to be; draws as in every window of the proof.
+
+    `numbers` names the samples where they are not in the order in which windows have them.
+    """
+    with problem.loss_in(torch.promote_types(dtype, torch.float32)) as loss:
+        given = cast(batch, dtype)
+        with drawing(problem, model, given, numbers):
+            return larger_batch(model, loss, given, autocast)
+
+
+def narrowed(model: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """A copy of `model` in `dtype`."""
+    return copy.deepcopy(model).to(dtype)
+
+
+def shuffled(batch: Batch, seed: int) -> tuple[Batch, list[int]]:
+    """The samples of `batch` in another order, and which they are."""
+    size = len(_first(batch))
+    order = torch.randperm(size, generator=torch.Generator().manual_seed(seed))
+    return rows(batch, order.to(_first(batch).device)), order.tolist()
+
+
+def _first(batch: Batch) -> torch.Tensor:
+    return tensors(batch[0])[0]

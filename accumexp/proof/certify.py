@@ -1,0 +1,270 @@
+"""The proof from its start to its certificate."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import SGD, Optimizer
+
+from .bounds import in_precision, narrowed
+from .certificate import Cause, Certificate, Check
+from .course import Course
+from .diagnosis import carried, diagnose, drawing_modules, of_buffers, of_precision, why_draws
+from .everyone import everyone, ranks
+from .gradients import DOUBLE, gradient_check, precision_checks
+from .overflow import overflow_checks
+from .problem import Batch, Problem, Scaling, Start, TrainWindow, cast
+from .watch import observe
+from .windows import (
+    activations_check,
+    agreement_check,
+    buffers_check,
+    collectives_check,
+    ragged,
+    resume_check,
+    weighted,
+)
+
+Stage = Callable[[str], None]
+
+
+def certify(
+    train_window: TrainWindow,
+    model: nn.Module,
+    loss: Callable[..., Any],
+    batch: Batch | Sequence[Batch],
+    steps: int,
+    *,
+    optimizer: Callable[[list[nn.Parameter]], Optimizer] | None = None,
+    scheduler: Callable[[Optimizer], Any] | None = None,
+    clip_norm: float | None = None,
+    prepare: Callable[[nn.Module], nn.Module] | None = None,
+    precision: torch.dtype = torch.float32,
+    autocast: torch.dtype | None = None,
+    loss_scale: Scaling | None = None,
+    updates: int = 100,
+    seed: int = 0,
+    progress: Stage | None = None,
+) -> Certificate:
+    """Is what `train_window` does one update of the larger batch?
+
+    The loop is run on copies of `model`, in fp64 and in its own precision, and watched through hooks; what
+    it should have done is computed beside it on the whole batch in one piece. Under torch.distributed all
+    ranks call alike, each with the whole batch, of which their loop takes its share.
+
+    Args:
+        train_window: called as `train_window(model, optimizer, batch, steps)`, with the schedule as a
+            fifth argument where there is one. Makes one update of `model` on `batch`, (inputs, targets) of
+            all its samples, in `steps` micro-batches (fewer where the batch has fewer samples than usual:
+            the last window of an epoch), clips, steps, zeroes. May return the loss that it would log.
+        model: in the mode it is trained in. Stays as it is.
+        loss: the larger batch's: a function of (outputs, targets) to a mean, of shape (); or an object with
+            `weight(targets)` and `total(outputs, targets)`, whose quotient is the mean.
+        batch: of one update, samples first; or several, of which the first is whole.
+        steps: micro-batches in a full window, on each rank.
+        optimizer: makes the loop's optimizer from parameters; SGD with momentum if left out.
+        scheduler: makes the schedule from an optimizer; the loop steps it once an update.
+        clip_norm: the 2-norm that the loop clips the update's gradient to.
+        prepare: what a copy of the model is put into before its optimizer is made (DistributedDataParallel,
+            fully_shard); its result is the loop's `model`.
+        precision: dtype of the parameters in the loop's own precision.
+        autocast: dtype of its `torch.autocast`, which the loop itself enters.
+        loss_scale: the settings of its loss scale, if it has a dynamic one.
+        updates: that are followed one after the other; 0 for none.
+        seed: of torch's draws in every window.
+        progress: told each stage when it begins.
+
+    Raises:
+        ValueError: for a batch that cannot be split into `steps`, or a larger batch without a finite
+            gradient.
+    """
+    batches = [batch] if isinstance(batch, tuple) and not isinstance(batch[0], tuple) else list(batch)
+    problem = Problem(
+        train_window,
+        model,
+        loss,
+        batches,  # type: ignore[arg-type]
+        steps,
+        optimizer or _momentum,
+        scheduler,
+        clip_norm,
+        prepare,
+        precision,
+        autocast,
+        loss_scale,
+        seed,
+    )
+    if steps < 1 or problem.samples < steps * ranks():
+        raise ValueError(f"steps={steps}: a batch of {problem.samples} samples cannot be split into them")
+    return Proof(problem, progress or _silent).certificate(updates)
+
+
+class Proof:
+    """The checks of one problem, and where they fail the search for the cause.
+
+    Attributes:
+        checks, causes: what was found so far.
+        problem: with its random draws held fixed, once they were found.
+    """
+
+    def __init__(self, problem: Problem, progress: Stage) -> None:
+        self.problem = problem
+        self.progress = progress
+        self.checks: list[Check] = []
+        self.causes: list[Cause] = []
+
+    def certificate(self, updates: int) -> Certificate:
+        with undisturbed(self.problem):
+            self.draws()
+            self.windows()
+            if updates:
+                self.progress(f"{updates} updates, one by one")
+                self.course(updates)
+                self.progress("a stop between two windows")
+                self.checks.append(resume_check(self.problem, [self.batch(0), self.batch(1)]))
+            self.diagnosis()
+        return self.result()
+
+    def batch(self, number: int) -> Batch:
+        return self.problem.batches[number % len(self.problem.batches)]
+
+    def add(self, *checks: Check | None) -> None:
+        self.checks.extend(check for check in checks if check is not None)
+
+    def draws(self) -> None:
+        """Finds what the model draws, and holds it fixed from here on."""
+        self.progress("what the model draws")
+        model = narrowed(self.problem.model, DOUBLE)
+        exact = in_precision(self.problem, model, cast(self.batch(0), DOUBLE), DOUBLE)
+        finite = all(bool(g.isfinite().all()) for g in exact.gradient.values())
+        if not all(everyone(finite)):
+            raise ValueError("the larger batch's own gradient is not finite: there is nothing to be equal to")
+        drawn, _ = drawing_modules(self.problem, self.batch(0))
+        if drawn:
+            self.problem, causes = why_draws(self.problem, self.batch(0), drawn)
+            self.causes.extend(causes)
+
+    def windows(self) -> None:
+        """The checks of single windows."""
+        problem, batch = self.problem, self.batch(0)
+        self.progress("the gradient of every parameter, fp64")
+        start = Start(problem, DOUBLE)
+        check, seen, right = gradient_check("gradient, fp64", problem, batch, start=start)
+        self.add(check)
+        self.progress("ragged and weighted windows")
+        parts = [
+            gradient_check("gradient, ragged last window", problem, part, detail)[0]
+            for detail, part in ragged(problem, batch)
+        ]
+        if parts:
+            self.add(max(parts, key=_severity))
+        uneven = weighted(problem, batch)
+        if uneven is not None:
+            self.add(gradient_check("gradient, weighted items", problem, uneven, "with ignored targets")[0])
+        self.add(buffers_check(problem, start, right.larger.buffers))
+        name = precision_name(problem)
+        if problem.dtype is not DOUBLE:
+            self.progress(f"the gradient in {name}")
+            self.add(*precision_checks(problem, name))
+        self.progress("memory, ranks and overflow")
+        self.add(activations_check(problem, batch))
+        self.add(agreement_check(seen), collectives_check(problem, batch))
+        self.add(*overflow_checks(problem, batch))
+        self.first = seen
+
+    def course(self, updates: int) -> None:
+        """Update after update from one start, with a smaller window now and then."""
+        problem = self.problem
+        start = Start(problem, DOUBLE)
+        course = Course(problem, start)
+        parts = [part for _, part in ragged(problem, self.batch(0))]
+        for number in range(updates):
+            batch = self.batch(number)
+            if parts and number % 3 == 2:
+                batch = parts[number // 3 % len(parts)]
+            batch = cast(batch, DOUBLE)
+            seen = observe(start, batch, arrivals=problem.scaling is not None)
+            course.follow(batch, seen, seen.loss)
+        self.checks.extend(course.checks())
+
+    def diagnosis(self) -> None:
+        """Finds the causes of what failed."""
+        failed = [check for check in self.checks if not check.passed]
+        if not failed:
+            return
+        self.progress("why")
+        problem, batch = self.problem, self.batch(0)
+        uneven = weighted(problem, batch)
+        others = [part for _, part in ragged(problem, batch)]
+        others += [uneven] if uneven is not None else []
+        causes = diagnose(problem, failed, batch, others)
+        if not causes and any(check.name.startswith("gradient") for check in failed):
+            causes = carried(problem, [batch, self.batch(1)])
+        buffers = next((check for check in failed if check.name == "buffers"), None)
+        if buffers is not None:
+            causes.append(of_buffers(problem, buffers, len(self.first.sizes)))
+        causes.extend(of_precision(problem, failed))
+        self.causes.extend(causes)
+
+    def result(self) -> Certificate:
+        problem = self.problem
+        subject = {
+            "samples": problem.samples,
+            "steps": problem.steps,
+            "ranks": ranks(),
+            "micro_batch_size": max(self.first.sizes, default=0),
+            "precision": precision_name(problem),
+            "parameters": sum(p.numel() for p in problem.model.parameters()),
+            "model": type(problem.model).__name__,
+            "seed": problem.seed,
+        }
+        return Certificate(self.checks, self.causes, subject, environment(problem))
+
+
+def _severity(check: Check) -> float:
+    if check.figure != check.figure:
+        return float("inf")
+    return check.figure / check.bound if check.bound else check.figure * 1e300
+
+
+def precision_name(problem: Problem) -> str:
+    names = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+    name = names[problem.autocast or problem.dtype]
+    if problem.scaling is not None:
+        name = f"loss-scaled {name}"
+    return name
+
+
+def environment(problem: Problem) -> dict[str, Any]:
+    device = problem.device
+    kind = platform.processor() or platform.machine()
+    if device.type == "cuda":
+        kind = torch.cuda.get_device_name(device)
+    return {
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": f"{device.type} ({kind})",
+        "threads": torch.get_num_threads(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+    }
+
+
+@contextmanager
+def undisturbed(problem: Problem) -> Iterator[None]:
+    """Afterwards torch's random state is as before."""
+    devices = [problem.device] if problem.device.type == "cuda" else []
+    with torch.random.fork_rng(devices), torch.enable_grad():
+        yield
+
+
+def _momentum(parameters: list[nn.Parameter]) -> Optimizer:
+    return SGD(parameters, lr=0.1, momentum=0.9)
+
+
+def _silent(stage: str) -> None: ...

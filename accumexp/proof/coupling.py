@@ -1,0 +1,143 @@
+"""What makes one sample's result depend on the others in its batch: modules and losses, by experiment."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..accum.batch import Nested, map_tensors, tensors
+from .bounds import in_precision, narrowed
+from .draws import fixed_draws
+from .gradients import DOUBLE
+from .larger import call, mean_loss
+from .problem import Batch, Problem, cast
+
+# In fp64 a sample's result moves by less than this where only the other samples change.
+NOTHING = 1e-8
+
+
+@dataclass(frozen=True)
+class Coupling:
+    """A module whose output on half a batch differs by `effect` from that half of its output on all of it."""
+
+    name: str
+    kind: str
+    effect: float
+
+
+def coupling_modules(problem: Problem, batch: Batch) -> list[Coupling]:
+    """The smallest modules that couple samples: those of which no part does."""
+    model = narrowed(problem.model, DOUBLE)
+    inputs, _ = cast(batch, DOUBLE)
+    found: dict[str, Coupling] = {}
+    names = {module: name for name, module in model.named_modules()}
+    samples = tensors(inputs)[0].shape[0]
+    half = samples // 2
+    trying = [False]
+
+    def tried(module: nn.Module, arguments: Any, keywords: Any, outputs: Any) -> None:
+        name = names[module]
+        inner = any(other.startswith(f"{name}." if name else "") for other in found)
+        if trying[0] or inner or not _by_sample([arguments, keywords, outputs], samples):
+            return
+        trying[0] = True
+        try:
+            buffers = {n: b.clone() for n, b in module.named_buffers()}
+            with draws.modules.again(name or "(model)", half):
+                part = module(*_half(arguments, half), **_half(keywords, half))
+            for n, b in module.named_buffers():
+                b.copy_(buffers[n])
+        except (RuntimeError, ValueError, IndexError):
+            return  # a module that cannot take half a batch is judged by the one around it
+        finally:
+            trying[0] = False
+        effect = max(
+            float((p - w[:half]).norm() / w[:half].norm().clamp_min(1e-300))
+            for p, w in zip(_floats(part), _floats(outputs), strict=True)
+        )
+        if effect > NOTHING:
+            found[name] = Coupling(name or "(model)", type(module).__name__, effect)
+
+    handles = [module.register_forward_hook(tried, with_kwargs=True) for module in names]
+    try:
+        with torch.no_grad(), fixed_draws(model, cast(batch, DOUBLE), problem.seed) as draws:
+            call(model, inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return list(found.values())
+
+
+def loss_couples(problem: Problem, batch: Batch) -> float:
+    """How much the gradient at one half's outputs moves when the other half's outputs change, relative.
+
+    0 for every weighted mean of the samples' own losses.
+    """
+    batch = cast(batch, DOUBLE)
+    outputs = in_precision(problem, narrowed(problem.model, DOUBLE), batch, DOUBLE).outputs
+    given = [t for t in tensors(outputs) if t.is_floating_point()]
+    if not given or given[0].dim() == 0:
+        return 0.0
+    half = given[0].shape[0] // 2
+    generator = torch.Generator(given[0].device).manual_seed(problem.seed)
+
+    def changed(tensor: Tensor) -> Tensor:
+        if not tensor.is_floating_point() or not tensor.dim():
+            return tensor
+        noise = torch.randn(tensor.shape, generator=generator, device=tensor.device, dtype=tensor.dtype)
+        moved = tensor.detach().clone()
+        moved[half:] += noise[half:] * tensor.detach().std().clamp_min(1e-3)
+        return moved
+
+    with problem.loss_in(DOUBLE) as loss:
+        one = _gradient_of(loss, outputs, batch[1])
+        other = _gradient_of(loss, map_tensors(changed, outputs), batch[1])
+    top = sum(float((b[:half] - a[:half]).square().sum()) for a, b in zip(one, other, strict=True))
+    below = sum(float(a[:half].square().sum()) for a in one)
+    return (top / below) ** 0.5 if below else 0.0
+
+
+def _gradient_of(loss: Callable[..., Any], outputs: Nested, targets: Any) -> list[Tensor]:
+    leaves: list[Tensor] = []
+
+    def leaf(tensor: Tensor) -> Tensor:
+        if not tensor.is_floating_point():
+            return tensor
+        leaves.append(tensor.detach().clone().requires_grad_())
+        return leaves[-1]
+
+    value = mean_loss(loss, map_tensors(leaf, outputs), targets)
+    found = torch.autograd.grad(value, leaves, allow_unused=True)
+    return [torch.zeros_like(x) if g is None else g for x, g in zip(leaves, found, strict=True)]
+
+
+def _by_sample(values: Any, samples: int) -> bool:
+    """Whether every tensor in `values` has the samples as its first dimension, and there is one."""
+    found = _all(values)
+    return bool(found) and all(t.dim() > 0 and t.shape[0] == samples for t in found)
+
+
+def _all(values: Any) -> list[Tensor]:
+    if isinstance(values, Tensor):
+        return [values]
+    if isinstance(values, dict):
+        return [t for value in values.values() for t in _all(value)]
+    return [t for value in values for t in _all(value)] if isinstance(values, tuple | list) else []
+
+
+def _floats(values: Any) -> list[Tensor]:
+    return [t.detach() for t in _all(values) if t.is_floating_point()]
+
+
+def _half(values: Any, half: int) -> Any:
+    if isinstance(values, Tensor):
+        return values[:half]
+    if isinstance(values, dict):
+        return {key: _half(value, half) for key, value in values.items()}
+    if isinstance(values, tuple | list):
+        return type(values)(_half(value, half) for value in values)
+    return values

@@ -1,0 +1,209 @@
+"""The window's gradient against the larger batch's: in fp64, in the run's precision, and its addition."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from .bounds import (
+    LARGER,
+    ROUNDING,
+    U32,
+    WINDOWS,
+    Expected,
+    expected,
+    in_precision,
+    narrowed,
+    shuffled,
+)
+from .certificate import Check
+from .everyone import everyone, ranks, worst
+from .larger import Gradient, clipped, norm
+from .problem import Batch, Problem, Start, cast
+from .watch import Seen, observe
+
+DOUBLE = torch.float64
+# Windows that a loop may skip before one counts: a loss scale of 2^16 is below 1 after that many halvings.
+TRIES = 24
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A gradient held against the expected one.
+
+    Attributes:
+        error: of the whole gradient, relative to the larger batch's, over all ranks.
+        ratio: the worst parameter's error over its bound; at most 1 where the gradients are equal.
+        name: that parameter.
+        figure, limit: its error and bound, relative to the whole gradient's norm.
+    """
+
+    error: float
+    ratio: float
+    name: str
+    figure: float
+    limit: float
+
+    @property
+    def equal(self) -> bool:
+        return self.ratio <= 1
+
+
+def compare(found: Gradient | None, right: Expected) -> Compared:
+    """`found` against `right`, by parameter, as the worst rank sees it."""
+    own = _compare(found, right)
+    every = everyone(own)
+    return next((c for c in every if math.isnan(c.ratio)), None) or max(every, key=lambda c: c.ratio)
+
+
+def _compare(found: Gradient | None, right: Expected) -> Compared:
+    if found is None:
+        return Compared(math.inf, math.inf, "no update was made", math.inf, 0.0)
+    if found.keys() != right.gradient.keys():
+        return Compared(math.inf, math.inf, "other parameters", math.inf, 0.0)
+    size = norm(right.gradient) or 1.0
+    errors = {name: float((found[name].double() - g).norm()) for name, g in right.gradient.items()}
+    ratios = {name: _over(error, right.bound[name]) for name, error in errors.items()}
+    nan = [name for name, ratio in ratios.items() if math.isnan(ratio)]
+    name = nan[0] if nan else max(ratios, key=lambda key: ratios[key])
+    error = math.sqrt(sum(value * value for value in errors.values())) / size
+    return Compared(error, ratios[name], name, errors[name] / size, right.bound[name] / size)
+
+
+def _over(error: float, bound: float) -> float:
+    if bound:
+        return error / bound
+    return 0.0 if error == 0 else math.nan if math.isnan(error) else math.inf
+
+
+def gradient_check(
+    name: str,
+    problem: Problem,
+    batch: Batch,
+    detail: str = "",
+    start: Start | None = None,
+) -> tuple[Check, Seen, Expected]:
+    """Every parameter's gradient on `batch` in fp64, in the first window of `start` or of a fresh one."""
+    start = start or Start(problem, DOUBLE)
+    batch = cast(batch, DOUBLE)
+    right = expected(problem, batch, narrowed(problem.model, DOUBLE), problem.clip_norm)
+    seen = observe(start, batch)
+    return check_of(name, compare(seen.gradient, right), detail), seen, right
+
+
+def check_of(name: str, found: Compared, detail: str = "") -> Check:
+    at = f"worst at {found.name}" if found.ratio else "no difference"
+    if not math.isfinite(found.figure):
+        at = found.name
+    return Check(name, found.figure, found.limit, "relative", ROUNDING, f"{at}, {detail}" if detail else at)
+
+
+def precision_checks(problem: Problem, name: str) -> list[Check]:
+    """The gradient and its addition in the run's own precision, `name`."""
+    batches = [shuffled(problem.batches[k % len(problem.batches)], k)[0] for k in range(WINDOWS)]
+    inside, outside, additions = [], [], []
+    for number, batch in enumerate(batches):
+        exact = in_precision(problem, narrowed(problem.model, DOUBLE), cast(batch, DOUBLE), DOUBLE)
+        size = norm(exact.gradient) or 1.0
+        start = Start(problem, problem.dtype)
+        seen = first_update(start, cast(batch, problem.dtype), arrivals=ranks() == 1)
+        right = clipped(exact.gradient, problem.clip_norm)
+        inside.append(_distance(seen.gradient, right) / (norm(right) or 1.0))
+        if seen.arrived and seen.gradient is not None:
+            additions.append(_addition(problem, seen))
+        for k in range(LARGER // WINDOWS):
+            order, numbers = (batch, None) if k == 0 else shuffled(batch, 100 + number)
+            larger = in_precision(
+                problem,
+                narrowed(problem.model, problem.dtype),
+                cast(order, problem.dtype),
+                problem.dtype,
+                problem.autocast,
+                numbers,
+            )
+            outside.append(_distance(larger.gradient, exact.gradient) / size)
+        # What N roundings of the micro-batches' parts add to the one of the larger batch's.
+        outside[-1] += _roundings(problem, seen) / size
+    figure = worst(everyone(min(inside, key=lambda value: math.inf if math.isnan(value) else value)))
+    largest = max(outside)
+    checks = [
+        Check(
+            f"gradient, {name}",
+            figure,
+            largest if math.isfinite(largest) else -1.0,
+            "relative",
+            f"the larger batch's own distance from its fp64 gradient: the window's nearest of {WINDOWS} "
+            f"against the larger batch's farthest of {LARGER}",
+            "of the whole gradient",
+        )
+    ]
+    if additions:
+        worst_one = max(additions, key=lambda found: found[1] / found[2] if found[2] else 0.0)
+        checks.append(
+            Check(
+                f"addition, {name}",
+                worst_one[1],
+                worst_one[2],
+                "relative",
+                "adding in fp32 what autograd delivers, and rounding the sum once: (N-1) u of the terms' "
+                "norms, and the rounding itself",
+                f"worst at {worst_one[0]}",
+            )
+        )
+    return checks
+
+
+def first_update(start: Start, batch: Batch, arrivals: bool = False) -> Seen:
+    """The first window that a loop does not skip: a loss scale may have to fall before."""
+    seen = observe(start, batch, arrivals=arrivals)
+    for _ in range(TRIES if start.problem.scaling else 0):
+        if max(everyone(seen.steps)):
+            break
+        seen = observe(start, batch, arrivals=arrivals)
+    return seen
+
+
+def _distance(found: Gradient | None, right: Gradient) -> float:
+    if found is None:
+        return math.inf
+    return norm({name: found[name].double() - g for name, g in right.items()})
+
+
+def _roundings(problem: Problem, seen: Seen) -> float:
+    """The norm that rounding each micro-batch's part, and adding the parts in fp32, can add at most."""
+    u = torch.finfo(problem.autocast or problem.dtype).eps / 2
+    parts = math.sqrt(sum(value * value for value in seen.arrived_norms.values()))
+    if not seen.arrived or seen.gradient is None:
+        return 0.0
+    factor = _factor(seen.gradient, seen.arrived)
+    return abs(factor) * parts * (u + max(0, seen.arrivals - 1) * U32)
+
+
+def _factor(found: Gradient, arrived: Gradient) -> float:
+    """The number by which `found` is a multiple of `arrived`: 1, or what unscaling and clipping made."""
+    top = sum(float((found[name].double() * a).sum()) for name, a in arrived.items())
+    below = sum(float(a.square().sum()) for a in arrived.values())
+    return top / below if below else 1.0
+
+
+def _addition(problem: Problem, seen: Seen) -> tuple[str, float, float]:
+    """(parameter, error, bound) of the worst sum, relative to the whole gradient."""
+    assert seen.gradient is not None
+    factor = _factor(seen.gradient, seen.arrived)
+    size = norm(seen.gradient) or 1.0
+    # Unscaling is exact; clipping rounds every number once more.
+    changes = 2 if problem.clip_norm is not None else 1
+    worst_one = ("", 0.0, 0.0)
+    for name, arrived in seen.arrived.items():
+        exact = arrived * factor
+        error = float((seen.gradient[name].double() - exact).norm())
+        once = float((exact.to(seen.gradient[name].dtype).double() - exact).norm())
+        u = torch.finfo(seen.gradient[name].dtype).eps / 2
+        terms = abs(factor) * seen.arrived_norms[name]
+        # The factor is itself known from rounded numbers: to one rounding of the whole.
+        bound = changes * once + max(0, seen.arrivals - 1) * U32 * terms + u * float(exact.norm()) * 0.25
+        if _over(error, bound) >= _over(worst_one[1], worst_one[2]):
+            worst_one = (name, error, bound)
+    return worst_one[0], worst_one[1] / size, worst_one[2] / size

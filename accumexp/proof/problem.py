@@ -1,0 +1,200 @@
+"""What is to be proved: a loop, and all that says which update it is to make."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ..accum.batch import Nested, batch_size, map_tensors, tensors
+
+TrainWindow = Callable[..., Any]
+Batch = tuple[Nested, Nested]
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """The settings of a loop's dynamic loss scale, which predict the scale of every update.
+
+    A window that overflows multiplies it by `backoff_factor`, `growth_interval` windows in a row without
+    an overflow by `growth_factor`. Of a static scale `backoff_factor` and `growth_factor` are 1.
+    """
+
+    growth_factor: float = 2.0
+    backoff_factor: float = 0.5
+    growth_interval: int = 2000
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A loop and the update it should make. See `certify` for the arguments.
+
+    Attributes:
+        dtype: of the parameters in the run.
+        autocast: of the loop's `torch.autocast` in the run, or None.
+        fixed: whether random draws are held fixed by sample (`draws`).
+    """
+
+    train_window: TrainWindow
+    model: nn.Module
+    loss: Callable[..., Any]
+    batches: Sequence[Batch]
+    steps: int
+    optimizer: Callable[[list[nn.Parameter]], Optimizer]
+    scheduler: Callable[[Optimizer], Any] | None = None
+    clip_norm: float | None = None
+    prepare: Callable[[nn.Module], nn.Module] | None = None
+    dtype: torch.dtype = torch.float32
+    autocast: torch.dtype | None = None
+    scaling: Scaling | None = None
+    seed: int = 0
+    fixed: bool = False
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
+    def samples(self) -> int:
+        """Samples of the first, whole batch."""
+        return batch_size(self.batches[0])
+
+    @property
+    def micro_batch(self) -> int:
+        """Samples of a full window's largest micro-batch, over all ranks."""
+        return -(-self.samples // self.steps)
+
+    @contextmanager
+    def loss_in(self, dtype: torch.dtype) -> Iterator[Callable[..., Any]]:
+        """The loss with its own numbers (class weights) in `dtype`; the loop's is the same object."""
+        if not isinstance(self.loss, nn.Module):
+            yield self.loss
+            return
+        kept = {name: value.dtype for name, value in self.loss.state_dict().items()}
+        self.loss.to(dtype)
+        try:
+            yield self.loss
+        finally:
+            for name, value in [*self.loss.named_parameters(), *self.loss.named_buffers()]:
+                value.data = value.data.to(kept.get(name, value.dtype))
+
+
+def cast(batch: Batch, dtype: torch.dtype) -> Batch:
+    """`batch` with its floating numbers in `dtype`; targets in fp32 at least."""
+    inputs, targets = batch
+    return _cast(inputs, dtype), _cast(targets, torch.promote_types(dtype, torch.float32))
+
+
+def _cast(batch: Nested, dtype: torch.dtype) -> Nested:
+    return map_tensors(lambda t: t.to(dtype) if t.is_floating_point() else t, batch)
+
+
+def rows(batch: Batch, chosen: Tensor | slice) -> Batch:
+    """The samples of `batch` that `chosen`, indices or a slice, names."""
+    inputs, targets = batch
+    return map_tensors(lambda t: t[chosen], inputs), map_tensors(lambda t: t[chosen], targets)
+
+
+def plain_model(model: nn.Module) -> nn.Module:
+    """The model inside what torch wraps it in for several ranks or for compiling."""
+    while True:
+        inner = getattr(model, "_orig_mod", None) or (
+            model.module if isinstance(model, nn.parallel.DistributedDataParallel) else None
+        )
+        if inner is None:
+            return model
+        model = inner
+
+
+class Start:
+    """A fresh copy of the problem's model with an optimizer and a schedule of its own."""
+
+    def __init__(self, problem: Problem, dtype: torch.dtype, model: nn.Module | None = None) -> None:
+        copied = copy.deepcopy(problem.model if model is None else model).to(dtype)
+        self.problem = problem
+        self.dtype = dtype
+        self.inner = copied
+        # Names before it is prepared: sharding replaces parameters, wrapping renames them.
+        self.model = problem.prepare(copied) if problem.prepare else copied
+        self.optimizer = problem.optimizer(list(self.model.parameters()))
+        self.schedule = problem.scheduler(self.optimizer) if problem.scheduler else None
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        return dict(self.inner.named_parameters())
+
+    def train(self, batch: Batch) -> Any:
+        """The loop's update on `batch`; what it returns."""
+        arguments: list[Any] = [self.model, self.optimizer, batch, self.problem.steps]
+        if self.schedule is not None:
+            arguments.append(self.schedule)
+        return self.problem.train_window(*arguments)
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Inside, torch draws from `seed`; afterwards as if nothing had happened."""
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(seed)
+        yield
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """`tensor` in one piece, where it is spread over ranks; all of them must ask."""
+    full = getattr(tensor, "full_tensor", None)
+    return tensor if full is None else full()
+
+
+@dataclass
+class Ids:
+    """Which sample of the update's batch each row that a model sees is.
+
+    A row is known by its content, so that the order in which a loop brings samples does not matter.
+    """
+
+    known: dict[bytes, list[int]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, inputs: Nested, numbers: Sequence[int] | None = None) -> Ids:
+        """Of the rows of `inputs`, which are samples 0, 1, 2, ... or those of `numbers`."""
+        ids = cls()
+        keys = _keys(inputs) or []
+        for number, key in zip(range(len(keys)) if numbers is None else numbers, keys, strict=True):
+            ids.known.setdefault(key, []).append(number)
+        return ids
+
+    def find(self, arguments: Any, taken: dict[bytes, int]) -> list[int] | None:
+        """The samples that a forward's `arguments` are, or None if any is unknown.
+
+        `taken` counts how often each row came before in this window: equal samples are told apart so.
+        """
+        keys = _keys(arguments)
+        if keys is None or any(key not in self.known for key in keys):
+            return None
+        found = []
+        for key in keys:
+            turn = taken.get(key, 0)
+            taken[key] = turn + 1
+            same = self.known[key]
+            found.append(same[turn % len(same)])
+        return found
+
+
+def _keys(batch: Any) -> list[bytes] | None:
+    """One key a row, of all tensors that have rows; None where there are none."""
+    try:
+        found = tensors(batch)
+        size = batch_size(batch)
+    except ValueError:
+        return None
+    columns = [t.detach().reshape(size, -1).double().cpu() for t in found]
+    widest = max(column.shape[1] for column in columns)
+    # The widest alone: what is given beside them (a label, lengths) may differ in form.
+    wide = [column for column in columns if column.shape[1] == widest]
+    return [b"".join(sorted(column[k].numpy().tobytes() for column in wide)) for k in range(size)]

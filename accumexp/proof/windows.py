@@ -1,0 +1,214 @@
+"""Single windows: ragged and weighted batches, buffers, activations, ranks, and a stop between two."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ..accum.batch import batch_size, tensors
+from ..accum.memory import measure_activations
+from .bounds import narrowed
+from .certificate import Check
+from .course import BITS, SHARDED, states
+from .draws import drawing
+from .everyone import everyone, ranks, worst
+from .gradients import DOUBLE
+from .larger import larger_batch
+from .problem import Batch, Problem, Start, cast, rows, whole
+from .watch import Seen, observe
+
+
+def ragged(problem: Problem, batch: Batch) -> list[tuple[str, Batch]]:
+    """Last windows of an epoch, made of `batch`: short of samples, of a micro-batch, and of both."""
+    size, micro = batch_size(batch), problem.micro_batch
+    half = (micro + 1) // 2
+    return [
+        (f"{left} of {size} samples", rows(batch, slice(0, left)))
+        for left in dict.fromkeys((size - micro, size - micro - half, size - half))
+        if 0 < left < size and left >= ranks()
+    ]
+
+
+def weighted(problem: Problem, batch: Batch) -> Batch | None:
+    """`batch` with targets ignored unevenly over its micro-batches, or None where the loss ignores none."""
+    loss, targets = problem.loss, batch[1]
+    if not isinstance(loss, nn.CrossEntropyLoss | nn.NLLLoss) or not isinstance(targets, Tensor):
+        return None
+    if targets.is_floating_point() or len(targets) < 3:
+        return None
+    generator = torch.Generator().manual_seed(problem.seed)
+    # From none of the first sample's to nearly all of the last one's.
+    chance = torch.linspace(0, 0.95, len(targets)).view(-1, *[1] * (targets.dim() - 1))
+    ignored = torch.rand(targets.shape, generator=generator) < chance
+    return batch[0], targets.masked_fill(ignored.to(targets.device), loss.ignore_index)
+
+
+def buffers_check(problem: Problem, start: Start, buffers: dict[str, Tensor]) -> Check | None:
+    """The buffers that the loop's window left against those that the larger batch leaves."""
+    if not buffers:
+        return None
+    mine = dict(start.inner.named_buffers())
+    figures = {}
+    for name, right in buffers.items():
+        found = whole(mine[name])
+        if right.is_floating_point():
+            size = float(right.double().norm()) or 1.0
+            figures[name] = float((found.double() - right.double()).norm()) / size
+        else:
+            size = float(right.double().abs().sum()) or 1.0
+            figures[name] = float((found.double() - right.double()).abs().sum()) / size
+    name = max(figures, key=lambda key: figures[key] if figures[key] == figures[key] else math.inf)
+    figure = worst(everyone(figures[name]))
+    bound = 8 * problem.samples * 2.0**-53
+    return Check(
+        "buffers",
+        figure,
+        bound,
+        "relative",
+        "fp64 rounding of statistics over the samples: 8 n u",
+        f"worst at {name}" if figure else "no difference",
+    )
+
+
+def activations_check(problem: Problem, batch: Batch) -> Check | None:
+    """What a window keeps for backward against one micro-batch's share of the larger batch's."""
+    start = Start(problem, DOUBLE)
+    observe(start, cast(batch, DOUBLE))  # a loop may measure its first window itself
+    seen = observe(start, cast(batch, DOUBLE), measure=True)
+    sizes = [size for size in seen.sizes if size]
+    if not sizes or not seen.saved_bytes:
+        return None
+    model = narrowed(problem.model, DOUBLE)
+    one = _kept(problem, model, rows(batch, slice(0, max(sizes))))
+    every = _kept(problem, model, batch)
+    found = max(everyone(seen.saved_bytes / every))
+    alone = max(everyone(one / every))
+    return Check(
+        "saved activations",
+        found,
+        1.5 * alone,
+        "ratio",
+        "a window keeps one micro-batch's graph; a second one alive would make it twice as much",
+        f"of the larger batch's {every / 2**20:.2f} MiB in fp64; one micro-batch alone keeps {alone:.3g}",
+    )
+
+
+def _kept(problem: Problem, model: nn.Module, batch: Batch) -> int:
+    batch = cast(batch, DOUBLE)
+    with problem.loss_in(DOUBLE) as loss, drawing(problem, model, batch):
+        with measure_activations(model, [*tensors(batch[0]), *tensors(batch[1])]) as saved:
+            larger_batch(model, loss, batch, keep=saved.exclude)
+    return saved.peak_bytes
+
+
+def resume_check(problem: Problem, batches: list[Batch]) -> Check:
+    """A window from saved state against the same window without the stop."""
+    first, second = (cast(batch, DOUBLE) for batch in batches)
+    undisturbed = Start(problem, DOUBLE)
+    observe(undisturbed, first)
+    state = copy.deepcopy(_state(undisturbed))
+    observe(undisturbed, second)
+    resumed = Start(problem, DOUBLE)
+    resumed.inner.load_state_dict(state["model"])
+    resumed.optimizer.load_state_dict(state["optimizer"])
+    if resumed.schedule is not None:
+        resumed.schedule.load_state_dict(state["schedule"])
+    observe(resumed, second)
+    one, other = undisturbed.inner.state_dict(), resumed.inner.state_dict()
+    figures = [(_off(other[name], value), name) for name, value in one.items()]
+    mine, theirs = states(undisturbed.optimizer), states(resumed.optimizer)
+    same = mine.keys() == theirs.keys()
+    figures += [(_off(theirs[key], value), f"optimizer {key}") for key, value in mine.items() if same]
+    figure, name = max(figures)
+    every = everyone((figure if same else math.inf, name))
+    figure, name = max(every)
+    return Check(
+        "resume",
+        figure,
+        SHARDED if ranks() > 1 else 0.0,
+        "relative",
+        "state saved between two windows and loaded again: " + BITS.partition(": ")[2],
+        f"worst at {name}" if figure else "no difference after a window",
+    )
+
+
+def _state(start: Start) -> dict[str, Any]:
+    schedule = None if start.schedule is None else start.schedule.state_dict()
+    return {
+        "model": start.inner.state_dict(),
+        "optimizer": start.optimizer.state_dict(),
+        "schedule": schedule,
+    }
+
+
+def _off(found: Any, right: Any) -> float:
+    if not isinstance(right, Tensor):
+        return 0.0 if found == right else math.inf
+    found, right = whole(found).double(), whole(right).double()
+    if torch.equal(found, right):
+        return 0.0
+    return float((found - right).norm()) / (float(right.norm()) or 1.0)
+
+
+def agreement_check(seen: Seen) -> Check | None:
+    """Whether all ranks gave their optimizers the same gradient."""
+    if ranks() == 1:
+        return None
+    figure = math.inf
+    if all(everyone(seen.gradient is not None)):
+        assert seen.gradient is not None
+        flat = torch.cat([g.double().flatten() for g in seen.gradient.values()])
+        low, high = flat.clone(), flat.clone()
+        dist.all_reduce(low, dist.ReduceOp.MIN)
+        dist.all_reduce(high, dist.ReduceOp.MAX)
+        figure = float((high - low).norm()) / (float(flat.norm()) or 1.0)
+        figure = worst(everyone(figure))
+    return Check(
+        "ranks agree",
+        figure,
+        0.0,
+        "relative",
+        "one gradient is reduced for all ranks: not a bit may differ between them",
+        "no difference" if not figure else "gradients differ between ranks",
+    )
+
+
+REDUCING = ("allreduce", "reduce_scatter")
+
+
+def collectives_check(problem: Problem, batch: Batch, most: int = 1) -> Check | None:
+    """How often the gradient is reduced in a window, by the numbers that collectives carry."""
+    if ranks() == 1:
+        return None
+    start = Start(problem, DOUBLE)
+    observe(start, cast(batch, DOUBLE))  # wrappers set up their buffers in the first
+    with torch.profiler.profile(record_shapes=True) as profile:
+        observe(start, cast(batch, DOUBLE))
+    carried = sum(
+        _elements(event.input_shapes)
+        for event in profile.events() or []
+        if event.name.startswith("c10d::") and any(kind in event.name for kind in REDUCING)
+    )
+    numbers = sum(p.numel() for p in problem.model.parameters() if p.requires_grad)
+    return Check(
+        "gradient reductions a window",
+        max(everyone(carried / numbers)),
+        most + 0.5,
+        "count",
+        "the numbers that reducing collectives carry, over the parameters': each reduction adds 1",
+        f"{problem.steps} micro-batches on each of {ranks()} ranks",
+    )
+
+
+def _elements(shapes: Any) -> int:
+    """Numbers in the largest of a collective's arguments, each a shape or a list of shapes."""
+    sizes = [0]
+    for shape in shapes:
+        inner = shape if shape and isinstance(shape[0], list | tuple) else [shape]
+        sizes.append(sum(math.prod(one) for one in inner if one))
+    return max(sizes)
