@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 from torchmetrics import Metric, MetricCollection
 
 from .accum import LossScale, Ranks, Window, WindowLoss, data_parallel, fully_sharded, window_loss
@@ -34,10 +35,15 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class Parts:
-    """What training and evaluation share."""
+    """What training and evaluation share.
+
+    Attributes:
+        criterion: the loss as the configuration names it; `loss` is the same as a window takes it.
+    """
 
     device: torch.device
     model: nn.Module
+    criterion: Any
     loss: WindowLoss
     splits: Splits
     evaluator: Evaluator
@@ -80,7 +86,7 @@ def build_parts(config: Config, here: World = ALONE) -> Parts:
     model = model.to(device, dtype)
     if here.rank:
         seed_everything(derive_seed("rank", config.seed, here.rank), config.trainer.deterministic)
-    return Parts(device, model, loss, splits, evaluator, autocast)
+    return Parts(device, model, criterion, loss, splits, evaluator, autocast)
 
 
 def build_metrics(config: Config, device: torch.device) -> MetricCollection:
@@ -94,15 +100,10 @@ def build_metrics(config: Config, device: torch.device) -> MetricCollection:
     return MetricCollection(metrics).to(device)
 
 
-def build_trainer(config: Config, parts: Parts, recorder: Recorder) -> Trainer:
-    """The loop over `parts` that `config` describes.
-
-    Raises:
-        UsageError: naming the key that cannot be built.
-    """
-    accum = config.accum
-    window = Window(
-        _for_ranks(accum, parts),
+def build_window(accum: AccumConfig, model: nn.Module, parts: Parts) -> Window:
+    """The window over `model`, prepared for its ranks, with the loss and precision of `parts`."""
+    return Window(
+        model,
         parts.loss,
         cast(int, accum.steps),
         reduction=accum.reduction.value,
@@ -112,10 +113,34 @@ def build_trainer(config: Config, parts: Parts, recorder: Recorder) -> Trainer:
         reduce_every_micro_batch=accum.reduce_every_micro_batch,
         local_loss=True,
     )
+
+
+def build_optimizer(config: Config, parameters: list[nn.Parameter]) -> Optimizer:
+    return build(config.optimizer, "optimizer", parameters)
+
+
+def build_scheduler(config: Config, optimizer: Optimizer, updates: int) -> Any:
+    """The schedule of a run of `updates`."""
+    return build(config.scheduler, "scheduler", optimizer, total_updates=updates)
+
+
+def updates_of(config: Config, parts: Parts) -> int:
+    """Updates in the run."""
+    return total_updates(len(parts.splits.train), config.trainer.epochs, config.trainer.max_updates)
+
+
+def build_trainer(config: Config, parts: Parts, recorder: Recorder, updates: int | None = None) -> Trainer:
+    """The loop over `parts` that `config` describes.
+
+    `updates` is the length of the schedule, where it is not that of the run.
+
+    Raises:
+        UsageError: naming the key that cannot be built.
+    """
+    window = build_window(config.accum, for_ranks(config.accum, parts.model, parts.device), parts)
     loop = config.trainer
-    updates = total_updates(len(parts.splits.train), loop.epochs, loop.max_updates)
-    optimizer = build(config.optimizer, "optimizer", list(parts.model.parameters()))
-    scheduler = build(config.scheduler, "scheduler", optimizer, total_updates=updates)
+    optimizer = build_optimizer(config, list(parts.model.parameters()))
+    scheduler = build_scheduler(config, optimizer, updates or updates_of(config, parts))
     trainer = Trainer(
         window,
         optimizer,
@@ -160,16 +185,16 @@ def build_loss_scale(accum: AccumConfig, device: torch.device) -> LossScale | No
         raise UsageError(f"accum.{error}") from error
 
 
-def _for_ranks(accum: AccumConfig, parts: Parts) -> nn.Module:
-    """The model as the strategy wants it."""
+def for_ranks(accum: AccumConfig, model: nn.Module, device: torch.device) -> nn.Module:
+    """`model` as the strategy wants it."""
     if accum.strategy is Strategy.ddp:
-        return data_parallel(parts.model, find_unused_parameters=accum.find_unused_parameters)
+        return data_parallel(model, find_unused_parameters=accum.find_unused_parameters)
     if accum.strategy is Strategy.fsdp:
         try:
-            return fully_sharded(parts.model, parts.device)
+            return fully_sharded(model, device)
         except ValueError as error:  # parameters that two blocks share
             raise UsageError(f"model: accum=fsdp cannot cut it into blocks: {error}") from error
-    return parts.model
+    return model
 
 
 def _autocast(precision: Precision | None, parameters: torch.dtype) -> torch.dtype | None:

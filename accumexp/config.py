@@ -141,6 +141,14 @@ class TrackingConfig:
 
 
 @dataclass
+class ProofConfig:
+    """How thoroughly a certificate looks."""
+
+    # Updates that are followed one by one beside the larger batch's.
+    updates: int = 100
+
+
+@dataclass
 class Config:
     """A whole experiment."""
 
@@ -155,6 +163,9 @@ class Config:
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     report: ReportConfig = field(default_factory=ReportConfig)
+    # A certificate before the run, kept with it: is this window the larger batch?
+    prove: bool = False
+    proof: ProofConfig = field(default_factory=ProofConfig)
     # The metric that names the best checkpoint and stops early, and whether it is to be "max" or "min".
     monitor: str = "eval/accuracy"
     mode: str = "max"
@@ -215,6 +226,7 @@ def check(config: Config) -> Config:
     at_least(1, "trainer.log_every", trainer.log_every)
     at_least(1, "trainer.eval_every", trainer.eval_every)
     at_least(1, "trainer.threads", trainer.threads)
+    at_least(1, "proof.updates", config.proof.updates)
     at_least(1, "tracking.flush_points", config.tracking.flush_points)
     if not 0 <= data.eval_fraction < 1:
         raise UsageError(f"data.eval_fraction={data.eval_fraction}: a fraction from 0 to below 1")

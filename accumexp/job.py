@@ -46,14 +46,50 @@ def run_job(cfg: DictConfig) -> float | None:
         return _run(cfg, hydra, job, folder, outside, here)
 
 
+def prove_job(cfg: DictConfig) -> None:
+    """Hydra's job of a proof: ends the process with 1 if the window is not proved."""
+    from hydra.core.hydra_config import HydraConfig
+
+    hydra = HydraConfig.get()
+    if SweepJob.of(hydra):
+        raise UsageError(
+            "prove: one experiment at a time; a sweep with prove=true certifies each of its jobs"
+        )
+    if cfg.resume:
+        raise UsageError(f"resume={cfg.resume}: a proof begins at the beginning, leave it out")
+    outside = world()
+    _run(cfg, hydra, None, Path(hydra.runtime.output_dir), outside, outside or World(), prove=True)
+
+
+def carry_out(order: Order, here: World) -> float | None:
+    """Trains, or proves, in this process. The imports that takes are not for one that only launches.
+
+    Returns:
+        The monitored value at the end; of a proof 1 or 0.
+    """
+    if order.prove:
+        from .certifying import Certifying
+
+        return float(Certifying(order, here).execute())
+    from .runner import Run
+
+    return Run(order, here).execute()
+
+
 def _run(
-    cfg: DictConfig, hydra: Any, job: SweepJob | None, folder: Path, outside: World | None, here: World
+    cfg: DictConfig,
+    hydra: Any,
+    job: SweepJob | None,
+    folder: Path,
+    outside: World | None,
+    here: World,
+    prove: bool = False,
 ) -> float | None:
     try:
         before = standing(folder) if job and here.first else Standing()
         if before.finished and here.size == 1:
             return _again(job, before)
-        order = Order.of(cfg, hydra)
+        order = Order.of(cfg, hydra, prove)
         if job and here.size > 1:
             before = agreed(before, here, order.config.device)
             if before.finished:
@@ -64,10 +100,12 @@ def _run(
             clear(folder)
         processes = order.config.accum.processes or 1
         if outside is None and processes > 1:
-            return launched(order, processes)
-        from .runner import Run  # and with it torch, which the process that only launches can do without
-
-        return Run(order, here).execute()
+            found = launched(order, processes)
+        else:
+            found = carry_out(order, here)
+        if prove and not found:
+            sys.exit(1)
+        return found
     except Exception as error:
         expected = isinstance(error, UsageError | TrainingError)
         log.info("failed", exc_info=error)  # to run.log, not to the terminal
@@ -105,7 +143,7 @@ def launched(order: Order, processes: int) -> float | None:
     """`order`, carried out by ranks of its own; what is left open if they die is closed.
 
     Returns:
-        The monitored value at the end.
+        The monitored value at the end; of a proof 1 or 0.
     """
     try:
         launch(order, processes)
@@ -115,6 +153,10 @@ def launched(order: Order, processes: int) -> float | None:
     except (KeyboardInterrupt, SystemExit):
         settle(order.folder, "KILLED", None)
         raise
+    if order.prove:
+        from .certificates import proved_in
+
+        return float(proved_in(order.folder))
     return json.loads((order.folder / SUMMARY).read_text()).get("monitored")
 
 

@@ -27,6 +27,7 @@ class Order:
         back: the checkpoint it goes on from, or None.
         command: the command line that asked for it.
         logging: Hydra's logging of the job, as `logging.config.dictConfig` takes it.
+        prove: a certificate is asked for, and no training.
     """
 
     config: Config
@@ -35,9 +36,10 @@ class Order:
     back: Resumed | None
     command: str
     logging: dict[str, Any] = field(default_factory=dict)
+    prove: bool = False
 
     @classmethod
-    def of(cls, cfg: DictConfig, hydra: Any) -> Order:
+    def of(cls, cfg: DictConfig, hydra: Any, prove: bool = False) -> Order:
         """The order that Hydra's composition means.
 
         Raises:
@@ -48,11 +50,12 @@ class Order:
         job = SweepJob.of(hydra)
         if job:
             share_cores(config, hydra.launcher, job.batch)
-        command = job.command if job else command_line(sys.argv[1:])
+        command = job.command if job else command_line(sys.argv[1:], "prove" if prove else "run")
         logging = OmegaConf.to_container(hydra.job_logging, resolve=True)
         assert isinstance(logging, dict)
         folder = Path(hydra.runtime.output_dir)
-        return cls(config, folder, job, back, command, {str(key): value for key, value in logging.items()})
+        settings = {str(key): value for key, value in logging.items()}
+        return cls(config, folder, job, back, command, settings, prove)
 
     def going_on(self, path: Path) -> Order:
         """This order from checkpoint `path` on, to the same bits: with the configuration of then.
@@ -74,6 +77,7 @@ class Order:
             "back": back,
             "command": self.command,
             "logging": self.logging,
+            "prove": self.prove,
         }
         path.write_text(json.dumps(plain))
 
@@ -91,4 +95,5 @@ class Order:
             back and Resumed(config, load(Path(back["path"])), Path(back["path"]), back["overrides"]),
             plain["command"],
             plain["logging"],
+            plain["prove"],
         )

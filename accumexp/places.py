@@ -176,9 +176,9 @@ def begun(sweep: Path, launch: int) -> bool:
     return not launch or any(one.launch == launch for one in places(sweep))
 
 
-def command_line(arguments: Sequence[str]) -> str:
+def command_line(arguments: Sequence[str], command: str = "run") -> str:
     """The command that has these arguments, to be typed again."""
-    return shlex.join(["python", "-m", "accumexp.run", *arguments])
+    return shlex.join(["python", "-m", f"accumexp.{command}", *arguments])
 
 
 def _identity(overrides: Sequence[str]) -> list[str]:

@@ -31,8 +31,8 @@ def main() -> None:
 
 
 def carry_out(path: Path, rank: int) -> None:
+    from .job import carry_out as executed
     from .order import Order
-    from .runner import Run
     from .world import world
 
     order = Order.read(path)
@@ -41,7 +41,7 @@ def carry_out(path: Path, rank: int) -> None:
     here = world()
     assert here is not None
     with _known_to_run(order.folder) if order.job and here.first else nullcontext():
-        Run(order, here).execute()
+        executed(order, here)
 
 
 def _known_to_run(folder: Path) -> AbstractContextManager[Any]:

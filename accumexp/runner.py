@@ -10,6 +10,7 @@ from pathlib import Path
 
 from .accum import Inequality, inequalities
 from .assembly import Parts, build_parts, build_trainer
+from .certificates import CERTIFICATE
 from .checkpoint import BEST, FOLDER, Checkpoints, restore, saved_updates
 from .config import Backend, Config, LossScaling, Strategy, to_plain
 from .display import Progress
@@ -46,6 +47,11 @@ class Run:
         with StopSignals(STUCK if here.size > 1 else None) as signals, self._joined():
             # Under torchrun the others composed a folder of their own, but checkpoints may have many writers.
             self.folder = Path(first_says(str(self.folder), here))
+            proved: dict[str, str] = {}
+            if config.prove and not back:
+                from .certifying import certified
+
+                proved = certified(config, here, self.folder)
             parts = build_parts(config, here)
             record = RunRecord(self.folder, upto=back.update if back else 0) if here.first else SilentRecord()
             trainer = build_trainer(config, parts, record)
@@ -58,7 +64,7 @@ class Run:
             ways = trainer.window.steps * here.size
             unequal = inequalities(parts.model.train(), parts.splits.train.batch_size, ways)
             if here.first:
-                self._open(config, back, parts, record, unequal)
+                self._open(config, back, parts, record, unequal, proved)
             status, final = "FAILED", {}
             try:
                 self._attach(trainer, config, record)
@@ -108,9 +114,15 @@ class Run:
         return joined(self.here, str(pick_device(device_of(config.device, self.here))))
 
     def _open(
-        self, config: Config, back: Resumed | None, parts: Parts, record: RunRecord, unequal: list[Inequality]
+        self,
+        config: Config,
+        back: Resumed | None,
+        parts: Parts,
+        record: RunRecord,
+        unequal: list[Inequality],
+        proved: dict[str, str],
     ) -> None:
-        record.tags = described(parts, unequal)
+        record.tags = {**described(parts, unequal), **proved}
         if back:
             record.tracker = reopen(config.tracking, back.content["run"])
             record.tracker.tag(back.tags())
@@ -124,6 +136,8 @@ class Run:
         parent = self.job.parent(store) if self.job else None
         name = self.job.name if self.job else None
         record.tracker = open_tracker(self.order, store, parts, record.tags, name, parent)
+        if proved:
+            record.tracker.artifact(self.folder / CERTIFICATE)
         self._summarise(record, "RUNNING", {})
 
     def _attach(self, trainer: Trainer, config: Config, record: RunRecord) -> None:

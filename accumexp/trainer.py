@@ -188,7 +188,7 @@ class Trainer:
         self._emit("epoch_begin")
         self.model.train()
         for batch in self.splits.train.epoch(progress.epoch, progress.epoch_update):
-            self._update(batch)
+            self.update(batch)
             self._agree(self._agreement.soon)
             if self.stop_reason or self.finished:
                 break
@@ -203,7 +203,8 @@ class Trainer:
             self._agree(self._agreement.now)
         self._emit("epoch_end")
 
-    def _update(self, batch: Batch) -> None:
+    def update(self, batch: Batch) -> None:
+        """One update on `batch`, this rank's samples of it."""
         progress, publish, self.batch = self.progress, self.publishes, batch
         self._emit("update_begin")
         self.optimizer.zero_grad(set_to_none=not self.window.sync.keeps_gradients)

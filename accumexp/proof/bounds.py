@@ -6,7 +6,8 @@ operations behave like independent random numbers, so that another order of the 
 further than lambda = 8 of their standard deviations away with probability 2 exp(-lambda^2 / 2), which is
 2.5e-14 (Higham and Mary, A New Approach to Probabilistic Rounding Error Analysis, SIAM J. Sci. Comput.
 41, 2019). To it comes the worst case of adding n terms in any order, n u times their size (Higham,
-Accuracy and Stability of Numerical Algorithms, 2nd ed., 4.2).
+Accuracy and Stability of Numerical Algorithms, 2nd ed., 4.2). A gradient that is clipped carries the
+rounding of its norm as well, lambda sqrt(P) u of it with P parameters.
 
 In the run's precision single roundings may switch a ReLU, and with it the gradient, by much more than u.
 How often is a matter of the model, so nothing is assumed of it: the window's distance from the fp64
@@ -18,6 +19,7 @@ probability of at most 1 / C(WINDOWS + LARGER, WINDOWS).
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -67,8 +69,13 @@ def expected(problem: Problem, batch: Batch, model: nn.Module, clip_norm: float 
     samples = len(_first(batch))
     factor = 1.0 if clip_norm is None else min(1.0, clip_norm / (size + 1e-6))
     lost = {name: float((coarse.gradient[name].double() - g).norm()) for name, g in exact.gradient.items()}
+    numbers = sum(g.numel() for g in exact.gradient.values())
+    # A clipped gradient has the rounding of its norm too, a sum over all parameters.
+    clip = 0.0 if factor == 1 else LAMBDA * math.sqrt(numbers) * U64
     bound = {
-        name: factor * (LAMBDA * 2.0**-29 * error + samples * U64 * size) for name, error in lost.items()
+        name: factor
+        * (LAMBDA * 2.0**-29 * error + samples * U64 * size + clip * float(exact.gradient[name].norm()))
+        for name, error in lost.items()
     }
     loss = float(exact.loss)
     lost_loss = abs(float(coarse.loss.double()) - loss)

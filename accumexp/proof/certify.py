@@ -109,11 +109,13 @@ class Proof:
 
     Attributes:
         checks, causes: what was found so far.
+        reductions: how often the ranks' gradients may be reduced in a window.
         problem: with its random draws held fixed, once they were found.
     """
 
-    def __init__(self, problem: Problem, progress: Stage) -> None:
+    def __init__(self, problem: Problem, progress: Stage, reductions: int = 1) -> None:
         self.problem = problem
+        self.reductions = reductions
         self.progress = progress
         self.checks: list[Check] = []
         self.causes: list[Cause] = []
@@ -173,7 +175,7 @@ class Proof:
             self.add(*precision_checks(problem, name))
         self.progress("memory, ranks and overflow")
         self.add(activations_check(problem, batch))
-        self.add(agreement_check(seen), collectives_check(problem, batch))
+        self.add(agreement_check(seen), collectives_check(problem, batch, self.reductions))
         self.add(*overflow_checks(problem, batch))
         self.first = seen
 
@@ -189,8 +191,11 @@ class Proof:
                 batch = parts[number // 3 % len(parts)]
             batch = cast(batch, DOUBLE)
             seen = observe(start, batch, arrivals=problem.scaling is not None)
-            course.follow(batch, seen, seen.loss)
+            course.follow(batch, seen)
+            if seen.loss is not None:
+                course.logged(course.updates, seen.loss)
         self.checks.extend(course.checks())
+        self.causes.extend(course.causes())
 
     def diagnosis(self) -> None:
         """Finds the causes of what failed."""

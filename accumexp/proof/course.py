@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .bounds import Expected, expected
-from .certificate import Check
+from .certificate import Cause, Check
 from .everyone import everyone, worst
 from .gradients import DOUBLE, Compared, check_of, compare
 from .larger import norm
@@ -33,6 +34,10 @@ class Course:
     Args:
         problem: what the loop should do.
         start: the loop's model, optimizer and schedule, as they are before the first update.
+
+    Attributes:
+        updates: how many were followed.
+        losses: the larger batch's loss, and the bound of its error, by update.
     """
 
     def __init__(self, problem: Problem, start: Start) -> None:
@@ -47,10 +52,12 @@ class Course:
         self._gradient: tuple[int, Compared] = (0, Compared(0.0, 0.0, "", 0.0, 0.0))
         self._loss: tuple[int, float, float] = (0, 0.0, 1.0)
         self._logged = False
+        self.losses: dict[int, tuple[float, float]] = {}
         self._worst: dict[str, tuple[int, float]] = {}
         self._scales: list[float] = []
+        self._followed: list[tuple[float, float]] = []  # learning rates: the loop's, and the right one
 
-    def follow(self, batch: Batch, seen: Seen, loss: float | None) -> None:
+    def follow(self, batch: Batch, seen: Seen) -> None:
         """Compares the update that the loop has just made on the whole `batch` with the larger batch's."""
         self.updates += 1
         right = expected(self.problem, cast(batch, DOUBLE), self.model, self.problem.clip_norm)
@@ -60,16 +67,20 @@ class Course:
             self.first_wrong = self.updates
         if not found.ratio <= self._gradient[1].ratio and not math.isnan(self._gradient[1].ratio):
             self._gradient = (self.updates, found)
-        if loss is not None:
-            self._logged = True
-            error = abs(loss - right.loss)
-            if not error * self._loss[2] <= self._loss[1] * right.loss_bound:
-                self._loss = (self.updates, error, right.loss_bound)
+        self.losses[self.updates] = (right.loss, right.loss_bound)
         self._samples(batch, seen)
         self._keep("number of updates", abs(seen.steps - 1))
         self._rates(seen)
         self._scale(seen, right)
         self._step(seen)
+
+    def logged(self, update: int, loss: float) -> None:
+        """Compares what the loop logged as the loss of `update`, which was followed."""
+        self._logged = True
+        right, bound = self.losses[update]
+        error = abs(loss - right)
+        if not error * self._loss[2] <= self._loss[1] * bound:
+            self._loss = (update, error, bound)
 
     def _samples(self, batch: Batch, seen: Seen) -> None:
         from ..accum.batch import batch_size
@@ -87,6 +98,8 @@ class Course:
 
     def _rates(self, seen: Seen) -> None:
         right = [float(group["lr"]) for group in self.optimizer.param_groups]
+        if seen.rates:
+            self._followed.append((seen.rates[0], right[0]))
         pairs = zip(seen.rates or right, right, strict=False)
         self._keep("learning rate", max(_relative(found, rate) for found, rate in pairs))
 
@@ -173,6 +186,42 @@ class Course:
             checks.append(self._bits(name, name, 0.0, why, "count"))
         checks.extend(self._scale_check())
         return checks
+
+    def causes(self) -> list[Cause]:
+        """Why learning rates are wrong: by a factor, or a schedule that runs too fast."""
+        if not self._worst.get("learning rate", (0, 0.0))[1]:
+            return []
+        ratios = [found / right for found, right in self._followed if right]
+        if ratios and max(ratios) - min(ratios) <= 1e-9 * abs(ratios[0]):
+            reason = f"the learning rate is {ratios[0]:.4g} times the schedule's"
+            return [self._of_schedule(reason, "take the optimizer's own learning rate")]
+        for times in range(2, 65):
+            if self._runs(times):
+                reason = f"the schedule is stepped {times} times an update"
+                return [
+                    self._of_schedule(reason, "step it once after the optimizer's step, on every rank once")
+                ]
+        return []
+
+    def _runs(self, times: int) -> bool:
+        """Whether the loop's learning rates are those of a schedule stepped `times` an update."""
+        if self.problem.scheduler is None:
+            return False
+        optimizer = self.problem.optimizer(list(copy.deepcopy(self.model).parameters()))
+        schedule = self.problem.scheduler(optimizer)
+        for found, _ in self._followed:
+            if abs(found - float(optimizer.param_groups[0]["lr"])) > 1e-12 * abs(found):
+                return False
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # that no optimizer was stepped before it
+                for _ in range(times):
+                    schedule.step()
+        return True
+
+    def _of_schedule(self, reason: str, advice: str) -> Cause:
+        update, _ = self._worst["learning rate"]
+        shown = f"from update {update} on the loop's learning rates are exactly those"
+        return Cause("schedule", "", reason, math.nan, shown, advice)
 
     def _bits(self, title: str, name: str, bound: float, why: str = BITS, unit: str = "relative") -> Check:
         found = everyone(self._worst.get(name, (0, 0.0)))

@@ -113,17 +113,30 @@ def plain_model(model: nn.Module) -> nn.Module:
 
 
 class Start:
-    """A fresh copy of the problem's model with an optimizer and a schedule of its own."""
+    """A model with an optimizer and a schedule of its own: what a loop trains.
 
-    def __init__(self, problem: Problem, dtype: torch.dtype, model: nn.Module | None = None) -> None:
-        copied = copy.deepcopy(problem.model if model is None else model).to(dtype)
+    A fresh copy of the problem's model in `dtype`, prepared for the loop; or `inner`, which a loop of its
+    own trains with `optimizer`.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        dtype: torch.dtype,
+        inner: nn.Module | None = None,
+        optimizer: Optimizer | None = None,
+    ) -> None:
         self.problem = problem
         self.dtype = dtype
-        self.inner = copied
-        # Names before it is prepared: sharding replaces parameters, wrapping renames them.
-        self.model = problem.prepare(copied) if problem.prepare else copied
+        self.inner = copy.deepcopy(problem.model).to(dtype) if inner is None else inner
+        self.schedule: Any = None
+        if optimizer is not None:
+            self.model, self.optimizer = self.inner, optimizer
+            return
+        self.model = problem.prepare(self.inner) if problem.prepare else self.inner
         self.optimizer = problem.optimizer(list(self.model.parameters()))
-        self.schedule = problem.scheduler(self.optimizer) if problem.scheduler else None
+        if problem.scheduler:
+            self.schedule = problem.scheduler(self.optimizer)
 
     def parameters(self) -> dict[str, nn.Parameter]:
         return dict(self.inner.named_parameters())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..accum.batch import batch_size, tensors
-from ..accum.memory import measure_activations
+from ..accum.memory import SavedActivations, measure_activations
 from .draws import drawing
 from .larger import Gradient
 from .problem import Batch, Ids, Start, whole
@@ -55,18 +55,17 @@ def observe(start: Start, batch: Batch, *, measure: bool = False, arrivals: bool
     `measure` counts bytes kept for backward, `arrivals` sums what autograd delivers.
     """
     problem = start.problem
-    with (
-        problem.loss_in(start.dtype),
-        drawing(problem, start.inner, batch),
-        watching(start, batch, arrivals) as seen,
-    ):
+    with ExitStack() as stack:
+        stack.enter_context(problem.loss_in(start.dtype))
+        stack.enter_context(drawing(problem, start.inner, batch))
+        saved = None
         if measure:
             inside = [*tensors(batch[0]), *tensors(batch[1])]
-            with measure_activations(start.inner, inside) as saved:
-                returned = start.train(batch)
-            seen.saved_bytes = saved.peak_bytes
-        else:
-            returned = start.train(batch)
+            saved = stack.enter_context(measure_activations(start.inner, inside))
+        seen = stack.enter_context(watching(start, batch, arrivals, saved))
+        returned = start.train(batch)
+    if saved is not None:
+        seen.saved_bytes = saved.peak_bytes
     seen.loss = as_number(returned)
     return seen
 
@@ -79,8 +78,13 @@ def as_number(returned: Any) -> float | None:
 
 
 @contextmanager
-def watching(start: Start, batch: Batch, arrivals: bool = False) -> Iterator[Seen]:
-    """Inside, hooks tell `Seen` what happens to the model, the parameters and the optimizer of `start`."""
+def watching(
+    start: Start, batch: Batch, arrivals: bool = False, saved: SavedActivations | None = None
+) -> Iterator[Seen]:
+    """Inside, hooks tell `Seen` what happens to the model, the parameters and the optimizer of `start`.
+
+    What the model is given is no activation: `saved` is told to leave it out.
+    """
     seen = Seen()
     ids = Ids.of(batch[0])
     taken: dict[bytes, int] = {}
@@ -94,6 +98,8 @@ def watching(start: Start, batch: Batch, arrivals: bool = False) -> Iterator[See
         except ValueError:
             return
         seen.micro_batches.append(ids.find(given, taken))
+        if saved is not None:
+            saved.exclude(tensors(given))
 
     def step(optimizer: Any, *_: Any) -> None:
         found = getattr(optimizer, "found_inf", None)

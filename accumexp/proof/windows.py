@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..accum.batch import batch_size, tensors
 from ..accum.memory import measure_activations
@@ -187,13 +188,9 @@ def collectives_check(problem: Problem, batch: Batch, most: int = 1) -> Check | 
         return None
     start = Start(problem, DOUBLE)
     observe(start, cast(batch, DOUBLE))  # wrappers set up their buffers in the first
-    with torch.profiler.profile(record_shapes=True) as profile:
+    with _Reductions() as reductions:
         observe(start, cast(batch, DOUBLE))
-    carried = sum(
-        _elements(event.input_shapes)
-        for event in profile.events() or []
-        if event.name.startswith("c10d::") and any(kind in event.name for kind in REDUCING)
-    )
+    carried = reductions.numbers
     numbers = sum(p.numel() for p in problem.model.parameters() if p.requires_grad)
     return Check(
         "gradient reductions a window",
@@ -205,10 +202,21 @@ def collectives_check(problem: Problem, batch: Batch, most: int = 1) -> Check | 
     )
 
 
-def _elements(shapes: Any) -> int:
-    """Numbers in the largest of a collective's arguments, each a shape or a list of shapes."""
-    sizes = [0]
-    for shape in shapes:
-        inner = shape if shape and isinstance(shape[0], list | tuple) else [shape]
-        sizes.append(sum(math.prod(one) for one in inner if one))
-    return max(sizes)
+class _Reductions(TorchDispatchMode):
+    """Counts the numbers that this process gives to reducing collectives while it is active."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numbers = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d" and any(kind in func.__name__ for kind in REDUCING):
+            # Of a reduce-scatter the input is the larger of its arguments.
+            self.numbers += max(_numbers(argument) for argument in args)
+        return func(*args, **(kwargs or {}))
+
+
+def _numbers(argument: Any) -> int:
+    if isinstance(argument, Tensor):
+        return argument.numel()
+    return sum(map(_numbers, argument)) if isinstance(argument, list | tuple) else 0
