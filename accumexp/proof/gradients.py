@@ -27,6 +27,15 @@ from .watch import Seen, observe
 DOUBLE = torch.float64
 # Windows that a loop may skip before one counts: a loss scale of 2^16 is below 1 after that many halvings.
 TRIES = 24
+WHOLE = "all of it"
+NEAREST = (
+    f"the larger batch's own distance from its fp64 gradient: the window's nearest of {WINDOWS} against the "
+    f"larger batch's farthest of {LARGER}, and a rounding of each micro-batch's part"
+)
+ONCE = (
+    "adding in fp32 what autograd delivers, and rounding the sum once: (N-1) u of the terms' norms, and the "
+    "rounding itself"
+)
 
 
 @dataclass(frozen=True)
@@ -102,19 +111,26 @@ def check_of(name: str, found: Compared, detail: str = "") -> Check:
 
 def precision_checks(problem: Problem, name: str) -> list[Check]:
     """The gradient and its addition in the run's own precision, `name`."""
-    batches = [shuffled(problem.batches[k % len(problem.batches)], k)[0] for k in range(WINDOWS)]
-    inside, outside, additions = [], [], []
-    for number, batch in enumerate(batches):
-        exact = in_precision(problem, narrowed(problem.model, DOUBLE), cast(batch, DOUBLE), DOUBLE)
-        size = norm(exact.gradient) or 1.0
+    inside: dict[str, list[float]] = {}
+    outside: dict[str, list[float]] = {}
+    additions: list[tuple[str, float, float]] = []
+    updated = True
+    for number in range(WINDOWS):
+        batch, _ = shuffled(problem.batches[number % len(problem.batches)], number)
+        exact = in_precision(problem, narrowed(problem.model, DOUBLE), cast(batch, DOUBLE), DOUBLE).gradient
+        size = norm(exact) or 1.0
         start = Start(problem, problem.dtype)
         seen = first_update(start, cast(batch, problem.dtype), arrivals=ranks() == 1)
-        right = clipped(exact.gradient, problem.clip_norm)
-        inside.append(_distance(seen.gradient, right) / (norm(right) or 1.0))
-        if seen.arrived and seen.gradient is not None:
+        updated &= seen.gradient is not None
+        if seen.gradient is None:
+            continue
+        right = clipped(exact, problem.clip_norm)
+        factor = (norm(right) or 1.0) / size
+        _add(inside, _errors(seen.gradient, right), 1 / (size * factor))
+        if seen.arrived:
             additions.append(_addition(problem, seen))
-        for k in range(LARGER // WINDOWS):
-            order, numbers = (batch, None) if k == 0 else shuffled(batch, 100 + number)
+        roundings = _roundings(problem, seen)
+        for order, numbers in ((batch, None), shuffled(batch, 100 + number)):
             larger = in_precision(
                 problem,
                 narrowed(problem.model, problem.dtype),
@@ -123,36 +139,38 @@ def precision_checks(problem: Problem, name: str) -> list[Check]:
                 problem.autocast,
                 numbers,
             )
-            outside.append(_distance(larger.gradient, exact.gradient) / size)
-        # What N roundings of the micro-batches' parts add to the one of the larger batch's.
-        outside[-1] += _roundings(problem, seen) / size
-    figure = worst(everyone(min(inside, key=lambda value: math.inf if math.isnan(value) else value)))
-    largest = max(outside)
+            errors = _errors(larger.gradient, exact)
+            _add(outside, {key: e + roundings.get(key, 0.0) / factor for key, e in errors.items()}, 1 / size)
+    if not all(everyone(updated)):
+        return [Check(f"gradient, {name}", math.inf, 0.0, "relative", NEAREST, "no update was made")]
+    nearest = {key: worst(everyone(_nearest(errors))) for key, errors in inside.items()}
+    farthest = {
+        key: max(errors) if all(map(math.isfinite, errors)) else -1.0 for key, errors in outside.items()
+    }
+    at = max(nearest, key=lambda key: _over(nearest[key], farthest[key]))
     checks = [
-        Check(
-            f"gradient, {name}",
-            figure,
-            largest if math.isfinite(largest) else -1.0,
-            "relative",
-            f"the larger batch's own distance from its fp64 gradient: the window's nearest of {WINDOWS} "
-            f"against the larger batch's farthest of {LARGER}",
-            "of the whole gradient",
-        )
+        Check(f"gradient, {name}", nearest[at], farthest[at], "relative", NEAREST, f"worst at {at}"),
     ]
     if additions:
-        worst_one = max(additions, key=lambda found: found[1] / found[2] if found[2] else 0.0)
-        checks.append(
-            Check(
-                f"addition, {name}",
-                worst_one[1],
-                worst_one[2],
-                "relative",
-                "adding in fp32 what autograd delivers, and rounding the sum once: (N-1) u of the terms' "
-                "norms, and the rounding itself",
-                f"worst at {worst_one[0]}",
-            )
-        )
+        at, error, bound = max(additions, key=lambda found: _over(found[1], found[2]))
+        checks.append(Check(f"addition, {name}", error, bound, "relative", ONCE, f"worst at {at}"))
     return checks
+
+
+def _errors(found: Gradient, right: Gradient) -> dict[str, float]:
+    """The 2-norm of each parameter's error, and of all of it."""
+    errors = {name: float((found[name].double() - g).norm()) for name, g in right.items()}
+    return {**errors, WHOLE: math.sqrt(sum(error * error for error in errors.values()))}
+
+
+def _add(lists: dict[str, list[float]], values: dict[str, float], times: float) -> None:
+    for key, value in values.items():
+        lists.setdefault(key, []).append(value * times)
+
+
+def _nearest(errors: list[float]) -> float:
+    finite = [error for error in errors if not math.isnan(error)]
+    return min(finite, default=math.nan)
 
 
 def first_update(start: Start, batch: Batch, arrivals: bool = False) -> Seen:
@@ -165,20 +183,14 @@ def first_update(start: Start, batch: Batch, arrivals: bool = False) -> Seen:
     return seen
 
 
-def _distance(found: Gradient | None, right: Gradient) -> float:
-    if found is None:
-        return math.inf
-    return norm({name: found[name].double() - g for name, g in right.items()})
-
-
-def _roundings(problem: Problem, seen: Seen) -> float:
+def _roundings(problem: Problem, seen: Seen) -> dict[str, float]:
     """The norm that rounding each micro-batch's part, and adding the parts in fp32, can add at most."""
-    u = torch.finfo(problem.autocast or problem.dtype).eps / 2
-    parts = math.sqrt(sum(value * value for value in seen.arrived_norms.values()))
     if not seen.arrived or seen.gradient is None:
-        return 0.0
-    factor = _factor(seen.gradient, seen.arrived)
-    return abs(factor) * parts * (u + max(0, seen.arrivals - 1) * U32)
+        return {}
+    u = torch.finfo(problem.autocast or problem.dtype).eps / 2
+    factor = abs(_factor(seen.gradient, seen.arrived)) * (u + max(0, seen.arrivals - 1) * U32)
+    parts = {name: factor * value for name, value in seen.arrived_norms.items()}
+    return {**parts, WHOLE: math.sqrt(sum(value * value for value in parts.values()))}
 
 
 def _factor(found: Gradient, arrived: Gradient) -> float:
