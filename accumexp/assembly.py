@@ -74,7 +74,8 @@ def build_parts(config: Config, here: World = ALONE) -> Parts:
     with first_here(here):
         splits = build_splits(config.data, config.seed, Placement(device, dtype), share)
     seed_everything(config.seed, config.trainer.deterministic)
-    model = build(config.model, "model")
+    cut = {"window_steps": config.accum.steps, "micro_batch_size": config.accum.micro_batch_size}
+    model = build(config.model, "model", **cut)
     if not isinstance(model, nn.Module):
         made = f"{config.model['_target_']} made a {type(model).__name__}"
         raise UsageError(f"model: {made}, a torch.nn.Module is needed")

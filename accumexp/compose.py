@@ -18,12 +18,13 @@ from hydra.errors import (
     MissingConfigException,
     OverrideParseException,
 )
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from .config import Config, explain_omegaconf
+from .config import Config, Strategy, explain_omegaconf
 from .errors import TrainingError, UsageError, unknown_key
 from .places import place
+from .sizes import batch_sizes, processes
 
 # Read before `hydra_app` sets it for Hydra, and handed on to the processes in which a launcher runs jobs.
 WANTS_TRACEBACK = os.environ.get("ACCUMEXP_TRACEBACK", os.environ.get("HYDRA_FULL_ERROR")) == "1"
@@ -76,11 +77,25 @@ def _folders(root: str) -> int:
     return sum(entry.is_dir() for entry in path.iterdir()) if path.is_dir() else 0
 
 
+def _micro_batch_size(*, _root_: DictConfig) -> int | None:
+    """`accum.micro_batch_size` of the whole configuration, where it follows from the others too.
+
+    None where they disagree: `config.check` then says so.
+    """
+    data, accum = _root_.data, _root_.accum
+    try:
+        ranks = processes(accum.processes, accum.strategy is Strategy.standalone, _root_.device)
+        return batch_sizes(data.batch_size, accum.steps, accum.micro_batch_size, ranks)[2]
+    except UsageError:
+        return None
+
+
 OmegaConf.register_new_resolver("slug", _slug, replace=True)
 OmegaConf.register_new_resolver("place", _place, replace=True)
 OmegaConf.register_new_resolver("product", _product, replace=True)
 OmegaConf.register_new_resolver("scaled_rate", _scaled_rate, replace=True)
 OmegaConf.register_new_resolver("folders", _folders, replace=True)
+OmegaConf.register_new_resolver("micro_batch_size", _micro_batch_size, replace=True)
 
 
 def hydra_app(task: Callable[[Any], Any]) -> None:

@@ -61,8 +61,10 @@ class Run:
             if self.job and self.job.parallel and here.first:
                 record.progress = ProgressFile(self.folder, trainer.total_updates)
                 record.progress.tell(trainer.progress.update, trainer.latest)
-            ways = trainer.window.steps * here.size
-            unequal = inequalities(parts.model.train(), parts.splits.train.batch_size, ways)
+            train, steps = parts.splits.train, trainer.window.steps
+            unequal = inequalities(
+                parts.model.train(), train.batch_size, steps, ranks=here.size, last=train.last
+            )
             if here.first:
                 self._open(config, back, parts, record, unequal, proved)
             status, final = "FAILED", {}

@@ -58,16 +58,15 @@ class SampleNoiseScale(GradientNoise):
     def check(self, trainer: Trainer, key: str) -> None:
         super().check(trainer, key)
         model = trainer.model
-        for name, module in model.named_modules():
-            if isinstance(module, _BatchNorm):
+        training = model.training
+        for name, module in model.train().named_modules():
+            if isinstance(module, _BatchNorm) and module.training:
                 kind, where = type(module).__name__, f" {name}" if name else ""
                 raise UsageError(
                     f"{key}: there is no gradient of a single sample where {kind}{where} takes the batch's "
                     "statistics, callbacks=noise_scale needs none"
                 )
         batch = next(iter(trainer.splits.train.epoch(0)))
-        training = model.training
-        model.train()
         try:
             self._look(trainer, batch.inputs, batch.targets, 2)
         except Exception as error:

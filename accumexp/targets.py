@@ -46,7 +46,11 @@ def build(node: Mapping[str, Any], key: str, *args: Any, **offered: Any) -> Any:
         return instantiate(dict(node), *args, **extra, _convert_="all")
     except InstantiationException as error:
         cause = error.__cause__ or error
-        raise UsageError(f"{key} ({target}): {_reason(cause)}") from cause
+        reason = _reason(cause)
+        # "norm=layer: ..." of an argument that the node gives is the key's own line.
+        if reason.partition("=")[0] in node:
+            raise UsageError(f"{key}.{reason}") from cause
+        raise UsageError(f"{key} ({target}): {reason}") from cause
 
 
 def _reason(error: BaseException) -> str:

@@ -14,13 +14,21 @@ def larger_batch_gradient(
     model: nn.Module, criterion: Callable[[Any, Any], Tensor], inputs: Any, targets: Any
 ) -> dict[str, Tensor]:
     """The gradient of `criterion(model(inputs), targets)` by torch.func, in one piece."""
+    return larger_batch(model, criterion, inputs, targets)[0]
+
+
+def larger_batch(
+    model: nn.Module, criterion: Callable[[Any, Any], Tensor], inputs: Any, targets: Any
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The gradient, and the buffers that the forward leaves; the model stays as it is."""
     parameters = {name: p.detach().clone() for name, p in model.named_parameters()}
-    buffers = {name: b.detach().clone() for name, b in model.named_buffers()}
 
-    def objective(values: dict[str, Tensor]) -> Tensor:
-        return criterion(functional_call(model, (values, buffers), (inputs,)), targets)
+    def objective(values: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        # Copied in here, because what is differentiated may only write to what it has made itself.
+        buffers = {name: b.detach().clone() for name, b in model.named_buffers()}
+        return criterion(functional_call(model, (values, buffers), (inputs,)), targets), buffers
 
-    return grad(objective)(parameters)
+    return grad(objective, has_aux=True)(parameters)
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:

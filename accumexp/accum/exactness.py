@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.modules.instancenorm import _InstanceNorm
+
+from .batch import split_sizes, steps_for
 
 
 @dataclass(frozen=True)
@@ -19,28 +22,51 @@ class Inequality:
     reason: str
 
 
-def inequalities(model: nn.Module, samples: int, steps: int) -> list[Inequality]:
-    """Modules of `model` whose training depends on how `samples` are split into `steps` micro-batches.
+def inequalities(
+    model: nn.Module, samples: int, steps: int, *, ranks: int = 1, last: int = 0
+) -> list[Inequality]:
+    """Modules of `model` whose training depends on how `samples` are split into micro-batches.
 
     Finds what a module's type tells: batch statistics and random draws. It cannot see a loss or a
-    forward function that couples samples. Empty for `steps=1`, which is the larger batch.
+    forward function that couples samples. Empty for one micro-batch, which is the larger batch.
+
+    A BatchNorm that takes its statistics over groups of samples says so by a method
+    `statistics_groups(samples)`: the sizes of the groups that it cuts a batch into, in the order of its
+    samples. It is one of them only where the micro-batches have other groups than the whole batch.
+
+    Args:
+        samples: in an update, on all ranks.
+        steps: micro-batches in its window, on each of `ranks`.
+        last: samples in an epoch's last batch, if it is smaller.
     """
-    if steps == 1:
+    if steps * ranks == 1:
         return []
-    micro = -(-samples // steps)
+    batches = [(samples, steps)]
+    if last:
+        batches.append((last, steps_for(last, samples, steps)))
+    cuts = [_micro_batches(size, own, ranks) for size, own in batches]
     found = []
     for name, module in model.named_modules():
-        reason = _reason(module, micro, samples)
+        reason = _reason(module, cuts, ranks)
         if reason:
             found.append(Inequality(name or "(model)", type(module).__name__, reason))
     return found
 
 
-def _reason(module: nn.Module, micro: int, samples: int) -> str | None:
+def _micro_batches(samples: int, steps: int, ranks: int) -> list[int]:
+    """Sizes of all ranks' micro-batches, in the order of the batch's samples; as `rank_share` cuts."""
+    sizes = split_sizes(samples, steps, empty=True)
+    return [part for size in sizes for part in split_sizes(size, ranks, empty=True) if part]
+
+
+def _reason(module: nn.Module, cuts: list[list[int]], ranks: int) -> str | None:
     if not module.training:
         return None
+    groups = getattr(module, "statistics_groups", None)
+    if groups is not None:
+        return _grouped(groups, cuts, ranks)
     if isinstance(module, _BatchNorm):
-        return f"batch statistics over {micro} of {samples} samples"
+        return f"batch statistics over {max(cuts[0])} of {sum(cuts[0])} samples"
     if isinstance(module, _InstanceNorm) and module.track_running_stats:
         return "running statistics updated once a micro-batch"
     draws = "random draws depend on the split"
@@ -51,3 +77,11 @@ def _reason(module: nn.Module, micro: int, samples: int) -> str | None:
     if isinstance(module, nn.RReLU) or type(module).__name__ in ("StochasticDepth", "DropPath"):
         return draws
     return None
+
+
+def _grouped(groups: Callable[[int], list[int]], cuts: list[list[int]], ranks: int) -> str | None:
+    for sizes in cuts:
+        whole = sum(sizes)
+        if [group for size in sizes for group in groups(size)] != groups(whole):
+            return f"other groups of statistics in micro-batches of {max(sizes)} than in all {whole} samples"
+    return "running statistics over the samples of one rank alone" if ranks > 1 else None

@@ -92,6 +92,11 @@ class Batches:
     def samples(self) -> int:
         return len(self.indices)
 
+    @property
+    def last(self) -> int:
+        """Samples in an epoch's last batch where it is smaller than the others, else 0."""
+        return 0 if self.drop_last else self.samples % self.batch_size
+
     def order(self, epoch: int) -> Tensor:
         """The indices in the order of `epoch`, shape (samples,), without what is dropped."""
         if self.shuffle is None:

@@ -2,5 +2,17 @@
 
 from .lenet5 import LeNet5
 from .mlp import MLP
+from .norms import NORMS, FrozenBatchNorm2d, GhostBatchNorm2d, matched_momentum, norm_layer
+from .resnet import resnet18, resnet50
 
-__all__ = ["MLP", "LeNet5"]
+__all__ = [
+    "MLP",
+    "NORMS",
+    "FrozenBatchNorm2d",
+    "GhostBatchNorm2d",
+    "LeNet5",
+    "matched_momentum",
+    "norm_layer",
+    "resnet18",
+    "resnet50",
+]

@@ -136,6 +136,9 @@ def declared(group: Group, reference: Group) -> list[str]:
         reasons.append("precision")
     varied = [key for key in group.values if key not in (*CUTS, "data.batch_size", *keys)]
     reasons += [key for key in varied if group.values[key] != reference.values.get(key)]
+    ghost = [job.params.get("model.ghost_size") for job in (mine, other)]
+    if mine.params.get("model.norm") == "ghost" and ghost[0] != ghost[1]:
+        reasons.append("model.ghost_size")  # which follows from the micro-batch where it is not given
     for job in (mine, other):
         if "accumexp.unequal" in job.tags:
             reasons.append(job.tags["accumexp.unequal"].partition(";")[0])
