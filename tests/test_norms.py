@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -29,6 +30,7 @@ from accumexp.reporting.jobs import Job
 from accumexp.reporting.trajectory import declared
 from accumexp.resume import changed
 
+from .command import run_command
 from .experiments import composed, trainer_of, weights
 from .reference import gradients, larger_batch, relative_error
 
@@ -274,6 +276,18 @@ def test_law_10_the_reasons_of_ghost() -> None:
     ]
     assert reasons(32, 128, 1) == [] and inequalities(GhostBatchNorm2d(3, 32).eval(), 96, 4) == []
     assert inequalities(nn.Sequential(FrozenBatchNorm2d(3), nn.GroupNorm(1, 3)).train(), 128, 4) == []
+
+
+@pytest.mark.parametrize("drop_last", [False, True])
+def test_law_10_a_run_says_that_its_last_batch_has_other_groups(drop_last: bool, tmp_path: Path) -> None:
+    """1,293 samples in batches of 100 leave 93, whose halves of 47 and 46 are not cut as 93 are."""
+    sizes = ["data.batch_size=100", "accum.steps=2", "model.ghost_size=10", f"data.drop_last={drop_last}"]
+    short = ["trainer.max_updates=1", "callbacks=none", "tracking=none", "device=cpu"]
+    done = run_command("run", "model=resnet18", "model.norm=ghost", *sizes, *short, folder=tmp_path)
+    assert done.code == 0, done
+    named = "bn1 (GhostBatchNorm2d): other groups of statistics in micro-batches of 47 than in all 93 samples"
+    assert (f"not the larger batch: {named}" in done.stdout) != drop_last
+    assert ("not the larger batch" in done.stdout) != drop_last
 
 
 # From the configuration ------------------------------------------------------------------------------
