@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from html import escape
 
+from .certificates import has_certificates
 from .report import Report
 from .trajectory import EARLY, JUMP
 
@@ -47,6 +48,14 @@ def explanations(report: Report) -> list[str]:
         "<b>Peak memory</b>: what was allocated on a GPU, or the resident set of the whole "
         "process on a CPU.",
     ]
+    if has_certificates(report):
+        lines.append(
+            "<b>Certificate</b>: what a run has found of its own window. <i>Proved</i>: its update is that "
+            "of the same batch in one piece, up to rounding. <i>Proved up to</i> a source: so it is, but for "
+            "what that adds. <i>Not proved</i>: it is not, for the causes that are named. It says nothing of "
+            "accuracy, and the verdict says nothing of it. <i>Proved 3 of 5</i> counts the runs that are "
+            "proved outright."
+        )
     if report.noise:
         lines.append(
             "<b>Gradient noise scale</b>: the trace of the gradient's covariance over samples, "

@@ -18,6 +18,7 @@ from ..tracking import PastRun, Store, curve, jobs_of
 
 Curve = list[tuple[int, float]]
 FINISHED = "FINISHED"
+CERTIFICATE = "accumexp.certificate"
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,11 @@ class Job:
         """A whole number of the configuration."""
         value = self.params.get(key, "")
         return int(value) if value.lstrip("-").isdigit() else default
+
+    @property
+    def certificate(self) -> str | None:
+        """The line that says whether the job's window is the larger batch; None if nobody looked."""
+        return " ".join(self.tags.get(CERTIFICATE, "").split()) or None
 
     @property
     def said(self) -> str:

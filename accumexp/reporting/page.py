@@ -9,6 +9,7 @@ from html import escape
 from pathlib import Path
 
 from .. import __version__
+from .certificates import distinct
 from .explanations import explanations
 from .groups import Group
 from .report import Report, Row
@@ -17,10 +18,10 @@ from .wording import conclusion, noise_conclusion, outcome, verdict_word
 
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a }
-body { max-width: 62rem; margin: 2rem auto; padding: 0 1rem }
+body { max-width: 70rem; margin: 2rem auto; padding: 0 1rem }
 h1 { font-size: 1.5rem; margin-bottom: .2rem }
 h2 { font-size: 1.15rem; margin-top: 2.2rem }
-p, li { max-width: 46rem }
+p, li { max-width: 46rem; overflow-wrap: break-word }
 .small { color: #555; font-size: .88rem }
 .verdict { border-left: .4rem solid; padding: .6rem 1rem; background: #f6f6f6; font-size: 1.05rem }
 .verdict.equivalent { border-color: #0072B2 }
@@ -29,7 +30,7 @@ p, li { max-width: 46rem }
 td.equivalent { color: #0072B2; font-weight: 600 }
 td.different { color: #B84A00; font-weight: 600 }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; margin: .8rem 0 }
-th, td { text-align: right; padding: .25rem .7rem; border-bottom: 1px solid #ddd; white-space: nowrap }
+th, td { text-align: right; padding: .25rem .6rem; border-bottom: 1px solid #ddd; white-space: nowrap }
 th { border-bottom: 2px solid #888; font-weight: 600 }
 td:last-child, th:last-child { text-align: left }
 .keys1 td:nth-child(-n+1), .keys2 td:nth-child(-n+2), .keys3 td:nth-child(-n+3) { text-align: left }
@@ -66,7 +67,8 @@ def page(report: Report, pictures: Mapping[str, Path]) -> str:
     if rows:
         cells = [accuracy_cells(report, row) for row in rows]
         parts += ["<h2>Is it equivalent?</h2>", _table(accuracy_columns(report), cells, rows)]
-        parts += [_image(pictures, "accuracy"), _each(report, lambda row: _because(report, row))]
+        parts += [_certificates(report), _image(pictures, "accuracy")]
+        parts.append(_each(report, lambda row: _because(report, row)))
     if "loss" in pictures:
         parts += ["<h2>Is it the same training?</h2>", _image(pictures, "loss"), _each(report, _path)]
     if rows:
@@ -135,6 +137,15 @@ def _image(pictures: Mapping[str, Path], name: str) -> str:
 
 def _list(lines: Sequence[str]) -> str:
     return "<ul>" + "".join(f"<li>{line}</li>" for line in lines) + "</ul>" if lines else ""
+
+
+def _certificates(report: Report) -> str:
+    """Every certificate as it was written: the table has room for its beginning."""
+    lines = [
+        f"certificate of {escape(', '.join(groups))}: <b>{escape(line)}</b>"
+        for line, groups in distinct(report).items()
+    ]
+    return f'<div class="small">{_list(lines)}</div>' if lines else ""
 
 
 def _each(report: Report, words: Callable[[Row], str]) -> str:

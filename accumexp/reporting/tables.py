@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from .certificates import certified, has_certificates
 from .groups import Group
 from .report import Cost, Report, Row, costs
 from .wording import amount, outcome, p_value, signed_interval, spread, verdict_word
@@ -22,6 +23,8 @@ def accuracy_columns(report: Report) -> list[str]:
     if report.comparisons:
         unit = f" ({report.measure.unit})" if report.measure.unit else ""
         columns += [f"difference{unit} [{report.config.confidence:.0%}]", "p", "training", "verdict"]
+    if has_certificates(report):
+        columns.insert(len(columns) - bool(report.comparisons), "certificate")
     return columns
 
 
@@ -39,6 +42,8 @@ def accuracy_cells(report: Report, row: Row) -> list[str]:
                 training(row),
                 verdict_word(row),
             ]
+    if has_certificates(report):
+        cells.insert(len(cells) - bool(report.comparisons), certified(row.group))
     return cells
 
 
@@ -76,7 +81,7 @@ def cost_cells(group: Group, reference: Group | None) -> list[str]:
 
 
 # Left out one after the other where a terminal is too narrow, the least missed first.
-SPARED = ["p", "training", "seeds"]
+SPARED = ["p", "training", "certificate", "seeds"]
 
 
 def terminal(report: Report, width: int | None = None) -> list[Any]:
@@ -131,8 +136,14 @@ def show(tables: Sequence[Any]) -> None:
     """Prints tables, in a file or a pipe as wide as they are."""
     from ..terminal import console
 
-    for table in tables:
-        console.print(table, width=None if console.is_terminal else max(console.width, _needed(table)))
+    width = console.width
+    try:
+        for table in tables:
+            if not console.is_terminal:
+                console.width = max(width, _needed(table))  # `print(width=...)` makes nothing wider
+            console.print(table)
+    finally:
+        console.width = width
 
 
 def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -174,6 +185,8 @@ def group_rows(report: Report) -> list[dict[str, Any]]:
             )
         else:
             values["verdict"] = "reference"
+        if has_certificates(report):
+            values["certificate"] = certified(row.group)
         paid: Cost = costs(row.group)
         values.update(vars(paid))
         rows.append(values)
@@ -182,6 +195,7 @@ def group_rows(report: Report) -> list[dict[str, Any]]:
 
 def job_rows(report: Report) -> list[dict[str, Any]]:
     """Every job of the sweep with what it measured, a dict a job."""
+    shown = any(job.certificate for job in report.sweep.jobs)
     return [
         {
             **job.overrides,
@@ -189,6 +203,7 @@ def job_rows(report: Report) -> list[dict[str, Any]]:
             "status": job.status,
             "run_id": job.run_id,
             **{f"final/{key}": value for key, value in job.final.items()},
+            **({"certificate": job.certificate} if shown else {}),
             "error": job.error,
         }
         for job in report.sweep.jobs

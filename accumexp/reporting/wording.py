@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from .certificates import refuted
 from .noise import worth
 from .report import Comparison, Measure, Report, Row
 from .statistics import Difference, Summary, Verdict
@@ -90,12 +91,27 @@ def conclusion(report: Report) -> str:
             other = references.pop()
         if verdict is Verdict.equivalent:
             parts.append(f"{names} {are} equivalent to {other}: {_what(report)} within {margin}.")
+            parts += _not_proved(members, _what(report))
         elif verdict is Verdict.different:
             parts.append(f"{names} {are} different from {other}.")
         else:
             at = f" at a margin of {margin}" if margin else ""
             parts.append(f"{names} {are} undecided against {other}{at}.")
     return " ".join(parts) + _missing(report)
+
+
+def _not_proved(rows: Sequence[Row], what: str) -> list[str]:
+    """A sentence on those of the equivalent groups whose window is not the larger batch, if there are any."""
+    names = [row.group.label for row in rows if refuted(row.group)]
+    if not names:
+        return []
+    is_, its, update, is_not = (
+        ("is", "its", "update", "is not") if len(names) == 1 else ("are", "their", "updates", "are not")
+    )
+    return [
+        f"{_enumerated(names)} {is_} equivalent in {what} and not proved: both are true, {its} {update} "
+        f"{is_not} the larger batch's."
+    ]
 
 
 def _missing(report: Report) -> str:
