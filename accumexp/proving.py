@@ -151,7 +151,7 @@ def _of_sum(cause: Cause) -> Cause:
 
 def _whole(model: nn.Module) -> bool:
     """Whether a smaller batch would not be the same computation: of modules with groups of a fixed size."""
-    return any(hasattr(module, "group_size") for module in model.modules())
+    return any(hasattr(module, "statistics_groups") for module in model.modules())
 
 
 def _code() -> dict[str, Any]:
