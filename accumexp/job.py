@@ -51,10 +51,6 @@ def prove_job(cfg: DictConfig) -> None:
     from hydra.core.hydra_config import HydraConfig
 
     hydra = HydraConfig.get()
-    if SweepJob.of(hydra):
-        raise UsageError(
-            "prove: one experiment at a time; a sweep with prove=true certifies each of its jobs"
-        )
     if cfg.resume:
         raise UsageError(f"resume={cfg.resume}: a proof begins at the beginning, leave it out")
     outside = world()

@@ -10,6 +10,7 @@ import tempfile
 from typing import Any
 
 from .compose import command, hydra_app
+from .errors import UsageError
 
 
 def task(cfg: Any) -> None:
@@ -22,6 +23,11 @@ def task(cfg: Any) -> None:
 def main() -> None:
     from .world import end_now, silent_arguments, world
 
+    if {"-m", "--multirun"} & set(sys.argv[1:]):
+        raise UsageError(
+            "--multirun: a proof is of one experiment; python -m accumexp.run -m prove=true certifies "
+            "the jobs of a sweep"
+        )
     here = world()
     if here is None or here.size == 1:
         hydra_app(task)

@@ -57,7 +57,7 @@ def composed() -> Iterator[Callable[..., DictConfig]]:
 # --help ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", ["run", "evaluate", "report"])
+@pytest.mark.parametrize("command", ["run", "evaluate", "report", "prove"])
 def test_help_imports_none_of_the_slow_packages(command: str, tmp_path: Path) -> None:
     done = run_command(command, "--help", folder=tmp_path, flags=["-X", "importtime"])
     imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in done.stderr.splitlines()}

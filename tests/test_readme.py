@@ -15,11 +15,13 @@ from .experiments import composed
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
 DOCS = (ROOT / "docs" / "several_machines.md").read_text()
-COMMANDS = re.findall(r"^python -m accumexp\.run (.*?)(?:\s+#.*)?$", README + DOCS, flags=re.MULTILINE)
+COMMANDS = re.findall(
+    r"^python -m accumexp\.(?:run|prove) (.*?)(?:\s+#.*)?$", README + DOCS, flags=re.MULTILINE
+)
 
 
 def test_the_loop_in_readme_trains(capsys: pytest.CaptureFixture[str]) -> None:
-    loop, continued = re.findall(r"```python[ a-z]*\n(.*?)```", README, flags=re.DOTALL)
+    loop, continued, _ = re.findall(r"```python[ a-z]*\n(.*?)```", README, flags=re.DOTALL)
     names: dict[str, Any] = {}
     exec(compile(loop, "README.md", "exec"), names)
     lines = capsys.readouterr().out.splitlines()
@@ -27,6 +29,15 @@ def test_the_loop_in_readme_trains(capsys: pytest.CaptureFixture[str]) -> None:
     before = names["model"].weight.clone()
     exec(compile(continued, "README.md", "exec"), names)
     assert not torch.equal(before, names["model"].weight) and int(names["window"].loss_scale.skipped) == 0
+
+
+def test_the_loop_in_readme_is_not_certified_as_readme_says(capsys: pytest.CaptureFixture[str]) -> None:
+    *_, loop = re.findall(r"```python[ a-z]*\n(.*?)```", README, flags=re.DOTALL)
+    exec(compile(loop, "README.md", "exec"), {})
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line in README.splitlines() and line.startswith("not proved")
+    exec(compile(loop.replace("/ steps", "* len(y) / len(batch[1])"), "README.md", "exec"), {})
+    assert capsys.readouterr().out == "proved\n"
 
 
 @pytest.mark.parametrize("command", COMMANDS)
