@@ -347,6 +347,15 @@ def test_the_window_of_the_configuration_sets_momentum_and_groups(
     assert isinstance(batch, nn.BatchNorm2d) and batch.momentum == matched_momentum(M, steps)
 
 
+@pytest.mark.parametrize("asked", ["--help", "--cfg=job"])
+def test_what_only_shows_the_configuration_imports_no_torch(asked: str, tmp_path: Path) -> None:
+    flags, chosen = ["-X", "importtime"], ["model=resnet18", "accum=ddp"]
+    done = run_command("run", *chosen, *asked.split("="), folder=tmp_path, flags=flags)
+    imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in done.stderr.splitlines()}
+    assert done.code == 0 and "norm: batch" in done.stdout
+    assert "accumexp" in imported and imported.isdisjoint({"torch", "torchvision"})
+
+
 def test_a_window_of_one_step_has_the_groups_that_are_asked_for() -> None:
     norm = first_norm("model=resnet18", "model.norm=ghost", "model.ghost_size=32", "model.momentum=0.2")
     assert isinstance(norm, GhostBatchNorm2d)
