@@ -416,7 +416,7 @@ def test_a_resnet_with_batch_norm_is_torchvisions(channels: int) -> None:
 
 
 def test_single_samples_have_gradients_under_frozen_statistics() -> None:
-    small = ["data.image_size=32", *SMALL, "callbacks=sample_noise_scale"]
+    small = ["data.image_size=32", *SMALL, "+callbacks.noise._target_=accumexp.sample_noise.SampleNoiseScale"]
     trainer, memory = trainer_of("model=resnet18", "model.norm=frozen", *small)
     trainer.fit()
     found = memory.series("train/gradient_variance")  # nothing where 8 samples say |G|^2 < 0
