@@ -137,9 +137,7 @@ def test_dropout_is_named_and_the_rest_proved_with_its_masks_fixed(tmp_path: Pat
 
 
 def test_law_10_batch_statistics_are_never_certified(tmp_path: Path, own: dict[str, str]) -> None:
-    done = run_command(
-        "prove", *BARE, "model._target_=own.Normed", "accum.steps=4", folder=tmp_path, env=own
-    )
+    done = run_command("prove", *BARE, "model._target_=own.Normed", "accum.steps=4", folder=tmp_path, env=own)
     assert done.code == 1, done.stdout
     found = certificate(tmp_path)
     assert found["verdict"] == "not proved"
@@ -161,9 +159,7 @@ def test_law_10_a_coupling_in_a_module_of_ones_own_is_found_by_experiment(
 
 
 def test_law_10_a_loss_that_couples_samples_is_not_certified(tmp_path: Path, own: dict[str, str]) -> None:
-    done = run_command(
-        "prove", *BARE, "loss._target_=own.InfoNCE", "accum.steps=4", folder=tmp_path, env=own
-    )
+    done = run_command("prove", *BARE, "loss._target_=own.InfoNCE", "accum.steps=4", folder=tmp_path, env=own)
     assert done.code == 1
     found = certificate(tmp_path)
     assert "loss (InfoNCE): couples samples" in found["summary"]

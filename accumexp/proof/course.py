@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..accum.batch import batch_size
 from .bounds import Expected, expected
 from .certificate import Cause, Check
 from .everyone import everyone, worst
@@ -24,6 +25,11 @@ from .problem import Batch, Problem, Start, cast, whole
 from .watch import Seen
 
 BITS = "the same arithmetic on the same gradient: not a bit may differ"
+# Of a model with more than LARGE parameters the larger batch is computed in the first updates, in every
+# window that is smaller than usual, and then seldom; its optimizer and schedule are followed in all.
+LARGE = 2_000_000
+CLOSELY = 10
+SELDOM = 10
 # Of parameters that are spread over ranks other kernels run on shards than on the whole.
 SHARDED = 8 * 2.0**-53
 
@@ -48,44 +54,49 @@ class Course:
         self.schedule = problem.scheduler(self.optimizer) if problem.scheduler else None
         self.updates = 0
         self.acted = 0
-        self.first_wrong = 0
         self._gradient: tuple[int, Compared] = (0, Compared(0.0, 0.0, "", 0.0, 0.0))
         self._loss: tuple[int, float, float] = (0, 0.0, 1.0)
         self._logged = False
         self.losses: dict[int, tuple[float, float]] = {}
         self._worst: dict[str, tuple[int, float]] = {}
-        self._scales: list[float] = []
+        self._scales: list[tuple[int, float]] = []
+        self._full = 0
+        numbers = sum(p.numel() for p in self.model.parameters())
+        self._every = 1 if numbers <= LARGE else SELDOM
         self._followed: list[tuple[float, float]] = []  # learning rates: the loop's, and the right one
 
     def follow(self, batch: Batch, seen: Seen) -> None:
         """Compares the update that the loop has just made on the whole `batch` with the larger batch's."""
         self.updates += 1
+        size = batch_size(batch)
+        self._full = max(self._full, size)
+        if self.updates <= CLOSELY or self.updates % self._every == 0 or size < self._full:
+            self._gradients(batch, seen)
+        self._samples(size, seen)
+        self._keep("number of updates", abs(seen.steps - 1))
+        self._rates(seen)
+        self._step(seen)
+
+    def _gradients(self, batch: Batch, seen: Seen) -> None:
         right = expected(self.problem, cast(batch, DOUBLE), self.model, self.problem.clip_norm)
         self.acted += self.problem.clip_norm is not None and right.size > self.problem.clip_norm
         found = compare(seen.gradient, right)
-        if not found.equal and not self.first_wrong:
-            self.first_wrong = self.updates
         if not found.ratio <= self._gradient[1].ratio and not math.isnan(self._gradient[1].ratio):
             self._gradient = (self.updates, found)
         self.losses[self.updates] = (right.loss, right.loss_bound)
-        self._samples(batch, seen)
-        self._keep("number of updates", abs(seen.steps - 1))
-        self._rates(seen)
         self._scale(seen, right)
-        self._step(seen)
 
     def logged(self, update: int, loss: float) -> None:
-        """Compares what the loop logged as the loss of `update`, which was followed."""
+        """Compares what the loop logged as the loss of `update`, if its gradient was compared."""
+        if update not in self.losses:
+            return
         self._logged = True
         right, bound = self.losses[update]
         error = abs(loss - right)
         if not error * self._loss[2] <= self._loss[1] * bound:
             self._loss = (update, error, bound)
 
-    def _samples(self, batch: Batch, seen: Seen) -> None:
-        from ..accum.batch import batch_size
-
-        size = batch_size(batch)
+    def _samples(self, size: int, seen: Seen) -> None:
         every = everyone((seen.micro_batches, seen.sizes))
         if all(micro is not None for found, _ in every for micro in found):
             ids = sorted(number for found, _ in every for micro in found for number in micro or ())
@@ -108,7 +119,7 @@ class Course:
             return
         exact = right.larger.gradient
         top = sum(float((seen.arrived[name] * g).sum()) for name, g in exact.items() if name in seen.arrived)
-        self._scales.append(sum(everyone(top)) / (norm(exact) ** 2 or 1.0))
+        self._scales.append((self.updates, sum(everyone(top)) / (norm(exact) ** 2 or 1.0)))
 
     def _step(self, seen: Seen) -> None:
         """The larger batch's optimizer on the gradient that the loop's was given."""
@@ -154,9 +165,11 @@ class Course:
     def checks(self) -> list[Check]:
         """What was found, over all updates that were followed. All ranks must ask."""
         over = f"{self.updates} updates"
+        some = f", {len(self.losses)} of them compared" if len(self.losses) < self.updates else ""
         number, found = self._gradient
         clip = f", clipped in {self.acted}" if self.problem.clip_norm is not None else ""
-        checks = [check_of(f"gradient, {over}", found, f"update {number}{clip}" if number else over + clip)]
+        detail = f"update {number}" if number else over
+        checks = [check_of(f"gradient, {over}", found, detail + some + clip)]
         sharded = any(hasattr(p, "full_tensor") for p in self.start.parameters().values())
         for name in ("parameters", "optimizer state"):
             checks.append(self._bits(f"{name}, {over}", name, SHARDED if sharded else 0.0))
@@ -237,12 +250,14 @@ class Course:
         if scaling is None or not self._scales:
             return []
         grows = scaling.growth_factor
-        ratios = [scale / self._scales[0] for scale in self._scales]
+        ratios = [scale / self._scales[0][1] for _, scale in self._scales]
+        grown = [(update - 1) // scaling.growth_interval for update, _ in self._scales]
         off = [
-            abs(math.log(max(ratio, 1e-300)) - (number // scaling.growth_interval) * math.log(grows))
-            for number, ratio in enumerate(ratios)
+            abs(math.log(max(ratio, 1e-300)) - times * math.log(grows))
+            for times, ratio in zip(grown, ratios, strict=True)
         ]
         figure = max(off)
+        worst_one = off.index(figure) if figure > 0.01 else len(off) - 1
         return [
             Check(
                 "loss scale by update",
@@ -250,9 +265,7 @@ class Course:
                 0.01,
                 "log ratio",
                 f"it grows {grows:g}-fold after {scaling.growth_interval} windows without an overflow",
-                f"{ratios[off.index(figure)]:g} times the first in update {off.index(figure) + 1}"
-                if figure > 0.01
-                else f"{ratios[-1]:g} times the first at the end",
+                f"{ratios[worst_one]:g} times the first in update {self._scales[worst_one][0]}",
             )
         ]
 
