@@ -13,12 +13,16 @@ from torch.func import functional_call, grad
 def larger_batch_gradient(
     model: nn.Module, criterion: Callable[[Any, Any], Tensor], inputs: Any, targets: Any
 ) -> dict[str, Tensor]:
-    """The gradient of `criterion(model(inputs), targets)` by torch.func, in one piece."""
+    """The gradient of `criterion(model(inputs), targets)` by torch.func, in one piece.
+
+    `inputs` that are a dict are passed by name.
+    """
+    args, named = ((), inputs) if isinstance(inputs, dict) else ((inputs,), {})
     parameters = {name: p.detach().clone() for name, p in model.named_parameters()}
     buffers = {name: b.detach().clone() for name, b in model.named_buffers()}
 
     def objective(values: dict[str, Tensor]) -> Tensor:
-        return criterion(functional_call(model, (values, buffers), (inputs,)), targets)
+        return criterion(functional_call(model, (values, buffers), args, named), targets)
 
     return grad(objective)(parameters)
 
