@@ -68,4 +68,6 @@ class Bert(nn.Module):
         dtype = self.bert.dtype
         hidden = (attention_mask == 0)[:, None, None, :]
         mask = torch.zeros_like(hidden, dtype=dtype).masked_fill(hidden, torch.finfo(dtype).min)
-        return self.bert(input_ids=input_ids, attention_mask=mask).logits.transpose(1, 2)
+        logits = self.bert(input_ids=input_ids, attention_mask=mask).logits
+        # The loss would copy them all the same, and FSDP warns of a view.
+        return logits.transpose(1, 2).contiguous()
