@@ -95,8 +95,10 @@ class DataConfig:
     transform: dict[str, Any] | None = field(default_factory=dict)
     augment: dict[str, Any] | None = field(default_factory=dict)
     num_classes: int = MISSING
-    channels: int = MISSING
-    image_size: int = MISSING
+    # What a model may ask of its data: the shape of images, or the tokens in the longest text.
+    channels: int | None = MISSING
+    image_size: int | None = MISSING
+    length: int | None = MISSING
     # Samples in one update. Null: accum.steps x accum.micro_batch_size, or 128.
     batch_size: int | None = None
     eval_batch_size: int = 256
@@ -186,13 +188,22 @@ def from_hydra(cfg: DictConfig | Mapping[str, Any]) -> Config:
     """
     try:
         # Merging into the schema again refuses keys that `+` has added to typed nodes.
-        plain = OmegaConf.to_container(cfg, resolve=True) if isinstance(cfg, DictConfig) else dict(cfg)
+        plain: Any = OmegaConf.to_container(cfg, resolve=True) if isinstance(cfg, DictConfig) else dict(cfg)
+        _forgive_missing(plain)
         merged = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.create(plain))
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         raise UsageError(explain_omegaconf(error)) from error
     assert isinstance(config, Config)
     return check(config)
+
+
+def _forgive_missing(plain: dict[str, Any]) -> None:
+    """What data does not say of its shape is null once nothing has asked for it: text has no channels."""
+    data = plain.get("data")
+    for key in ("channels", "image_size", "length"):
+        if isinstance(data, dict) and data.get(key) == MISSING:
+            data[key] = None
 
 
 def explain_omegaconf(error: OmegaConfBaseException) -> str:
@@ -202,7 +213,10 @@ def explain_omegaconf(error: OmegaConfBaseException) -> str:
     node = error.parent_node if isinstance(error.parent_node, DictConfig) else None
     if "not in" in reason and node is not None:
         return unknown_key(key, [str(name) for name in node])
-    if "Missing mandatory value" in reason:
+    _, asked, missing = reason.partition("Missing mandatory value: ")
+    if asked and missing not in ("", key):
+        return f"{key}: needs {missing}, which is not given; give {missing}=..., or a model and data that fit"
+    if asked:
         return f"{key}: a value is needed, give {key}=..."
     return f"{key}: {reason}"
 

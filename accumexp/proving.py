@@ -97,6 +97,7 @@ def problem_of(config: Config, parts: Parts, here: World) -> Problem:
         parts.autocast,
         _scaling(config),
         config.seed,
+        ignores=True,
     )
 
 

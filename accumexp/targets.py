@@ -46,6 +46,8 @@ def build(node: Mapping[str, Any], key: str, *args: Any, **offered: Any) -> Any:
         return instantiate(dict(node), *args, **extra, _convert_="all")
     except InstantiationException as error:
         cause = error.__cause__ or error
+        if isinstance(cause, UsageError):  # says all there is to say
+            raise UsageError(f"{key}: {cause}") from cause
         reason = _reason(cause)
         # "norm=layer: ..." of an argument that the node gives is the key's own line.
         if reason.partition("=")[0] in node:

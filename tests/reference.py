@@ -20,13 +20,17 @@ def larger_batch_gradient(
 def larger_batch(
     model: nn.Module, criterion: Callable[[Any, Any], Tensor], inputs: Any, targets: Any
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The gradient, and the buffers that the forward leaves; the model stays as it is."""
+    """The gradient, and the buffers that the forward leaves; the model stays as it is.
+
+    `inputs` that are a dict are passed by name.
+    """
+    args, named = ((), inputs) if isinstance(inputs, dict) else ((inputs,), {})
     parameters = {name: p.detach().clone() for name, p in model.named_parameters()}
 
     def objective(values: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         # Copied in here, because what is differentiated may only write to what it has made itself.
         buffers = {name: b.detach().clone() for name, b in model.named_buffers()}
-        return criterion(functional_call(model, (values, buffers), (inputs,)), targets), buffers
+        return criterion(functional_call(model, (values, buffers), args, named), targets), buffers
 
     return grad(objective, has_aux=True)(parameters)
 

@@ -2,7 +2,9 @@
 
 from .batches import Batch, Batches, ResidentBatches, Share, StreamedBatches
 from .digits import Digits
+from .in_memory import InMemory
 from .splits import Placement, Splits, build_splits
+from .text import PythonSources
 from .transforms import BatchAugment, Scale, ShiftAndFlip
 
 __all__ = [
@@ -10,7 +12,9 @@ __all__ = [
     "BatchAugment",
     "Batches",
     "Digits",
+    "InMemory",
     "Placement",
+    "PythonSources",
     "ResidentBatches",
     "Scale",
     "Share",

@@ -18,6 +18,7 @@ from ..errors import UsageError
 from ..seeding import drawn_from
 from ..targets import build
 from .batches import Batches, ResidentBatches, Share, StreamedBatches
+from .in_memory import InMemory
 from .transforms import BatchAugment
 
 RESIDENT_SHARE = 0.25
@@ -200,10 +201,12 @@ class _Feed:
 def _raw_tensors(dataset: Dataset[Any]) -> tuple[Nested, Nested] | None:
     """(inputs, targets) of a data set that already holds them as tensors, or None.
 
-    Known are TensorDataset and those of torchvision that keep uint8 images in `.data`, both only where
-    indexing adds nothing of the user's own.
+    Known are InMemory, TensorDataset and those of torchvision that keep uint8 images in `.data`, all only
+    where indexing adds nothing of the user's own.
     """
     kind = type(dataset)
+    if isinstance(dataset, InMemory) and kind.__getitem__ is InMemory.__getitem__:
+        return dataset.inputs, dataset.targets
     if isinstance(dataset, TensorDataset) and kind.__getitem__ is TensorDataset.__getitem__:
         *inputs, targets = dataset.tensors
         return inputs[0] if len(inputs) == 1 else tuple(inputs), targets

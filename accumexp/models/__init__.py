@@ -1,5 +1,6 @@
 """Models of our own; any other class is a `model._target_` away."""
 
+from .bert import Bert
 from .lenet5 import LeNet5
 from .mlp import MLP
 from .norms import NORMS, FrozenBatchNorm2d, GhostBatchNorm2d, matched_momentum, norm_layer
@@ -8,6 +9,7 @@ from .resnet import resnet18, resnet50
 __all__ = [
     "MLP",
     "NORMS",
+    "Bert",
     "FrozenBatchNorm2d",
     "GhostBatchNorm2d",
     "LeNet5",

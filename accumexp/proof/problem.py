@@ -39,6 +39,7 @@ class Problem:
         dtype: of the parameters in the run.
         autocast: of the loop's `torch.autocast` in the run, or None.
         fixed: whether random draws are held fixed by sample (`draws`).
+        ignores: whether targets that the loss ignores are tried where the batches have none.
     """
 
     train_window: TrainWindow
@@ -55,6 +56,7 @@ class Problem:
     scaling: Scaling | None = None
     seed: int = 0
     fixed: bool = False
+    ignores: bool = False
 
     @property
     def device(self) -> torch.device:

@@ -36,11 +36,17 @@ def ragged(problem: Problem, batch: Batch) -> list[tuple[str, Batch]]:
 
 
 def weighted(problem: Problem, batch: Batch) -> Batch | None:
-    """`batch` with targets ignored unevenly over its micro-batches, or None where the loss ignores none."""
+    """`batch` with targets ignored unevenly over its micro-batches, or None where that is no question.
+
+    It is none where the loss ignores no target, or no batch of the problem has one that it does.
+    """
     loss, targets = problem.loss, batch[1]
     if not isinstance(loss, nn.CrossEntropyLoss | nn.NLLLoss) or not isinstance(targets, Tensor):
         return None
     if targets.is_floating_point() or len(targets) < 3:
+        return None
+    some = (tensors(other)[0].eq(loss.ignore_index).any() for _, other in problem.batches)
+    if not problem.ignores and not any(map(bool, some)):
         return None
     generator = torch.Generator().manual_seed(problem.seed)
     # From none of the first sample's to nearly all of the last one's.

@@ -1,0 +1,32 @@
+"""Samples that are tensors already."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch.utils.data import Dataset
+
+from ..accum.batch import Nested, batch_size, map_tensors
+
+
+class InMemory(Dataset[Any]):
+    """A whole data set as one batch: `inputs` and `targets` are nested as a model and a loss take them.
+
+    torch's TensorDataset, for models that are called with names (a dict) or with several tensors. It is
+    made resident without being read sample by sample.
+
+    Raises:
+        ValueError: if the tensors disagree in their first dimension.
+    """
+
+    def __init__(self, inputs: Nested, targets: Nested) -> None:
+        self._samples = batch_size((inputs, targets))
+        self.inputs = inputs
+        self.targets = targets
+
+    def __len__(self) -> int:
+        return self._samples
+
+    def __getitem__(self, index: int) -> tuple[Any, Any]:
+        inputs, targets = (map_tensors(lambda t: t[index], batch) for batch in (self.inputs, self.targets))
+        return inputs, targets
