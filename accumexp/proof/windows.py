@@ -21,6 +21,7 @@ from .gradients import DOUBLE
 from .larger import larger_batch
 from .problem import Batch, Problem, Start, cast, rows, whole
 from .watch import Seen, observe
+from .wide import computing
 
 
 def ragged(problem: Problem, batch: Batch) -> list[tuple[str, Batch]]:
@@ -35,17 +36,27 @@ def ragged(problem: Problem, batch: Batch) -> list[tuple[str, Batch]]:
 
 
 def weighted(problem: Problem, batch: Batch) -> Batch | None:
-    """`batch` with targets ignored unevenly over its micro-batches, or None where the loss ignores none."""
+    """`batch` with targets ignored unevenly over its micro-batches, or None where none is ever ignored.
+
+    A loss that could ignore targets is not enough: where a sample has one class, and no batch ignores any,
+    a loop may well divide by the number of samples. Of a sample with several targets some are padding.
+    """
     loss, targets = problem.loss, batch[1]
     if not isinstance(loss, nn.CrossEntropyLoss | nn.NLLLoss) or not isinstance(targets, Tensor):
         return None
     if targets.is_floating_point() or len(targets) < 3:
+        return None
+    if targets.dim() < 2 and not any(_ignores(loss, t) for _, t in problem.batches):
         return None
     generator = torch.Generator().manual_seed(problem.seed)
     # From none of the first sample's to nearly all of the last one's.
     chance = torch.linspace(0, 0.95, len(targets)).view(-1, *[1] * (targets.dim() - 1))
     ignored = torch.rand(targets.shape, generator=generator) < chance
     return batch[0], targets.masked_fill(ignored.to(targets.device), loss.ignore_index)
+
+
+def _ignores(loss: nn.CrossEntropyLoss | nn.NLLLoss, targets: Any) -> bool:
+    return isinstance(targets, Tensor) and bool(targets.eq(loss.ignore_index).any())
 
 
 def buffers_check(problem: Problem, start: Start, buffers: dict[str, Tensor]) -> Check | None:
@@ -100,7 +111,7 @@ def activations_check(problem: Problem, batch: Batch) -> Check | None:
 
 def _kept(problem: Problem, model: nn.Module, batch: Batch) -> int:
     batch = cast(batch, DOUBLE)
-    with problem.loss_in(DOUBLE) as loss, drawing(problem, model, batch):
+    with problem.loss_in(DOUBLE) as loss, computing(DOUBLE), drawing(problem, model, batch):
         with measure_activations(model, [*tensors(batch[0]), *tensors(batch[1])]) as saved:
             larger_batch(model, loss, batch, keep=saved.exclude)
     return saved.peak_bytes
