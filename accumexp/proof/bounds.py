@@ -28,6 +28,7 @@ from ..accum.batch import tensors
 from .draws import drawing
 from .larger import Gradient, Larger, clipped, larger_batch, norm
 from .problem import Batch, Problem, cast, rows
+from .wide import computing
 
 LAMBDA = 8.0
 WINDOWS = 5
@@ -90,7 +91,7 @@ def in_precision(
     """
     with problem.loss_in(torch.promote_types(dtype, torch.float32)) as loss:
         given = cast(batch, dtype)
-        with drawing(problem, model, given, numbers):
+        with computing(dtype), drawing(problem, model, given, numbers):
             return larger_batch(model, loss, given, autocast)
 
 

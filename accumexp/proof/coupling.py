@@ -15,6 +15,7 @@ from .draws import fixed_draws
 from .gradients import DOUBLE
 from .larger import call, mean_loss
 from .problem import Batch, Problem, cast
+from .wide import computing
 
 # In fp64 a sample's result moves by less than this where only the other samples change.
 NOTHING = 1e-8
@@ -64,7 +65,11 @@ def coupling_modules(problem: Problem, batch: Batch) -> list[Coupling]:
 
     handles = [module.register_forward_hook(tried, with_kwargs=True) for module in names]
     try:
-        with torch.no_grad(), fixed_draws(model, cast(batch, DOUBLE), problem.seed) as draws:
+        with (
+            torch.no_grad(),
+            computing(DOUBLE),
+            fixed_draws(model, cast(batch, DOUBLE), problem.seed) as draws,
+        ):
             call(model, inputs)
     finally:
         for handle in handles:
@@ -93,7 +98,7 @@ def loss_couples(problem: Problem, batch: Batch) -> float:
         moved[half:] += noise[half:] * tensor.detach().std().clamp_min(1e-3)
         return moved
 
-    with problem.loss_in(DOUBLE) as loss:
+    with problem.loss_in(DOUBLE) as loss, computing(DOUBLE):
         one = _gradient_of(loss, outputs, batch[1])
         other = _gradient_of(loss, map_tensors(changed, outputs), batch[1])
     top = sum(float((b[:half] - a[:half]).square().sum()) for a, b in zip(one, other, strict=True))

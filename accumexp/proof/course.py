@@ -14,13 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .bounds import Expected, expected
+from .bounds import U32, Expected, expected
 from .certificate import Check
 from .everyone import everyone, worst
 from .gradients import DOUBLE, Compared, check_of, compare
 from .larger import norm
 from .problem import Batch, Problem, Start, cast, whole
 from .watch import Seen
+from .wide import computing
 
 BITS = "the same arithmetic on the same gradient: not a bit may differ"
 # Of parameters that are spread over ranks other kernels run on shards than on the whole.
@@ -63,8 +64,10 @@ class Course:
         if loss is not None:
             self._logged = True
             error = abs(loss - right.loss)
-            if not error * self._loss[2] <= self._loss[1] * right.loss_bound:
-                self._loss = (self.updates, error, right.loss_bound)
+            # Logs are kept in fp32, added up and rounded once more.
+            bound = right.loss_bound + (len(seen.sizes) + 1) * U32 * abs(right.loss)
+            if not error * self._loss[2] <= self._loss[1] * bound:
+                self._loss = (self.updates, error, bound)
         self._samples(batch, seen)
         self._keep("number of updates", abs(seen.steps - 1))
         self._rates(seen)
@@ -104,7 +107,8 @@ class Course:
                 given = None if seen.gradient is None or name in seen.absent else seen.gradient.get(name)
                 parameter.grad = given if given is None else given.to(parameter)
         if seen.gradient is not None:
-            self.optimizer.step()
+            with computing(DOUBLE):  # torch's optimizers count steps in the default dtype
+                self.optimizer.step()
             if self.schedule is not None:
                 self.schedule.step()
         loops = self.start.parameters()
@@ -162,7 +166,8 @@ class Course:
                     error,
                     bound if number else 0.0,
                     "loss",
-                    "fp64 rounding of the larger batch's mean loss, as for the gradient",
+                    "fp64 rounding of the larger batch's mean loss, and of one that is added up in fp32: "
+                    "(N+1) u of it",
                     f"worst at update {number}" if number else "no difference",
                 )
             )

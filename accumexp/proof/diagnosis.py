@@ -19,6 +19,7 @@ from .gradients import DOUBLE, Compared, compare
 from .larger import call, norm
 from .problem import Batch, Problem, Start, cast
 from .watch import Seen, observe
+from .wide import computing
 
 ADVICE = {
     "draws": "none needed: a window draws anew by micro-batch, as another run of the larger batch would",
@@ -53,7 +54,7 @@ def drawing_modules(problem: Problem, batch: Batch) -> tuple[dict[str, set[str]]
     """(operators that draw, by module; those that cannot be held fixed) in a pass over `batch`."""
     model = narrowed(problem.model, DOUBLE)
     given = cast(batch, DOUBLE)
-    with torch.no_grad(), fixed_draws(model, given, problem.seed) as draws:
+    with torch.no_grad(), computing(DOUBLE), fixed_draws(model, given, problem.seed) as draws:
         call(model, given[0])
     return draws.drawn, draws.unknown
 
@@ -177,7 +178,7 @@ def _mixed(problem: Problem, batch: Batch, seen: Trial) -> list[Cause]:
         factor = problem.clip_norm / (right.size + 1e-6)
         found = {name: g / factor for name, g in found.items()}
     mixed = mixture(problem, batch, model, found, seen.seen.micro_batches)
-    if mixed is None or not mixed.explains:
+    if mixed is None or not mixed.explains or mixed.right:
         return []
     reason, advice = reading(problem, mixed, ranks())
     shown = f"the micro-batches' own gradients times those counts leave {mixed.left:.1g} of it"
@@ -258,14 +259,16 @@ def of_buffers(problem: Problem, check: Check, updates: int) -> Cause:
 def of_precision(problem: Problem, checks: Sequence[Check]) -> list[Cause]:
     """Gradients that were added in too low a precision, where fp64 adds the same ones right."""
     added = next((c for c in checks if c.name.startswith("addition") and not c.passed), None)
-    if added is None:
+    if added is None or any(c.name == "gradient, fp64" and not c.passed for c in checks):
         return []
     name = str(problem.dtype).removeprefix("torch.")
+    low = torch.finfo(problem.dtype).eps > torch.finfo(torch.float32).eps
+    kept = f"added in {name}" if low else f"kept in less than {name}"
     return [
         Cause(
             "low-precision accumulation",
             "",
-            f"{problem.steps} gradients are added in {name}, off by {added.figure:.2g} where rounding the "
+            f"{problem.steps} gradients are {kept}, off by {added.figure:.2g} where rounding the "
             f"sum once gives {added.bound:.2g}",
             added.figure,
             "in fp64 the same window is the larger batch",

@@ -15,6 +15,7 @@ from ..accum.memory import measure_activations
 from .draws import drawing
 from .larger import Gradient
 from .problem import Batch, Ids, Start, whole
+from .wide import computing
 
 
 @dataclass
@@ -57,6 +58,7 @@ def observe(start: Start, batch: Batch, *, measure: bool = False, arrivals: bool
     problem = start.problem
     with (
         problem.loss_in(start.dtype),
+        computing(start.dtype),
         drawing(problem, start.inner, batch),
         watching(start, batch, arrivals) as seen,
     ):
