@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..accum.batch import batch_size, tensors
 from ..accum.memory import measure_activations
@@ -189,7 +190,19 @@ def agreement_check(seen: Seen) -> Check | None:
     )
 
 
-REDUCING = ("allreduce", "reduce_scatter")
+class Reductions(TorchDispatchMode):
+    """Active, counts the numbers that reducing collectives carry, whoever calls them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numbers = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        reduces = any(kind in func.__name__ for kind in ("allreduce", "all_reduce", "reduce_scatter"))
+        if reduces and func.namespace in ("c10d", "_c10d_functional"):
+            # Of a reduce-scatter's two buffers the larger one is sent.
+            self.numbers += max(_elements(argument) for argument in args)
+        return func(*args, **(kwargs or {}))
 
 
 def collectives_check(problem: Problem, batch: Batch, most: int = 1) -> Check | None:
@@ -198,17 +211,12 @@ def collectives_check(problem: Problem, batch: Batch, most: int = 1) -> Check | 
         return None
     start = Start(problem, DOUBLE)
     observe(start, cast(batch, DOUBLE))  # wrappers set up their buffers in the first
-    with torch.profiler.profile(record_shapes=True) as profile:
+    with Reductions() as reductions:
         observe(start, cast(batch, DOUBLE))
-    carried = sum(
-        _elements(event.input_shapes)
-        for event in profile.events() or []
-        if event.name.startswith("c10d::") and any(kind in event.name for kind in REDUCING)
-    )
     numbers = sum(p.numel() for p in problem.model.parameters() if p.requires_grad)
     return Check(
         "gradient reductions a window",
-        max(everyone(carried / numbers)),
+        max(everyone(reductions.numbers / numbers)),
         most + 0.5,
         "count",
         "the numbers that reducing collectives carry, over the parameters': each reduction adds 1",
@@ -216,10 +224,7 @@ def collectives_check(problem: Problem, batch: Batch, most: int = 1) -> Check | 
     )
 
 
-def _elements(shapes: Any) -> int:
-    """Numbers in the largest of a collective's arguments, each a shape or a list of shapes."""
-    sizes = [0]
-    for shape in shapes:
-        inner = shape if shape and isinstance(shape[0], list | tuple) else [shape]
-        sizes.append(sum(math.prod(one) for one in inner if one))
-    return max(sizes)
+def _elements(argument: Any) -> int:
+    if isinstance(argument, Tensor):
+        return argument.numel()
+    return sum(map(_elements, argument)) if isinstance(argument, tuple | list) else 0
