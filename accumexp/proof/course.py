@@ -45,6 +45,7 @@ class Course:
         self.updates = 0
         self.acted = 0
         self.first_wrong = 0
+        self.diverged = False
         self._gradient: tuple[int, Compared] = (0, Compared(0.0, 0.0, "", 0.0, 0.0))
         self._loss: tuple[int, float, float] = (0, 0.0, 1.0)
         self._logged = False
@@ -53,8 +54,15 @@ class Course:
 
     def follow(self, batch: Batch, seen: Seen, loss: float | None) -> None:
         """Compares the update that the loop has just made on the whole `batch` with the larger batch's."""
-        self.updates += 1
+        if self.diverged:
+            return
         right = expected(self.problem, cast(batch, DOUBLE), self.model, self.problem.clip_norm)
+        figures = [right.size, right.loss, right.loss_bound, *right.bound.values()]
+        if not all(everyone(all(map(math.isfinite, figures)))):
+            # From here on the larger batch itself is beyond fp32's range.
+            self.diverged = True
+            return
+        self.updates += 1
         self.acted += self.problem.clip_norm is not None and right.size > self.problem.clip_norm
         found = compare(seen.gradient, right)
         if not found.equal and not self.first_wrong:
@@ -146,8 +154,11 @@ class Course:
         """What was found, over all updates that were followed. All ranks must ask."""
         over = f"{self.updates} updates"
         number, found = self._gradient
+        after = ", after which the larger batch itself diverges" if self.diverged else ""
         clip = f", clipped in {self.acted}" if self.problem.clip_norm is not None else ""
-        checks = [check_of(f"gradient, {over}", found, f"update {number}{clip}" if number else over + clip)]
+        checks = [
+            check_of(f"gradient, {over}", found, (f"update {number}" if number else over) + clip + after)
+        ]
         sharded = any(hasattr(p, "full_tensor") for p in self.start.parameters().values())
         for name in ("parameters", "optimizer state"):
             checks.append(self._bits(f"{name}, {over}", name, SHARDED if sharded else 0.0))
