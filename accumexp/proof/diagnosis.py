@@ -178,11 +178,13 @@ def _mixed(problem: Problem, batch: Batch, seen: Trial) -> list[Cause]:
         factor = problem.clip_norm / (right.size + 1e-6)
         found = {name: g / factor for name, g in found.items()}
     mixed = mixture(problem, batch, model, found, seen.seen.micro_batches)
-    if mixed is None or not mixed.explains or mixed.right:
-        return []
-    reason, advice = reading(problem, mixed, ranks())
-    shown = f"the micro-batches' own gradients times those counts leave {mixed.left:.1g} of it"
-    return [_cause("wrong denominator", reason, seen, shown, advice)]
+    causes = []
+    if mixed is not None and mixed.explains and not mixed.right:
+        reason, advice = reading(problem, mixed, ranks())
+        shown = f"the micro-batches' own gradients times those counts leave {mixed.left:.1g} of it"
+        causes.append(_cause("wrong denominator", reason, seen, shown, advice))
+    # Ranks whose gradients differ would read them differently, and wait for each other for ever.
+    return everyone(causes)[0]
 
 
 def carried(problem: Problem, batches: Sequence[Batch]) -> list[Cause]:
@@ -199,6 +201,9 @@ def carried(problem: Problem, batches: Sequence[Batch]) -> list[Cause]:
     if not all(everyone(first.gradient is not None and second.gradient is not None)):
         return []
     assert first.gradient is not None and second.gradient is not None
+    right = expected(problem, cast(batches[1], DOUBLE), model, problem.clip_norm)
+    if compare(second.gradient, right).equal:
+        return []
     mixed = mixture(problem, batches[1], model, second.gradient, second.micro_batches, first.gradient)
     if mixed is None or not mixed.explains or (mixed.alike and abs(mixed.before) <= 1e-6):
         return []

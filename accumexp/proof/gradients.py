@@ -13,9 +13,11 @@ from .bounds import (
     U32,
     WINDOWS,
     Expected,
+    clipping,
     expected,
     in_precision,
     narrowed,
+    roundoff,
     shuffled,
 )
 from .certificate import Check
@@ -124,8 +126,9 @@ def precision_checks(problem: Problem, name: str) -> list[Check]:
                 numbers,
             )
             outside.append(_distance(larger.gradient, exact.gradient) / size)
-        # What N roundings of the micro-batches' parts add to the one of the larger batch's.
-        outside[-1] += _roundings(problem, seen) / size
+        # What N roundings of the micro-batches' parts add to the one of the larger batch's, and clipping.
+        outside[-1] += _roundings(problem, seen) / (norm(right) or 1.0)
+        outside[-1] += clipping(problem.clip_norm, exact.gradient, problem.dtype)
     figure = worst(everyone(min(inside, key=lambda value: math.inf if math.isnan(value) else value)))
     largest = max(outside)
     checks = [
@@ -173,7 +176,7 @@ def _distance(found: Gradient | None, right: Gradient) -> float:
 
 def _roundings(problem: Problem, seen: Seen) -> float:
     """The norm that rounding each micro-batch's part, and adding the parts in fp32, can add at most."""
-    u = torch.finfo(problem.autocast or problem.dtype).eps / 2
+    u = roundoff(problem.autocast or problem.dtype)
     parts = math.sqrt(sum(value * value for value in seen.arrived_norms.values()))
     if not seen.arrived or seen.gradient is None:
         return 0.0
@@ -193,17 +196,22 @@ def _addition(problem: Problem, seen: Seen) -> tuple[str, float, float]:
     assert seen.gradient is not None
     factor = _factor(seen.gradient, seen.arrived)
     size = norm(seen.gradient) or 1.0
-    # Unscaling is exact; clipping rounds every number once more.
-    changes = 2 if problem.clip_norm is not None else 1
-    worst_one = ("", 0.0, 0.0)
+    # Unscaling and clipping round every number once more.
+    again = problem.clip_norm is not None or problem.scaling is not None
+    errors, bounds, sizes = {}, {}, {}
     for name, arrived in seen.arrived.items():
-        exact = arrived * factor
-        error = float((seen.gradient[name].double() - exact).norm())
-        once = float((exact.to(seen.gradient[name].dtype).double() - exact).norm())
-        u = torch.finfo(seen.gradient[name].dtype).eps / 2
+        dtype = seen.gradient[name].dtype
+        sizes[name] = abs(factor) * float(arrived.norm())
+        errors[name] = float((seen.gradient[name].double() - arrived * factor).norm())
+        once = abs(factor) * float((arrived.to(dtype).double() - arrived).norm())
         terms = abs(factor) * seen.arrived_norms[name]
-        # The factor is itself known from rounded numbers: to one rounding of the whole.
-        bound = changes * once + max(0, seen.arrivals - 1) * U32 * terms + u * float(exact.norm()) * 0.25
-        if _over(error, bound) >= _over(worst_one[1], worst_one[2]):
-            worst_one = (name, error, bound)
-    return worst_one[0], worst_one[1] / size, worst_one[2] / size
+        bounds[name] = once + max(0, seen.arrivals - 1) * U32 * terms + again * roundoff(dtype) * sizes[name]
+    # The factor is itself found from rounded numbers: by Cauchy and Schwarz it is off by their error at most.
+    slack = math.sqrt(sum(b * b for b in bounds.values()) / (sum(s * s for s in sizes.values()) or 1.0))
+    bounds = {name: bound + slack * sizes[name] for name, bound in bounds.items()}
+    name = max(errors, key=lambda key: _order(_over(errors[key], bounds[key])))
+    return name, errors[name] / size, bounds[name] / size
+
+
+def _order(ratio: float) -> float:
+    return math.inf if math.isnan(ratio) else ratio

@@ -57,7 +57,8 @@ def observe(start: Start, batch: Batch, *, measure: bool = False, arrivals: bool
     """
     problem = start.problem
     with (
-        problem.loss_in(start.dtype),
+        # A criterion's class weights are not in bf16 because the model's are.
+        problem.loss_in(torch.promote_types(start.dtype, torch.float32)),
         computing(start.dtype),
         drawing(problem, start.inner, batch),
         watching(start, batch, arrivals) as seen,
