@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..accum.batch import batch_size, tensors
-from ..accum.memory import measure_activations
+from ..accum.memory import SavedActivations, measure_activations
 from .draws import drawing
 from .larger import Gradient
 from .problem import Batch, Ids, Start, whole
@@ -65,13 +65,35 @@ def observe(start: Start, batch: Batch, *, measure: bool = False, arrivals: bool
     ):
         if measure:
             inside = [*tensors(batch[0]), *tensors(batch[1])]
-            with measure_activations(start.inner, inside) as saved:
+            with measure_activations(start.inner, inside) as saved, _without_inputs(start, saved):
                 returned = start.train(batch)
             seen.saved_bytes = saved.peak_bytes
         else:
             returned = start.train(batch)
     seen.loss = as_number(returned)
     return seen
+
+
+@contextmanager
+def _without_inputs(start: Start, saved: SavedActivations) -> Iterator[None]:
+    """Inside, copies of the batch that a loop makes (a DataLoader's, a device's) are no activations."""
+    alive: list[Tensor] = []  # so that no activation gets the memory of one
+
+    def forward(module: Any, arguments: Any, keywords: Any) -> None:
+        given = [
+            tensor
+            for item in [*arguments, *keywords.values()]
+            if _has_tensors(item)
+            for tensor in tensors(item)
+        ]
+        alive.extend(given)
+        saved.exclude(given)
+
+    handle = start.inner.register_forward_pre_hook(forward, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def as_number(returned: Any) -> float | None:
