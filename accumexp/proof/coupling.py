@@ -50,17 +50,17 @@ def coupling_modules(problem: Problem, batch: Batch) -> list[Coupling]:
             buffers = {n: b.clone() for n, b in module.named_buffers()}
             with draws.modules.again(name or "(model)", half):
                 part = module(*_half(arguments, half), **_half(keywords, half))
+            with draws.modules.again(name or "(model)", samples):
+                same = module(*arguments, **keywords)
             for n, b in module.named_buffers():
                 b.copy_(buffers[n])
         except (RuntimeError, ValueError, IndexError):
             return  # a module that cannot take half a batch is judged by the one around it
         finally:
             trying[0] = False
-        effect = max(
-            float((p - w[:half]).norm() / w[:half].norm().clamp_min(1e-300))
-            for p, w in zip(_floats(part), _floats(outputs), strict=True)
-        )
-        if effect > NOTHING:
+        # A module that is not the same twice, for reasons outside torch, need not couple samples.
+        effect = _apart(part, outputs, half)
+        if effect > NOTHING and not _apart(same, outputs, samples) > NOTHING:
             found[name] = Coupling(name or "(model)", type(module).__name__, effect)
 
     handles = [module.register_forward_hook(tried, with_kwargs=True) for module in names]
@@ -75,6 +75,12 @@ def coupling_modules(problem: Problem, batch: Batch) -> list[Coupling]:
         for handle in handles:
             handle.remove()
     return list(found.values())
+
+
+def _apart(part: Any, outputs: Any, rows: int) -> float:
+    """How far the first `rows` of `outputs` are from those of `part`, relative."""
+    pairs = zip(_floats(part), _floats(outputs), strict=True)
+    return max(float((p - w[:rows]).norm() / w[:rows].norm().clamp_min(1e-300)) for p, w in pairs)
 
 
 def loss_couples(problem: Problem, batch: Batch) -> float:

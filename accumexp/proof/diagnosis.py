@@ -94,6 +94,18 @@ def why_draws(problem: Problem, batch: Batch, drawn: dict[str, set[str]]) -> tup
     return held, [cause]
 
 
+def unheld(drawn: dict[str, set[str]], unknown: set[str]) -> Cause:
+    """Draws that could not be held fixed: what else is wrong cannot be told from them."""
+    return Cause(
+        "random draws",
+        ", ".join(sorted(name for name, operators in drawn.items() if operators & unknown)),
+        f"draws of {', '.join(sorted(unknown))} cannot be held fixed by sample, so nothing is certified",
+        math.nan,
+        "",
+        "leave these draws out for the proof, or make them of rand, randn, bernoulli or exponential_",
+    )
+
+
 def diagnose(problem: Problem, failed: Sequence[Check], batch: Batch, ragged: Sequence[Batch]) -> list[Cause]:
     """The causes of what failed in fp64, by experiment; empty if none was found."""
     seen = trial(problem, batch)
@@ -228,7 +240,16 @@ def _unstable(problem: Problem, batch: Batch, seen: Trial) -> list[Cause]:
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
     if not still.found.equal:
-        return []
+        return [
+            Cause(
+                "unrepeatable",
+                "",
+                "the same window gives another gradient each time",
+                seen.error,
+                "with deterministic kernels too: something draws that is not of torch",
+                "draw with torch, whose generators can be seeded",
+            )
+        ]
     return [
         Cause(
             "non-deterministic kernels",

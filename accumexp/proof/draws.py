@@ -132,6 +132,9 @@ class FixedDraws(TorchDispatchMode):
         if name == "normal_" and first is not None:
             mean, deviation = (list(args[1:]) + [0.0, 1.0][len(args) - 1 :])[:2]
             return first.copy_(mean + deviation * _normal(self._uniform(first.shape, first.device)))
+        if name == "exponential_" and first is not None:
+            rate = args[1] if len(args) > 1 else kwargs.get("lambd", 1.0)
+            return first.copy_(-self._uniform(first.shape, first.device).log() / rate)
         if name in ("rand", "randn", "rand_like", "randn_like"):
             like = func(*args, **kwargs)
             uniform = self._uniform(like.shape, like.device)
