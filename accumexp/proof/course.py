@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections import Counter
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from .certificate import Check
 from .everyone import everyone, worst
 from .gradients import DOUBLE, Compared, check_of, compare
 from .larger import norm
-from .problem import Batch, Problem, Start, cast, whole
+from .problem import Batch, Ids, Problem, Start, cast, whole
 from .watch import Seen
 from .wide import computing
 
@@ -88,11 +89,12 @@ class Course:
         size = batch_size(batch)
         every = everyone((seen.micro_batches, seen.sizes))
         if all(micro is not None for found, _ in every for micro in found):
-            ids = sorted(number for found, _ in every for micro in found for number in micro or ())
+            # Ranks cannot tell equal samples apart, so those are counted together.
+            alike = Ids.of(batch[0]).alike()
+            ids = Counter(alike[number] for found, _ in every for micro in found for number in micro or ())
             # A rank without samples of its own sees one as padding, so none may be lost, and none doubled
             # is told by the gradient.
-            missed = size - len(set(ids))
-            self._keep("samples", missed)
+            self._keep("samples", (Counter(alike.values()) - ids).total())
         else:
             self._keep("samples", abs(size - sum(sum(sizes) for _, sizes in every)))
 

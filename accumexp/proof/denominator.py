@@ -13,7 +13,7 @@ from .draws import drawing
 from .everyone import everyone
 from .gradients import DOUBLE
 from .larger import Gradient, larger_batch, loss_weight, norm
-from .problem import Batch, Problem, cast, rows
+from .problem import Batch, Ids, Problem, cast, rows
 from .wide import computing
 
 # A mixture of micro-batch gradients explains a window if no more than this is left, relative.
@@ -104,6 +104,8 @@ def mixture(
         left = _left(found, counts, columns)
     last = counts.pop() if before is not None else 0.0
     times = Counter(number for ids in every for number in ids or ())
+    if max(Counter(Ids.of(batch[0]).alike().values()).values()) > 1:
+        times = Counter(range(batch_size(batch)))  # of equal samples nobody knows which was seen
     unseen = [number for number in range(batch_size(batch)) if number not in times]
     doubled = [number for number, count in sorted(times.items()) if count > 1]
     return Mixture(counts, items, [len(ids or ()) for ids in every], unseen, doubled, last, left)
