@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,8 +23,10 @@ from accumexp.proof.problem import Problem, cast, rows
 from accumexp.proof.wide import computing
 
 from .clean_models import Attention
+from .ranks import on_ranks
 from .reference import classification, larger_batch_gradient, relative_error, small_model
 from .wrong_loops import STEPS, classifier, right, samples, split
+from .wrong_ranks import right as right_ranks
 
 
 def problem_of(model: nn.Module, loss: Any, batch: Any, steps: int = STEPS) -> Problem:
@@ -349,3 +352,32 @@ def test_accelerates_documented_loop_is_right_only_where_steps_divide() -> None:
     assert "3 micro-batches divided by 4" in str(classes)
     assert "count alike, though they weigh (5, 12, 20, 28)" in str(tokens)
     assert certified("one step", 6).verdict == "proved"
+
+
+def few_are_skipped(model: Any, optimizer: Any, batch: Any, steps: int) -> None:
+    """Leaves out a last micro-batch of one sample, as loops with BatchNorm do."""
+    for inputs, targets in split(batch):
+        if len(targets) > 1:
+            (nn.functional.cross_entropy(model(inputs), targets, reduction="sum") / len(batch[1])).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def test_a_last_micro_batch_of_one_sample_is_tried() -> None:
+    found = certify(few_are_skipped, classifier(), nn.CrossEntropyLoss(), samples(), STEPS, updates=0)
+    assert str(found) == "not proved: of the batch's samples 12 is never seen"
+
+
+def equal_samples(dropout: float) -> str:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 9), nn.Dropout(dropout), nn.Linear(9, 5))
+    inputs, targets = samples()
+    batch = inputs[torch.arange(len(inputs)) // 2], targets
+    prepare = nn.parallel.DistributedDataParallel
+    return str(certify(right_ranks, model, nn.CrossEntropyLoss(), batch, STEPS, updates=3, prepare=prepare))
+
+
+def test_equal_samples_on_several_ranks_are_all_seen(tmp_path: Path) -> None:
+    assert on_ranks(2, tmp_path / "plain", equal_samples, 0.0) == ["proved"] * 2
+    drawn = "proved up to dropout draws (1 (Dropout))"
+    assert on_ranks(2, tmp_path / "drawn", equal_samples, 0.3) == [drawn] * 2

@@ -19,21 +19,37 @@ from .course import BITS, SHARDED, states
 from .draws import drawing
 from .everyone import everyone, ranks, worst
 from .gradients import DOUBLE
-from .larger import larger_batch
+from .larger import call, larger_batch
 from .problem import Batch, Problem, Start, cast, rows, whole
 from .watch import Seen, observe
 from .wide import computing
 
 
 def ragged(problem: Problem, batch: Batch) -> list[tuple[str, Batch]]:
-    """Last windows of an epoch, made of `batch`: short of samples, of a micro-batch, and of both."""
+    """Last windows of an epoch, made of `batch`: short of samples, of a micro-batch, and of both.
+
+    In one of them the last micro-batch has a single sample on each rank, if the model takes that.
+    """
     size, micro = batch_size(batch), problem.micro_batch
     half = (micro + 1) // 2
+    sizes = [size - micro, size - micro - half, size - half]
+    if ranks() < micro and _takes(problem, rows(batch, slice(0, 1))):
+        sizes.append(size - micro + ranks())
     return [
         (f"{left} of {size} samples", rows(batch, slice(0, left)))
-        for left in dict.fromkeys((size - micro, size - micro - half, size - half))
+        for left in dict.fromkeys(sizes)
         if 0 < left < size and left >= ranks()
     ]
+
+
+def _takes(problem: Problem, batch: Batch) -> bool:
+    """Whether the model can be trained on `batch`: a norm over samples cannot on a single one."""
+    try:
+        with torch.no_grad(), computing(DOUBLE), drawing(problem, problem.model, batch):
+            call(narrowed(problem.model, DOUBLE), cast(batch, DOUBLE)[0])
+    except (ValueError, RuntimeError):
+        return False
+    return True
 
 
 def weighted(problem: Problem, batch: Batch) -> Batch | None:
