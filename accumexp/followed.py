@@ -24,7 +24,6 @@ from .data import Batch
 from .display import Progress
 from .proof.certificate import Check
 from .proof.course import BITS, Course, states
-from .proof.draws import drawing
 from .proof.everyone import everyone
 from .proof.gradients import DOUBLE
 from .proof.problem import Batch as Whole
@@ -193,7 +192,6 @@ class Follower(Callback):
         assert batch is not None
         self.batch, numbers = whole_batch(batch)
         self.epochs.setdefault(trainer.progress.epoch, []).extend(numbers)
-        self._open.enter_context(drawing(self.problem, self.start.inner, self.batch))
         arrivals = self.problem.scaling is not None
         self.seen: Seen = self._open.enter_context(watching(self.start, self.batch, arrivals))
 

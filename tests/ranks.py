@@ -16,7 +16,12 @@ from .forked import CONTEXT
 
 
 def on_ranks(
-    size: int, folder: Path, function: Callable[..., Any], *arguments: Any, cuda: bool = False
+    size: int,
+    folder: Path,
+    function: Callable[..., Any],
+    *arguments: Any,
+    cuda: bool = False,
+    seconds: float = 120,
 ) -> list[Any]:
     """What `function(*arguments)` returns on each of `size` ranks; tensors and plain values.
 
@@ -31,7 +36,7 @@ def on_ranks(
     for rank in ranks:
         rank.start()
     for rank in ranks:
-        rank.join(120)
+        rank.join(seconds)
     failed = sorted(folder.glob("error-*"))
     assert not failed, "\n".join(path.read_text() for path in failed)
     assert [rank.exitcode for rank in ranks] == [0] * size

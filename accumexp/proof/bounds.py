@@ -30,6 +30,7 @@ from ..accum.batch import tensors
 from .draws import drawing
 from .larger import Gradient, Larger, clipped, larger_batch, norm
 from .problem import Batch, Problem, cast, rows
+from .wide import computing
 
 LAMBDA = 8.0
 WINDOWS = 7
@@ -69,18 +70,34 @@ def expected(problem: Problem, batch: Batch, model: nn.Module, clip_norm: float 
     samples = len(_first(batch))
     factor = 1.0 if clip_norm is None else min(1.0, clip_norm / (size + 1e-6))
     lost = {name: float((coarse.gradient[name].double() - g).norm()) for name, g in exact.gradient.items()}
-    numbers = sum(g.numel() for g in exact.gradient.values())
-    # A clipped gradient has the rounding of its norm too, a sum over all parameters.
-    clip = 0.0 if factor == 1 else LAMBDA * math.sqrt(numbers) * U64
+    clip = clipping(clip_norm, exact.gradient, torch.float64)
     bound = {
-        name: factor
-        * (LAMBDA * 2.0**-29 * error + samples * U64 * size + clip * float(exact.gradient[name].norm()))
+        name: factor * (LAMBDA * 2.0**-29 * error + (samples * U64 + clip) * size)
         for name, error in lost.items()
     }
     loss = float(exact.loss)
     lost_loss = abs(float(coarse.loss.double()) - loss)
     loss_bound = LAMBDA * 2.0**-29 * lost_loss + samples * U64 * max(abs(loss), U64)
     return Expected(exact, clipped(exact.gradient, clip_norm), size, bound, loss_bound)
+
+
+def clipping(clip_norm: float | None, gradient: Gradient, dtype: torch.dtype) -> float:
+    """How much clipping `gradient` in `dtype` may round, relative to it.
+
+    torch.nn.utils.clip_grad_norm_ rounds the norm of each parameter's, the norm of those, its sum with 1e-6,
+    the quotient and every product. A sum of d squares comes to it, of which the root halves the error: in
+    fp64 one after the other, with lambda = 8 as above, and for narrower ones at least in fp32 and in pairs.
+    """
+    if clip_norm is None or norm(gradient) <= clip_norm * (1 - 1e-2):
+        return 0.0
+    count = max(2, sum(g.numel() for g in gradient.values()))
+    added = LAMBDA * math.sqrt(count) * U64 if dtype is torch.float64 else math.log2(count) * U32
+    return 5 * roundoff(dtype) + added / 2
+
+
+def roundoff(dtype: torch.dtype) -> float:
+    """The relative error of rounding a number to `dtype`, at most."""
+    return torch.finfo(dtype).eps / 2
 
 
 def in_precision(
@@ -97,7 +114,7 @@ def in_precision(
     """
     with problem.loss_in(torch.promote_types(dtype, torch.float32)) as loss:
         given = cast(batch, dtype)
-        with drawing(problem, model, given, numbers):
+        with computing(dtype), drawing(problem, model, given, numbers):
             return larger_batch(model, loss, given, autocast)
 
 

@@ -15,6 +15,7 @@ from .draws import fixed_draws
 from .gradients import DOUBLE
 from .larger import call, mean_loss
 from .problem import Batch, Problem, cast
+from .wide import computing
 
 # In fp64 a sample's result moves by less than this where only the other samples change.
 NOTHING = 1e-8
@@ -49,27 +50,37 @@ def coupling_modules(problem: Problem, batch: Batch) -> list[Coupling]:
             buffers = {n: b.clone() for n, b in module.named_buffers()}
             with draws.modules.again(name or "(model)", half):
                 part = module(*_half(arguments, half), **_half(keywords, half))
+            with draws.modules.again(name or "(model)", samples):
+                same = module(*arguments, **keywords)
             for n, b in module.named_buffers():
                 b.copy_(buffers[n])
         except (RuntimeError, ValueError, IndexError):
             return  # a module that cannot take half a batch is judged by the one around it
         finally:
             trying[0] = False
-        effect = max(
-            float((p - w[:half]).norm() / w[:half].norm().clamp_min(1e-300))
-            for p, w in zip(_floats(part), _floats(outputs), strict=True)
-        )
-        if effect > NOTHING:
+        # A module that is not the same twice, for reasons outside torch, need not couple samples.
+        effect = _apart(part, outputs, half)
+        if effect > NOTHING and not _apart(same, outputs, samples) > NOTHING:
             found[name] = Coupling(name or "(model)", type(module).__name__, effect)
 
     handles = [module.register_forward_hook(tried, with_kwargs=True) for module in names]
     try:
-        with torch.no_grad(), fixed_draws(model, cast(batch, DOUBLE), problem.seed) as draws:
+        with (
+            torch.no_grad(),
+            computing(DOUBLE),
+            fixed_draws(model, cast(batch, DOUBLE), problem.seed) as draws,
+        ):
             call(model, inputs)
     finally:
         for handle in handles:
             handle.remove()
     return list(found.values())
+
+
+def _apart(part: Any, outputs: Any, rows: int) -> float:
+    """How far the first `rows` of `outputs` are from those of `part`, relative."""
+    pairs = zip(_floats(part), _floats(outputs), strict=True)
+    return max(float((p - w[:rows]).norm() / w[:rows].norm().clamp_min(1e-300)) for p, w in pairs)
 
 
 def loss_couples(problem: Problem, batch: Batch) -> float:
@@ -93,7 +104,7 @@ def loss_couples(problem: Problem, batch: Batch) -> float:
         moved[half:] += noise[half:] * tensor.detach().std().clamp_min(1e-3)
         return moved
 
-    with problem.loss_in(DOUBLE) as loss:
+    with problem.loss_in(DOUBLE) as loss, computing(DOUBLE):
         one = _gradient_of(loss, outputs, batch[1])
         other = _gradient_of(loss, map_tensors(changed, outputs), batch[1])
     top = sum(float((b[:half] - a[:half]).square().sum()) for a, b in zip(one, other, strict=True))

@@ -10,19 +10,21 @@ from __future__ import annotations
 import copy
 import math
 import warnings
+from collections import Counter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..accum.batch import batch_size
-from .bounds import Expected, expected
+from .bounds import U32, Expected, expected
 from .certificate import Cause, Check
 from .everyone import everyone, worst
 from .gradients import DOUBLE, Compared, check_of, compare
 from .larger import norm
-from .problem import Batch, Problem, Start, cast, whole
+from .problem import Batch, Ids, Problem, Start, cast, whole
 from .watch import Seen
+from .wide import computing
 
 BITS = "the same arithmetic on the same gradient: not a bit may differ"
 # Of a model with more than LARGE parameters the larger batch is computed in the first updates, in every
@@ -54,6 +56,7 @@ class Course:
         self.schedule = problem.scheduler(self.optimizer) if problem.scheduler else None
         self.updates = 0
         self.acted = 0
+        self.diverged = False
         self._gradient: tuple[int, Compared] = (0, Compared(0.0, 0.0, "", 0.0, 0.0))
         self._loss: tuple[int, float, float] = (0, 0.0, 1.0)
         self._logged = False
@@ -67,24 +70,36 @@ class Course:
 
     def follow(self, batch: Batch, seen: Seen) -> None:
         """Compares the update that the loop has just made on the whole `batch` with the larger batch's."""
-        self.updates += 1
+        if self.diverged:
+            return
         size = batch_size(batch)
         self._full = max(self._full, size)
-        if self.updates <= CLOSELY or self.updates % self._every == 0 or size < self._full:
-            self._gradients(batch, seen)
-        self._samples(size, seen)
+        number = self.updates + 1
+        if number <= CLOSELY or number % self._every == 0 or size < self._full:
+            self._gradients(number, batch, seen)
+            if self.diverged:
+                return
+        self.updates = number
+        self._samples(batch, seen)
         self._keep("number of updates", abs(seen.steps - 1))
         self._rates(seen)
         self._step(seen)
 
-    def _gradients(self, batch: Batch, seen: Seen) -> None:
+    def _gradients(self, number: int, batch: Batch, seen: Seen) -> None:
         right = expected(self.problem, cast(batch, DOUBLE), self.model, self.problem.clip_norm)
+        figures = [right.size, right.loss, right.loss_bound, *right.bound.values()]
+        if not all(everyone(all(map(math.isfinite, figures)))):
+            # From here on the larger batch itself is beyond fp32's range.
+            self.diverged = True
+            return
         self.acted += self.problem.clip_norm is not None and right.size > self.problem.clip_norm
         found = compare(seen.gradient, right)
         if not found.ratio <= self._gradient[1].ratio and not math.isnan(self._gradient[1].ratio):
-            self._gradient = (self.updates, found)
-        self.losses[self.updates] = (right.loss, right.loss_bound)
-        self._scale(seen, right)
+            self._gradient = (number, found)
+        # Logs are kept in fp32, added up and rounded once more.
+        logged = (len(seen.sizes) + 1) * U32 * abs(right.loss)
+        self.losses[number] = (right.loss, right.loss_bound + logged)
+        self._scale(number, seen, right)
 
     def logged(self, update: int, loss: float) -> None:
         """Compares what the loop logged as the loss of `update`, if its gradient was compared."""
@@ -96,14 +111,16 @@ class Course:
         if not error * self._loss[2] <= self._loss[1] * bound:
             self._loss = (update, error, bound)
 
-    def _samples(self, size: int, seen: Seen) -> None:
+    def _samples(self, batch: Batch, seen: Seen) -> None:
+        size = batch_size(batch)
         every = everyone((seen.micro_batches, seen.sizes))
         if all(micro is not None for found, _ in every for micro in found):
-            ids = sorted(number for found, _ in every for micro in found for number in micro or ())
+            # Ranks cannot tell equal samples apart, so those are counted together.
+            alike = Ids.of(batch[0]).alike()
+            ids = Counter(alike[number] for found, _ in every for micro in found for number in micro or ())
             # A rank without samples of its own sees one as padding, so none may be lost, and none doubled
             # is told by the gradient.
-            missed = size - len(set(ids))
-            self._keep("samples", missed)
+            self._keep("samples", (Counter(alike.values()) - ids).total())
         else:
             self._keep("samples", abs(size - sum(sum(sizes) for _, sizes in every)))
 
@@ -114,12 +131,12 @@ class Course:
         pairs = zip(seen.rates or right, right, strict=False)
         self._keep("learning rate", max(_relative(found, rate) for found, rate in pairs))
 
-    def _scale(self, seen: Seen, right: Expected) -> None:
+    def _scale(self, number: int, seen: Seen, right: Expected) -> None:
         if self.problem.scaling is None or not any(everyone(bool(seen.arrived))):
             return
         exact = right.larger.gradient
         top = sum(float((seen.arrived[name] * g).sum()) for name, g in exact.items() if name in seen.arrived)
-        self._scales.append((self.updates, sum(everyone(top)) / (norm(exact) ** 2 or 1.0)))
+        self._scales.append((number, sum(everyone(top)) / (norm(exact) ** 2 or 1.0)))
 
     def _step(self, seen: Seen) -> None:
         """The larger batch's optimizer on the gradient that the loop's was given."""
@@ -128,7 +145,8 @@ class Course:
                 given = None if seen.gradient is None or name in seen.absent else seen.gradient.get(name)
                 parameter.grad = given if given is None else given.to(parameter)
         if seen.gradient is not None:
-            self.optimizer.step()
+            with computing(DOUBLE):  # torch's optimizers count steps in the default dtype
+                self.optimizer.step()
             if self.schedule is not None:
                 self.schedule.step()
         loops = self.start.parameters()
@@ -167,9 +185,10 @@ class Course:
         over = f"{self.updates} updates"
         some = f", {len(self.losses)} of them compared" if len(self.losses) < self.updates else ""
         number, found = self._gradient
+        after = ", after which the larger batch itself diverges" if self.diverged else ""
         clip = f", clipped in {self.acted}" if self.problem.clip_norm is not None else ""
         detail = f"update {number}" if number else over
-        checks = [check_of(f"gradient, {over}", found, detail + some + clip)]
+        checks = [check_of(f"gradient, {over}", found, detail + some + clip + after)]
         sharded = any(hasattr(p, "full_tensor") for p in self.start.parameters().values())
         for name in ("parameters", "optimizer state"):
             checks.append(self._bits(f"{name}, {over}", name, SHARDED if sharded else 0.0))
@@ -188,7 +207,8 @@ class Course:
                     error,
                     bound if number else 0.0,
                     "loss",
-                    "fp64 rounding of the larger batch's mean loss, as for the gradient",
+                    "fp64 rounding of the larger batch's mean loss, and of one that is added up in fp32: "
+                    "(N+1) u of it",
                     f"worst at update {number}" if number else "no difference",
                 )
             )

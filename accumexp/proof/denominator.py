@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+from ..accum.batch import batch_size
 from .draws import drawing
 from .everyone import everyone
 from .gradients import DOUBLE
 from .larger import Gradient, larger_batch, loss_weight, norm
-from .problem import Batch, Problem, cast, rows
+from .problem import Batch, Ids, Problem, cast, rows
+from .wide import computing
 
 # A mixture of micro-batch gradients explains a window if no more than this is left, relative.
 LEFT = 1e-6
@@ -25,6 +28,7 @@ class Mixture:
         counts: the numbers, in the order of the micro-batches, of all ranks one after the other.
         items: what each micro-batch weighs: samples, or valid items.
         samples: in each micro-batch.
+        unseen, doubled: samples of the batch that are in no micro-batch, and in more than one.
         before: how much the window before still counts; should be 0.
         left: what the mixture leaves unexplained, relative.
     """
@@ -32,12 +36,20 @@ class Mixture:
     counts: list[float]
     items: list[float]
     samples: list[int]
+    unseen: list[int]
+    doubled: list[int]
     before: float
     left: float
 
     @property
     def explains(self) -> bool:
         return self.left <= LEFT
+
+    @property
+    def right(self) -> bool:
+        """Whether every sample counts as it should, as far as the mixture tells."""
+        whole = not self.unseen and not self.doubled and abs(self.before) <= LEFT
+        return whole and all(abs(count - 1) <= LEFT for count in self.counts)
 
     @property
     def alike(self) -> bool:
@@ -67,7 +79,7 @@ def mixture(
         weight = loss_weight(loss, batch[1])
         for ids in every:
             part = rows(batch, torch.tensor(ids, device=problem.device))
-            with drawing(problem, model, batch):
+            with computing(DOUBLE), drawing(problem, model, batch):
                 columns.append(larger_batch(model, loss, part, weight=weight).gradient)
             items.append(float(loss_weight(loss, part[1])))
     if before is not None:
@@ -75,14 +87,28 @@ def mixture(
     # The normal equations are as small as the window has micro-batches, whatever the model's size.
     gram = torch.tensor([[_dot(a, b) for b in columns] for a in columns], dtype=DOUBLE)
     right = torch.tensor([[_dot(a, found)] for a in columns], dtype=DOUBLE)
-    solution = torch.linalg.lstsq(gram, right, driver="gelsd").solution
-    mixed = dict(found)
-    for count, column in zip(solution[:, 0].tolist(), columns, strict=True):
-        mixed = {name: value - count * column[name] for name, value in mixed.items()}
-    left = norm(mixed) / (norm(found) or 1.0)
-    counts = [float(value) for value in solution[:, 0]]
+    # Many micro-batches of a small model have more than one mixture: the usual mistakes come first.
+    counts = []
+    left = 1.0
+    for usual in _usual(items) if before is None else ():
+        shape = torch.tensor([usual], dtype=DOUBLE).T
+        below = float(shape.T @ gram @ shape)
+        factor = float(shape.T @ right) / below if below else 0.0
+        counts = [factor * value for value in usual]
+        left = _left(found, counts, columns)
+        if left <= LEFT:
+            break
+    else:
+        solution = torch.linalg.lstsq(gram, right, driver="gelsd").solution
+        counts = [float(value) for value in solution[:, 0]]
+        left = _left(found, counts, columns)
     last = counts.pop() if before is not None else 0.0
-    return Mixture(counts, items, [len(ids or ()) for ids in every], last, left)
+    times = Counter(number for ids in every for number in ids or ())
+    if max(Counter(Ids.of(batch[0]).alike().values()).values()) > 1:
+        times = Counter(range(batch_size(batch)))  # of equal samples nobody knows which was seen
+    unseen = [number for number in range(batch_size(batch)) if number not in times]
+    doubled = [number for number, count in sorted(times.items()) if count > 1]
+    return Mixture(counts, items, [len(ids or ()) for ids in every], unseen, doubled, last, left)
 
 
 def reading(problem: Problem, mixed: Mixture, ranks: int) -> tuple[str, str]:
@@ -102,6 +128,12 @@ def reading(problem: Problem, mixed: Mixture, ranks: int) -> tuple[str, str]:
             f"micro-batch {names} of {windows} does not count",
             "step after the window's last micro-batch, and reset gradients only then",
         )
+    for numbers, what, advice in (
+        (mixed.unseen, "never seen", "let no sample of the window's batch fall away, whatever its size"),
+        (mixed.doubled, "counted more than once", "cut the batch into micro-batches that do not overlap"),
+    ):
+        if numbers:
+            return f"of the batch's samples {_numbers(numbers)} {_are(numbers)} {what}", advice
     if mixed.alike:
         return _factor(problem, counts[0], windows, ranks)
     total = sum(items)
@@ -135,9 +167,31 @@ def _factor(problem: Problem, count: float, windows: int, ranks: int) -> tuple[s
     return (f"{reason}: {why}" if why else reason), "divide by the window's own weight, once"
 
 
+def _numbers(values: list[int]) -> str:
+    return ", ".join(map(str, values[:6])) + (f" and {len(values) - 6} more" if len(values) > 6 else "")
+
+
+def _are(values: list[int]) -> str:
+    return "is" if len(values) == 1 else "are"
+
+
 def _list(values: list[float]) -> str:
     shown = ", ".join(f"{value:.4g}" for value in values[:6])
     return f"({shown}{', ...' if len(values) > 6 else ''})"
+
+
+def _usual(items: list[float]) -> list[list[float]]:
+    """All items alike, and all micro-batches alike."""
+    mean = sum(items) / len(items)
+    return [[1.0] * len(items), [mean / weight if weight else 0.0 for weight in items]]
+
+
+def _left(found: Gradient, counts: list[float], columns: list[Gradient]) -> float:
+    """What the mixture of `columns` leaves of `found`, relative."""
+    mixed = dict(found)
+    for count, column in zip(counts, columns, strict=True):
+        mixed = {name: value - count * column[name] for name, value in mixed.items()}
+    return norm(mixed) / (norm(found) or 1.0)
 
 
 def _dot(one: Gradient, other: Gradient) -> float:

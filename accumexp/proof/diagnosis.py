@@ -19,6 +19,7 @@ from .gradients import DOUBLE, Compared, compare
 from .larger import call, norm
 from .problem import Batch, Problem, Start, cast
 from .watch import Seen, observe
+from .wide import computing
 
 ADVICE = {
     "draws": "none needed: a window draws anew by micro-batch, as another run of the larger batch would",
@@ -53,7 +54,7 @@ def drawing_modules(problem: Problem, batch: Batch) -> tuple[dict[str, set[str]]
     """(operators that draw, by module; those that cannot be held fixed) in a pass over `batch`."""
     model = narrowed(problem.model, DOUBLE)
     given = cast(batch, DOUBLE)
-    with torch.no_grad(), fixed_draws(model, given, problem.seed) as draws:
+    with torch.no_grad(), computing(DOUBLE), fixed_draws(model, given, problem.seed) as draws:
         call(model, given[0])
     return draws.drawn, draws.unknown
 
@@ -91,6 +92,18 @@ def why_draws(problem: Problem, batch: Batch, drawn: dict[str, set[str]]) -> tup
         excused=True,
     )
     return held, [cause]
+
+
+def unheld(drawn: dict[str, set[str]], unknown: set[str]) -> Cause:
+    """Draws that could not be held fixed: what else is wrong cannot be told from them."""
+    return Cause(
+        "random draws",
+        ", ".join(sorted(name for name, operators in drawn.items() if operators & unknown)),
+        f"draws of {', '.join(sorted(unknown))} cannot be held fixed by sample, so nothing is certified",
+        math.nan,
+        "",
+        "leave these draws out for the proof, or make them of rand, randn, bernoulli or exponential_",
+    )
 
 
 def diagnose(problem: Problem, failed: Sequence[Check], batch: Batch, ragged: Sequence[Batch]) -> list[Cause]:
@@ -177,11 +190,13 @@ def _mixed(problem: Problem, batch: Batch, seen: Trial) -> list[Cause]:
         factor = problem.clip_norm / (right.size + 1e-6)
         found = {name: g / factor for name, g in found.items()}
     mixed = mixture(problem, batch, model, found, seen.seen.micro_batches)
-    if mixed is None or not mixed.explains:
-        return []
-    reason, advice = reading(problem, mixed, ranks())
-    shown = f"the micro-batches' own gradients times those counts leave {mixed.left:.1g} of it"
-    return [_cause("wrong denominator", reason, seen, shown, advice)]
+    causes = []
+    if mixed is not None and mixed.explains and not mixed.right:
+        reason, advice = reading(problem, mixed, ranks())
+        shown = f"the micro-batches' own gradients times those counts leave {mixed.left:.1g} of it"
+        causes.append(_cause("wrong denominator", reason, seen, shown, advice))
+    # Ranks whose gradients differ would read them differently, and wait for each other for ever.
+    return everyone(causes)[0]
 
 
 def carried(problem: Problem, batches: Sequence[Batch]) -> list[Cause]:
@@ -198,6 +213,9 @@ def carried(problem: Problem, batches: Sequence[Batch]) -> list[Cause]:
     if not all(everyone(first.gradient is not None and second.gradient is not None)):
         return []
     assert first.gradient is not None and second.gradient is not None
+    right = expected(problem, cast(batches[1], DOUBLE), model, problem.clip_norm)
+    if compare(second.gradient, right).equal:
+        return []
     mixed = mixture(problem, batches[1], model, second.gradient, second.micro_batches, first.gradient)
     if mixed is None or not mixed.explains or (mixed.alike and abs(mixed.before) <= 1e-6):
         return []
@@ -222,7 +240,16 @@ def _unstable(problem: Problem, batch: Batch, seen: Trial) -> list[Cause]:
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
     if not still.found.equal:
-        return []
+        return [
+            Cause(
+                "unrepeatable",
+                "",
+                "the same window gives another gradient each time",
+                seen.error,
+                "with deterministic kernels too: something draws that is not of torch",
+                "draw with torch, whose generators can be seeded",
+            )
+        ]
     return [
         Cause(
             "non-deterministic kernels",
@@ -258,14 +285,16 @@ def of_buffers(problem: Problem, check: Check, updates: int) -> Cause:
 def of_precision(problem: Problem, checks: Sequence[Check]) -> list[Cause]:
     """Gradients that were added in too low a precision, where fp64 adds the same ones right."""
     added = next((c for c in checks if c.name.startswith("addition") and not c.passed), None)
-    if added is None:
+    if added is None or any(c.name == "gradient, fp64" and not c.passed for c in checks):
         return []
     name = str(problem.dtype).removeprefix("torch.")
+    low = torch.finfo(problem.dtype).eps > torch.finfo(torch.float32).eps
+    kept = f"added in {name}" if low else f"kept in less than {name}"
     return [
         Cause(
             "low-precision accumulation",
             "",
-            f"{problem.steps} gradients are added in {name}, off by {added.figure:.2g} where rounding the "
+            f"{problem.steps} gradients are {kept}, off by {added.figure:.2g} where rounding the "
             f"sum once gives {added.bound:.2g}",
             added.figure,
             "in fp64 the same window is the larger batch",

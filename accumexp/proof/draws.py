@@ -33,6 +33,7 @@ class Modules:
         self.turns: dict[str, int] = {}
         self._entered: dict[str, dict[str, int]] = {}
         self._ids = ids
+        self._alike = ids.alike()
         self._taken: dict[bytes, int] = {}
         self._next = 0
         self.names = {module: name or "(model)" for name, module in model.named_modules()}
@@ -54,7 +55,8 @@ class Modules:
                 size = _rows(given)
                 rows = list(range(self._next, self._next + size))
                 self._next += size
-            self.rows = rows
+            # Equal samples draw alike: which of them a rank has, nobody can tell.
+            self.rows = [self._alike.get(number, number) for number in rows]
         self.stack.append(self.names[module])
         self._entered[self.name] = dict(self.turns)
 
@@ -132,6 +134,9 @@ class FixedDraws(TorchDispatchMode):
         if name == "normal_" and first is not None:
             mean, deviation = (list(args[1:]) + [0.0, 1.0][len(args) - 1 :])[:2]
             return first.copy_(mean + deviation * _normal(self._uniform(first.shape, first.device)))
+        if name == "exponential_" and first is not None:
+            rate = args[1] if len(args) > 1 else kwargs.get("lambd", 1.0)
+            return first.copy_(-self._uniform(first.shape, first.device).log() / rate)
         if name in ("rand", "randn", "rand_like", "randn_like"):
             like = func(*args, **kwargs)
             uniform = self._uniform(like.shape, like.device)

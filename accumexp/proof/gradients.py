@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+import torch.distributed as dist
 
 from .bounds import (
     LARGER,
@@ -13,9 +14,11 @@ from .bounds import (
     U32,
     WINDOWS,
     Expected,
+    clipping,
     expected,
     in_precision,
     narrowed,
+    roundoff,
     shuffled,
 )
 from .certificate import Check
@@ -120,15 +123,16 @@ def precision_checks(problem: Problem, name: str) -> list[Check]:
         exact = in_precision(problem, narrowed(problem.model, DOUBLE), cast(batch, DOUBLE), DOUBLE).gradient
         size = norm(exact) or 1.0
         start = Start(problem, problem.dtype)
-        seen = first_update(start, cast(batch, problem.dtype), arrivals=ranks() == 1)
+        seen = first_update(start, cast(batch, problem.dtype), arrivals=True)
         updated &= seen.gradient is not None
         if seen.gradient is None:
             continue
         right = clipped(exact, problem.clip_norm)
         factor = (norm(right) or 1.0) / size
         _add(inside, _errors(seen.gradient, right), 1 / (size * factor))
-        if seen.arrived:
+        if seen.arrived and ranks() == 1:
             additions.append(_addition(problem, seen))
+        seen = over_ranks(seen)
         roundings = _roundings(problem, seen)
         for order, numbers in ((batch, None), shuffled(batch, 100 + number)):
             larger = in_precision(
@@ -139,20 +143,24 @@ def precision_checks(problem: Problem, name: str) -> list[Check]:
                 problem.autocast,
                 numbers,
             )
-            errors = _errors(larger.gradient, exact)
-            _add(outside, {key: e + roundings.get(key, 0.0) / factor for key, e in errors.items()}, 1 / size)
+            _add(outside, _errors(larger.gradient, exact), 1 / size)
+        # What N roundings of the micro-batches' parts add to the one of the larger batch's, and clipping.
+        clip = clipping(problem.clip_norm, exact, problem.dtype)
+        for key, errors in outside.items():
+            own = norm(exact) if key == WHOLE else float(exact[key].norm())
+            errors[-1] += roundings.get(key, 0.0) / (size * factor) + clip * own / size
     if not all(everyone(updated)):
         return [Check(f"gradient, {name}", math.inf, 0.0, "relative", NEAREST, "no update was made")]
     nearest = {key: worst(everyone(_nearest(errors))) for key, errors in inside.items()}
     farthest = {
         key: max(errors) if all(map(math.isfinite, errors)) else -1.0 for key, errors in outside.items()
     }
-    at = max(nearest, key=lambda key: _over(nearest[key], farthest[key]))
+    at = max(nearest, key=lambda key: _order(_over(nearest[key], farthest[key])))
     checks = [
         Check(f"gradient, {name}", nearest[at], farthest[at], "relative", NEAREST, f"worst at {at}"),
     ]
     if additions:
-        at, error, bound = max(additions, key=lambda found: _over(found[1], found[2]))
+        at, error, bound = max(additions, key=lambda found: _order(_over(found[1], found[2])))
         checks.append(Check(f"addition, {name}", error, bound, "relative", ONCE, f"worst at {at}"))
     return checks
 
@@ -183,11 +191,27 @@ def first_update(start: Start, batch: Batch, arrivals: bool = False) -> Seen:
     return seen
 
 
+def over_ranks(seen: Seen) -> Seen:
+    """`seen` with what arrived on all ranks together; nothing where not every rank saw all of it."""
+    if ranks() == 1:
+        return seen
+    names = sorted(seen.arrived)
+    every = everyone((names, seen.arrived_norms, seen.arrivals))
+    if any(other != names for other, _, _ in every) or not names:
+        return replace(seen, arrived={}, arrived_norms={})
+    flat = torch.cat([seen.arrived[name].flatten() for name in names])
+    dist.all_reduce(flat)
+    parts = flat.split([seen.arrived[name].numel() for name in names])
+    arrived = {name: part.view_as(seen.arrived[name]) for name, part in zip(names, parts, strict=True)}
+    norms = {name: sum(own[name] for _, own, _ in every) for name in names}
+    return replace(seen, arrived=arrived, arrived_norms=norms, arrivals=sum(count for *_, count in every))
+
+
 def _roundings(problem: Problem, seen: Seen) -> dict[str, float]:
     """The norm that rounding each micro-batch's part, and adding the parts in fp32, can add at most."""
     if not seen.arrived or seen.gradient is None:
         return {}
-    u = torch.finfo(problem.autocast or problem.dtype).eps / 2
+    u = roundoff(problem.autocast or problem.dtype)
     factor = abs(_factor(seen.gradient, seen.arrived)) * (u + max(0, seen.arrivals - 1) * U32)
     parts = {name: factor * value for name, value in seen.arrived_norms.items()}
     return {**parts, WHOLE: math.sqrt(sum(value * value for value in parts.values()))}
@@ -205,17 +229,22 @@ def _addition(problem: Problem, seen: Seen) -> tuple[str, float, float]:
     assert seen.gradient is not None
     factor = _factor(seen.gradient, seen.arrived)
     size = norm(seen.gradient) or 1.0
-    # Unscaling is exact; clipping rounds every number once more.
-    changes = 2 if problem.clip_norm is not None else 1
-    worst_one = ("", 0.0, 0.0)
+    # Unscaling and clipping round every number once more.
+    again = problem.clip_norm is not None or problem.scaling is not None
+    errors, bounds, sizes = {}, {}, {}
     for name, arrived in seen.arrived.items():
-        exact = arrived * factor
-        error = float((seen.gradient[name].double() - exact).norm())
-        once = float((exact.to(seen.gradient[name].dtype).double() - exact).norm())
-        u = torch.finfo(seen.gradient[name].dtype).eps / 2
+        dtype = seen.gradient[name].dtype
+        sizes[name] = abs(factor) * float(arrived.norm())
+        errors[name] = float((seen.gradient[name].double() - arrived * factor).norm())
+        once = abs(factor) * float((arrived.to(dtype).double() - arrived).norm())
         terms = abs(factor) * seen.arrived_norms[name]
-        # The factor is itself known from rounded numbers: to one rounding of the whole.
-        bound = changes * once + max(0, seen.arrivals - 1) * U32 * terms + u * float(exact.norm()) * 0.25
-        if _over(error, bound) >= _over(worst_one[1], worst_one[2]):
-            worst_one = (name, error, bound)
-    return worst_one[0], worst_one[1] / size, worst_one[2] / size
+        bounds[name] = once + max(0, seen.arrivals - 1) * U32 * terms + again * roundoff(dtype) * sizes[name]
+    # The factor is itself found from rounded numbers: by Cauchy and Schwarz it is off by their error at most.
+    slack = math.sqrt(sum(b * b for b in bounds.values()) / (sum(s * s for s in sizes.values()) or 1.0))
+    bounds = {name: bound + slack * sizes[name] for name, bound in bounds.items()}
+    name = max(errors, key=lambda key: _order(_over(errors[key], bounds[key])))
+    return name, errors[name] / size, bounds[name] / size
+
+
+def _order(ratio: float) -> float:
+    return math.inf if math.isnan(ratio) else ratio

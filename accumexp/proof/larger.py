@@ -84,6 +84,8 @@ def mean_loss(loss: Callable[..., Any], outputs: Any, targets: Any) -> Tensor:
     if sums := getattr(loss, "total", None):
         return sums(outputs, targets) / loss.weight(targets)  # type: ignore[attr-defined]
     value = loss(outputs, targets)
+    if value.dim() and isinstance(loss, nn.CrossEntropyLoss | nn.NLLLoss):
+        return value.sum() / loss_weight(loss, targets)  # reduction="none" changes no mean's denominator
     return value.mean() if value.dim() else value
 
 
@@ -95,6 +97,8 @@ def loss_weight(loss: Callable[..., Any], targets: Any) -> float | Tensor:
     """
     if hasattr(loss, "total"):
         return loss.weight(targets)  # type: ignore[attr-defined]
+    if getattr(loss, "reduction", None) == "sum":
+        return 1.0  # nothing is divided
     if isinstance(loss, nn.CrossEntropyLoss | nn.NLLLoss) and not targets.is_floating_point():
         counted = targets[targets != loss.ignore_index]
         return float(len(counted)) if loss.weight is None else loss.weight[counted].sum()

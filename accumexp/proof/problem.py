@@ -184,6 +184,10 @@ class Ids:
             ids.known.setdefault(key, []).append(number)
         return ids
 
+    def alike(self) -> dict[int, int]:
+        """Of every sample the first one that is equal to it."""
+        return {number: same[0] for same in self.known.values() for number in same}
+
     def find(self, arguments: Any, taken: dict[bytes, int]) -> list[int] | None:
         """The samples that a forward's `arguments` are, or None if any is unknown.
 
@@ -208,6 +212,8 @@ def _keys(batch: Any) -> list[bytes] | None:
         size = batch_size(batch)
     except ValueError:
         return None
+    if not size:
+        return []
     columns = [t.detach().reshape(size, -1).double().cpu() for t in found]
     widest = max(column.shape[1] for column in columns)
     # The widest alone: what is given beside them (a label, lengths) may differ in form.

@@ -15,6 +15,7 @@ from ..accum.memory import SavedActivations, measure_activations
 from .draws import drawing
 from .larger import Gradient
 from .problem import Batch, Ids, Start, whole
+from .wide import computing
 
 
 @dataclass
@@ -56,8 +57,8 @@ def observe(start: Start, batch: Batch, *, measure: bool = False, arrivals: bool
     """
     problem = start.problem
     with ExitStack() as stack:
-        stack.enter_context(problem.loss_in(start.dtype))
-        stack.enter_context(drawing(problem, start.inner, batch))
+        # A criterion's class weights are not in bf16 because the model's are.
+        stack.enter_context(problem.loss_in(torch.promote_types(start.dtype, torch.float32)))
         saved = None
         if measure:
             inside = [*tensors(batch[0]), *tensors(batch[1])]
@@ -83,9 +84,11 @@ def watching(
 ) -> Iterator[Seen]:
     """Inside, hooks tell `Seen` what happens to the model, the parameters and the optimizer of `start`.
 
-    What the model is given is no activation: `saved` is told to leave it out.
+    It draws as in every window of the proof, and fp64 stays fp64. What the model is given is no activation:
+    `saved` is told to leave it out.
     """
     seen = Seen()
+    alive: list[Tensor] = []  # so that no activation gets the memory of an input
     ids = Ids.of(batch[0])
     taken: dict[bytes, int] = {}
 
@@ -99,6 +102,7 @@ def watching(
             return
         seen.micro_batches.append(ids.find(given, taken))
         if saved is not None:
+            alive.extend(tensors(given))
             saved.exclude(tensors(given))
 
     def step(optimizer: Any, *_: Any) -> None:
@@ -120,7 +124,8 @@ def watching(
         if parameter.requires_grad:
             handles.append(parameter.register_hook(_adds(seen, counts, name)))
     try:
-        yield seen
+        with computing(start.dtype), drawing(start.problem, start.inner, batch):
+            yield seen
     finally:
         seen.arrivals = max(counts.values(), default=0)
         for handle in handles:

@@ -19,40 +19,62 @@ from .course import BITS, SHARDED, states
 from .draws import drawing
 from .everyone import everyone, ranks, worst
 from .gradients import DOUBLE
-from .larger import larger_batch
+from .larger import call, larger_batch
 from .problem import Batch, Problem, Start, cast, rows, whole
 from .watch import Seen, observe
+from .wide import computing
 
 
 def ragged(problem: Problem, batch: Batch) -> list[tuple[str, Batch]]:
-    """Last windows of an epoch, made of `batch`: short of samples, of a micro-batch, and of both."""
+    """Last windows of an epoch, made of `batch`: short of samples, of a micro-batch, and of both.
+
+    In one of them the last micro-batch has a single sample on each rank, if the model takes that.
+    """
     size, micro = batch_size(batch), problem.micro_batch
     half = (micro + 1) // 2
+    sizes = [size - micro, size - micro - half, size - half]
+    if ranks() < micro and _takes(problem, rows(batch, slice(0, 1))):
+        sizes.append(size - micro + ranks())
     return [
         (f"{left} of {size} samples", rows(batch, slice(0, left)))
-        for left in dict.fromkeys((size - micro, size - micro - half, size - half))
+        for left in dict.fromkeys(sizes)
         if 0 < left < size and left >= ranks()
     ]
+
+
+def _takes(problem: Problem, batch: Batch) -> bool:
+    """Whether the model can be trained on `batch`: a norm over samples cannot on a single one."""
+    try:
+        with torch.no_grad(), computing(DOUBLE), drawing(problem, problem.model, batch):
+            call(narrowed(problem.model, DOUBLE), cast(batch, DOUBLE)[0])
+    except (ValueError, RuntimeError):
+        return False
+    return True
 
 
 def weighted(problem: Problem, batch: Batch) -> Batch | None:
     """`batch` with targets ignored unevenly over its micro-batches, or None where that is no question.
 
-    It is none where the loss ignores no target, or no batch of the problem has one that it does.
+    A loss that could ignore targets is not enough: where a sample has one class, and no batch ignores any,
+    a loop may well divide by the number of samples. Of a sample with several targets some are padding.
     """
     loss, targets = problem.loss, batch[1]
     if not isinstance(loss, nn.CrossEntropyLoss | nn.NLLLoss) or not isinstance(targets, Tensor):
         return None
     if targets.is_floating_point() or len(targets) < 3:
         return None
-    some = (tensors(other)[0].eq(loss.ignore_index).any() for _, other in problem.batches)
-    if not problem.ignores and not any(map(bool, some)):
+    some = targets.dim() > 1 or problem.ignores or any(_ignores(loss, t) for _, t in problem.batches)
+    if not some:
         return None
     generator = torch.Generator().manual_seed(problem.seed)
     # From none of the first sample's to nearly all of the last one's.
     chance = torch.linspace(0, 0.95, len(targets)).view(-1, *[1] * (targets.dim() - 1))
     ignored = torch.rand(targets.shape, generator=generator) < chance
     return batch[0], targets.masked_fill(ignored.to(targets.device), loss.ignore_index)
+
+
+def _ignores(loss: nn.CrossEntropyLoss | nn.NLLLoss, targets: Any) -> bool:
+    return isinstance(targets, Tensor) and bool(targets.eq(loss.ignore_index).any())
 
 
 def buffers_check(problem: Problem, start: Start, buffers: dict[str, Tensor]) -> Check | None:
@@ -94,20 +116,24 @@ def activations_check(problem: Problem, batch: Batch) -> Check | None:
     one = _kept(problem, model, rows(batch, slice(0, max(sizes))))
     every = _kept(problem, model, batch)
     found = max(everyone(seen.saved_bytes / every))
-    alone = max(everyone(one / every))
+    # The loop's copy of its targets is no activation either, but cannot be told from one.
+    copied = sum(
+        t.numel() * t.element_size() for t in tensors(cast(rows(batch, slice(0, max(sizes))), DOUBLE)[1])
+    )
+    alone = max(everyone((one + copied) / every))
     return Check(
         "saved activations",
         found,
         1.5 * alone,
         "ratio",
         "a window keeps one micro-batch's graph; a second one alive would make it twice as much",
-        f"of the larger batch's {every / 2**20:.2f} MiB in fp64; one micro-batch alone keeps {alone:.3g}",
+        f"of the larger batch's {every / 2**20:.2f} MiB in fp64; a micro-batch and its targets: {alone:.3g}",
     )
 
 
 def _kept(problem: Problem, model: nn.Module, batch: Batch) -> int:
     batch = cast(batch, DOUBLE)
-    with problem.loss_in(DOUBLE) as loss, drawing(problem, model, batch):
+    with problem.loss_in(DOUBLE) as loss, computing(DOUBLE), drawing(problem, model, batch):
         with measure_activations(model, [*tensors(batch[0]), *tensors(batch[1])]) as saved:
             larger_batch(model, loss, batch, keep=saved.exclude)
     return saved.peak_bytes
@@ -185,7 +211,19 @@ def agreement_check(seen: Seen) -> Check | None:
     )
 
 
-REDUCING = ("allreduce", "reduce_scatter")
+class Reductions(TorchDispatchMode):
+    """Active, counts the numbers that reducing collectives carry, whoever calls them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numbers = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        reduces = any(kind in func.__name__ for kind in ("allreduce", "all_reduce", "reduce_scatter"))
+        if reduces and func.namespace in ("c10d", "_c10d_functional"):
+            # Of a reduce-scatter's two buffers the larger one is sent.
+            self.numbers += max(_elements(argument) for argument in args)
+        return func(*args, **(kwargs or {}))
 
 
 def collectives_check(problem: Problem, batch: Batch, most: int = 1) -> Check | None:
@@ -194,13 +232,12 @@ def collectives_check(problem: Problem, batch: Batch, most: int = 1) -> Check | 
         return None
     start = Start(problem, DOUBLE)
     observe(start, cast(batch, DOUBLE))  # wrappers set up their buffers in the first
-    with _Reductions() as reductions:
+    with Reductions() as reductions:
         observe(start, cast(batch, DOUBLE))
-    carried = reductions.numbers
     numbers = sum(p.numel() for p in problem.model.parameters() if p.requires_grad)
     return Check(
         "gradient reductions a window",
-        max(everyone(carried / numbers)),
+        max(everyone(reductions.numbers / numbers)),
         most + 0.5,
         "count",
         "the numbers that reducing collectives carry, over the parameters': each reduction adds 1",
@@ -208,21 +245,7 @@ def collectives_check(problem: Problem, batch: Batch, most: int = 1) -> Check | 
     )
 
 
-class _Reductions(TorchDispatchMode):
-    """Counts the numbers that this process gives to reducing collectives while it is active."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.numbers = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "c10d" and any(kind in func.__name__ for kind in REDUCING):
-            # Of a reduce-scatter the input is the larger of its arguments.
-            self.numbers += max(_numbers(argument) for argument in args)
-        return func(*args, **(kwargs or {}))
-
-
-def _numbers(argument: Any) -> int:
+def _elements(argument: Any) -> int:
     if isinstance(argument, Tensor):
         return argument.numel()
-    return sum(map(_numbers, argument)) if isinstance(argument, list | tuple) else 0
+    return sum(map(_elements, argument)) if isinstance(argument, tuple | list) else 0
