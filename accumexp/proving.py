@@ -62,8 +62,7 @@ def prove_experiment(config: Config, here: World, stage: Callable[[str], None]) 
     except ValueError as error:
         raise UsageError(f"prove: {error}") from error
     found = proof.result()
-    if config.accum.reduction is Reduction.sum:
-        found = replace(found, causes=[_of_sum(cause) for cause in found.causes])
+    found = replace(found, causes=[_in_our_words(cause, config) for cause in found.causes])
     environment = {**found.environment, **_code()}
     return replace(found, environment=environment, config=to_plain(config)), parts
 
@@ -143,8 +142,12 @@ def _follow(proof: Proof, config: Config, parts: Parts, here: World) -> None:
     proof.causes.extend(course.causes())
 
 
-def _of_sum(cause: Cause) -> Cause:
-    if cause.source != "wrong denominator":
+def _in_our_words(cause: Cause, config: Config) -> Cause:
+    """`cause` with what to do about it in this configuration's keys."""
+    if cause.source == "buffers" and config.model.get("norm") == "batch" and "momentum" in config.model:
+        advice = f"none needed for the pace: model.momentum={config.model['momentum']} is per update already"
+        return replace(cause, advice=advice)
+    if cause.source != "wrong denominator" or config.accum.reduction is not Reduction.sum:
         return cause
     advice = "accum.reduction=mean, and for updates of the same size a rate so many times as large"
     return replace(cause, advice=advice)

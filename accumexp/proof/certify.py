@@ -194,7 +194,7 @@ class Proof:
             batch = cast(batch, DOUBLE)
             seen = observe(start, batch, arrivals=problem.scaling is not None)
             course.follow(batch, seen)
-            if seen.loss is not None:
+            if seen.loss is not None and not course.diverged:
                 course.logged(course.updates, seen.loss)
         self.checks.extend(course.checks())
         self.causes.extend(course.causes())

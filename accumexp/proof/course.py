@@ -45,6 +45,7 @@ class Course:
 
     Attributes:
         updates: how many were followed.
+        diverged: the larger batch itself left fp32's range, and no more updates are followed.
         losses: the larger batch's loss, and the bound of its error, by update.
     """
 
