@@ -110,10 +110,10 @@ def precision_checks(problem: Problem, name: str) -> list[Check]:
         exact = in_precision(problem, narrowed(problem.model, DOUBLE), cast(batch, DOUBLE), DOUBLE)
         size = norm(exact.gradient) or 1.0
         start = Start(problem, problem.dtype)
-        seen = first_update(start, cast(batch, problem.dtype), arrivals=ranks() == 1)
+        seen = first_update(start, cast(batch, problem.dtype), arrivals=True)
         right = clipped(exact.gradient, problem.clip_norm)
         inside.append(_distance(seen.gradient, right) / (norm(right) or 1.0))
-        if seen.arrived and seen.gradient is not None:
+        if ranks() == 1 and seen.arrived and seen.gradient is not None:
             additions.append(_addition(problem, seen))
         for k in range(LARGER // WINDOWS):
             order, numbers = (batch, None) if k == 0 else shuffled(batch, 100 + number)
@@ -175,13 +175,20 @@ def _distance(found: Gradient | None, right: Gradient) -> float:
 
 
 def _roundings(problem: Problem, seen: Seen) -> float:
-    """The norm that rounding each micro-batch's part, and adding the parts in fp32, can add at most."""
-    u = roundoff(problem.autocast or problem.dtype)
-    parts = math.sqrt(sum(value * value for value in seen.arrived_norms.values()))
-    if not seen.arrived or seen.gradient is None:
+    """The norm that rounding each micro-batch's part of each rank, and adding the parts, can add at most.
+
+    Parts are added in fp32 on a rank, and over the ranks in the gradient's dtype. Of shards nothing arrives.
+    """
+    found = seen.gradient
+    if not all(everyone(bool(seen.arrived) and found is not None)):
         return 0.0
-    factor = _factor(seen.gradient, seen.arrived)
-    return abs(factor) * parts * (u + max(0, seen.arrivals - 1) * U32)
+    assert found is not None
+    top = sum(everyone(sum(float((found[name].double() * a).sum()) for name, a in seen.arrived.items())))
+    factor = norm(found) ** 2 / top if top else 0.0
+    every = everyone(seen.arrived_norms)
+    parts = math.hypot(*(sum(norms.get(name, 0.0) for norms in every) for name in found))
+    added = max(0, seen.arrivals - 1) * U32 + (ranks() - 1) * roundoff(problem.dtype)
+    return abs(factor) * parts * (roundoff(problem.autocast or problem.dtype) + added)
 
 
 def _factor(found: Gradient, arrived: Gradient) -> float:
