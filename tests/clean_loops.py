@@ -240,6 +240,8 @@ def numbers(first: int, count: int) -> list[tuple[int, str]]:
     loud = not dist.is_initialized() or dist.get_rank() == 0
     for number in range(first, first + count):
         config = numbered(number)
+        if dist.is_initialized() and config["model"] == "unused":
+            config["model"] = "frozen"  # a wrapper of several ranks wants a gradient of every parameter
         if dist.is_initialized() and config["samples"] < config["steps"] * dist.get_world_size():
             config["samples"] = config["steps"] * dist.get_world_size() + 1
         try:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 
 from .bounds import (
     LARGER,
@@ -117,22 +116,20 @@ def precision_checks(problem: Problem, name: str) -> list[Check]:
     inside: dict[str, list[float]] = {}
     outside: dict[str, list[float]] = {}
     additions: list[tuple[str, float, float]] = []
-    updated = True
     for number in range(WINDOWS):
         batch, _ = shuffled(problem.batches[number % len(problem.batches)], number)
         exact = in_precision(problem, narrowed(problem.model, DOUBLE), cast(batch, DOUBLE), DOUBLE).gradient
         size = norm(exact) or 1.0
         start = Start(problem, problem.dtype)
         seen = first_update(start, cast(batch, problem.dtype), arrivals=True)
-        updated &= seen.gradient is not None
-        if seen.gradient is None:
-            continue
+        if not all(everyone(seen.gradient is not None)):
+            return [Check(f"gradient, {name}", math.inf, 0.0, "relative", NEAREST, "no update was made")]
+        assert seen.gradient is not None
         right = clipped(exact, problem.clip_norm)
         factor = (norm(right) or 1.0) / size
         _add(inside, _errors(seen.gradient, right), 1 / (size * factor))
-        if seen.arrived and ranks() == 1:
+        if ranks() == 1 and seen.arrived:
             additions.append(_addition(problem, seen))
-        seen = over_ranks(seen)
         roundings = _roundings(problem, seen)
         for order, numbers in ((batch, None), shuffled(batch, 100 + number)):
             larger = in_precision(
@@ -149,8 +146,6 @@ def precision_checks(problem: Problem, name: str) -> list[Check]:
         for key, errors in outside.items():
             own = norm(exact) if key == WHOLE else float(exact[key].norm())
             errors[-1] += roundings.get(key, 0.0) / (size * factor) + clip * own / size
-    if not all(everyone(updated)):
-        return [Check(f"gradient, {name}", math.inf, 0.0, "relative", NEAREST, "no update was made")]
     nearest = {key: worst(everyone(_nearest(errors))) for key, errors in inside.items()}
     farthest = {
         key: max(errors) if all(map(math.isfinite, errors)) else -1.0 for key, errors in outside.items()
@@ -191,30 +186,22 @@ def first_update(start: Start, batch: Batch, arrivals: bool = False) -> Seen:
     return seen
 
 
-def over_ranks(seen: Seen) -> Seen:
-    """`seen` with what arrived on all ranks together; nothing where not every rank saw all of it."""
-    if ranks() == 1:
-        return seen
-    names = sorted(seen.arrived)
-    every = everyone((names, seen.arrived_norms, seen.arrivals))
-    if any(other != names for other, _, _ in every) or not names:
-        return replace(seen, arrived={}, arrived_norms={})
-    flat = torch.cat([seen.arrived[name].flatten() for name in names])
-    dist.all_reduce(flat)
-    parts = flat.split([seen.arrived[name].numel() for name in names])
-    arrived = {name: part.view_as(seen.arrived[name]) for name, part in zip(names, parts, strict=True)}
-    norms = {name: sum(own[name] for _, own, _ in every) for name in names}
-    return replace(seen, arrived=arrived, arrived_norms=norms, arrivals=sum(count for *_, count in every))
-
-
 def _roundings(problem: Problem, seen: Seen) -> dict[str, float]:
-    """The norm that rounding each micro-batch's part, and adding the parts in fp32, can add at most."""
-    if not seen.arrived or seen.gradient is None:
+    """The norms that rounding each micro-batch's part of each rank, and adding the parts, can add at most.
+
+    Parts are added in fp32 on a rank, and over the ranks in the gradient's dtype. Of shards nothing arrives.
+    """
+    found = seen.gradient
+    if not all(everyone(bool(seen.arrived) and found is not None)):
         return {}
-    u = roundoff(problem.autocast or problem.dtype)
-    factor = abs(_factor(seen.gradient, seen.arrived)) * (u + max(0, seen.arrivals - 1) * U32)
-    parts = {name: factor * value for name, value in seen.arrived_norms.items()}
-    return {**parts, WHOLE: math.sqrt(sum(value * value for value in parts.values()))}
+    assert found is not None
+    top = sum(everyone(sum(float((found[name].double() * a).sum()) for name, a in seen.arrived.items())))
+    factor = abs(norm(found) ** 2 / top) if top else 0.0
+    added = max(0, seen.arrivals - 1) * U32 + (ranks() - 1) * roundoff(problem.dtype)
+    factor *= roundoff(problem.autocast or problem.dtype) + added
+    every = everyone(seen.arrived_norms)
+    parts = {name: factor * sum(norms.get(name, 0.0) for norms in every) for name in found}
+    return {**parts, WHOLE: math.hypot(*parts.values())}
 
 
 def _factor(found: Gradient, arrived: Gradient) -> float:
