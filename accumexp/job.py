@@ -51,8 +51,6 @@ def prove_job(cfg: DictConfig) -> None:
     from hydra.core.hydra_config import HydraConfig
 
     hydra = HydraConfig.get()
-    if cfg.resume:
-        raise UsageError(f"resume={cfg.resume}: a proof begins at the beginning, leave it out")
     outside = world()
     _run(cfg, hydra, None, Path(hydra.runtime.output_dir), outside, outside or World(), prove=True)
 
@@ -85,6 +83,8 @@ def _run(
         before = standing(folder) if job and here.first else Standing()
         if before.finished and here.size == 1:
             return _again(job, before)
+        if prove and cfg.resume:
+            raise UsageError(f"resume={cfg.resume}: a proof begins at the beginning, leave it out")
         order = Order.of(cfg, hydra, prove)
         if job and here.size > 1:
             before = agreed(before, here, order.config.device)
