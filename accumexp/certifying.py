@@ -51,7 +51,9 @@ class Certifying:
                 order = replace(self.order, config=replace(config, tracking=quiet))
                 tags = {**described(parts, []), **tags_of(certificate)}
                 tracker = open_tracker(order, store, parts, tags, "certificate", None)
-                tracker.tag({"mlflow.note.content": markdown(certificate)})
+                tracker.tag(
+                    {"mlflow.note.content": markdown(certificate), "mlflow.source.name": "accumexp.prove"}
+                )
                 tracker.artifact(path)
                 tracker.artifact(config_path)
                 tracker.end("FINISHED")

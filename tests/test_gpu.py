@@ -15,6 +15,7 @@ from accumexp.checkpoint import load, restore, save
 from accumexp.data import ResidentBatches
 from accumexp.models import LeNet5
 from accumexp.noise import NoiseScale
+from accumexp.proof import Scaling, certify
 from accumexp.seeding import random_state
 
 from .experiments import trainer_of, weights
@@ -222,3 +223,52 @@ def test_law_1_over_nccl(tmp_path: Path, how: str) -> None:
     expected = larger_batch_gradient(model, nn.CrossEntropyLoss(), images, labels)
     for found in on_ranks(min(2, torch.cuda.device_count()), tmp_path, lenet_over_nccl, how, cuda=True):
         assert relative_error(found, expected) <= 1e-12
+
+
+@pytest.mark.parametrize("how", ["fp32", "bf16", "fp16", "fp64"])
+def test_a_right_window_on_a_gpu_is_certified(how: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 5)).to("cuda")
+    batch = torch.randn(32, 1, 8, 8, device="cuda"), torch.randint(0, 5, (32,), device="cuda")
+    autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(how)
+    scales: dict[nn.Module, LossScale] = {}
+
+    def train_window(
+        model: nn.Module, optimizer: torch.optim.Optimizer, batch: Any, steps: int
+    ) -> torch.Tensor:
+        scale = scales.setdefault(model, LossScale(2.0**12, device="cuda")) if how == "fp16" else None
+        window = Window(model, nn.CrossEntropyLoss(), steps, autocast=autocast, loss_scale=scale)
+        optimizer.zero_grad()
+        result = window.backward(*batch, steps=min(steps, len(batch[1])))
+        OptimizerStep(window, optimizer)()
+        return result.loss
+
+    found = certify(
+        train_window,
+        model,
+        nn.CrossEntropyLoss(),
+        batch,
+        4,
+        optimizer=lambda parameters: torch.optim.AdamW(parameters, fused=True),
+        precision=torch.float64 if how == "fp64" else torch.float32,
+        autocast=autocast,
+        loss_scale=Scaling() if how == "fp16" else None,
+        updates=8,
+    )
+    assert str(found) == "proved", found.failed
+
+
+def test_batch_statistics_on_a_gpu_are_named_and_dropout_is_held_fixed() -> None:
+    layers = [nn.Flatten(), nn.Linear(64, 16), nn.BatchNorm1d(16), nn.Dropout(0.3), nn.Linear(16, 5)]
+    batch = torch.randn(32, 1, 8, 8, device="cuda"), torch.randint(0, 5, (32,), device="cuda")
+
+    def train_window(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Any, steps: int) -> None:
+        optimizer.zero_grad()
+        Window(model, nn.CrossEntropyLoss(), steps).backward(*batch, steps=min(steps, len(batch[1])))
+        optimizer.step()
+
+    normed = nn.Sequential(*layers).to("cuda")
+    assert "2 (BatchNorm1d)" in str(certify(train_window, normed, nn.CrossEntropyLoss(), batch, 4, updates=2))
+    dropped = nn.Sequential(*layers[:2], *layers[3:]).to("cuda")
+    found = certify(train_window, dropped, nn.CrossEntropyLoss(), batch, 4, updates=4)
+    assert str(found) == "proved up to dropout draws (2 (Dropout))"
