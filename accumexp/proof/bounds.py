@@ -13,7 +13,9 @@ In the run's precision single roundings may switch a ReLU, and with it the gradi
 How often is a matter of the model, so nothing is assumed of it: the window's distance from the fp64
 gradient on several batches is held against the larger batch's own on the same batches. Two samples of one
 distribution: that all `WINDOWS` of the first are larger than all `LARGER` of the second has a
-probability of 1 / C(WINDOWS + LARGER, WINDOWS), one in 116,280 for each parameter.
+probability of 1 / C(WINDOWS + LARGER, WINDOWS), one in 116,280 for each parameter. What the window's
+micro-batches lose by themselves, each held against its own fp64 gradient, is added: by the triangle
+inequality their sum cannot lose more, however few samples there are to tell distributions from.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ from torch import nn
 
 from ..accum.batch import tensors
 from .draws import drawing
-from .larger import Gradient, Larger, clipped, larger_batch, norm
+from .larger import Gradient, Larger, clipped, larger_batch, loss_weight, norm
 from .problem import Batch, Problem, cast, rows
 from .wide import computing
 
@@ -107,15 +109,39 @@ def in_precision(
     dtype: torch.dtype,
     autocast: torch.dtype | None = None,
     numbers: Sequence[int] | None = None,
+    scale: float = 1.0,
 ) -> Larger:
     """The larger batch in `dtype`, in which `model` has to be; draws as in every window of the proof.
 
-    `numbers` names the samples where they are not in the order in which windows have them.
+    `numbers` names the samples where they are not in the order in which windows have them. `scale` is the
+    loss scale of fp16.
     """
     with problem.loss_in(torch.promote_types(dtype, torch.float32)) as loss:
         given = cast(batch, dtype)
         with computing(dtype), drawing(problem, model, given, numbers):
-            return larger_batch(model, loss, given, autocast)
+            return larger_batch(model, loss, given, autocast, scale=scale)
+
+
+def part_in_precision(
+    problem: Problem,
+    model: nn.Module,
+    batch: Batch,
+    ids: Sequence[int],
+    dtype: torch.dtype,
+    autocast: torch.dtype | None = None,
+    scale: float = 1.0,
+) -> tuple[Gradient, float]:
+    """(the gradient that samples `ids` of `batch` add to the larger batch's, what they weigh)."""
+    with problem.loss_in(torch.promote_types(dtype, torch.float32)) as loss:
+        given = cast(batch, dtype)
+        weight = loss_weight(loss, given[1])
+        part = rows(given, torch.tensor(ids, device=problem.device))
+        with computing(dtype), drawing(problem, model, given):
+            found = larger_batch(model, loss, part, autocast, weight=weight, scale=scale).gradient
+        items = float(loss_weight(loss, part[1]))
+    if not items:  # the mean of nothing is nan; nothing adds nothing
+        found = {name: torch.zeros_like(g) for name, g in found.items()}
+    return found, items
 
 
 def narrowed(model: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Module:

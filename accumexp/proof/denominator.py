@@ -9,12 +9,11 @@ import torch
 from torch import nn
 
 from ..accum.batch import batch_size
-from .draws import drawing
+from .bounds import part_in_precision
 from .everyone import everyone
 from .gradients import DOUBLE
-from .larger import Gradient, larger_batch, loss_weight, norm
-from .problem import Batch, Ids, Problem, cast, rows
-from .wide import computing
+from .larger import Gradient, norm
+from .problem import Batch, Ids, Problem
 
 # A mixture of micro-batch gradients explains a window if no more than this is left, relative.
 LEFT = 1e-6
@@ -73,15 +72,8 @@ def mixture(
     every = [micro for seen in everyone(micro_batches) for micro in seen]
     if not every or any(not micro for micro in every):
         return None
-    batch = cast(batch, DOUBLE)
-    columns, items = [], []
-    with problem.loss_in(DOUBLE) as loss:
-        weight = loss_weight(loss, batch[1])
-        for ids in every:
-            part = rows(batch, torch.tensor(ids, device=problem.device))
-            with computing(DOUBLE), drawing(problem, model, batch):
-                columns.append(larger_batch(model, loss, part, weight=weight).gradient)
-            items.append(float(loss_weight(loss, part[1])))
+    parts = [part_in_precision(problem, model, batch, ids or (), DOUBLE) for ids in every]
+    columns, items = [column for column, _ in parts], [weight for _, weight in parts]
     if before is not None:
         columns.append(before)
     # The normal equations are as small as the window has micro-batches, whatever the model's size.

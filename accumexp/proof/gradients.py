@@ -17,6 +17,7 @@ from .bounds import (
     expected,
     in_precision,
     narrowed,
+    part_in_precision,
     roundoff,
     shuffled,
 )
@@ -32,7 +33,7 @@ TRIES = 24
 WHOLE = "all of it"
 NEAREST = (
     f"the larger batch's own distance from its fp64 gradient: the window's nearest of {WINDOWS} against the "
-    f"larger batch's farthest of {LARGER}, and a rounding of each micro-batch's part"
+    f"larger batch's farthest of {LARGER}, and what its micro-batches lose by themselves"
 )
 ONCE = (
     "adding in fp32 what autograd delivers, and rounding the sum once: (N-1) u of the terms' norms, and the "
@@ -116,6 +117,7 @@ def precision_checks(problem: Problem, name: str) -> list[Check]:
     inside: dict[str, list[float]] = {}
     outside: dict[str, list[float]] = {}
     additions: list[tuple[str, float, float]] = []
+    alone: dict[str, float] = {}
     for number in range(WINDOWS):
         batch, _ = shuffled(problem.batches[number % len(problem.batches)], number)
         exact = in_precision(problem, narrowed(problem.model, DOUBLE), cast(batch, DOUBLE), DOUBLE).gradient
@@ -131,6 +133,9 @@ def precision_checks(problem: Problem, name: str) -> list[Check]:
         if ranks() == 1 and seen.arrived:
             additions.append(_addition(problem, seen))
         roundings = _roundings(problem, seen)
+        scale = _loss_scale(problem, seen)
+        if not number:
+            alone = _parts(problem, batch, seen, scale)
         for order, numbers in ((batch, None), shuffled(batch, 100 + number)):
             larger = in_precision(
                 problem,
@@ -139,13 +144,14 @@ def precision_checks(problem: Problem, name: str) -> list[Check]:
                 problem.dtype,
                 problem.autocast,
                 numbers,
+                scale,
             )
             _add(outside, _errors(larger.gradient, exact), 1 / size)
         # What N roundings of the micro-batches' parts add to the one of the larger batch's, and clipping.
         clip = clipping(problem.clip_norm, exact, problem.dtype)
         for key, errors in outside.items():
             own = norm(exact) if key == WHOLE else float(exact[key].norm())
-            errors[-1] += roundings.get(key, 0.0) / (size * factor) + clip * own / size
+            errors[-1] += (roundings.get(key, 0.0) / factor + alone.get(key, 0.0) + clip * own) / size
     nearest = {key: worst(everyone(_nearest(errors))) for key, errors in inside.items()}
     farthest = {
         key: max(errors) if all(map(math.isfinite, errors)) else -1.0 for key, errors in outside.items()
@@ -184,6 +190,32 @@ def first_update(start: Start, batch: Batch, arrivals: bool = False) -> Seen:
             break
         seen = observe(start, batch, arrivals=arrivals)
     return seen
+
+
+def _loss_scale(problem: Problem, seen: Seen) -> float:
+    """A power of two near the loop's loss scale, 1 without one."""
+    if problem.scaling is None or not all(everyone(bool(seen.arrived) and seen.gradient is not None)):
+        return 1.0
+    assert seen.gradient is not None
+    top = sum(everyone(sum(float((seen.gradient[n].double() * a).sum()) for n, a in seen.arrived.items())))
+    below = norm(seen.gradient) ** 2
+    return 2.0 ** round(math.log2(top / below)) if top > 0 and below > 0 else 1.0
+
+
+def _parts(problem: Problem, batch: Batch, seen: Seen, scale: float) -> dict[str, float]:
+    """What the micro-batches of a window lose by themselves in the run's precision, added up."""
+    every = [micro for found in everyone(seen.micro_batches) for micro in found]
+    if any(micro is None for micro in every):
+        return {}
+    model, fine = narrowed(problem.model, problem.dtype), narrowed(problem.model, DOUBLE)
+    lost: dict[str, float] = {}
+    for ids in every:
+        if ids:
+            own, _ = part_in_precision(problem, model, batch, ids, problem.dtype, problem.autocast, scale)
+            exact, _ = part_in_precision(problem, fine, batch, ids, DOUBLE)
+            for key, error in _errors(own, exact).items():
+                lost[key] = lost.get(key, 0.0) + error
+    return lost
 
 
 def _roundings(problem: Problem, seen: Seen) -> dict[str, float]:

@@ -44,11 +44,13 @@ def larger_batch(
     autocast: torch.dtype | None = None,
     weight: float | Tensor | None = None,
     keep: Callable[[list[Tensor]], Any] | None = None,
+    scale: float = 1.0,
 ) -> Larger:
     """Loss and gradient of `loss(model(inputs), targets)` over all of `batch`; `model` stays as it is.
 
     With `weight` the loss is the sum of the items' losses divided by it, instead of their mean: a part's
     share in the larger batch's loss. `keep` is told the copies of parameters and buffers that are used.
+    `scale` multiplies the loss before backward, and divides the gradient in fp64.
     """
     parameters = {name: p.detach().clone().requires_grad_(p.requires_grad) for name, p in named(model)}
     buffers = {name: b.detach().clone() for name, b in model.named_buffers()}
@@ -63,9 +65,9 @@ def larger_batch(
         if weight is not None:
             value = value * (loss_weight(loss, targets) / weight)
     learned = {name: p for name, p in parameters.items() if p.requires_grad}
-    found = torch.autograd.grad(value, list(learned.values()), allow_unused=True)
+    found = torch.autograd.grad(value * scale, list(learned.values()), allow_unused=True)
     gradient = {
-        name: torch.zeros_like(p) if g is None else g
+        name: torch.zeros_like(p) if g is None else g if scale == 1 else g.double() / scale
         for (name, p), g in zip(learned.items(), found, strict=True)
     }
     detached = outputs.detach() if isinstance(outputs, Tensor) else outputs
