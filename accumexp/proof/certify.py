@@ -14,7 +14,16 @@ from torch.optim import SGD, Optimizer
 from .bounds import in_precision, narrowed
 from .certificate import Cause, Certificate, Check
 from .course import Course
-from .diagnosis import carried, diagnose, drawing_modules, of_buffers, of_precision, unheld, why_draws
+from .diagnosis import (
+    carried,
+    diagnose,
+    drawing_modules,
+    never_clipped,
+    of_buffers,
+    of_precision,
+    unheld,
+    why_draws,
+)
 from .everyone import everyone, ranks
 from .gradients import DOUBLE, gradient_check, precision_checks
 from .overflow import overflow_checks
@@ -146,9 +155,9 @@ class Proof:
         finite = all(bool(g.isfinite().all()) for g in exact.gradient.values())
         if not all(everyone(finite)):
             raise ValueError("the larger batch's own gradient is not finite: there is nothing to be equal to")
-        drawn, unknown = drawing_modules(self.problem, self.batch(0))
+        drawn, unknown, dims = drawing_modules(self.problem, self.batch(0))
         if drawn:
-            self.problem, causes = why_draws(self.problem, self.batch(0), drawn)
+            self.problem, causes = why_draws(self.problem, self.batch(0), drawn, dims)
             self.causes.extend(causes)
         if unknown:
             self.causes.append(unheld(drawn, unknown))
@@ -198,6 +207,8 @@ class Proof:
                 course.logged(course.updates, seen.loss)
         self.checks.extend(course.checks())
         self.causes.extend(course.causes())
+        if problem.clip_norm is not None and not course.acted:
+            self.causes.append(never_clipped(problem.clip_norm))
 
     def diagnosis(self) -> None:
         """Finds the causes of what failed."""

@@ -67,7 +67,7 @@ class Course:
         self._full = 0
         numbers = sum(p.numel() for p in self.model.parameters())
         self._every = 1 if numbers <= LARGE else SELDOM
-        self._followed: list[tuple[float, float]] = []  # learning rates: the loop's, and the right one
+        self._followed: list[tuple[list[float], list[float]]] = []  # learning rates: the loop's, the right
 
     def follow(self, batch: Batch, seen: Seen) -> None:
         """Compares the update that the loop has just made on the whole `batch` with the larger batch's."""
@@ -128,7 +128,7 @@ class Course:
     def _rates(self, seen: Seen) -> None:
         right = [float(group["lr"]) for group in self.optimizer.param_groups]
         if seen.rates:
-            self._followed.append((seen.rates[0], right[0]))
+            self._followed.append((seen.rates, right))
         pairs = zip(seen.rates or right, right, strict=False)
         self._keep("learning rate", max(_relative(found, rate) for found, rate in pairs))
 
@@ -225,10 +225,14 @@ class Course:
         """Why learning rates are wrong: by a factor, or a schedule that runs too fast."""
         if not self._worst.get("learning rate", (0, 0.0))[1]:
             return []
-        ratios = [found / right for found, right in self._followed if right]
-        if ratios and max(ratios) - min(ratios) <= 1e-9 * abs(ratios[0]):
-            reason = f"the learning rate is {ratios[0]:.4g} times the schedule's"
-            return [self._of_schedule(reason, "take the optimizer's own learning rate")]
+        groups = len(self._followed[0][1]) if self._followed else 0
+        for group in range(groups):
+            pairs = [(found[group], right[group]) for found, right in self._followed if len(found) == groups]
+            ratios = [found / right for found, right in pairs if right]
+            if ratios and ratios[0] != 1 and max(ratios) - min(ratios) <= 1e-9 * abs(ratios[0]):
+                of = f" of parameter group {group}" if groups > 1 else ""
+                reason = f"the learning rate{of} is {ratios[0]:.4g} times the schedule's"
+                return [self._of_schedule(reason, "take the optimizer's own learning rate")]
         for times in range(2, 65):
             if self._runs(times):
                 reason = f"the schedule is stepped {times} times an update"
@@ -244,7 +248,7 @@ class Course:
         optimizer = self.problem.optimizer(list(copy.deepcopy(self.model).parameters()))
         schedule = self.problem.scheduler(optimizer)
         for found, _ in self._followed:
-            if abs(found - float(optimizer.param_groups[0]["lr"])) > 1e-12 * abs(found):
+            if abs(found[0] - float(optimizer.param_groups[0]["lr"])) > 1e-12 * abs(found[0]):
                 return False
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # that no optimizer was stepped before it

@@ -9,15 +9,16 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from ..accum.batch import batch_size
 from .bounds import expected, narrowed
 from .certificate import Cause, Check
 from .coupling import NOTHING, Coupling, coupling_modules, loss_couples
 from .denominator import mixture, reading
-from .draws import fixed_draws
+from .draws import dimensions, fixed_draws
 from .everyone import everyone, ranks
 from .gradients import DOUBLE, Compared, compare
 from .larger import call, norm
-from .problem import Batch, Problem, Start, cast
+from .problem import Batch, Problem, Start, cast, rows, whole
 from .watch import Seen, observe
 from .wide import computing
 
@@ -50,13 +51,26 @@ def trial(problem: Problem, batch: Batch) -> Trial:
     return Trial(compare(seen.gradient, right), seen)
 
 
-def drawing_modules(problem: Problem, batch: Batch) -> tuple[dict[str, set[str]], set[str]]:
-    """(operators that draw, by module; those that cannot be held fixed) in a pass over `batch`."""
+def drawing_modules(
+    problem: Problem, batch: Batch
+) -> tuple[dict[str, set[str]], set[str], dict[str, int | None]]:
+    """What draws in a pass over `batch`: operators by module, those that cannot be held fixed, and `dims`.
+
+    A second pass with a sample less tells which dimension of a draw has the samples.
+    """
+    drawn, unknown, shapes = _drawn(problem, batch)
+    dims: dict[str, int | None] = {}
+    if drawn and (size := batch_size(batch)) > 2:
+        dims = dimensions(shapes, _drawn(problem, rows(batch, slice(0, size - 1)))[2])
+    return drawn, unknown, dims
+
+
+def _drawn(problem: Problem, batch: Batch) -> tuple[dict[str, set[str]], set[str], dict[str, torch.Size]]:
     model = narrowed(problem.model, DOUBLE)
     given = cast(batch, DOUBLE)
     with torch.no_grad(), computing(DOUBLE), fixed_draws(model, given, problem.seed) as draws:
         call(model, given[0])
-    return draws.drawn, draws.unknown
+    return draws.drawn, draws.unknown, draws.shapes
 
 
 def evaluating(problem: Problem, names: Sequence[str]) -> Problem:
@@ -67,14 +81,16 @@ def evaluating(problem: Problem, names: Sequence[str]) -> Problem:
     return replace(problem, model=model)
 
 
-def why_draws(problem: Problem, batch: Batch, drawn: dict[str, set[str]]) -> tuple[Problem, list[Cause]]:
+def why_draws(
+    problem: Problem, batch: Batch, drawn: dict[str, set[str]], dims: dict[str, int | None]
+) -> tuple[Problem, list[Cause]]:
     """The problem with its draws held fixed, and the draws as a cause.
 
     They are one even where a generator happens to give a window's micro-batches one after the other what
     it gives the larger batch at once: one layer on a CPU may have that luck.
     """
     free = trial(problem, batch)
-    held = replace(problem, fixed=True)
+    held = replace(problem, fixed=True, dims=dims)
     if free.found.equal and problem.steps * ranks() == 1:
         return held, []  # a window of one micro-batch draws what the larger batch draws
     fixed = trial(held, batch)
@@ -93,7 +109,24 @@ def why_draws(problem: Problem, batch: Batch, drawn: dict[str, set[str]]) -> tup
         ADVICE["draws"],
         excused=True,
     )
-    return held, [cause]
+    return held, [cause, *_repeated(free, where)]
+
+
+def _repeated(free: Trial, where: str) -> list[Cause]:
+    """Micro-batches that draw from the same state of the generator: the same masks once more."""
+    every = [len(seen) - len(set(seen)) for seen in everyone(free.seen.random)]
+    if not max(every):
+        return []
+    return [
+        Cause(
+            "repeated draws",
+            where,
+            f"{max(every)} micro-batches draw what another one of their window has drawn",
+            math.nan,
+            "torch's generator is in the same state when their forward passes begin",
+            "do not seed within a window",
+        )
+    ]
 
 
 def unheld(drawn: dict[str, set[str]], unknown: set[str]) -> Cause:
@@ -207,8 +240,6 @@ def carried(problem: Problem, batches: Sequence[Batch]) -> list[Cause]:
     first = observe(start, cast(batches[0], DOUBLE))
     model = narrowed(problem.model, DOUBLE)
     with torch.no_grad():
-        from .problem import whole
-
         for name, parameter in model.named_parameters():
             parameter.copy_(whole(start.parameters()[name]))
     second = observe(start, cast(batches[1], DOUBLE))
@@ -303,3 +334,16 @@ def of_precision(problem: Problem, checks: Sequence[Check]) -> list[Cause]:
             "add in fp32 and round once: accum.fp32_buffers=true",
         )
     ]
+
+
+def never_clipped(most: float) -> Cause:
+    """What is said of clipping that no window was long enough for."""
+    return Cause(
+        "clipping, which never acted",
+        "",
+        f"no gradient was longer than clip_norm={most:g}",
+        math.nan,
+        "",
+        "give certify a clip_norm, and a loop that clips to it, below the gradient's norm",
+        excused=True,
+    )

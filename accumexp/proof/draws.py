@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -93,13 +93,17 @@ class FixedDraws(TorchDispatchMode):
 
     Attributes:
         drawn: the operators that drew, by module.
+        shapes: of what was drawn, by place.
+        dims: see `Problem`.
         unknown: the operators among them that could not be replaced.
     """
 
-    def __init__(self, modules: Modules, seed: int) -> None:
+    def __init__(self, modules: Modules, seed: int, dims: Mapping[str, int | None]) -> None:
         super().__init__()
         self.modules = modules
         self.seed = seed
+        self.dims = dims
+        self.shapes: dict[str, torch.Size] = {}
         self.drawn: Drawn = {}
         self.unknown: set[str] = set()
 
@@ -146,29 +150,57 @@ class FixedDraws(TorchDispatchMode):
     def _uniform(self, shape: torch.Size, device: torch.device) -> Tensor:
         """Numbers in (0, 1), fp64, of `shape`: by sample along the dimension that has the samples."""
         ids, rows = self.modules.rows, len(self.modules.rows)
-        salt = _salt(self.seed, self.modules.place())
-        dim = next((d for d, size in enumerate(shape) if size == rows), None) if rows else None
-        if dim is None and rows and shape and shape[0] and shape[0] % rows == 0:
-            # Heads or positions folded into the first dimension, the samples outermost.
-            inner = torch.Size([rows, shape[0] // rows, *shape[1:]])
-            return _keyed(ids, inner, salt, device).reshape(shape)
-        if dim is None:  # one draw for all samples
+        place = self.modules.place()
+        salt = _salt(self.seed, place)
+        self.shapes[place] = shape
+        dim = self.dims[place] if place in self.dims else _likely(shape, rows)
+        if dim is None or not rows or dim >= len(shape) or shape[dim] % rows:  # one draw for all samples
             return _keyed([0], torch.Size([1, *shape]), salt, device)[0]
-        moved = torch.Size([rows, *shape[:dim], *shape[dim + 1 :]])
-        return _keyed(ids, moved, salt, device).movedim(0, dim)
+        # Heads or positions may be folded into the dimension, the samples outermost.
+        rest = [shape[dim] // rows, *shape[:dim], *shape[dim + 1 :]]
+        drawn = _keyed(ids, torch.Size([rows, *rest]), salt, device)
+        return drawn.flatten(0, 1).movedim(0, dim)
+
+
+def _likely(shape: torch.Size, rows: int) -> int | None:
+    """The dimension that probably has the samples: one of their number, or the first if it is a multiple."""
+    if not rows:
+        return None
+    dim = next((d for d, size in enumerate(shape) if size == rows), None)
+    if dim is None and shape and shape[0] and shape[0] % rows == 0:
+        return 0
+    return dim
+
+
+def dimensions(one: Mapping[str, torch.Size], other: Mapping[str, torch.Size]) -> dict[str, int | None]:
+    """By place, the dimension in which draws of two forward passes over other numbers of samples differ."""
+    return {
+        place: next(
+            (d for d, pair in enumerate(zip(shape, other[place], strict=True)) if pair[0] != pair[1]), None
+        )
+        for place, shape in one.items()
+        if place in other and len(other[place]) == len(shape)
+    }
 
 
 @contextmanager
 def fixed_draws(
-    model: nn.Module, batch: Batch, seed: int, numbers: Sequence[int] | None = None
+    model: nn.Module,
+    batch: Batch,
+    seed: int,
+    numbers: Sequence[int] | None = None,
+    dims: Mapping[str, int | None] | None = None,
 ) -> Iterator[FixedDraws]:
-    """Inside, forward passes of `model` on samples of `batch` draw by sample, as `numbers` names them."""
+    """Inside, forward passes of `model` on samples of `batch` draw by sample, as `numbers` names them.
+
+    `dims` as in `Problem`; where they are not known, the dimension of the samples is told by its size.
+    """
     modules = Modules(model, Ids.of(batch[0], numbers))
     with ExitStack() as stack:
         stack.callback(modules.remove)
         # Fused attention draws inside its kernel; the plain one asks for a mask.
         stack.enter_context(sdpa_kernel([SDPBackend.MATH]))
-        yield stack.enter_context(FixedDraws(modules, seed))
+        yield stack.enter_context(FixedDraws(modules, seed, dims or {}))
 
 
 @contextmanager
@@ -179,7 +211,7 @@ def drawing(
     with ExitStack() as stack:
         stack.enter_context(seeded(problem.seed, problem.device))
         if problem.fixed:
-            stack.enter_context(fixed_draws(model, batch, problem.seed, numbers))
+            stack.enter_context(fixed_draws(model, batch, problem.seed, numbers, problem.dims))
         yield
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -40,6 +40,8 @@ class Problem:
         autocast: of the loop's `torch.autocast` in the run, or None.
         fixed: whether random draws are held fixed by sample (`draws`).
         ignores: whether targets that the loss ignores are tried where the batches have none.
+        dims: by place in the forward pass, the dimension of a draw that has the samples; None of one that
+            all samples share.
     """
 
     train_window: TrainWindow
@@ -57,6 +59,7 @@ class Problem:
     seed: int = 0
     fixed: bool = False
     ignores: bool = False
+    dims: Mapping[str, int | None] = field(default_factory=dict)
 
     @property
     def device(self) -> torch.device:
@@ -78,13 +81,17 @@ class Problem:
         if not isinstance(self.loss, nn.Module):
             yield self.loss
             return
-        kept = {name: value.dtype for name, value in self.loss.state_dict().items()}
+        kept = {name: value.data for name, value in _numbers(self.loss)}
         self.loss.to(dtype)
         try:
             yield self.loss
         finally:
-            for name, value in [*self.loss.named_parameters(), *self.loss.named_buffers()]:
-                value.data = value.data.to(kept.get(name, value.dtype))
+            for name, value in _numbers(self.loss):
+                value.data = kept[name]
+
+
+def _numbers(module: nn.Module) -> list[tuple[str, Tensor]]:
+    return [*module.named_parameters(), *module.named_buffers()]
 
 
 def cast(batch: Batch, dtype: torch.dtype) -> Batch:
@@ -145,7 +152,9 @@ class Start:
 
     def train(self, batch: Batch) -> Any:
         """The loop's update on `batch`; what it returns."""
-        arguments: list[Any] = [self.model, self.optimizer, batch, self.problem.steps]
+        # A loop may change its batch in place; nobody else shall see that.
+        own = tuple(map_tensors(torch.clone, part) for part in batch)
+        arguments: list[Any] = [self.model, self.optimizer, own, self.problem.steps]
         if self.schedule is not None:
             arguments.append(self.schedule)
         return self.problem.train_window(*arguments)

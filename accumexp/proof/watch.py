@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -30,6 +31,8 @@ class Seen:
         micro_batches: the samples of each forward pass in the update's batch; None of one whose rows were
             not recognised.
         sizes: how many samples each forward pass saw.
+        random: the state of torch's generators at each forward pass, as a hash.
+        divided: the optimizer was to divide the gradient itself, as a fused one can; `gradient` is divided.
         arrived: the sum of the gradients that autograd delivered, in fp64, before any was rounded into
             `.grad`; `arrived_norms` the sums of their norms.
         arrivals: how often a gradient arrived at a parameter, at most.
@@ -43,6 +46,8 @@ class Seen:
     rates: list[float] = field(default_factory=list)
     micro_batches: list[list[int] | None] = field(default_factory=list)
     sizes: list[int] = field(default_factory=list)
+    random: list[bytes] = field(default_factory=list)
+    divided: bool = False
     arrived: Gradient = field(default_factory=dict)
     arrived_norms: dict[str, float] = field(default_factory=dict)
     arrivals: int = 0
@@ -101,6 +106,7 @@ def watching(
         except ValueError:
             return
         seen.micro_batches.append(ids.find(given, taken))
+        seen.random.append(_random_state(start.problem.device))
         if saved is not None:
             alive.extend(tensors(given))
             saved.exclude(tensors(given))
@@ -111,7 +117,8 @@ def watching(
             return  # a fused optimizer that is told to skip
         seen.steps += 1
         if seen.gradient is None:
-            seen.gradient = gradients(start, getattr(optimizer, "grad_scale", None))
+            scale = getattr(optimizer, "grad_scale", None)
+            seen.gradient, seen.divided = gradients(start, scale), scale is not None
             seen.absent = {name for name, p in start.parameters().items() if p.grad is None}
             seen.rates = [float(group["lr"]) for group in optimizer.param_groups]
 
@@ -130,6 +137,13 @@ def watching(
         seen.arrivals = max(counts.values(), default=0)
         for handle in handles:
             handle.remove()
+
+
+def _random_state(device: torch.device) -> bytes:
+    found = hashlib.blake2b(torch.get_rng_state().numpy().tobytes(), digest_size=16)
+    if device.type == "cuda":
+        found.update(torch.cuda.get_rng_state(device).numpy().tobytes())
+    return found.digest()
 
 
 def gradients(start: Start, scale: Tensor | None = None) -> Gradient:
