@@ -25,7 +25,8 @@ from .diagnosis import (
     why_draws,
 )
 from .everyone import everyone, ranks
-from .gradients import DOUBLE, gradient_check, precision_checks
+from .following import Following
+from .gradients import DOUBLE, TRIES, gradient_check, precision_checks
 from .overflow import overflow_checks
 from .problem import Batch, Problem, Scaling, Start, TrainWindow, cast
 from .watch import observe
@@ -40,6 +41,8 @@ from .windows import (
 )
 
 Stage = Callable[[str], None]
+# Updates in the run's own precision: four whole and three smaller windows.
+FOLLOWED = 7
 
 
 def certify(
@@ -162,8 +165,8 @@ class Proof:
         if unknown:
             self.causes.append(unheld(drawn, unknown))
 
-    def windows(self) -> None:
-        """The checks of single windows."""
+    def windows(self, alone: bool = True) -> None:
+        """The checks of single windows, and if `alone` of some in a row in the run's own precision."""
         problem, batch = self.problem, self.batch(0)
         self.progress("the gradient of every parameter, fp64")
         start = Start(problem, DOUBLE)
@@ -184,11 +187,31 @@ class Proof:
         if problem.dtype is not DOUBLE:
             self.progress(f"the gradient in {name}")
             self.add(*precision_checks(problem, name))
+            if alone:
+                self.progress(f"windows one after the other in {name}")
+                self.add(*self.following(name))
         self.progress("memory, ranks and overflow")
         self.add(activations_check(problem, batch))
         self.add(agreement_check(seen), collectives_check(problem, batch, self.reductions))
         self.add(*overflow_checks(problem, batch))
         self.first = seen
+
+    def following(self, name: str) -> list[Check]:
+        """Some updates in the run's own precision, smaller ones among them."""
+        problem = self.problem
+        start = Start(problem, problem.dtype)
+        following = Following(problem, start)
+        parts = [part for _, part in ragged(problem, self.batch(0))]
+        tries = TRIES if problem.scaling is not None else 0
+        for number in range(FOLLOWED):
+            batch = parts[number // 2 % len(parts)] if parts and number % 2 else self.batch(number)
+            given = cast(batch, problem.dtype)
+            seen = observe(start, given, arrivals=True)
+            while tries and not max(everyone(seen.steps)):
+                following.follow(given, seen)
+                seen, tries = observe(start, given, arrivals=True), tries - 1
+            following.follow(given, seen)
+        return following.checks(name)
 
     def course(self, updates: int) -> None:
         """Update after update from one start, with a smaller window now and then."""

@@ -129,11 +129,11 @@ def precision_checks(problem: Problem, name: str) -> list[Check]:
         assert seen.gradient is not None
         right = clipped(exact, problem.clip_norm)
         factor = (norm(right) or 1.0) / size
-        _add(inside, _errors(seen.gradient, right), 1 / (size * factor))
+        _add(inside, norms_of_errors(seen.gradient, right), 1 / (size * factor))
         if ranks() == 1 and seen.arrived:
             additions.append(_addition(problem, seen))
-        roundings = _roundings(problem, seen)
-        scale = _loss_scale(problem, seen)
+        rounded = roundings(problem, seen)
+        scale = loss_scale_of(problem, seen)
         if not number:
             alone = _parts(problem, batch, seen, scale)
         for order, numbers in ((batch, None), shuffled(batch, 100 + number)):
@@ -146,12 +146,12 @@ def precision_checks(problem: Problem, name: str) -> list[Check]:
                 numbers,
                 scale,
             )
-            _add(outside, _errors(larger.gradient, exact), 1 / size)
+            _add(outside, norms_of_errors(larger.gradient, exact), 1 / size)
         # What N roundings of the micro-batches' parts add to the one of the larger batch's, and clipping.
         clip = clipping(problem.clip_norm, exact, problem.dtype)
         for key, errors in outside.items():
             own = norm(exact) if key == WHOLE else float(exact[key].norm())
-            errors[-1] += (roundings.get(key, 0.0) / factor + alone.get(key, 0.0) + clip * own) / size
+            errors[-1] += (rounded.get(key, 0.0) / factor + alone.get(key, 0.0) + clip * own) / size
     nearest = {key: worst(everyone(_nearest(errors))) for key, errors in inside.items()}
     farthest = {
         key: max(errors) if all(map(math.isfinite, errors)) else -1.0 for key, errors in outside.items()
@@ -166,7 +166,7 @@ def precision_checks(problem: Problem, name: str) -> list[Check]:
     return checks
 
 
-def _errors(found: Gradient, right: Gradient) -> dict[str, float]:
+def norms_of_errors(found: Gradient, right: Gradient) -> dict[str, float]:
     """The 2-norm of each parameter's error, and of all of it."""
     errors = {name: float((found[name].double() - g).norm()) for name, g in right.items()}
     return {**errors, WHOLE: math.sqrt(sum(error * error for error in errors.values()))}
@@ -192,7 +192,7 @@ def first_update(start: Start, batch: Batch, arrivals: bool = False) -> Seen:
     return seen
 
 
-def _loss_scale(problem: Problem, seen: Seen) -> float:
+def loss_scale_of(problem: Problem, seen: Seen) -> float:
     """A power of two near the loop's loss scale, 1 without one."""
     if problem.scaling is None or not all(everyone(bool(seen.arrived) and seen.gradient is not None)):
         return 1.0
@@ -213,12 +213,12 @@ def _parts(problem: Problem, batch: Batch, seen: Seen, scale: float) -> dict[str
         if ids:
             own, _ = part_in_precision(problem, model, batch, ids, problem.dtype, problem.autocast, scale)
             exact, _ = part_in_precision(problem, fine, batch, ids, DOUBLE)
-            for key, error in _errors(own, exact).items():
+            for key, error in norms_of_errors(own, exact).items():
                 lost[key] = lost.get(key, 0.0) + error
     return lost
 
 
-def _roundings(problem: Problem, seen: Seen) -> dict[str, float]:
+def roundings(problem: Problem, seen: Seen) -> dict[str, float]:
     """The norms that rounding each micro-batch's part of each rank, and adding the parts, can add at most.
 
     Parts are added in fp32 on a rank, and over the ranks in the gradient's dtype. Of shards nothing arrives.
