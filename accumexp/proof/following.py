@@ -20,8 +20,8 @@ from .problem import Batch, Problem, Start, whole
 from .watch import Seen
 
 COARSE = (
-    f"{LAMBDA:g} times what the larger batch loses in this precision, and what rounding the micro-batches' parts "
-    "adds; the nearest of each kind of window, because a single rounding may switch a unit"
+    f"{LAMBDA:g} times what the larger batch loses in this precision and rounding the micro-batches' parts "
+    "adds, the nearest of each kind of window, because a single rounding may switch a unit"
 )
 
 
