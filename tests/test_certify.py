@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 from torch.optim import SGD
 
 from accumexp import certifying, runner
@@ -17,7 +18,7 @@ from accumexp.assembly import build_parts
 from accumexp.certifying import Certifying
 from accumexp.order import Order
 from accumexp.own_loop import OwnLoop
-from accumexp.proof import Certificate
+from accumexp.proof import Certificate, certify
 from accumexp.proof.coupling import coupling_modules
 from accumexp.proof.gradients import DOUBLE
 from accumexp.proof.problem import Problem, Start, cast
@@ -27,7 +28,7 @@ from accumexp.tracking import MLflowTracker, Store
 from accumexp.world import World
 
 from .experiments import composed
-from .wrong_loops import STEPS, right, samples
+from .wrong_loops import STEPS, classifier, right, samples, split
 
 SMALL = ("device=cpu", "model=mlp", "model.hidden=[8]", "data.image_size=8", "accum.steps=4")
 
@@ -184,3 +185,30 @@ def test_a_coupling_module_that_moves_buffers_on_is_named() -> None:
     assert coupling(nn.BatchNorm1d(9)) == ["BatchNorm1d"]
     shared = Centred()
     assert coupling(shared, shared) == ["Centred"]
+
+
+def closure_loop(name: bool, factor: float = 1.0) -> Any:
+    """Makes its gradient in the closure that it gives its optimizer."""
+
+    def train_window(model: Any, optimizer: Any, batch: Any, steps: int) -> Tensor:
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            logged = torch.zeros(())
+            for inputs, targets in split(batch):
+                loss = cross_entropy(model(inputs), targets, reduction="sum") * factor / len(batch[1])
+                loss.backward()
+                logged += loss.detach()
+            return logged
+
+        return optimizer.step(closure=closure) if name else optimizer.step(closure)
+
+    return train_window
+
+
+@pytest.mark.parametrize("name", [True, False], ids=("by name", "by place"))
+def test_the_gradient_of_a_closure_is_the_one_that_is_used(name: bool) -> None:
+    loss = nn.CrossEntropyLoss()
+    found = certify(closure_loop(name), classifier(), loss, samples(), STEPS, updates=4)
+    assert str(found) == "proved"
+    found = certify(closure_loop(name, 4.0), classifier(), loss, samples(), STEPS, updates=4)
+    assert "4 times the larger batch's" in str(found)
