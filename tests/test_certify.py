@@ -15,6 +15,7 @@ from torch.optim import SGD
 
 from accumexp import certifying, runner
 from accumexp.assembly import build_parts
+from accumexp.callbacks import Callback
 from accumexp.certifying import Certifying
 from accumexp.order import Order
 from accumexp.own_loop import OwnLoop
@@ -22,9 +23,10 @@ from accumexp.proof import Certificate, certify
 from accumexp.proof.coupling import coupling_modules
 from accumexp.proof.gradients import DOUBLE
 from accumexp.proof.problem import Problem, Start, cast
-from accumexp.proving import problem_of
+from accumexp.proving import problem_of, prove_experiment
 from accumexp.runner import Run
 from accumexp.tracking import MLflowTracker, Store
+from accumexp.trainer import Trainer
 from accumexp.world import World
 
 from .experiments import composed
@@ -212,3 +214,25 @@ def test_the_gradient_of_a_closure_is_the_one_that_is_used(name: bool) -> None:
     assert str(found) == "proved"
     found = certify(closure_loop(name, 4.0), classifier(), loss, samples(), STEPS, updates=4)
     assert "4 times the larger batch's" in str(found)
+
+
+class Impatient(Callback):
+    """Wants to stop after the third update, as one does whose loss is low enough."""
+
+    def update_end(self, trainer: Trainer) -> None:
+        if trainer.progress.update >= 3:
+            trainer.stop("enough")
+
+
+@pytest.mark.parametrize(
+    "callback",
+    ["+callbacks.own={_target_: tests.test_certify.Impatient}", "callbacks=early_stopping"],
+    ids=("own", "early stopping"),
+)
+def test_a_callback_that_stops_the_run_does_not_stop_its_proof(callback: str) -> None:
+    config = composed(*SMALL, "proof.updates=40", callback)
+    found, _ = prove_experiment(config, World(), lambda stage: None)
+    assert str(found) == "proved"
+    by_name = {check.name: check for check in found.checks}
+    assert "gradient, 40 updates" in by_name
+    assert by_name["resume from the middle"].detail == "stopped after update 20 of 40"
