@@ -51,11 +51,15 @@ class Certifying:
                 order = replace(self.order, config=replace(config, tracking=quiet))
                 tags = {**described(parts, []), **tags_of(certificate)}
                 tracker = open_tracker(order, store, parts, tags, "certificate", None)
-                tracker.tag(
-                    {"mlflow.note.content": markdown(certificate), "mlflow.source.name": "accumexp.prove"}
-                )
-                tracker.artifact(path)
-                tracker.artifact(config_path)
+                try:
+                    tracker.tag(
+                        {"mlflow.note.content": markdown(certificate), "mlflow.source.name": "accumexp.prove"}
+                    )
+                    tracker.artifact(path)
+                    tracker.artifact(config_path)
+                except BaseException:
+                    tracker.end("FAILED")
+                    raise
                 tracker.end("FINISHED")
                 kept.update(run=tracker.run_id, UI=tracker.address)
                 if tracker.ui_command:

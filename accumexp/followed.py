@@ -84,7 +84,10 @@ class Followed:
             split.indices = split.indices[:size]
 
     def trainer(self, extra: Mapping[str, Callback]) -> Trainer:
-        """The real one from its beginning, with the run's own callbacks, but those that speak or save."""
+        """The real one from its beginning, with the run's own callbacks, but those that speak or save.
+
+        Nothing but `StopAt` stops it early.
+        """
         restore_random_state(self._random)
         parts = replace(self.parts, model=copy.deepcopy(self.parts.model))
         trainer = build_trainer(self.config, parts, Points(), self.schedule)
@@ -94,6 +97,7 @@ class Followed:
             if not isinstance(callback, Checkpoints | Progress | LossMonitor)
         }
         trainer.callbacks = {**kept, **extra}
+        trainer.stop = _not_now
         return trainer
 
     def checks(self, problem: Problem) -> tuple[list[Check], Course]:
@@ -159,8 +163,12 @@ def points(trainer: Trainer) -> list[tuple[int, dict[str, float]]]:
     return trainer.recorder.rows
 
 
+def _not_now(reason: str, code: int = 1) -> None:
+    """Instead of `Trainer.stop`: a callback may end the run, but not the proof of its updates."""
+
+
 class StopAt(Callback):
-    """Stops after an update."""
+    """Stops after an update, also where callbacks cannot."""
 
     order = 2
 
@@ -169,7 +177,7 @@ class StopAt(Callback):
 
     def update_end(self, trainer: Trainer) -> None:
         if trainer.progress.update == self.update:
-            trainer.stop("stopped to be resumed")
+            Trainer.stop(trainer, "stopped to be resumed")
 
 
 class Follower(Callback):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +22,8 @@ from .world import World
 class OwnLoop:
     """`Trainer.update` on whatever model and optimizer it is called with, on this rank's share.
 
+    Another model begins a new trainer, and the one before is forgotten, with its loss scale.
+
     Args:
         full: samples in a whole batch; a smaller one has fewer micro-batches.
         clip_norm: instead of the configuration's.
@@ -36,15 +37,17 @@ class OwnLoop:
         self.here = here
         self.full = full
         self.clip_norm = clip_norm or config.trainer.clip_norm
-        self._trainers: WeakKeyDictionary[nn.Module, Trainer] = WeakKeyDictionary()
+        # The newest alone: each has a model, gradients and optimizer state of its own.
+        self._newest: Trainer | None = None
+        self._model: nn.Module | None = None
 
     def __call__(
         self, model: nn.Module, optimizer: Optimizer, batch: Whole, steps: int, schedule: Any
     ) -> float | None:
         """One update; the loss that is logged of it."""
-        if model not in self._trainers:
-            self._trainers[model] = self._trainer(model, optimizer, schedule)
-        trainer = self._trainers[model]
+        if self._newest is None or self._model is not model:
+            self._newest, self._model = self._trainer(model, optimizer, schedule), model
+        trainer = self._newest
         trainer.update(self._share(batch, steps))
         trainer.read()
         recorder = trainer.recorder

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 import sys
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+
+import torch
 
 from .accum import Inequality, inequalities
 from .assembly import Parts, build_parts, build_trainer
@@ -52,6 +55,10 @@ class Run:
                 from .certifying import certified
 
                 proved = certified(config, here, self.folder)
+                # What the proof left in memory is not the run's: its models are in cycles with their hooks.
+                gc.collect()
+                if torch.cuda.is_initialized():
+                    torch.cuda.empty_cache()
             parts = build_parts(config, here)
             record = RunRecord(self.folder, upto=back.update if back else 0) if here.first else SilentRecord()
             trainer = build_trainer(config, parts, record)

@@ -36,9 +36,16 @@ def coupling_modules(problem: Problem, batch: Batch) -> list[Coupling]:
     inputs, _ = cast(batch, DOUBLE)
     found: dict[str, Coupling] = {}
     names = {module: name for name, module in model.named_modules()}
+    # What a parametrization is given are weights, whatever their first dimension is.
+    names = {module: name for module, name in names.items() if "parametrizations" not in name.split(".")}
+    before: dict[nn.Module, dict[str, Tensor]] = {}
     samples = tensors(inputs)[0].shape[0]
     half = samples // 2
     trying = [False]
+
+    def entered(module: nn.Module, arguments: Any, keywords: Any) -> None:
+        if not trying[0]:
+            before[module] = _buffers(module)
 
     def tried(module: nn.Module, arguments: Any, keywords: Any, outputs: Any) -> None:
         name = names[module]
@@ -46,24 +53,29 @@ def coupling_modules(problem: Problem, batch: Batch) -> list[Coupling]:
         if trying[0] or inner or not _by_sample([arguments, keywords, outputs], samples):
             return
         trying[0] = True
+        after = _buffers(module)
         try:
-            buffers = {n: b.clone() for n, b in module.named_buffers()}
-            with draws.modules.again(name or "(model)", half):
-                part = module(*_half(arguments, half), **_half(keywords, half))
+            # The whole once more, from where the module began: what is not the same then is so for reasons
+            # of its own (a count in Python, a generator outside torch), and need not couple samples.
+            _put(module, before[module])
             with draws.modules.again(name or "(model)", samples):
-                same = module(*arguments, **keywords)
-            for n, b in module.named_buffers():
-                b.copy_(buffers[n])
-        except (RuntimeError, ValueError, IndexError):
+                same = module(*_first(arguments, samples), **_first(keywords, samples))
+            if not _apart(same, outputs, samples) <= NOTHING:
+                return
+            _put(module, before[module])
+            with draws.modules.again(name or "(model)", half):
+                part = module(*_first(arguments, half), **_first(keywords, half))
+            effect = _apart(part, outputs, half)
+        except Exception:
             return  # a module that cannot take half a batch is judged by the one around it
         finally:
             trying[0] = False
-        # A module that is not the same twice, for reasons outside torch, need not couple samples.
-        effect = _apart(part, outputs, half)
-        if effect > NOTHING and not _apart(same, outputs, samples) > NOTHING:
+            _put(module, after)
+        if effect > NOTHING:
             found[name] = Coupling(name or "(model)", type(module).__name__, effect)
 
-    handles = [module.register_forward_hook(tried, with_kwargs=True) for module in names]
+    handles = [module.register_forward_pre_hook(entered, with_kwargs=True) for module in names]
+    handles += [module.register_forward_hook(tried, with_kwargs=True) for module in names]
     try:
         with (
             torch.no_grad(),
@@ -77,10 +89,21 @@ def coupling_modules(problem: Problem, batch: Batch) -> list[Coupling]:
     return list(found.values())
 
 
+def _buffers(module: nn.Module) -> dict[str, Tensor]:
+    return {name: buffer.clone() for name, buffer in module.named_buffers()}
+
+
+def _put(module: nn.Module, buffers: dict[str, Tensor]) -> None:
+    for name, buffer in module.named_buffers():
+        if name in buffers and buffer.shape == buffers[name].shape:
+            buffer.copy_(buffers[name])
+
+
 def _apart(part: Any, outputs: Any, rows: int) -> float:
-    """How far the first `rows` of `outputs` are from those of `part`, relative."""
+    """How far the first `rows` of `outputs` are from those of `part`, relative; 0 of integers alone."""
     pairs = zip(_floats(part), _floats(outputs), strict=True)
-    return max(float((p - w[:rows]).norm() / w[:rows].norm().clamp_min(1e-300)) for p, w in pairs)
+    apart = (float((p - w[:rows]).norm() / w[:rows].norm().clamp_min(1e-300)) for p, w in pairs)
+    return max(apart, default=0.0)
 
 
 def loss_couples(problem: Problem, batch: Batch) -> float:
@@ -144,11 +167,12 @@ def _floats(values: Any) -> list[Tensor]:
     return [t.detach() for t in _all(values) if t.is_floating_point()]
 
 
-def _half(values: Any, half: int) -> Any:
+def _first(values: Any, rows: int) -> Any:
+    """`values` with the first `rows` of every tensor, copied: a module may write into what it is given."""
     if isinstance(values, Tensor):
-        return values[:half]
+        return values[:rows].clone()
     if isinstance(values, dict):
-        return {key: _half(value, half) for key, value in values.items()}
+        return {key: _first(value, rows) for key, value in values.items()}
     if isinstance(values, tuple | list):
-        return type(values)(_half(value, half) for value in values)
+        return type(values)(_first(value, rows) for value in values)
     return values

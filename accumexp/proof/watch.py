@@ -111,16 +111,33 @@ def watching(
             alive.extend(tensors(given))
             saved.exclude(tensors(given))
 
-    def step(optimizer: Any, *_: Any) -> None:
-        found = getattr(optimizer, "found_inf", None)
-        if found is not None and bool(found):
-            return  # a fused optimizer that is told to skip
-        seen.steps += 1
+    def used(optimizer: Any) -> None:
         if seen.gradient is None:
             scale = getattr(optimizer, "grad_scale", None)
             seen.gradient, seen.divided = gradients(start, scale), scale is not None
             seen.absent = {name for name, p in start.parameters().items() if p.grad is None}
             seen.rates = [float(group["lr"]) for group in optimizer.param_groups]
+
+    def step(optimizer: Any, arguments: Any, keywords: Any) -> Any:
+        found = getattr(optimizer, "found_inf", None)
+        if found is not None and bool(found):
+            return None  # a fused optimizer that is told to skip
+        seen.steps += 1
+        # Hooks get the optimizer itself before what the loop gave it.
+        itself, *rest = arguments
+        closure = rest[0] if rest else keywords.get("closure")
+        if closure is None:
+            used(optimizer)
+            return None
+
+        def watched() -> Any:
+            value = closure()
+            used(optimizer)
+            return value
+
+        if rest:
+            return (itself, watched, *rest[1:]), keywords
+        return arguments, {**keywords, "closure": watched}
 
     handles = [
         start.inner.register_forward_pre_hook(forward, with_kwargs=True),
