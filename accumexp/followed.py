@@ -25,6 +25,7 @@ from .display import Progress
 from .proof.certificate import Check
 from .proof.course import BITS, Course, states
 from .proof.everyone import everyone
+from .proof.following import Following
 from .proof.gradients import DOUBLE
 from .proof.problem import Batch as Whole
 from .proof.problem import Problem, Start
@@ -58,17 +59,34 @@ def small(config: Config, here: World, whole: bool, updates: int) -> Config:
     return check(changed)
 
 
+def as_it_is(config: Config, updates: int) -> Config:
+    """`config` for `updates`, in its own precision and with its own batches."""
+    changed = copy.deepcopy(config)
+    changed.trainer.max_updates = updates
+    changed.trainer.epochs = updates
+    changed.trainer.eval_every = updates + 1
+    changed.prove = False
+    return check(changed)
+
+
 class Followed:
-    """The first updates of the run that `config` describes, in fp64.
+    """The first updates of the run that `config` describes.
 
     Args:
         updates: how many.
         schedule: updates in the run's whole schedule.
         stage: told how far it is.
+        epoch: updates in an epoch before its last, smaller one.
     """
 
     def __init__(
-        self, config: Config, here: World, updates: int, schedule: int, stage: Callable[[str], None]
+        self,
+        config: Config,
+        here: World,
+        updates: int,
+        schedule: int,
+        stage: Callable[[str], None],
+        epoch: int = EPOCH,
     ) -> None:
         self.config = config
         self.here = here
@@ -79,7 +97,7 @@ class Followed:
         self._random = random_state()
         size = self.parts.splits.train.batch_size
         # Epochs that end, and end in a smaller window, within the updates that are followed.
-        self.parts.splits.train.indices = self.parts.splits.train.indices[: EPOCH * size + size // 2 + 1]
+        self.parts.splits.train.indices = self.parts.splits.train.indices[: epoch * size + size // 2 + 1]
         for split in (self.parts.splits.eval, self.parts.splits.test):
             split.indices = split.indices[:size]
 
@@ -100,13 +118,23 @@ class Followed:
         trainer.stop = _not_now
         return trainer
 
+    def own_precision(self, problem: Problem, name: str, updates: int) -> list[Check]:
+        """What `updates` of the run in its own precision, `name`, show; skipped windows are none."""
+        follower = Follower(problem, self, Following, updates)
+        trainer = self.trainer({"follower": follower})
+        follower.attach(trainer)
+        trainer.fit()
+        assert isinstance(follower.course, Following)
+        return follower.course.checks(name)
+
     def checks(self, problem: Problem) -> tuple[list[Check], Course]:
-        """What following the run shows, and what a stop and a resume do to it."""
-        follower = Follower(problem, self)
+        """What following the run in fp64 shows, and what a stop and a resume do to it."""
+        follower = Follower(problem, self, Course)
         trainer = self.trainer({"follower": follower})
         follower.attach(trainer)
         trainer.fit()
         course = follower.course
+        assert isinstance(course, Course)
         for update, values in points(trainer):
             if "train/loss" in values:
                 course.logged(update, values["train/loss"])
@@ -185,27 +213,38 @@ class Follower(Callback):
 
     order = -1000
 
-    def __init__(self, problem: Problem, run: Followed) -> None:
+    def __init__(
+        self,
+        problem: Problem,
+        run: Followed,
+        kind: type[Course] | type[Following],
+        updates: int | None = None,
+    ) -> None:
         self.problem = problem
         self.run = run
+        self.kind = kind
+        self.updates = updates
         self.epochs: dict[int, list[int]] = {}
         self._open = ExitStack()
 
     def attach(self, trainer: Trainer) -> None:
-        self.start = Start(self.problem, DOUBLE, trainer.model, trainer.optimizer)
-        self.course = Course(self.problem, self.start)
+        dtype = DOUBLE if self.kind is Course else self.problem.dtype
+        self.start = Start(self.problem, dtype, trainer.model, trainer.optimizer)
+        self.course = self.kind(self.problem, self.start)
 
     def update_begin(self, trainer: Trainer) -> None:
         batch = trainer.batch
         assert batch is not None
         self.batch, numbers = whole_batch(batch)
         self.epochs.setdefault(trainer.progress.epoch, []).extend(numbers)
-        arrivals = self.problem.scaling is not None
+        arrivals = self.kind is Following or self.problem.scaling is not None
         self.seen: Seen = self._open.enter_context(watching(self.start, self.batch, arrivals))
 
     def update_end(self, trainer: Trainer) -> None:
         self._open.close()
         self.course.follow(self.batch, self.seen)
+        if self.updates and self.course.updates >= self.updates:
+            Trainer.stop(trainer, "seen enough")
         self.run.stage(f"update {trainer.progress.update} of {self.run.updates} beside the larger batch's")
 
     def run_end(self, trainer: Trainer) -> None:

@@ -18,12 +18,12 @@ from torch.optim import Optimizer
 from .assembly import Parts, build_optimizer, build_parts, build_scheduler, for_ranks, updates_of
 from .config import Config, LossScaling, Reduction, Strategy, to_plain
 from .errors import UsageError
-from .followed import Followed, small, whole_batch
+from .followed import Followed, as_it_is, small, whole_batch
 from .own_loop import OwnLoop
 from .proof import Cause, Certificate, Scaling
 from .proof.bounds import in_precision, narrowed
-from .proof.certify import Proof, undisturbed
-from .proof.gradients import DOUBLE, gradient_check
+from .proof.certify import FOLLOWED, Proof, precision_name, undisturbed
+from .proof.gradients import DOUBLE, TRIES, gradient_check
 from .proof.larger import norm
 from .proof.problem import Problem
 from .proof.problem import cast as in_dtype
@@ -49,7 +49,7 @@ def prove_experiment(config: Config, here: World, stage: Callable[[str], None]) 
     try:
         with undisturbed(problem):
             proof.draws()
-            proof.windows()
+            proof.windows(alone=False)
             _clipping(proof, config, parts, here)
             _follow(proof, config, parts, here)
             proof.diagnosis()
@@ -140,6 +140,19 @@ def _follow(proof: Proof, config: Config, parts: Parts, here: World) -> None:
     checks, course = followed.checks(problem)
     proof.add(*checks)
     proof.causes.extend(course.causes())
+    if proof.problem.dtype is not DOUBLE:
+        _follow_as_it_is(proof, config, here, schedule)
+
+
+def _follow_as_it_is(proof: Proof, config: Config, here: World, schedule: int) -> None:
+    """A few updates of the real run in its own precision, its own batches and with its own callbacks."""
+    name = precision_name(proof.problem)
+    proof.progress(f"{FOLLOWED} updates of the run in {name}")
+    # A loss scale may have to fall first.
+    most = FOLLOWED + (TRIES if proof.problem.scaling is not None else 0)
+    followed = Followed(as_it_is(config, most), here, most, schedule, proof.progress, epoch=1)
+    problem = replace(proof.problem, model=copy.deepcopy(followed.parts.model), loss=followed.parts.criterion)
+    proof.add(*followed.own_precision(problem, name, FOLLOWED))
 
 
 def _in_our_words(cause: Cause, config: Config) -> Cause:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from accumexp.accum import WindowResult, split, split_sizes
 from accumexp.accum.batch import batch_size
 from accumexp.callbacks import Callback
@@ -39,3 +41,15 @@ class MeanOfMeans(Callback):
             return WindowResult(total, float(samples), samples, steps)
 
         window.backward = backward  # type: ignore[method-assign]
+
+
+class TripledInFp32(Callback):
+    """Three times the gradient, but not in float64."""
+
+    def run_begin(self, trainer: Trainer) -> None:
+        def triple(optimizer: Any, *_: Any) -> None:
+            for parameter in trainer.model.parameters():
+                if parameter.grad is not None and parameter.dtype is not torch.float64:
+                    parameter.grad *= 3
+
+        trainer.optimizer.register_step_pre_hook(triple)
