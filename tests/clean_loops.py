@@ -221,7 +221,7 @@ def certified(config: Configuration, updates: int = 6) -> Certificate:
 
 def alarm(config: Configuration, found: Certificate) -> str:
     """What the proof has against a right configuration; "" where it has nothing."""
-    draws = config["model"] in DRAWS
+    draws = config["model"] in DRAWS and found.subject["steps"] * found.subject["ranks"] > 1
     idle = any(cause.source == "clipping, which never acted" for cause in found.causes)
     right = "proved up to" if draws or idle else "proved"
     if found.verdict == right:

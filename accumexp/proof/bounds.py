@@ -40,6 +40,7 @@ LAMBDA = 8.0
 FEW = 32
 WINDOWS = 7
 LARGER = 14
+SMALLEST = 2.0**-20  # of a loss scale
 U32 = 2.0**-24
 U64 = 2.0**-53
 ROUNDING = "fp64 rounding: 8 times 2^-29 of what fp32 loses on the larger batch, and n u for adding n samples"
@@ -83,6 +84,10 @@ def expected(problem: Problem, batch: Batch, model: nn.Module, clip_norm: float 
         name: factor * (LAMBDA * 2.0**-29 * error + (samples * U64 + clip) * size)
         for name, error in lost.items()
     }
+    if factor < 1:
+        # The norm that clips is off by no more than the gradient is, and with it every part.
+        off = math.hypot(*bound.values()) / size
+        bound = {name: b + off * float(exact.gradient[name].norm()) for name, b in bound.items()}
     loss = float(exact.loss)
     lost_loss = abs(float(coarse.loss.double()) - loss)
     loss_bound = LAMBDA * 2.0**-29 * lost_loss + samples * U64 * max(abs(loss), U64)
@@ -140,6 +145,18 @@ def in_precision(
         given = cast(batch, dtype)
         with computing(dtype), drawing(problem, model, given, numbers):
             return larger_batch(model, loss, given, autocast, scale=scale)
+
+
+def rough_in_precision(
+    problem: Problem, model: nn.Module, batch: Batch, scale: float, numbers: Sequence[int] | None = None
+) -> Larger:
+    """The larger batch in the run's precision, at `scale` or, where all of it overflows, a smaller one."""
+    while True:
+        found = in_precision(problem, model, batch, problem.dtype, problem.autocast, numbers, scale)
+        finite = all(bool(g.isfinite().all()) for g in found.gradient.values())
+        if finite or problem.scaling is None or scale < SMALLEST:
+            return found
+        scale /= 16
 
 
 def part_in_precision(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..accum.batch import batch_size
-from .bounds import LAMBDA, clipping, in_precision, narrowed, roundoff
+from .bounds import LAMBDA, clipping, in_precision, narrowed, rough_in_precision, roundoff
 from .certificate import Check
 from .course import BITS, SHARDED, states
 from .everyone import everyone, worst
@@ -31,6 +31,10 @@ class Following:
     Args:
         problem: what the loop should do.
         start: the loop's model and optimizer, as they are before the first update.
+
+    Attributes:
+        updates: how many were followed.
+        diverged: the larger batch itself left the precision's range, and no more updates are followed.
     """
 
     def __init__(self, problem: Problem, start: Start) -> None:
@@ -40,6 +44,7 @@ class Following:
         self.optimizer = problem.optimizer(list(self.model.parameters()))
         self.schedule = problem.scheduler(self.optimizer) if problem.scheduler else None
         self.updates = 0
+        self.diverged = False
         self._full = 0
         self._found: dict[str, list[tuple[float, float, int]]] = defaultdict(list)
         self._stepped = 0
@@ -47,6 +52,8 @@ class Following:
 
     def follow(self, batch: Batch, seen: Seen) -> None:
         """Compares the update that the loop has just made on the whole `batch`."""
+        if self.diverged:
+            return
         if self.problem.scaling is not None and not max(everyone(seen.steps)):
             self._step_schedule()  # skipped: there is nothing to compare
             return
@@ -57,6 +64,10 @@ class Following:
         self._stepped = max(self._stepped, abs(seen.steps - 1))
         if all(everyone(seen.gradient is not None)):
             error, bound = self._distance(batch, seen)
+            if not math.isfinite(bound):  # the larger batch itself has left this precision's range
+                self.diverged = True
+                self.updates -= 1
+                return
             self._found[kind].append((error, bound, self.updates))
         self._step(seen)
 
@@ -66,9 +77,7 @@ class Following:
         assert seen.gradient is not None
         exact = in_precision(problem, narrowed(self.model, DOUBLE), batch, DOUBLE).gradient
         scale = loss_scale_of(problem, seen)
-        rough = in_precision(
-            problem, self.model, batch, problem.dtype, problem.autocast, scale=scale
-        ).gradient
+        rough = rough_in_precision(problem, self.model, batch, scale).gradient
         size, right = norm(exact) or 1.0, clipped(exact, problem.clip_norm)
         length = norm(right) or 1.0
         error = norms_of_errors(seen.gradient, right)[WHOLE] / length
@@ -117,6 +126,8 @@ class Following:
     def checks(self, name: str) -> list[Check]:
         """What was found. All ranks must ask."""
         over = f"{self.updates} updates, {name}"
+        if not self._found and self.diverged:
+            return []
         if not self._found:
             return [Check(f"gradient, {over}", math.inf, 0.0, "relative", COARSE, "no update was made")]
         nearest = [(min(found, key=_ratio), kind) for kind, found in self._found.items()]

@@ -18,6 +18,7 @@ from .bounds import (
     in_precision,
     narrowed,
     part_in_precision,
+    rough_in_precision,
     roundoff,
     shuffled,
 )
@@ -118,6 +119,7 @@ def precision_checks(problem: Problem, name: str) -> list[Check]:
     outside: dict[str, list[float]] = {}
     additions: list[tuple[str, float, float]] = []
     alone: dict[str, float] = {}
+    shares: dict[str, float] = {}
     for number in range(WINDOWS):
         batch, _ = shuffled(problem.batches[number % len(problem.batches)], number)
         exact = in_precision(problem, narrowed(problem.model, DOUBLE), cast(batch, DOUBLE), DOUBLE).gradient
@@ -137,25 +139,23 @@ def precision_checks(problem: Problem, name: str) -> list[Check]:
         if not number:
             alone = _parts(problem, batch, seen, scale)
         for order, numbers in ((batch, None), shuffled(batch, 100 + number)):
-            larger = in_precision(
-                problem,
-                narrowed(problem.model, problem.dtype),
-                cast(order, problem.dtype),
-                problem.dtype,
-                problem.autocast,
-                numbers,
-                scale,
-            )
+            model = narrowed(problem.model, problem.dtype)
+            larger = rough_in_precision(problem, model, order, scale, numbers)
             _add(outside, norms_of_errors(larger.gradient, exact), 1 / size)
         # What N roundings of the micro-batches' parts add to the one of the larger batch's, and clipping.
         clip = clipping(problem.clip_norm, exact, problem.dtype)
         for key, errors in outside.items():
             own = norm(exact) if key == WHOLE else float(exact[key].norm())
+            if factor < 1:
+                shares[key] = max(shares.get(key, 0.0), own / size)
             errors[-1] += (rounded.get(key, 0.0) / factor + alone.get(key, 0.0) + clip * own) / size
     nearest = {key: worst(everyone(_nearest(errors))) for key, errors in inside.items()}
     farthest = {
         key: max(errors) if all(map(math.isfinite, errors)) else -1.0 for key, errors in outside.items()
     }
+    # The norm that clips is off by no more than the gradient is, and with it every part.
+    off = farthest[WHOLE]
+    farthest = {key: limit + shares.get(key, 0.0) * off for key, limit in farthest.items()}
     at = max(nearest, key=lambda key: _order(_over(nearest[key], farthest[key])))
     checks = [
         Check(f"gradient, {name}", nearest[at], farthest[at], "relative", NEAREST, f"worst at {at}"),
