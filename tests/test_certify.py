@@ -289,7 +289,8 @@ def test_batches_in_every_form_of_a_data_loader(loop: Any, model: Any, loss: Any
 
 
 def test_what_is_one_batch_and_what_are_two() -> None:
-    assert len(batches_of(((X, X), Y))) == len(batches_of([X, Y])) == len(batches_of([(X, (Y, Y))])) == 1
+    assert len(batches_of(((X, X), Y))) == len(batches_of([X, Y])) == len(batches_of((X, (Y, Y)))) == 1
+    assert len(batches_of([((X, X), (Y, Y))])) == 1
     assert len(batches_of(((X, Y), (X, Y)))) == 2
 
 
@@ -299,12 +300,12 @@ def test_what_is_one_batch_and_what_are_two() -> None:
         ([], "an empty list"),
         ((), "an empty tuple"),
         (X, "not a Tensor"),
-        ((X, (Y, Y)), "not a tuple of Tensor, tuple"),
+        ((X, "Y"), "not a tuple of Tensor, str"),
         ([(X, Y), (X, Y), X], "not a list of tuple, tuple, Tensor"),
         ((X, Y, Y), "not a tuple of Tensor, Tensor, Tensor"),
         ((X, Y[:3]), "share their first dimension"),
     ],
-    ids=("no list", "no tuple", "tensor", "two targets", "no pair", "three", "sizes"),
+    ids=("no list", "no tuple", "tensor", "words", "no pair", "three", "sizes"),
 )
 def test_batches_of_no_form_are_refused(batch: Any, said: str) -> None:
     with pytest.raises(ValueError, match=said):

@@ -18,18 +18,17 @@ from .problem import Batch
 def batches_of(given: Any) -> list[Batch]:
     """The batches in `given`: one pair (inputs, targets), or a tuple or list of them.
 
-    A pair's second item is a tensor or a dict: two pairs of tensors are two batches. Targets of another
-    form have to be in a list, `[(inputs, targets)]`.
+    Two pairs of tensors are two batches; one batch whose inputs and targets are both pairs has to be in a
+    list, `[(inputs, targets)]`.
 
     Raises:
         ValueError: if it is neither, or tensors of a batch differ in their first dimension.
     """
-    one = _pair(given) and isinstance(given[1], Tensor | Mapping)
+    one = _pair(given) and (isinstance(given[1], Tensor | Mapping) or not all(map(_pair, given)))
     pairs: list[Any] = [given] if one else list(given) if isinstance(given, tuple | list) else []
     if not pairs or not all(map(_pair, pairs)):
         raise ValueError(
-            "batch: one (inputs, targets), the targets a tensor or a dict, or a list of such pairs, "
-            f"not {_described(given)}"
+            f"batch: one (inputs, targets) or a list of such pairs, samples first, not {_described(given)}"
         )
     for pair in pairs:
         batch_size(pair)

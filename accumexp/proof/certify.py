@@ -70,7 +70,7 @@ def certify(
             its own (class weights), the loop's criterion should be this very object: it is moved to fp64
             and back with the model.
         batch: of one update, (inputs, targets), samples first; or a list of several such pairs, of which
-            the first is whole. A pair whose targets are no tensor and no dict has to be in a list.
+            the first is whole. Where inputs and targets are both pairs, one batch is given in a list.
         steps: micro-batches in a full window, on each rank.
         optimizer: makes the loop's optimizer from parameters; SGD with momentum if left out.
         scheduler: makes the schedule from an optimizer; the loop steps it once an update.
