@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import sys
 import weakref
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim import SGD
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from accumexp import certifying, runner
 from accumexp.assembly import build_parts
@@ -20,6 +22,8 @@ from accumexp.certifying import Certifying
 from accumexp.order import Order
 from accumexp.own_loop import OwnLoop
 from accumexp.proof import Certificate, certify
+from accumexp.proof.arguments import batches_of
+from accumexp.proof.certify import Proof
 from accumexp.proof.coupling import coupling_modules
 from accumexp.proof.gradients import DOUBLE
 from accumexp.proof.problem import Problem, Start, cast
@@ -236,3 +240,113 @@ def test_a_callback_that_stops_the_run_does_not_stop_its_proof(callback: str) ->
     by_name = {check.name: check for check in found.checks}
     assert "gradient, 40 updates" in by_name
     assert by_name["resume from the middle"].detail == "stopped after update 20 of 40"
+
+
+class Two(nn.Module):
+    """Takes two tensors, or a dict of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.layer = nn.Linear(6, 5)
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        return self.layer(a * b)
+
+
+def nested(model: Any, optimizer: Any, batch: Any, steps: int) -> None:
+    (a, b), targets = batch
+    labels = targets["labels"] if isinstance(targets, dict) else targets
+    parts = zip(a.split(4), b.split(4), labels.split(4), strict=True)
+    for one, other, those in parts:
+        (cross_entropy(model(one, other), those, reduction="sum") / len(labels)).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def of_dict(outputs: Tensor, targets: Any) -> Tensor:
+    return cross_entropy(outputs, targets["labels"])
+
+
+X, Y = samples()
+
+
+@pytest.mark.parametrize(
+    ("loop", "model", "loss", "batch"),
+    [
+        (right, classifier, cross_entropy, (X, Y)),
+        (right, classifier, cross_entropy, [X, Y]),
+        (right, classifier, cross_entropy, [[X, Y], [X.flip(0), Y]]),
+        (right, classifier, cross_entropy, ((X, Y), (X.flip(0), Y))),
+        (nested, Two, cross_entropy, ((X, X + 1), Y)),
+        (nested, Two, of_dict, ([X, X + 1], {"labels": Y})),
+        (nested, Two, cross_entropy, [((X, X + 1), Y)]),
+    ],
+    ids=("tuple", "list", "lists", "tuples", "two inputs", "dict", "a list of two inputs"),
+)
+def test_batches_in_every_form_of_a_data_loader(loop: Any, model: Any, loss: Any, batch: Any) -> None:
+    assert str(certify(loop, model(), loss, batch, STEPS, updates=2)) == "proved"
+
+
+def test_what_is_one_batch_and_what_are_two() -> None:
+    assert len(batches_of(((X, X), Y))) == len(batches_of([X, Y])) == len(batches_of((X, (Y, Y)))) == 1
+    assert len(batches_of([((X, X), (Y, Y))])) == 1
+    assert len(batches_of(((X, Y), (X, Y)))) == 2
+
+
+@pytest.mark.parametrize(
+    ("batch", "said"),
+    [
+        ([], "an empty list"),
+        ((), "an empty tuple"),
+        (X, "not a Tensor"),
+        ((X, "Y"), "not a tuple of Tensor, str"),
+        ([(X, Y), (X, Y), X], "not a list of tuple, tuple, Tensor"),
+        ((X, Y, Y), "not a tuple of Tensor, Tensor, Tensor"),
+        ((X, Y[:3]), "share their first dimension"),
+    ],
+    ids=("no list", "no tuple", "tensor", "words", "no pair", "three", "sizes"),
+)
+def test_batches_of_no_form_are_refused(batch: Any, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        certify(right, classifier(), nn.CrossEntropyLoss(), batch, STEPS)
+
+
+@pytest.mark.filterwarnings("ignore:Lazy modules")
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        (nn.ReLU, "model: it has no parameters"),
+        (lambda: nn.Linear(6, 5).requires_grad_(False), "none of its parameters requires a gradient"),
+        (lambda: nn.Sequential(nn.LazyLinear(5)), "0.weight has no shape yet"),
+    ],
+    ids=("none", "frozen", "lazy"),
+)
+def test_models_without_a_gradient_to_compare_are_refused(model: Any, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        certify(right, model(), nn.CrossEntropyLoss(), samples(), STEPS)
+
+
+def test_a_schedule_that_needs_more_than_updates_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"scheduler: ReduceLROnPlateau.step\(\) needs metrics"):
+        certify(right, classifier(), cross_entropy, samples(), STEPS, scheduler=ReduceLROnPlateau)
+
+
+@pytest.mark.parametrize("updates", [0, -1])
+def test_nothing_is_certified_without_an_update(updates: int) -> None:
+    with pytest.raises(ValueError, match=f"updates={updates}: "):
+        certify(right, classifier(), cross_entropy, samples(), STEPS, updates=updates)
+
+
+def test_a_search_for_the_cause_that_fails_loses_no_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any) -> None:
+        raise KeyError("of the\nsearch")
+
+    monkeypatch.setattr(sys.modules[Proof.__module__], "diagnose", broken)
+    found = certify(
+        closure_loop(False, 4.0), classifier(), nn.CrossEntropyLoss(), samples(), STEPS, updates=2
+    )
+    assert "gradient, fp64" in [check.name for check in found.failed]
+    assert [cause.source for cause in found.causes] == ["unknown"]
+    assert str(found).startswith("not proved: the search for the cause failed: KeyError: 'of the")
+    assert "\n" not in str(found)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 from torch.optim import SGD, Optimizer
 
+from .arguments import batches_of, check_model, check_schedule
 from .bounds import in_precision, narrowed
 from .certificate import Cause, Certificate, Check
 from .course import Course
@@ -76,8 +78,11 @@ def certify(
             the last window of an epoch), clips, steps, zeroes. May return the loss that it would log.
         model: in the mode it is trained in. Stays as it is.
         loss: the larger batch's: a function of (outputs, targets) to a mean, of shape (); or an object with
-            `weight(targets)` and `total(outputs, targets)`, whose quotient is the mean.
-        batch: of one update, samples first; or several, of which the first is whole.
+            `weight(targets)` and `total(outputs, targets)`, whose quotient is the mean. If it has numbers of
+            its own (class weights), the loop's criterion should be this very object: it is moved to fp64
+            and back with the model.
+        batch: of one update, (inputs, targets), samples first; or a list of several such pairs, of which
+            the first is whole. Where inputs and targets are both pairs, one batch is given in a list.
         steps: micro-batches in a full window, on each rank.
         optimizer: makes the loop's optimizer from parameters; SGD with momentum if left out.
         scheduler: makes the schedule from an optimizer; the loop steps it once an update.
@@ -87,22 +92,27 @@ def certify(
         precision: dtype of the parameters in the loop's own precision.
         autocast: dtype of its `torch.autocast`, which the loop itself enters.
         loss_scale: the settings of its loss scale, if it has a dynamic one.
-        updates: that are followed one after the other; 0 for none.
+        updates: that are followed one after the other, at least 1.
         seed: of torch's draws in every window.
         progress: told each stage when it begins.
 
     Raises:
-        ValueError: for a batch that cannot be split into `steps`, or a larger batch without a finite
-            gradient.
+        ValueError: for a batch that cannot be split into `steps`, a larger batch without a finite gradient,
+            no updates, a model without trainable parameters or with lazy ones, a schedule whose `step()`
+            needs arguments.
     """
-    batches = [batch] if isinstance(batch, tuple) and not isinstance(batch[0], tuple) else list(batch)
+    if updates < 1:
+        raise ValueError(f"updates={updates}: without an update that is followed there is nothing to certify")
+    batches = batches_of(batch)
+    check_model(model)
+    optimizer = optimizer or _momentum
     problem = Problem(
         train_window,
         model,
         loss,
-        batches,  # type: ignore[arg-type]
+        batches,
         steps,
-        optimizer or _momentum,
+        optimizer,
         scheduler,
         clip_norm,
         prepare,
@@ -113,6 +123,8 @@ def certify(
     )
     if steps < 1 or problem.samples < steps * ranks():
         raise ValueError(f"steps={steps}: a batch of {problem.samples} samples cannot be split into them")
+    with undisturbed(problem):
+        check_schedule(model, optimizer, scheduler)
     return Proof(problem, progress or _silent).certificate(updates)
 
 
@@ -136,11 +148,10 @@ class Proof:
         with undisturbed(self.problem):
             self.draws()
             self.windows()
-            if updates:
-                self.progress(f"{updates} updates, one by one")
-                self.course(updates)
-                self.progress("a stop between two windows")
-                self.checks.append(resume_check(self.problem, [self.batch(0), self.batch(1)]))
+            self.progress(f"{updates} updates, one by one")
+            self.course(updates)
+            self.progress("a stop between two windows")
+            self.checks.append(resume_check(self.problem, [self.batch(0), self.batch(1)]))
             self.diagnosis()
         return self.result()
 
@@ -234,11 +245,19 @@ class Proof:
             self.causes.append(never_clipped(problem.clip_norm))
 
     def diagnosis(self) -> None:
-        """Finds the causes of what failed."""
+        """Finds the causes of what failed; the checks stand even where the search itself fails."""
         failed = [check for check in self.checks if not check.passed]
         if not failed:
             return
         self.progress("why")
+        try:
+            self._search(failed)
+        except Exception as error:
+            text = f"the search for the cause failed: {type(error).__name__}: {' '.join(str(error).split())}"
+            advice = "the checks that failed stand without it"
+            self.causes.append(Cause("unknown", "", text, math.nan, "", advice))
+
+    def _search(self, failed: list[Check]) -> None:
         problem, batch = self.problem, self.batch(0)
         uneven = weighted(problem, batch)
         others = [part for _, part in ragged(problem, batch)]
@@ -246,11 +265,11 @@ class Proof:
         causes = diagnose(problem, failed, batch, others)
         if not causes and any(check.name.startswith("gradient") for check in failed):
             causes = carried(problem, [batch, self.batch(1)])
+        self.causes.extend(causes)
         buffers = next((check for check in failed if check.name == "buffers"), None)
         if buffers is not None:
-            causes.append(of_buffers(problem, buffers, len(self.first.sizes)))
-        causes.extend(of_precision(problem, failed))
-        self.causes.extend(causes)
+            self.causes.append(of_buffers(problem, buffers, len(self.first.sizes)))
+        self.causes.extend(of_precision(problem, failed))
 
     def result(self) -> Certificate:
         problem = self.problem
