@@ -76,7 +76,7 @@ class Following:
         problem = self.problem
         assert seen.gradient is not None
         exact = in_precision(problem, narrowed(self.model, DOUBLE), batch, DOUBLE).gradient
-        scale = loss_scale_of(problem, seen)
+        scale = loss_scale_of(problem, seen, exact)
         rough = rough_in_precision(problem, self.model, batch, scale).gradient
         size, right = norm(exact) or 1.0, clipped(exact, problem.clip_norm)
         length = norm(right) or 1.0

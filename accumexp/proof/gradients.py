@@ -135,7 +135,7 @@ def precision_checks(problem: Problem, name: str) -> list[Check]:
         if ranks() == 1 and seen.arrived:
             additions.append(_addition(problem, seen))
         rounded = roundings(problem, seen)
-        scale = loss_scale_of(problem, seen)
+        scale = loss_scale_of(problem, seen, exact)
         if not number:
             alone = _parts(problem, batch, seen, scale)
         for order, numbers in ((batch, None), shuffled(batch, 100 + number)):
@@ -192,13 +192,12 @@ def first_update(start: Start, batch: Batch, arrivals: bool = False) -> Seen:
     return seen
 
 
-def loss_scale_of(problem: Problem, seen: Seen) -> float:
-    """A power of two near the loop's loss scale, 1 without one."""
-    if problem.scaling is None or not all(everyone(bool(seen.arrived) and seen.gradient is not None)):
+def loss_scale_of(problem: Problem, seen: Seen, exact: Gradient) -> float:
+    """A power of two near the loop's loss scale, 1 without one: what arrived, over the right gradient."""
+    if problem.scaling is None or not all(everyone(bool(seen.arrived))):
         return 1.0
-    assert seen.gradient is not None
-    top = sum(everyone(sum(float((seen.gradient[n].double() * a).sum()) for n, a in seen.arrived.items())))
-    below = norm(seen.gradient) ** 2
+    top = sum(everyone(sum(float((exact[name] * a).sum()) for name, a in seen.arrived.items())))
+    below = norm(exact) ** 2
     return 2.0 ** round(math.log2(top / below)) if top > 0 and below > 0 else 1.0
 
 
