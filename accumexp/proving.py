@@ -22,7 +22,8 @@ from .followed import Followed, as_it_is, small, whole_batch
 from .own_loop import OwnLoop
 from .proof import Cause, Certificate, Scaling
 from .proof.bounds import in_precision, narrowed
-from .proof.certify import FOLLOWED, Proof, precision_name, undisturbed
+from .proof.certify import FOLLOWED, Proof, undisturbed
+from .proof.environment import precision_name
 from .proof.gradients import DOUBLE, TRIES, gradient_check
 from .proof.larger import norm
 from .proof.problem import Problem

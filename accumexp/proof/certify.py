@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import platform
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -16,21 +15,14 @@ from .arguments import batches_of, check_model, check_schedule
 from .bounds import in_precision, narrowed
 from .certificate import Cause, Certificate, Check
 from .course import Course
-from .diagnosis import (
-    carried,
-    diagnose,
-    drawing_modules,
-    never_clipped,
-    of_buffers,
-    of_precision,
-    unheld,
-    why_draws,
-)
+from .diagnosis import carried, diagnose, never_clipped, of_buffers, of_precision
+from .environment import environment, precision_name
 from .everyone import everyone, ranks
 from .following import Following
 from .gradients import DOUBLE, TRIES, gradient_check, precision_checks
 from .overflow import overflow_checks
 from .problem import Batch, Problem, Scaling, Start, TrainWindow, cast
+from .randomness import drawing_modules, unheld, why_draws
 from .watch import observe
 from .windows import (
     activations_check,
@@ -290,29 +282,6 @@ def _severity(check: Check) -> float:
     if check.figure != check.figure:
         return float("inf")
     return check.figure / check.bound if check.bound else check.figure * 1e300
-
-
-def precision_name(problem: Problem) -> str:
-    names = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-    name = names[problem.autocast or problem.dtype]
-    if problem.scaling is not None:
-        name = f"loss-scaled {name}"
-    return name
-
-
-def environment(problem: Problem) -> dict[str, Any]:
-    device = problem.device
-    kind = platform.processor() or platform.machine()
-    if device.type == "cuda":
-        kind = torch.cuda.get_device_name(device)
-    return {
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "device": f"{device.type} ({kind})",
-        "threads": torch.get_num_threads(),
-        "deterministic": torch.are_deterministic_algorithms_enabled(),
-    }
 
 
 @contextmanager

@@ -80,7 +80,7 @@ def coupling_modules(problem: Problem, batch: Batch) -> list[Coupling]:
         with (
             torch.no_grad(),
             computing(DOUBLE),
-            fixed_draws(model, cast(batch, DOUBLE), problem.seed) as draws,
+            fixed_draws(model, cast(batch, DOUBLE), problem.seed, dims=problem.dims) as draws,
         ):
             call(model, inputs)
     finally:

@@ -5,72 +5,27 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 
-from ..accum.batch import batch_size
 from .bounds import expected, narrowed
 from .certificate import Cause, Check
 from .coupling import NOTHING, Coupling, coupling_modules, loss_couples
 from .denominator import mixture, reading
-from .draws import dimensions, fixed_draws
 from .everyone import everyone, ranks
-from .gradients import DOUBLE, Compared, compare
-from .larger import call, norm
-from .problem import Batch, Problem, Start, cast, rows, whole
-from .watch import Seen, observe
-from .wide import computing
+from .gradients import DOUBLE, compare
+from .larger import norm
+from .problem import Batch, Problem, Start, cast, whole
+from .randomness import Trial, trial
+from .watch import observe
 
 ADVICE = {
-    "draws": "none needed: a window draws anew by micro-batch, as another run of the larger batch would",
     "statistics": "take a norm without statistics over samples (GroupNorm), or over groups that both share "
     "(ghost batch norm), or freeze the statistics",
     "loss": "compute the loss on all outputs of the window at once, then go back through the micro-batches "
     "(Gao et al., arXiv 2101.06983)",
 }
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One window of a problem beside the larger batch, in fp64."""
-
-    found: Compared
-    seen: Seen
-
-    @property
-    def error(self) -> float:
-        return self.found.error
-
-
-def trial(problem: Problem, batch: Batch) -> Trial:
-    batch = cast(batch, DOUBLE)
-    start = Start(problem, DOUBLE)
-    right = expected(problem, batch, narrowed(problem.model, DOUBLE), problem.clip_norm)
-    seen = observe(start, batch)
-    return Trial(compare(seen.gradient, right), seen)
-
-
-def drawing_modules(
-    problem: Problem, batch: Batch
-) -> tuple[dict[str, set[str]], set[str], dict[str, int | None]]:
-    """What draws in a pass over `batch`: operators by module, those that cannot be held fixed, and `dims`.
-
-    A second pass with a sample less tells which dimension of a draw has the samples.
-    """
-    drawn, unknown, shapes = _drawn(problem, batch)
-    dims: dict[str, int | None] = {}
-    if drawn and (size := batch_size(batch)) > 2:
-        dims = dimensions(shapes, _drawn(problem, rows(batch, slice(0, size - 1)))[2])
-    return drawn, unknown, dims
-
-
-def _drawn(problem: Problem, batch: Batch) -> tuple[dict[str, set[str]], set[str], dict[str, torch.Size]]:
-    model = narrowed(problem.model, DOUBLE)
-    given = cast(batch, DOUBLE)
-    with torch.no_grad(), computing(DOUBLE), fixed_draws(model, given, problem.seed) as draws:
-        call(model, given[0])
-    return draws.drawn, draws.unknown, draws.shapes
 
 
 def evaluating(problem: Problem, names: Sequence[str]) -> Problem:
@@ -79,66 +34,6 @@ def evaluating(problem: Problem, names: Sequence[str]) -> Problem:
     for name in names:
         model.get_submodule("" if name == "(model)" else name).eval()
     return replace(problem, model=model)
-
-
-def why_draws(
-    problem: Problem, batch: Batch, drawn: dict[str, set[str]], dims: dict[str, int | None]
-) -> tuple[Problem, list[Cause]]:
-    """The problem with its draws held fixed, and the draws as a cause.
-
-    They are one even where a generator happens to give a window's micro-batches one after the other what
-    it gives the larger batch at once: one layer on a CPU may have that luck.
-    """
-    free = trial(problem, batch)
-    held = replace(problem, fixed=True, dims=dims)
-    if free.found.equal and problem.steps * ranks() == 1:
-        return held, []  # a window of one micro-batch draws what the larger batch draws
-    fixed = trial(held, batch)
-    kinds = {name: type(problem.model.get_submodule(name)).__name__ for name in drawn if name[0] != "("}
-    shown = sorted(drawn)
-    where = ", ".join(f"{name} ({kinds[name]})" if name in kinds else name for name in shown[:4])
-    if len(shown) > 4:
-        where += f" and {len(shown) - 4} more"
-    cause = Cause(
-        "dropout draws" if any("ropout" in kind for kind in kinds.values()) else "random draws",
-        where,
-        "random draws depend on how the batch is split",
-        free.error,
-        f"with the same draws for every sample the gradient's error falls from {free.error:.2g} "
-        f"to {fixed.error:.2g}",
-        ADVICE["draws"],
-        excused=True,
-    )
-    return held, [cause, *_repeated(free, where)]
-
-
-def _repeated(free: Trial, where: str) -> list[Cause]:
-    """Micro-batches that draw from the same state of the generator: the same masks once more."""
-    every = [len(seen) - len(set(seen)) for seen in everyone(free.seen.random)]
-    if not max(every):
-        return []
-    return [
-        Cause(
-            "repeated draws",
-            where,
-            f"{max(every)} micro-batches draw what another one of their window has drawn",
-            math.nan,
-            "torch's generator is in the same state when their forward passes begin",
-            "do not seed within a window",
-        )
-    ]
-
-
-def unheld(drawn: dict[str, set[str]], unknown: set[str]) -> Cause:
-    """Draws that could not be held fixed: what else is wrong cannot be told from them."""
-    return Cause(
-        "random draws",
-        ", ".join(sorted(name for name, operators in drawn.items() if operators & unknown)),
-        f"draws of {', '.join(sorted(unknown))} cannot be held fixed by sample, so nothing is certified",
-        math.nan,
-        "",
-        "leave these draws out for the proof, or make them of rand, randn, bernoulli or exponential_",
-    )
 
 
 def diagnose(problem: Problem, failed: Sequence[Check], batch: Batch, ragged: Sequence[Batch]) -> list[Cause]:
