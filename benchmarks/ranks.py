@@ -12,6 +12,7 @@ import os
 import platform
 import random
 import statistics
+import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -242,6 +243,8 @@ def measure_rank(rank: int, ranks: int, asked: argparse.Namespace, folder: Path,
     if rank == 0:
         (folder / "rows.json").write_text(json.dumps(rows))
     dist.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(0)  # without tearing down what threads of the group may still use: that aborts now and then
 
 
 def table_of(title: str, headings: str) -> Table:

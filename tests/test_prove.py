@@ -99,7 +99,7 @@ def test_a_right_window_is_proved_and_the_certificate_is_kept(tmp_path: Path) ->
             "trainer.clip_norm=0.5",
         ],
         ["accum=loss_scaled", "accum.steps=4"],
-        ["accum=ddp", "accum.processes=2", "accum.steps=2"],
+        ["accum=ddp", "accum.processes=2", "accum.steps=2", "proof.updates=36"],
         ["accum.steps=16", "param_precision=bf16", "accum.fp32_buffers=true"],
         ["accum.steps=1", "loss=mse", "precision=fp64"],
     ],
