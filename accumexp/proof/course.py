@@ -136,6 +136,8 @@ class Course:
         if self.problem.scaling is None or not any(everyone(bool(seen.arrived))):
             return
         exact = right.larger.gradient
+        if not right.size:
+            return  # times nothing every scale is nothing
         top = sum(float((seen.arrived[name] * g).sum()) for name, g in exact.items() if name in seen.arrived)
         self._scales.append((number, sum(everyone(top)) / (norm(exact) ** 2 or 1.0)))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from collections import defaultdict
 
 import torch
@@ -121,7 +122,9 @@ class Following:
 
     def _step_schedule(self) -> None:
         if self.schedule is not None:
-            self.schedule.step()
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")  # if skipped
+                self.schedule.step()
 
     def checks(self, name: str) -> list[Check]:
         """What was found. All ranks must ask."""
