@@ -385,3 +385,8 @@ def test_equal_samples_on_several_ranks_are_all_seen(tmp_path: Path) -> None:
     assert on_ranks(2, tmp_path / "plain", equal_samples, 0.0) == ["proved"] * 2
     drawn = "proved up to dropout draws (1 (Dropout))"
     assert on_ranks(2, tmp_path / "drawn", equal_samples, 0.3) == [drawn] * 2
+
+
+def test_a_bound_that_is_no_number_lets_nothing_pass() -> None:
+    for bound in (math.inf, math.nan):
+        assert not Check("gradient", 0.1, bound, "relative", "why").passed

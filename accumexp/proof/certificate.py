@@ -35,7 +35,10 @@ class Check:
 
     @property
     def passed(self) -> bool:
-        return not self.decided or self.figure <= self.bound  # nan is above every bound
+        if not self.decided:
+            return True
+        # What the larger batch itself has no number for bounds nothing; nan is above every bound.
+        return math.isfinite(self.bound) and self.figure <= self.bound
 
 
 @dataclass(frozen=True)

@@ -110,17 +110,6 @@ def rows(batch: Batch, chosen: Tensor | slice) -> Batch:
     return map_tensors(lambda t: t[chosen], inputs), map_tensors(lambda t: t[chosen], targets)
 
 
-def plain_model(model: nn.Module) -> nn.Module:
-    """The model inside what torch wraps it in for several ranks or for compiling."""
-    while True:
-        inner = getattr(model, "_orig_mod", None) or (
-            model.module if isinstance(model, nn.parallel.DistributedDataParallel) else None
-        )
-        if inner is None:
-            return model
-        model = inner
-
-
 class Start:
     """A model with an optimizer and a schedule of its own: what a loop trains.
 
