@@ -205,10 +205,24 @@ class Trainer:
 
     def update(self, batch: Batch) -> None:
         """One update on `batch`, this rank's samples of it."""
-        progress, publish, self.batch = self.progress, self.publishes, batch
+        self.begin(batch)
+        self.finish(self._accumulate(batch))
+
+    def begin(self, batch: Batch) -> None:
+        """Makes ready for the window of `batch`."""
+        self.batch = batch
         self._emit("update_begin")
         self.optimizer.zero_grad(set_to_none=not self.window.sync.keeps_gradients)
-        result = self._accumulate(batch, self.train_metrics.observe if publish else None)
+
+    @property
+    def observe(self) -> Callable[..., None] | None:
+        """What is to see the outputs of the window that is under way, if it is published."""
+        return self.train_metrics.observe if self.publishes else None
+
+    def finish(self, result: WindowResult) -> None:
+        """The update on the gradient of the window that began, its schedule and its record."""
+        progress, publish, batch = self.progress, self.publishes, self.batch
+        assert batch is not None
         rate = float(self.optimizer.param_groups[0]["lr"])
         done = self.step(want_norm=publish)
         self._step_schedule()
@@ -229,8 +243,8 @@ class Trainer:
             warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
             self.scheduler.step()
 
-    def _accumulate(self, batch: Batch, observe: Callable[..., None] | None) -> WindowResult:
-        options: dict[str, Any] = {"steps": batch.steps, "samples": batch.samples, "observe": observe}
+    def _accumulate(self, batch: Batch) -> WindowResult:
+        options: dict[str, Any] = {"steps": batch.steps, "samples": batch.samples, "observe": self.observe}
         if self.progress.update:
             return self.window.backward(batch.inputs, batch.targets, **options)
         with measure_activations(self.model, [*tensors(batch.inputs), *tensors(batch.targets)]) as saved:
