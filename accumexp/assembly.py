@@ -17,10 +17,11 @@ from .cores import cores
 from .data import Placement, Share, Splits, build_splits
 from .errors import UsageError
 from .evaluation import Evaluator
+from .optim import may_be_fused
 from .seeding import derive_seed, seed_everything
 from .system import pick_device
 from .targets import build
-from .trainer import Recorder, Trainer, total_updates
+from .trainer import Recorder, Trainer, total_updates, updates_between_reads
 from .world import World, device_of, first_here
 
 ALONE = World()
@@ -117,6 +118,9 @@ def build_window(accum: AccumConfig, model: nn.Module, parts: Parts) -> Window:
 
 
 def build_optimizer(config: Config, parameters: list[nn.Parameter]) -> Optimizer:
+    """The optimizer over `parameters`: fused into one kernel, where torch has one and nobody chose."""
+    if may_be_fused(config.optimizer, parameters):
+        return build(config.optimizer, "optimizer", parameters, fused=True)
     return build(config.optimizer, "optimizer", parameters)
 
 
@@ -154,7 +158,7 @@ def build_trainer(config: Config, parts: Parts, recorder: Recorder, updates: int
         device=parts.device,
         epochs=loop.epochs,
         max_updates=loop.max_updates,
-        log_every=loop.log_every,
+        log_every=loop.log_every or updates_between_reads(updates_of(config, parts)),
         eval_every=loop.eval_every,
         clip_norm=loop.clip_norm,
         check_finite=loop.check_finite,

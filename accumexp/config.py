@@ -116,8 +116,9 @@ class TrainerConfig:
     epochs: int = 30
     # Stop after this many updates even inside an epoch. Null: all of them.
     max_updates: int | None = None
-    # Updates between two reads of the device; the tracker gets the points of those updates.
-    log_every: int = 10
+    # Updates between two reads of the device; the tracker gets the points of those updates. Null: a
+    # hundredth of the run, from 10 to 50.
+    log_every: int | None = None
     eval_every: int = 1
     clip_norm: float | None = None
     check_finite: bool = True

@@ -1,4 +1,4 @@
-"""Learning rate schedules over updates.
+"""Learning rate schedules over updates, and which optimizers torch has fused.
 
 A schedule is stepped once an update, so its length does not depend on `accum.steps`. Each is a factor
 of the optimizer's own learning rates; `total_updates` is the number of updates in the run.
@@ -7,7 +7,11 @@ of the optimizer's own learning rates; `total_updates` is the number of updates 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping
+from typing import Any
 
+import torch
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -41,3 +45,27 @@ def warmup_cosine(
         return min_factor + (1 - min_factor) * (1 + math.cos(math.pi * min(1.0, done))) / 2
 
     return LambdaLR(optimizer, factor)
+
+
+IMPLEMENTATIONS = ("fused", "foreach", "capturable", "differentiable")
+FUSED_ON = {
+    "torch.optim.SGD": ("cpu", "cuda"),
+    "torch.optim.Adam": ("cpu", "cuda"),
+    "torch.optim.AdamW": ("cpu", "cuda"),
+    "torch.optim.Adagrad": ("cpu",),
+}
+
+
+def may_be_fused(node: Mapping[str, Any], parameters: Iterable[Tensor]) -> bool:
+    """Whether the optimizer that `node` names has a fused kernel for `parameters`, and nobody chose another.
+
+    A fused kernel does the arithmetic of an update in one pass over the memory, and on a GPU in one launch;
+    it rounds in other places than the loop over parameters.
+    """
+    devices = FUSED_ON.get(str(node.get("_target_")), ())
+    if not devices or any(name in node for name in IMPLEMENTATIONS):
+        return False
+    return all(
+        p.device.type in devices and p.is_floating_point() and p.dtype is not torch.float16
+        for p in parameters
+    )

@@ -132,6 +132,7 @@ class Trainer:
         self._clock = time.perf_counter()
         self._last_read = (0, 0, 0.0)  # update, samples, seconds
         self._events: dict[str, list[Callable[..., None]]] = {}
+        self._parameters = list(window.model.parameters())
 
     @property
     def finished(self) -> bool:
@@ -212,7 +213,11 @@ class Trainer:
         """Makes ready for the window of `batch`."""
         self.batch = batch
         self._emit("update_begin")
-        self.optimizer.zero_grad(set_to_none=not self.window.sync.keeps_gradients)
+        if self.window.sync.keeps_gradients:
+            self.optimizer.zero_grad(set_to_none=False)
+            return
+        for parameter in self._parameters:
+            parameter.grad = None
 
     @property
     def observe(self) -> Callable[..., None] | None:
@@ -356,3 +361,8 @@ def total_updates(updates_per_epoch: int, epochs: int, max_updates: int | None) 
     """Updates in a run."""
     every = updates_per_epoch * epochs
     return every if max_updates is None else min(every, max_updates)
+
+
+def updates_between_reads(updates: int) -> int:
+    """`log_every` of a run of `updates`, where nobody chose: enough points for a curve, at little cost."""
+    return max(10, min(50, updates // 100))

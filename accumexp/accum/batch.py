@@ -61,6 +61,8 @@ def split_sizes(samples: int, steps: int, *, empty: bool = False) -> list[int]:
 
 def split(batch: Nested, sizes: list[int]) -> list[Nested]:
     """`batch` cut along its first dimension into pieces of `sizes` samples, each nested as `batch` is."""
+    if len(sizes) == 1:
+        return [batch]
     if isinstance(batch, Tensor):
         return list(batch.split(sizes))
     if isinstance(batch, Mapping):

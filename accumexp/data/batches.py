@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -150,10 +151,7 @@ class ResidentBatches(Batches):
         every = torch.cat([chosen.indices for chosen in plan]) if plan else self.indices[:0]
         placed = every.to(tensors(self.targets)[0].device).split([len(chosen.indices) for chosen in plan])
         for chosen, indices in zip(plan, placed, strict=True):
-
-            def gather(tensor: Tensor, indices: Tensor = indices) -> Tensor:
-                return tensor[indices]
-
+            gather = partial(torch.index_select, dim=0, index=indices)
             inputs = self._augmented(map_tensors(gather, self.inputs), indices, epoch)
             targets = map_tensors(gather, self.targets)
             yield Batch(inputs, targets, indices, chosen.samples, chosen.total, chosen.steps)
