@@ -10,13 +10,23 @@ from torch import nn
 from torch.optim import Optimizer
 from torchmetrics import Metric, MetricCollection
 
-from .accum import LossScale, Ranks, Window, WindowLoss, data_parallel, fully_sharded, window_loss
+from .accum import (
+    GraphedStep,
+    LossScale,
+    Ranks,
+    Window,
+    WindowLoss,
+    data_parallel,
+    fully_sharded,
+    window_loss,
+)
 from .callbacks import EMA, Callback
 from .config import AccumConfig, Config, LossScaling, Precision, Strategy
 from .cores import cores
 from .data import Placement, Share, Splits, build_splits
 from .errors import UsageError
 from .evaluation import Evaluator
+from .graphs import graphs, say_what_is_not
 from .optim import may_be_fused
 from .seeding import derive_seed, seed_everything
 from .system import pick_device
@@ -120,7 +130,8 @@ def build_window(accum: AccumConfig, model: nn.Module, parts: Parts) -> Window:
 def build_optimizer(config: Config, parameters: list[nn.Parameter]) -> Optimizer:
     """The optimizer over `parameters`: fused into one kernel, where torch has one and nobody chose."""
     if may_be_fused(config.optimizer, parameters):
-        return build(config.optimizer, "optimizer", parameters, fused=True)
+        recorded = {"capturable": True} if config.trainer.graph else {}
+        return build(config.optimizer, "optimizer", parameters, fused=True, **recorded)
     return build(config.optimizer, "optimizer", parameters)
 
 
@@ -142,6 +153,8 @@ def build_trainer(config: Config, parts: Parts, recorder: Recorder, updates: int
     Raises:
         UsageError: naming the key that cannot be built.
     """
+    if config.trainer.compile:
+        parts.model.compile()
     window = build_window(config.accum, for_ranks(config.accum, parts.model, parts.device), parts)
     loop = config.trainer
     optimizer = build_optimizer(config, list(parts.model.parameters()))
@@ -162,7 +175,10 @@ def build_trainer(config: Config, parts: Parts, recorder: Recorder, updates: int
         eval_every=loop.eval_every,
         clip_norm=loop.clip_norm,
         check_finite=loop.check_finite,
+        record=graphs(window, parts.splits.train, parts.device) if loop.graph else None,
     )
+    if isinstance(trainer.step, GraphedStep):
+        say_what_is_not(trainer.step.step)
     for name, callback in trainer.callbacks.items():
         callback.check(trainer, f"callbacks.{name}")
     return trainer

@@ -124,6 +124,10 @@ class TrainerConfig:
     check_finite: bool = True
     deterministic: bool = True
     threads: int | None = None
+    # Record the window and the update as CUDA graphs, and replay them: one process, data on its GPU.
+    graph: bool = False
+    # torch.compile for the model.
+    compile: bool = False
     # Null: a live bar on a terminal, plain lines elsewhere.
     progress: bool | None = None
 
@@ -257,6 +261,12 @@ def check(config: Config) -> Config:
         raise UsageError("accum.fp32_buffers=true: not with accum=fsdp, which keeps gradients in shards")
     if accum.reduce_every_micro_batch and accum.strategy is not Strategy.fsdp:
         raise UsageError("accum.reduce_every_micro_batch=true: only accum=fsdp has shards to reduce to")
+    if trainer.graph and not standalone:
+        raise UsageError(
+            f"trainer.graph=true: a graph is recorded of one process, not of accum={accum.strategy.name}"
+        )
+    if trainer.graph and accum.fp32_buffers:
+        raise UsageError("trainer.graph=true: not with accum.fp32_buffers=true, which moves gradients about")
     if accum.growth_interval < 1:
         raise UsageError(f"accum.growth_interval={accum.growth_interval}: at least 1")
     check_report(config.report)

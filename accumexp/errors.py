@@ -19,3 +19,11 @@ def unknown_key(key: str, choices: list[str]) -> str:
         return f"{key}: no such key, did you mean {prefix + '.' if prefix else ''}{near[0]}?"
     known = f", {prefix or 'the configuration'} has {', '.join(sorted(choices))}" if choices else ""
     return f"{key}: no such key{known}"
+
+
+def of_the_compiler(error: Exception) -> TrainingError | None:
+    """The line for an error of torch.compile, or None for any other."""
+    if not any(kind.__name__ == "TorchDynamoException" for kind in type(error).__mro__):
+        return None
+    reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return TrainingError(f"trainer.compile=true: the model cannot be compiled: {reason}; leave it out")

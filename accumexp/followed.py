@@ -56,6 +56,7 @@ def small(config: Config, here: World, whole: bool, updates: int) -> Config:
     changed.trainer.epochs = updates
     changed.trainer.eval_every = updates + 1
     changed.prove = False
+    changed.trainer.graph = False  # nobody can look into a replay
     return check(changed)
 
 
@@ -66,6 +67,7 @@ def as_it_is(config: Config, updates: int) -> Config:
     changed.trainer.epochs = updates
     changed.trainer.eval_every = updates + 1
     changed.prove = False
+    changed.trainer.graph = False
     return check(changed)
 
 

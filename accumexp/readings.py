@@ -20,7 +20,7 @@ class _Pending:
     update: int
     loss: Tensor
     overflow: Tensor | None
-    rate: float
+    rate: float | Tensor
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Readings:
         self.check_finite = check_finite
         self._pending: list[_Pending] = []
 
-    def add(self, update: int, loss: Tensor, overflow: Tensor | None, rate: float) -> None:
+    def add(self, update: int, loss: Tensor, overflow: Tensor | None, rate: float | Tensor) -> None:
         """Takes this rank's part of the loss, whether the window was skipped, and its learning rate."""
         self._pending.append(_Pending(update, loss, overflow, rate))
 
@@ -70,7 +70,7 @@ class Readings:
                     "trainer.clip_norm, or go on regardless with trainer.check_finite=false"
                 )
                 break
-            rows.append((one.update, {"train/loss": numbers[k], "train/lr": one.rate}))
+            rows.append((one.update, {"train/loss": numbers[k], "train/lr": float(one.rate)}))
         if scale is None:
             return Reading(rows, {}, trouble)
         size, skips, in_vain = numbers[-3:]

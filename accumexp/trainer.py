@@ -15,9 +15,22 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torchmetrics import MetricCollection
 
-from .accum import Agreement, OptimizerStep, Window, WindowResult, measure_activations, tensors
+from .accum import (
+    Agreement,
+    GraphedStep,
+    GraphedWindow,
+    OptimizerStep,
+    Record,
+    StepResult,
+    Window,
+    WindowResult,
+    measure_activations,
+    rates_as_numbers,
+    tensors,
+)
 from .callbacks import Callback, listeners
 from .data import Batch, Splits
+from .errors import of_the_compiler
 from .evaluation import Evaluator, WindowMetrics
 from .readings import Readings, hopeless
 from .system import MIB, peak_memory_mib, wait_for
@@ -81,6 +94,7 @@ class Trainer:
         eval_every: epochs between two evaluations; the last is always evaluated.
         clip_norm: the 2-norm that the update's gradient is clipped to, or None.
         check_finite: fail on a loss that is inf or nan.
+        record: replay windows and steps as graphs that this recorded, such as `CudaGraphs`.
 
     Attributes:
         batch: this rank's samples of the update that is under way, or was the last.
@@ -104,6 +118,7 @@ class Trainer:
         eval_every: int = 1,
         clip_norm: float | None = None,
         check_finite: bool = True,
+        record: Record | None = None,
     ) -> None:
         self.model: nn.Module = window.model
         self.window = window
@@ -119,7 +134,11 @@ class Trainer:
         self.total_updates = total_updates(len(splits.train), epochs, max_updates)
         self.log_every = log_every
         self.eval_every = eval_every
-        self.step = OptimizerStep(window, optimizer, clip_norm)
+        self.step: Callable[[bool], StepResult] = OptimizerStep(window, optimizer, clip_norm)
+        self.backward = window.backward
+        if record is not None:
+            self.step = GraphedStep(self.step, record)
+            self.backward = GraphedWindow(window, record).backward
         self.progress = Progress()
         self.batch: Batch | None = None
         self.stop_reason: str | None = None
@@ -167,7 +186,7 @@ class Trainer:
         """Trains until the last update or a stop request, from wherever `progress` is.
 
         Raises:
-            TrainingError: with `check_finite`, for a loss that is inf or nan.
+            TrainingError: for a loss of inf or nan with `check_finite`, or a model that torch cannot compile.
         """
         self._events = listeners(self.callbacks.values())
         self._clock = time.perf_counter()
@@ -177,6 +196,10 @@ class Trainer:
         try:
             while not self.stop_reason and not self._ended():
                 self._epoch()
+        except RuntimeError as error:
+            if explained := of_the_compiler(error):
+                raise explained from error
+            raise
         finally:
             self._emit("run_end")
 
@@ -228,8 +251,9 @@ class Trainer:
         """The update on the gradient of the window that began, its schedule and its record."""
         progress, publish, batch = self.progress, self.publishes, self.batch
         assert batch is not None
-        rate = float(self.optimizer.param_groups[0]["lr"])
-        done = self.step(want_norm=publish)
+        rate = self.optimizer.param_groups[0]["lr"]
+        rate = rate.clone() if isinstance(rate, Tensor) else float(rate)
+        done = self.step(publish)
         self._step_schedule()
         progress.update += 1
         progress.epoch_update += 1
@@ -251,9 +275,9 @@ class Trainer:
     def _accumulate(self, batch: Batch) -> WindowResult:
         options: dict[str, Any] = {"steps": batch.steps, "samples": batch.samples, "observe": self.observe}
         if self.progress.update:
-            return self.window.backward(batch.inputs, batch.targets, **options)
+            return self.backward(batch.inputs, batch.targets, **options)
         with measure_activations(self.model, [*tensors(batch.inputs), *tensors(batch.targets)]) as saved:
-            result = self.window.backward(batch.inputs, batch.targets, **options)
+            result = self.backward(batch.inputs, batch.targets, **options)
         self.progress.activation_bytes = saved.peak_bytes
         return result
 
@@ -337,7 +361,7 @@ class Trainer:
         return {
             "progress": asdict(self.progress),
             "model": self.model.state_dict() if whole else {},
-            "optimizer": self.optimizer.state_dict() if whole else {},
+            "optimizer": rates_as_numbers(self.optimizer.state_dict()) if whole else {},
             "scheduler": self.scheduler.state_dict(),
             "loss_scale": {} if scale is None else scale.state_dict(),
             "callbacks": {name: callback.state_dict() for name, callback in self.callbacks.items()},

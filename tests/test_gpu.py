@@ -13,6 +13,7 @@ from torch import nn
 from accumexp.accum import LossScale, OptimizerStep, Window, data_parallel, fully_sharded, rank_share
 from accumexp.checkpoint import load, restore, save
 from accumexp.data import ResidentBatches
+from accumexp.errors import UsageError
 from accumexp.models import LeNet5
 from accumexp.noise import NoiseScale
 from accumexp.proof import Scaling, certify
@@ -120,6 +121,68 @@ def test_law_9_a_loss_scaled_update_with_a_fused_optimizer_never_waits(make: Any
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert int(scale.skipped) == 0
+
+
+GRAPHED = [
+    *("device=cuda", "precision=fp32", "model=lenet5", "accum.steps=4", "data.batch_size=100"),
+    *(
+        "trainer.max_updates=40",
+        "trainer.log_every=4",
+        "scheduler=warmup_cosine",
+        "scheduler.warmup_updates=5",
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["trainer.clip_norm=0.5"],
+        ["model=mlp", "model.dropout=0.2", "optimizer=adamw"],
+        ["precision=fp16", "accum.loss_scale=dynamic", "accum.growth_interval=3"],
+        ["precision=bf16", "optimizer=rmsprop"],
+    ],
+)
+def test_a_replayed_run_is_the_eager_run(options: list[str]) -> None:
+    plain, expected = trainer_of(*GRAPHED, *options)
+    plain.fit()
+    replayed, found = trainer_of(*GRAPHED, *options, "trainer.graph=true")
+    replayed.fit()
+    assert relative_error(weights(replayed), weights(plain)) <= (
+        1e-2 if "precision=bf16" in options else 1e-3
+    )
+    for key in ("train/loss", "train/lr", "train/accuracy", "eval/loss"):
+        assert dict(found.series(key)) == pytest.approx(dict(expected.series(key)), rel=1e-2, abs=1e-2), key
+    assert found.series("accum/skipped_windows") == expected.series("accum/skipped_windows")
+
+
+def test_law_9_replayed_updates_never_wait() -> None:
+    trainer, _ = trainer_of(*GRAPHED, "trainer.graph=true", "trainer.clip_norm=1", "trainer.log_every=1000")
+    batches = list(trainer.splits.train.epoch(0))
+    full = [batch for batch in batches if batch.total == 100]
+    for batch in full[:5]:
+        trainer.update(batch)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for batch in full[5:10]:
+            trainer.update(batch)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+class Waits(LeNet5):
+    """Looks at its own numbers on the host."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return super().forward(images) * (2.0 if float(images.sum()) > 1e9 else 1.0)
+
+
+def test_a_model_that_waits_for_the_device_cannot_be_recorded() -> None:
+    model = ["model._target_=tests.test_gpu.Waits", "trainer.graph=true"]
+    with pytest.raises(UsageError, match="Waits cannot be recorded as a graph"):
+        trainer_of(*GRAPHED, *model)
+    trainer, _ = trainer_of(*GRAPHED, model[0])  # and the device is none the worse
+    trainer.fit()
 
 
 @pytest.mark.parametrize("fused", [False, True])

@@ -11,6 +11,7 @@ for inputs, targets in loader:             # the whole batch of the update
 
 from .batch import batch_size, map_tensors, rank_share, split, split_sizes, steps_for, tensors
 from .exactness import Inequality, inequalities
+from .graph import CudaGraphs, GraphedStep, GraphedWindow, Record, rates_as_numbers
 from .loss import WindowLoss, window_loss
 from .memory import SavedActivations, measure_activations
 from .ranks import Agreement, Ranks
@@ -21,11 +22,15 @@ from .window import MicroBatch, Reduction, Window, WindowResult, call
 
 __all__ = [
     "Agreement",
+    "CudaGraphs",
+    "GraphedStep",
+    "GraphedWindow",
     "Inequality",
     "LossScale",
     "MicroBatch",
     "OptimizerStep",
     "Ranks",
+    "Record",
     "Reduction",
     "SavedActivations",
     "StepResult",
@@ -41,6 +46,7 @@ __all__ = [
     "map_tensors",
     "measure_activations",
     "rank_share",
+    "rates_as_numbers",
     "split",
     "split_sizes",
     "steps_for",

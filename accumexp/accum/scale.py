@@ -65,8 +65,9 @@ class LossScale:
         `in_vain` those since the last good one that did at the smallest scale.
         """
         at_the_end = overflow & (self.scale <= self.min_scale)
-        self.in_vain = torch.where(overflow, self.in_vain + at_the_end, 0)
-        self.skipped = self.skipped + overflow
+        # In place: a recorded step finds them where they were.
+        self.in_vain.copy_(torch.where(overflow, self.in_vain + at_the_end, 0))
+        self.skipped.add_(overflow)
         if not self.dynamic:
             return
         good = torch.where(overflow, 0, self.good + 1)
@@ -74,19 +75,19 @@ class LossScale:
         raised = self.scale * self.growth_factor
         lowered = (self.scale * self.backoff_factor).clamp(min=self.min_scale)
         kept = torch.where(overflow, lowered, self.scale)
-        self.scale = torch.where(grows & raised.isfinite(), raised, kept)
-        self.good = torch.where(grows, 0, good)
+        self.scale.copy_(torch.where(grows & raised.isfinite(), raised, kept))
+        self.good.copy_(torch.where(grows, 0, good))
 
     def counters(self) -> Tensor:
         """(scale, skipped, in_vain) as float64 of shape (3,), to be read together."""
         return torch.stack([self.scale.double(), self.skipped.double(), self.in_vain.double()])
 
     def state_dict(self) -> dict[str, Any]:
-        return {name: getattr(self, name).cpu() for name in _STATE}
+        return {name: getattr(self, name).to("cpu", copy=True) for name in _STATE}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for name in _STATE:
-            setattr(self, name, state[name].to(getattr(self, name).device))
+            getattr(self, name).copy_(state[name])
 
 
 _STATE = ("scale", "good", "skipped", "in_vain")

@@ -1,0 +1,235 @@
+"""The window as one CUDA graph: recorded once, replayed without the host's part of every kernel.
+
+A small model's kernels end sooner than the host can launch them. A recorded window (all its micro-batches,
+forward and backward) and a recorded step (unscale, clip, optimizer, loss scale) are one launch each. They
+compute what the same calls compute without a graph, on tensors that stay where they were when recorded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .batch import Nested, map_tensors, tensors
+from .step import OptimizerStep, StepResult
+from .window import Observer, Window, WindowResult
+
+# Calls of a kind that are carried out before one is recorded: kernels are chosen and loaded, and optimizer
+# state is made, in the first ones.
+FIRST = 2
+# Kinds of window, by sizes and shapes, that are kept.
+MOST = 16
+
+Record = Callable[[Callable[[], Any]], Callable[[], Any]]
+
+
+class CudaGraphs:
+    """Records what is called, on a stream of its own and in memory that all its graphs share.
+
+    A graph may use the memory of another because one is replayed after the other, and in the order in which
+    they were recorded or any other: nothing but the results of the newest replay is read.
+    """
+
+    def __init__(self) -> None:
+        self._stream = torch.cuda.Stream()
+        self._pool: Any = torch.cuda.graph_pool_handle()
+
+    def __call__(self, function: Callable[[], Any]) -> Callable[[], Any]:
+        """A replay of `function`, which returns the tensors that `function` returned, filled anew.
+
+        Raises:
+            RuntimeError: for work that no graph can hold, such as a copy that the host waits for.
+        """
+        graph = torch.cuda.CUDAGraph()
+        # Threads of others, such as those that watch the machine, do not disturb it.
+        with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
+            results = function()
+
+        def replay() -> Any:
+            graph.replay()
+            return results
+
+        return replay
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """A recorded window, and the tensors that a batch is copied into before it is replayed."""
+
+    inputs: Nested
+    targets: Nested
+    replay: Callable[[], tuple[WindowResult, list[tuple[Any, Nested]]]]
+
+
+class GraphedWindow:
+    """`Window.backward`, replayed where it was recorded before.
+
+    The first windows of a kind (samples, steps, shapes) are computed as they are, the next is recorded.
+    Windows that somebody looks into (`Window.after_micro_batch`) and kinds beyond the first 16 always are
+    computed. Gradients must stay where they are: zero them in place, with `zero_grad(set_to_none=False)`.
+
+    The memory of the largest recorded window is not given back, so both a recorded window and one that is
+    computed as it is need room.
+
+    Args:
+        window: of one process, on a GPU, without fp32 buffers.
+        record: of both this and the `GraphedStep`.
+
+    Raises:
+        ValueError: for a window that cannot be recorded.
+    """
+
+    def __init__(self, window: Window, record: Record) -> None:
+        if window.sync.ranks.size > 1 or window.sync.sharded or window.fp32_buffers:
+            raise ValueError("a window of one process, without fp32 buffers, is recorded")
+        self.window = window
+        self.record = record
+        window.sync.keeps_gradients = True
+        self._seen: dict[Hashable, int] = {}
+        self._kept: dict[Hashable, _Kept] = {}
+        self._gradients: tuple[int, ...] = ()
+
+    def backward(
+        self,
+        inputs: Nested,
+        targets: Nested,
+        *,
+        steps: int | None = None,
+        samples: int | None = None,
+        observe: Observer | None = None,
+    ) -> WindowResult:
+        """As `Window.backward`. Nothing of the result is overwritten by the next window.
+
+        What `observe` is given is, so it is to be used before.
+        """
+        window = self.window
+        steps = window.steps if steps is None else steps
+        if window.after_micro_batch:
+            return window.backward(inputs, targets, steps=steps, samples=samples, observe=observe)
+        kind = (steps, samples, observe is not None, _form(inputs), _form(targets))
+        kept = self._kept.get(kind)
+        if kept is not None and self._gradients != self._places():
+            self._kept.clear()
+            kept = None
+        if kept is None:
+            seen = self._seen[kind] = self._seen.get(kind, 0) + 1
+            if seen <= FIRST or len(self._kept) >= MOST:
+                return window.backward(inputs, targets, steps=steps, samples=samples, observe=observe)
+            kept = self._kept[kind] = self._recorded(inputs, targets, steps, samples, observe is not None)
+        _copy(inputs, kept.inputs)
+        _copy(targets, kept.targets)
+        result, seen_outputs = kept.replay()
+        for outputs, targets_k in seen_outputs if observe is not None else ():
+            assert observe is not None
+            observe(outputs, targets_k)
+        weight = result.weight
+        return replace(
+            result,
+            loss=result.loss.clone(),
+            weight=weight.clone() if isinstance(weight, Tensor) else weight,
+        )
+
+    def _recorded(
+        self, inputs: Nested, targets: Nested, steps: int, samples: int | None, observed: bool
+    ) -> _Kept:
+        inputs, targets = map_tensors(torch.clone, inputs), map_tensors(torch.clone, targets)
+
+        def window() -> tuple[WindowResult, list[tuple[Any, Nested]]]:
+            seen: list[tuple[Any, Nested]] = []
+
+            def observe(outputs: Any, targets_k: Nested) -> None:
+                seen.append((outputs, targets_k))
+
+            result = self.window.backward(
+                inputs, targets, steps=steps, samples=samples, observe=observe if observed else None
+            )
+            return result, seen
+
+        self._gradients = self._places()
+        return _Kept(inputs, targets, self.record(window))
+
+    def _places(self) -> tuple[int, ...]:
+        """Where the gradients are: a graph adds to the memory that it was recorded with."""
+        return tuple(0 if p.grad is None else p.grad.data_ptr() for p in self.window.model.parameters())
+
+
+class GraphedStep:
+    """`OptimizerStep`, replayed where it was recorded before.
+
+    Learning rates become tensors on the device, which a schedule fills. An optimizer that cannot be recorded
+    (none of torch's fused ones, or without `capturable` where it has that) steps as it is, once an update.
+
+    Args:
+        record: as that of the `GraphedWindow`, whose gradients are stepped on.
+    """
+
+    def __init__(self, step: OptimizerStep, record: Record) -> None:
+        self.step = step
+        self.record = record
+        self._seen = 0
+        self._kept: dict[bool, Callable[[], StepResult]] = {}
+
+    def __call__(self, want_norm: bool = False) -> StepResult:
+        """As `OptimizerStep`. Nothing of the result is overwritten by the next step."""
+        if not can_be_recorded(self.step):
+            return self.step(want_norm)
+        if rates_to_device(self.step.optimizer):
+            self._kept.clear()  # after `load_state_dict`, which also moves the optimizer's state
+            self._seen = 0
+        self._seen += 1
+        if self._seen <= FIRST:
+            return self.step(want_norm)
+        replay = self._kept.get(want_norm)
+        if replay is None:
+            replay = self._kept[want_norm] = self.record(lambda: self.step(want_norm))
+        found = replay()
+        return StepResult(*(None if t is None else t.clone() for t in (found.norm, found.overflow)))
+
+
+def can_be_recorded(step: OptimizerStep) -> bool:
+    """Whether all of the step happens on the device, whatever the gradient."""
+    optimizer = step.optimizer
+    if step.window.loss_scale is not None and not step.skips_on_device:
+        return False
+    groups = optimizer.param_groups
+    # A fused kernel takes the learning rate from a tensor of fp32, which is another rate in fp64.
+    return all(
+        group.get("fused")
+        and group.get("capturable", True)
+        and all(p.dtype is not torch.float64 for p in group["params"])
+        for group in groups
+    )
+
+
+def rates_to_device(optimizer: torch.optim.Optimizer) -> bool:
+    """Makes every learning rate that is a number a tensor beside its parameters; whether there was one."""
+    found = False
+    for group in optimizer.param_groups:
+        device = group["params"][0].device
+        rate = group["lr"]
+        if not isinstance(rate, Tensor) or rate.device != device:
+            group["lr"] = torch.full((), float(rate), dtype=torch.float32, device=device)
+            found = True
+    return found
+
+
+def rates_as_numbers(state: dict[str, Any]) -> dict[str, Any]:
+    """An optimizer's `state_dict` with numbers for the learning rates that `rates_to_device` made tensors."""
+    groups = [
+        {key: float(value) if key == "lr" else value for key, value in group.items()}
+        for group in state["param_groups"]
+    ]
+    return {**state, "param_groups": groups}
+
+
+def _form(batch: Nested) -> tuple[Hashable, ...]:
+    return tuple((tuple(t.shape), t.dtype, t.device) for t in tensors(batch))
+
+
+def _copy(batch: Nested, kept: Nested) -> None:
+    for source, target in zip(tensors(batch), tensors(kept), strict=True):
+        target.copy_(source)
