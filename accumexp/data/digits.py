@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import numpy as np
 import torch
 from torch.utils.data import TensorDataset
 
@@ -18,12 +23,26 @@ class Digits(TensorDataset):
     """
 
     def __init__(self, train: bool, image_size: int = 32) -> None:
-        from sklearn.datasets import load_digits
-
-        pixels, labels = load_digits(return_X_y=True)
+        pixels, labels = _table()
         images = torch.from_numpy(pixels).float().view(-1, 1, 8, 8) / 16
         if image_size != 8:
             images = torch.nn.functional.interpolate(images, size=image_size, mode="bilinear")
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(1998))
         chosen = order[TEST_SAMPLES:] if train else order[:TEST_SAMPLES]
         super().__init__((images[chosen] - 0.305) / 0.376, torch.from_numpy(labels)[chosen].long())
+
+
+def _table() -> tuple[Any, Any]:
+    """Pixels from 0 to 16, shape (1797, 64), and labels, as `sklearn.datasets.load_digits` gives them.
+
+    Its file is read without importing scikit-learn, which takes as long as a small run.
+    """
+    package = importlib.util.find_spec("sklearn")
+    for folder in package.submodule_search_locations or () if package else ():
+        path = Path(folder, "datasets", "data", "digits.csv.gz")
+        if path.is_file():
+            table = np.loadtxt(path, delimiter=",")
+            return table[:, :-1].copy(), table[:, -1].astype(np.int64)
+    from sklearn.datasets import load_digits
+
+    return load_digits(return_X_y=True)
