@@ -12,8 +12,9 @@ for inputs, targets in loader:             # the whole batch of the update
 from .batch import batch_size, map_tensors, rank_share, split, split_sizes, steps_for, tensors
 from .exactness import Inequality, inequalities
 from .loss import WindowLoss, window_loss
-from .memory import SavedActivations, measure_activations
+from .memory import SavedActivations, is_out_of_memory, measure_activations
 from .ranks import Agreement, Ranks
+from .recovery import OutOfMemory, Recovery
 from .scale import LossScale
 from .step import OptimizerStep, StepResult
 from .sync import Sync, data_parallel, fully_sharded
@@ -25,7 +26,9 @@ __all__ = [
     "LossScale",
     "MicroBatch",
     "OptimizerStep",
+    "OutOfMemory",
     "Ranks",
+    "Recovery",
     "Reduction",
     "SavedActivations",
     "StepResult",
@@ -38,6 +41,7 @@ __all__ = [
     "data_parallel",
     "fully_sharded",
     "inequalities",
+    "is_out_of_memory",
     "map_tensors",
     "measure_activations",
     "rank_share",
