@@ -17,10 +17,11 @@ from .cores import cores
 from .data import Placement, Share, Splits, build_splits
 from .errors import UsageError
 from .evaluation import Evaluator
+from .progress import Recorder, total_updates
 from .seeding import derive_seed, seed_everything
 from .system import pick_device
 from .targets import build
-from .trainer import Recorder, Trainer, total_updates
+from .trainer import Trainer
 from .world import World, device_of, first_here
 
 ALONE = World()
@@ -158,6 +159,7 @@ def build_trainer(config: Config, parts: Parts, recorder: Recorder, updates: int
         eval_every=loop.eval_every,
         clip_norm=loop.clip_norm,
         check_finite=loop.check_finite,
+        recover=config.accum.recovers,
     )
     for name, callback in trainer.callbacks.items():
         callback.check(trainer, f"callbacks.{name}")

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import random
+import signal
 import weakref
 from collections.abc import Collection
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from accumexp.callbacks import Callback
+from accumexp.trainer import Trainer
 
 WORDS = "CUDA out of memory. Tried to allocate 2.00 GiB"
 
@@ -46,6 +51,41 @@ class _Fails(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
         raise ctx.error
+
+
+class Starved(Callback):
+    """Fails in a micro-batch of update `at`, from 1, on `rank` or on all; `times` of them, one a try."""
+
+    def __init__(self, at: int, micro_batch: int = 0, rank: int | None = None, times: int = 1) -> None:
+        self.at, self.micro_batch, self.rank, self.times = at, micro_batch, rank, times
+        self._calls = self._failed = 0
+
+    def run_begin(self, trainer: Trainer) -> None:
+        trainer.model.register_forward_hook(lambda *_: self._forward(trainer))
+        trainer.window.forgotten.append(self._again)
+
+    def _again(self) -> None:
+        self._calls = 0
+
+    def _forward(self, trainer: Trainer) -> None:
+        here = self.rank in (None, trainer.window.sync.ranks.rank)
+        if not here or trainer.progress.update + 1 != self.at or self._failed >= self.times:
+            return
+        call, self._calls = self._calls, self._calls + 1
+        if call == self.micro_batch:
+            self._failed += 1
+            raise torch.OutOfMemoryError(WORDS)
+
+
+class Stopped(Callback):
+    """SIGTERM after update `at`."""
+
+    def __init__(self, at: int) -> None:
+        self.at = at
+
+    def update_end(self, trainer: Trainer) -> None:
+        if trainer.progress.update == self.at:
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 def stateful(short: Short, classes: int = 5) -> nn.Module:

@@ -76,9 +76,9 @@ def test_without_trouble_it_is_the_window_itself() -> None:
     begin()
     for _ in range(2):
         model.zero_grad()
-        result = recovery.backward(*classification(SAMPLES))
+        assert recovery.backward(*classification(SAMPLES)).steps == STEPS
     assert not differing(left_behind(model), expected)
-    assert recovery.at_most is None and result.steps == STEPS
+    assert recovery.at_most is None
 
 
 def test_a_split_that_still_is_too_coarse_is_split_again_and_remembered() -> None:
@@ -112,7 +112,7 @@ def test_a_ragged_window_is_cut_to_micro_batches_that_shrink() -> None:
 def test_one_sample_that_is_too_large_ends_in_one_line() -> None:
     model = stateful(Short(range(100)))
     recovery = Recovery(Window(model.eval(), nn.CrossEntropyLoss(), 1))
-    with pytest.raises(torch.OutOfMemoryError, match=f"one sample in micro-batch 0 of rank 0.*: {WORDS}"):
+    with pytest.raises(torch.OutOfMemoryError, match=f"one sample in a micro-batch.* rank 0: {WORDS}"):
         recovery.backward(*classification(4))
     assert not gradients(model)
 

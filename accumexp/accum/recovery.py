@@ -121,7 +121,7 @@ class Recovery:
             assert failure is not None
             self._start.restore()
             if failure.too_large < 2:
-                where = f"one sample in micro-batch {failure.micro_batch} of rank {failure.rank} is too much"
+                where = f"one sample in a micro-batch is too much on rank {failure.rank}"
                 raise torch.OutOfMemoryError(f"{where}: {reason}" if reason else where)
             self.at_most = -(-failure.largest // 2)
             if self.tell is not None:
