@@ -28,10 +28,11 @@ from .errors import UsageError
 from .evaluation import Evaluator
 from .graphs import graphs, say_what_is_not
 from .optim import may_be_fused
+from .progress import Recorder, total_updates, updates_between_reads
 from .seeding import derive_seed, seed_everything
 from .system import pick_device
 from .targets import build
-from .trainer import Recorder, Trainer, total_updates, updates_between_reads
+from .trainer import Trainer
 from .world import World, device_of, first_here
 
 ALONE = World()
@@ -175,6 +176,7 @@ def build_trainer(config: Config, parts: Parts, recorder: Recorder, updates: int
         eval_every=loop.eval_every,
         clip_norm=loop.clip_norm,
         check_finite=loop.check_finite,
+        recover=config.accum.recovers and not loop.graph,
         record=graphs(window, parts.splits.train, parts.device) if loop.graph else None,
     )
     if isinstance(trainer.step, GraphedStep):

@@ -78,6 +78,12 @@ class AccumConfig:
     find_unused_parameters: bool = False
     # fsdp: reduce-scatter in every micro-batch, so that no unsharded gradient is kept between them.
     reduce_every_micro_batch: bool = False
+    # Out of memory splits the window finer on all ranks, and all that follow. Null: but with fsdp.
+    recover: bool | None = None
+
+    @property
+    def recovers(self) -> bool:
+        return self.strategy is not Strategy.fsdp if self.recover is None else self.recover
 
 
 @dataclass
@@ -267,6 +273,13 @@ def check(config: Config) -> Config:
         )
     if trainer.graph and accum.fp32_buffers:
         raise UsageError("trainer.graph=true: not with accum.fp32_buffers=true, which moves gradients about")
+    if accum.recover and accum.strategy is Strategy.fsdp:
+        raise UsageError(
+            "accum.recover=true: not with accum=fsdp, whose every forward waits for all ranks, so that none "
+            "can go back alone"
+        )
+    if trainer.graph and accum.recover:
+        raise UsageError("accum.recover=true: not with trainer.graph=true, which records windows as they are")
     if accum.growth_interval < 1:
         raise UsageError(f"accum.growth_interval={accum.growth_interval}: at least 1")
     check_report(config.report)

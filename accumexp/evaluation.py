@@ -95,6 +95,12 @@ class WindowMetrics:
         if self._size > self.LARGEST:
             self._count()
 
+    def forget(self) -> None:
+        """Forgets what was observed: it has not happened."""
+        self._kept.clear()
+        self._size = 0
+        self.metrics.reset()
+
     def values(self) -> dict[str, float]:
         """The metrics of what was observed, which is forgotten. Waits for the device."""
         self._count()

@@ -128,24 +128,32 @@ class NoiseScale(GradientNoise):
             )
 
     def update_begin(self, trainer: Trainer) -> None:
-        if trainer.publishes and trainer.batch is not None and trainer.batch.steps > 1:
+        # One of a single micro-batch too: it may be split, if there is no memory for it.
+        if trainer.publishes:
             self.watch(trainer.window)
 
     def watch(self, window: Window) -> None:
         """Observes the next window, without waiting for the device, up to `measured`."""
         self._window = window
         window.after_micro_batch.append(self._observe)
+        window.forgotten.append(self._forget)
 
     def measured(self, trainer: Trainer, values: dict[str, float]) -> None:
         if self._window is None:
             return
         self._window.after_micro_batch.remove(self._observe)
+        self._window.forgotten.remove(self._forget)
         ranks, self._window = self._window.sync.ranks, None
         assert self._whole is not None
         own = torch.stack(self._seen).sum(0) if self._seen else self._whole.new_zeros(len(Sums._fields))
         *sums, whole = torch.cat([ranks.sum(own), self._whole.reshape(1)]).tolist()
         self._seen.clear()
         values.update(self.count(*solved(Sums(*sums), whole)))
+
+    def _forget(self) -> None:
+        self._before.clear()
+        self._seen.clear()
+        self._whole = None
 
     @torch.no_grad()
     def _observe(self, micro: MicroBatch) -> None:

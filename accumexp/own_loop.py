@@ -69,6 +69,7 @@ class OwnLoop:
             log_every=2**62,
             clip_norm=self.clip_norm,
             check_finite=False,
+            recover=self.config.accum.recovers,
         )
         trainer.total_updates = 2**62
         return trainer

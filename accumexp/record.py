@@ -41,6 +41,11 @@ class RunRecord:
             if self.progress:
                 self.progress.tell(update, values)
 
+    def tag(self, tags: Mapping[str, str]) -> None:
+        """Says of the run what was not known when it began."""
+        self.tags.update(tags)
+        self.tracker.tag(tags)
+
     def flush(self) -> None:
         self.journal.flush()
         self.tracker.flush()
@@ -103,9 +108,13 @@ def described(parts: Parts, unequal: list[Inequality]) -> dict[str, str]:
         "accumexp.torch": torch.__version__,
         "accumexp.tf32": str(tf32(parts.device)).lower(),
     }
-    if unequal:
-        tags["accumexp.unequal"] = "; ".join(f"{u.module} ({u.kind}): {u.reason}" for u in unequal)[:5000]
-    return tags
+    return {**tags, **why_unequal(unequal)}
+
+
+def why_unequal(unequal: list[Inequality]) -> dict[str, str]:
+    """The tag of why a window cannot be the larger batch, if it cannot."""
+    reasons = "; ".join(f"{u.module} ({u.kind}): {u.reason}" for u in unequal)
+    return {"accumexp.unequal": reasons[:5000]} if unequal else {}
 
 
 def open_tracker(

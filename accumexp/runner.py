@@ -19,7 +19,7 @@ from .config import Backend, Config, LossScaling, Strategy, to_plain
 from .display import Progress
 from .journal import ProgressFile
 from .order import Order
-from .record import RunRecord, SilentRecord, described, open_tracker, write_config
+from .record import RunRecord, SilentRecord, described, open_tracker, why_unequal, write_config
 from .resume import Resumed
 from .signals import StopSignals
 from .sweep import SweepJob
@@ -74,6 +74,8 @@ class Run:
             )
             if here.first:
                 self._open(config, back, parts, record, unequal, proved)
+                trainer.shortage.listeners.append(lambda tags: split_finer(trainer, parts, record, tags))
+                record.tag(trainer.shortage.tags)
             status, final = "FAILED", {}
             try:
                 self._attach(trainer, config, record)
@@ -194,6 +196,8 @@ class Run:
         values["memory"] = f"{final['activation_mib']:.2f} MiB of activations"
         if "peak_memory_mib" in final:
             values["memory"] += f", {final['peak_memory_mib']:.0f} MiB at the peak"
+        if trainer.shortage.lines:
+            values["out of memory"] = trainer.shortage.lines[-1]
         if trainer.stop_reason:
             values["ended by"] = trainer.stop_reason
         values["folder"] = self.folder
@@ -224,10 +228,23 @@ def announce(config: Config, trainer: Trainer, parts: Parts, unequal: list[Inequ
         highlight=False,
         soft_wrap=True,
     )
+    warn(unequal)
+
+
+def warn(unequal: list[Inequality]) -> None:
     for found in unequal[:3]:
         console.print(f"not the larger batch: {found.module} ({found.kind}): {found.reason}", style="yellow")
     if len(unequal) > 3:
         console.print(f"not the larger batch: and {len(unequal) - 3} more modules like these", style="yellow")
+
+
+def split_finer(trainer: Trainer, parts: Parts, record: RunRecord, tags: dict[str, str]) -> None:
+    """Tells the record of a window that ran out of memory, and whether what follows is the larger batch."""
+    train, ranks = parts.splits.train, trainer.window.sync.ranks.size
+    steps = trainer.shortage.steps_of(-(-train.batch_size // ranks))
+    unequal = inequalities(parts.model, train.batch_size, steps, ranks=ranks, last=train.last)
+    warn(unequal)
+    record.tag({**tags, **why_unequal(unequal)})
 
 
 def finals(trainer: Trainer) -> dict[str, float]:

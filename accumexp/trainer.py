@@ -7,8 +7,8 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from dataclasses import asdict
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,40 +32,13 @@ from .callbacks import Callback, listeners
 from .data import Batch, Splits
 from .errors import of_the_compiler
 from .evaluation import Evaluator, WindowMetrics
+from .progress import Progress, Recorder, total_updates
 from .readings import Readings, hopeless
+from .shortage import Shortage, no_memory_for
 from .system import MIB, peak_memory_mib, wait_for
 
 # Updates whose points are all published: where the losses of equal windows differ by rounding alone.
 FIRST_UPDATES = 100
-
-
-class Recorder(Protocol):
-    """Where points go."""
-
-    def record(self, update: int, values: Mapping[str, float], publish: bool) -> None:
-        """Keeps `values` of `update`; with `publish`, the tracker gets them too."""
-        ...
-
-
-@dataclass
-class Progress:
-    """How far a run is. All counts are of finished things.
-
-    Attributes:
-        epoch: epochs, and with it the one that the next update belongs to.
-        update: updates since the run began.
-        epoch_update: updates in the present epoch.
-        samples: samples seen.
-        seconds: time spent in the loop, without evaluation and checkpoints.
-        activation_bytes: peak bytes saved for backward in the first window, 0 before it.
-    """
-
-    epoch: int = 0
-    update: int = 0
-    epoch_update: int = 0
-    samples: int = 0
-    seconds: float = 0.0
-    activation_bytes: int = 0
 
 
 class Trainer:
@@ -94,6 +67,7 @@ class Trainer:
         eval_every: epochs between two evaluations; the last is always evaluated.
         clip_norm: the 2-norm that the update's gradient is clipped to, or None.
         check_finite: fail on a loss that is inf or nan.
+        recover: split a window finer that runs out of memory, and all that follow.
         record: replay windows and steps as graphs that this recorded, such as `CudaGraphs`.
 
     Attributes:
@@ -118,6 +92,7 @@ class Trainer:
         eval_every: int = 1,
         clip_norm: float | None = None,
         check_finite: bool = True,
+        recover: bool = False,
         record: Record | None = None,
     ) -> None:
         self.model: nn.Module = window.model
@@ -135,10 +110,9 @@ class Trainer:
         self.log_every = log_every
         self.eval_every = eval_every
         self.step: Callable[[bool], StepResult] = OptimizerStep(window, optimizer, clip_norm)
-        self.backward = window.backward
+        graphed = None if record is None else GraphedWindow(window, record)
         if record is not None:
             self.step = GraphedStep(self.step, record)
-            self.backward = GraphedWindow(window, record).backward
         self.progress = Progress()
         self.batch: Batch | None = None
         self.stop_reason: str | None = None
@@ -148,6 +122,10 @@ class Trainer:
         self._wish_code = 0
         self._agreement = Agreement(window.sync.ranks)
         self._readings = Readings(window, check_finite)
+        self.shortage = Shortage(window, recover, graphed.backward if graphed else None)
+        window.forgotten.append(self.train_metrics.forget)
+        self._measures = True  # the activations of the next window
+        self._measured = False  # and nobody has been told
         self._clock = time.perf_counter()
         self._last_read = (0, 0, 0.0)  # update, samples, seconds
         self._events: dict[str, list[Callable[..., None]]] = {}
@@ -253,7 +231,8 @@ class Trainer:
         assert batch is not None
         rate = self.optimizer.param_groups[0]["lr"]
         rate = rate.clone() if isinstance(rate, Tensor) else float(rate)
-        done = self.step(publish)
+        with no_memory_for("the optimizer's step", "take one that keeps less state, or accum=fsdp"):
+            done = self.step(publish)
         self._step_schedule()
         progress.update += 1
         progress.epoch_update += 1
@@ -273,12 +252,17 @@ class Trainer:
             self.scheduler.step()
 
     def _accumulate(self, batch: Batch) -> WindowResult:
-        options: dict[str, Any] = {"steps": batch.steps, "samples": batch.samples, "observe": self.observe}
-        if self.progress.update:
-            return self.backward(batch.inputs, batch.targets, **options)
+        following, forgotten = self.progress.update + 1, self.window.forgotten
+        if not self._measures:
+            result = self.shortage.backward(following, batch, self.observe)
+            self._measures = following in self.shortage.steps
+            return result
         with measure_activations(self.model, [*tensors(batch.inputs), *tensors(batch.targets)]) as saved:
-            result = self.backward(batch.inputs, batch.targets, **options)
+            forgotten.append(saved.start_anew)
+            result = self.shortage.backward(following, batch, self.observe)
+            forgotten.remove(saved.start_anew)
         self.progress.activation_bytes = saved.peak_bytes
+        self._measures, self._measured = False, True
         return result
 
     def read(self, extra: Mapping[str, float] | None = None) -> None:
@@ -293,6 +277,9 @@ class Trainer:
             if publish:
                 values.update({**(extra or {}), **reading.scaling})
                 self.latest.update(values)
+            if update in self.shortage.steps:
+                values["accum/steps"] = self.shortage.steps.pop(update)
+                publish = True
             self.recorder.record(update, values, publish or update <= FIRST_UPDATES)
         if reading.trouble:
             raise reading.trouble
@@ -310,7 +297,8 @@ class Trainer:
         extra["perf/samples_per_second"] = (progress.samples - samples) / elapsed
         extra["perf/update_ms"] = 1e3 * elapsed / (progress.update - update)
         extra["perf/peak_memory_mib"] = peak_memory_mib(self.device)
-        if update < self.log_every:
+        if self._measured or update < self.log_every:
+            self._measured = False
             extra["perf/activation_mib"] = progress.activation_bytes / MIB
         self._mark_read()
         self._emit("measured", extra)
@@ -319,7 +307,8 @@ class Trainer:
 
     def evaluate(self, split: str) -> dict[str, float]:
         """Loss and metrics of "eval" or "test", as `<split>/<name>`, with what callbacks add."""
-        with self.off_the_clock():
+        no_memory = no_memory_for(f"the evaluation on {split}", "lower data.eval_batch_size")
+        with self.off_the_clock(), no_memory:
             self.window.sync.share_buffers()
             batches = self.splits.test if split == "test" else self.splits.eval
             values = {f"{split}/{k}": v for k, v in self.evaluator(self.model, batches).items()}
@@ -364,6 +353,7 @@ class Trainer:
             "optimizer": rates_as_numbers(self.optimizer.state_dict()) if whole else {},
             "scheduler": self.scheduler.state_dict(),
             "loss_scale": {} if scale is None else scale.state_dict(),
+            "shortage": self.shortage.state_dict(),
             "callbacks": {name: callback.state_dict() for name, callback in self.callbacks.items()},
         }
 
@@ -375,18 +365,10 @@ class Trainer:
         self.scheduler.load_state_dict(state["scheduler"])
         if self.window.loss_scale is not None and state.get("loss_scale"):
             self.window.loss_scale.load_state_dict(state["loss_scale"])
+        if state.get("shortage"):
+            self.shortage.load_state_dict(state["shortage"])
         for name, callback in self.callbacks.items():
             if state["callbacks"].get(name):
                 callback.load_state_dict(state["callbacks"][name])
         self.progress = Progress(**state["progress"])
-
-
-def total_updates(updates_per_epoch: int, epochs: int, max_updates: int | None) -> int:
-    """Updates in a run."""
-    every = updates_per_epoch * epochs
-    return every if max_updates is None else min(every, max_updates)
-
-
-def updates_between_reads(updates: int) -> int:
-    """`log_every` of a run of `updates`, where nobody chose: enough points for a curve, at little cost."""
-    return max(10, min(50, updates // 100))
+        self._measures = not self.progress.update

@@ -13,8 +13,9 @@ from .batch import batch_size, map_tensors, rank_share, split, split_sizes, step
 from .exactness import Inequality, inequalities
 from .graph import CudaGraphs, GraphedStep, GraphedWindow, Record, rates_as_numbers
 from .loss import WindowLoss, window_loss
-from .memory import SavedActivations, measure_activations
+from .memory import SavedActivations, is_out_of_memory, measure_activations
 from .ranks import Agreement, Ranks
+from .recovery import OutOfMemory, Recovery
 from .scale import LossScale
 from .step import OptimizerStep, StepResult
 from .sync import Sync, data_parallel, fully_sharded
@@ -29,8 +30,10 @@ __all__ = [
     "LossScale",
     "MicroBatch",
     "OptimizerStep",
+    "OutOfMemory",
     "Ranks",
     "Record",
+    "Recovery",
     "Reduction",
     "SavedActivations",
     "StepResult",
@@ -43,6 +46,7 @@ __all__ = [
     "data_parallel",
     "fully_sharded",
     "inequalities",
+    "is_out_of_memory",
     "map_tensors",
     "measure_activations",
     "rank_share",

@@ -36,6 +36,11 @@ class Fp32Buffers:
         self._sums.clear()
         self._open = True
 
+    def drop(self) -> None:
+        """Ends a window that came to nothing."""
+        self._open = False
+        self._sums.clear()
+
     def close(self, ranks: Ranks) -> None:
         self._open = False
         for parameter in self._parameters if ranks.size > 1 else ():

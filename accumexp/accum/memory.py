@@ -1,4 +1,4 @@
-"""How many bytes a forward pass keeps for its backward."""
+"""How many bytes a forward pass keeps for its backward, and whether an error says there was no room."""
 
 from __future__ import annotations
 
@@ -9,6 +9,25 @@ import torch
 from torch import Tensor, nn
 
 from .sync import plain
+
+# How allocators below torch say it, in errors that have no class of their own.
+_SHORT = (
+    "can't allocate memory",
+    "not enough memory",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "CUSOLVER_STATUS_ALLOC_FAILED",
+    "CUFFT_ALLOC_FAILED",
+    "MPS backend out of memory",
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether `error` says that there was no memory, on the device or on the host."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _SHORT)
 
 
 class SavedActivations:
@@ -44,6 +63,10 @@ class SavedActivations:
         self.peak_bytes = max(self.peak_bytes, self._live_bytes)
         return storage
 
+    def start_anew(self) -> None:
+        """Forgets the peak so far, of what came to nothing."""
+        self.peak_bytes = self._live_bytes
+
     def drop(self, storage: int) -> None:
         entry = self._storages[storage]
         entry[0] -= 1
@@ -56,7 +79,8 @@ class _Saved:
     """A saved tensor that tells when autograd lets go of it."""
 
     def __init__(self, saved: SavedActivations, tensor: Tensor) -> None:
-        self.tensor = tensor
+        # Its graph would hold it and it the graph, for ever where no backward goes through it.
+        self.tensor = tensor.detach()
         self._saved = saved
         self._storage = saved.add(tensor)
 

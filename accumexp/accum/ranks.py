@@ -41,6 +41,18 @@ class Ranks:
         dist.all_reduce(raised, dist.ReduceOp.MAX, self.group)
         return raised > 0
 
+    def largest(self, numbers: list[int]) -> list[int]:
+        """The largest of each number over the ranks.
+
+        The host waits for the other hosts, and not for its device, where the group has a backend for the CPU.
+        """
+        if self.size == 1:
+            return numbers
+        device = "cpu" if "cpu:" in dist.get_backend_config(self.group) else "cuda"
+        found = torch.tensor(numbers, dtype=torch.int64, device=device)
+        dist.all_reduce(found, dist.ReduceOp.MAX, self.group)
+        return found.tolist()
+
 
 ALONE = Ranks(alone=True)
 

@@ -47,6 +47,12 @@ class Sync:
         """Around forward and backward of a micro-batch, the `last` of its window or not."""
         return NOTHING
 
+    def begin_alone(self) -> None:
+        """Before a window in whose micro-batches no rank waits for another: `exchange` ends it."""
+
+    def exchange(self) -> None:
+        """Adds the gradients that a window has left on each rank over the ranks."""
+
     def gradients(self) -> list[Tensor]:
         """The gradients that this process holds, as plain tensors that share their memory."""
         return [plain(p.grad) for p in self.module.parameters() if p.grad is not None]
@@ -91,6 +97,45 @@ class DataParallelSync(Sync):
 
     def micro_batch(self, last: bool) -> AbstractContextManager[Any]:
         return NOTHING if last else self.wrapper.no_sync()
+
+    def begin_alone(self) -> None:
+        # What DDP's forward would do with the other ranks at some time in the window.
+        self.wrapper.reducer._rebuild_buckets()
+        if self.wrapper.will_sync_module_buffers():
+            self.wrapper._sync_buffers()
+        self.wrapper.require_forward_param_sync = False
+
+    def exchange(self) -> None:
+        """DDP's own reduction, bucket by bucket and in its memory, in a backward that adds nothing."""
+        held = [p for p in self.module.parameters() if p.requires_grad and p.grad is not None]
+        nothing = _Nothing.apply(*held)
+        reducer = self.wrapper.reducer
+        reducer.prepare_for_forward()
+        # What is not reached from here was not used on this rank, which DDP must know or else refuses.
+        reducer.prepare_for_backward([nothing] if self.wrapper.find_unused_parameters else [])
+        nothing.backward()
+        self.wrapper.require_forward_param_sync = True
+
+
+class _Nothing(torch.autograd.Function):
+    """A function of parameters whose backward adds -0.0 to each gradient, which changes not even its sign."""
+
+    @staticmethod
+    def forward(ctx: Any, *parameters: Tensor) -> Tensor:
+        ctx.parameters = parameters
+        return parameters[0].new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        zeros: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+        found: list[Tensor | None] = []
+        for p in ctx.parameters:
+            kind = p.dtype, p.device
+            if kind not in zeros:
+                zeros[kind] = p.new_full((), -0.0)
+            # A dense gradient would make a sparse one dense.
+            found.append(None if p.grad.is_sparse else zeros[kind].expand_as(p))
+        return tuple(found)
 
 
 class FullyShardedSync(Sync):

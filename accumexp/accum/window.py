@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .batch import Nested, batch_size, map_tensors, split, split_sizes
 from .buffers import Fp32Buffers
 from .loss import WindowLoss, window_loss
+from .memory import is_out_of_memory
 from .scale import LossScale
 from .sync import sync_of
 
@@ -95,6 +96,9 @@ class Window:
         after_micro_batch: called with a `MicroBatch` right after each one's backward, in this order.
             Gradients are there to be looked at, unless fp32 buffers or shards keep them elsewhere. What
             is called must neither change them nor wait for the device.
+        forgotten: called when a window that was under way is given up, to begin again: what was observed of
+            it has not happened.
+        under_way: the number of the micro-batch that is computing, or was the last.
 
     Raises:
         ValueError: for `steps` below 1, an unknown reduction, or fp32 buffers of a fully sharded model.
@@ -129,6 +133,9 @@ class Window:
         self.local_loss = local_loss
         self.fp32_buffers = fp32_buffers
         self.after_micro_batch: list[Callable[[MicroBatch], None]] = []
+        self.forgotten: list[Callable[[], None]] = []
+        self.under_way = 0
+        self._weights: _Weights | None = None
         self._buffers = Fp32Buffers(model.parameters()) if fp32_buffers else None
 
     def backward(
@@ -139,6 +146,7 @@ class Window:
         steps: int | None = None,
         samples: int | None = None,
         observe: Observer | None = None,
+        agree: Callable[[], None] | None = None,
     ) -> WindowResult:
         """Forward and backward of every micro-batch; gradients are added to `.grad`.
 
@@ -152,6 +160,8 @@ class Window:
             samples: how many of the batch's samples count, the first ones. What follows is padding: on
                 several ranks a rank without a sample of its own gives one and `samples=0`.
             observe: called with each micro-batch's detached outputs and its targets.
+            agree: for `Recovery`. No rank then waits for another in a micro-batch; this is called when all
+                are done, to ask the others, and what it raises ends the window before gradients are added.
 
         Raises:
             ValueError: if the batch has fewer samples than `steps` (on several ranks: none at all), its
@@ -167,15 +177,19 @@ class Window:
         if samples < held:
             inputs, targets = (map_tensors(lambda t: t[:samples], batch) for batch in (inputs, targets))
         parts = list(zip(split(inputs, sizes), split(targets, sizes), strict=True))
-        weights = _Weights(self, targets, [targets_k for _, targets_k in parts])
+        self.under_way = 0
+        weights = self._weights = _Weights(self, targets, [targets_k for _, targets_k in parts])
         share: Tensor | None = None  # of an item in the loss: 1 / weight
         total: Tensor | None = None
+        done: MicroBatch | None = None
         if self._buffers:
             self._buffers.open()
         for k, (inputs_k, targets_k) in enumerate(parts):
+            self.under_way = k
             if not sizes[k]:
                 inputs_k, targets_k = padding
-            with self.sync.micro_batch(last=k == steps - 1 and not self._buffers):
+            last = k == steps - 1
+            with self.sync.micro_batch(last and not self._buffers and agree is None):
                 with self._precision():
                     outputs = call(self.sync.forward, inputs_k)
                     loss_sum = self.loss.total(outputs, targets_k)
@@ -183,8 +197,9 @@ class Window:
                     share = _share(weights.of(k), loss_sum)
                 # The gradient of loss_sum / weight, without a division to record and to go back through.
                 loss_sum.backward(self._seed(share) if sizes[k] else torch.zeros_like(share))
-            for after in self.after_micro_batch:
-                after(MicroBatch(k, k == steps - 1, sizes[k], targets_k, share))
+            done = MicroBatch(k, last, sizes[k], targets_k, share)
+            if agree is None or not last:
+                self._tell(done)
             if sizes[k]:
                 detached = loss_sum.detach()
                 total = detached if total is None else total + detached
@@ -192,14 +207,32 @@ class Window:
                     observe(outputs.detach() if isinstance(outputs, Tensor) else outputs, targets_k)
             # Outputs must not live through the next forward: for a language model they are the peak.
             del outputs, loss_sum
+        assert share is not None and done is not None
+        if agree is not None:
+            agree()
+            if not self._buffers:
+                self.sync.exchange()
+            self._tell(done)
         if self._buffers:
             self._buffers.close(self.sync.ranks)
-        assert share is not None
         total = torch.zeros_like(share) if total is None else total
         mean = total * (share if self.reduction == "mean" else _share(weights.total, total))
         if not self.local_loss:
             self.sync.ranks.sum(mean)
         return WindowResult(mean, weights.total, samples, steps)
+
+    def forget(self) -> None:
+        """Gives up a window that has failed on this rank or another. Gradients are left as they are."""
+        if self._weights is not None:
+            self._weights.arrive()
+        if self._buffers:
+            self._buffers.drop()
+        for forget in self.forgotten:
+            forget()
+
+    def _tell(self, micro_batch: MicroBatch) -> None:
+        for after in self.after_micro_batch:
+            after(micro_batch)
 
     def _seed(self, share: Tensor) -> Tensor:
         """What autograd starts from: the share, times what the optimizer's step and the ranks undo."""
@@ -221,21 +254,33 @@ class _Weights:
 
     def __init__(self, window: Window, targets: Nested, parts: list[Nested]) -> None:
         self.by_step = window.reduction == "sum"
-        self._own = [window.loss.weight(part) for part in (parts if self.by_step else [targets])]
+        weighed = parts if self.by_step else [targets]
         self._arrived: Callable[[], None] | None = None
         self.counts: bool = getattr(window.loss, "counts", True)
         ranks = window.sync.ranks
-        if ranks.size > 1 and self.counts:
-            device = next(window.model.parameters()).device
+        together = ranks.size > 1 and self.counts
+        device = next(window.model.parameters()).device if together else None
+        try:
+            self._own = [window.loss.weight(part) for part in weighed]
+            if device is None:
+                return
             counted = torch.stack([_exact(weight, device) for weight in self._own])
-            self._own = list(counted.unbind())
-            self._arrived = ranks.sum_soon(counted)
+        except Exception as error:
+            if together and is_out_of_memory(error):  # the others count already, and wait for this rank
+                ranks.sum(torch.zeros(len(weighed), dtype=torch.float64, device=device))
+            raise
+        self._own = list(counted.unbind())
+        self._arrived = ranks.sum_soon(counted)
 
-    def of(self, k: int) -> Tensor | float:
-        """The weight that micro-batch `k` is a part of: the window's, or its own for a sum of means."""
+    def arrive(self) -> None:
+        """Waits for what is on its way."""
         if self._arrived is not None:
             self._arrived()
             self._arrived = None
+
+    def of(self, k: int) -> Tensor | float:
+        """The weight that micro-batch `k` is a part of: the window's, or its own for a sum of means."""
+        self.arrive()
         return self._own[k if self.by_step else 0]
 
     @property

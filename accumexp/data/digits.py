@@ -45,4 +45,5 @@ def _table() -> tuple[Any, Any]:
             return table[:, :-1].copy(), table[:, -1].astype(np.int64)
     from sklearn.datasets import load_digits
 
-    return load_digits(return_X_y=True)
+    bunch: Any = load_digits()
+    return bunch.data, bunch.target
