@@ -13,6 +13,7 @@ from .batch import batch_size, map_tensors, rank_share, split, split_sizes, step
 from .exactness import Inequality, inequalities
 from .loss import WindowLoss, window_loss
 from .memory import SavedActivations, measure_activations
+from .peak import Peak, extrapolated, held_bytes, measure_peak
 from .ranks import Agreement, Ranks
 from .scale import LossScale
 from .step import OptimizerStep, StepResult
@@ -25,6 +26,7 @@ __all__ = [
     "LossScale",
     "MicroBatch",
     "OptimizerStep",
+    "Peak",
     "Ranks",
     "Reduction",
     "SavedActivations",
@@ -36,10 +38,13 @@ __all__ = [
     "batch_size",
     "call",
     "data_parallel",
+    "extrapolated",
     "fully_sharded",
+    "held_bytes",
     "inequalities",
     "map_tensors",
     "measure_activations",
+    "measure_peak",
     "rank_share",
     "split",
     "split_sizes",
