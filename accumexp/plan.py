@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from .compose import command, hydra_app
+from .compose import WANTS_TRACEBACK, command, fail, hydra_app
 from .errors import UsageError
 
 
@@ -20,21 +20,23 @@ def task(cfg: Any) -> None:
     from .config import from_hydra
     from .sizes import AUTO
 
-    if cfg.resume:
-        raise UsageError(f"resume={cfg.resume}: a plan begins at the beginning, leave it out")
-    if cfg.accum.steps is None and cfg.accum.micro_batch_size is None:
-        cfg.accum.steps = AUTO  # what follows from the micro-batch then follows from each point's own
-    config = from_hydra(cfg)
     folder = Path(HydraConfig.get().runtime.output_dir)
-    from .job import remove_unused
-
     try:
+        if cfg.resume:
+            raise UsageError(f"resume={cfg.resume}: a plan begins at the beginning, leave it out")
+        if cfg.accum.steps is None and cfg.accum.micro_batch_size is None:
+            cfg.accum.steps = AUTO  # what follows from the micro-batch then follows from each point's own
+        config = from_hydra(cfg)
         from .frontier import plan
 
         plan(config, folder)
-    except UsageError:
+    except UsageError as error:
+        from .job import remove_unused
+
         remove_unused(folder)
-        raise
+        if WANTS_TRACEBACK:
+            raise
+        sys.exit(fail(error))  # raised, it would get Hydra's own line too
 
 
 def main() -> None:

@@ -71,7 +71,7 @@ class Planner:
         self._feeding = rehearsal.feeding()
         self._small = self._measured_small()
         needed = self.evaluation(rehearsal.evaluated)
-        if needed > self.limit.bytes:
+        if len(self._small[2]) > 1 and needed > self.limit.bytes:  # from one size it is no more than a bound
             self._refuse_evaluation(needed)
 
     def _measured_small(self) -> dict[int, list[Rehearsed]]:
@@ -149,7 +149,8 @@ class Planner:
     def _line(self, measured: list[Rehearsed], peak_of: Callable[[Rehearsed], Peak], size: int) -> int:
         """The peak at `size`, with the whole batch beside it instead of the small one."""
         if len(measured) == 1:
-            return _grown(measured[0], peak_of(measured[0]).peak, size) + self.batch_bytes
+            (one,) = measured
+            return _grown(one, peak_of(one).peak, size) + self.batch_bytes - one.fed
         a, b = measured
         fed = _on_line((a.micro, a.fed), (b.micro, b.fed), size)
         return extrapolated((a.micro, peak_of(a)), (b.micro, peak_of(b)), size, beside=self.batch_bytes - fed)

@@ -211,6 +211,9 @@ class Rehearsal:
             for name, callback in trainer.callbacks.items()
             if not isinstance(callback, Checkpoints | Progress | LossMonitor)
         }
+        for metric in (*fresh.metrics.values(), *trainer.train_metrics.metrics.values()):
+            # Metrics look for other ranks themselves, which may be at another trial, or have none.
+            setattr(metric, "distributed_available_fn", _alone)  # noqa: B010
         if self.config.accum.strategy is Strategy.ddp:
             trainer.window.sync.keeps_gradients = True
         return trainer
@@ -238,6 +241,10 @@ def forget(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
+
+
+def _alone() -> bool:
+    return False
 
 
 class Unrecorded:

@@ -69,6 +69,8 @@ def duration(seconds: float) -> str:
 def amount(size: float) -> str:
     """`size` bytes as a person would say it, rounded up: what is said to be enough is."""
     unit, factor = ("GiB", 2**30) if size >= 10 * 2**30 else ("MiB", 2**20)
+    if size < 2**20:
+        unit, factor = "KiB", 2**10
     return f"{math.ceil(10 * size / factor) / 10:,.1f} {unit}"
 
 
