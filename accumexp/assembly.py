@@ -86,11 +86,7 @@ def build_parts(config: Config, here: World = ALONE) -> Parts:
     with first_here(here):
         splits = build_splits(config.data, config.seed, Placement(device, dtype), share)
     seed_everything(config.seed, config.trainer.deterministic)
-    cut = {"window_steps": config.accum.steps, "micro_batch_size": config.accum.micro_batch_size}
-    model = build(config.model, "model", **cut)
-    if not isinstance(model, nn.Module):
-        made = f"{config.model['_target_']} made a {type(model).__name__}"
-        raise UsageError(f"model: {made}, a torch.nn.Module is needed")
+    model = build_model(config)
     criterion = build(config.loss, "loss")
     if isinstance(criterion, nn.Module):
         criterion = criterion.to(device, dtype)
@@ -100,6 +96,20 @@ def build_parts(config: Config, here: World = ALONE) -> Parts:
     if here.rank:
         seed_everything(derive_seed("rank", config.seed, here.rank), config.trainer.deterministic)
     return Parts(device, model, criterion, loss, splits, evaluator, autocast)
+
+
+def build_model(config: Config) -> nn.Module:
+    """The model, where and as what its class makes it.
+
+    Raises:
+        UsageError: naming the key that cannot be built.
+    """
+    cut = {"window_steps": config.accum.steps, "micro_batch_size": config.accum.micro_batch_size}
+    model = build(config.model, "model", **cut)
+    if not isinstance(model, nn.Module):
+        made = f"{config.model['_target_']} made a {type(model).__name__}"
+        raise UsageError(f"model: {made}, a torch.nn.Module is needed")
+    return model
 
 
 def build_metrics(config: Config, device: torch.device) -> MetricCollection:

@@ -10,6 +10,7 @@ from pathlib import Path
 from .certificates import CERTIFICATE, TAG
 from .config import Backend, Config, Strategy
 from .order import Order
+from .planning import planned
 from .proof import Certificate
 from .proof.certificate import number
 from .proof_table import show
@@ -38,6 +39,8 @@ class Certifying:
             no_store = config.tracking.backend is Backend.none or not here.first
             # A store that cannot be reached is said before the work, not after it.
             store = None if no_store else Store(config.tracking)
+            self.order, known = planned(self.order, here)
+            config = self.order.config
             console.print(described_problem(config, here), highlight=False, soft_wrap=True)
             with stages() as stage:
                 certificate, parts = prove_experiment(config, here, stage)
@@ -49,7 +52,7 @@ class Certifying:
             if store is not None:
                 quiet = replace(config.tracking, system_metrics=False)
                 order = replace(self.order, config=replace(config, tracking=quiet))
-                tags = {**described(parts, []), **tags_of(certificate)}
+                tags = {**described(parts, []), **known, **tags_of(certificate)}
                 tracker = open_tracker(order, store, parts, tags, "certificate", None)
                 try:
                     tracker.tag(

@@ -24,10 +24,12 @@ from omegaconf.errors import OmegaConfBaseException
 from .config import Config, Strategy, explain_omegaconf
 from .errors import TrainingError, UsageError, unknown_key
 from .places import place
-from .sizes import batch_sizes, processes
+from .sizes import AUTO, batch_sizes, processes
 
 # Read before `hydra_app` sets it for Hydra, and handed on to the processes in which a launcher runs jobs.
 WANTS_TRACEBACK = os.environ.get("ACCUMEXP_TRACEBACK", os.environ.get("HYDRA_FULL_ERROR")) == "1"
+
+MICRO_BATCH_SIZE = "${micro_batch_size:}"
 
 ConfigStore.instance().store(name="schema", node=Config)
 
@@ -77,15 +79,17 @@ def _folders(root: str) -> int:
     return sum(entry.is_dir() for entry in path.iterdir()) if path.is_dir() else 0
 
 
-def _micro_batch_size(*, _root_: DictConfig) -> int | None:
+def _micro_batch_size(*, _root_: DictConfig) -> int | str | None:
     """`accum.micro_batch_size` of the whole configuration, where it follows from the others too.
 
-    None where they disagree: `config.check` then says so.
+    None where they disagree: `config.check` then says so. With `accum.steps=auto` it stays the question
+    that it is, to be answered when there is a number (`config.settled`).
     """
     data, accum = _root_.data, _root_.accum
     try:
         ranks = processes(accum.processes, accum.strategy is Strategy.standalone, _root_.device)
-        return batch_sizes(data.batch_size, accum.steps, accum.micro_batch_size, ranks)[2]
+        _, steps, micro = batch_sizes(data.batch_size, accum.steps, accum.micro_batch_size, ranks)
+        return MICRO_BATCH_SIZE if steps == AUTO else micro
     except UsageError:
         return None
 

@@ -16,7 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from .errors import UsageError, unknown_key
 from .report_config import ReportConfig, check_report
-from .sizes import at_least, batch_sizes, processes
+from .sizes import AUTO, at_least, batch_sizes, in_bytes, processes
 
 
 class Precision(Enum):
@@ -58,9 +58,12 @@ class AccumConfig:
 
     strategy: Strategy = Strategy.standalone
     # Micro-batches in a window and samples in a micro-batch; of these two and data.batch_size,
-    # any two give the third.
-    steps: int | None = None
+    # any two give the third. steps=auto: the fewest whose micro-batch fits the memory.
+    steps: int | str | None = None
     micro_batch_size: int | None = None
+    # What steps=auto keeps the tensors of a rank's device below: bytes, or 2GiB, 500MiB, 24GB.
+    # Null: the device's free memory.
+    memory_limit: int | str | None = None
     reduction: Reduction = Reduction.mean
     # Accumulate the gradients of bf16 parameters in fp32: one more fp32 buffer per such parameter.
     fp32_buffers: bool = False
@@ -280,6 +283,13 @@ def check(config: Config) -> Config:
         )
     if trainer.graph and accum.recover:
         raise UsageError("accum.recover=true: not with trainer.graph=true, which records windows as they are")
+    if accum.memory_limit is not None:
+        in_bytes("accum.memory_limit", accum.memory_limit)
+    if accum.steps == AUTO and accum.strategy is Strategy.fsdp:
+        raise UsageError(
+            "accum.steps=auto: a rank cannot try a model that accum=fsdp holds in shards by itself, give "
+            "accum.steps or accum.micro_batch_size"
+        )
     if accum.growth_interval < 1:
         raise UsageError(f"accum.growth_interval={accum.growth_interval}: at least 1")
     check_report(config.report)
@@ -287,6 +297,17 @@ def check(config: Config) -> Config:
         if "_target_" not in getattr(config, group):
             raise UsageError(f"{group}: names no class, give {group}._target_=package.Class")
     return config
+
+
+def settled(config: Config, steps: int, batch_size: int | None = None) -> Config:
+    """`config` with a number instead of `accum.steps=auto`, and what follows from it filled in.
+
+    `batch_size` is another `data.batch_size`. The values of `config` itself stay as they are.
+    """
+    plain = to_plain(config)
+    plain["accum"].update(steps=steps, micro_batch_size=None)
+    plain["data"]["batch_size"] = batch_size or plain["data"]["batch_size"]
+    return from_hydra(plain)
 
 
 def flatten(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -47,7 +47,7 @@ def small(config: Config, here: World, whole: bool, updates: int) -> Config:
     changed = copy.deepcopy(config)
     changed.precision, changed.param_precision = Precision.fp64, None
     steps, full = changed.accum.steps, changed.data.batch_size
-    assert steps is not None and full is not None
+    assert isinstance(steps, int) and full is not None
     if not whole:
         changed.data.batch_size = min(full, MICRO * steps * here.size + 1)
     changed.accum.micro_batch_size = None

@@ -13,12 +13,13 @@ import torch
 
 from .accum import Inequality, inequalities
 from .assembly import Parts, build_parts, build_trainer
-from .certificates import CERTIFICATE
+from .certificates import CERTIFICATE, TAG
 from .checkpoint import BEST, FOLDER, Checkpoints, restore, saved_updates
 from .config import Backend, Config, LossScaling, Strategy, to_plain
 from .display import Progress
 from .journal import ProgressFile
 from .order import Order
+from .planning import planned
 from .record import RunRecord, SilentRecord, described, open_tracker, why_unequal, write_config
 from .resume import Resumed
 from .signals import StopSignals
@@ -50,6 +51,8 @@ class Run:
         with StopSignals(STUCK if here.size > 1 else None) as signals, self._joined():
             # Under torchrun the others composed a folder of their own, but checkpoints may have many writers.
             self.folder = Path(first_says(str(self.folder), here))
+            self.order, how = planned(self.order, here)
+            config = self.order.config
             proved: dict[str, str] = {}
             if config.prove and not back:
                 from .certifying import certified
@@ -73,7 +76,7 @@ class Run:
                 parts.model.train(), train.batch_size, steps, ranks=here.size, last=train.last
             )
             if here.first:
-                self._open(config, back, parts, record, unequal, proved)
+                self._open(config, back, parts, record, unequal, {**how, **proved})
                 trainer.shortage.listeners.append(lambda tags: split_finer(trainer, parts, record, tags))
                 record.tag(trainer.shortage.tags)
             status, final = "FAILED", {}
@@ -131,9 +134,9 @@ class Run:
         parts: Parts,
         record: RunRecord,
         unequal: list[Inequality],
-        proved: dict[str, str],
+        known: dict[str, str],
     ) -> None:
-        record.tags = {**described(parts, unequal), **proved}
+        record.tags = {**described(parts, unequal), **known}
         if back:
             record.tracker = reopen(config.tracking, back.content["run"])
             record.tracker.tag(back.tags())
@@ -147,7 +150,7 @@ class Run:
         parent = self.job.parent(store) if self.job else None
         name = self.job.name if self.job else None
         record.tracker = open_tracker(self.order, store, parts, record.tags, name, parent)
-        if proved:
+        if TAG in known:
             record.tracker.artifact(self.folder / CERTIFICATE)
         self._summarise(record, "RUNNING", {})
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import torch
 
 from .errors import UsageError
@@ -64,6 +65,31 @@ def peak_memory_mib(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / MIB
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (MIB if sys.platform == "darwin" else 1024)  # bytes there, KiB elsewhere: getrusage(2)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Bytes that tensors may still take: of a GPU what nobody uses and what torch keeps without using it,
+    of a CPU what the machine has available, or this process's control group if that is less."""
+    if device.type == "cuda":
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
+    return min([psutil.virtual_memory().available, *_free_of_group()])
+
+
+def _free_of_group(root: Path = Path("/sys/fs/cgroup")) -> list[int]:
+    """What a container may still take, as Linux's control groups of version 2 and 1 tell it; or nothing."""
+    for limit, used, cached in (
+        ("memory.max", "memory.current", "inactive_file"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file"),
+    ):
+        try:
+            most = int((root / limit).read_text())  # a version 2 group without a limit says "max"
+            statistics = (root / limit).with_name("memory.stat").read_text().split()
+            freed_at_need = int(statistics[statistics.index(cached) + 1])
+            return [max(0, most - int((root / used).read_text()) + freed_at_need)]
+        except (OSError, ValueError):
+            continue
+    return []
 
 
 def wait_for(device: torch.device) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import time
@@ -63,6 +64,14 @@ def duration(seconds: float) -> str:
     if seconds < 60:
         return f"{seconds:.1f} s"
     return time.strftime("%H:%M:%S", time.gmtime(seconds))
+
+
+def amount(size: float) -> str:
+    """`size` bytes as a person would say it, rounded up: what is said to be enough is."""
+    unit, factor = ("GiB", 2**30) if size >= 10 * 2**30 else ("MiB", 2**20)
+    if size < 2**20:
+        unit, factor = "KiB", 2**10
+    return f"{math.ceil(10 * size / factor) / 10:,.1f} {unit}"
 
 
 def result(final: Mapping[str, float]) -> str:

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
 DOCS = (ROOT / "docs" / "several_machines.md").read_text()
 COMMANDS = re.findall(
-    r"^python -m accumexp\.(?:run|prove) (.*?)(?:\s+#.*)?$", README + DOCS, flags=re.MULTILINE
+    r"^python -m accumexp\.(?:run|prove|plan) (.*?)(?:\s+#.*)?$", README + DOCS, flags=re.MULTILINE
 )
 
 

@@ -14,6 +14,7 @@ from .exactness import Inequality, inequalities
 from .graph import CudaGraphs, GraphedStep, GraphedWindow, Record, rates_as_numbers
 from .loss import WindowLoss, window_loss
 from .memory import SavedActivations, is_out_of_memory, measure_activations
+from .peak import Peak, extrapolated, held_bytes, measure_peak
 from .ranks import Agreement, Ranks
 from .recovery import OutOfMemory, Recovery
 from .scale import LossScale
@@ -31,6 +32,7 @@ __all__ = [
     "MicroBatch",
     "OptimizerStep",
     "OutOfMemory",
+    "Peak",
     "Ranks",
     "Record",
     "Recovery",
@@ -44,11 +46,14 @@ __all__ = [
     "batch_size",
     "call",
     "data_parallel",
+    "extrapolated",
     "fully_sharded",
+    "held_bytes",
     "inequalities",
     "is_out_of_memory",
     "map_tensors",
     "measure_activations",
+    "measure_peak",
     "rank_share",
     "rates_as_numbers",
     "split",

@@ -1,0 +1,297 @@
+"""`accum.steps=auto`: how large a micro-batch fits, predicted from small ones, and confirmed by a trial."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+import torch.distributed as dist
+
+from .accum import Peak, extrapolated, held_bytes, is_out_of_memory
+from .config import Config, settled
+from .errors import UsageError
+from .order import Order
+from .rehearsal import Rehearsal, Rehearsed, forget, rehearsing
+from .sizes import AUTO, in_bytes, micro_batch
+from .system import free_bytes
+from .terminal import amount, console
+from .world import World
+
+# Samples of the small micro-batches that are measured; the last two give the prediction.
+SMALL = (1, 2, 4)
+# What is left of free memory to all that is no tensor: libraries, and gaps between tensors.
+SPARED = {"cuda": 0.05, "cpu": 0.10}
+TAG = "accumexp.plan"
+Stage = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Limit:
+    """The most bytes that tensors may take on a rank's device, and who says so."""
+
+    bytes: int
+    said: str
+
+    def __str__(self) -> str:
+        return f"{amount(self.bytes)} ({self.said})"
+
+
+@dataclass(frozen=True)
+class Point:
+    """One way to cut the update's batch, on one rank.
+
+    Attributes:
+        predicted, measured: peaks in bytes; None where nothing was tried.
+        fits: whether the peak that is known is within the limit.
+        trouble: why the trial did not come to its end.
+    """
+
+    steps: int
+    micro_batch: int
+    predicted: int
+    fits: bool
+    measured: int | None = None
+    seconds: float | None = None
+    trouble: str | None = None
+
+
+class Planner:
+    """What is known of the memory of a rehearsed run, and what fits.
+
+    Raises:
+        UsageError: if not even a micro-batch of one sample fits, or an evaluation does not.
+    """
+
+    def __init__(self, rehearsal: Rehearsal, stage: Stage = lambda stage: None) -> None:
+        self.rehearsal = rehearsal
+        self.stage = stage
+        self.limit = memory_limit(rehearsal)
+        self._feeding = rehearsal.feeding()
+        self._small = self._measured_small()
+        needed = self.evaluation(rehearsal.evaluated)
+        if len(self._small[2]) > 1 and needed > self.limit.bytes:  # from one size it is no more than a bound
+            self._refuse_evaluation(needed)
+
+    def _measured_small(self) -> dict[int, list[Rehearsed]]:
+        """By the micro-batches of a window, 1 and 2 (which stand for all above), two sizes at most.
+
+        None is tried that might not fit.
+        """
+        found: list[Rehearsed] = []
+        refused: Exception | None = None
+        for size in SMALL:
+            if found:
+                last = found[-1]
+                if _grown(last, max(last.update.peak, last.evaluation.peak), size) > self.limit.bytes:
+                    break
+            self.stage(f"micro-batches of {size}")
+            try:
+                found.append(self.rehearsal.small(size, 2))
+            except ValueError as error:  # a BatchNorm of one sample
+                refused = error
+                continue
+            except Exception as error:
+                if not out_of_memory(error):
+                    raise
+                forget(self.rehearsal.device)
+                break
+            if found[-1].update.peak > self.limit.bytes:
+                break
+        if not found and refused is not None:
+            raise UsageError(f"accum.steps={AUTO}: no micro-batch could be tried: {refused}") from refused
+        within = [one for one in found if one.update.peak <= self.limit.bytes]
+        if not within:
+            least = amount(found[0].update.peak) if found else f"more than {self.rehearsal.device} has"
+            micro = found[0].micro if found else SMALL[0]
+            raise too_little(self.limit, micro, least)
+        two = found[-2:]
+        return {2: two, 1: [self.rehearsal.small(one.micro, 1) for one in two if one in within]}
+
+    @property
+    def batch_bytes(self) -> int:
+        """What is held of the data while a window of the whole batch computes."""
+        return self._feeding.end - self._feeding.start
+
+    def predicted(self, steps: int) -> int:
+        """The peak of updates of the whole batch in `steps`, in bytes."""
+        micro = micro_batch(self.rehearsal.batch_size, steps, self.rehearsal.ranks)
+        measured = self._small[min(steps, 2)]
+        window = self._line(measured, lambda one: one.update, micro)
+        ends = max(one.update.end for one in self._small[2])
+        return max(window, ends + self._feeding.peak - self._feeding.start)
+
+    def evaluation(self, samples: int) -> int:
+        """The peak of an evaluation by so many samples, in bytes."""
+        return self._line(self._small[2], lambda one: one.evaluation, samples)
+
+    def parts(self, point: Point) -> dict[str, int]:
+        """Bytes by what they hold at `point`; they are not all alive at the same time.
+
+        What is temporary are gradients of activations, and what operators, optimizer and callbacks need.
+        """
+        small = self._small[2]
+        one, two = small[0], small[-1]
+        saved = one.activations * point.micro_batch // one.micro
+        if two is not one:
+            saved = _on_line((one.micro, one.activations), (two.micro, two.activations), point.micro_batch)
+        found = {
+            "parameters": one.parameters,
+            "gradients": one.gradients,
+            "optimizer state": one.state,
+            "data": held_bytes(self.rehearsal.held) - one.parameters + self.batch_bytes,
+            "saved activations": saved,
+        }
+        peak = point.predicted if point.measured is None else point.measured
+        return {**found, "temporary": max(0, peak - sum(found.values()))}
+
+    def _line(self, measured: list[Rehearsed], peak_of: Callable[[Rehearsed], Peak], size: int) -> int:
+        """The peak at `size`, with the whole batch beside it instead of the small one."""
+        if len(measured) == 1:
+            (one,) = measured
+            return _grown(one, peak_of(one).peak, size) + self.batch_bytes - one.fed
+        a, b = measured
+        fed = _on_line((a.micro, a.fed), (b.micro, b.fed), size)
+        return extrapolated((a.micro, peak_of(a)), (b.micro, peak_of(b)), size, beside=self.batch_bytes - fed)
+
+    def splits(self) -> Iterator[int]:
+        """The numbers of steps that make another micro-batch each, the fewest first."""
+        batch, ranks = self.rehearsal.batch_size, self.rehearsal.ranks
+        before = None
+        for steps in range(1, batch // ranks + 1):
+            micro = micro_batch(batch, steps, ranks)
+            if micro != before:
+                yield steps
+            before = micro
+
+    def tried(self, steps: int) -> Point:
+        """A trial of `steps`: two updates and an evaluated batch, measured."""
+        rehearsal, predicted = self.rehearsal, self.predicted(steps)
+        micro = micro_batch(rehearsal.batch_size, steps, rehearsal.ranks)
+        self.stage(f"{steps} micro-batches of {micro}")
+        point = Point(steps, micro, predicted, False)
+        try:
+            found = rehearsal.whole(steps)
+        except ValueError as error:
+            return replace(point, trouble=str(error).splitlines()[0])
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+            forget(rehearsal.device)
+            return replace(point, trouble="out of memory")
+        if found.evaluation.peak > self.limit.bytes:
+            self._refuse_evaluation(found.evaluation.peak)
+        measured = found.update.peak
+        return replace(point, measured=measured, fits=measured <= self.limit.bytes)
+
+    def choose(self) -> Point:
+        """The fewest steps that fit, predicted and then tried; one trial, unless that shows otherwise.
+
+        Raises:
+            UsageError: if none do.
+        """
+        more = 1.0  # than predicted, by the trials that did not fit
+        last: Point | None = None
+        for steps in self.splits():
+            if self.predicted(steps) * more > self.limit.bytes:
+                continue
+            last = self.tried(steps)
+            if last.fits:
+                return last
+            more = max(more * 1.02, (last.measured or 0) / last.predicted)
+        least = self.rehearsal.batch_size // self.rehearsal.ranks
+        needs = last.measured if last and last.measured else self.predicted(least)
+        trouble = last.trouble if last else None
+        raise too_little(self.limit, 1, trouble or amount(needs))
+
+    def _refuse_evaluation(self, needed: int) -> None:
+        size = self.rehearsal.evaluated
+        fewer = bisect_right(range(1, size), self.limit.bytes, key=self.evaluation)
+        least = f"at most data.eval_batch_size={fewer} fits" if fewer else "not one sample fits"
+        raise UsageError(
+            f"data.eval_batch_size={self.rehearsal.eval_batch_size}: an evaluation needs {amount(needed)}, "
+            f"and the limit is {self.limit}; {least}"
+        )
+
+
+def memory_limit(rehearsal: Rehearsal) -> Limit:
+    """What `accum.memory_limit` says, or the free memory of the device less what is spared."""
+    asked, device = rehearsal.config.accum.memory_limit, rehearsal.device
+    if asked is not None:
+        return Limit(in_bytes("accum.memory_limit", asked), "accum.memory_limit")
+    held = held_bytes(rehearsal.held)
+    if device.type == "cuda":
+        held = torch.cuda.memory_allocated(device)
+    share = 1 if device.type == "cuda" else rehearsal.local_ranks
+    spared = SPARED.get(device.type, 0.1)
+    most = int((free_bytes(device) / share + held) * (1 - spared))
+    return Limit(most, f"the free memory of {device}, less {spared:.0%}")
+
+
+def too_little(limit: Limit, micro: int, needs: str) -> UsageError:
+    samples = "one sample" if micro == 1 else f"{micro} samples"
+    return UsageError(
+        f"accum.steps={AUTO}: an update with {samples} a micro-batch needs {needs}, and the limit is "
+        f"{limit}; a smaller data.batch_size, model or optimizer state needs less"
+    )
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether `error` is of an allocation that failed, or is what a trainer makes of one."""
+    return any(is_out_of_memory(one) for one in (error, error.__cause__) if one is not None)
+
+
+def planned(order: Order, here: World) -> tuple[Order, dict[str, str]]:
+    """`order` with a number of steps, and the tags that say how it came about; without `auto`, as it is.
+
+    All ranks call, and take the most steps that any of them needs.
+
+    Raises:
+        UsageError: if nothing fits, on all ranks alike.
+    """
+    config = order.config
+    if config.accum.steps != AUTO:
+        return order, {}
+    point, limit = agreed(config, here)
+    ranks = f" on each of {here.size} ranks" if here.size > 1 else ""
+    said = (
+        f"{point.steps} micro-batches of {point.micro_batch} samples{ranks}: predicted "
+        f"{amount(point.predicted)}, measured {amount(point.measured or 0)}, at most {limit}"
+    )
+    console.print(f"accum.steps={AUTO}: {said}", highlight=False, soft_wrap=True)
+    return replace(order, config=settled(config, point.steps)), {TAG: said}
+
+
+def agreed(config: Config, here: World) -> tuple[Point, Limit]:
+    """The point of this rank at the most steps that any rank chooses, and its limit."""
+    with rehearsing(config, here) as rehearsal:
+        planner, own, error = None, None, None
+        try:
+            planner = Planner(rehearsal)
+            own = planner.choose()
+        except UsageError as refused:
+            error = str(refused)
+        found: list[tuple[int, str | None]] = [(own.steps if own else 0, error)]
+        if here.size > 1:
+            # Nobody may be left waiting by a rank that has nothing to choose from.
+            found = [found[0]] * here.size
+            dist.all_gather_object(found, (own.steps if own else 0, error))
+        for refusal in (said for _, said in found if said):
+            raise UsageError(refusal)
+        assert planner is not None and own is not None
+        steps = max(most for most, _ in found)
+        return own if steps == own.steps else planner.tried(steps), planner.limit
+
+
+def _grown(one: Rehearsed, peak: int, micro: int) -> int:
+    """Not less than what `peak` is with a larger micro-batch, from one that was measured.
+
+    Of what is saved for backward, a backward makes a gradient as large, and operators need as much again.
+    """
+    return peak + 4 * one.activations * (micro - one.micro) // one.micro
+
+
+def _on_line(first: tuple[int, int], second: tuple[int, int], at: int) -> int:
+    (a, p), (b, q) = first, second
+    return round(p + (q - p) * (at - a) / (b - a))

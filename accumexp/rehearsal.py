@@ -1,0 +1,287 @@
+"""A run in miniature: its own loop for two updates, on parts that are thrown away, under measurement."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import chain, islice
+from statistics import median
+
+import torch
+from torch import Tensor, nn
+
+from .accum import Peak, held_bytes, measure_peak, tensors
+from .assembly import ALONE, build_metrics, build_model, build_parts, build_trainer, updates_of
+from .callbacks import Callback, LossMonitor
+from .checkpoint import Checkpoints
+from .config import Config, Strategy, settled
+from .data import Batches, ResidentBatches, Share
+from .display import Progress
+from .evaluation import Evaluator
+from .sizes import micro_batch
+from .system import wait_for
+from .trainer import Trainer
+from .world import World, device_of, first_here
+
+# The optimizer's state and kept gradients are there from the second on.
+UPDATES = 2
+
+
+@dataclass(frozen=True)
+class Rehearsed:
+    """What two updates and one evaluated batch took, in bytes.
+
+    Attributes:
+        micro: samples in a micro-batch.
+        update: of everything up to the end of the second update, what a callback makes at its beginning
+            and the next batch's gathering included.
+        evaluation: of a batch of `evaluated` samples, after it.
+        fed: held of the data while a window computes: its batch and the order of the epoch.
+        parameters: with buffers.
+        activations: the most that was saved for backward.
+    """
+
+    micro: int
+    update: Peak
+    evaluation: Peak
+    evaluated: int
+    fed: int
+    parameters: int
+    gradients: int
+    state: int
+    activations: int
+
+
+class Rehearsal:
+    """The run that `config` describes, to be tried at any split of its batch.
+
+    All that a run does in an update is done: its trainer, its window and its callbacks, but those that
+    speak or save. One process, whatever the strategy: a rank tries its own part of the batch, without the
+    others, and with gradients that stay as those of `accum=ddp` do.
+
+    Building and using it moves torch's random state.
+
+    Args:
+        here: the rank whose part it is; of several, all must build it together.
+    """
+
+    def __init__(self, config: Config, here: World = ALONE) -> None:
+        self.config = config
+        self.ranks, self.rank, self.local_ranks = config.accum.processes or 1, here.rank, here.local_size
+        self._device = device_of(config.device, here)
+        first = self._of(1)
+        with first_here(here):
+            self.parts = build_parts(first)
+        self._model_of = first.model
+        self.device = self.parts.device
+        self.splits = self.parts.splits
+        self.batch_size = self.splits.train.batch_size
+        self.eval_batch_size = self.splits.eval.batch_size
+        self._whole = {id(batches): batches.indices for batches in self._every()}
+        self.evaluated = min(self.eval_batch_size, max(len(self._whole[id(b)]) for b in self._every()[1:]))
+        self._length = updates_of(config, self.parts)
+
+    def small(self, micro: int, steps: int) -> Rehearsed:
+        """A window of `steps` micro-batches of `micro` samples, and an evaluation of as many."""
+        batch = steps * micro
+        self._cut(batch, Share(steps=steps), micro, UPDATES * batch)
+        return self._rehearsed(self._of(steps, batch * self.ranks), micro)
+
+    def whole(self, steps: int) -> Rehearsed:
+        """The run's own batch in `steps`, and its own evaluation, where that has a whole batch."""
+        self._cut(self.batch_size, self._share(steps), self.eval_batch_size)
+        return self._rehearsed(self._of(steps), micro_batch(self.batch_size, steps, self.ranks))
+
+    def feeding(self) -> Peak:
+        """Gathering one whole batch after the other, with nothing else; the last one stays."""
+        self._cut(self.batch_size, self._share(1), self.eval_batch_size)
+        return self._fed()
+
+    def seconds(self, steps: int, updates: int) -> float:
+        """Median seconds of an update of the whole batch in `steps`, of `updates` after a first one."""
+        self._cut(self.batch_size, self._share(steps), self.eval_batch_size)
+        config = self._of(steps)
+        config.trainer.epochs, config.trainer.log_every = updates + 2, 10 * updates
+        self._shape(config)
+        trainer = self._trainer(config)
+        clock = _Clock(updates + 1)
+        trainer.callbacks["clock"] = clock
+        trainer.fit()
+        self.parts.model.zero_grad(set_to_none=True)
+        return median(clock.seconds[1:])
+
+    def _of(self, steps: int, batch: int | None = None) -> Config:
+        """A rank's part of the run in `steps`, as a run of its own without an end."""
+        config = settled(self.config, steps, batch)
+        accum, loop = config.accum, config.trainer
+        accum.strategy = Strategy.standalone
+        # A scale that overflows would leave the optimizer without its state.
+        accum.init_scale = max(1.0, accum.min_scale)
+        loop.epochs, loop.max_updates, loop.log_every, loop.check_finite = UPDATES + 1, None, 1, False
+        loop.eval_every = 10**9
+        # What does not fit is to be seen, and a graph's memory is no tensor's.
+        accum.recover, loop.graph = False, False
+        config.device = self._device
+        return config
+
+    def _share(self, steps: int) -> Share:
+        return Share(self.rank, self.ranks, steps)
+
+    @property
+    def held(self) -> list[Tensor]:
+        """The tensors that are there before a run begins: model, loss and data."""
+        modules = [self.parts.model, *(m for m in [self.parts.criterion] if isinstance(m, nn.Module))]
+        found = [t for module in modules for t in chain(module.parameters(), module.buffers())]
+        for batches in self._every():
+            found.append(self._whole[id(batches)])
+            if isinstance(batches, ResidentBatches):
+                found += [*tensors(batches.inputs), *tensors(batches.targets)]
+        return [tensor for tensor in found if tensor.device.type == self.device.type]
+
+    def _every(self) -> list[Batches]:
+        return [self.splits.train, self.splits.eval, self.splits.test]
+
+    def _cut(self, batch: int, share: Share, evaluated: int, samples: int | None = None) -> None:
+        """Makes ready for updates of `batch`, from the first `samples` or all of them."""
+        train, rest = self.splits.train, self.splits.eval
+        train.batch_size, train.share = batch, share
+        train.indices = self._whole[id(train)]
+        if samples is not None:  # where there are fewer, they come again
+            train.indices = train.indices[torch.arange(samples) % len(train.indices)]
+        rest.batch_size = evaluated
+        rest.indices = self._whole[id(rest)][:evaluated]
+
+    def _fed(self) -> Peak:
+        train = self.splits.train
+        with measure_peak(self.device, held_bytes(self.held)) as found:
+            batches = chain.from_iterable(train.epoch(number) for number in range(UPDATES))
+            for _batch in islice(batches, UPDATES):
+                pass
+        return found
+
+    def _rehearsed(self, config: Config, micro: int) -> Rehearsed:
+        self._shape(config)
+        fed = self._fed()
+        with measure_peak(self.device, held_bytes(self.held)) as update:
+            trainer = self._trainer(config)
+            trainer.callbacks["end"] = _End(UPDATES)
+            trainer.fit()
+        trainer.go_on()
+        with measure_peak(self.device, update.end) as evaluation:
+            trainer.evaluate("eval")
+        model = self.parts.model
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        state = [
+            value
+            for values in trainer.optimizer.state.values()
+            for value in values.values()
+            if isinstance(value, Tensor)
+        ]
+        found = Rehearsed(
+            micro,
+            update,
+            evaluation,
+            len(self.splits.eval.indices),
+            fed.end - fed.start,
+            held_bytes(chain(model.parameters(), model.buffers())),
+            held_bytes(gradients),
+            held_bytes(state),
+            trainer.progress.activation_bytes,
+        )
+        model.zero_grad(set_to_none=True)
+        return found
+
+    def _shape(self, config: Config) -> None:
+        """Makes the model anew where the split is in its configuration."""
+        if config.model != self._model_of:
+            like = next(self.parts.model.parameters())
+            self.parts = replace(self.parts, model=build_model(config).to(like.device, like.dtype))
+            self._model_of = config.model
+
+    def _trainer(self, config: Config) -> Trainer:
+        parts = self.parts
+        # Metrics of its own, or those that are there already would be freed under measurement.
+        fresh = Evaluator(parts.loss, build_metrics(config, parts.device), parts.autocast)
+        parts = replace(parts, evaluator=fresh)
+        trainer = build_trainer(config, parts, Unrecorded(), self._length)
+        trainer.callbacks = {
+            name: callback
+            for name, callback in trainer.callbacks.items()
+            if not isinstance(callback, Checkpoints | Progress | LossMonitor)
+        }
+        for metric in (*fresh.metrics.values(), *trainer.train_metrics.metrics.values()):
+            # Metrics look for other ranks themselves, which may be at another trial, or have none.
+            setattr(metric, "distributed_available_fn", _alone)  # noqa: B010
+        if self.config.accum.strategy is Strategy.ddp:
+            trainer.window.sync.keeps_gradients = True
+        return trainer
+
+
+@contextmanager
+def rehearsing(config: Config, here: World = ALONE) -> Iterator[Rehearsal]:
+    """A `Rehearsal` of `config`; all that it took is given back at the end."""
+    rehearsal = Rehearsal(config, here)
+    device = rehearsal.device
+    gc.collect()
+    gc.freeze()  # every measurement collects what is left of the one before, and nothing else
+    logging.disable(logging.WARNING)  # the run itself will say it
+    try:
+        yield rehearsal
+    finally:
+        logging.disable(logging.NOTSET)
+        gc.unfreeze()
+        rehearsal.__dict__.clear()
+        forget(device)
+
+
+def forget(device: torch.device) -> None:
+    """Gives the memory of what nobody refers to any more back to the device."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def _alone() -> bool:
+    return False
+
+
+class Unrecorded:
+    """A recorder that keeps nothing."""
+
+    def record(self, update: int, values: Mapping[str, float], publish: bool) -> None:
+        pass
+
+
+class _End(Callback):
+    """Stops after `updates`, before anything is evaluated."""
+
+    order = 1
+
+    def __init__(self, updates: int) -> None:
+        self.updates = updates
+
+    def update_end(self, trainer: Trainer) -> None:
+        if trainer.progress.update >= self.updates:
+            trainer.stop("rehearsed")
+
+
+class _Clock(_End):
+    """Seconds of every update: of all that happens between its batch and the next one's gathering."""
+
+    def __init__(self, updates: int) -> None:
+        super().__init__(updates)
+        self.seconds: list[float] = []
+        self._began = 0.0
+
+    def update_begin(self, trainer: Trainer) -> None:
+        wait_for(trainer.device)
+        self._began = time.perf_counter()
+
+    def update_end(self, trainer: Trainer) -> None:
+        wait_for(trainer.device)
+        self.seconds.append(time.perf_counter() - self._began)
+        super().update_end(trainer)
