@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torchmetrics import MetricCollection
 
-from .accum import Agreement, OptimizerStep, Window, WindowResult, measure_activations, tensors
+from .accum import Agreement, OptimizerStep, StepResult, Window, WindowResult, measure_activations, tensors
 from .callbacks import Callback, listeners
 from .data import Batch, Splits
 from .evaluation import Evaluator, WindowMetrics
@@ -84,6 +84,8 @@ class Trainer:
 
     Attributes:
         batch: this rank's samples of the update that is under way, or was the last.
+        in_step: the trainers that stand still while this one is off the clock: itself, and those that make
+            each of their updates together with it.
     """
 
     def __init__(
@@ -131,6 +133,7 @@ class Trainer:
         self._readings = Readings(window, check_finite)
         self._clock = time.perf_counter()
         self._last_read = (0, 0, 0.0)  # update, samples, seconds
+        self.in_step: Sequence[Trainer] = (self,)
         self._events: dict[str, list[Callable[..., None]]] = {}
 
     @property
@@ -168,6 +171,15 @@ class Trainer:
         Raises:
             TrainingError: with `check_finite`, for a loss that is inf or nan.
         """
+        with closing(self.course()) as course:
+            for batch in course:
+                self.update(batch)
+
+    def course(self) -> Generator[Batch]:
+        """The run as the batches of its updates, each of which must be made before the next is asked for.
+
+        What is between updates (evaluation, the ends of epochs) is done on the way to the next batch.
+        """
         self._events = listeners(self.callbacks.values())
         self._clock = time.perf_counter()
         self._mark_read()
@@ -175,7 +187,7 @@ class Trainer:
         self._agree(self._agreement.now)
         try:
             while not self.stop_reason and not self._ended():
-                self._epoch()
+                yield from self._epoch()
         finally:
             self._emit("run_end")
 
@@ -183,12 +195,12 @@ class Trainer:
         # A run stopped right after the last update of its last epoch still has that epoch to evaluate.
         return self.finished and self.progress.epoch_update != len(self.splits.train)
 
-    def _epoch(self) -> None:
+    def _epoch(self) -> Generator[Batch]:
         progress = self.progress
         self._emit("epoch_begin")
         self.model.train()
         for batch in self.splits.train.epoch(progress.epoch, progress.epoch_update):
-            self.update(batch)
+            yield batch
             self._agree(self._agreement.soon)
             if self.stop_reason or self.finished:
                 break
@@ -212,19 +224,22 @@ class Trainer:
         """Makes ready for the window of `batch`."""
         self.batch = batch
         self._emit("update_begin")
-        self.optimizer.zero_grad(set_to_none=not self.window.sync.keeps_gradients)
 
     @property
     def observe(self) -> Callable[..., None] | None:
         """What is to see the outputs of the window that is under way, if it is published."""
         return self.train_metrics.observe if self.publishes else None
 
-    def finish(self, result: WindowResult) -> None:
-        """The update on the gradient of the window that began, its schedule and its record."""
+    def finish(self, result: WindowResult, done: StepResult | None = None) -> None:
+        """The update on the gradient of the window that began, its schedule and its record.
+
+        Args:
+            done: what its step did, if it has been made already.
+        """
         progress, publish, batch = self.progress, self.publishes, self.batch
         assert batch is not None
         rate = float(self.optimizer.param_groups[0]["lr"])
-        done = self.step(want_norm=publish)
+        done = done or self.step(want_norm=publish)
         self._step_schedule()
         progress.update += 1
         progress.epoch_update += 1
@@ -244,6 +259,7 @@ class Trainer:
             self.scheduler.step()
 
     def _accumulate(self, batch: Batch) -> WindowResult:
+        self.optimizer.zero_grad(set_to_none=not self.window.sync.keeps_gradients)
         options: dict[str, Any] = {"steps": batch.steps, "samples": batch.samples, "observe": self.observe}
         if self.progress.update:
             return self.window.backward(batch.inputs, batch.targets, **options)
@@ -302,12 +318,14 @@ class Trainer:
     def off_the_clock(self) -> Iterator[None]:
         """Time spent inside does not count as training."""
         wait_for(self.device)
-        self._tick()
+        for trainer in self.in_step:
+            trainer._tick()
         try:
             yield
         finally:
             wait_for(self.device)
-            self._clock = time.perf_counter()
+            for trainer in self.in_step:
+                trainer._clock = time.perf_counter()
 
     def _tick(self) -> None:
         now = time.perf_counter()
