@@ -53,13 +53,17 @@ class Replicas:
         """Of the replica that has come furthest."""
         return max((trainer.progress for trainer in self.trainers), key=lambda progress: progress.update)
 
+    @staticmethod
+    def feeds(trainers: Sequence[Trainer]) -> list[PlannedBatches]:
+        return [cast(PlannedBatches, trainer.splits.train) for trainer in trainers]
+
     def stop(self, reason: str, code: int = 1) -> None:
         """Asks every replica to end."""
         for trainer in self.running:
             trainer.stop(reason, code)
 
     def fit(self, ended: Ended) -> None:
-        """Trains until the last replica has ended, telling `ended` of each, and of the error it failed with."""
+        """Trains until the last replica has ended; tells `ended` of each, and of the error it failed with."""
         self._courses = {trainer: trainer.course() for trainer in self.running}
         self._show("run_begin")
         try:
@@ -98,8 +102,7 @@ class Replicas:
         if running[0].progress.epoch_update == 0:
             self._show("epoch_begin")
         publishes = running[0].publishes
-        feeds = [cast(PlannedBatches, trainer.splits.train) for trainer in running]
-        inputs, targets, batches = gathered(planned, feeds, running[0].progress.epoch)
+        inputs, targets, batches = gathered(planned, self.feeds(running), running[0].progress.epoch)
         for trainer, batch in zip(running, batches, strict=True):
             trainer.begin(batch)
         results = self._accumulate(inputs, targets, batches[0].steps)

@@ -49,6 +49,11 @@ class JointWindow:
         self._seen: set[int] = set()  # the parameters that this window's micro-batches have reached
         self._stack()
 
+    @property
+    def buffers(self) -> list[Tensor]:
+        """The stacked buffers, (R, ...) each."""
+        return list(self._buffers.values())
+
     def keep(self, which: Sequence[int]) -> None:
         """Goes on with the replicas `which` alone; the models of the others get memory of their own."""
         for r in set(range(len(self.windows))) - set(which):
@@ -167,10 +172,10 @@ class JointWindow:
 
     def _show(self, k: int) -> None:
         """Makes the gradient of parameter `k` seen, in the stack and by every replica."""
-        if self.parameters[k].grad is None:
-            self.parameters[k].grad = self._gradients[k]
-            for r, parameter in enumerate(self._own[k]):
-                parameter.grad = self._gradients[k][r]
+        self.parameters[k].grad = self._gradients[k]
+        if any(parameter.grad is None for parameter in self._own[k]):  # also after a zero_grad of other hands
+            for parameter, gradient in zip(self._own[k], self._gradients[k].unbind(), strict=True):
+                parameter.grad = gradient
 
     def _close(self) -> None:
         for k, (gradient, total) in enumerate(zip(self._gradients, self._sums, strict=True)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -22,10 +23,13 @@ class PlannedBatches(ResidentBatches):
     """
 
     def __init__(self, shared: ResidentBatches, seed: int) -> None:
-        options = {"drop_last": shared.drop_last, "augment": shared.augment, "share": shared.share}
-        super().__init__(
-            *(shared.inputs, shared.targets, shared.indices, shared.batch_size), shuffle=seed, **options
-        )
+        own = {
+            "shuffle": seed,
+            "drop_last": shared.drop_last,
+            "augment": shared.augment,
+            "share": shared.share,
+        }
+        super().__init__(shared.inputs, shared.targets, shared.indices, shared.batch_size, **own)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         for chosen, indices in self.placed(epoch, start):
@@ -33,7 +37,7 @@ class PlannedBatches(ResidentBatches):
 
 
 def gathered(
-    batches: Sequence[Batch], feeds: Sequence[PlannedBatches], epoch: int
+    batches: Sequence[Batch], feeds: Sequence[ResidentBatches], epoch: int
 ) -> tuple[Nested, Nested, list[Batch]]:
     """The planned batches of one update of R replicas, all at once.
 
@@ -54,9 +58,12 @@ def gathered(
             [keyed_uniforms(b.indices, uniforms, seed) for b, seed in zip(batches, seeds, strict=True)]
         )
         inputs = map_tensors(lambda t: augment(t.flatten(0, 1), draws).unflatten(0, indices.shape), inputs)
-    each = []
-    for r, batch in enumerate(batches):
-        own = (map_tensors(lambda t, r=r: t[r], whole) for whole in (inputs, targets))
-        each.append(Batch(*own, batch.indices, batch.samples, batch.total, batch.steps))
+    each = [
+        replace(
+            batch,
+            inputs=map_tensors(lambda t, r=r: t[r], inputs),
+            targets=map_tensors(lambda t, r=r: t[r], targets),
+        )
+        for r, batch in enumerate(batches)
+    ]
     return inputs, targets, each
-
