@@ -19,7 +19,7 @@ from .errors import TrainingError, UsageError
 from .journal import METRICS, SUMMARY
 from .launch import RankError, launch, settle
 from .order import Order
-from .standing import LOCK, Standing, agreed, alone_in, clear, standing
+from .standing import LOCK, RANKS_LOCK, Standing, agreed, alone_in, clear, standing
 from .sweep import SweepJob
 from .terminal import unseen
 from .world import World, abandon, end_now, world
@@ -164,7 +164,7 @@ def launched(order: Order, processes: int) -> float | None:
 
 def remove_unused(folder: Path) -> None:
     """Removes a run's folder in which nothing has happened: it holds only what was made on the way in."""
-    made = {".hydra", "run.log", METRICS, LOCK}
+    made = {".hydra", "run.log", METRICS, LOCK, RANKS_LOCK}
     if not folder.is_dir() or not {entry.name for entry in folder.iterdir()} <= made:
         return
     if not (folder / METRICS).exists() or not (folder / METRICS).stat().st_size:

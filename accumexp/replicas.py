@@ -90,7 +90,8 @@ class Replicas:
         return found
 
     def _end(self, trainer: Trainer, error: TrainingError | None, ended: Ended) -> None:
-        ended(trainer, error)
+        with trainer.off_the_clock():  # of those that go on, too
+            ended(trainer, error)
         self.running.remove(trainer)
 
     def _update(self, planned: list[Batch], ended: Ended) -> None:

@@ -174,7 +174,7 @@ class JointRun:
                 replica.begin(len(group))
             self._summarise("RUNNING")
             seeds = ", ".join(str(replica.order.config.seed) for replica in group)
-            console.print(f"{len(group)} replicas of seeds {seeds}, each", highlight=False)
+            console.print(f"{len(group)} runs together, of seeds {seeds}; each:", highlight=False)
             announce(config, trainers[0], group[0].parts, group[0].unequal, World())
             reset_peak_memory(group[0].parts.device)
             signals.trainer = together

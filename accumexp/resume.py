@@ -60,7 +60,7 @@ def replicas_arguments(arguments: Sequence[str]) -> list[str]:
     asked = [a.partition("=")[2] for a in arguments if a.startswith("replicas=")]
     plain = any(a.startswith(("resume=", "--")) for a in arguments) or MULTIRUN & set(arguments)
     several = bool(asked) and asked[-1].isdigit() and int(asked[-1]) > 1
-    return ["-m", *arguments] if several and not plain else list(arguments)
+    return ["-m", "hydra/hydra_logging=none", *arguments] if several and not plain else list(arguments)
 
 
 def resume_arguments(arguments: Sequence[str]) -> list[str]:
