@@ -13,6 +13,7 @@ from typing import Any, cast
 
 from .accum import WindowResult, measure_activations, tensors
 from .accum.joint import JointWindow
+from .accum.joint_step import JointStep
 from .callbacks import Callback
 from .data import Batch
 from .data.joint import PlannedBatches, gathered
@@ -42,6 +43,7 @@ class Replicas:
         self.trainers = tuple(trainers)
         self.running = list(trainers)
         self.window = JointWindow([trainer.window for trainer in trainers])
+        self.step = JointStep(self.window, [trainer.step for trainer in trainers])
         self.displays = list(displays)
         self.epochs = trainers[0].epochs
         self.total_updates = trainers[0].total_updates
@@ -99,7 +101,9 @@ class Replicas:
         running = tuple(self.running)
         if len(running) < len(self.window.windows):
             own = [trainer.window for trainer in running]
-            self.window.keep([r for r, window in enumerate(self.window.windows) if window in own])
+            which = [r for r, window in enumerate(self.window.windows) if window in own]
+            self.window.keep(which)
+            self.step.keep(which)
         if running[0].progress.epoch_update == 0:
             self._show("epoch_begin")
         publishes = running[0].publishes
@@ -107,9 +111,10 @@ class Replicas:
         for trainer, batch in zip(running, batches, strict=True):
             trainer.begin(batch)
         results = self._accumulate(inputs, targets, batches[0].steps)
-        for trainer, result in zip(running, results, strict=True):
+        done = self.step(want_norm=publishes) or [None] * len(running)
+        for trainer, result, step in zip(running, results, done, strict=True):
             try:
-                trainer.finish(result)
+                trainer.finish(result, step)
             except TrainingError as error:
                 self._fail(trainer, error, ended)
         if publishes and self.running:

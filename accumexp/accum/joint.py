@@ -54,6 +54,10 @@ class JointWindow:
         """The stacked buffers, (R, ...) each."""
         return list(self._buffers.values())
 
+    def stacks(self) -> dict[nn.Parameter, Tensor]:
+        """The stack that each of the first replica's parameters is in."""
+        return {own[0]: stack for own, stack in zip(self._own, self.parameters, strict=True)}
+
     def keep(self, which: Sequence[int]) -> None:
         """Goes on with the replicas `which` alone; the models of the others get memory of their own."""
         for r in set(range(len(self.windows))) - set(which):
