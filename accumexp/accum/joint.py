@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 
 from .batch import Nested, batch_size, map_tensors, split_sizes
 from .buffers import LOW_PRECISION
+from .loss import ClassIndexLoss, MeanOverSamples, SumOverSamples, WindowLoss
 from .window import MicroBatch, Observer, Window, WindowResult, _share
 
 
@@ -42,6 +43,7 @@ class JointWindow:
         self.windows = list(windows)
         self.parameters: list[Tensor] = []
         self._names: list[str] = []
+        self._tied = False
         self._gradients: list[Tensor] = []
         self._sums: list[Tensor] = []
         self._own: list[list[nn.Parameter]] = []
@@ -71,6 +73,7 @@ class JointWindow:
         models = [window.model for window in self.windows]
         named = [dict(model.named_parameters()) for model in models]
         self._names = list(named[0])
+        self._tied = _ties(models[0])
         self._own = [[each[name] for each in named] for name in self._names]
         self.parameters, self._gradients = [], []
         for own in self._own:
@@ -145,11 +148,11 @@ class JointWindow:
         first = self.windows[0]
         parameters = dict(zip(self._names, self.parameters, strict=True))
 
-        def one(parameters: Any, buffers: Any, inputs: Nested, targets: Nested) -> tuple[Any, Tensor]:
-            outputs = _called(first.model, (parameters, buffers), inputs)
-            return outputs, first.loss.total(outputs, targets)
+        def one(parameters: Any, buffers: Any, inputs: Nested) -> Any:
+            return _called(first.model, (parameters, buffers), inputs, self._tied)
 
-        return vmap(one)(parameters, self._buffers, inputs, targets)
+        outputs = vmap(one)(parameters, self._buffers, inputs)
+        return outputs, _totals(first.loss, outputs, targets)
 
     def _seed(self, share: Tensor) -> Tensor:
         """What autograd starts from, (R,): each replica's share, times its loss scale."""
@@ -202,12 +205,26 @@ class JointWindow:
                 look(pytree.tree_map(lambda t, r=r: t[r].detach(), outputs), targets)
 
 
-def _weights(window: Window, targets: Nested) -> Tensor | float:
+def _totals(loss: WindowLoss, outputs: Any, targets: Any) -> Tensor:
+    """The summed losses of each replica, (R,)."""
+    if type(loss) is not ClassIndexLoss or not isinstance(outputs, Tensor):
+        return vmap(loss.total)(outputs, targets)
+    # The same, without the dozen small operations that vmap makes of torch's own.
+    losses = loss.losses(outputs.flatten(0, 1), targets.flatten(0, 1), "none")
+    return losses.view(len(outputs), -1).sum(1)
+
+
+def _weights(window: Window, targets: Any) -> Tensor | float:
     """What each replica's `targets` weigh, (R,), or the number that they all do."""
+    loss = window.loss
+    if isinstance(loss, MeanOverSamples | SumOverSamples):
+        return loss.weight(_of(targets, 0))
+    if type(loss) is ClassIndexLoss and not targets.is_floating_point() and loss.criterion.weight is None:
+        return (targets != loss.criterion.ignore_index).flatten(1).sum(1)
     numbers: list[float] = []
 
     def weigh(targets: Nested) -> Tensor:
-        weight = window.loss.weight(targets)
+        weight = loss.weight(targets)
         if isinstance(weight, Tensor):
             return weight
         numbers.append(weight)  # known without a look at the targets, so it is everyone's
@@ -217,11 +234,12 @@ def _weights(window: Window, targets: Nested) -> Tensor | float:
     return numbers[0] if numbers else found
 
 
-def _called(model: nn.Module, state: Any, inputs: Nested) -> Any:
+def _called(model: nn.Module, state: Any, inputs: Nested, tied: bool) -> Any:
     """`call` with other parameters and buffers."""
     if isinstance(inputs, Mapping):
-        return functional_call(model, state, (), dict(inputs))
-    return functional_call(model, state, (inputs,) if isinstance(inputs, Tensor) else tuple(inputs))
+        return functional_call(model, state, (), dict(inputs), tie_weights=tied)
+    given = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
+    return functional_call(model, state, given, tie_weights=tied)
 
 
 def _split(batch: Nested, sizes: list[int]) -> list[Nested]:
@@ -235,6 +253,12 @@ def _split(batch: Nested, sizes: list[int]) -> list[Nested]:
 
 def _of(batch: Nested, replica: int) -> Nested:
     return map_tensors(lambda t: t[replica], batch)
+
+
+def _ties(model: nn.Module) -> bool:
+    """Whether a parameter or buffer has several names, which takes a walk through the modules to respect."""
+    names = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    return len(names) > len({id(tensor) for _, tensor in names})
 
 
 @torch.no_grad()

@@ -61,7 +61,8 @@ class JointStep:
             gradients = [p.grad for p in self.window.parameters if p.grad is not None]
             each = torch.stack([torch.linalg.vector_norm(g.flatten(1), dim=1) for g in gradients])
             norm = torch.linalg.vector_norm(each, dim=0)
-            norms = norm.unbind()
+            # Who wants to know them reads them all in one wait for the device.
+            norms = (norm.cpu() if want_norm else norm).unbind()
             if clip_norm is not None:
                 # As OptimizerStep has it, for each replica.
                 factor = (clip_norm / (norm + 1e-6)).clamp(max=1.0)
