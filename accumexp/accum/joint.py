@@ -45,6 +45,7 @@ class JointWindow:
         self._names: list[str] = []
         self._tied = False
         self._gradients: list[Tensor] = []
+        self._parts: list[list[Tensor]] = []
         self._sums: list[Tensor] = []
         self._own: list[list[nn.Parameter]] = []
         self._buffers: dict[str, Tensor] = {}
@@ -75,7 +76,7 @@ class JointWindow:
         self._names = list(named[0])
         self._tied = _ties(models[0])
         self._own = [[each[name] for each in named] for name in self._names]
-        self.parameters, self._gradients = [], []
+        self.parameters, self._gradients, self._parts = [], [], []
         for own in self._own:
             stack = torch.stack([p.detach() for p in own])
             gradient = torch.zeros_like(stack)
@@ -83,6 +84,7 @@ class JointWindow:
                 parameter.data, parameter.grad = stack[r], None
             self.parameters.append(stack.requires_grad_(own[0].requires_grad))
             self._gradients.append(gradient)
+            self._parts.append(list(gradient.unbind()))
         self._sums = [
             gradient.float() if self.windows[0].fp32_buffers and gradient.dtype in LOW_PRECISION else gradient
             for gradient in self._gradients
@@ -180,9 +182,9 @@ class JointWindow:
     def _show(self, k: int) -> None:
         """Makes the gradient of parameter `k` seen, in the stack and by every replica."""
         self.parameters[k].grad = self._gradients[k]
-        if any(parameter.grad is None for parameter in self._own[k]):  # also after a zero_grad of other hands
-            for parameter, gradient in zip(self._own[k], self._gradients[k].unbind(), strict=True):
-                parameter.grad = gradient
+        for parameter, part in zip(self._own[k], self._parts[k], strict=True):
+            if parameter.grad is not part:  # as in the first window, or after other hands have been at it
+                parameter.grad = part
 
     def _close(self) -> None:
         for k, (gradient, total) in enumerate(zip(self._gradients, self._sums, strict=True)):
