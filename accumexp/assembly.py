@@ -62,29 +62,39 @@ class Parts:
     autocast: torch.dtype | None
 
 
-def build_parts(config: Config, here: World = ALONE) -> Parts:
+def placement(config: Config, here: World = ALONE) -> Placement:
+    """The device and the dtype of what is trained."""
+    dtype = DTYPES[config.param_precision or _parameter_precision(config.precision)]
+    return Placement(pick_device(device_of(config.device, here)), dtype)
+
+
+def build_parts(config: Config, here: World = ALONE, splits: Splits | None = None) -> Parts:
     """Model, loss, data and metrics, on the device and in the precision of `config`.
 
     Seeds all generators first, so that the model's initial weights are a function of `seed`, on all ranks
     alike; what is drawn later differs from rank to rank.
 
+    Args:
+        splits: the data, where it has been built already.
+
     Raises:
         UsageError: naming the key that cannot be built.
     """
-    device = pick_device(device_of(config.device, here))
+    place = placement(config, here)
+    device, dtype = place.device, place.dtype
     threads = config.trainer.threads
     if threads is None and here.size > 1:
         threads = max(1, cores() // here.local_size)
     if threads:
         torch.set_num_threads(threads)
     seed_everything(config.seed, config.trainer.deterministic)
-    dtype = DTYPES[config.param_precision or _parameter_precision(config.precision)]
     autocast = _autocast(config.precision, dtype)
     ranks = Ranks() if here.size > 1 else Ranks(alone=True)
     # Data before the model: what is wrong with it is then said first, and by name.
     share = Share(here.rank, here.size, cast(int, config.accum.steps))
-    with first_here(here):
-        splits = build_splits(config.data, config.seed, Placement(device, dtype), share)
+    if splits is None:
+        with first_here(here):
+            splits = build_splits(config.data, config.seed, place, share)
     seed_everything(config.seed, config.trainer.deterministic)
     model = build_model(config)
     criterion = build(config.loss, "loss")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import shutil
 import zipfile
@@ -31,7 +32,7 @@ def save(path: Path, content: Mapping[str, Any]) -> None:
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with partial.open("wb") as file:
-            torch.save({"format": FORMAT, **content}, file)
+            torch.save({"format": FORMAT, **_own_memory(content)}, file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
@@ -43,6 +44,20 @@ def save(path: Path, content: Mapping[str, Any]) -> None:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+def _own_memory(content: Any) -> Any:
+    """`content` with tensors that are parts of larger ones copied: torch would save all of the larger one."""
+    if isinstance(content, torch.Tensor):
+        part = content.untyped_storage().nbytes() > content.numel() * content.element_size()
+        return content.clone() if part else content
+    if isinstance(content, dict):
+        found = copy.copy(content)  # a model's state is a dict that knows more
+        found.update({key: _own_memory(value) for key, value in content.items()})
+        return found
+    if isinstance(content, list | tuple):
+        return type(content)(_own_memory(value) for value in content)
+    return content
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -125,6 +140,7 @@ class Checkpoints(Callback):
         self.folder = Path(FOLDER)
         self.identity: dict[str, Any] = {}
         self.before_save: Callable[[], None] = lambda: None
+        self.random_state: Callable[[], dict[str, Any]] = random_state
         self._evaluated: dict[str, float] = {}
         self._improved = False
         self._proven = False
@@ -166,7 +182,7 @@ class Checkpoints(Callback):
         with trainer.off_the_clock():
             state = trainer.state_dict()
             ranks = trainer.window.sync.ranks
-            random, *others = everyone(random_state(), ranks)
+            random, *others = everyone(self.random_state(), ranks)
             improved, self._improved = self._improved, False
             self.know_saved(trainer)
             path = self.folder / f"update-{trainer.progress.update:08d}.pt"

@@ -15,13 +15,13 @@ from typing import Any
 
 from .errors import TrainingError
 from .journal import SUMMARY, read_whole
-from .places import LAUNCHES, LOCK, begun, places
+from .places import LAUNCHES, LOCK, PLACES, begun, places
 from .standing import held
 from .sweep import PARENT, SweepFolder, summaries
 from .terminal import console
 
 log = logging.getLogger(__name__)
-NOTHING = {"multirun.yaml", LAUNCHES, LOCK}  # what a sweep's folder holds before its first job
+NOTHING = {"multirun.yaml", LAUNCHES, LOCK, PLACES}  # what a sweep's folder holds before its first job
 
 
 @contextmanager
@@ -75,7 +75,7 @@ def _close(folder: Path, status: str, here: Sequence[int], changes: Mapping[str,
             shutil.rmtree(folder)
         return
     elsewhere = _still_running(folder, here)
-    over = [job for job in jobs if Path(job["folder"]).name not in elsewhere]
+    over = [job for job in jobs if job["place"] not in elsewhere]
     unfinished = [job for job in over if job["status"] == "RUNNING"]
     failed = [job for job in over if job["status"] == "FAILED"]
     if status == "FINISHED" and (failed or unfinished):

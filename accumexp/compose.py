@@ -23,7 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from .config import Config, Strategy, explain_omegaconf
 from .errors import TrainingError, UsageError, unknown_key
-from .places import place
+from .places import place, slug
 from .sizes import AUTO, batch_sizes, processes
 
 # Read before `hydra_app` sets it for Hydra, and handed on to the processes in which a launcher runs jobs.
@@ -41,11 +41,6 @@ def conf_dir() -> str:
         if (folder / "config.yaml").is_file():
             return str(folder)
     raise UsageError(f"conf: not found in {package} or beside it; reinstall accumexp")
-
-
-def _slug(text: str) -> str:
-    """`text` as one folder name: no separators, 120 characters at most."""
-    return re.sub(r"[^\w.,=+-]+", "_", text).strip("._")[:120] or "job"
 
 
 def _place(sweep: str, launch: int, number: int, name: str, overrides: Sequence[str]) -> str:
@@ -94,7 +89,7 @@ def _micro_batch_size(*, _root_: DictConfig) -> int | str | None:
         return None
 
 
-OmegaConf.register_new_resolver("slug", _slug, replace=True)
+OmegaConf.register_new_resolver("slug", slug, replace=True)
 OmegaConf.register_new_resolver("place", _place, replace=True)
 OmegaConf.register_new_resolver("product", _product, replace=True)
 OmegaConf.register_new_resolver("scaled_rate", _scaled_rate, replace=True)

@@ -186,6 +186,8 @@ class Config:
     monitor: str = "eval/accuracy"
     mode: str = "max"
     seed: int = 0
+    # Runs of the seeds seed, seed + 1, ..., trained together as one, each as it would be alone.
+    replicas: int = 1
     device: str = "auto"
     # Null: fp16 with a loss scale, fp32 without.
     precision: Precision | None = None
@@ -254,6 +256,7 @@ def check(config: Config) -> Config:
     at_least(1, "trainer.log_every", trainer.log_every)
     at_least(1, "trainer.eval_every", trainer.eval_every)
     at_least(1, "trainer.threads", trainer.threads)
+    at_least(1, "replicas", config.replicas)
     at_least(1, "proof.updates", config.proof.updates)
     at_least(1, "tracking.flush_points", config.tracking.flush_points)
     if not 0 <= data.eval_fraction < 1:
@@ -292,6 +295,19 @@ def check(config: Config) -> Config:
         )
     if accum.growth_interval < 1:
         raise UsageError(f"accum.growth_interval={accum.growth_interval}: at least 1")
+    if config.replicas > 1 and not standalone:
+        raise UsageError(f"replicas={config.replicas}: trains them in one process, take accum=standalone")
+    if config.replicas > 1 and config.prove:
+        raise UsageError(
+            f"replicas={config.replicas}: a certificate is of one run, make it with python -m accumexp.prove"
+        )
+    for key, given in (
+        ("trainer.graph=true", trainer.graph),
+        ("trainer.compile=true", trainer.compile),
+        (f"accum.steps={AUTO}", accum.steps == AUTO),
+    ):
+        if config.replicas > 1 and given:
+            raise UsageError(f"{key}: is of one run, leave it out or replicas={config.replicas}")
     check_report(config.report)
     for group in ("model", "loss", "optimizer", "scheduler"):
         if "_target_" not in getattr(config, group):

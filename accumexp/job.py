@@ -19,7 +19,7 @@ from .errors import TrainingError, UsageError
 from .journal import METRICS, SUMMARY
 from .launch import RankError, launch, settle
 from .order import Order
-from .standing import Standing, agreed, alone_in, clear, standing
+from .standing import LOCK, RANKS_LOCK, Standing, agreed, alone_in, clear, standing
 from .sweep import SweepJob
 from .terminal import unseen
 from .world import World, abandon, end_now, world
@@ -65,6 +65,10 @@ def carry_out(order: Order, here: World) -> float | None:
         from .certifying import Certifying
 
         return float(Certifying(order, here).execute())
+    if order.replicas:
+        from .replicated import JointRun
+
+        return JointRun(order).execute()
     from .runner import Run
 
     return Run(order, here).execute()
@@ -105,6 +109,8 @@ def _run(
     except Exception as error:
         expected = isinstance(error, UsageError | TrainingError)
         log.info("failed", exc_info=error)  # to run.log, not to the terminal
+        if job and job.alone and isinstance(error, UsageError) and not (folder / SUMMARY).exists():
+            job = None  # nobody asked for a sweep, and there is nothing of one
         if here.first and isinstance(error, UsageError) and not job and not cfg.resume:
             remove_unused(folder)
         if WANTS_TRACEBACK or not expected:
@@ -158,7 +164,7 @@ def launched(order: Order, processes: int) -> float | None:
 
 def remove_unused(folder: Path) -> None:
     """Removes a run's folder in which nothing has happened: it holds only what was made on the way in."""
-    made = {".hydra", "run.log", METRICS}
+    made = {".hydra", "run.log", METRICS, LOCK, RANKS_LOCK}
     if not folder.is_dir() or not {entry.name for entry in folder.iterdir()} <= made:
         return
     if not (folder / METRICS).exists() or not (folder / METRICS).stat().st_size:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
 from dataclasses import asdict, dataclass, field, replace
@@ -10,8 +11,9 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from .config import Config, from_hydra, to_plain
+from .config import Config, flatten, from_hydra, to_plain
 from .cores import share_cores
+from .errors import UsageError
 from .places import command_line
 from .resume import Resumed, going_on, resumed
 from .sweep import SweepJob
@@ -28,6 +30,7 @@ class Order:
         command: the command line that asked for it.
         logging: Hydra's logging of the job, as `logging.config.dictConfig` takes it.
         prove: a certificate is asked for, and no training.
+        replicas: the configurations of the runs that are trained together, where there are several.
     """
 
     config: Config
@@ -37,6 +40,7 @@ class Order:
     command: str
     logging: dict[str, Any] = field(default_factory=dict)
     prove: bool = False
+    replicas: list[Config] = field(default_factory=list)
 
     @classmethod
     def of(cls, cfg: DictConfig, hydra: Any, prove: bool = False) -> Order:
@@ -48,14 +52,16 @@ class Order:
         back = resumed(cfg)
         config = back.config if back else from_hydra(cfg)
         job = SweepJob.of(hydra)
+        replicas = _replicas(cfg, config, job, "resume" if back else "prove" if prove else "")
         if job:
-            share_cores(config, hydra.launcher, job.batch)
+            for one in (config, *replicas):
+                share_cores(one, hydra.launcher, job.batch)
         command = job.command if job else command_line(sys.argv[1:], "prove" if prove else "run")
         logging = OmegaConf.to_container(hydra.job_logging, resolve=True)
         assert isinstance(logging, dict)
         folder = Path(hydra.runtime.output_dir)
         settings = {str(key): value for key, value in logging.items()}
-        return cls(config, folder, job, back, command, settings, prove)
+        return cls(config, folder, job, back, command, settings, prove, replicas)
 
     def going_on(self, path: Path) -> Order:
         """This order from checkpoint `path` on, to the same bits: with the configuration of then.
@@ -97,3 +103,34 @@ class Order:
             plain["logging"],
             plain["prove"],
         )
+
+
+def _replicas(cfg: DictConfig, config: Config, job: SweepJob | None, instead: str) -> list[Config]:
+    """What each seed's run would be alone; none where `config` is a single run.
+
+    Args:
+        instead: what else the command asks for, "resume" or "prove", which is for one run.
+    """
+    count = config.replicas
+    if count == 1:
+        return []
+    if instead == "resume":
+        raise UsageError(f"replicas={count}: a replica goes on as a run of its own, leave replicas out")
+    if instead == "prove":
+        raise UsageError(f"replicas={count}: a certificate is of one run, leave replicas out")
+    if job is None:
+        raise UsageError(f"replicas={count}: are the jobs of a sweep, add -m")
+    found = []
+    for seed in range(config.seed, config.seed + count):
+        own = copy.deepcopy(cfg)
+        OmegaConf.update(own, "seed", seed)
+        OmegaConf.update(own, "replicas", 1)
+        found.append(from_hydra(own))
+    alike = dict(flatten(found[0]))
+    for other in found[1:]:
+        for key, value in flatten(other):
+            if alike.get(key) != value and key != "seed" and not key.startswith("tracking."):
+                raise UsageError(
+                    f"replicas={count}: {key} follows from the seed, and must be the same for all"
+                )
+    return found

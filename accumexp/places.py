@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shlex
 import time
 from collections.abc import Sequence
@@ -27,6 +28,7 @@ LAUNCH = "hydra.callbacks.sweep.launch"
 ADDED = {"hydra.mode", "hydra.sweep.dir", LAUNCH}
 SWEEPER = ("hydra.sweeper", "hydra/sweeper")
 REPORT = "report."
+MULTIRUN = {"-m", "--multirun"}
 PLACES = "jobs.jsonl"
 LAUNCHES = "launches.json"
 LOCK = ".jobs.lock"
@@ -75,6 +77,11 @@ def place(sweep: str | Path, launch: int, number: int, name: str, overrides: Seq
             folder = f"{number if number not in numbers else max(numbers) + 1}_{name}"
         _append(root / PLACES, Place(launch, number, list(overrides), folder, round(time.time(), 3)))
         return folder
+
+
+def slug(text: str) -> str:
+    """`text` as one folder name: no separators, 120 characters at most."""
+    return re.sub(r"[^\w.,=+-]+", "_", text).strip("._")[:120] or "job"
 
 
 def places(sweep: Path) -> list[Place]:

@@ -12,14 +12,13 @@ from omegaconf import DictConfig, OmegaConf
 
 from .config import Config, from_hydra
 from .errors import UsageError
-from .places import ADDED, REPORT, Launch, asked_for
+from .places import ADDED, MULTIRUN, REPORT, Launch, asked_for
 from .report_config import report_from
 from .world import world
 
 log = logging.getLogger(__name__)
 
 SWEEP = "sweep.resume="
-MULTIRUN = {"-m", "--multirun"}
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,15 @@ def command_lines(arguments: Sequence[str]) -> tuple[list[list[str]], dict[str, 
     """
     if any(a.startswith(SWEEP) for a in arguments):
         return sweep_arguments(arguments)
-    return [resume_arguments(arguments)], {}
+    return [resume_arguments(replicas_arguments(arguments))], {}
+
+
+def replicas_arguments(arguments: Sequence[str]) -> list[str]:
+    """The command's arguments, as those of a sweep of one job where they ask for replicas."""
+    asked = [a.partition("=")[2] for a in arguments if a.startswith("replicas=")]
+    plain = any(a.startswith(("resume=", "--")) for a in arguments) or MULTIRUN & set(arguments)
+    several = bool(asked) and asked[-1].isdigit() and int(asked[-1]) > 1
+    return ["-m", "hydra/hydra_logging=none", *arguments] if several and not plain else list(arguments)
 
 
 def resume_arguments(arguments: Sequence[str]) -> list[str]:
@@ -63,7 +70,7 @@ def resume_arguments(arguments: Sequence[str]) -> list[str]:
         UsageError: if there is nothing to resume there, or a sweep is asked for too.
     """
     arguments = list(arguments)
-    where = next((a.partition("=")[2] for a in arguments if a.startswith("resume=")), None)
+    where = next((a.partition("=")[2].strip("'\"") for a in arguments if a.startswith("resume=")), None)
     if where in (None, "", "null"):
         return arguments
     if MULTIRUN & set(arguments):
@@ -75,7 +82,9 @@ def resume_arguments(arguments: Sequence[str]) -> list[str]:
         folder = folder.parent.parent
     elif folder.name == "checkpoints":
         folder = folder.parent
-    return [*arguments, f"hydra.run.dir='{folder.resolve()}'", "hydra.output_subdir=null"]
+    # In quotes: the name of a job's folder has = and commas.
+    quoted = [f"resume='{where}'" if a.startswith("resume=") else a for a in arguments]
+    return [*quoted, f"hydra.run.dir='{folder.resolve()}'", "hydra.output_subdir=null"]
 
 
 def sweep_arguments(arguments: Sequence[str]) -> tuple[list[list[str]], dict[str, str]]:

@@ -6,9 +6,13 @@ import os
 import signal
 import threading
 from types import FrameType
-from typing import Any
+from typing import Any, Protocol
 
-from .trainer import Trainer
+
+class Stoppable(Protocol):
+    """What trains: a trainer, or many together."""
+
+    def stop(self, reason: str, code: int = 1) -> None: ...
 
 
 class StopSignals:
@@ -26,7 +30,7 @@ class StopSignals:
         self._heard = threading.Event()
         self._wakeup: tuple[int, int] | None = None  # the descriptor before ours, and ours
         self.received: signal.Signals | None = None
-        self.trainer: Trainer | None = None
+        self.trainer: Stoppable | None = None
         self._previous: dict[int, Any] = {}
 
     @property

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,18 @@ from omegaconf import DictConfig, OmegaConf, read_write
 from .errors import UsageError
 from .journal import SUMMARY, write_whole
 from .live import View
-from .places import ADDED, LAUNCH, Launch, begin_launch, command_line, counted, launches, parallel
+from .places import (
+    ADDED,
+    LAUNCH,
+    MULTIRUN,
+    Launch,
+    begin_launch,
+    command_line,
+    counted,
+    launches,
+    parallel,
+    slug,
+)
 
 if TYPE_CHECKING:
     from .config import TrackingConfig
@@ -81,6 +92,7 @@ class SweepJob:
         parallel: whether others may run at the same time, here or elsewhere.
         launch: of the sweep, 0 for the first.
         turn, jobs: the launch's job `turn` of `jobs`, as far as this process knows.
+        alone: whether the command asked for no sweep, but for replicas.
     """
 
     number: int
@@ -93,6 +105,7 @@ class SweepJob:
     launch: int = 0
     turn: int = 1
     jobs: int | None = None
+    alone: bool = False
 
     @classmethod
     def of(cls, hydra: Any) -> SweepJob | None:
@@ -118,7 +131,16 @@ class SweepJob:
             launch=int(hydra.callbacks.sweep.launch),
             turn=int(hydra.job.num) + 1,
             jobs=SweepFolder.jobs if SweepFolder.current == folder else None,
+            alone=SweepFolder.current == folder and not MULTIRUN & set(SweepFolder.asked),
         )
+
+    def replica(self, seed: int) -> SweepJob:
+        """The job that the run of `seed` would be, had it been asked for alone."""
+        others = [
+            one for one in self.overrides if one.partition("=")[0].lstrip("+") not in ("replicas", "seed")
+        ]
+        overrides = [*others, f"seed={seed}"]
+        return replace(self, name=slug(",".join(sorted(overrides))), overrides=overrides)
 
     @property
     def title(self) -> str:
@@ -163,6 +185,16 @@ class SweepJob:
 
 
 def summaries(folder: Path) -> list[dict[str, Any]]:
-    """What every job of a sweep wrote of itself, in the order of the jobs."""
+    """What every run of a sweep wrote of itself, in the order of the jobs; replicas are a run each.
+
+    With where: `folder` is the run's, `place` the name of its job's in the sweep's.
+    """
     paths = sorted(folder.glob(f"*_*/{SUMMARY}"), key=lambda path: int(path.parent.name.partition("_")[0]))
-    return [{**json.loads(path.read_text()), "folder": str(path.parent)} for path in paths]
+    found = []
+    for path in paths:
+        place, written = path.parent, json.loads(path.read_text())
+        runs = [place / name for name in written.get("replicas", ()) if (place / name / SUMMARY).exists()]
+        for run in runs or [place]:
+            own = json.loads((run / SUMMARY).read_text())
+            found.append({**own, "folder": str(run), "place": place.name})
+    return found

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import asdict
 from typing import Any
 
@@ -72,6 +72,8 @@ class Trainer:
 
     Attributes:
         batch: this rank's samples of the update that is under way, or was the last.
+        in_step: the trainers that stand still while this one is off the clock: itself, and those that make
+            each of their updates together with it.
     """
 
     def __init__(
@@ -109,10 +111,9 @@ class Trainer:
         self.total_updates = total_updates(len(splits.train), epochs, max_updates)
         self.log_every = log_every
         self.eval_every = eval_every
-        self.step: Callable[[bool], StepResult] = OptimizerStep(window, optimizer, clip_norm)
+        step = OptimizerStep(window, optimizer, clip_norm)
+        self.step = step if record is None else GraphedStep(step, record)
         graphed = None if record is None else GraphedWindow(window, record)
-        if record is not None:
-            self.step = GraphedStep(self.step, record)
         self.progress = Progress()
         self.batch: Batch | None = None
         self.stop_reason: str | None = None
@@ -128,6 +129,7 @@ class Trainer:
         self._measured = False  # and nobody has been told
         self._clock = time.perf_counter()
         self._last_read = (0, 0, 0.0)  # update, samples, seconds
+        self.in_step: Sequence[Trainer] = (self,)
         self._events: dict[str, list[Callable[..., None]]] = {}
         self._parameters = list(window.model.parameters())
 
@@ -166,6 +168,20 @@ class Trainer:
         Raises:
             TrainingError: for a loss of inf or nan with `check_finite`, or a model that torch cannot compile.
         """
+        try:
+            with closing(self.course()) as course:
+                for batch in course:
+                    self.update(batch)
+        except RuntimeError as error:
+            if explained := of_the_compiler(error):
+                raise explained from error
+            raise
+
+    def course(self) -> Generator[Batch]:
+        """The run as the batches of its updates, each of which must be made before the next is asked for.
+
+        What is between updates (evaluation, the ends of epochs) is done on the way to the next batch.
+        """
         self._events = listeners(self.callbacks.values())
         self._clock = time.perf_counter()
         self._mark_read()
@@ -173,11 +189,7 @@ class Trainer:
         self._agree(self._agreement.now)
         try:
             while not self.stop_reason and not self._ended():
-                self._epoch()
-        except RuntimeError as error:
-            if explained := of_the_compiler(error):
-                raise explained from error
-            raise
+                yield from self._epoch()
         finally:
             self._emit("run_end")
 
@@ -185,12 +197,12 @@ class Trainer:
         # A run stopped right after the last update of its last epoch still has that epoch to evaluate.
         return self.finished and self.progress.epoch_update != len(self.splits.train)
 
-    def _epoch(self) -> None:
+    def _epoch(self) -> Generator[Batch]:
         progress = self.progress
         self._emit("epoch_begin")
         self.model.train()
         for batch in self.splits.train.epoch(progress.epoch, progress.epoch_update):
-            self.update(batch)
+            yield batch
             self._agree(self._agreement.soon)
             if self.stop_reason or self.finished:
                 break
@@ -214,25 +226,25 @@ class Trainer:
         """Makes ready for the window of `batch`."""
         self.batch = batch
         self._emit("update_begin")
-        if self.window.sync.keeps_gradients:
-            self.optimizer.zero_grad(set_to_none=False)
-            return
-        for parameter in self._parameters:
-            parameter.grad = None
 
     @property
     def observe(self) -> Callable[..., None] | None:
         """What is to see the outputs of the window that is under way, if it is published."""
         return self.train_metrics.observe if self.publishes else None
 
-    def finish(self, result: WindowResult) -> None:
-        """The update on the gradient of the window that began, its schedule and its record."""
+    def finish(self, result: WindowResult, done: StepResult | None = None) -> None:
+        """The update on the gradient of the window that began, its schedule and its record.
+
+        Args:
+            done: what its step did, if it has been made already.
+        """
         progress, publish, batch = self.progress, self.publishes, self.batch
         assert batch is not None
         rate = self.optimizer.param_groups[0]["lr"]
         rate = rate.clone() if isinstance(rate, Tensor) else float(rate)
-        with no_memory_for("the optimizer's step", "take one that keeps less state, or accum=fsdp"):
-            done = self.step(publish)
+        if done is None:
+            with no_memory_for("the optimizer's step", "take one that keeps less state, or accum=fsdp"):
+                done = self.step(publish)
         self._step_schedule()
         progress.update += 1
         progress.epoch_update += 1
@@ -252,6 +264,11 @@ class Trainer:
             self.scheduler.step()
 
     def _accumulate(self, batch: Batch) -> WindowResult:
+        if self.window.sync.keeps_gradients:
+            self.optimizer.zero_grad(set_to_none=False)
+        else:
+            for parameter in self._parameters:
+                parameter.grad = None
         following, forgotten = self.progress.update + 1, self.window.forgotten
         if not self._measures:
             result = self.shortage.backward(following, batch, self.observe)
@@ -320,12 +337,14 @@ class Trainer:
     def off_the_clock(self) -> Iterator[None]:
         """Time spent inside does not count as training."""
         wait_for(self.device)
-        self._tick()
+        for trainer in self.in_step:
+            trainer._tick()
         try:
             yield
         finally:
             wait_for(self.device)
-            self._clock = time.perf_counter()
+            for trainer in self.in_step:
+                trainer._clock = time.perf_counter()
 
     def _tick(self) -> None:
         now = time.perf_counter()

@@ -98,10 +98,14 @@ class ClassIndexLoss(nn.Module):
         return self.criterion.weight[targets.where(valid, 0)].where(valid, 0).sum()
 
     def total(self, outputs: Any, targets: Nested) -> Tensor:
+        return self.losses(outputs, targets, "sum")
+
+    def losses(self, outputs: Any, targets: Nested, reduction: str) -> Tensor:
+        """The items' weighted losses, (n, ...) or with `reduction="sum"` their sum."""
         criterion, outputs, targets = self.criterion, _widened(outputs), cast(Tensor, targets)
         if isinstance(criterion, nn.NLLLoss):
             return nn.functional.nll_loss(
-                outputs, targets, criterion.weight, ignore_index=criterion.ignore_index, reduction="sum"
+                outputs, targets, criterion.weight, ignore_index=criterion.ignore_index, reduction=reduction
             )
         return nn.functional.cross_entropy(
             outputs,
@@ -109,7 +113,7 @@ class ClassIndexLoss(nn.Module):
             criterion.weight,
             ignore_index=criterion.ignore_index,
             label_smoothing=criterion.label_smoothing,
-            reduction="sum",
+            reduction=reduction,
         )
 
 

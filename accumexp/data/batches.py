@@ -145,12 +145,16 @@ class ResidentBatches(Batches):
         self.inputs = inputs
         self.targets = targets
 
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+    def placed(self, epoch: int, start: int) -> Iterator[tuple[_Chosen, Tensor]]:
+        """The samples of the batches of `epoch` from `start` on, with their indices on the device."""
         plan = list(self.chosen(epoch, start))
         # One copy to the device an epoch, not one an update.
         every = torch.cat([chosen.indices for chosen in plan]) if plan else self.indices[:0]
         placed = every.to(tensors(self.targets)[0].device).split([len(chosen.indices) for chosen in plan])
-        for chosen, indices in zip(plan, placed, strict=True):
+        return zip(plan, placed, strict=True)
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        for chosen, indices in self.placed(epoch, start):
             gather = partial(torch.index_select, dim=0, index=indices)
             inputs = self._augmented(map_tensors(gather, self.inputs), indices, epoch)
             targets = map_tensors(gather, self.targets)

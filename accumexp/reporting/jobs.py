@@ -125,9 +125,13 @@ def from_store(store: Store, parent: PastRun, folder: Path | None = None) -> Swe
 
 def from_folder(folder: Path) -> Sweep:
     """A sweep that was run without tracking, from what its jobs left in `folder`."""
-    jobs = [_from_summary(job) for job in summaries(folder)]
-    times = [path.stat().st_mtime for path in folder.glob(f"*/{METRICS}")]
-    started = min((path.stat().st_mtime for path in folder.glob(f"*/{CONFIG}")), default=0.0)
+    known = summaries(folder)
+    jobs = [_from_summary(job) for job in known]
+    times, begun = (
+        [path.stat().st_mtime for job in known if (path := Path(job["folder"], name)).exists()]
+        for name in (METRICS, CONFIG)
+    )
+    started = min(begun, default=0.0)
     return Sweep(
         name=f"sweep {folder.name}",
         command="",
