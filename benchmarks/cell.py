@@ -15,7 +15,17 @@ from torch import Tensor
 from accumexp.system import MIB
 from accumexp.trainer import FIRST_UPDATES
 
-from .contenders import Contender, HandWritten, SingleBatch, built, first_update, relative_error, timed
+from .contenders import (
+    Contender,
+    HandWritten,
+    SingleBatch,
+    WrongGradient,
+    built,
+    first_gradient,
+    relative_error,
+    saved_bytes,
+    timed,
+)
 from .measure import in_turns, not_installed, ratio_of
 from .tasks import Task, own_samples
 
@@ -44,12 +54,18 @@ class Timings:
     flushes: dict[str, float] = field(default_factory=dict)
 
 
-def estimate(task: Task) -> float:
-    """Seconds of one update of the hand-written loop: those of one micro-batch, times the steps."""
-    one = replace(task, steps=1, samples=task.micro_batch)
-    contender = built(HandWritten, one)
-    timed(contender)
-    return task.steps * min(timed(contender) for _ in range(2))
+@dataclass(frozen=True)
+class OneMicroBatch:
+    """An update of one micro-batch in the hand-written loop: its seconds, and bytes saved for backward."""
+
+    seconds: float
+    saved: int
+
+
+def one_micro_batch(task: Task) -> OneMicroBatch:
+    contender = built(HandWritten, replace(task, steps=1, samples=task.micro_batch))
+    saved = saved_bytes(contender)
+    return OneMicroBatch(min(timed(contender) for _ in range(2)), saved)
 
 
 def planned(
@@ -137,33 +153,32 @@ def summary(name: str, found: Timings, updates: int, reference: str) -> dict[str
     return row | {"flush_share": share - 1}
 
 
-def checked(kinds: Iterable[type[Contender]], task: Task) -> tuple[dict[str, tuple[float, int]], dict[str, str]]:
-    """Of each contender the error of its first gradient and the bytes it saves; and why others are left out.
+def checked(
+    kinds: Iterable[type[Contender]], task: Task, saved: int = 0
+) -> tuple[dict[str, float], dict[str, str], dict[str, str]]:
+    """By contender: the error of its first gradient; why it is left out; or why it is refused.
 
-    The first of `kinds` is the reference.
-
-    Raises:
-        AssertionError: if a gradient is another than the reference's.
+    The first of `kinds` is the reference. `saved` are the bytes that a micro-batch keeps for backward.
     """
-    one = replace(task, samples=task.batch)
     reference: list[Tensor] = []
-    checks: dict[str, tuple[float, int]] = {}
+    errors: dict[str, float] = {}
     left_out: dict[str, str] = {}
+    refused: dict[str, str] = {}
     for kind in kinds:
-        if kind is SingleBatch and checks:
-            needed = task.steps * next(iter(checks.values()))[1]
-            if reason := _too_large(task, needed):
-                left_out[kind.name] = reason
-                continue
+        # Twice: in float64.
+        if kind is SingleBatch and (reason := _too_large(task, 2 * task.steps * saved)):
+            left_out[kind.name] = reason
+            continue
         try:
-            gradient, peak = first_update(kind, one)
+            gradient = first_gradient(kind, task)
+            reference = reference or gradient
+            errors[kind.name] = relative_error(kind.name, gradient, reference)
         except ModuleNotFoundError as error:
             left_out[kind.name] = not_installed(error)
-            continue
+        except WrongGradient as error:
+            refused[kind.name] = str(error)
         gc.collect()
-        reference = reference or gradient
-        checks[kind.name] = relative_error(kind.name, gradient, reference), peak
-    return checks, left_out
+    return errors, left_out, refused
 
 
 def _too_large(task: Task, needed: int) -> str | None:
@@ -180,26 +195,26 @@ def measured(
     kinds: Sequence[type[Contender]],
     task: Task,
     seconds: float,
-    update: float,
+    one: OneMicroBatch,
     rounds: int | None = None,
     updates: int | None = None,
 ) -> dict[str, Any]:
     """The figures of all contenders on `task`, the first of whom is what the others are held against."""
-    checks, left_out = checked(kinds, task)
-    plan = planned(task, update, seconds, rounds, updates)
+    errors, left_out, refused = checked(kinds, task, one.saved)
+    plan = planned(task, task.steps * one.seconds, seconds, rounds, updates)
     whole = replace(task, samples=plan.updates * task.batch)
-    contenders = [built(kind, whole) for kind in kinds if kind.name in checks]
+    contenders = [built(kind, whole) for kind in kinds if kind.name in errors]
     found = timings(contenders, plan)
     count = plan.epochs * plan.updates
     rows: dict[str, dict[str, Any]] = {}
     for contender in contenders:
         name = contender.name
-        error, peak = checks[name]
         rows[name] = summary(name, found, count, kinds[0].name)
-        rows[name] |= {"saved_mib": peak / MIB, "gradient_error": error, "seconds": found.seconds[name]}
+        rows[name] |= {"saved_mib": saved_bytes(contender) / MIB, "gradient_error": errors[name]}
+        rows[name] |= {"seconds": found.seconds[name]}
         contender.close()
     cell = {"model": task.model, "micro_batch": task.micro_batch, "steps": task.steps}
     cell |= {"updates": count, "rounds": plan.rounds, "turns": plan.epochs}
     del contenders
     gc.collect()
-    return cell | {"contenders": rows, "skipped": left_out}
+    return cell | {"contenders": rows, "skipped": left_out, "refused": refused}

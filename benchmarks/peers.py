@@ -94,7 +94,7 @@ class Fabric(Contender):
         from lightning.fabric import Fabric as LightningFabric
 
         super().__init__(task)
-        self.fabric: Any = LightningFabric(accelerator=lightning_accelerator(task.device), devices=1)
+        self.fabric: Any = LightningFabric(**lightning_options(task))
         self.fabric_model, self.fabric_optimizer = self.fabric.setup(self.model, self.optimizer)
         self.loader = self.fabric.setup_dataloaders(task.loader())
 
@@ -153,8 +153,7 @@ class LightningTrainer(Contender):
         self.module, self.loader, self.clock = Module(), task.loader(), Clock
         self.trainer: Callable[..., Any] = partial(
             lightning.Trainer,
-            accelerator=lightning_accelerator(task.device),
-            devices=1,
+            **lightning_options(task),
             accumulate_grad_batches=task.steps,
             logger=False,
             enable_checkpointing=False,
@@ -258,8 +257,10 @@ class TransformersTrainer(OnAccelerate):
         self._folder.cleanup()
 
 
-def lightning_accelerator(device: torch.device) -> str:
-    return "gpu" if device.type == "cuda" else device.type
+def lightning_options(task: Task) -> dict[str, Any]:
+    kind = task.device.type
+    # The model's own precision: "64-true" would round Fabric's outputs to float32.
+    return {"accelerator": "gpu" if kind == "cuda" else kind, "devices": 1, "precision": "32-true"}
 
 
 PEERS: tuple[type[Contender], ...] = (Accelerate, Fabric, LightningTrainer, TransformersTrainer)

@@ -32,10 +32,10 @@ class Samples(TensorDataset):
     micro-batch means is then the window's mean, so that loops which compute the former can be compared.
     """
 
-    def __init__(self, model: str, samples: int) -> None:
+    def __init__(self, model: str, samples: int, dtype: torch.dtype = torch.float32) -> None:
         own = _own(model)
         chosen = torch.arange(samples) % len(own[0])
-        super().__init__(*(tensor[chosen] for tensor in own))
+        super().__init__(*(t[chosen].to(dtype) if t.is_floating_point() else t[chosen] for t in own))
 
 
 @cache
@@ -65,6 +65,7 @@ class Task:
     Attributes:
         samples: in an epoch, a whole number of updates.
         width: of the mlp's two hidden layers.
+        dtype: of parameters and images; float64 where gradients are compared.
     """
 
     model: str
@@ -74,6 +75,7 @@ class Task:
     samples: int
     deterministic: bool = False
     width: int = 128
+    dtype: torch.dtype = torch.float32
 
     @property
     def batch(self) -> int:
@@ -85,7 +87,7 @@ class Task:
         return self.samples // self.batch
 
     def dataset(self) -> Samples:
-        return Samples(self.model, self.samples)
+        return Samples(self.model, self.samples, self.dtype)
 
     def loader(self) -> DataLoader[Any]:
         return DataLoader(self.dataset(), batch_size=self.micro_batch, shuffle=True)
@@ -100,8 +102,9 @@ class Task:
             made = Bert(TEXT_VOCABULARY, TEXT_LENGTH)
         else:
             made = MLP(32 * 32, 10, (self.width, self.width))
-        return made.to(self.device)
+        return made.to(self.device, self.dtype)
 
     def overrides(self) -> list[str]:
         widths = [f"model.hidden=[{self.width},{self.width}]"] if self.model == "mlp" else []
-        return OVERRIDES[self.model] + widths
+        precision = ["precision=fp64"] if self.dtype is torch.float64 else []
+        return OVERRIDES[self.model] + widths + precision

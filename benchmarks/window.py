@@ -16,7 +16,7 @@ from rich.table import Table
 
 from accumexp.system import pick_device
 
-from .cell import estimate, measured
+from .cell import OneMicroBatch, measured, one_micro_batch
 from .contenders import Contender, Fused, HandWritten, HandWrittenLoader, SingleBatch
 from .measure import (
     at_least_1,
@@ -149,34 +149,30 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
 
 
 def report_of(asked: argparse.Namespace) -> dict[str, Any]:
-    """Measures every cell that is not too large.
-
-    Raises:
-        AssertionError: if a contender's gradient is another than the hand-written loop's.
-    """
+    """Measures every cell that is not too large."""
     device = pick_device(asked.device)
     kinds = [CONTENDERS[name] for name in asked.only]
     sizes = [(m, b, s) for m in asked.model for b in asked.micro_batch for s in asked.steps]
     cells: list[dict[str, Any]] = []
     left_out: list[dict[str, Any]] = []
-    first: dict[tuple[str, int], float] = {}  # seconds of one micro-batch's update
+    first: dict[tuple[str, int], OneMicroBatch] = {}
     told: set[str] = set()
     for model, micro, steps in track(sizes, "training", console=console, transient=True):
         task = Task(model, device, micro, steps, micro * steps, asked.deterministic)
         if (model, micro) not in first:
-            one = Task(model, device, micro, 1, micro, asked.deterministic)
-            first[model, micro] = estimate(one)
-        update = steps * first[model, micro]
+            first[model, micro] = one_micro_batch(task)
+        update = steps * first[model, micro].seconds
         if update > asked.cell_limit:
             left_out.append({"model": model, "micro_batch": micro, "steps": steps, "estimate_s": update})
             say(f"{model}, {steps} x {micro} left out: an update takes about {update:.1f} s")
             continue
-        cell = measured(kinds, task, asked.seconds, update, asked.rounds, asked.updates)
+        cell = measured(kinds, task, asked.seconds, first[model, micro], asked.rounds, asked.updates)
         for name, reason in cell["skipped"].items():
-            line = f"{name} skipped: {reason}"
-            if line not in told:
+            if (line := f"{name} skipped: {reason}") not in told:
                 told.add(line)
                 say(f"{model}, {steps} x {micro}: {line}")
+        for reason in cell["refused"].values():
+            say(f"{model}, {steps} x {micro}: refused {reason}")
         cells.append(cell | {"misses": flags(cell)})
         if asked.json:  # what there is, should a later cell end the command
             asked.json.write_text(json.dumps({"cells": cells, "left_out": left_out}) + "\n")
@@ -213,6 +209,8 @@ def main(given: list[str] | None = None) -> None:
         from .pictures import window_picture
 
         window_picture(report, Path(asked.picture))
+    if any(cell["refused"] for cell in report["cells"]):
+        raise SystemExit("error: a contender was refused, its gradient is not the hand-written loop's")
 
 
 if __name__ == "__main__":
