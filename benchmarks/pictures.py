@@ -59,7 +59,9 @@ def window_picture(report: dict[str, Any], path: Path) -> None:
                     if cell["micro_batch"] == micro and name in cell["contenders"]
                 )
                 if there:
-                    row[-1].plot(*zip(*there, strict=True), dashes, marker="o", markersize=3, color=COLOURS[name])
+                    row[-1].plot(
+                        *zip(*there, strict=True), dashes, marker="o", markersize=3, color=COLOURS[name]
+                    )
                     through_one(row[-1], there)
         row[-1].set_yscale("log")
         _steps_axis(row[-1], [cell["steps"] for cell in own])
@@ -127,7 +129,9 @@ def growth_picture(report: dict[str, Any], path: Path) -> None:
 def memory_picture(report: dict[str, Any], path: Path) -> None:
     """A panel a model: peak of tensors over steps for each contender, and the prediction."""
     models = list(dict.fromkeys(row["model"] for row in report["rows"]))
-    figure, grid = plt.subplots(1, len(models), figsize=(5 * len(models), 4), squeeze=False, layout="constrained")
+    figure, grid = plt.subplots(
+        1, len(models), figsize=(5 * len(models), 4), squeeze=False, layout="constrained"
+    )
     for axes, model in zip(grid[0], models, strict=True):
         rows = [row for row in report["rows"] if row["model"] == model]
         for name in dict.fromkeys(row["contender"] for row in rows):
@@ -149,7 +153,11 @@ def _ratios_by_parameters(axes: Axes, rows: list[dict[str, Any]]) -> None:
         own = row["contenders"].get(OWN)
         if own:
             axes.annotate(
-                f"{own['ratio']:.3f}", (row["parameters"], own["median_ms"]), fontsize=7, ha="right", va="bottom"
+                f"{own['ratio']:.3f}",
+                (row["parameters"], own["median_ms"]),
+                fontsize=7,
+                ha="right",
+                va="bottom",
             )
 
 

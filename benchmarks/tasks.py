@@ -46,7 +46,9 @@ def _own(model: str) -> tuple[Tensor, ...]:
         text = PythonSources("train", samples=4000, length=TEXT_LENGTH, min_length=57)
         assert isinstance(text.inputs, dict) and isinstance(text.targets, Tensor)
         alike = (text.targets != -100).sum(1) == TO_GUESS
-        return tuple(t[alike] for t in (text.inputs["input_ids"], text.inputs["attention_mask"], text.targets))
+        return tuple(
+            t[alike] for t in (text.inputs["input_ids"], text.inputs["attention_mask"], text.targets)
+        )
     from accumexp.data import Digits
 
     images, labels = Digits(train=True).tensors

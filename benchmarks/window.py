@@ -90,7 +90,9 @@ def show(report: dict[str, Any]) -> list[Table]:
     for model in dict.fromkeys(cell["model"] for cell in cells):
         own = [cell for cell in cells if cell["model"] == model]
         names = [name for name in CONTENDERS if any(name in cell["contenders"] for cell in own)]
-        headings = ",".join(["micro\nbatch", "steps", "by hand\nms", *(SHORT[name] for name in names[1:]), "misses"])
+        headings = ",".join(
+            ["micro\nbatch", "steps", "by hand\nms", *(SHORT[name] for name in names[1:]), "misses"]
+        )
         table = table_of(f"{model}: time of an update over the hand-written loop's", headings, left="misses")
         for cell in own:
             rows = cell["contenders"]
@@ -104,7 +106,9 @@ def show(report: dict[str, Any]) -> list[Table]:
             table.add_row(*row, end_section=last)
         tables.append(table)
     if report["growth"]:
-        table = table_of("time of a window over that of one micro-batch", "model,micro-\nbatch,contender,steps,times")
+        table = table_of(
+            "time of a window over that of one micro-batch", "model,micro-\nbatch,contender,steps,times"
+        )
         for row in report["growth"]:
             cells_of = (str(row[key]) for key in ("model", "micro_batch", "contender", "steps"))
             table.add_row(*cells_of, f"{row['times']:.2f}")
@@ -128,7 +132,9 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", type=words, default="lenet5", help=f"of {', '.join(MODELS)}; %(default)s")
     parser.add_argument("--micro-batch", type=numbers, default="32", help="samples, a list; %(default)s")
     parser.add_argument("--steps", type=numbers, default="4", help="micro-batches, a list; %(default)s")
-    parser.add_argument("--seconds", type=float, default=10.0, help="for each contender in each cell; %(default)s")
+    parser.add_argument(
+        "--seconds", type=float, default=10.0, help="for each contender in each cell; %(default)s"
+    )
     parser.add_argument("--rounds", type=int, help="instead of as many as fit into --seconds")
     parser.add_argument("--updates", type=int, help="a round, rounded up to whole epochs of the samples")
     parser.add_argument(
