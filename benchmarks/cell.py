@@ -47,7 +47,7 @@ class Plan:
 
 @dataclass
 class Timings:
-    """By contender: seconds of each round, how many of its updates were logged, and of what is not in rounds."""
+    """By contender: seconds of each round, its updates that were logged, and seconds of what is in no round."""
 
     seconds: dict[str, list[float]] = field(default_factory=dict)
     logged: dict[str, list[int]] = field(default_factory=dict)
@@ -74,8 +74,8 @@ def planned(
     """How to spend `seconds` on each contender of a cell whose update takes `update` seconds.
 
     Turns are short, about a tenth of a second, and of one update at least. A round has a multiple of ten
-    updates, so that each logs equally often, wherever that allows five rounds. `updates` are those of a round,
-    rounded up to whole turns.
+    updates, so that each logs equally often, wherever that allows five rounds. `updates` are those of a
+    round, rounded up to whole turns.
     """
     own = max(1, own_samples(task.model) // task.batch)
     if updates is not None:

@@ -1,4 +1,4 @@
-"""What every benchmark shares: taking turns, ratios and their quartiles, the environment, tables and reports."""
+"""What the benchmarks share: taking turns, ratios and their quartiles, the environment, tables, reports."""
 
 from __future__ import annotations
 

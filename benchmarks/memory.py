@@ -124,7 +124,8 @@ def alone(name: str, task: Task, threads: int | None) -> dict[str, Any]:
 
 
 def show(report: dict[str, Any]) -> list[Table]:
-    headings = "model,steps,contender,saved\nMiB,peak of\ntensors MiB,predicted\nMiB,peak over\npredicted,process\nMiB"
+    headings = "model,steps,contender,saved\nMiB,peak of\ntensors MiB,"
+    headings += "predicted\nMiB,peak over\npredicted,process\nMiB"
     table = table_of(
         f"peak of memory, {report['settings']['batch']} samples an update", headings, "contender,model"
     )
@@ -168,7 +169,9 @@ def report_of(asked: argparse.Namespace) -> dict[str, Any]:
         task = Task(model, device, asked.batch // steps, steps, asked.batch)
         expected = predicted(task)
         for name in asked.only:
-            found = {"skipped": skipped[name]} if name in skipped else alone(name, task, asked.threads)
+            found: dict[str, Any] = {"skipped": skipped.get(name)}
+            if name not in skipped:
+                found = alone(name, task, asked.threads)
             if "skipped" in found:
                 if name not in skipped:
                     say(f"{name} skipped: {found['skipped']}")

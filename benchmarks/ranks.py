@@ -280,8 +280,8 @@ def parser_of(prog: str, description: str | None, ranks: str) -> argparse.Argume
     return parser
 
 
-def arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    asked = parser.parse_args()
+def arguments(parser: argparse.ArgumentParser, given: list[str] | None = None) -> argparse.Namespace:
+    asked = parser.parse_args(given)
     sizes = (asked.micro_batch, asked.width, asked.updates, asked.repeats, asked.threads)
     at_least_1(parser, (*asked.ranks, *asked.steps, *sizes))
     if asked.device == "auto":

@@ -197,7 +197,8 @@ def conclude(report: dict[str, Any]) -> str:
     mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
     within = sum(not any(m.startswith("above") for m in cell["misses"]) for cell in cells)
     ahead = sum(not any(m.startswith("behind") for m in cell["misses"]) for cell in cells)
-    line = f"accumexp: {min(ratios):.3f} to {max(ratios):.3f} of the hand-written loop, geometric mean {mean:.3f}"
+    line = f"accumexp: {min(ratios):.3f} to {max(ratios):.3f} of the hand-written loop"
+    line += f", geometric mean {mean:.3f}"
     line += f"; at most {GOAL} in {within} of {len(cells)} cells, ahead of every peer in {ahead}"
     left = len(report["left_out"])
     return f"{line}; {left} cells left out" if left else line
