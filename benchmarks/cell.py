@@ -47,7 +47,7 @@ class Plan:
 
 @dataclass
 class Timings:
-    """By contender: seconds of each round, its updates that were logged, and seconds of what is in no round."""
+    """By contender: seconds of each round, its updates that were logged, seconds of what is in no round."""
 
     seconds: dict[str, list[float]] = field(default_factory=dict)
     logged: dict[str, list[int]] = field(default_factory=dict)
@@ -94,7 +94,7 @@ def planned(
     return Plan(found, whole // turn, turn)
 
 
-def timings(contenders: Sequence[Contender], plan: Plan) -> Timings:
+def timings(contenders: Sequence[Contender], plan: Plan, warm_up: float = WARM_UP_SECONDS) -> Timings:
     """Times of all contenders, who take turns epoch by epoch.
 
     What a contender does every few seconds, not in every round, is done when its own time has come, and
@@ -106,7 +106,7 @@ def timings(contenders: Sequence[Contender], plan: Plan) -> Timings:
         name = contender.name
         found.seconds[name], found.logged[name] = [0.0] * plan.rounds, [0] * plan.rounds
         found.flushes[name] = since[name] = 0.0
-        warm_up(contender)
+        warm(contender, warm_up)
 
     def take(contender: Contender, turn: int) -> None:
         name, number = contender.name, turn // plan.epochs
@@ -131,10 +131,10 @@ def timings(contenders: Sequence[Contender], plan: Plan) -> Timings:
     return found
 
 
-def warm_up(contender: Contender) -> None:
-    """Trains as long as a run is special: its first hundred updates are all logged. At most half a second."""
+def warm(contender: Contender, seconds: float) -> None:
+    """Trains as long as a run is special, whose first hundred updates are all logged; at most `seconds`."""
     spent, updates = 0.0, 0
-    while not updates or (updates < FIRST_UPDATES and spent < WARM_UP_SECONDS):
+    while not updates or (updates < FIRST_UPDATES and spent < seconds):
         spent += timed(contender)
         updates += contender.task.updates
     contender.flush(float("inf"))
@@ -204,7 +204,7 @@ def measured(
     plan = planned(task, task.steps * one.seconds, seconds, rounds, updates)
     whole = replace(task, samples=plan.updates * task.batch)
     contenders = [built(kind, whole) for kind in kinds if kind.name in errors]
-    found = timings(contenders, plan)
+    found = timings(contenders, plan, min(WARM_UP_SECONDS, seconds))
     count = plan.epochs * plan.updates
     rows: dict[str, dict[str, Any]] = {}
     for contender in contenders:

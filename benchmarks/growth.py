@@ -81,12 +81,15 @@ def by_ranks(asked: argparse.Namespace) -> Rows:
 def by_points(asked: argparse.Namespace) -> Rows:
     """Points of a run's record, journal and MLflow on SQLite, from the first to the end of the run."""
     rows: Rows = []
-    for points in track(asked.points, "points", console=console, transient=True):
-        with tempfile.TemporaryDirectory() as folder:
-            config = TrackingConfig(uri=f"sqlite:///{folder}/mlflow.db", system_metrics=False)
-            store = Store(config)
-            record = RunRecord(Path(folder))
-            record.tracker = MLflowTracker(store, store.create_run("points", {}), config)
+    with tempfile.TemporaryDirectory() as folder:
+        config = TrackingConfig(uri=f"sqlite:///{folder}/mlflow.db", system_metrics=False)
+        store = Store(config)
+        for points in track(asked.points, "points", console=console, transient=True):
+            run_id = store.create_run(f"{points} points", {})
+            own = Path(folder, run_id)
+            own.mkdir()
+            record = RunRecord(own)
+            record.tracker = MLflowTracker(store, run_id, config)
             start, left, update = perf_counter(), points, 0
             while left:
                 update += 1
@@ -95,10 +98,9 @@ def by_points(asked: argparse.Namespace) -> Rows:
                 left -= len(values)
             record.close("FINISHED")
             seconds = perf_counter() - start
-            kept = sum(len(store.client.get_metric_history(record.tracker.run_id, name)) for name in VALUES)
-        rows.append(
-            {"points": points, "kept": kept, "seconds": seconds, "ms_a_point": 1e3 * seconds / points}
-        )
+            kept = sum(len(store.client.get_metric_history(run_id, name)) for name in VALUES)
+            row = {"points": points, "kept": kept, "seconds": seconds}
+            rows.append(row | {"ms_a_point": 1e3 * seconds / points})
     return rows
 
 

@@ -61,7 +61,7 @@ class Module(lightning.LightningModule):
 
 
 def train(steps: int, seed: int, epochs: int, batch: int, folder: Path) -> dict[str, Any]:
-    """One run, as Lightning's guides show it: a Trainer with a logger, an evaluation and a checkpoint an epoch."""
+    """One run as Lightning's guides show it: a logger, an evaluation and a checkpoint an epoch."""
     lightning.seed_everything(seed, verbose=False)
     whole, test = Digits(train=True), Digits(train=False)
     order = torch.randperm(len(whole), generator=torch.Generator().manual_seed(0))
@@ -85,12 +85,8 @@ def train(steps: int, seed: int, epochs: int, batch: int, folder: Path) -> dict[
     module = Module()
     trainer.fit(module, training, evaluation)
     (found,) = trainer.test(module, DataLoader(test, batch_size=256), verbose=False)
-    return {
-        "steps": steps,
-        "seed": seed,
-        "updates": trainer.global_step,
-        "test/accuracy": found["test/accuracy"],
-    }
+    final = {"accuracy": found["test/accuracy"], "updates": trainer.global_step}
+    return {"overrides": [f"accum.steps={steps}", f"seed={seed}"], "final": final}
 
 
 def main() -> None:

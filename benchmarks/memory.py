@@ -11,13 +11,14 @@ import multiprocessing
 import os
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import torch
 from rich.progress import track
 from rich.table import Table
 
-from accumexp.system import MIB, peak_memory_mib, pick_device, reset_peak_memory, wait_for
+from accumexp.system import MIB, pick_device, reset_peak_memory, wait_for
 
 from .contenders import built, saved_bytes, timed
 from .measure import (
@@ -83,12 +84,16 @@ def measure_here(name: str, task: Task, threads: int | None) -> dict[str, Any]:
         del made
         task.dataset()
         gc.collect()
-        reset_peak_memory(task.device)
-        before = _resident()
+        reset_peak_memory(torch.device("cpu"))
+        before, started = _status("VmRSS"), _status("VmHWM")
         contender = built(kind, task)
         for _ in range(UPDATES):
             timed(contender)
-        resident = None if before is None else peak_memory_mib(torch.device("cpu")) * MIB - before
+        highest = _status("VmHWM")
+        resident = None
+        # A peak that could not be started anew is that of the imports.
+        if before and started and highest and started <= 1.02 * before:
+            resident = highest - before
         saved = saved_bytes(contender)
         contender.close()
         del contender
@@ -106,13 +111,17 @@ def measure_here(name: str, task: Task, threads: int | None) -> dict[str, Any]:
     return {"peak": peak, "resident": resident, "saved": saved}
 
 
-def _resident() -> float | None:
-    """Bytes of the process that are in memory, where its peak can be started anew."""
-    import psutil
+def _status(key: str) -> int | None:
+    """Bytes of this process by Linux's own count (proc(5), status), None elsewhere.
 
-    now = psutil.Process().memory_info().rss
-    # A peak that has not come down is that of the imports.
-    return now if peak_memory_mib(torch.device("cpu")) * MIB <= 1.02 * now else None
+    Not getrusage's: its peak begins with that of the process which started this one.
+    """
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    found = [line.split()[1] for line in lines if line.startswith(f"{key}:")]
+    return 1024 * int(found[0]) if found else None
 
 
 def alone(name: str, task: Task, threads: int | None) -> dict[str, Any]:
