@@ -177,7 +177,7 @@ def checked(
             left_out[kind.name] = not_installed(error)
         except WrongGradient as error:
             refused[kind.name] = str(error)
-        gc.collect()
+    gc.collect()
     return errors, left_out, refused
 
 
