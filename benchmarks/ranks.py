@@ -9,8 +9,6 @@ import argparse
 import contextlib
 import json
 import os
-import platform
-import random
 import statistics
 import sys
 import tempfile
@@ -25,8 +23,6 @@ from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
-from rich import box
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
@@ -37,9 +33,20 @@ from torch.nn.parallel import DistributedDataParallel
 
 from accumexp.accum import OptimizerStep, Window, data_parallel
 from accumexp.models import MLP, LeNet5
-from accumexp.system import device_name, wait_for
+from accumexp.system import wait_for
 
-Rows = list[dict[str, Any]]
+from .measure import (
+    Rows,
+    at_least_1,
+    environment,
+    finish,
+    in_turns,
+    numbers,
+    output_options,
+    ratio_of,
+    table_of,
+)
+
 SEED = 0
 TOLERANCE = 1e-5
 
@@ -197,20 +204,15 @@ def timings(contenders: list[Contender], task: Task, updates: int, repeats: int)
     for contender in contenders:
         milliseconds(contender, task.device, updates)
     times = torch.zeros(len(contenders), repeats, dtype=torch.float64)
-    orders = random.Random(SEED)
-    for repeat in range(repeats):
-        for k in orders.sample(range(len(contenders)), len(contenders)):
-            times[k, repeat] = milliseconds(contenders[k], task.device, updates)
+
+    def take(k: int, repeat: int) -> None:
+        times[k, repeat] = milliseconds(contenders[k], task.device, updates)
+
+    in_turns(range(len(contenders)), range(repeats), take)
     slowest = times.to(task.device)
     dist.all_reduce(slowest, dist.ReduceOp.MAX)  # an update lasts until its last rank is done
-    reference = slowest[0].tolist()
-    found: Rows = []
-    for own in slowest.tolist():
-        ratios = [mine / other for mine, other in zip(own, reference, strict=True)]
-        low, _, high = statistics.quantiles(ratios, n=4) if repeats > 1 else ratios * 3
-        row = {"median_ms": statistics.median(own), "ratio": statistics.median(ratios)}
-        found.append(row | {"ratio_low": low, "ratio_high": high, "ms": own})
-    return found
+    reference, *_ = found = slowest.tolist()
+    return [{"median_ms": statistics.median(own), **ratio_of(own, reference), "ms": own} for own in found]
 
 
 def measured(task: Task, updates: int, repeats: int) -> Rows:
@@ -247,15 +249,6 @@ def measure_rank(rank: int, ranks: int, asked: argparse.Namespace, folder: Path,
     os._exit(0)  # without tearing down what threads of the group may still use: that aborts now and then
 
 
-def table_of(title: str, headings: str) -> Table:
-    """A table of numbers, and of contenders; `headings` are separated by commas."""
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    table.collapse_padding = True
-    for heading in headings.split(","):
-        table.add_column(heading, justify="left" if heading == "contender" else "right", no_wrap=True)
-    return table
-
-
 def times_of(row: dict[str, Any]) -> list[str]:
     """The cells of a row that all tables of times end with."""
     quartiles = f"{row['ratio_low']:.3f} to {row['ratio_high']:.3f}"
@@ -272,10 +265,6 @@ def show(report: dict[str, Any]) -> list[Table]:
     return [table]
 
 
-def numbers(text: str) -> list[int]:
-    return [int(number) for number in text.split(",")]
-
-
 def parser_of(prog: str, description: str | None, ranks: str) -> argparse.ArgumentParser:
     """The options of a benchmark on several ranks."""
     parser = argparse.ArgumentParser(prog=f"python -m {prog}", description=description)
@@ -287,43 +276,38 @@ def parser_of(prog: str, description: str | None, ranks: str) -> argparse.Argume
     parser.add_argument("--repeats", type=int, default=30)
     parser.add_argument("--threads", type=int, default=1, help="of each rank; %(default)s")
     parser.add_argument("--device", choices=["auto", "cpu"], default="auto", help="a GPU a rank if there is")
-    parser.add_argument("--json", type=Path, metavar="PATH")
+    output_options(parser)
     return parser
 
 
-def arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    asked = parser.parse_args()
+def arguments(parser: argparse.ArgumentParser, given: list[str] | None = None) -> argparse.Namespace:
+    asked = parser.parse_args(given)
     sizes = (asked.micro_batch, asked.width, asked.updates, asked.repeats, asked.threads)
-    if min(*asked.ranks, *asked.steps, *sizes) < 1:
-        parser.error("numbers are at least 1")
+    at_least_1(parser, (*asked.ranks, *asked.steps, *sizes))
     if asked.device == "auto":
         asked.device = "cuda" if torch.cuda.device_count() >= max(asked.ranks) else "cpu"
     return asked
 
 
-def run(asked: argparse.Namespace, measured: Measured, show: Callable[[dict[str, Any]], list[Table]]) -> None:
-    """Measures on all numbers of ranks, prints the tables and, if asked for, writes the report as JSON."""
+def run_rows(asked: argparse.Namespace, measured: Measured) -> Rows:
+    """The rows of all numbers of ranks, each measured by processes of its own."""
     rows: Rows = []
     for ranks in asked.ranks:
         with tempfile.TemporaryDirectory() as temporary:
             spawn(measure_rank, (ranks, asked, Path(temporary), measured), ranks)
             rows += json.loads(Path(temporary, "rows.json").read_text())
+    return rows
+
+
+def run(asked: argparse.Namespace, measured: Measured, show: Callable[[dict[str, Any]], list[Table]]) -> None:
+    """Measures on all numbers of ranks, prints the tables and, if asked for, writes the report as JSON."""
+    rows = run_rows(asked, measured)
     names = ["model", "micro_batch", "updates", "repeats", "threads"]
     settings = {name: getattr(asked, name) for name in names + ["width"] * (asked.model == "mlp")}
-    device = device_name(torch.device(asked.device))
-    environment = {"torch": torch.__version__, "python": platform.python_version(), "device": device}
-    environment |= {"cores": os.cpu_count(), "backend": "nccl" if asked.device == "cuda" else "gloo"}
-    report = {"environment": environment, "settings": settings, "rows": rows}
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=110)  # a pipe or a file has no width of its own
-    for table in show(report):
-        console.print(table)
-    for part in ("settings", "environment"):
-        line = ", ".join(f"{key} {value}" for key, value in report[part].items())
-        console.print(f"{part}: {line}", highlight=False, soft_wrap=True)
-    if asked.json:
-        asked.json.write_text(json.dumps(report, indent=2) + "\n")
+    here = environment(torch.device(asked.device)) | {"threads": asked.threads}
+    here["backend"] = "nccl" if asked.device == "cuda" else "gloo"
+    report = {"environment": here, "settings": settings, "rows": rows}
+    finish(report, show(report), asked.json)
 
 
 def main() -> None:

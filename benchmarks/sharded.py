@@ -21,15 +21,14 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from accumexp.accum import data_parallel, fully_sharded
 from accumexp.system import MIB, reset_peak_memory, wait_for
 
+from .measure import Rows, table_of
 from .ranks import (
     Contender,
-    Rows,
     Task,
     arguments,
     gradient_error,
     parser_of,
     run,
-    table_of,
     times_of,
     timings,
     windowed,

@@ -1,238 +1,223 @@
-"""Times one update of LeNet-5 under accumexp, written by hand and under its peers, interleaved.
+"""Times one update under accumexp, written by hand and under its peers, interleaved, at many sizes.
 
-python -m benchmarks.window --rounds 15 --json window.json
+python -m benchmarks.window --model lenet5 --micro-batch 8,32,128,512 --steps 1,4,16,64 --json window.json
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import gc
 import json
-import logging
-import os
-import platform
-import random
-import statistics
-import warnings
-from collections.abc import Iterator
-from dataclasses import replace
-from importlib.metadata import PackageNotFoundError, version
+import math
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
-import torch
-from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from torch import Tensor, nn
 
-from accumexp.accum import measure_activations
-from accumexp.data import Digits
-from accumexp.seeding import seed_everything
-from accumexp.system import MIB, device_name, pick_device
+from accumexp.system import pick_device
 
-from .contenders import CONTENDERS, SEED, Accumexp, Contender, HandWritten, Task
+from .cell import OneMicroBatch, measured, one_micro_batch
+from .contenders import Contender, Fused, HandWritten, HandWrittenLoader, SingleBatch
+from .measure import (
+    at_least_1,
+    console,
+    device_options,
+    environment,
+    finish,
+    known,
+    numbers,
+    output_options,
+    prepare,
+    say,
+    table_of,
+    words,
+)
+from .ours import Accumexp
+from .peers import PEERS
+from .tasks import Task
 
-TOLERANCE = 1e-5
-console = Console()
-if not console.is_terminal:
-    console = Console(width=110)  # a pipe or a file has no width of its own
-
-
-@contextlib.contextmanager
-def peers_quiet(name: str) -> Iterator[None]:
-    """Drops warnings and advice while one of the peers is at work."""
-    if name == Accumexp.name:
-        yield
-        return
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-
-
-def built(kind: type[Contender], task: Task) -> Contender:
-    """A contender with the same initial weights and the same kernels as every other."""
-    seed_everything(SEED, task.deterministic)
-    with peers_quiet(kind.name):
-        made = kind(task)
-    for logger in ("lightning.pytorch", "lightning.fabric", "accelerate"):
-        logging.getLogger(logger).setLevel(logging.ERROR)
-    return made
-
-
-def timed(contender: Contender) -> float:
-    """Seconds of one epoch, with the global switches that a peer may have turned put back before it."""
-    task = contender.task
-    seed_everything(SEED, task.deterministic)
-    with peers_quiet(contender.name):
-        return contender.seconds()
+MODELS = ("lenet5", "resnet18", "bert")
+CONTENDERS: dict[str, type[Contender]] = {
+    kind.name: kind for kind in (HandWritten, Fused, SingleBatch, HandWrittenLoader, *PEERS, Accumexp)
+}
+PACKAGES = ("accelerate", "lightning", "transformers", "mlflow", "torchvision")
+SHORT = {
+    "hand-written fused": "fused",
+    "single-batch": "single\nbatch",
+    "dataloader": "data-\nloader",
+    "accelerate": "accel-\nerate",
+    "fabric": "fabric",
+    "lightning": "light-\nning",
+    "transformers": "trans-\nformers",
+    "accumexp": "accum-\nexp",
+}
+GOAL = 1.02  # of the hand-written loop's time
 
 
-def first_gradient(contender: Contender) -> list[Tensor]:
-    """The gradient of the first update: what momentum starts from, whenever `.grad` is zeroed."""
-    state = contender.optimizer.state
-    return [state[p]["momentum_buffer"].cpu().clone() for p in contender.model.parameters()]
+def flags(cell: dict[str, Any]) -> list[str]:
+    """What of the goal a cell misses: its bound on the hand-written loop, and which peers are not behind."""
+    rows = cell["contenders"]
+    if Accumexp.name not in rows:
+        return []
+    own = rows[Accumexp.name]["ratio"]
+    missed = [f"above {GOAL}"] if own > GOAL else []
+    ahead = [kind.name for kind in PEERS if kind.name in rows and rows[kind.name]["ratio"] <= own]
+    return missed + [f"behind {name}" for name in ahead]
 
 
-def saved_bytes(contender: Contender) -> int:
-    """Peak bytes saved for backward in one update, without parameters and images."""
-    fed: list[Any] = []  # alive to the end, or an activation could get a batch's address
-    with measure_activations(contender.model, []) as saved:
-
-        def exclude(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            fed.append(inputs)
-            saved.exclude(inputs)
-
-        handle = contender.model.register_forward_pre_hook(exclude)
-        timed(contender)
-        handle.remove()
-    return saved.peak_bytes
-
-
-def first_update(kind: type[Contender], task: Task) -> tuple[list[Tensor], int]:
-    """The gradient of the first update, and the bytes that the second saves for backward."""
-    contender = built(kind, task)
-    timed(contender)
-    gradient = first_gradient(contender)
-    peak = saved_bytes(contender)
-    contender.close()
-    return gradient, peak
-
-
-def relative_error(name: str, gradient: list[Tensor], reference: list[Tensor]) -> float:
-    """The largest of the parameters' errors, each relative to its gradient's norm.
-
-    Raises:
-        AssertionError: if it is above the tolerance.
-    """
-    pairs = zip(gradient, reference, strict=True)
-    error = max(float((found - wanted).norm() / wanted.norm()) for found, wanted in pairs)
-    assert error <= TOLERANCE, f"{name}: the gradient is off by {error:.1e} of its norm"
-    return error
-
-
-def measured(contenders: list[Contender], epochs: int, rounds: int) -> dict[str, list[float]]:
-    """Seconds by contender, one number a round of `epochs` epochs.
-
-    Contenders take turns epoch by epoch, in a new random order each time, so that a machine whose speed
-    drifts is alike to all in every round.
-    """
-    seconds: dict[str, list[float]] = {contender.name: [0.0] * rounds for contender in contenders}
-    for contender in contenders:
-        timed(contender)
-    orders = random.Random(SEED)
-    for turn in track(range(rounds * epochs), "training", console=console, transient=True):
-        if turn % epochs == 0:
-            gc.collect()
-        for contender in orders.sample(contenders, len(contenders)):
-            seconds[contender.name][turn // epochs] += timed(contender)
-        if (turn + 1) % epochs == 0:
-            for contender in contenders:
-                start = perf_counter()
-                contender.flush()
-                seconds[contender.name][turn // epochs] += perf_counter() - start
-    return seconds
-
-
-def summary(seconds: list[float], reference: list[float], updates: int) -> dict[str, float]:
-    ratios = [own / other for own, other in zip(seconds, reference, strict=True)]
-    low, _, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
-    return {
-        "median_ms": 1e3 * statistics.median(seconds) / updates,
-        "min_ms": 1e3 * min(seconds) / updates,
-        "ratio": statistics.median(ratios),
-        "ratio_low": low,
-        "ratio_high": high,
-    }
-
-
-def environment(device: torch.device) -> dict[str, Any]:
-    found = {"torch": torch.__version__, "device": device_name(device), "threads": torch.get_num_threads()}
-    found |= {"python": platform.python_version(), "cores": os.cpu_count()}
-    for package in ("accelerate", "lightning", "mlflow"):
-        with contextlib.suppress(PackageNotFoundError):
-            found[package] = version(package)
+def growth(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """By model, micro-batch and contender: t(most steps) / t(1), where both were measured."""
+    found: list[dict[str, Any]] = []
+    for model, micro in dict.fromkeys((cell["model"], cell["micro_batch"]) for cell in cells):
+        own = {c["steps"]: c for c in cells if (c["model"], c["micro_batch"]) == (model, micro)}
+        most = max(own)
+        if 1 not in own or most == 1:
+            continue
+        for name in (HandWritten.name, Accumexp.name):
+            if all(name in own[steps]["contenders"] for steps in (1, most)):
+                first, last = (own[steps]["contenders"][name]["median_ms"] for steps in (1, most))
+                found.append({"model": model, "micro_batch": micro, "contender": name})
+                found[-1] |= {"steps": most, "times": last / first}
     return found
 
 
-def show(report: dict[str, Any]) -> None:
-    table = Table("contender", title="one update", title_justify="left")
-    for heading in ("median ms", "min ms", "ratio", "its quartiles", "saved MiB", "gradient off by"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for name, row in report["contenders"].items():
-        quartiles = f"{row['ratio_low']:.3f} to {row['ratio_high']:.3f}"
-        values = [f"{row['median_ms']:.3f}", f"{row['min_ms']:.3f}", f"{row['ratio']:.3f}", quartiles]
-        table.add_row(name, *values, f"{row['saved_mib']:.3f}", f"{row['gradient_error']:.1e}")
-    console.print(table)
-    for part in ("settings", "environment"):
-        line = ", ".join(f"{key} {value}" for key, value in report[part].items())
-        console.print(f"{part}: {line}", highlight=False, soft_wrap=True)
+def show(report: dict[str, Any]) -> list[Table]:
+    """A table of one cell in detail, or one a model of the ratios in all its cells."""
+    cells = report["cells"]
+    if len(cells) == 1:
+        return [_detail(cells[0])]
+    tables: list[Table] = []
+    for model in dict.fromkeys(cell["model"] for cell in cells):
+        own = [cell for cell in cells if cell["model"] == model]
+        names = [name for name in CONTENDERS if any(name in cell["contenders"] for cell in own)]
+        headings = ",".join(
+            ["micro\nbatch", "steps", "by hand\nms", *(SHORT[name] for name in names[1:]), "misses"]
+        )
+        table = table_of(f"{model}: time of an update over the hand-written loop's", headings, left="misses")
+        for cell in own:
+            rows = cell["contenders"]
+            ratios = [f"{rows[name]['ratio']:.3f}" if name in rows else "-" for name in names[1:]]
+            by_hand = f"{rows[HandWritten.name]['median_ms']:.2f}"
+            last = cell["micro_batch"] != next(
+                (c["micro_batch"] for c in own[own.index(cell) + 1 :]), cell["micro_batch"]
+            )
+            missed = "\n".join(cell["misses"])
+            row = (str(cell["micro_batch"]), str(cell["steps"]), by_hand, *ratios, missed)
+            table.add_row(*row, end_section=last)
+        tables.append(table)
+    if report["growth"]:
+        table = table_of(
+            "time of a window over that of one micro-batch", "model,micro-\nbatch,contender,steps,times"
+        )
+        for row in report["growth"]:
+            cells_of = (str(row[key]) for key in ("model", "micro_batch", "contender", "steps"))
+            table.add_row(*cells_of, f"{row['times']:.2f}")
+        tables.append(table)
+    return tables
 
 
-def arguments() -> argparse.Namespace:
+def _detail(cell: dict[str, Any]) -> Table:
+    title = f"{cell['model']}: one update of {cell['steps']} x {cell['micro_batch']}"
+    headings = "contender,median\nms,min\nms,ratio,quartiles,saved\nMiB,gradient\noff by"
+    table = table_of(title, headings)
+    for name, row in cell["contenders"].items():
+        spread = f"{row['ratio_low']:.3f} to {row['ratio_high']:.3f}"
+        numbers_of = [f"{row['median_ms']:.3f}", f"{row['min_ms']:.3f}", f"{row['ratio']:.3f}", spread]
+        table.add_row(name, *numbers_of, f"{row['saved_mib']:.3f}", f"{row['gradient_error']:.1e}")
+    return table
+
+
+def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.window", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--updates", type=int, default=220, help="a round, rounded up to whole epochs")
-    parser.add_argument("--micro-batch", type=int, default=32)
-    parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    parser.add_argument("--threads", type=int, help="torch's own choice if left out")
+    parser.add_argument("--model", type=words, default="lenet5", help=f"of {', '.join(MODELS)}; %(default)s")
+    parser.add_argument("--micro-batch", type=numbers, default="32", help="samples, a list; %(default)s")
+    parser.add_argument("--steps", type=numbers, default="4", help="micro-batches, a list; %(default)s")
+    parser.add_argument(
+        "--seconds", type=float, default=10.0, help="for each contender in each cell; %(default)s"
+    )
+    parser.add_argument("--rounds", type=int, help="instead of as many as fit into --seconds")
+    parser.add_argument("--updates", type=int, help="a round, rounded up to whole epochs of the samples")
+    parser.add_argument(
+        "--cell-limit", type=float, default=5.0, help="leave out cells of longer updates, in s; %(default)s"
+    )
+    device_options(parser)
     parser.add_argument("--deterministic", action="store_true", help="reproducible kernels for everyone")
-    parser.add_argument("--json", type=Path, metavar="PATH")
-    parser.add_argument("--only", default=",".join(CONTENDERS), help="comma-separated names; %(default)s")
-    asked = parser.parse_args()
-    asked.only = [HandWritten.name, *(name for name in asked.only.split(",") if name != HandWritten.name)]
-    if unknown := [name for name in asked.only if name not in CONTENDERS]:
-        parser.error(f"--only: no contender {', '.join(unknown)}; {', '.join(CONTENDERS)}")
-    if min(asked.rounds, asked.updates, asked.micro_batch, asked.steps, asked.threads or 1) < 1:
-        parser.error("numbers are at least 1")
+    parser.add_argument("--only", type=words, default=",".join(CONTENDERS), help="contenders; %(default)s")
+    output_options(parser, picture=True)
+    asked = parser.parse_args(given)
+    asked.only = [HandWritten.name, *(name for name in asked.only if name != HandWritten.name)]
+    known(parser, "--only", asked.only, CONTENDERS)
+    known(parser, "--model", asked.model, MODELS)
+    at_least_1(parser, (asked.rounds, asked.updates, *asked.micro_batch, *asked.steps, asked.threads))
+    if not (asked.seconds > 0 and asked.cell_limit > 0):
+        parser.error("--seconds and --cell-limit are above 0")
     return asked
 
 
-def main() -> None:
-    asked = arguments()
-    if asked.threads:
-        torch.set_num_threads(asked.threads)
-    # TF32 would make the gradients of two kernels differ more than the two definitions might.
-    torch.backends.cudnn.allow_tf32 = False
-    device, batch = pick_device(asked.device), asked.micro_batch * asked.steps
-    task = Task(device, asked.micro_batch, asked.steps, asked.deterministic, batch)
-    per_epoch = len(Digits(train=True)) // batch
-    if not per_epoch:
-        raise SystemExit(f"error: {batch} samples an update are more than there are")
-    epochs = -(-asked.updates // per_epoch)
-    whole = replace(task, samples=per_epoch * batch)
-    reference: list[Tensor] = []
-    checks: dict[str, tuple[float, int]] = {}
-    contenders: list[Contender] = []
-    skipped: dict[str, str] = {}
-    for kind in map(CONTENDERS.__getitem__, asked.only):
-        try:
-            gradient, peak = first_update(kind, task)
-            reference = reference or gradient  # the hand-written loop comes first
-            checks[kind.name] = relative_error(kind.name, gradient, reference), peak
-            contenders.append(built(kind, whole))
-        except ModuleNotFoundError as error:
-            skipped[kind.name] = f"{error.name} is not installed: pip install 'accumexp[bench]'"
-            console.print(f"{kind.name} skipped: {skipped[kind.name]}", highlight=False, markup=False)
-    seconds = measured(contenders, epochs, asked.rounds)
-    updates = epochs * per_epoch
-    rows: dict[str, dict[str, float]] = {}
-    for contender in contenders:
-        name = contender.name
-        error, peak = checks[name]
-        rows[name] = summary(seconds[name], seconds[HandWritten.name], updates)
-        rows[name] |= {"saved_mib": peak / MIB, "gradient_error": error}
-        contender.close()
-    settings = {"micro_batch": asked.micro_batch, "steps": asked.steps, "updates": updates}
-    settings |= {"rounds": asked.rounds, "deterministic": asked.deterministic}
-    report = {"environment": environment(device), "settings": settings, "contenders": rows}
-    show(report)
-    if asked.json:
-        report |= {"skipped": skipped, "seconds": seconds}
-        asked.json.write_text(json.dumps(report, indent=2) + "\n")
+def report_of(asked: argparse.Namespace) -> dict[str, Any]:
+    """Measures every cell that is not too large."""
+    device = pick_device(asked.device)
+    kinds = [CONTENDERS[name] for name in asked.only]
+    sizes = [(m, b, s) for m in asked.model for b in asked.micro_batch for s in asked.steps]
+    cells: list[dict[str, Any]] = []
+    left_out: list[dict[str, Any]] = []
+    first: dict[tuple[str, int], OneMicroBatch] = {}
+    told: set[str] = set()
+    for model, micro, steps in track(sizes, "training", console=console, transient=True):
+        task = Task(model, device, micro, steps, micro * steps, asked.deterministic)
+        if (model, micro) not in first:
+            first[model, micro] = one_micro_batch(task)
+        update = steps * first[model, micro].seconds
+        if update > asked.cell_limit:
+            left_out.append({"model": model, "micro_batch": micro, "steps": steps, "estimate_s": update})
+            say(f"{model}, {steps} x {micro} left out: an update takes about {update:.1f} s")
+            continue
+        cell = measured(kinds, task, asked.seconds, first[model, micro], asked.rounds, asked.updates)
+        for name, reason in cell["skipped"].items():
+            if (line := f"{name} skipped: {reason}") not in told:
+                told.add(line)
+                say(f"{model}, {steps} x {micro}: {line}")
+        for reason in cell["refused"].values():
+            say(f"{model}, {steps} x {micro}: refused {reason}")
+        cells.append(cell | {"misses": flags(cell)})
+        if asked.json:  # what there is, should a later cell end the command
+            asked.json.write_text(json.dumps({"cells": cells, "left_out": left_out}) + "\n")
+    names = ("model", "micro_batch", "steps", "seconds", "rounds", "updates", "cell_limit", "deterministic")
+    settings = {name: getattr(asked, name) for name in names if getattr(asked, name) is not None}
+    report = {"environment": environment(device, *PACKAGES), "settings": settings}
+    return report | {"cells": cells, "left_out": left_out, "growth": growth(cells)}
+
+
+def conclude(report: dict[str, Any]) -> str:
+    """The goal in a line."""
+    cells = [cell for cell in report["cells"] if Accumexp.name in cell["contenders"]]
+    if not cells:
+        return "accumexp was not measured"
+    ratios = [cell["contenders"][Accumexp.name]["ratio"] for cell in cells]
+    mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
+    within = sum(not any(m.startswith("above") for m in cell["misses"]) for cell in cells)
+    ahead = sum(not any(m.startswith("behind") for m in cell["misses"]) for cell in cells)
+    line = f"accumexp: {min(ratios):.3f} to {max(ratios):.3f} of the hand-written loop"
+    line += f", geometric mean {mean:.3f}"
+    line += f"; at most {GOAL} in {within} of {len(cells)} cells, ahead of every peer in {ahead}"
+    left = len(report["left_out"])
+    return f"{line}; {left} cells left out" if left else line
+
+
+def main(given: list[str] | None = None) -> None:
+    asked = arguments(given)
+    prepare(asked.threads)
+    report = report_of(asked)
+    if not report["cells"]:
+        raise SystemExit("error: every cell is left out; raise --cell-limit")
+    finish(report, show(report), asked.json)
+    say(conclude(report))
+    if asked.picture:
+        from .pictures import window_picture
+
+        window_picture(report, Path(asked.picture))
+    if any(cell["refused"] for cell in report["cells"]):
+        raise SystemExit("error: a contender was refused, its gradient is not the hand-written loop's")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,36 @@
+"""One update of LeNet-5 at 4 micro-batches of 32 in a fresh process, for `benchmarks.startup`.
+
+python -m benchmarks.first_update lightning
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+
+MARK = "ACCUMEXP_BENCHMARK_MARK"  # the file that is told when the first update is done
+
+
+def mark() -> None:
+    if path := os.environ.get(MARK):
+        Path(path).write_text(str(time.time()))
+
+
+def main() -> None:
+    import torch
+
+    from .contenders import Contender, HandWritten, built, timed
+    from .peers import PEERS
+    from .tasks import Task
+
+    kinds: dict[str, type[Contender]] = {kind.name: kind for kind in (HandWritten, *PEERS)}
+    contender = built(kinds[sys.argv[1]], Task("lenet5", torch.device("cpu"), 32, 4, 128))
+    timed(contender)
+    mark()
+    contender.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,212 @@
+"""How cost grows: with steps, parameters, ranks and logged points. One picture, one report.
+
+python -m benchmarks.growth --json growth.json --picture growth.png
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+from rich.progress import track
+from rich.table import Table
+
+from accumexp.config import TrackingConfig
+from accumexp.record import RunRecord
+from accumexp.system import pick_device
+from accumexp.tracking import MLflowTracker, Store
+
+from . import ranks
+from .cell import measured, one_micro_batch
+from .contenders import Contender, HandWritten
+from .measure import (
+    Rows,
+    at_least_1,
+    console,
+    device_options,
+    environment,
+    finish,
+    known,
+    numbers,
+    output_options,
+    prepare,
+    table_of,
+    words,
+)
+from .ours import Accumexp
+from .tasks import Task
+
+PANELS = ("steps", "parameters", "ranks", "points")
+KINDS: list[type[Contender]] = [HandWritten, Accumexp]
+# What an update that is published brings: points of as many metrics.
+VALUES = ("train/loss", "train/lr", "train/grad_norm", "train/accuracy", "perf/update_ms")
+MOST_STEPS, MOST_MS = 66, 0.15  # t(64) over t(1), and ms a point: what the project claims at most
+
+
+def by_steps(asked: argparse.Namespace, device: torch.device) -> Rows:
+    """Windows of LeNet-5 at one micro-batch, by steps."""
+    task = Task("lenet5", device, asked.micro_batch, 1, asked.micro_batch)
+    one = one_micro_batch(task)
+    rows: Rows = []
+    for steps in track(asked.steps, "steps", console=console, transient=True):
+        cell = Task("lenet5", device, asked.micro_batch, steps, asked.micro_batch * steps)
+        rows.append(measured(KINDS, cell, asked.seconds, one))
+    return rows
+
+
+def by_parameters(asked: argparse.Namespace, device: torch.device) -> Rows:
+    """Windows of four micro-batches of an MLP, by its number of parameters."""
+    rows: Rows = []
+    for width in track(asked.widths, "parameters", console=console, transient=True):
+        task = Task("mlp", device, asked.micro_batch, 4, 4 * asked.micro_batch, width=width)
+        count = sum(parameter.numel() for parameter in task.build().parameters())
+        row = measured(KINDS, task, asked.seconds, one_micro_batch(task))
+        rows.append({"width": width, "parameters": count} | row)
+    return rows
+
+
+def by_ranks(asked: argparse.Namespace) -> Rows:
+    """Windows of four micro-batches of LeNet-5 on each rank, by ranks."""
+    given = ["--ranks", ",".join(map(str, asked.ranks)), "--steps=4", f"--micro-batch={asked.micro_batch}"]
+    given += [f"--repeats={asked.repeats}", "--device", "cpu" if asked.device == "cpu" else "auto"]
+    parser = ranks.parser_of("benchmarks.ranks", None, ranks="1,2")
+    parser.set_defaults(model="lenet5")
+    return ranks.run_rows(ranks.arguments(parser, given), ranks.measured)
+
+
+def by_points(asked: argparse.Namespace) -> Rows:
+    """Points of a run's record, journal and MLflow on SQLite, from the first to the end of the run."""
+    rows: Rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        config = TrackingConfig(uri=f"sqlite:///{folder}/mlflow.db", system_metrics=False)
+        store = Store(config)
+        for points in track(asked.points, "points", console=console, transient=True):
+            run_id = store.create_run(f"{points} points", {})
+            own = Path(folder, run_id)
+            own.mkdir()
+            record = RunRecord(own)
+            record.tracker = MLflowTracker(store, run_id, config)
+            start, left, update = perf_counter(), points, 0
+            while left:
+                update += 1
+                values = {name: 1 / update for name in VALUES[: min(left, len(VALUES))]}
+                record.record(update, values, publish=True)
+                left -= len(values)
+            record.close("FINISHED")
+            seconds = perf_counter() - start
+            kept = sum(len(store.client.get_metric_history(run_id, name)) for name in VALUES)
+            row = {"points": points, "kept": kept, "seconds": seconds}
+            rows.append(row | {"ms_a_point": 1e3 * seconds / points})
+    return rows
+
+
+def show(report: dict[str, Any]) -> list[Table]:
+    tables: list[Table] = []
+    for panel, key in (("steps", "steps"), ("parameters", "parameters")):
+        if panel in report:
+            table = table_of(
+                f"a window, by {panel}", f"{panel},by hand\nms,accumexp\nms,ratio,quartiles,t / first t"
+            )
+            first = report[panel][0]["contenders"]
+            for row in report[panel]:
+                by_hand, own = (row["contenders"][kind.name] for kind in KINDS)
+                cells = [f"{by_hand['median_ms']:.3f}", f"{own['median_ms']:.3f}", f"{own['ratio']:.3f}"]
+                cells += [f"{own['ratio_low']:.3f} to {own['ratio_high']:.3f}"]
+                times = own["median_ms"] / first[Accumexp.name]["median_ms"]
+                table.add_row(f"{row[key]:,}", *cells, f"{times:.2f}")
+            tables.append(table)
+    if "ranks" in report:
+        tables += ranks.show({"rows": report["ranks"]})
+    if "points" in report:
+        table = table_of(f"logged points, at most {MOST_MS} ms each", "points,found in\nMLflow,s,ms a point")
+        for row in report["points"]:
+            cells = (
+                f"{row['points']:,}",
+                f"{row['kept']:,}",
+                f"{row['seconds']:.2f}",
+                f"{row['ms_a_point']:.4f}",
+            )
+            table.add_row(*cells)
+        tables.append(table)
+    return tables
+
+
+def arguments(given: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.growth", description=__doc__)
+    parser.add_argument("--only", type=words, default=",".join(PANELS), help="panels; %(default)s")
+    parser.add_argument("--steps", type=numbers, default="1,2,4,8,16,32,64", help="%(default)s")
+    parser.add_argument(
+        "--widths", type=numbers, default="32,128,512,1024,2048", help="of an MLP; %(default)s"
+    )
+    parser.add_argument("--ranks", type=numbers, default="1,2", help="%(default)s")
+    parser.add_argument("--points", type=numbers, default="1000,10000,100000", help="%(default)s")
+    parser.add_argument("--micro-batch", type=int, default=32, help="%(default)s")
+    parser.add_argument("--seconds", type=float, default=10.0, help="a contender and size; %(default)s")
+    parser.add_argument("--repeats", type=int, default=30, help="on ranks; %(default)s")
+    device_options(parser)
+    output_options(parser, picture=True)
+    asked = parser.parse_args(given)
+    known(parser, "--only", asked.only, PANELS)
+    sizes = (*asked.steps, *asked.widths, *asked.ranks, *asked.points)
+    at_least_1(parser, (*sizes, asked.micro_batch, asked.repeats, asked.threads))
+    return asked
+
+
+def report_of(asked: argparse.Namespace) -> dict[str, Any]:
+    device = pick_device(asked.device)
+    names = ("only", "steps", "widths", "ranks", "points", "micro_batch", "seconds", "repeats")
+    settings = {name: getattr(asked, name) for name in names}
+    report: dict[str, Any] = {"environment": environment(device, "mlflow"), "settings": settings}
+    # Processes before this one has threads of its own at work.
+    if "ranks" in asked.only:
+        report["ranks"] = by_ranks(asked)
+    if "points" in asked.only:
+        report["points"] = by_points(asked)
+    if "steps" in asked.only:
+        report["steps"] = by_steps(asked, device)
+    if "parameters" in asked.only:
+        report["parameters"] = by_parameters(asked, device)
+    refused = [
+        why
+        for panel in ("steps", "parameters")
+        for row in report.get(panel, [])
+        for why in row["refused"].values()
+    ]
+    if refused:
+        raise SystemExit(f"error: {refused[0]}")
+    return report
+
+
+def conclude(report: dict[str, Any]) -> list[str]:
+    lines: list[str] = []
+    if rows := report.get("steps"):
+        first, last = rows[0], rows[-1]
+        for kind in KINDS:
+            times = last["contenders"][kind.name]["median_ms"] / first["contenders"][kind.name]["median_ms"]
+            lines.append(f"{kind.name}: t({last['steps']}) is {times:.2f} t({first['steps']})")
+        if (first["steps"], last["steps"]) == (1, 64):
+            lines[-1] += f", at most {MOST_STEPS} is claimed"
+    if rows := report.get("points"):
+        lines.append(f"{rows[-1]['points']:,} points: {rows[-1]['ms_a_point']:.4f} ms a point")
+    return lines
+
+
+def main(given: list[str] | None = None) -> None:
+    asked = arguments(given)
+    prepare(asked.threads)
+    report = report_of(asked)
+    finish(report, show(report), asked.json)
+    for line in conclude(report):
+        console.print(line, highlight=False)
+    if asked.picture:
+        from .pictures import growth_picture
+
+        growth_picture(report, asked.picture)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,213 @@
+"""The peak of memory in an update of a fixed batch, by steps: against the prediction, and the peers'.
+
+python -m benchmarks.memory --model lenet5,resnet18 --batch 256 --steps 1,2,4,8,16 --json memory.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import multiprocessing
+import os
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import track
+from rich.table import Table
+
+from accumexp.system import MIB, pick_device, reset_peak_memory, wait_for
+
+from .contenders import built, saved_bytes, timed
+from .measure import (
+    Rows,
+    at_least_1,
+    console,
+    device_options,
+    environment,
+    finish,
+    known,
+    not_installed,
+    numbers,
+    output_options,
+    prepare,
+    say,
+    table_of,
+    words,
+)
+from .prediction import predicted
+from .tasks import MODELS, Task
+from .window import CONTENDERS, PACKAGES
+
+COMPARED = ("hand-written", "accelerate", "fabric", "lightning", "transformers", "accumexp")
+UPDATES = 2  # the first makes gradients and momentum, the second holds them while it computes
+
+
+def tensor_peak(device: torch.device, work: Callable[[], None]) -> int:
+    """Bytes of tensors at the peak during `work`, beyond those that were there before."""
+    gc.collect()
+    if device.type == "cuda":
+        wait_for(device)
+        before = torch.cuda.memory_allocated(device)
+        reset_peak_memory(device)
+        work()
+        wait_for(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        work()
+    inner: Any = profiler.profiler
+    events = [e for e in inner.kineto_results.events() if e.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+def measure_here(name: str, task: Task, threads: int | None) -> dict[str, Any]:
+    """A contender's figures in bytes, in a process that has done nothing before; or why it has none.
+
+    The process's own peak comes first: it is before the profiler, which has memory of its own.
+    """
+    prepare(threads)
+    kind = CONTENDERS[name]
+    try:
+        made = built(
+            kind, Task(task.model, task.device, 1, 1, 1)
+        )  # imports, and what libraries allocate once
+        timed(made)
+        made.close()
+        del made
+        task.dataset()
+        gc.collect()
+        reset_peak_memory(torch.device("cpu"))
+        before, started = _status("VmRSS"), _status("VmHWM")
+        contender = built(kind, task)
+        for _ in range(UPDATES):
+            timed(contender)
+        highest = _status("VmHWM")
+        resident = None
+        # A peak that could not be started anew is that of the imports.
+        if before and started and highest and started <= 1.02 * before:
+            resident = highest - before
+        saved = saved_bytes(contender)
+        contender.close()
+        del contender
+        kept: list[Any] = []
+
+        def work() -> None:
+            kept.append(built(kind, task))
+            for _ in range(UPDATES):
+                timed(kept[0])
+
+        peak = tensor_peak(task.device, work)
+        kept[0].close()
+    except ModuleNotFoundError as error:
+        return {"skipped": not_installed(error)}
+    return {"peak": peak, "resident": resident, "saved": saved}
+
+
+def _status(key: str) -> int | None:
+    """Bytes of this process by Linux's own count (proc(5), status), None elsewhere.
+
+    Not getrusage's: its peak begins with that of the process which started this one.
+    """
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    found = [line.split()[1] for line in lines if line.startswith(f"{key}:")]
+    return 1024 * int(found[0]) if found else None
+
+
+def alone(name: str, task: Task, threads: int | None) -> dict[str, Any]:
+    """`measure_here` in a process of its own."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler tells of every GPU that is not there
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(measure_here, name, task, threads).result()
+
+
+def show(report: dict[str, Any]) -> list[Table]:
+    headings = "model,steps,contender,saved\nMiB,peak of\ntensors MiB,"
+    headings += "predicted\nMiB,peak over\npredicted,process\nMiB"
+    table = table_of(
+        f"peak of memory, {report['settings']['batch']} samples an update", headings, "contender,model"
+    )
+    rows = report["rows"]
+    for row, following in zip(rows, [*rows[1:], None], strict=True):
+        cells = [f"{row['saved_mib']:.2f}", f"{row['peak_mib']:.2f}", f"{row['predicted_mib']:.2f}"]
+        cells += [f"{row['peak_mib'] / row['predicted_mib']:.3f}"]
+        cells += ["-" if row["process_mib"] is None else f"{row['process_mib']:.1f}"]
+        last = following is None or following["steps"] != row["steps"]
+        table.add_row(row["model"], str(row["steps"]), row["contender"], *cells, end_section=last)
+    return [table]
+
+
+def arguments(given: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.memory", description=__doc__)
+    parser.add_argument(
+        "--model", type=words, default="lenet5,resnet18", help=f"of {', '.join(MODELS)}; %(default)s"
+    )
+    parser.add_argument("--batch", type=int, default=256, help="samples an update; %(default)s")
+    parser.add_argument(
+        "--steps", type=numbers, default="1,2,4,8,16", help="that divide the batch; %(default)s"
+    )
+    device_options(parser)
+    parser.add_argument("--only", type=words, default=",".join(COMPARED), help="contenders; %(default)s")
+    output_options(parser, picture=True)
+    asked = parser.parse_args(given)
+    known(parser, "--only", asked.only, CONTENDERS)
+    known(parser, "--model", asked.model, MODELS)
+    at_least_1(parser, (asked.batch, *asked.steps, asked.threads))
+    if uneven := [steps for steps in asked.steps if asked.batch % steps]:
+        parser.error(f"--steps: {', '.join(map(str, uneven))} do not divide {asked.batch}")
+    return asked
+
+
+def report_of(asked: argparse.Namespace) -> dict[str, Any]:
+    device = pick_device(asked.device)
+    rows: Rows = []
+    skipped: dict[str, str] = {}
+    sizes = [(model, steps) for model in asked.model for steps in asked.steps]
+    for model, steps in track(sizes, "training", console=console, transient=True):
+        task = Task(model, device, asked.batch // steps, steps, asked.batch)
+        expected = predicted(task)
+        for name in asked.only:
+            found: dict[str, Any] = {"skipped": skipped.get(name)}
+            if name not in skipped:
+                found = alone(name, task, asked.threads)
+            if "skipped" in found:
+                if name not in skipped:
+                    say(f"{name} skipped: {found['skipped']}")
+                skipped[name] = found["skipped"]
+                continue
+            row = {"model": model, "steps": steps, "micro_batch": task.micro_batch, "contender": name}
+            row |= {"saved_mib": found["saved"] / MIB, "peak_mib": found["peak"] / MIB}
+            row |= {"predicted_mib": expected.total / MIB, "predicted_bytes": vars(expected)}
+            row |= {"process_mib": None if found["resident"] is None else found["resident"] / MIB}
+            rows.append(row)
+    settings = {"model": asked.model, "batch": asked.batch, "steps": asked.steps, "updates": UPDATES}
+    here = environment(device, *PACKAGES)
+    return {"environment": here, "settings": settings, "rows": rows, "skipped": skipped}
+
+
+def main(given: list[str] | None = None) -> None:
+    asked = arguments(given)
+    prepare(asked.threads)
+    report = report_of(asked)
+    if not report["rows"]:
+        raise SystemExit("error: nobody was measured")
+    finish(report, show(report), asked.json)
+    if asked.picture:
+        from .pictures import memory_picture
+
+        memory_picture(report, asked.picture)
+
+
+if __name__ == "__main__":
+    main()

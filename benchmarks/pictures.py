@@ -1,0 +1,180 @@
+"""What the benchmarks measured, drawn."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib.axes import Axes  # noqa: E402
+
+OWN, REFERENCE = "accumexp", "hand-written"
+COLOURS = {
+    "accumexp": "#d62728",
+    "hand-written": "#222222",
+    "hand-written fused": "#7f7f7f",
+    "single-batch": "#bcbd22",
+    "dataloader": "#17becf",
+    "accelerate": "#1f77b4",
+    "fabric": "#2ca02c",
+    "lightning": "#9467bd",
+    "transformers": "#ff7f0e",
+}
+
+
+def window_picture(report: dict[str, Any], path: Path) -> None:
+    """A row a model: ratios over steps for each micro-batch, and the time of a window over its steps."""
+    cells = report["cells"]
+    models = list(dict.fromkeys(cell["model"] for cell in cells))
+    micros = sorted({cell["micro_batch"] for cell in cells})
+    figure, grid = plt.subplots(
+        len(models),
+        len(micros) + 1,
+        figsize=(3.0 * (len(micros) + 1), 2.8 * len(models)),
+        squeeze=False,
+        layout="constrained",
+    )
+    drawn: dict[str, Any] = {}
+    for row, model in zip(grid, models, strict=True):
+        own = [cell for cell in cells if cell["model"] == model]
+        for axes, micro in zip(row, micros, strict=False):
+            these = [cell for cell in own if cell["micro_batch"] == micro]
+            for name in dict.fromkeys(name for cell in these for name in cell["contenders"]):
+                there = [cell for cell in these if name in cell["contenders"]]
+                ratios = [cell["contenders"][name]["ratio"] for cell in there]
+                (line,) = axes.plot([c["steps"] for c in there], ratios, **_style(name))
+                drawn[name] = line
+            axes.axhline(1.02, color="#d62728", linewidth=0.8, linestyle=":")
+            _steps_axis(axes, [cell["steps"] for cell in own])
+            axes.set_title(f"{model}, micro-batch {micro}", fontsize=9)
+            axes.set_ylabel("time / hand-written", fontsize=8)
+        for name, dashes in ((OWN, "-"), (REFERENCE, "--")):
+            for micro in micros:
+                there = sorted(
+                    (cell["steps"], cell["contenders"][name]["median_ms"])
+                    for cell in own
+                    if cell["micro_batch"] == micro and name in cell["contenders"]
+                )
+                if there:
+                    row[-1].plot(
+                        *zip(*there, strict=True), dashes, marker="o", markersize=3, color=COLOURS[name]
+                    )
+                    through_one(row[-1], there)
+        row[-1].set_yscale("log")
+        _steps_axis(row[-1], [cell["steps"] for cell in own])
+        row[-1].set_title(f"{model}: a window, line through t(1)", fontsize=9)
+        row[-1].set_ylabel("ms", fontsize=8)
+    figure.legend(drawn.values(), drawn.keys(), loc="outside lower center", ncols=5, fontsize=8)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def through_one(axes: Axes, points: list[tuple[float, float]]) -> None:
+    """The line that a cost proportional to what is on the x axis would follow from the first point on."""
+    (x, y), (last, _) = points[0], points[-1]
+    axes.plot([x, last], [y, y * last / x], color="#aaaaaa", linewidth=0.8, zorder=0)
+
+
+def growth_picture(report: dict[str, Any], path: Path) -> None:
+    """Four panels: how cost grows with steps, parameters, ranks and logged points."""
+    figure, grid = plt.subplots(2, 2, figsize=(10, 7.5), layout="constrained")
+    steps, parameters, ranks, points = grid.flat
+    for name in (REFERENCE, OWN):
+        there = [(row["steps"], row["contenders"][name]["median_ms"]) for row in report.get("steps", [])]
+        if there:
+            steps.plot(*zip(*there, strict=True), **_style(name), label=name)
+            through_one(steps, there)
+        there = [
+            (row["parameters"], row["contenders"][name]["median_ms"]) for row in report.get("parameters", [])
+        ]
+        if there:
+            parameters.plot(*zip(*there, strict=True), **_style(name), label=name)
+    for axes, rows in ((steps, "steps"), (parameters, "parameters")):
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.set_ylabel("ms a window")
+        if report.get(rows):
+            axes.legend(fontsize=8)
+    _steps_axis(steps, [row["steps"] for row in report.get("steps", [])])
+    steps.set_title("steps, micro-batch fixed; line through t(1)")
+    parameters.set_xlabel("parameters")
+    parameters.set_title("parameters of an MLP")
+    _ratios_by_parameters(parameters, report.get("parameters", []))
+    found = report.get("ranks", [])
+    for name in dict.fromkeys(row["contender"] for row in found):
+        own = [(row["ranks"], row["median_ms"]) for row in found if row["contender"] == name]
+        ranks.plot(*zip(*own, strict=True), **_style(name), label=name)
+    ranks.set_xticks(sorted({row["ranks"] for row in found}))
+    ranks.set_ylim(bottom=0)
+    ranks.set_xlabel("ranks on this machine")
+    ranks.set_ylabel("ms a window")
+    ranks.set_title("ranks, samples a rank fixed")
+    if found:
+        ranks.legend(fontsize=8)
+    found = report.get("points", [])
+    points.plot([row["points"] for row in found], [row["ms_a_point"] for row in found], **_style(OWN))
+    points.axhline(0.15, color="#d62728", linewidth=0.8, linestyle=":")
+    points.set_xscale("log")
+    points.set_ylim(bottom=0)
+    points.set_xlabel("points logged to MLflow (SQLite)")
+    points.set_ylabel("ms a point")
+    points.set_title("logged points; at most 0.15 ms")
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def memory_picture(report: dict[str, Any], path: Path) -> None:
+    """A panel a model: peak of tensors over steps for each contender, and the prediction."""
+    models = list(dict.fromkeys(row["model"] for row in report["rows"]))
+    figure, grid = plt.subplots(
+        1, len(models), figsize=(5 * len(models), 4), squeeze=False, layout="constrained"
+    )
+    for axes, model in zip(grid[0], models, strict=True):
+        rows = [row for row in report["rows"] if row["model"] == model]
+        for name in dict.fromkeys(row["contender"] for row in rows):
+            own = [(row["steps"], row["peak_mib"]) for row in rows if row["contender"] == name]
+            axes.plot(*zip(*own, strict=True), **_style(name), label=name)
+        predicted = sorted({(row["steps"], row["predicted_mib"]) for row in rows})
+        axes.plot(*zip(*predicted, strict=True), "k:", label="predicted")
+        axes.set_yscale("log")
+        _steps_axis(axes, [row["steps"] for row in rows])
+        axes.set_ylabel("MiB of tensors at the peak")
+        axes.set_title(f"{model}, {report['settings']['batch']} samples an update")
+        axes.legend(fontsize=8)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def _ratios_by_parameters(axes: Axes, rows: list[dict[str, Any]]) -> None:
+    for row in rows:
+        own = row["contenders"].get(OWN)
+        if own:
+            axes.annotate(
+                f"{own['ratio']:.3f}",
+                (row["parameters"], own["median_ms"]),
+                fontsize=7,
+                ha="right",
+                va="bottom",
+            )
+
+
+def _style(name: str) -> dict[str, Any]:
+    own = name == OWN
+    return {
+        "color": COLOURS.get(name, "#8c564b"),
+        "linewidth": 2.0 if own else 1.0,
+        "zorder": 3 if own else 2,
+        "marker": "o",
+        "markersize": 4 if own else 3,
+    }
+
+
+def _steps_axis(axes: Axes, steps: list[int]) -> None:
+    axes.set_xscale("log", base=2)
+    every = sorted(set(steps))
+    axes.set_xticks(every, [str(step) for step in every])
+    axes.set_xlabel("steps", fontsize=8)
+    axes.tick_params(labelsize=8)
