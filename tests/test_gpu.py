@@ -11,15 +11,20 @@ import torch.distributed as dist
 from torch import nn
 
 from accumexp.accum import LossScale, OptimizerStep, Window, data_parallel, fully_sharded, rank_share
+from accumexp.assembly import build_parts, build_trainer
 from accumexp.checkpoint import load, restore, save
+from accumexp.config import settled
 from accumexp.data import ResidentBatches
 from accumexp.errors import UsageError
 from accumexp.models import LeNet5
 from accumexp.noise import NoiseScale
+from accumexp.planning import Planner, agreed
 from accumexp.proof import Scaling, certify
+from accumexp.rehearsal import rehearsing
 from accumexp.seeding import random_state
+from accumexp.world import World
 
-from .experiments import trainer_of, weights
+from .experiments import Memory, composed, trainer_of, weights
 from .noise import look
 from .ranks import on_ranks
 from .reference import gradients, larger_batch_gradient, relative_error
@@ -335,3 +340,23 @@ def test_batch_statistics_on_a_gpu_are_named_and_dropout_is_held_fixed() -> None
     dropped = nn.Sequential(*layers[:2], *layers[3:]).to("cuda")
     found = certify(train_window, dropped, nn.CrossEntropyLoss(), batch, 4, updates=4)
     assert str(found) == "proved up to dropout draws (2 (Dropout))"
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5])
+def test_auto_steps_stay_below_the_limit_on_the_gpu(share: float) -> None:
+    overrides = ["device=cuda", "accum.steps=auto", "data.batch_size=96", "data.eval_batch_size=8"]
+    with rehearsing(composed(*overrides)) as rehearsal:
+        planner = Planner(rehearsal)
+        most, least = planner.predicted(1), planner.predicted(48)
+        point = planner.tried(2)
+        assert point.measured and abs(point.predicted / point.measured - 1) < 0.1
+    limit = int(least + share * (most - least))
+    config = composed(*overrides, f"accum.memory_limit={limit}")
+    point, _ = agreed(config, World())
+    found = settled(config, point.steps)
+    found.trainer.max_updates = 3
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    found.callbacks.clear()
+    build_trainer(found, build_parts(found), Memory()).fit()
+    assert torch.cuda.max_memory_allocated() <= limit
