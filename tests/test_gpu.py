@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,15 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from accumexp.accum import LossScale, OptimizerStep, Window, data_parallel, fully_sharded, rank_share
+from accumexp.accum import (
+    LossScale,
+    OptimizerStep,
+    Recovery,
+    Window,
+    data_parallel,
+    fully_sharded,
+    rank_share,
+)
 from accumexp.assembly import build_parts, build_trainer
 from accumexp.checkpoint import load, restore, save
 from accumexp.config import settled
@@ -360,3 +369,55 @@ def test_auto_steps_stay_below_the_limit_on_the_gpu(share: float) -> None:
     found.callbacks.clear()
     build_trainer(found, build_parts(found), Memory()).fit()
     assert torch.cuda.max_memory_allocated() <= limit
+
+
+class Wide(nn.Module):
+    """Keeps 32 MiB a sample for its backward, and draws."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(8))
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        wide = (inputs @ self.scale[:, None]).expand(-1, 2**22).exp().sin()
+        return nn.functional.dropout(wide, 0.5).mean(1, keepdim=True)
+
+
+def test_real_out_of_memory_gives_the_finer_windows_bits() -> None:
+    """256 samples keep 8 GiB and more; there are 3."""
+    torch.manual_seed(0)
+    inputs, targets = torch.rand(256, 8, device="cuda"), torch.rand(256, 1, device="cuda")
+    model = Wide().cuda()
+    total = torch.cuda.get_device_properties(0).total_memory
+    gc.collect()
+    torch.cuda.empty_cache()
+    found: list[OutOfMemory] = []
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 3 * 2**30) / total)
+    try:
+        torch.manual_seed(1)
+        result = Recovery(Window(model, nn.MSELoss(), 1), found.append).backward(inputs, targets)
+        after = torch.cuda.get_rng_state()
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert result.steps == 2 ** len(found) >= 4
+    gradient, model.scale.grad = model.scale.grad, None
+    torch.manual_seed(1)
+    Window(model, nn.MSELoss(), result.steps).backward(inputs, targets)
+    assert gradient is not None and model.scale.grad is not None
+    assert torch.equal(gradient, model.scale.grad)
+    assert torch.equal(after, torch.cuda.get_rng_state())
+
+
+def test_law_9_a_window_that_may_go_back_does_not_wait_for_the_device_either() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.LazyLinear(10)).cuda()
+    images, labels = torch.randn(64, 1, 8, 8, device="cuda"), torch.randint(0, 10, (64,), device="cuda")
+    model(images)
+    recovery = Recovery(Window(model, nn.CrossEntropyLoss(), 4))
+    recovery.backward(images, labels)
+    model.zero_grad()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        recovery.backward(images, labels)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

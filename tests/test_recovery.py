@@ -162,6 +162,7 @@ def test_what_failed_is_freed_before_the_window_begins_again(where: str) -> None
 
     def look(_: OutOfMemory) -> None:
         freed.append([seen() is None for seen in short.seen])
+        assert not gradients(model), "none, and not zeros"
 
     for _ in range(2):  # the second time there are kept buffers
         model.zero_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,7 @@ def bits(model: DistributedDataParallel) -> dict[str, Any]:
 
 def disturbed(how: str, where: str) -> dict[str, Any]:
     """By place: what failed, what two windows leave on this rank, and how undisturbed ones differ."""
+    gc.freeze()  # what the process began with: it is collected after every failure
     found: dict[str, Any] = {}
     inputs, targets, own = own_part(classification(SAMPLES), STEPS)
     for name, places in PLACES.items():
