@@ -82,9 +82,9 @@ def resume_arguments(arguments: Sequence[str]) -> list[str]:
         folder = folder.parent.parent
     elif folder.name == "checkpoints":
         folder = folder.parent
-    # In quotes: the name of a job's folder has = and commas.
-    quoted = [f"resume='{where}'" if a.startswith("resume=") else a for a in arguments]
-    return [*quoted, f"hydra.run.dir='{folder.resolve()}'", "hydra.output_subdir=null"]
+    if set("=,") & set(where):  # as the name of a job's folder has, and no override may without quotes
+        arguments = [f"resume='{where}'" if a.startswith("resume=") else a for a in arguments]
+    return [*arguments, f"hydra.run.dir='{folder.resolve()}'", "hydra.output_subdir=null"]
 
 
 def sweep_arguments(arguments: Sequence[str]) -> tuple[list[list[str]], dict[str, str]]:
