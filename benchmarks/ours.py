@@ -88,7 +88,7 @@ class Accumexp(Contender):
         assert isinstance(stop, StopAtUpdate)
         self.stop = stop
         self._flush_seconds = TrackingConfig().flush_seconds
-        self._log_every = config.trainer.log_every
+        self._log_every = self.trainer.log_every
 
     @property
     def logged(self) -> int:

@@ -14,6 +14,7 @@ from torch import nn
 from accumexp.accum import (
     LossScale,
     OptimizerStep,
+    OutOfMemory,
     Recovery,
     Window,
     data_parallel,
