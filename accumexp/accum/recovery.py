@@ -97,16 +97,16 @@ class Recovery:
         steps = self._steps(own, asked)
         window.sync.begin_alone()
         self._start.remember()
-        agree = None if self._alone else self._agree
+        options: dict[str, Any] = {"samples": samples, "observe": observe}
+        if not self._alone:
+            options["agree"] = self._agree
         while True:
             self._agreed = False
             self._largest = -(-own // steps) if steps > 0 else 0
             failure: _Failure | None = None
             reason = ""
             try:
-                return window.backward(
-                    inputs, targets, steps=steps, samples=samples, observe=observe, agree=agree
-                )
+                return window.backward(inputs, targets, steps=steps, **options)
             except _Elsewhere as elsewhere:
                 failure = elsewhere.failure
             except Exception as error:
