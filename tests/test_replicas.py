@@ -296,8 +296,8 @@ def test_a_parameter_that_a_window_does_not_use_has_no_gradient_in_it() -> None:
     class Switched(nn.Linear):
         on = True
 
-        def forward(self, inputs: Tensor) -> Tensor:
-            return super().forward(inputs) if self.on else inputs[:, :3] * self.weight.sum()
+        def forward(self, input: Tensor) -> Tensor:
+            return super().forward(input) if self.on else input[:, :3] * self.weight.sum()
 
     models = [Switched(6, 3) for _ in range(2)]
     joint = JointWindow([Window(model, nn.CrossEntropyLoss(), 1) for model in models])
