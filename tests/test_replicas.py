@@ -292,6 +292,23 @@ def test_a_gradient_that_other_hands_have_cleared_is_seen_again() -> None:
     assert torch.allclose(models[1].weight.grad, alone, atol=1e-6)
 
 
+def test_a_parameter_that_a_window_does_not_use_has_no_gradient_in_it() -> None:
+    class Switched(nn.Linear):
+        on = True
+
+        def forward(self, input: Tensor) -> Tensor:
+            return super().forward(input) if self.on else input[:, :3] * self.weight.sum()
+
+    models = [Switched(6, 3) for _ in range(2)]
+    joint = JointWindow([Window(model, nn.CrossEntropyLoss(), 1) for model in models])
+    batch = torch.randn(2, 5, 6), torch.randint(0, 3, (2, 5))
+    for on in (True, False, True):
+        for model in models:
+            model.on = on
+        joint.backward(*batch, steps=1)
+        assert [p.grad is not None for p in (*joint.parameters, models[1].bias)] == [True, on, on]
+
+
 # The command ---------------------------------------------------------------------------------------------
 
 COMMAND = [*MLP, *SMALL, "precision=fp64", "tracking.system_metrics=false", "report.write=false"]
