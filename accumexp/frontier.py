@@ -150,6 +150,10 @@ def _show(found: Frontier) -> None:
         console.print(f"made of {made_of}", highlight=False, soft_wrap=True)
     else:
         console.print(found.refused, style="bold red", highlight=False, soft_wrap=True)
+    for point in found.points:
+        if point.trouble:
+            said = f"micro-batches of {point.micro_batch} do not run: {point.trouble}"
+            console.print(said, style="yellow", highlight=False, soft_wrap=True, markup=False)
     console.print(f"an evaluation needs {amount(found.evaluation)}", highlight=False, soft_wrap=True)
     if found.ranks > 1:
         console.print("one rank's part, without the time that ranks wait for each other", style="dim")
@@ -171,7 +175,7 @@ def _cells(point: Point, found: Frontier) -> list[str]:
     elif point.fits:
         said = ""
     else:
-        said = "[red]does not fit[/]" if not point.trouble else f"[red]{point.trouble}[/]"
+        said = "[red]does not fit[/]" if not point.trouble else "[red]does not run[/]"
     return [*cells, said]
 
 

@@ -255,8 +255,9 @@ def planned(order: Order, here: World) -> tuple[Order, dict[str, str]]:
         return order, {}
     point, limit = agreed(config, here)
     ranks = f" on each of {here.size} ranks" if here.size > 1 else ""
+    window = f"{point.steps} micro-batches of" if point.steps > 1 else "one micro-batch of"
     said = (
-        f"{point.steps} micro-batches of {point.micro_batch} samples{ranks}: predicted "
+        f"{window} {point.micro_batch} samples{ranks}: predicted "
         f"{amount(point.predicted)}, measured {amount(point.measured or 0)}, at most {limit}"
     )
     console.print(f"accum.steps={AUTO}: {said}", highlight=False, soft_wrap=True)
