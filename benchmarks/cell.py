@@ -75,7 +75,7 @@ def planned(
 
     Turns are short, about a tenth of a second, and of one update at least. A round has a multiple of fifty
     updates, so that each logs equally often, wherever that allows five rounds; where it does not, an update
-    takes so long that logging is nothing beside it. `updates` are those of a round, rounded up to whole turns.
+    takes so long that logging is nothing beside it. `updates` are those of a round, up to whole turns.
     """
     own = max(1, own_samples(task.model) // task.batch)
     if updates is not None:
