@@ -14,9 +14,14 @@ from typing import Any
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from .accum_config import AccumConfig as AccumConfig
+from .accum_config import LossScaling as LossScaling
+from .accum_config import Reduction as Reduction
+from .accum_config import Strategy as Strategy
+from .accum_config import check_accum
 from .errors import UsageError, unknown_key
 from .report_config import ReportConfig, check_report
-from .sizes import AUTO, at_least, batch_sizes, in_bytes, processes
+from .sizes import AUTO, at_least, batch_sizes, processes
 
 
 class Precision(Enum):
@@ -28,65 +33,9 @@ class Precision(Enum):
     fp64 = "fp64"
 
 
-class Reduction(Enum):
-    mean = "mean"
-    sum = "sum"
-
-
-class Strategy(Enum):
-    """standalone is one process; ddp replicates the model in every rank, fsdp spreads it over them."""
-
-    standalone = "standalone"
-    ddp = "ddp"
-    fsdp = "fsdp"
-
-
-class LossScaling(Enum):
-    none = "none"
-    static = "static"
-    dynamic = "dynamic"
-
-
 class Backend(Enum):
     mlflow = "mlflow"
     none = "none"
-
-
-@dataclass
-class AccumConfig:
-    """How one update's batch becomes a window."""
-
-    strategy: Strategy = Strategy.standalone
-    # Micro-batches in a window and samples in a micro-batch; of these two and data.batch_size,
-    # any two give the third. steps=auto: the fewest whose micro-batch fits the memory.
-    steps: int | str | None = None
-    micro_batch_size: int | None = None
-    # What steps=auto keeps the tensors of a rank's device below: bytes, or 2GiB, 500MiB, 24GB.
-    # Null: the device's free memory.
-    memory_limit: int | str | None = None
-    reduction: Reduction = Reduction.mean
-    # Accumulate the gradients of bf16 parameters in fp32: one more fp32 buffer per such parameter.
-    fp32_buffers: bool = False
-    # Ranks. Null: as many as torchrun or the cluster started; else one a GPU, or two without a GPU.
-    processes: int | None = None
-    # With it, a window in which any micro-batch on any rank overflows is skipped on all ranks.
-    loss_scale: LossScaling = LossScaling.none
-    init_scale: float = 65536.0
-    growth_factor: float = 2.0
-    backoff_factor: float = 0.5
-    # Updates without an overflow after which a dynamic scale grows.
-    growth_interval: int = 2000
-    min_scale: float = 1.0
-    # ddp: look for parameters that a forward pass did not use. Costs a walk of the graph a window.
-    find_unused_parameters: bool = False
-    # fsdp: reduce-scatter in every micro-batch, so that no unsharded gradient is kept between them.
-    reduce_every_micro_batch: bool = False
-    # Out of memory splits the window finer on all ranks, and all that follow. Null: but with fsdp.
-    recover: bool | None = None
-
-    @property
-    def recovers(self) -> bool:
-        return self.strategy is not Strategy.fsdp if self.recover is None else self.recover
 
 
 @dataclass
@@ -269,32 +218,15 @@ def check(config: Config) -> Config:
         raise UsageError("precision=fp16: needs a loss scale, accum=loss_scaled or accum.loss_scale=dynamic")
     if config.param_precision is Precision.fp16:
         raise UsageError("param_precision=fp16: a gradient of 10 bits cannot be unscaled; use fp32 or bf16")
-    if accum.strategy is Strategy.fsdp and accum.fp32_buffers:
-        raise UsageError("accum.fp32_buffers=true: not with accum=fsdp, which keeps gradients in shards")
-    if accum.reduce_every_micro_batch and accum.strategy is not Strategy.fsdp:
-        raise UsageError("accum.reduce_every_micro_batch=true: only accum=fsdp has shards to reduce to")
+    check_accum(accum)
     if trainer.graph and not standalone:
         raise UsageError(
             f"trainer.graph=true: a graph is recorded of one process, not of accum={accum.strategy.name}"
         )
     if trainer.graph and accum.fp32_buffers:
         raise UsageError("trainer.graph=true: not with accum.fp32_buffers=true, which moves gradients about")
-    if accum.recover and accum.strategy is Strategy.fsdp:
-        raise UsageError(
-            "accum.recover=true: not with accum=fsdp, whose every forward waits for all ranks, so that none "
-            "can go back alone"
-        )
     if trainer.graph and accum.recover:
         raise UsageError("accum.recover=true: not with trainer.graph=true, which records windows as they are")
-    if accum.memory_limit is not None:
-        in_bytes("accum.memory_limit", accum.memory_limit)
-    if accum.steps == AUTO and accum.strategy is Strategy.fsdp:
-        raise UsageError(
-            "accum.steps=auto: a rank cannot try a model that accum=fsdp holds in shards by itself, give "
-            "accum.steps or accum.micro_batch_size"
-        )
-    if accum.growth_interval < 1:
-        raise UsageError(f"accum.growth_interval={accum.growth_interval}: at least 1")
     if config.replicas > 1 and not standalone:
         raise UsageError(f"replicas={config.replicas}: trains them in one process, take accum=standalone")
     if config.replicas > 1 and config.prove:
