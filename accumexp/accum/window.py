@@ -197,9 +197,10 @@ class Window:
                     share = _share(weights.of(k), loss_sum)
                 # The gradient of loss_sum / weight, without a division to record and to go back through.
                 loss_sum.backward(self._seed(share) if sizes[k] else torch.zeros_like(share))
-            done = MicroBatch(k, last, sizes[k], targets_k, share)
-            if agree is None or not last:
-                self._tell(done)
+            if self.after_micro_batch:
+                done = MicroBatch(k, last, sizes[k], targets_k, share)
+                if agree is None or not last:
+                    self._tell(done)
             if sizes[k]:
                 detached = loss_sum.detach()
                 total = detached if total is None else total + detached
@@ -207,12 +208,13 @@ class Window:
                     observe(outputs.detach() if isinstance(outputs, Tensor) else outputs, targets_k)
             # Outputs must not live through the next forward: for a language model they are the peak.
             del outputs, loss_sum
-        assert share is not None and done is not None
+        assert share is not None
         if agree is not None:
             agree()
             if not self._buffers:
                 self.sync.exchange()
-            self._tell(done)
+            if done is not None:
+                self._tell(done)
         if self._buffers:
             self._buffers.close(self.sync.ranks)
         total = torch.zeros_like(share) if total is None else total
