@@ -16,6 +16,9 @@ from .batch import Nested, batch_size
 from .memory import is_out_of_memory
 from .window import Observer, Window, WindowResult
 
+# Windows in a row that leave Python's `random` alone, after which its state, slow to copy, is not kept.
+QUIET = 3
+
 
 @dataclass(frozen=True)
 class OutOfMemory:
@@ -37,10 +40,10 @@ class Recovery:
     """`Window.backward` for a device whose memory may run out.
 
     Where it does, in any micro-batch on any rank, all ranks go back to the window's start (gradients, buffers
-    of model and loss, the generators of torch and of Python's `random`; not NumPy's) and make the same update
-    in micro-batches half as large, until there is memory. Later windows are split as fine, in as many
-    micro-batches as were asked for at least. What results is to the bit what a window of that many
-    micro-batches gives.
+    of model and loss, the generators of torch, and Python's `random` if the first windows draw from it; not
+    NumPy's) and make the same update in micro-batches half as large, until there is memory. Later windows are
+    split as fine, in as many micro-batches as were asked for at least. What results is to the bit what a window
+    of that many micro-batches gives.
 
     Gradients are not copied: going back is `None`, or zeros in place on several ranks, so they must be so
     when the window begins. One process that finds `.grad` tensors there (`zero_grad(set_to_none=False)`) does
@@ -187,6 +190,7 @@ class _Start:
         self._buffers: list[tuple[nn.Module, str, Tensor]] = []
         self._kept: list[Tensor] = []
         self._torch = self._python = self._device = None
+        self._quiet = 0
         self.clean = True
 
     def remember(self) -> None:
@@ -194,7 +198,11 @@ class _Start:
         self._absent = [p for p in self._parameters if p.grad is None]
         self.clean = self.window.sync.keeps_gradients or len(self._absent) == len(self._parameters)
         self._torch = torch.get_rng_state()
-        self._python = random.getstate()
+        if self._quiet < QUIET:
+            before, self._python = self._python, random.getstate()
+            self._quiet = self._quiet + 1 if self._python == before else 0
+        else:
+            self._python = None
         device = self._parameters[0].device
         if device.type == "cuda":
             self._device = torch.cuda.get_rng_state(device)
@@ -225,9 +233,10 @@ class _Start:
             if self._buffers:
                 now = [buffer for _, _, buffer in self._buffers]
                 torch._foreach_copy_(now, self._kept)  # pyright: ignore[reportPrivateImportUsage]
-        assert self._torch is not None and self._python is not None
+        assert self._torch is not None
         torch.set_rng_state(self._torch)
-        random.setstate(self._python)
+        if self._python is not None:
+            random.setstate(self._python)
         device = self._parameters[0].device
         if self._device is not None:
             torch.cuda.set_rng_state(self._device, device)
