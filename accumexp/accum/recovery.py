@@ -42,8 +42,8 @@ class Recovery:
     Where it does, in any micro-batch on any rank, all ranks go back to the window's start (gradients, buffers
     of model and loss, the generators of torch, and Python's `random` if the first windows draw from it; not
     NumPy's) and make the same update in micro-batches half as large, until there is memory. Later windows are
-    split as fine, in as many micro-batches as were asked for at least. What results is to the bit what a window
-    of that many micro-batches gives.
+    split as fine, in as many micro-batches as were asked for at least. What results is to the bit what a
+    window of that many micro-batches gives.
 
     Gradients are not copied: going back is `None`, or zeros in place on several ranks, so they must be so
     when the window begins. One process that finds `.grad` tensors there (`zero_grad(set_to_none=False)`) does
