@@ -148,9 +148,11 @@ def build_window(accum: AccumConfig, model: nn.Module, parts: Parts) -> Window:
     )
 
 
-def build_optimizer(config: Config, parameters: list[nn.Parameter]) -> Optimizer:
-    """The optimizer over `parameters`: fused into one kernel, where torch has one and nobody chose."""
-    if may_be_fused(config.optimizer, parameters):
+def build_optimizer(
+    config: Config, parameters: list[nn.Parameter], model: nn.Module | None = None
+) -> Optimizer:
+    """The optimizer over `parameters` of `model`: fused, where torch has a kernel for it and nobody chose."""
+    if may_be_fused(config.optimizer, parameters, model.modules() if model else ()):
         recorded = {"capturable": True} if config.trainer.graph else {}
         return build(config.optimizer, "optimizer", parameters, fused=True, **recorded)
     return build(config.optimizer, "optimizer", parameters)
@@ -178,7 +180,7 @@ def build_trainer(config: Config, parts: Parts, recorder: Recorder, updates: int
         parts.model.compile()
     window = build_window(config.accum, for_ranks(config.accum, parts.model, parts.device), parts)
     loop = config.trainer
-    optimizer = build_optimizer(config, list(parts.model.parameters()))
+    optimizer = build_optimizer(config, list(parts.model.parameters()), parts.model)
     scheduler = build_scheduler(config, optimizer, updates or updates_of(config, parts))
     trainer = Trainer(
         window,

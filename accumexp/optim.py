@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -56,8 +56,13 @@ FUSED_ON = {
 }
 
 
-def may_be_fused(node: Mapping[str, Any], parameters: Iterable[Tensor]) -> bool:
+def may_be_fused(
+    node: Mapping[str, Any], parameters: Iterable[Tensor], modules: Iterable[nn.Module] = ()
+) -> bool:
     """Whether the optimizer that `node` names has a fused kernel for `parameters`, and nobody chose another.
+
+    Not for shards, for parameters with gaps between their elements, or for sparse gradients: the kernels
+    refuse them or, on a CPU, write into the gaps.
 
     A fused kernel does the arithmetic of an update in one pass over the memory, and on a GPU in one launch;
     it rounds in other places than the loop over parameters.
@@ -65,7 +70,15 @@ def may_be_fused(node: Mapping[str, Any], parameters: Iterable[Tensor]) -> bool:
     devices = FUSED_ON.get(str(node.get("_target_")), ())
     if not devices or any(name in node for name in IMPLEMENTATIONS):
         return False
+    if node.get("momentum") and node.get("dampening"):  # of which a fused first step knows nothing
+        return False
+    if any(getattr(module, "sparse", False) for module in modules):
+        return False
     return all(
-        p.device.type in devices and p.is_floating_point() and p.dtype is not torch.float16
+        p.device.type in devices
+        and p.is_floating_point()
+        and p.dtype is not torch.float16
+        and not hasattr(p, "to_local")
+        and (p.is_contiguous() or p.dim() == 4 and p.is_contiguous(memory_format=torch.channels_last))
         for p in parameters
     )

@@ -89,7 +89,7 @@ def problem_of(config: Config, parts: Parts, here: World) -> Problem:
         parts.criterion,
         found,
         cast(int, accum.steps),
-        partial(build_optimizer, config),
+        partial(build_optimizer, config, model=parts.model),
         schedule,
         config.trainer.clip_norm,
         None if accum.strategy is Strategy.standalone else prepare,

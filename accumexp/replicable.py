@@ -6,7 +6,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from .accum import Window
 from .accum.batch import Nested, batch_size, map_tensors
@@ -15,7 +14,7 @@ from .data import Placement, ResidentBatches, Share, Splits, build_splits
 from .data.joint import gathered
 from .errors import UsageError
 from .replicas import Replicas
-from .seeding import random_state, restore_random_state, seed_everything
+from .seeding import random_state, restore_random_state, same_state, seed_everything
 from .system import tf32
 
 # Samples of each replica that are tried: two micro-batches with statistics of their own.
@@ -34,7 +33,7 @@ def shared_splits(config: Config, place: Placement, key: str) -> Splits:
     seed_everything(config.seed, config.trainer.deterministic)
     before = random_state()
     splits = build_splits(config.data, config.seed, place, Share(steps=cast(int, config.accum.steps)))
-    if not _same(before, random_state()):
+    if not same_state(before, random_state()):
         raise UsageError(
             f"{key}: the data draws from the run's seed, and must be the same for all; seed it by itself"
         )
@@ -65,7 +64,7 @@ def check_replicable(replicas: Replicas, key: str) -> None:
             own = [map_tensors(lambda t, r=r: t[r], batch) for batch in (inputs, targets)]
             trainer.model.zero_grad()
             trainer.window.backward(*own, steps=1)
-            if not _same(state, random_state()):
+            if not same_state(state, random_state()):
                 raise UsageError(
                     f"{key}: {_drawing(trainer.window, *own)} draws random numbers in training, which would "
                     "not be those of the run alone"
@@ -156,7 +155,7 @@ def _drawing(window: Window, inputs: Nested, targets: Nested) -> str:
             before[module] = random_state()
 
         def leave(module: nn.Module, arguments: Any, outputs: Any, name: str = name) -> None:
-            if not _same(before[module], random_state()):
+            if not same_state(before[module], random_state()):
                 found.append(f"{name or 'the model'} ({type(module).__name__})")
 
         handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
@@ -166,9 +165,3 @@ def _drawing(window: Window, inputs: Nested, targets: Nested) -> str:
         for handle in handles:
             handle.remove()
     return found[0] if found else "the loss"
-
-
-def _same(one: Any, other: Any) -> bool:
-    """Whether two states of the generators are equal."""
-    pairs = zip(pytree.tree_leaves(one), pytree.tree_leaves(other), strict=True)
-    return all(torch.equal(a, b) if isinstance(a, Tensor) else a == b for a, b in pairs)

@@ -131,7 +131,6 @@ class Trainer:
         self._last_read = (0, 0, 0.0)  # update, samples, seconds
         self.in_step: Sequence[Trainer] = (self,)
         self._events: dict[str, list[Callable[..., None]]] = {}
-        self._parameters = list(window.model.parameters())
 
     @property
     def finished(self) -> bool:
@@ -267,8 +266,9 @@ class Trainer:
         if self.window.sync.keeps_gradients:
             self.optimizer.zero_grad(set_to_none=False)
         else:
-            for parameter in self._parameters:
-                parameter.grad = None
+            for group in self.optimizer.param_groups:
+                for parameter in group["params"]:
+                    parameter.grad = None
         following, forgotten = self.progress.update + 1, self.window.forgotten
         if not self._measures:
             result = self.shortage.backward(following, batch, self.observe)

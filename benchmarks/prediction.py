@@ -27,8 +27,8 @@ class Predicted:
 def predicted(task: Task) -> Predicted:
     """Parameters, their gradients, momentum, the task's samples, and what a micro-batch keeps for backward.
 
-    The last is a + b n for a micro-batch of n samples: measured at two small n and drawn out. So is the peak, as
-    `python -m accumexp.plan` does it, at every place of two updates: of the hand-written loop, for all.
+    The last is a + b n for a micro-batch of n samples: measured at two small n and drawn out. So is the peak,
+    as `python -m accumexp.plan` does it, at every place of two updates: of the hand-written loop, for all.
     """
     saved: list[int] = []
     peaks: list[tuple[int, Peak]] = []

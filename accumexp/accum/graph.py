@@ -2,7 +2,9 @@
 
 A small model's kernels end sooner than the host can launch them. A recorded window (all its micro-batches,
 forward and backward) and a recorded step (unscale, clip, optimizer, loss scale) are one launch each. They
-compute what the same calls compute without a graph, on tensors that stay where they were when recorded.
+compute what the same calls compute without a graph (but for learning rates, which a tensor holds in fp32), on
+tensors that stay where they were when recorded. Hooks of modules, tensors and optimizers are not called by a
+replay.
 """
 
 from __future__ import annotations
@@ -30,12 +32,13 @@ Record = Callable[[Callable[[], Any]], Callable[[], Any]]
 class CudaGraphs:
     """Records what is called, on a stream of its own and in memory that all its graphs share.
 
-    A graph may use the memory of another because one is replayed after the other, and in the order in which
-    they were recorded or any other: nothing but the results of the newest replay is read.
+    A graph may use the memory of another because nothing of a replay is read after the next one: its results
+    are copied at once.
     """
 
-    def __init__(self) -> None:
-        self._stream = torch.cuda.Stream()
+    def __init__(self, device: torch.device | str = "cuda") -> None:
+        self._device = torch.device(device)
+        self._stream = torch.cuda.Stream(self._device)
         self._pool: Any = torch.cuda.graph_pool_handle()
 
     def __call__(self, function: Callable[[], Any]) -> Callable[[], Any]:
@@ -46,11 +49,15 @@ class CudaGraphs:
         """
         graph = torch.cuda.CUDAGraph()
         # Threads of others, such as those that watch the machine, do not disturb it.
-        with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
+        with (
+            torch.cuda.device(self._device),
+            torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"),
+        ):
             results = function()
 
         def replay() -> Any:
-            graph.replay()
+            with torch.cuda.device(self._device):
+                graph.replay()
             return results
 
         return replay
@@ -91,7 +98,7 @@ class GraphedWindow:
         window.sync.keeps_gradients = True
         self._seen: dict[Hashable, int] = {}
         self._kept: dict[Hashable, _Kept] = {}
-        self._gradients: tuple[int, ...] = ()
+        self._gradients: tuple[Hashable, ...] = ()
 
     def backward(
         self,
@@ -102,17 +109,14 @@ class GraphedWindow:
         samples: int | None = None,
         observe: Observer | None = None,
     ) -> WindowResult:
-        """As `Window.backward`. Nothing of the result is overwritten by the next window.
-
-        What `observe` is given is, so it is to be used before.
-        """
+        """As `Window.backward`. The next window overwrites nothing of the result, or of what `observe` got."""
         window = self.window
         steps = window.steps if steps is None else steps
         if window.after_micro_batch:
             return window.backward(inputs, targets, steps=steps, samples=samples, observe=observe)
         kind = (steps, samples, observe is not None, _form(inputs), _form(targets))
         kept = self._kept.get(kind)
-        if kept is not None and self._gradients != self._places():
+        if kept is not None and self._gradients != places(self.window):
             self._kept.clear()
             kept = None
         if kept is None:
@@ -125,7 +129,7 @@ class GraphedWindow:
         result, seen_outputs = kept.replay()
         for outputs, targets_k in seen_outputs if observe is not None else ():
             assert observe is not None
-            observe(outputs, targets_k)
+            observe(_mapped(torch.clone, outputs), _mapped(torch.clone, targets_k))
         weight = result.weight
         return replace(
             result,
@@ -142,19 +146,15 @@ class GraphedWindow:
             seen: list[tuple[Any, Nested]] = []
 
             def observe(outputs: Any, targets_k: Nested) -> None:
-                seen.append((outputs, targets_k))
+                seen.append((_mapped(torch.Tensor.detach, outputs), targets_k))
 
             result = self.window.backward(
                 inputs, targets, steps=steps, samples=samples, observe=observe if observed else None
             )
             return result, seen
 
-        self._gradients = self._places()
+        self._gradients = places(self.window)
         return _Kept(inputs, targets, self.record(window))
-
-    def _places(self) -> tuple[int, ...]:
-        """Where the gradients are: a graph adds to the memory that it was recorded with."""
-        return tuple(0 if p.grad is None else p.grad.data_ptr() for p in self.window.model.parameters())
 
 
 class GraphedStep:
@@ -171,15 +171,18 @@ class GraphedStep:
         self.step = step
         self.record = record
         self._seen = 0
+        self._known: Hashable = None
         self._kept: dict[bool, Callable[[], StepResult]] = {}
 
     def __call__(self, want_norm: bool = False) -> StepResult:
         """As `OptimizerStep`. Nothing of the result is overwritten by the next step."""
         if not can_be_recorded(self.step):
             return self.step(want_norm)
-        if rates_to_device(self.step.optimizer):
-            self._kept.clear()  # after `load_state_dict`, which also moves the optimizer's state
-            self._seen = 0
+        moved = rates_to_device(self.step.optimizer)  # by `load_state_dict`, which moves the state, too
+        known = places(self.step.window), settings(self.step.optimizer)
+        if moved or known != self._known:
+            self._kept.clear()
+            self._known, self._seen = known, 0
         self._seen += 1
         if self._seen <= FIRST:
             return self.step(want_norm)
@@ -188,6 +191,24 @@ class GraphedStep:
             replay = self._kept[want_norm] = self.record(lambda: self.step(want_norm))
         found = replay()
         return StepResult(*(None if t is None else t.clone() for t in (found.norm, found.overflow)))
+
+
+def places(window: Window) -> tuple[Hashable, ...]:
+    """Where parameters and gradients are: a graph works on the memory that it was recorded with."""
+    return tuple(
+        (p.data_ptr(), p.requires_grad, 0 if p.grad is None else p.grad.data_ptr())
+        for p in window.model.parameters()
+    )
+
+
+def settings(optimizer: torch.optim.Optimizer) -> tuple[Hashable, ...]:
+    """What a recorded step has of its optimizer once and for all: everything but the learning rates."""
+    return tuple(
+        (key, id(value) if isinstance(value, Tensor) else value)
+        for group in optimizer.param_groups
+        for key, value in group.items()
+        if key not in ("params", "lr")
+    )
 
 
 def can_be_recorded(step: OptimizerStep) -> bool:
@@ -224,6 +245,14 @@ def rates_as_numbers(state: dict[str, Any]) -> dict[str, Any]:
         for group in state["param_groups"]
     ]
     return {**state, "param_groups": groups}
+
+
+def _mapped(function: Callable[[Tensor], Any], outputs: Any) -> Any:
+    """What a model returned with `function` of its tensors, as far as they can be found."""
+    try:
+        return map_tensors(function, outputs)
+    except TypeError:
+        return outputs
 
 
 def _form(batch: Nested) -> tuple[Hashable, ...]:

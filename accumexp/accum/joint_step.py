@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, optim
 
 from .joint import JointWindow
-from .step import OptimizerStep, StepResult
+from .step import OptimizerStep, StepResult, give_momentum
 
 # What an element becomes depends on it, its gradient and its state alone, so a stack of parameters is stepped
 # as each of them is.
@@ -68,6 +68,7 @@ class JointStep:
                 factor = (clip_norm / (norm + 1e-6)).clamp(max=1.0)
                 for gradient in gradients:
                     gradient.mul_(factor.to(gradient.dtype).view(-1, *[1] * (gradient.dim() - 1)))
+        give_momentum(self._joint)
         self._joint.step()
         self._share(self._joint)
         return [StepResult(norm, None) for norm in norms]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,10 +40,10 @@ class OptimizerStep:
         self.window = window
         self.optimizer = optimizer
         self.clip_norm = clip_norm
-        self._skips_on_device: bool | None = None
 
     def __call__(self, want_norm: bool = False) -> StepResult:
         sync, scale = self.window.sync, self.window.loss_scale
+        give_momentum(self.optimizer)
         if scale is None and self.clip_norm is None and not want_norm:
             self.optimizer.step()
             return StepResult(None, None)
@@ -80,28 +81,34 @@ class OptimizerStep:
     @property
     def skips_on_device(self) -> bool:
         """Whether the optimizer itself can leave an update out, as torch's fused ones can."""
-        if self._skips_on_device is None:
-            fused = getattr(self.optimizer, "_step_supports_amp_scaling", False)
-            able = bool(fused) and not self.window.sync.sharded
-            if able and isinstance(self.optimizer, SGD):
-                able = self._with_momentum_buffers(self.optimizer)
-            self._skips_on_device = able
-        return self._skips_on_device
+        groups = self.optimizer.param_groups
+        able = getattr(self.optimizer, "_step_supports_amp_scaling", False) and not self.window.sync.sharded
+        # A checkpoint may have brought groups that are not fused.
+        return bool(able) and all(group.get("fused") and not _dampened(group) for group in groups)
 
-    @staticmethod
-    def _with_momentum_buffers(optimizer: SGD) -> bool:
-        """Gives fused SGD its momentum buffers, which it leaves uninitialised if its first step is skipped.
 
-        Zeros make its first step as it should be, but for dampening, which torch leaves out of it.
-        """
-        for group in optimizer.param_groups:
-            if group["momentum"] and group["dampening"]:
-                return False
-            for parameter in group["params"] if group["momentum"] else ():
-                state = optimizer.state[parameter]
-                if parameter.requires_grad and state.get("momentum_buffer") is None:
-                    state["momentum_buffer"] = torch.zeros_like(parameter)
-        return True
+def give_momentum(optimizer: Optimizer) -> None:
+    """Gives fused SGD the momentum buffers that it has not made yet, for parameters that have a gradient.
+
+    It makes them for all at once in its first step, leaves them uninitialised if that is skipped, and
+    fails where a parameter has its first gradient later. Zeros make a parameter's first step as it should be.
+    """
+    if not isinstance(optimizer, SGD):
+        return
+    for group in optimizer.param_groups:
+        if not (group.get("fused") and group["momentum"]) or _dampened(group):
+            continue
+        for parameter in group["params"]:
+            if parameter.grad is None:
+                continue
+            state = optimizer.state.get(parameter)
+            if not state or state.get("momentum_buffer") is None:
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+
+
+def _dampened(group: dict[str, Any]) -> bool:
+    """Whether the group's first step is another, of which a fused kernel knows nothing."""
+    return bool(group.get("momentum") and group.get("dampening"))
 
 
 def _multiply(gradients: list[Tensor], factor: Tensor) -> None:
