@@ -137,7 +137,10 @@ def explain(error: BaseException) -> str:
         key, _, value = override[1].partition("=")
         if "Could not override" in text:
             return _unknown(key)
-        return f"{key}={value}: {str(cause.msg or cause).splitlines()[0]}"
+        reason = str(cause.msg or cause).splitlines()[0]
+        if key == "accum.steps" and "type hint" in reason:
+            reason = f"a whole number, or {AUTO}"
+        return f"{key}={value}: {reason}"
     missing = re.search(r"(?:Could not override|Key) '([^']+)'", text)
     if missing:
         return _unknown(missing[1])

@@ -41,6 +41,7 @@ def report_of(main: Callable[[list[str]], None], folder: Path, *options: str) ->
     return report
 
 
+@pytest.mark.slow
 def test_window_measures_every_contender_in_every_cell(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -157,6 +158,7 @@ def test_memory_is_that_of_a_micro_batch(tmp_path: Path) -> None:
     assert (tmp_path / "m.png").stat().st_size
 
 
+@pytest.mark.slow
 def test_sweep_times_whole_commands_and_reads_what_they_reached(tmp_path: Path) -> None:
     options = ["--steps=4", "--seeds=1", "--epochs=1", "--repeat=1", "--only=accumexp"]
     report = report_of(sweep.main, tmp_path, *options)
@@ -173,6 +175,7 @@ def test_sweep_says_whom_it_cannot_time(monkeypatch: pytest.MonkeyPatch) -> None
     assert report["contenders"]["accumexp"]["seconds"] == [2.0] * 3
 
 
+@pytest.mark.slow
 def test_startup_times_first_updates_and_exits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ours = startup.CASES["first update: accumexp.run, tracking=none"]
     first, whole = startup.timed("ours", ours)
@@ -186,6 +189,7 @@ def test_startup_times_first_updates_and_exits(tmp_path: Path, monkeypatch: pyte
         startup.timed("x", startup.Case(("-c", "raise SystemExit(3)"), "import torch"))
 
 
+@pytest.mark.slow
 def test_growth_draws_what_it_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = [
         "--only=steps,parameters,points",

@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from .command import PACKAGE_PARENT
 
 
@@ -54,6 +56,7 @@ def test_law_5_the_benchmark_counts_one_gradient_all_reduce_a_window(tmp_path: P
         assert heading in stdout
 
 
+@pytest.mark.slow
 def test_a_sharded_module_is_reduced_once_a_window_or_once_a_micro_batch(tmp_path: Path) -> None:
     report, stdout = report_of("sharded", tmp_path, "--steps=1,3", "--width=16")
     linears = 3

@@ -90,7 +90,7 @@ BAD = {
     "unknown choice": Bad(["model=lenet6"], ["model=lenet6", "lenet5, mlp, resnet18"]),
     "unknown experiment": Bad(["experiment=none"], ["experiment=none", "batch_size_question, equal_batch"]),
     "wrong type": Bad(["trainer.epochs=many"], ["trainer.epochs=many", "Integer"]),
-    "fraction for a count": Bad(["accum.steps=1.5"], ["accum.steps=1.5", "Integer"]),
+    "fraction for a count": Bad(["accum.steps=1.5"], ["accum.steps=1.5", "a whole number, or auto"]),
     "unknown enum member": Bad(["precision=fp8"], ["precision=fp8", "fp32, bf16"]),
     "null where a value is needed": Bad(["seed=null"], ["seed=null"]),
     "no steps": Bad(["accum.steps=0"], ["accum.steps=0", "at least 1"]),

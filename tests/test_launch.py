@@ -102,6 +102,7 @@ def test_shards_of_all_ranks_lie_in_the_first_ones_folder_under_torchrun(tmp_pat
     assert relative_error(saved_weights(run), saved_weights(alone)) <= 1e-9
 
 
+@pytest.mark.slow
 def test_a_sweep_under_torchrun_ends_with_its_first_failure(tmp_path: Path) -> None:
     """Ranks cannot go on to the next job when one of them may be gone."""
     options = [*SMALL, "accum=ddp", "trainer.max_updates=3", "trainer.clip_norm=0.1,-1,0.2"]
@@ -198,6 +199,7 @@ def test_sizes_follow_from_each_other_over_ranks() -> None:
     assert composed("accum=ddp", "accum.processes=2").accum.processes == 2
 
 
+@pytest.mark.slow
 def test_the_tutorials_resnet50_trains_on_two_ranks(tmp_path: Path) -> None:
     """At a small size, on generated images; its BatchNorms make it unequal, which it says."""
     write_images(tmp_path / "images", {"train": 8, "test": 2})

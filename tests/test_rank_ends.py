@@ -77,6 +77,7 @@ def sharded_and_stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
+@pytest.mark.slow
 def test_a_killed_rank_ends_its_job_and_the_sweep_goes_on(tmp_path: Path) -> None:
     env = troubled(tmp_path)
     options = [*SMALL, "accum=ddp", "accum.processes=2", "trainer.max_updates=8", "seed=0,1"]
@@ -140,6 +141,7 @@ def test_a_signal_ends_all_ranks_and_leaves_no_process(
     assert find(only_run(tmp_path)).is_file()
 
 
+@pytest.mark.slow
 def test_ranks_do_not_outlive_the_command_that_started_them(tmp_path: Path) -> None:
     line = [
         sys.executable,

@@ -43,6 +43,7 @@ def ended(sweep: Path, status: str = "FINISHED") -> dict[str, dict[str, Any]]:
     return {Path(job["folder"]).name: job for job in summaries(sweep) if job["status"] == status}
 
 
+@pytest.mark.slow
 def test_after_a_kill_of_the_launcher_every_job_is_finished_once(tmp_path: Path) -> None:
     overrides = ["accum.steps=1,2,4", "seed=0,1", *SMALL, *STOPPING]
     line = ["run", "-m", *overrides, "hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]

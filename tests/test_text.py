@@ -494,6 +494,7 @@ def test_law_8_a_run_on_text_goes_on_bit_for_bit_and_is_evaluated(tmp_path: Path
     assert values["samples"] == 40 and 0 < values["loss"] < 6
 
 
+@pytest.mark.slow
 def test_text_bert_over_two_ranks_is_the_run_of_one(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     losses = []

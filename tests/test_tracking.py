@@ -67,6 +67,7 @@ def history(tracker: MLflowTracker, key: str) -> list[tuple[int, float]]:
     return [(p.step, p.value) for p in tracker.store.client.get_metric_history(tracker.run_id, key)]
 
 
+@pytest.mark.slow
 def test_a_new_store_opened_by_several_processes_at_once_loses_nothing(tmp_path: Path) -> None:
     config = config_at(tmp_path)
     command = [sys.executable, "-c", WRITER, str(config.uri)]

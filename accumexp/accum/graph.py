@@ -109,7 +109,7 @@ class GraphedWindow:
         samples: int | None = None,
         observe: Observer | None = None,
     ) -> WindowResult:
-        """As `Window.backward`. The next window overwrites nothing of the result, or of what `observe` got."""
+        """As `Window.backward`. The next window overwrites nothing of the result, nor what `observe` got."""
         window = self.window
         steps = window.steps if steps is None else steps
         if window.after_micro_batch:

@@ -305,12 +305,11 @@ def _share(weight: Tensor | float, like: Tensor) -> Tensor:
 
     A window of ignored items has the gradient 0, not 0 / 0.
     """
-    if isinstance(weight, Tensor) and weight.device.type != "cpu":
-        if weight.is_floating_point():
-            return torch.where(weight == 0, 1.0, weight).to(like.dtype).reciprocal()
-        return weight.clamp(min=1).to(like.dtype).reciprocal()
-    # Of what the host holds, it divides faster than a kernel is called.
-    return like.new_full((), 1 / (float(weight) or 1.0))
+    if not isinstance(weight, Tensor):
+        return like.new_full((), 1 / (weight or 1.0))
+    if weight.is_floating_point():
+        return torch.where(weight == 0, 1.0, weight).to(like.dtype).reciprocal()
+    return weight.clamp(min=1).to(like.dtype).reciprocal()
 
 
 def _first(tensor: Tensor) -> Tensor:
