@@ -168,7 +168,7 @@ class JointRun:
         together = Replicas(trainers, self._displays(trainers))
         check_replicable(together, self.key)
         open_ones = {replica.trainer: replica for replica in group}
-        status = "FAILED"
+        status, failure = "FAILED", None
         try:
             for replica in group:
                 replica.begin(len(group))
@@ -188,6 +188,7 @@ class JointRun:
             status = "KILLED"
             raise
         except Exception as error:
+            failure = error
             for replica in open_ones.values():
                 replica.record.tracker.tag({"accumexp.error": str(error)[:5000] or type(error).__name__})
             raise
@@ -195,7 +196,7 @@ class JointRun:
             self.updates = together.progress.update
             signals.trainer = None
             for replica in open_ones.values():
-                replica.close(status, {})
+                replica.close(status, {}, failure)
             if open_ones:
                 self._summarise(status)
 

@@ -94,6 +94,8 @@ def accuracies(folder: Path) -> dict[str, list[float]]:
     for path in sorted(folder.rglob(SUMMARY)):
         told = read_whole(path)
         given = dict(override.split("=", 1) for override in told.get("overrides", []))
+        if "replicas" in told:  # a joint job's own, which is their mean
+            continue
         if "accuracy" in (final := told.get("final") or {}):
             found.setdefault(given.get("accum.steps", "?"), []).append(final["accuracy"])
     return dict(sorted(found.items()))

@@ -30,6 +30,7 @@ from accumexp.trainer import Trainer
 
 from .command import Case, journal, left_behind, only_run, only_sweep, records, run_command, run_many
 from .experiments import Memory, composed
+from .reference import classification, small_model
 from .test_sweep import table
 
 SEEDS = (3, 4, 5)
@@ -455,3 +456,19 @@ def test_failed_replicas_are_named_by_their_seeds(tmp_path: Path) -> None:
     assert [job["status"] for job in summaries(only_sweep(tmp_path))] == ["FAILED"] * 3
     for seed in range(3):
         assert f"seed={seed}: train/loss is" in done.stderr
+
+
+def test_what_a_callback_freezes_is_frozen_in_all_replicas() -> None:
+    windows = [Window(small_model(seed=seed), nn.CrossEntropyLoss(), 2) for seed in (1, 2)]
+    joint = JointWindow(windows)
+    inputs, targets = classification(8)
+    batches = torch.stack([inputs, inputs]), torch.stack([targets, targets])
+    for window in windows:
+        next(window.model.parameters()).requires_grad_(False)
+    joint.backward(*batches, steps=2)
+    for window in windows:
+        first, *others = window.model.parameters()
+        assert first.grad is None and all(p.grad is not None for p in others)
+    next(windows[0].model.parameters()).requires_grad_(True)
+    with pytest.raises(ValueError, match="frozen in some replicas"):
+        joint.backward(*batches, steps=2)

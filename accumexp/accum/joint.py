@@ -114,9 +114,11 @@ class JointWindow:
             Of each replica what its window did.
 
         Raises:
-            ValueError: if the batches have fewer samples than `steps`.
+            ValueError: if the batches have fewer samples than `steps`, or a parameter is frozen in some of
+                the replicas alone.
         """
         first = self.windows[0]
+        self._freeze()
         samples = batch_size(_of((inputs, targets), 0))
         sizes = split_sizes(samples, steps)
         parts = list(zip(_split(inputs, sizes), _split(targets, sizes), strict=True))
@@ -144,6 +146,14 @@ class JointWindow:
         mean = total * (_share(weight, total) if by_step else share)
         each = weight.unbind() if isinstance(weight, Tensor) else [weight] * len(mean)
         return [WindowResult(m, w, samples, steps) for m, w in zip(mean.unbind(), each, strict=True)]
+
+    def _freeze(self) -> None:
+        """Takes over which parameters learn: callbacks may change it between windows."""
+        for name, stack, own in zip(self._names, self.parameters, self._own, strict=True):
+            learns = {parameter.requires_grad for parameter in own}
+            if len(learns) > 1:
+                raise ValueError(f"{name} is frozen in some replicas and not in others: they cannot be one")
+            stack.requires_grad_(learns.pop())
 
     def _forward(self, inputs: Nested, targets: Nested) -> tuple[Any, Tensor]:
         """Outputs and summed losses of all replicas, (R, ...) and (R,)."""
