@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -179,14 +180,14 @@ def _taken() -> Any:
 
 
 def test_a_look_at_a_checkpoint_leaves_its_tensors_in_the_file(tmp_path: Path) -> None:
-    weights = torch.randn(500, 500)
+    weights = torch.randn(2**23)
     save(tmp_path / "one.pt", {"weights": weights})
-    found: list[Any] = []
-    taken = {
-        in_file: allocated(lambda i=in_file: found.append(load(tmp_path / "one.pt", i)), tmp_path / "trace")
-        for in_file in (True, False)
-    }
-    assert taken[True] < 1000 and taken[False] >= weights.nbytes
+    found, grown = [], {}
+    for in_file in (True, False):
+        before = psutil.Process().memory_info().rss
+        found.append(load(tmp_path / "one.pt", in_file))
+        grown[in_file] = psutil.Process().memory_info().rss - before
+    assert grown[True] < 0.3 * weights.nbytes < 0.8 * weights.nbytes < grown[False]
     assert all(torch.equal(one["weights"], weights) for one in found)
 
 
