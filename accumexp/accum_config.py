@@ -57,12 +57,15 @@ class AccumConfig:
     find_unused_parameters: bool = False
     # fsdp: reduce-scatter in every micro-batch, so that no unsharded gradient is kept between them.
     reduce_every_micro_batch: bool = False
-    # Out of memory splits the window finer on all ranks, and all that follow. Null: but with fsdp.
+    # Out of memory splits the window finer on all ranks, and all that follow. Null: but with fsdp, and but
+    # with reduction=sum, whose update grows with the steps.
     recover: bool | None = None
 
     @property
     def recovers(self) -> bool:
-        return self.strategy is not Strategy.fsdp if self.recover is None else self.recover
+        if self.recover is not None:
+            return self.recover
+        return self.strategy is not Strategy.fsdp and self.reduction is Reduction.mean
 
 
 def check_accum(accum: AccumConfig) -> None:
@@ -80,12 +83,21 @@ def check_accum(accum: AccumConfig) -> None:
             "accum.recover=true: not with accum=fsdp, whose every forward waits for all ranks, so that none "
             "can go back alone"
         )
+    if accum.recover and accum.reduction is Reduction.sum:
+        raise UsageError(
+            "accum.recover=true: not with accum.reduction=sum, whose update grows with the micro-batches"
+        )
     if accum.memory_limit is not None:
         in_bytes("accum.memory_limit", accum.memory_limit)
     if accum.steps == AUTO and accum.strategy is Strategy.fsdp:
         raise UsageError(
             "accum.steps=auto: a rank cannot try a model that accum=fsdp holds in shards by itself, give "
             "accum.steps or accum.micro_batch_size"
+        )
+    if accum.steps == AUTO and accum.reduction is Reduction.sum:
+        raise UsageError(
+            "accum.steps=auto: not with accum.reduction=sum, whose update grows with the micro-batches and "
+            "would be that of the free memory"
         )
     if accum.growth_interval < 1:
         raise UsageError(f"accum.growth_interval={accum.growth_interval}: at least 1")

@@ -60,8 +60,11 @@ def _own_memory(content: Any) -> Any:
     return content
 
 
-def load(path: Path) -> dict[str, Any]:
+def load(path: Path, in_file: bool = False) -> dict[str, Any]:
     """The content of a checkpoint, tensors on the CPU. Runs no code from the file.
+
+    With `in_file` tensors stay in the file, which must then be there as long as they are: a look costs no
+    memory.
 
     Raises:
         UsageError: if it is missing, damaged (every byte is checked against its CRC), or not ours.
@@ -73,7 +76,7 @@ def load(path: Path) -> dict[str, Any]:
             damaged = archive.testzip()
         if damaged:
             raise UsageError(f"checkpoint {path}: damaged in {damaged}; take an earlier one from its folder")
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=in_file)
     except UsageError:
         raise
     except zipfile.BadZipFile as error:
@@ -195,7 +198,9 @@ class Checkpoints(Callback):
             content = {**state, **self.identity, **told, "random": random}
             save(path, {**content, "random_others": others, shards.KEY: parts})
             if not self._proven:
-                load(path)  # a custom class may have put into its state what cannot be read back
+                load(
+                    path, in_file=True
+                )  # a custom class may have put into its state what cannot be read back
                 self._proven = True
             if improved:
                 _link(path, self.folder / BEST)
@@ -208,7 +213,9 @@ class Checkpoints(Callback):
         best = self.folder / BEST
         kept = {path.stem for path in saved_updates(self.folder)}
         for folder in self.folder.glob(f"update-*{shards.SUFFIX}"):
-            if folder.stem not in kept and (not best.exists() or load(best).get(shards.KEY) != folder.name):
+            if folder.stem not in kept and (
+                not best.exists() or load(best, True).get(shards.KEY) != folder.name
+            ):
                 shutil.rmtree(folder, ignore_errors=True)
 
     def state_dict(self) -> dict[str, Any]:

@@ -107,7 +107,17 @@ class Planner:
             micro = found[0].micro if found else SMALL[0]
             raise too_little(self.limit, micro, least)
         two = found[-2:]
-        return {2: two, 1: [self.rehearsal.small(one.micro, 1) for one in two if one in within]}
+        once: list[Rehearsed] = []
+        for one in two:
+            if one in within:
+                try:
+                    once.append(self.rehearsal.small(one.micro, 1))
+                except Exception as error:
+                    if not out_of_memory(error):
+                        raise
+                    forget(self.rehearsal.device)
+                    break
+        return {2: two, 1: once or two}
 
     @property
     def batch_bytes(self) -> int:
@@ -140,6 +150,7 @@ class Planner:
             "parameters": one.parameters,
             "gradients": one.gradients,
             "optimizer state": one.state,
+            **self.rehearsal.beside,
             "data": held_bytes(self.rehearsal.held) - one.parameters + self.batch_bytes,
             "saved activations": saved,
         }
@@ -248,11 +259,16 @@ def planned(order: Order, here: World) -> tuple[Order, dict[str, str]]:
     All ranks call, and take the most steps that any of them needs.
 
     Raises:
-        UsageError: if nothing fits, on all ranks alike.
+        UsageError: if nothing fits, on all ranks alike, or for windows that are recorded.
     """
     config = order.config
     if config.accum.steps != AUTO:
         return order, {}
+    if config.trainer.graph:
+        raise UsageError(
+            f"accum.steps={AUTO}: a recorded window keeps memory that cannot be tried beforehand, give "
+            "accum.steps or leave trainer.graph out"
+        )
     point, limit = agreed(config, here)
     ranks = f" on each of {here.size} ranks" if here.size > 1 else ""
     window = f"{point.steps} micro-batches of" if point.steps > 1 else "one micro-batch of"
@@ -273,16 +289,36 @@ def agreed(config: Config, here: World) -> tuple[Point, Limit]:
             own = planner.choose()
         except UsageError as refused:
             error = str(refused)
-        found: list[tuple[int, str | None]] = [(own.steps if own else 0, error)]
-        if here.size > 1:
-            # Nobody may be left waiting by a rank that has nothing to choose from.
-            found = [found[0]] * here.size
-            dist.all_gather_object(found, (own.steps if own else 0, error))
-        for refusal in (said for _, said in found if said):
-            raise UsageError(refusal)
+        chosen = _of_all(own.steps if own else 0, error, here)
         assert planner is not None and own is not None
-        steps = max(most for most, _ in found)
-        return own if steps == own.steps else planner.tried(steps), planner.limit
+        steps = max(chosen)
+        if min(chosen) == steps:
+            return own, planner.limit
+        try:
+            own = own if own.steps == steps else planner.tried(steps)
+            if not own.fits:
+                needs = (
+                    own.trouble
+                    or f"{amount(own.measured or own.predicted)}, and the limit is {planner.limit}"
+                )
+                error = (
+                    f"accum.steps={AUTO}: {steps} steps, which another rank needs, do not fit on rank "
+                    f"{here.rank}: {needs}; give accum.steps"
+                )
+        except UsageError as refused:
+            error = str(refused)
+        _of_all(steps, error, here)
+        return own, planner.limit
+
+
+def _of_all(steps: int, error: str | None, here: World) -> list[int]:
+    """`steps` of all ranks, or on all of them the error of the first that has one: nobody is left waiting."""
+    found = [(steps, error)] * here.size
+    if here.size > 1:
+        dist.all_gather_object(found, (steps, error))
+    for refusal in (said for _, said in found if said):
+        raise UsageError(refusal)
+    return [most for most, _ in found]
 
 
 def _grown(one: Rehearsed, peak: int, micro: int) -> int:

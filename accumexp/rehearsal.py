@@ -29,6 +29,8 @@ from .world import World, device_of, first_here
 
 # The optimizer's state and kept gradients are there from the second on.
 UPDATES = 2
+TO_GO_BACK = "copies to go back to"
+BUCKETS = "buckets of ddp"
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,8 @@ class Rehearsal:
 
     All that a run does in an update is done: its trainer, its window and its callbacks, but those that
     speak or save. One process, whatever the strategy: a rank tries its own part of the batch, without the
-    others, and with gradients that stay as those of `accum=ddp` do.
+    others, and with gradients that stay as those of `accum=ddp` do. `beside` is held in the place of the
+    rest.
 
     Building and using it moves torch's random state.
 
@@ -142,6 +145,28 @@ class Rehearsal:
                 found += [*tensors(batches.inputs), *tensors(batches.targets)]
         return [tensor for tensor in found if tensor.device.type == self.device.type]
 
+    @property
+    def beside(self) -> dict[str, int]:
+        """Bytes of the run that one process without recovery has not, by what they hold.
+
+        To go back to a window's start, copies of all buffers and, on the host, torch's random state (an old
+        one and a new). With `accum=ddp`, buckets: in the first window gradients are beside them, in the
+        second they are made anew.
+        """
+        parts, accum = self.parts, self.config.accum
+        found: dict[str, int] = {}
+        if accum.recovers and not self.config.trainer.graph:
+            modules = [m for m in (parts.model, parts.criterion) if isinstance(m, nn.Module)]
+            copies = sum(buffer.nbytes for module in modules for buffer in module.buffers())
+            host = 2 * torch.get_rng_state().nbytes if self.device.type == "cpu" else 0
+            found[TO_GO_BACK] = copies + host
+        if accum.strategy is Strategy.ddp:
+            found[BUCKETS] = sum(p.nbytes for p in parts.model.parameters() if p.requires_grad)
+        return {name: size for name, size in found.items() if size}
+
+    def _room(self, size: int) -> Tensor:
+        return torch.empty(size, dtype=torch.uint8, device=self.device)
+
     def _every(self) -> list[Batches]:
         return [self.splits.train, self.splits.eval, self.splits.test]
 
@@ -167,12 +192,19 @@ class Rehearsal:
         self._shape(config)
         fed = self._fed()
         with measure_peak(self.device, held_bytes(self.held)) as update:
+            # Stands in for what this one process does not make, so that what does not fit fails here.
+            beside = {name: self._room(size) for name, size in self.beside.items()}
             trainer = self._trainer(config)
             trainer.callbacks["end"] = _End(UPDATES)
             trainer.fit()
         trainer.go_on()
-        with measure_peak(self.device, update.end) as evaluation:
+        end = update.end
+        if not config.accum.fp32_buffers:  # after a window the gradients are in the buckets
+            end -= self.beside.get(BUCKETS, 0)
+            beside.pop(BUCKETS, None)
+        with measure_peak(self.device, end) as evaluation:
             trainer.evaluate("eval")
+        beside.clear()
         model = self.parts.model
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
         state = [
@@ -236,6 +268,8 @@ def rehearsing(config: Config, here: World = ALONE) -> Iterator[Rehearsal]:
         gc.unfreeze()
         rehearsal.__dict__.clear()
         forget(device)
+        if config.trainer.compile:
+            torch.compiler.reset()  # or what was compiled here would decide what the run compiles
 
 
 def forget(device: torch.device) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -11,6 +12,7 @@ from .data import Batch
 from .errors import TrainingError
 from .terminal import console
 
+_log = logging.getLogger(__name__)
 # The tag of a run in which a window was split finer.
 OUT_OF_MEMORY = "accumexp.out_of_memory"
 
@@ -19,7 +21,8 @@ class Shortage:
     """Runs windows, and keeps which of them ran out of memory.
 
     Args:
-        recover: split such a window finer, on all ranks, and all that follow; without it the run ends.
+        recover: split such a window finer, on all ranks, and all that follow; without it, or where
+            `Recovery.refusal` says that it cannot be, the run ends.
         backward: in the place of `Window.backward`, where nothing is split finer.
 
     Attributes:
@@ -33,7 +36,12 @@ class Shortage:
     ) -> None:
         self.window = window
         self.plain = backward or window.backward
-        self.recovery = Recovery(window, self._hear) if recover else None
+        refusal = Recovery.refusal(window)
+        # What recorded windows cannot do either: they are replayed as they are.
+        self._may_recover = refusal is None and backward is None
+        if recover and refusal is not None:
+            _log.info("a window that runs out of memory ends the run: %s", refusal)
+        self.recovery = Recovery(window, self._hear) if recover and refusal is None else None
         self.lines: list[str] = []
         self.listeners: list[Callable[[dict[str, str]], None]] = []
         self.steps: dict[int, int] = {}
@@ -88,7 +96,7 @@ class Shortage:
         if self.recovery is not None:
             return f"{text}; no finer split helps: take a smaller model, precision=bf16 or accum=fsdp"
         halves = f"{text}: accum.steps={2 * window.steps} halves the micro-batches"
-        return halves if window.sync.sharded else f"{halves}, and accum.recover=true does it by itself"
+        return f"{halves}, and accum.recover=true does it by itself" if self._may_recover else halves
 
     def state_dict(self) -> dict[str, Any]:
         return {"lines": list(self.lines), "recovery": self.recovery.state_dict() if self.recovery else {}}

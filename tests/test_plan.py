@@ -6,13 +6,16 @@ that the prediction is made from, and around a whole run.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.util
 import json
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -20,11 +23,13 @@ from torch.profiler import ProfilerActivity, profile
 from accumexp.accum import extrapolated, held_bytes, measure_peak, tensors
 from accumexp.accum.peak import Peak
 from accumexp.assembly import build_parts, build_trainer
+from accumexp.checkpoint import load, save
 from accumexp.config import Config, from_hydra, settled, to_plain
 from accumexp.data import ResidentBatches
 from accumexp.errors import UsageError
 from accumexp.frontier import explored
-from accumexp.planning import Limit, Planner, Point, agreed, out_of_memory
+from accumexp.order import Order
+from accumexp.planning import Limit, Planner, Point, agreed, out_of_memory, planned
 from accumexp.rehearsal import Rehearsal, rehearsing
 from accumexp.sizes import batch_sizes, in_bytes
 from accumexp.system import _free_of_group  # pyright: ignore[reportPrivateUsage]
@@ -39,15 +44,16 @@ LENET = [*AUTO, "data.batch_size=96", "data.eval_batch_size=8"]
 RESNET = [*AUTO, "model=resnet18", "data.image_size=8", "data.batch_size=24", "data.eval_batch_size=4"]
 MLP = [*AUTO, "model=mlp", "optimizer=adam", "data.eval_batch_size=8"]
 NEEDS_BERT = pytest.mark.skipif(not importlib.util.find_spec("transformers"), reason="an extra")
+DEEP = [*AUTO, "model=resnet18", "data.image_size=8", "data.batch_size=24", "data.eval_batch_size=1"]
 BERT = [*AUTO, "experiment=text_bert", "scheduler.warmup_updates=0", "model.layers=1", "model.hidden=64"]
 BERT += ["data.batch_size=24", "data.eval_batch_size=4"]
 
 
-def taken_by(config: Config, path: Path) -> int:
+def taken_by(config: Config, path: Path, rank: World | None = None) -> int:
     """The most bytes of tensors that were alive in a run of `config`: of two updates and their evaluation."""
     config.trainer.max_updates = config.trainer.log_every = 2
     config.callbacks.clear()
-    parts = build_parts(config)
+    parts = build_parts(config) if rank is None else build_parts(config, rank)
     every = [parts.splits.train, parts.splits.eval, parts.splits.test]
     data = [
         t for b in every if isinstance(b, ResidentBatches) for t in tensors((b.inputs, b.targets, b.indices))
@@ -152,6 +158,39 @@ def test_a_run_never_takes_more_than_the_limit(
     assert (chosen[-1] == 1) == (shares[-1] == 1.0)
 
 
+def test_a_rank_of_several_never_takes_more_than_was_predicted(tmp_path: Path) -> None:
+    """Gradients beside ddp's buckets, and copies of buffers to go back to, are in no trial's run."""
+    from .ranks import on_ranks
+
+    for taken, predicted, measured, parts in on_ranks(2, tmp_path, _taken):
+        assert taken <= measured and abs(predicted / measured - 1) < 0.1 and taken > 0.8 * measured
+        assert parts["buckets of ddp"] == parts["gradients"] and parts["copies to go back to"] > 0
+
+
+def _taken() -> Any:
+    rank = torch.distributed.get_rank()
+    config = composed(*DEEP, "accum=ddp", "accum.processes=2")
+    with rehearsing(config, World(rank, 2, rank, 2)) as rehearsal:
+        planner = Planner(rehearsal)
+        point = planner.tried(4)
+        parts = planner.parts(point)
+    with tempfile.TemporaryDirectory() as folder:
+        taken = taken_by(settled(config, 4), Path(folder) / "trace", World(rank, 2, rank, 2))
+    return taken, point.predicted, point.measured, parts
+
+
+def test_a_look_at_a_checkpoint_leaves_its_tensors_in_the_file(tmp_path: Path) -> None:
+    weights = torch.randn(2**23)
+    save(tmp_path / "one.pt", {"weights": weights})
+    found, grown = [], {}
+    for in_file in (True, False):
+        before = psutil.Process().memory_info().rss
+        found.append(load(tmp_path / "one.pt", in_file))
+        grown[in_file] = psutil.Process().memory_info().rss - before
+    assert grown[True] < 0.3 * weights.nbytes < 0.8 * weights.nbytes < grown[False]
+    assert all(torch.equal(one["weights"], weights) for one in found)
+
+
 def test_what_does_not_fit_is_never_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     tried: list[int] = []
     whole = Rehearsal.whole
@@ -186,6 +225,56 @@ def test_a_trial_that_does_not_fit_makes_the_micro_batch_smaller(monkeypatch: py
         planner.limit = Limit(planner.predicted(2), "a test")
         point = planner.choose()
     assert tried[0] == 2 < tried[1] < tried[2] == point.steps and point.fits
+
+
+def test_a_trial_of_one_micro_batch_may_run_out_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    small = Rehearsal.small
+
+    def trial(self: Rehearsal, micro: int, steps: int) -> Any:
+        if steps == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return small(self, micro, steps)
+
+    monkeypatch.setattr(Rehearsal, "small", trial)
+    with rehearsing(composed(*LENET)) as rehearsal:
+        planner = Planner(rehearsal)
+        assert planner.predicted(1) > planner.predicted(2)
+
+
+def test_steps_that_another_rank_needs_and_that_do_not_fit_here_are_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def gathered(found: list[Any], own: Any) -> None:
+        found[:] = [own, (4, None)] if own[0] == 1 else [own, own]
+
+    whole = Rehearsal.whole
+
+    def trial(self: Rehearsal, steps: int) -> Any:
+        if steps == 4:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return whole(self, steps)
+
+    monkeypatch.setattr("accumexp.planning.dist.all_gather_object", gathered)
+    monkeypatch.setattr("accumexp.rehearsal.first_here", lambda here: contextlib.nullcontext())
+    monkeypatch.setattr(Rehearsal, "whole", trial)
+    config = composed(*LENET, "accum=ddp", "accum.processes=2")
+    with pytest.raises(UsageError, match="4 steps, which another rank needs, do not fit on rank 0: out of"):
+        agreed(config, World(0, 2, 0, 2))
+
+
+def test_recorded_windows_are_given_their_steps() -> None:
+    order = Order(composed(*LENET, "trainer.graph=true"), Path(), None, None, "")
+    with pytest.raises(UsageError, match="accum.steps=auto: a recorded window keeps memory"):
+        planned(order, World())
+
+
+def test_what_a_rehearsal_compiled_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    reset: list[int] = []
+    monkeypatch.setattr("torch.compiler.reset", lambda: reset.append(1))
+    for overrides in ([], ["trainer.compile=true"]):
+        with rehearsing(composed(*LENET, *overrides)):
+            assert not reset
+    assert reset == [1]
 
 
 def test_an_error_of_the_model_is_not_taken_for_a_lack_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:

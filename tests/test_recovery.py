@@ -192,10 +192,14 @@ class Moving(nn.Module):
         self.register_buffer("replaced", torch.zeros((), dtype=torch.float64))
         self.register_buffer("changed", torch.zeros((), dtype=torch.int64))
         self.register_buffer("absent", None)
+        self.absent: Tensor | None
+        self.register_buffer("first", None)
+        self.first: Tensor | None
 
     def forward(self, inputs: Tensor) -> Tensor:
         self.replaced = self.replaced * 0.5 + inputs.mean()
         self.changed += 1
+        self.first = inputs[0].clone() if self.first is None else self.first + 1
         return self.short(self.layer(inputs))
 
 
@@ -213,6 +217,27 @@ def test_a_buffer_that_was_replaced_goes_back_too() -> None:
         window.backward(*classification(SAMPLES), steps=steps)
         assert int(model.changed) == int(plain.changed)
         assert torch.equal(model.replaced, plain.replaced) and model.absent is None
+        assert model.first is not None and plain.first is not None
+        assert torch.equal(model.first, plain.first)
+
+
+def test_a_sum_of_means_is_not_made_again_in_more_of_them() -> None:
+    with pytest.raises(ValueError, match="sum of micro-batch means grows"):
+        Recovery(Window(stateless(Short()), nn.CrossEntropyLoss(), 2, reduction="sum"))
+
+
+def test_an_error_that_is_its_own_cause_is_let_go() -> None:
+    error = torch.OutOfMemoryError(WORDS)
+    error.__cause__ = error
+    recovery = Recovery(Window(stateless(Short({1}, "forward", error)), nn.CrossEntropyLoss(), 2))
+    assert recovery.backward(*classification(SAMPLES)).steps == 4
+
+
+def test_the_room_to_go_back_is_taken_before_any_window() -> None:
+    recovery = Recovery(Window(stateful(Short()), nn.CrossEntropyLoss(), 2))
+    before = [kept.data_ptr() for kept in recovery._start._kept]
+    recovery.backward(*classification(SAMPLES))
+    assert before and before == [kept.data_ptr() for kept in recovery._start._kept]
 
 
 def test_what_was_seen_of_a_window_that_failed_is_forgotten() -> None:

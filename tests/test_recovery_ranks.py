@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from accumexp.accum import OutOfMemory, Recovery, Window, data_parallel, fully_sharded
+from accumexp.shortage import Shortage
 
 from .ranks import on_ranks
 from .reference import classification, larger_batch_gradient, relative_error
@@ -100,7 +101,7 @@ def test_out_of_memory_on_any_rank_gives_the_finer_windows_bits_on_all(
         assert torch.equal(first[name][-1], second[name][-1]), "ranks agree"
 
 
-def exact(samples: int, reduction: Any) -> list[Any]:
+def exact(samples: int) -> list[Any]:
     """Gradients where a rank has fewer samples than micro-batches, or none, and one rank fails."""
     found = []
     for failing in (0, 1):
@@ -108,7 +109,7 @@ def exact(samples: int, reduction: Any) -> list[Any]:
             continue  # rank 1 has only padding
         at = {1} if dist.get_rank() == failing else set()
         model = data_parallel(stateless(Short(at)))
-        window = Window(model, nn.CrossEntropyLoss(), 2, reduction=reduction)
+        window = Window(model, nn.CrossEntropyLoss(), 2)
         inputs, targets, own = own_part(classification(samples), 2)
         result = Recovery(window).backward(inputs, targets, samples=own)
         found.append((whole_gradients(model), result.steps, float(result.loss)))
@@ -120,7 +121,7 @@ def test_law_3_ragged_shares_of_ranks_stay_exact(tmp_path: Path, samples: int) -
     batch = classification(samples)
     expected = larger_batch_gradient(stateless(Short()), nn.CrossEntropyLoss(), *batch)
     loss = nn.functional.cross_entropy(stateless(Short())(batch[0]), batch[1]).item()
-    for found in on_ranks(2, tmp_path, exact, samples, "mean"):
+    for found in on_ranks(2, tmp_path, exact, samples):
         assert len(found) == 2
         for gradient, steps, own_loss in found:
             assert relative_error(gradient, expected) <= 1e-12
@@ -128,7 +129,7 @@ def test_law_3_ragged_shares_of_ranks_stay_exact(tmp_path: Path, samples: int) -
 
 
 def alike() -> list[bool]:
-    """Sums of means, fp32 buffers, parameters that only one rank uses: as without trouble, to the bit."""
+    """Fp32 buffers, parameters that only one rank uses: as without trouble, to the bit."""
     inputs, targets, own = own_part(classification(SAMPLES), STEPS)
     found = []
 
@@ -145,7 +146,6 @@ def alike() -> list[bool]:
         one, other = gradients
         found.append(one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one))
 
-    both(lambda short: data_parallel(stateless(short)), inputs, reduction="sum")
     low = inputs.bfloat16()
     both(lambda short: data_parallel(stateless(short).bfloat16()), low, fp32_buffers=True)
     own_way = inputs.clone().float()
@@ -160,8 +160,34 @@ def alike() -> list[bool]:
     return found
 
 
-def test_sums_buffers_and_unused_parameters_are_as_in_the_finer_window(tmp_path: Path) -> None:
-    assert on_ranks(2, tmp_path, alike) == [[True] * 3] * 2
+def test_fp32_buffers_and_unused_parameters_are_as_in_the_finer_window(tmp_path: Path) -> None:
+    assert on_ranks(2, tmp_path, alike) == [[True] * 2] * 2
+
+
+def shared(fp32_buffers: bool) -> list[bool]:
+    """Whether this rank's statistics are the first one's in each of four windows."""
+    model = data_parallel(nn.Sequential(nn.BatchNorm1d(6), nn.Linear(6, 5)).double())
+    window = Window(model, nn.CrossEntropyLoss(), STEPS, fp32_buffers=fp32_buffers)
+    inputs, targets, own = own_part(classification(SAMPLES), STEPS)
+    found: list[bool] = []
+
+    def look(module: Any, _: Any) -> None:
+        if window.under_way == 0:
+            first = module.running_mean.clone()
+            dist.broadcast(first, 0)
+            found.append(torch.equal(first, module.running_mean))
+
+    model.module[0].register_forward_pre_hook(look)
+    recovery = Recovery(window)
+    for _ in range(4):
+        model.zero_grad(set_to_none=False)
+        recovery.backward(inputs, targets, samples=own)
+    return found
+
+
+@pytest.mark.parametrize("fp32_buffers", [False, True])
+def test_every_window_begins_with_the_first_ranks_buffers(tmp_path: Path, fp32_buffers: bool) -> None:
+    assert on_ranks(2, tmp_path, shared, fp32_buffers) == [[True] * 4] * 2
 
 
 class Weighed:
@@ -197,15 +223,24 @@ def trouble() -> list[Any]:
         Recovery(Window(fully_sharded(stateless(Short()), CPU), nn.CrossEntropyLoss(), 1))
     except ValueError as error:
         found.append(str(error))
+    model = data_parallel(nn.Sequential(nn.Identity(), nn.Linear(6, 5)))
+    model.module[0] = nn.SyncBatchNorm(6)  # DDP takes none on a CPU
+    window = Window(model, nn.CrossEntropyLoss(), 1)
+    try:
+        Recovery(window)
+    except ValueError as error:
+        found.append(str(error))
+    found.append(Shortage(window, recover=True).recovery is None)
     return found
 
 
 def test_the_count_that_fails_and_the_sample_that_never_fits_hold_up_nobody(tmp_path: Path) -> None:
     expected = larger_batch_gradient(stateless(Short()), nn.CrossEntropyLoss(), *classification(SAMPLES))
-    for gradient, weight, hopeless, sharded in on_ranks(2, tmp_path, trouble):
+    for gradient, weight, hopeless, sharded, batch_norm, without in on_ranks(2, tmp_path, trouble):
         assert relative_error(gradient, expected) <= 1e-12 and weight == SAMPLES
         assert "one sample in a micro-batch is too much on rank 1" in hopeless
         assert "fully sharded" in sharded
+        assert batch_norm.startswith("SyncBatchNorm waits") and without
 
 
 def counted(steps: int, bucket_mib: float) -> tuple[list[int], int, bool]:

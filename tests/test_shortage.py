@@ -13,6 +13,7 @@ from accumexp.callbacks import Callback
 from accumexp.checkpoint import find, load
 from accumexp.errors import TrainingError, UsageError
 from accumexp.noise import NoiseScale
+from accumexp.shortage import Shortage
 from accumexp.trainer import Trainer
 
 from .command import journal, record_of, run_command
@@ -113,6 +114,9 @@ def test_what_no_split_can_mend_says_what_to_change() -> None:
         with pytest.raises(TrainingError, match=words):
             run_of(callback, *overrides)
 
+    with pytest.raises(TrainingError, match="accum.steps=8 halves the micro-batches$"):
+        run_of(Starved(2), "accum.reduction=sum")
+
     def short(*_: Any, **__: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried")
 
@@ -133,6 +137,24 @@ def test_a_model_in_shards_cannot_be_told_to_recover() -> None:
         composed(f"accum={how}", "device=cpu").accum.recovers for how in ("standalone", "ddp", "fsdp")
     ]
     assert recovers == [True, True, False]
+
+
+def test_a_sum_of_means_keeps_its_steps() -> None:
+    assert not composed("accum.reduction=sum", "device=cpu").accum.recovers
+    for key in ("accum.recover=true", "accum.steps=auto"):
+        with pytest.raises(UsageError, match=f"{key}: not with accum.reduction=sum"):
+            composed("accum.reduction=sum", key, "device=cpu")
+
+
+def test_recorded_windows_are_not_told_to_recover() -> None:
+    trainer, _ = trainer_of(*OPTIONS)
+
+    def short(*_: Any, **__: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    batch = next(iter(trainer.splits.train.epoch(0)))
+    with pytest.raises(TrainingError, match="halves the micro-batches$"):
+        Shortage(trainer.window, False, short).backward(1, batch, None)
 
 
 def starved(at: int, micro_batch: int, rank: int | None = None) -> str:

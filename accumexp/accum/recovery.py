@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from .batch import Nested, batch_size
 from .memory import is_out_of_memory
@@ -52,6 +53,9 @@ class Recovery:
     On several ranks no micro-batch waits for another rank: the ranks agree when each has done its own, on
     the host, and gradients are added then. So no reduction hides behind the last backward.
 
+    The memory to go back from is taken here, not in a window, where a rank without it would leave the
+    others waiting.
+
     Args:
         tell: called on all ranks with each `OutOfMemory`, before the window begins again.
 
@@ -59,14 +63,14 @@ class Recovery:
         at_most: samples that a micro-batch may have on a rank, or None as long as nothing failed.
 
     Raises:
-        ValueError: for the window of a fully sharded model, whose every forward waits for the other ranks.
+        ValueError: for a window that cannot be split finer by a rank alone, or not without a change of the
+            update: `refusal` says which.
     """
 
     def __init__(self, window: Window, tell: Callable[[OutOfMemory], None] | None = None) -> None:
-        if window.sync.sharded:
-            raise ValueError(
-                "a fully sharded model waits for all ranks in every forward: none goes back alone"
-            )
+        refusal = self.refusal(window)
+        if refusal is not None:
+            raise ValueError(refusal)
         self.window = window
         self.tell = tell
         self.at_most: int | None = None
@@ -75,6 +79,19 @@ class Recovery:
         self._start = _Start(window)
         self._largest = 0  # samples in a micro-batch of this rank
         self._agreed = False
+
+    @staticmethod
+    def refusal(window: Window) -> str | None:
+        """Why `window` cannot be made again in more micro-batches, or None."""
+        if window.sync.sharded:
+            return "a fully sharded model waits for all ranks in every forward: none goes back alone"
+        if window.reduction == "sum":
+            return "a sum of micro-batch means grows with the micro-batches: more of them are another update"
+        if window.sync.ranks.size > 1:
+            parts = [part for part in (window.model, window.loss) if isinstance(part, nn.Module)]
+            if any(isinstance(module, nn.SyncBatchNorm) for part in parts for module in part.modules()):
+                return "SyncBatchNorm waits for all ranks in every forward: none goes back alone"
+        return None
 
     def backward(
         self,
@@ -92,7 +109,8 @@ class Recovery:
 
         Raises:
             torch.OutOfMemoryError: on all ranks, if one sample in a micro-batch is too much for one of them,
-                or if it happens when the gradients of the ranks are added.
+                or if it happens where they work together: when DDP, before the first micro-batch, shares
+                buffers and once makes its buckets anew, and when the gradients of the ranks are added.
         """
         window = self.window
         own = batch_size((inputs, targets)) if samples is None else samples
@@ -187,11 +205,12 @@ class _Start:
         self._modules = [m for part in parts if isinstance(part, nn.Module) for m in part.modules()]
         self._parameters = list(window.model.parameters())
         self._absent: list[nn.Parameter] = []
-        self._buffers: list[tuple[nn.Module, str, Tensor]] = []
+        self._buffers: list[tuple[nn.Module, str, Tensor | None]] = []
         self._kept: list[Tensor] = []
         self._torch = self._python = self._device = None
         self._quiet = 0
         self.clean = True
+        self._make_room([buffer for buffer in self._present() if not is_lazy(buffer)])
 
     def remember(self) -> None:
         """Nothing here waits for the device, and gradients are not copied."""
@@ -211,12 +230,10 @@ class _Start:
             for module in self._modules
             if module._buffers
             for name, buffer in module._buffers.items()
-            if buffer is not None
         ]
-        if self._buffers:
-            now = [buffer for _, _, buffer in self._buffers]
-            if len(now) != len(self._kept) or not all(map(_alike, now, self._kept)):
-                self._kept = [torch.empty_like(buffer) for buffer in now]
+        now = [buffer for _, _, buffer in self._buffers if buffer is not None]
+        if now:
+            self._make_room(now)
             torch._foreach_copy_(self._kept, now)  # pyright: ignore[reportPrivateImportUsage]
 
     def restore(self) -> None:
@@ -230,8 +247,8 @@ class _Start:
                     parameter.grad.zero_()
             for module, name, buffer in self._buffers:
                 module._buffers[name] = buffer
-            if self._buffers:
-                now = [buffer for _, _, buffer in self._buffers]
+            now = [buffer for _, _, buffer in self._buffers if buffer is not None]
+            if now:
                 torch._foreach_copy_(now, self._kept)  # pyright: ignore[reportPrivateImportUsage]
         assert self._torch is not None
         torch.set_rng_state(self._torch)
@@ -243,10 +260,19 @@ class _Start:
         if device.type == "cuda":
             torch.cuda.empty_cache()
 
+    def _present(self) -> list[Tensor]:
+        return [b for module in self._modules for b in module._buffers.values() if b is not None]
+
+    def _make_room(self, buffers: list[Tensor]) -> None:
+        if len(buffers) != len(self._kept) or not all(map(_alike, buffers, self._kept)):
+            self._kept = [torch.empty_like(buffer) for buffer in buffers]
+
 
 def _let_go(error: BaseException | None) -> None:
     """Empties the frames that `error` has come through, of what failed: whoever keeps it keeps no tensor."""
-    while error is not None:
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:  # an error may be its own cause
+        seen.add(id(error))
         traceback.clear_frames(error.__traceback__)
         error = error.__cause__ or error.__context__
 

@@ -99,7 +99,9 @@ class DataParallelSync(Sync):
         return NOTHING if last else self.wrapper.no_sync()
 
     def begin_alone(self) -> None:
-        # What DDP's forward would do with the other ranks at some time in the window.
+        # What DDP's forward would do with the other ranks at some time in the window. Not every window ends
+        # in `exchange`: with fp32 buffers, none does.
+        self.wrapper.require_forward_param_sync = True
         self.wrapper.reducer._rebuild_buckets()
         if self.wrapper.will_sync_module_buffers():
             self.wrapper._sync_buffers()
