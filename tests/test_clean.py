@@ -42,5 +42,6 @@ def test_right_windows_that_were_once_called_wrong(number: int) -> None:
     assert alarm(config, certified(config)) == ""
 
 
+@pytest.mark.slow
 def test_right_windows_of_two_ranks_are_proved(tmp_path: Path) -> None:
     assert on_ranks(2, tmp_path, clean_loops.numbers, 0, 6) == [[], []]

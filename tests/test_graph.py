@@ -230,6 +230,7 @@ def test_fused_optimizers_are_taken_where_nobody_chose() -> None:
     assert fused("+optimizer.fused=false") is False and fused("+optimizer.foreach=true") is None
 
 
+@pytest.mark.slow
 def test_a_compiled_model_trains_as_it_is() -> None:
     options = [
         "model=mlp",

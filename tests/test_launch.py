@@ -78,6 +78,7 @@ def free_port() -> int:
         return opened.getsockname()[1]
 
 
+@pytest.mark.slow
 def test_two_agents_of_torchrun_are_one_run(tmp_path: Path, alone: Path) -> None:
     """Two 'nodes' of one rank each, that only share a rendezvous and the folder they are started in."""
     port = free_port()
@@ -128,6 +129,7 @@ def test_ranks_on_a_device_that_is_not_there_are_one_line(tmp_path: Path) -> Non
     assert done.error().startswith("device=cuda")
 
 
+@pytest.mark.slow
 def test_joblibs_workers_start_ranks_of_their_own(tmp_path: Path) -> None:
     options = [
         *SMALL,
@@ -143,6 +145,7 @@ def test_joblibs_workers_start_ranks_of_their_own(tmp_path: Path) -> None:
     assert sorted(states, key=str) == [("2", "FINISHED"), ("2", "FINISHED"), (None, "FINISHED")]
 
 
+@pytest.mark.slow
 def test_the_tasks_of_a_cluster_job_are_the_ranks(tmp_path: Path) -> None:
     """submitit's local executor starts the tasks as Slurm would: one process a rank."""
     pytest.importorskip("submitit")

@@ -129,6 +129,7 @@ def test_a_job_counts_those_handed_over_with_it(
 # Real sweeps, a job of which fails ---------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("launcher", "words"),
     [

@@ -250,6 +250,7 @@ def test_under_weights_the_variance_is_that_of_the_windows_gradient_times_its_sa
 STATEFUL = ["model.dropout=0.3", "optimizer=adamw", "accum.steps=3", "trainer.log_every=2"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     "options",

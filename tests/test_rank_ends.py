@@ -21,7 +21,7 @@ from .launched import EXACT, SMALL, STATEFUL, ranks_alive, saved_weights, troubl
 from .reference import relative_error
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize("strategy", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp"])
 def test_law_8_a_stopped_run_of_two_ranks_goes_on_bit_for_bit(tmp_path: Path, strategy: str) -> None:
     ranks = [f"accum={strategy}", "accum.processes=2", "trainer.epochs=2"]
     env = troubled(tmp_path)
@@ -51,6 +51,7 @@ def test_law_8_a_stopped_run_of_two_ranks_goes_on_bit_for_bit(tmp_path: Path, st
     assert record.status == "FINISHED"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("ranks", "strategy"), [(3, "fsdp"), (1, "standalone")])
 def test_a_sharded_checkpoint_opens_at_another_number_of_ranks(
     tmp_path: Path, sharded_and_stopped: Path, alone: Path, ranks: int, strategy: str

@@ -113,7 +113,7 @@ def test_splits_share_no_file_and_leave_none_out(tmp_path: Path) -> None:
             assert len(set.union(*chosen.values())) == 25
     for path in source_files(None, "train"):
         assert not {"test", "tests", "site-packages", "idlelib", "lib2to3"} & set(path.parts[-4:-1]), path
-    assert [path for path in source_files(None, "test") if path.parent.name == "json"] != []
+    assert len({path.parent for path in source_files(None, "test")}) > 5  # packages, too
 
 
 def test_masking_is_devlins_by_sample_and_leaves_none_without_a_byte_to_guess() -> None:
