@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torchmetrics import Metric, MetricCollection
 
@@ -20,10 +20,11 @@ from .accum import (
     fully_sharded,
     window_loss,
 )
+from .accum.loss import ClassIndexLoss
 from .callbacks import EMA, Callback
 from .config import AccumConfig, Config, LossScaling, Precision, Strategy
 from .cores import cores
-from .data import Placement, Share, Splits, build_splits
+from .data import Placement, ResidentBatches, Share, Splits, build_splits
 from .errors import UsageError
 from .evaluation import Evaluator
 from .graphs import graphs, say_what_is_not
@@ -135,9 +136,13 @@ def build_metrics(config: Config, device: torch.device) -> MetricCollection:
 
 def build_window(accum: AccumConfig, model: nn.Module, parts: Parts) -> Window:
     """The window over `model`, prepared for its ranks, with the loss and precision of `parts`."""
+    loss, train = parts.loss, parts.splits.train
+    if isinstance(loss, ClassIndexLoss) and isinstance(train, ResidentBatches):
+        targets = cast(Tensor, train.targets)
+        loss = loss.known_for(targets[train.indices.to(targets.device)])
     return Window(
         model,
-        parts.loss,
+        loss,
         cast(int, accum.steps),
         reduction=accum.reduction.value,
         autocast=parts.autocast,

@@ -13,12 +13,30 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 
-def constant(optimizer: Optimizer) -> LambdaLR:
+def constant(optimizer: Optimizer) -> LRScheduler:
     """Factor 1."""
-    return LambdaLR(optimizer, lambda update: 1.0)
+    return _Constant(optimizer)
+
+
+class _Constant(LRScheduler):
+    """The optimizer's own learning rates, in little time: it happens every update."""
+
+    def get_lr(self) -> list[float | Tensor]:
+        return list(self.base_lrs)
+
+    def get_last_lr(self) -> list[float | Tensor]:
+        return self.get_lr()
+
+    def step(self, epoch: int | None = None) -> None:
+        self.last_epoch = self.last_epoch + 1 if epoch is None else epoch
+        for group, rate in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
 
 
 def cosine(optimizer: Optimizer, total_updates: int, min_factor: float = 0.0) -> LambdaLR:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,8 +16,7 @@ from .errors import TrainingError
 IN_VAIN = 10
 
 
-@dataclass(frozen=True)
-class _Pending:
+class _Pending(NamedTuple):
     update: int
     loss: Tensor
     overflow: Tensor | None

@@ -19,7 +19,7 @@ from .data import Batch
 from .data.joint import PlannedBatches, gathered
 from .errors import TrainingError
 from .progress import Progress
-from .shortage import no_memory_for
+from .shortage import NoMemoryFor
 from .trainer import Trainer
 
 Ended = Callable[[Trainer, TrainingError | None], None]
@@ -112,7 +112,7 @@ class Replicas:
         inputs, targets, batches = gathered(planned, self.feeds(running), running[0].progress.epoch)
         for trainer, batch in zip(running, batches, strict=True):
             trainer.begin(batch)
-        with no_memory_for(f"an update of {len(running)} replicas", "take fewer, or more accum.steps"):
+        with NoMemoryFor(f"an update of {len(running)} replicas", "take fewer, or more accum.steps"):
             results = self._accumulate(inputs, targets, batches[0].steps)
             done = self.step(want_norm=publishes) or [None] * len(running)
         for trainer, result, step in zip(running, results, done, strict=True):

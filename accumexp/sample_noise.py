@@ -16,7 +16,7 @@ from .accum.batch import Nested, batch_size
 from .errors import UsageError
 from .noise import GradientNoise, number
 from .seeding import derive_seed, drawn_from
-from .shortage import no_memory_for
+from .shortage import NoMemoryFor
 
 if TYPE_CHECKING:
     from .trainer import Trainer
@@ -83,7 +83,7 @@ class SampleNoiseScale(GradientNoise):
             return
         batch = trainer.batch
         assert batch is not None
-        no_memory = no_memory_for("callbacks=sample_noise_scale", "lower its chunk, samples held at once")
+        no_memory = NoMemoryFor("callbacks=sample_noise_scale", "lower its chunk, samples held at once")
         with trainer.off_the_clock(), no_memory:
             count = min(self.samples, batch.samples)
             self._found = self._look(trainer, batch.inputs, batch.targets, count)

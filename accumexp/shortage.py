@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from .accum import OutOfMemory, Recovery, Window, WindowResult, is_out_of_memory
@@ -107,19 +106,25 @@ class Shortage:
             self.recovery.load_state_dict(state["recovery"])
 
 
-@contextmanager
-def no_memory_for(what: str, advice: str) -> Iterator[None]:
-    """Out of memory inside, where no split helps, becomes one line that says what to change.
+class NoMemoryFor:
+    """A context in which out of memory, where no split helps, becomes one line that says what to change.
+
+    It can be entered any number of times.
 
     Raises:
         TrainingError: in place of the error.
     """
-    try:
-        yield
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-        raise TrainingError(f"out of memory in {what} ({first_line(error)}): {advice}") from error
+
+    def __init__(self, what: str, advice: str) -> None:
+        self.what = what
+        self.advice = advice
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, Exception) and is_out_of_memory(error):
+            text = f"out of memory in {self.what} ({first_line(error)}): {self.advice}"
+            raise TrainingError(text) from error
 
 
 def first_line(error: BaseException) -> str:

@@ -34,7 +34,7 @@ from .errors import of_the_compiler
 from .evaluation import Evaluator, WindowMetrics
 from .progress import Progress, Recorder, total_updates
 from .readings import Readings, hopeless
-from .shortage import Shortage, no_memory_for
+from .shortage import NoMemoryFor, Shortage
 from .system import MIB, peak_memory_mib, wait_for
 
 # Updates whose points are all published: where the losses of equal windows differ by rounding alone.
@@ -125,6 +125,9 @@ class Trainer:
         self._readings = Readings(window, check_finite)
         self.shortage = Shortage(window, recover, graphed.backward if graphed else None)
         window.forgotten.append(self.train_metrics.forget)
+        self._no_memory_to_step = NoMemoryFor(
+            "the optimizer's step", "take one that keeps less state, or accum=fsdp"
+        )
         self._measures = True  # the activations of the next window
         self._measured = False  # and nobody has been told
         self._clock = time.perf_counter()
@@ -242,7 +245,7 @@ class Trainer:
         rate = self.optimizer.param_groups[0]["lr"]
         rate = rate.clone() if isinstance(rate, Tensor) else float(rate)
         if done is None:
-            with no_memory_for("the optimizer's step", "take one that keeps less state, or accum=fsdp"):
+            with self._no_memory_to_step:
                 done = self.step(publish)
         self._step_schedule()
         progress.update += 1
@@ -324,7 +327,7 @@ class Trainer:
 
     def evaluate(self, split: str) -> dict[str, float]:
         """Loss and metrics of "eval" or "test", as `<split>/<name>`, with what callbacks add."""
-        no_memory = no_memory_for(f"the evaluation on {split}", "lower data.eval_batch_size")
+        no_memory = NoMemoryFor(f"the evaluation on {split}", "lower data.eval_batch_size")
         with self.off_the_clock(), no_memory:
             self.window.sync.share_buffers()
             batches = self.splits.test if split == "test" else self.splits.eval

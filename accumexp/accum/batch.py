@@ -20,7 +20,7 @@ def batch_size(batch: Nested) -> int:
     Raises:
         ValueError: if there is no tensor, or two tensors disagree.
     """
-    sizes = {tensor.shape[0] if tensor.dim() else 0 for tensor in tensors(batch)}
+    sizes = {shape[0] if shape else 0 for shape in [tensor.shape for tensor in tensors(batch)]}
     if len(sizes) != 1:
         found = "no tensor" if not sizes else f"first dimensions {sorted(sizes)}"
         raise ValueError(f"a batch needs tensors that share their first dimension, found {found}")
@@ -31,10 +31,11 @@ def tensors(batch: Nested) -> list[Tensor]:
     """The tensors of a nested batch, left to right."""
     if isinstance(batch, Tensor):
         return [batch]
-    if isinstance(batch, Mapping):
-        return [tensor for value in batch.values() for tensor in tensors(value)]
+    # Mapping last: to know one takes longer than all the rest.
     if isinstance(batch, tuple | list):
         return [tensor for value in batch for tensor in tensors(value)]
+    if isinstance(batch, Mapping):
+        return [tensor for value in batch.values() for tensor in tensors(value)]
     raise ValueError(f"a batch holds tensors, tuples, lists and dicts, not {type(batch).__name__}")
 
 

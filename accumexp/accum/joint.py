@@ -21,7 +21,8 @@ from torch.utils import _pytree as pytree
 from .batch import Nested, batch_size, map_tensors, split_sizes
 from .buffers import LOW_PRECISION
 from .loss import ClassIndexLoss, MeanOverSamples, SumOverSamples, WindowLoss
-from .window import MicroBatch, Observer, Window, WindowResult, _share
+from .weights import share_of
+from .window import MicroBatch, Observer, Window, WindowResult
 
 
 class JointWindow:
@@ -131,7 +132,7 @@ class JointWindow:
             with first._precision():
                 outputs, loss_sum = self._forward(inputs_k, targets_k)
             if share is None or by_step:
-                share = _share(weights[k if by_step else 0], loss_sum).expand_as(loss_sum)
+                share = share_of(weights[k if by_step else 0], loss_sum).expand_as(loss_sum)
             learning = [p for p in self.parameters if p.requires_grad]
             self._add(torch.autograd.grad(loss_sum, learning, self._seed(share), allow_unused=True))
             detached = loss_sum.detach()
@@ -143,7 +144,7 @@ class JointWindow:
         assert share is not None and total is not None
         counts = getattr(first.loss, "counts", True)
         weight = sum(weights[1:], weights[0]) if counts else weights[0]
-        mean = total * (_share(weight, total) if by_step else share)
+        mean = total * (share_of(weight, total) if by_step else share)
         each = weight.unbind() if isinstance(weight, Tensor) else [weight] * len(mean)
         return [WindowResult(m, w, samples, steps) for m, w in zip(mean.unbind(), each, strict=True)]
 
@@ -230,6 +231,8 @@ def _weights(window: Window, targets: Any) -> Tensor | float:
     """What each replica's `targets` weigh, (R,), or the number that they all do."""
     loss = window.loss
     if isinstance(loss, MeanOverSamples | SumOverSamples):
+        return loss.weight(_of(targets, 0))
+    if type(loss) is ClassIndexLoss and loss.sample_weight is not None:
         return loss.weight(_of(targets, 0))
     if type(loss) is ClassIndexLoss and not targets.is_floating_point() and loss.criterion.weight is None:
         return (targets != loss.criterion.ignore_index).flatten(1).sum(1)

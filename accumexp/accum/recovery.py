@@ -118,16 +118,16 @@ class Recovery:
         steps = self._steps(own, asked)
         window.sync.begin_alone()
         self._start.remember()
-        options: dict[str, Any] = {"samples": samples, "observe": observe}
-        if not self._alone:
-            options["agree"] = self._agree
+        agree = None if self._alone else self._agree
         while True:
             self._agreed = False
             self._largest = -(-own // steps) if steps > 0 else 0
             failure: _Failure | None = None
             reason = ""
             try:
-                return window.backward(inputs, targets, steps=steps, **options)
+                return window.backward(
+                    inputs, targets, steps=steps, samples=samples, observe=observe, agree=agree
+                )
             except _Elsewhere as elsewhere:
                 failure = elsewhere.failure
             except Exception as error:
@@ -202,10 +202,11 @@ class _Start:
     def __init__(self, window: Window) -> None:
         self.window = window
         parts = [window.model, window.loss]
-        self._modules = [m for part in parts if isinstance(part, nn.Module) for m in part.modules()]
+        # What holds the buffers of each module: one may get its first at any time.
+        self._held = [m._buffers for part in parts if isinstance(part, nn.Module) for m in part.modules()]
         self._parameters = list(window.model.parameters())
         self._absent: list[nn.Parameter] = []
-        self._buffers: list[tuple[nn.Module, str, Tensor | None]] = []
+        self._buffers: list[tuple[dict[str, Tensor | None], str, Tensor | None]] = []
         self._kept: list[Tensor] = []
         self._torch = self._python = self._device = None
         self._quiet = 0
@@ -225,12 +226,7 @@ class _Start:
         device = self._parameters[0].device
         if device.type == "cuda":
             self._device = torch.cuda.get_rng_state(device)
-        self._buffers = [
-            (module, name, buffer)
-            for module in self._modules
-            if module._buffers
-            for name, buffer in module._buffers.items()
-        ]
+        self._buffers = [(held, name, buffer) for held in self._held if held for name, buffer in held.items()]
         now = [buffer for _, _, buffer in self._buffers if buffer is not None]
         if now:
             self._make_room(now)
@@ -245,8 +241,8 @@ class _Start:
             for parameter in self._parameters:
                 if parameter.grad is not None:
                     parameter.grad.zero_()
-            for module, name, buffer in self._buffers:
-                module._buffers[name] = buffer
+            for held, name, buffer in self._buffers:
+                held[name] = buffer
             now = [buffer for _, _, buffer in self._buffers if buffer is not None]
             if now:
                 torch._foreach_copy_(now, self._kept)  # pyright: ignore[reportPrivateImportUsage]
@@ -261,7 +257,7 @@ class _Start:
             torch.cuda.empty_cache()
 
     def _present(self) -> list[Tensor]:
-        return [b for module in self._modules for b in module._buffers.values() if b is not None]
+        return [buffer for held in self._held for buffer in held.values() if buffer is not None]
 
     def _make_room(self, buffers: list[Tensor]) -> None:
         if len(buffers) != len(self._kept) or not all(map(_alike, buffers, self._kept)):

@@ -25,6 +25,9 @@ class StepResult:
     overflow: Tensor | None
 
 
+NOTHING_SAID = StepResult(None, None)
+
+
 class OptimizerStep:
     """Steps `optimizer` on the gradient that `window` accumulated.
 
@@ -40,13 +43,16 @@ class OptimizerStep:
         self.window = window
         self.optimizer = optimizer
         self.clip_norm = clip_norm
+        # The state in which every parameter has its momentum, and how many there were.
+        self._complete: Any = None
+        self._count = 0
 
     def __call__(self, want_norm: bool = False) -> StepResult:
         sync, scale = self.window.sync, self.window.loss_scale
-        give_momentum(self.optimizer)
+        self._give_momentum()
         if scale is None and self.clip_norm is None and not want_norm:
             self.optimizer.step()
-            return StepResult(None, None)
+            return NOTHING_SAID
         overflow = None if scale is None else sync.overflow()
         unscale = None if scale is None else scale.scale.double().reciprocal()
         norm = sync.norm() if want_norm or self.clip_norm is not None else None
@@ -65,6 +71,14 @@ class OptimizerStep:
             self._step_unless(overflow)
             scale.update(overflow)
         return StepResult(norm, overflow)
+
+    def _give_momentum(self) -> None:
+        """`give_momentum`, until every parameter has its own; anew for another state or more parameters."""
+        groups, state = self.optimizer.param_groups, self.optimizer.state
+        count = sum([len(group["params"]) for group in groups])
+        if self._complete is not state or not count == len(state) == self._count:
+            self._complete = state if give_momentum(self.optimizer) else None
+            self._count = count
 
     def _step_unless(self, overflow: Tensor) -> None:
         if self.skips_on_device:
@@ -87,23 +101,31 @@ class OptimizerStep:
         return bool(able) and all(group.get("fused") and not _dampened(group) for group in groups)
 
 
-def give_momentum(optimizer: Optimizer) -> None:
+def give_momentum(optimizer: Optimizer) -> bool:
     """Gives fused SGD the momentum buffers that it has not made yet, for parameters that have a gradient.
 
     It makes them for all at once in its first step, leaves them uninitialised if that is skipped, and
     fails where a parameter has its first gradient later. Zeros make a parameter's first step as it should be.
+
+    Returns:
+        Whether all parameters of all groups have one now.
     """
     if not isinstance(optimizer, SGD):
-        return
+        return False
+    complete = True
     for group in optimizer.param_groups:
         if not (group.get("fused") and group["momentum"]) or _dampened(group):
+            complete = False
             continue
         for parameter in group["params"]:
-            if parameter.grad is None:
-                continue
             state = optimizer.state.get(parameter)
-            if not state or state.get("momentum_buffer") is None:
+            if state and state.get("momentum_buffer") is not None:
+                continue
+            if parameter.grad is None:
+                complete = False
+            else:
                 optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return complete
 
 
 def _dampened(group: dict[str, Any]) -> bool:

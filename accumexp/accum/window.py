@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from .batch import Nested, batch_size, map_tensors, split, split_sizes
 from .buffers import Fp32Buffers
 from .loss import WindowLoss, window_loss
-from .memory import is_out_of_memory
 from .scale import LossScale
-from .sync import sync_of
+from .sync import NOTHING, sync_of
+from .weights import Weights, share_of
 
 Reduction = Literal["mean", "sum"]
 Observer = Callable[[Any, Nested], None]
@@ -135,7 +135,7 @@ class Window:
         self.after_micro_batch: list[Callable[[MicroBatch], None]] = []
         self.forgotten: list[Callable[[], None]] = []
         self.under_way = 0
-        self._weights: _Weights | None = None
+        self._weights: Weights | None = None
         self._buffers = Fp32Buffers(model.parameters()) if fp32_buffers else None
 
     def backward(
@@ -178,7 +178,7 @@ class Window:
             inputs, targets = (map_tensors(lambda t: t[:samples], batch) for batch in (inputs, targets))
         parts = list(zip(split(inputs, sizes), split(targets, sizes), strict=True))
         self.under_way = 0
-        weights = self._weights = _Weights(self, targets, [targets_k for _, targets_k in parts])
+        weights = self._weights = Weights(self, targets, [targets_k for _, targets_k in parts])
         share: Tensor | None = None  # of an item in the loss: 1 / weight
         total: Tensor | None = None
         done: MicroBatch | None = None
@@ -194,7 +194,7 @@ class Window:
                     outputs = call(self.sync.forward, inputs_k)
                     loss_sum = self.loss.total(outputs, targets_k)
                 if share is None or self.reduction == "sum":
-                    share = _share(weights.of(k), loss_sum)
+                    share = share_of(weights.of(k), loss_sum)
                 # The gradient of loss_sum / weight, without a division to record and to go back through.
                 loss_sum.backward(self._seed(share) if sizes[k] else torch.zeros_like(share))
             if self.after_micro_batch:
@@ -218,7 +218,7 @@ class Window:
         if self._buffers:
             self._buffers.close(self.sync.ranks)
         total = torch.zeros_like(share) if total is None else total
-        mean = total * (share if self.reduction == "mean" else _share(weights.total, total))
+        mean = total * (share if self.reduction == "mean" else share_of(weights.total, total))
         if not self.local_loss:
             self.sync.ranks.sum(mean)
         return WindowResult(mean, weights.total, samples, steps)
@@ -244,53 +244,8 @@ class Window:
 
     def _precision(self) -> AbstractContextManager[Any]:
         if self.autocast is None:
-            return nullcontext()
+            return NOTHING
         return torch.autocast(next(self.model.parameters()).device.type, self.autocast)
-
-
-class _Weights:
-    """What each micro-batch's sum is divided by, counted over all ranks before the first backward.
-
-    The count travels while the first forward computes.
-    """
-
-    def __init__(self, window: Window, targets: Nested, parts: list[Nested]) -> None:
-        self.by_step = window.reduction == "sum"
-        weighed = parts if self.by_step else [targets]
-        self._arrived: Callable[[], None] | None = None
-        self.counts: bool = getattr(window.loss, "counts", True)
-        ranks = window.sync.ranks
-        together = ranks.size > 1 and self.counts
-        device = next(window.model.parameters()).device if together else None
-        try:
-            self._own = [window.loss.weight(part) for part in weighed]
-            if device is None:
-                return
-            counted = torch.stack([_exact(weight, device) for weight in self._own])
-        except Exception as error:
-            if together and is_out_of_memory(error):  # the others count already, and wait for this rank
-                ranks.sum(torch.zeros(len(weighed), dtype=torch.float64, device=device))
-            raise
-        self._own = list(counted.unbind())
-        self._arrived = ranks.sum_soon(counted)
-
-    def arrive(self) -> None:
-        """Waits for what is on its way."""
-        if self._arrived is not None:
-            self._arrived()
-            self._arrived = None
-
-    def of(self, k: int) -> Tensor | float:
-        """The weight that micro-batch `k` is a part of: the window's, or its own for a sum of means."""
-        self.arrive()
-        return self._own[k if self.by_step else 0]
-
-    @property
-    def total(self) -> Tensor | float:
-        """The window's weight."""
-        if not self.counts:
-            return self._own[0]
-        return sum(self._own[1:], self._own[0])
 
 
 def call(model: nn.Module, inputs: Nested) -> Any:
@@ -300,24 +255,5 @@ def call(model: nn.Module, inputs: Nested) -> Any:
     return model(**inputs) if isinstance(inputs, Mapping) else model(*inputs)
 
 
-def _share(weight: Tensor | float, like: Tensor) -> Tensor:
-    """1 / `weight`, shape (), of the dtype and device of `like`; 1 where the weight is 0.
-
-    A window of ignored items has the gradient 0, not 0 / 0.
-    """
-    if not isinstance(weight, Tensor):
-        return like.new_full((), 1 / (weight or 1.0))
-    if weight.is_floating_point():
-        return torch.where(weight == 0, 1.0, weight).to(like.dtype).reciprocal()
-    return weight.clamp(min=1).to(like.dtype).reciprocal()
-
-
 def _first(tensor: Tensor) -> Tensor:
     return tensor[:1]
-
-
-def _exact(weight: Tensor | float, device: torch.device) -> Tensor:
-    """`weight` as fp64 of shape (), without a copy that the host would wait for."""
-    if isinstance(weight, Tensor):
-        return weight.to(device, torch.float64)
-    return torch.full((), weight, dtype=torch.float64, device=device)

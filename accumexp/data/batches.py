@@ -9,8 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -48,8 +47,7 @@ class Batch:
     steps: int
 
 
-@dataclass(frozen=True)
-class _Chosen:
+class _Chosen(NamedTuple):
     indices: Tensor
     samples: int
     total: int
@@ -155,7 +153,10 @@ class ResidentBatches(Batches):
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         for chosen, indices in self.placed(epoch, start):
-            gather = partial(torch.index_select, dim=0, index=indices)
+
+            def gather(tensor: Tensor, indices: Tensor = indices) -> Tensor:
+                return tensor.index_select(0, indices)
+
             inputs = self._augmented(map_tensors(gather, self.inputs), indices, epoch)
             targets = map_tensors(gather, self.targets)
             yield Batch(inputs, targets, indices, chosen.samples, chosen.total, chosen.steps)
