@@ -75,7 +75,7 @@ class TrainerConfig:
     # Stop after this many updates even inside an epoch. Null: all of them.
     max_updates: int | None = None
     # Updates between two reads of the device; the tracker gets the points of those updates. Null: a
-    # hundredth of the run, from 10 to 50.
+    # hundredth of the run, from 10 to 100.
     log_every: int | None = None
     eval_every: int = 1
     clip_norm: float | None = None

@@ -45,4 +45,4 @@ def total_updates(updates_per_epoch: int, epochs: int, max_updates: int | None) 
 
 def updates_between_reads(updates: int) -> int:
     """`log_every` of a run of `updates`, where nobody chose: enough points for a curve, at little cost."""
-    return max(10, min(50, updates // 100))
+    return max(10, min(100, updates // 100))

@@ -29,8 +29,8 @@ from .contenders import (
 from .measure import in_turns, not_installed, ratio_of
 from .tasks import Task, own_samples
 
-# A long run of accumexp logs every fiftieth update (trainer.log_every).
-PERIOD = 50
+# A long run of accumexp logs every hundredth update (trainer.log_every).
+PERIOD = 100
 TURN_SECONDS, ROUND_SECONDS, FEWEST_ROUNDS, MOST_ROUNDS = 0.1, 0.5, 5, 51
 FREE_SHARE = 0.5
 WARM_UP_SECONDS = 0.5
@@ -73,7 +73,7 @@ def planned(
 ) -> Plan:
     """How to spend `seconds` on each contender of a cell whose update takes `update` seconds.
 
-    Turns are short, about a tenth of a second, and of one update at least. A round has a multiple of fifty
+    Turns are short, about a tenth of a second, and of one update at least. A round has a multiple of a hundred
     updates, so that each logs equally often, wherever that allows five rounds; where it does not, an update
     takes so long that logging is nothing beside it. `updates` are those of a round, up to whole turns.
     """
