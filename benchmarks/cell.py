@@ -73,9 +73,9 @@ def planned(
 ) -> Plan:
     """How to spend `seconds` on each contender of a cell whose update takes `update` seconds.
 
-    Turns are short, about a tenth of a second, and of one update at least. A round has a multiple of a hundred
-    updates, so that each logs equally often, wherever that allows five rounds; where it does not, an update
-    takes so long that logging is nothing beside it. `updates` are those of a round, up to whole turns.
+    Turns are short, about a tenth of a second, and of one update at least. A round has a multiple of a
+    hundred updates, so that each logs equally often, wherever that allows five rounds; where it does not, an
+    update takes so long that logging is nothing beside it. `updates` are those of a round, up to whole turns.
     """
     own = max(1, own_samples(task.model) // task.batch)
     if updates is not None:

@@ -20,11 +20,11 @@ def batch_size(batch: Nested) -> int:
     Raises:
         ValueError: if there is no tensor, or two tensors disagree.
     """
-    sizes = {shape[0] if shape else 0 for shape in [tensor.shape for tensor in tensors(batch)]}
-    if len(sizes) != 1:
-        found = "no tensor" if not sizes else f"first dimensions {sorted(sizes)}"
+    sizes = [tensor.shape[0] if tensor.dim() else 0 for tensor in tensors(batch)]
+    if not sizes or sizes.count(sizes[0]) != len(sizes):
+        found = f"first dimensions {sorted(set(sizes))}" if sizes else "no tensor"
         raise ValueError(f"a batch needs tensors that share their first dimension, found {found}")
-    return sizes.pop()
+    return sizes[0]
 
 
 def tensors(batch: Nested) -> list[Tensor]:

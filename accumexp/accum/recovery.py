@@ -115,8 +115,9 @@ class Recovery:
         window = self.window
         own = batch_size((inputs, targets)) if samples is None else samples
         asked = window.steps if steps is None else steps
-        steps = self._steps(own, asked)
-        window.sync.begin_alone()
+        steps = asked if self.at_most is None else self._steps(own, asked)
+        if not self._alone:
+            window.sync.begin_alone()
         self._start.remember()
         agree = None if self._alone else self._agree
         while True:
@@ -156,9 +157,8 @@ class Recovery:
         self.at_most = state["at_most"]
 
     def _steps(self, own: int, asked: int) -> int:
-        """`asked`, or as many micro-batches as are needed, on all ranks alike."""
-        if self.at_most is None:
-            return asked
+        """`asked`, or as many micro-batches as are needed since one was too large, on all ranks alike."""
+        assert self.at_most is not None
         return self.window.sync.ranks.largest([max(asked, -(-own // self.at_most))])[0]
 
     def _agree(self) -> None:
@@ -217,15 +217,14 @@ class _Start:
         """Nothing here waits for the device, and gradients are not copied."""
         self._absent = [p for p in self._parameters if p.grad is None]
         self.clean = self.window.sync.keeps_gradients or len(self._absent) == len(self._parameters)
-        self._torch = torch.get_rng_state()
+        self._torch = torch.default_generator.get_state()
         if self._quiet < QUIET:
             before, self._python = self._python, random.getstate()
             self._quiet = self._quiet + 1 if self._python == before else 0
         else:
             self._python = None
-        device = self._parameters[0].device
-        if device.type == "cuda":
-            self._device = torch.cuda.get_rng_state(device)
+        if self._parameters[0].is_cuda:
+            self._device = torch.cuda.get_rng_state(self._parameters[0].device)
         self._buffers = [(held, name, buffer) for held in self._held if held for name, buffer in held.items()]
         now = [buffer for _, _, buffer in self._buffers if buffer is not None]
         if now:
