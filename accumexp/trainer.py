@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 import warnings
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
@@ -16,7 +15,6 @@ from torch.optim import Optimizer
 from torchmetrics import MetricCollection
 
 from .accum import (
-    Agreement,
     GraphedStep,
     GraphedWindow,
     OptimizerStep,
@@ -32,9 +30,11 @@ from .callbacks import Callback, listeners
 from .data import Batch, Splits
 from .errors import of_the_compiler
 from .evaluation import Evaluator, WindowMetrics
+from .pace import Pace
 from .progress import Progress, Recorder, total_updates
 from .readings import Readings, hopeless
 from .shortage import NoMemoryFor, Shortage
+from .stopping import Stopping
 from .system import MIB, peak_memory_mib, wait_for
 
 # Updates whose points are all published: where the losses of equal windows differ by rounding alone.
@@ -116,12 +116,8 @@ class Trainer:
         graphed = None if record is None else GraphedWindow(window, record)
         self.progress = Progress()
         self.batch: Batch | None = None
-        self.stop_reason: str | None = None
         self.latest: dict[str, float] = {}
-        self.stop_code = 0
-        self._wish: str | None = None
-        self._wish_code = 0
-        self._agreement = Agreement(window.sync.ranks)
+        self._stopping = Stopping(window.sync.ranks)
         self._readings = Readings(window, check_finite)
         self.shortage = Shortage(window, recover, graphed.backward if graphed else None)
         window.forgotten.append(self.train_metrics.forget)
@@ -130,8 +126,7 @@ class Trainer:
         )
         self._measures = True  # the activations of the next window
         self._measured = False  # and nobody has been told
-        self._clock = time.perf_counter()
-        self._last_read = (0, 0, 0.0)  # update, samples, seconds
+        self._pace = Pace()
         self.in_step: Sequence[Trainer] = (self,)
         self._events: dict[str, list[Callable[..., None]]] = {}
 
@@ -145,24 +140,27 @@ class Trainer:
         following = self.progress.update + 1
         return following % self.log_every == 0 or following == self.total_updates
 
+    @property
+    def stop_reason(self) -> str | None:
+        """Why the run ends before its last update, or None."""
+        return self._stopping.reason
+
+    @property
+    def stop_code(self) -> int:
+        """The code that `stop` was given, on any rank; 0 as long as nobody asked."""
+        return self._stopping.code
+
     def stop(self, reason: str, code: int = 1) -> None:
         """Asks the loop to end: after this update, or after the evaluation it is in.
 
         On several ranks it ends on all of them alike, at most one update later. `code` is the number of
         the signal that asks, or 1; all ranks learn it as `stop_code`.
         """
-        self._wish, self._wish_code = self._wish or reason, max(self._wish_code, code)
+        self._stopping.wish(reason, code)
 
     def go_on(self) -> None:
         """Forgets a request to stop, so that `fit` goes on."""
-        self.stop_reason, self.stop_code, self._wish, self._wish_code = None, 0, None, 0
-        self._agreement = Agreement(self.window.sync.ranks)
-
-    def _agree(self, agree: Callable[[int], int]) -> None:
-        """Makes a wish to stop of any rank the `stop_reason` of all."""
-        self.stop_code = agree(self._wish_code)
-        if self.stop_code and self.stop_reason is None:
-            self.stop_reason = self._wish or "another rank stopped"
+        self._stopping.forget()
 
     def fit(self) -> None:
         """Trains until the last update or a stop request, from wherever `progress` is.
@@ -185,10 +183,10 @@ class Trainer:
         What is between updates (evaluation, the ends of epochs) is done on the way to the next batch.
         """
         self._events = listeners(self.callbacks.values())
-        self._clock = time.perf_counter()
-        self._mark_read()
+        self._pace.go_on()
+        self._pace.mark(self.progress)
         self._emit("run_begin")
-        self._agree(self._agreement.now)
+        self._stopping.now()
         try:
             while not self.stop_reason and not self._ended():
                 yield from self._epoch()
@@ -205,7 +203,7 @@ class Trainer:
         self.model.train()
         for batch in self.splits.train.epoch(progress.epoch, progress.epoch_update):
             yield batch
-            self._agree(self._agreement.soon)
+            self._stopping.soon()
             if self.stop_reason or self.finished:
                 break
         self.read()
@@ -216,7 +214,7 @@ class Trainer:
         if self.finished or progress.epoch % self.eval_every == 0:
             values = self.evaluate("eval")
             self.recorder.record(progress.update, values, publish=True)
-            self._agree(self._agreement.now)
+            self._stopping.now()
         self._emit("epoch_end")
 
     def update(self, batch: Batch) -> None:
@@ -311,16 +309,12 @@ class Trainer:
         if norm is not None and math.isfinite(length := float(norm)):
             extra["train/grad_norm"] = length
         extra.update({f"train/{name}": value for name, value in self.train_metrics.values().items()})
-        self._tick()
-        progress, (update, samples, seconds) = self.progress, self._last_read
-        elapsed = max(progress.seconds - seconds, 1e-9)
-        extra["perf/samples_per_second"] = (progress.samples - samples) / elapsed
-        extra["perf/update_ms"] = 1e3 * elapsed / (progress.update - update)
+        extra.update(self._pace.speeds(self.progress))
         extra["perf/peak_memory_mib"] = peak_memory_mib(self.device)
-        if self._measured or update < self.log_every:
+        if self._measured or self.progress.update <= self.log_every:
             self._measured = False
-            extra["perf/activation_mib"] = progress.activation_bytes / MIB
-        self._mark_read()
+            extra["perf/activation_mib"] = self.progress.activation_bytes / MIB
+        self._pace.mark(self.progress)
         self._emit("measured", extra)
         self.read(extra)
         self._emit("logged", self.latest)
@@ -341,21 +335,13 @@ class Trainer:
         """Time spent inside does not count as training."""
         wait_for(self.device)
         for trainer in self.in_step:
-            trainer._tick()
+            trainer._pace.tick(trainer.progress)
         try:
             yield
         finally:
             wait_for(self.device)
             for trainer in self.in_step:
-                trainer._clock = time.perf_counter()
-
-    def _tick(self) -> None:
-        now = time.perf_counter()
-        self.progress.seconds += now - self._clock
-        self._clock = now
-
-    def _mark_read(self) -> None:
-        self._last_read = (self.progress.update, self.progress.samples, self.progress.seconds)
+                trainer._pace.go_on()
 
     def _emit(self, event: str, *arguments: Any) -> None:
         for listener in self._events.get(event, ()):

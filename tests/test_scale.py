@@ -133,6 +133,43 @@ def scaled(
     return whole, path, changed
 
 
+def test_fused_momentum_is_there_for_whoever_comes_later() -> None:
+    """A new group, another state and a parameter whose momentum was taken away: each is seen anew."""
+    torch.manual_seed(0)
+    models = [nn.Linear(3, 2, dtype=torch.float64) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    extra = [nn.Parameter(torch.ones(2, dtype=torch.float64)) for _ in models]
+    plain, fused = (
+        torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, fused=kind)
+        for model, kind in zip(models, (False, True), strict=True)
+    )
+    step = OptimizerStep(Window(models[1], nn.MSELoss(), 1), fused)
+
+    def update() -> None:
+        for model, more in zip(models, extra, strict=True):
+            for p in (*model.parameters(), more):
+                p.grad = p.detach() + 1
+        plain.step()
+        step()
+        for one, other in zip(
+            *[(*m.parameters(), e) for m, e in zip(models, extra, strict=True)], strict=True
+        ):
+            assert torch.allclose(one, other, rtol=1e-14, atol=0)
+
+    update()
+    update()
+    for optimizer, more in zip((plain, fused), extra, strict=True):
+        optimizer.add_param_group({"params": [more]})
+    update()
+    for optimizer in (plain, fused):
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": {}})
+    update()
+    update()
+    for optimizer, model in zip((plain, fused), models, strict=True):
+        del optimizer.state[model.bias]
+    update()
+
+
 def snapshot(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[Any]:
     """All bits of weights and optimizer state; a state not made yet is as good as zeros."""
     state = [

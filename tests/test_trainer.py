@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from accumexp.callbacks import EMA, Callback, EarlyStopping, LossMonitor
 from accumexp.errors import TrainingError, UsageError
+from accumexp.optim import constant
 from accumexp.trainer import Trainer, total_updates
 
 from .experiments import trainer_of, weights
@@ -51,6 +53,35 @@ def test_law_3_an_epoch_of_any_steps_ends_at_the_larger_batchs_weights(steps: in
     assert relative_error(weights(trainer), expected) <= 1e-9
     assert trainer.progress.samples == trainer.splits.train.samples
     assert trainer.progress.update == len(trainer.splits.train) == len(memory.series("train/loss"))
+
+
+def test_only_a_run_whose_samples_differ_counts_what_they_weigh() -> None:
+    alike, _ = trainer_of("accum.steps=2")
+    differ, _ = trainer_of("data=text", "model=bert", "model.layers=1", "model.hidden=32", "accum.steps=2")
+    assert [getattr(t.window.loss, "sample_weight") for t in (alike, differ)] == [1.0, None]  # noqa: B009
+    # What is held out may differ from what is trained on.
+    assert getattr(alike.evaluator.loss, "sample_weight") is None  # noqa: B009
+
+
+def test_a_constant_schedule_is_torchs_of_factor_one() -> None:
+    made = [torch.optim.SGD([torch.ones(2)], lr=0.5) for _ in range(2)]
+    for optimizer in made:
+        optimizer.add_param_group({"params": [torch.ones(3)], "lr": torch.tensor(0.25)})
+    ours, torchs = constant(made[0]), LambdaLR(made[1], lambda update: 1.0)
+    for _ in range(3):
+        for optimizer in made:
+            optimizer.param_groups[0]["lr"] = 9.0
+            optimizer.param_groups[1]["lr"].fill_(9.0)
+            optimizer.step()
+        ours.step()
+        torchs.step()
+        assert [[float(g["lr"]) for g in optimizer.param_groups] for optimizer in made] == [[0.5, 0.25]] * 2
+        assert list(map(float, ours.get_last_lr())) == list(map(float, torchs.get_last_lr()))
+    fresh = constant(made[0])
+    for state in (ours.state_dict(), torchs.state_dict()):
+        fresh.load_state_dict({**state, "base_lrs": [0.125, 0.25]})
+        fresh.step()
+        assert fresh.last_epoch == 4 and made[0].param_groups[0]["lr"] == 0.125
 
 
 class Seen(Callback):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from accumexp.accum import Window, WindowLoss, measure_activations, window_loss
+from accumexp.accum.loss import ClassIndexLoss
 from accumexp.models import LeNet5
 
 from .reference import classification, gradients, larger_batch_gradient, relative_error, small_model
@@ -297,6 +298,44 @@ def test_autocast_keeps_fp32_gradients_close_to_fp32s() -> None:
     found = gradients(model)
     assert all(gradient.dtype is torch.float32 for gradient in found.values())
     assert 1e-6 < relative_error(found, expected) < 0.05
+
+
+TARGETS = {
+    "all count": (torch.tensor([0, 1, 2, 3]), 1.0),
+    "tokens, as many each": (torch.tensor([[0, -100, 2], [-100, 1, 3]]), 2.0),
+    "tokens, none": (torch.full((3, 2), -100), 0.0),
+    "one is ignored": (torch.tensor([0, 1, -100, 3]), None),
+    "tokens, not as many each": (torch.tensor([[0, -100, 2], [0, 1, 3]]), None),
+    "probabilities": (torch.eye(5, dtype=torch.float64), None),
+    "none at all": (torch.tensor([], dtype=torch.int64), None),
+}
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_law_2_what_samples_weigh_is_known_where_they_all_weigh_the_same(name: str) -> None:
+    targets, expected = TARGETS[name]
+    loss = ClassIndexLoss(nn.CrossEntropyLoss())
+    known = loss.known_for(targets)
+    assert known.sample_weight == expected
+    assert float(known.weight(targets[:2])) == float(loss.weight(targets[:2]))
+    assert isinstance(known.weight(targets[:2]), float) == (expected is not None or name == "probabilities")
+    assert loss.sample_weight is None, "other samples may weigh something else"
+    assert ClassIndexLoss(nn.CrossEntropyLoss(weight=CLASS_WEIGHTS)).known_for(targets).sample_weight is None
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("steps", [1, 3, 23])
+def test_law_2_a_window_of_known_weights_has_the_bits_of_one_that_counts(
+    steps: int, reduction: Literal["mean", "sum"]
+) -> None:
+    found = []
+    inputs, targets = classification(23)
+    counting = ClassIndexLoss(nn.CrossEntropyLoss())
+    for loss in (counting, counting.known_for(targets)):
+        model = small_model()
+        result = Window(model, loss, steps, reduction=reduction).backward(inputs, targets)
+        found.append([*gradients(model).values(), result.loss, torch.as_tensor(result.weight).double()])
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
 
 
 def test_a_loss_of_its_own_is_used_as_it_is() -> None:
