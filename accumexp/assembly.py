@@ -101,7 +101,9 @@ def build_parts(config: Config, here: World = ALONE, splits: Splits | None = Non
     criterion = build(config.loss, "loss")
     if isinstance(criterion, nn.Module):
         criterion = criterion.to(device, dtype)
-    loss = window_loss(criterion)
+    loss, train = window_loss(criterion), splits.train
+    if isinstance(loss, ClassIndexLoss) and isinstance(train, ResidentBatches):
+        train.sample_weight = loss.sample_weight(cast(Tensor, train.targets), train.indices)
     evaluator = Evaluator(loss, build_metrics(config, device), autocast, ranks)
     model = model.to(device, dtype)
     if here.rank:
@@ -136,13 +138,9 @@ def build_metrics(config: Config, device: torch.device) -> MetricCollection:
 
 def build_window(accum: AccumConfig, model: nn.Module, parts: Parts) -> Window:
     """The window over `model`, prepared for its ranks, with the loss and precision of `parts`."""
-    loss, train = parts.loss, parts.splits.train
-    if isinstance(loss, ClassIndexLoss) and isinstance(train, ResidentBatches):
-        targets = cast(Tensor, train.targets)
-        loss = loss.known_for(targets[train.indices.to(targets.device)])
     return Window(
         model,
-        loss,
+        parts.loss,
         cast(int, accum.steps),
         reduction=accum.reduction.value,
         autocast=parts.autocast,

@@ -57,7 +57,12 @@ class Shortage:
         backward = self.plain if self.recovery is None else self.recovery.backward
         try:
             result = backward(
-                batch.inputs, batch.targets, steps=batch.steps, samples=batch.samples, observe=observe
+                batch.inputs,
+                batch.targets,
+                steps=batch.steps,
+                samples=batch.samples,
+                weight=batch.weight,
+                observe=observe,
             )
         except Exception as error:
             if is_out_of_memory(error):

@@ -314,26 +314,31 @@ TARGETS = {
 @pytest.mark.parametrize("name", TARGETS)
 def test_law_2_what_samples_weigh_is_known_where_they_all_weigh_the_same(name: str) -> None:
     targets, expected = TARGETS[name]
-    loss = ClassIndexLoss(nn.CrossEntropyLoss())
-    known = loss.known_for(targets)
-    assert known.sample_weight == expected
-    assert float(known.weight(targets[:2])) == float(loss.weight(targets[:2]))
-    assert isinstance(known.weight(targets[:2]), float) == (expected is not None or name == "probabilities")
-    assert loss.sample_weight is None, "other samples may weigh something else"
-    assert ClassIndexLoss(nn.CrossEntropyLoss(weight=CLASS_WEIGHTS)).known_for(targets).sample_weight is None
+    loss, every = ClassIndexLoss(nn.CrossEntropyLoss()), torch.arange(len(targets))
+    found = loss.sample_weight(targets, every)
+    assert found == expected
+    if found is not None:
+        assert float(loss.weight(targets[:2])) == 2 * found
+    assert ClassIndexLoss(nn.CrossEntropyLoss(weight=CLASS_WEIGHTS)).sample_weight(targets, every) is None
+
+
+def test_law_2_samples_that_are_not_trained_on_may_weigh_something_else() -> None:
+    targets, loss = torch.tensor([0, -100, 2]), ClassIndexLoss(nn.CrossEntropyLoss())
+    assert loss.sample_weight(targets, torch.tensor([2, 0])) == 1.0
+    assert loss.sample_weight(targets, torch.tensor([2, 1])) is None
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("steps", [1, 3, 23])
-def test_law_2_a_window_of_known_weights_has_the_bits_of_one_that_counts(
+def test_law_2_a_window_of_known_weight_has_the_bits_of_one_that_counts(
     steps: int, reduction: Literal["mean", "sum"]
 ) -> None:
     found = []
     inputs, targets = classification(23)
-    counting = ClassIndexLoss(nn.CrossEntropyLoss())
-    for loss in (counting, counting.known_for(targets)):
+    for weight in (None, 23.0):
         model = small_model()
-        result = Window(model, loss, steps, reduction=reduction).backward(inputs, targets)
+        window = Window(model, nn.CrossEntropyLoss(), steps, reduction=reduction)
+        result = window.backward(inputs, targets, weight=weight)
         found.append([*gradients(model).values(), result.loss, torch.as_tensor(result.weight).double()])
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
 

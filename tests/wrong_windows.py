@@ -28,7 +28,9 @@ class MeanOfMeans(Callback):
     def run_begin(self, trainer: Trainer) -> None:
         window = trainer.window
 
-        def backward(inputs: Any, targets: Any, *, steps: int, samples: int, observe: Any) -> WindowResult:
+        def backward(
+            inputs: Any, targets: Any, *, steps: int, samples: int, observe: Any, **_: Any
+        ) -> WindowResult:
             sizes = split_sizes(batch_size(targets), steps)
             total: Any = 0.0
             for inputs_k, targets_k in zip(split(inputs, sizes), split(targets, sizes), strict=True):

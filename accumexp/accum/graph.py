@@ -107,14 +107,16 @@ class GraphedWindow:
         *,
         steps: int | None = None,
         samples: int | None = None,
+        weight: float | None = None,
         observe: Observer | None = None,
     ) -> WindowResult:
         """As `Window.backward`. The next window overwrites nothing of the result, nor what `observe` got."""
         window = self.window
         steps = window.steps if steps is None else steps
+        options: dict[str, Any] = {"steps": steps, "samples": samples, "weight": weight}
         if window.after_micro_batch:
-            return window.backward(inputs, targets, steps=steps, samples=samples, observe=observe)
-        kind = (steps, samples, observe is not None, _form(inputs), _form(targets))
+            return window.backward(inputs, targets, **options, observe=observe)
+        kind = (steps, samples, weight, observe is not None, _form(inputs), _form(targets))
         kept = self._kept.get(kind)
         if kept is not None and self._gradients != places(self.window):
             self._kept.clear()
@@ -122,24 +124,22 @@ class GraphedWindow:
         if kept is None:
             seen = self._seen[kind] = self._seen.get(kind, 0) + 1
             if seen <= FIRST or len(self._kept) >= MOST:
-                return window.backward(inputs, targets, steps=steps, samples=samples, observe=observe)
-            kept = self._kept[kind] = self._recorded(inputs, targets, steps, samples, observe is not None)
+                return window.backward(inputs, targets, **options, observe=observe)
+            kept = self._kept[kind] = self._recorded(inputs, targets, options, observe is not None)
         _copy(inputs, kept.inputs)
         _copy(targets, kept.targets)
         result, seen_outputs = kept.replay()
         for outputs, targets_k in seen_outputs if observe is not None else ():
             assert observe is not None
             observe(_mapped(torch.clone, outputs), _mapped(torch.clone, targets_k))
-        weight = result.weight
+        counted = result.weight
         return replace(
             result,
             loss=result.loss.clone(),
-            weight=weight.clone() if isinstance(weight, Tensor) else weight,
+            weight=counted.clone() if isinstance(counted, Tensor) else counted,
         )
 
-    def _recorded(
-        self, inputs: Nested, targets: Nested, steps: int, samples: int | None, observed: bool
-    ) -> _Kept:
+    def _recorded(self, inputs: Nested, targets: Nested, options: dict[str, Any], observed: bool) -> _Kept:
         inputs, targets = map_tensors(torch.clone, inputs), map_tensors(torch.clone, targets)
 
         def window() -> tuple[WindowResult, list[tuple[Any, Nested]]]:
@@ -148,9 +148,7 @@ class GraphedWindow:
             def observe(outputs: Any, targets_k: Nested) -> None:
                 seen.append((_mapped(torch.Tensor.detach, outputs), targets_k))
 
-            result = self.window.backward(
-                inputs, targets, steps=steps, samples=samples, observe=observe if observed else None
-            )
+            result = self.window.backward(inputs, targets, **options, observe=observe if observed else None)
             return result, seen
 
         self._gradients = places(self.window)

@@ -232,8 +232,6 @@ def _weights(window: Window, targets: Any) -> Tensor | float:
     loss = window.loss
     if isinstance(loss, MeanOverSamples | SumOverSamples):
         return loss.weight(_of(targets, 0))
-    if type(loss) is ClassIndexLoss and loss.sample_weight is not None:
-        return loss.weight(_of(targets, 0))
     if type(loss) is ClassIndexLoss and not targets.is_floating_point() and loss.criterion.weight is None:
         return (targets != loss.criterion.ignore_index).flatten(1).sum(1)
     numbers: list[float] = []

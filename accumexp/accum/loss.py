@@ -85,35 +85,27 @@ class ClassIndexLoss(nn.Module):
 
     Shapes: outputs (n, classes, ...), targets (n, ...) of class indices or (n, classes, ...) of
     probabilities.
-
-    Attributes:
-        sample_weight: what each sample weighs, where that is known: nothing is then counted in a window.
     """
 
     counts = True
 
-    def __init__(
-        self, criterion: nn.CrossEntropyLoss | nn.NLLLoss, sample_weight: float | None = None
-    ) -> None:
+    def __init__(self, criterion: nn.CrossEntropyLoss | nn.NLLLoss) -> None:
         super().__init__()
         self.criterion = criterion
-        self.sample_weight = sample_weight
 
-    def known_for(self, targets: Tensor) -> ClassIndexLoss:
-        """This loss for samples that all are among those of `targets`, (n, ...) of class indices.
+    def sample_weight(self, targets: Tensor, chosen: Tensor) -> float | None:
+        """What each of the samples `chosen` of `targets` weighs, or None where they differ.
 
-        It knows its `sample_weight` if they have as many valid items each. Waits for the device once.
+        Waits for the device once.
         """
-        if self.criterion.weight is not None or targets.is_floating_point() or not len(targets):
-            return self
+        if self.criterion.weight is not None or targets.is_floating_point() or not len(chosen):
+            return None
         valid = (targets != self.criterion.ignore_index).view(len(targets), -1).sum(1)
-        least, most = torch.stack(valid.aminmax()).tolist()
-        return ClassIndexLoss(self.criterion, float(least)) if least == most else self
+        least, most = torch.stack(valid[chosen.to(valid.device)].aminmax()).tolist()
+        return float(least) if least == most else None
 
     def weight(self, targets: Nested) -> Tensor | float:
         targets = cast(Tensor, targets)
-        if self.sample_weight is not None:
-            return targets.shape[0] * self.sample_weight
         if targets.is_floating_point():
             return targets.numel() / targets.shape[1 if targets.dim() > 1 else 0]
         valid = targets != self.criterion.ignore_index

@@ -100,6 +100,7 @@ class Recovery:
         *,
         steps: int | None = None,
         samples: int | None = None,
+        weight: float | None = None,
         observe: Observer | None = None,
     ) -> WindowResult:
         """As `Window.backward`; the result's `steps` are those that were made.
@@ -127,7 +128,7 @@ class Recovery:
             reason = ""
             try:
                 return window.backward(
-                    inputs, targets, steps=steps, samples=samples, observe=observe, agree=agree
+                    inputs, targets, steps=steps, samples=samples, weight=weight, observe=observe, agree=agree
                 )
             except _Elsewhere as elsewhere:
                 failure = elsewhere.failure

@@ -21,12 +21,17 @@ class Weights:
     The count travels while the first forward computes.
     """
 
-    def __init__(self, window: Window, targets: Nested, parts: list[Nested]) -> None:
+    def __init__(
+        self, window: Window, targets: Nested, parts: list[Nested], known: float | None = None
+    ) -> None:
         self.by_step = window.reduction == "sum"
         weighed = parts if self.by_step else [targets]
+        self._own: list[Tensor | float] = []
         self._arrived: Callable[[], None] | None = None
         self.counts: bool = getattr(window.loss, "counts", True)
-        if window.sync.ranks.size == 1 or not self.counts:
+        if known is not None and not self.by_step:
+            self._own = [known]
+        elif window.sync.ranks.size == 1 or not self.counts:
             self._own = [window.loss.weight(part) for part in weighed]
         else:
             self._send(window, weighed)
@@ -39,7 +44,7 @@ class Weights:
             if is_out_of_memory(error):  # the others count already, and wait for this rank
                 ranks.sum(torch.zeros(len(weighed), dtype=torch.float64, device=device))
             raise
-        self._own: list[Tensor | float] = list(counted.unbind())
+        self._own = list(counted.unbind())
         self._arrived = ranks.sum_soon(counted)
 
     def arrive(self) -> None:

@@ -145,6 +145,7 @@ class Window:
         *,
         steps: int | None = None,
         samples: int | None = None,
+        weight: float | None = None,
         observe: Observer | None = None,
         agree: Callable[[], None] | None = None,
     ) -> WindowResult:
@@ -159,6 +160,8 @@ class Window:
                 same on all ranks.
             samples: how many of the batch's samples count, the first ones. What follows is padding: on
                 several ranks a rank without a sample of its own gives one and `samples=0`.
+            weight: what the window's samples weigh on all ranks together, if it is known: it is then not
+                counted. A sum of micro-batch means counts each one's.
             observe: called with each micro-batch's detached outputs and its targets.
             agree: for `Recovery`. No rank then waits for another in a micro-batch; this is called when all
                 are done, to ask the others, and what it raises ends the window before gradients are added.
@@ -178,7 +181,7 @@ class Window:
             inputs, targets = (map_tensors(lambda t: t[:samples], batch) for batch in (inputs, targets))
         parts = list(zip(split(inputs, sizes), split(targets, sizes), strict=True))
         self.under_way = 0
-        weights = self._weights = Weights(self, targets, [targets_k for _, targets_k in parts])
+        weights = self._weights = Weights(self, targets, [targets_k for _, targets_k in parts], weight)
         share: Tensor | None = None  # of an item in the loss: 1 / weight
         total: Tensor | None = None
         done: MicroBatch | None = None

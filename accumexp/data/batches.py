@@ -37,6 +37,7 @@ class Batch:
         samples: how many of them count; 0 where the rank has none, and the one it holds is padding.
         total: samples of the update on all ranks.
         steps: micro-batches of the update's window.
+        weight: of the update's samples on all ranks in the loss, where it is known without a look at them.
     """
 
     inputs: Nested
@@ -45,6 +46,7 @@ class Batch:
     samples: int
     total: int
     steps: int
+    weight: float | None = None
 
 
 class _Chosen(NamedTuple):
@@ -134,6 +136,9 @@ class ResidentBatches(Batches):
     """All samples on the training device: an update's batch is gathered there, nothing is copied to it.
 
     `inputs` and `targets` hold the whole data set; `indices` says which of it belong to this split.
+
+    Attributes:
+        sample_weight: what each sample weighs in the loss, where all weigh the same.
     """
 
     def __init__(
@@ -142,6 +147,7 @@ class ResidentBatches(Batches):
         super().__init__(indices, batch_size, **options)
         self.inputs = inputs
         self.targets = targets
+        self.sample_weight: float | None = None
 
     def placed(self, epoch: int, start: int) -> Iterator[tuple[_Chosen, Tensor]]:
         """The samples of the batches of `epoch` from `start` on, with their indices on the device."""
@@ -159,7 +165,9 @@ class ResidentBatches(Batches):
 
             inputs = self._augmented(map_tensors(gather, self.inputs), indices, epoch)
             targets = map_tensors(gather, self.targets)
-            yield Batch(inputs, targets, indices, chosen.samples, chosen.total, chosen.steps)
+            total, each = chosen.total, self.sample_weight
+            weight = None if each is None else total * each
+            yield Batch(inputs, targets, indices, chosen.samples, total, chosen.steps, weight)
 
 
 class StreamedBatches(Batches):
