@@ -103,7 +103,7 @@ def build_parts(config: Config, here: World = ALONE, splits: Splits | None = Non
         criterion = criterion.to(device, dtype)
     loss, train = window_loss(criterion), splits.train
     if isinstance(loss, ClassIndexLoss) and isinstance(train, ResidentBatches):
-        train.sample_weight = loss.sample_weight(cast(Tensor, train.targets), train.indices)
+        train.weigh(loss.sample_weight(cast(Tensor, train.targets), train.indices))
     evaluator = Evaluator(loss, build_metrics(config, device), autocast, ranks)
     model = model.to(device, dtype)
     if here.rank:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -19,6 +20,7 @@ from .system import free_bytes
 from .terminal import amount, console
 from .world import World
 
+log = logging.getLogger(__name__)
 # Samples of the small micro-batches that are measured; the last two give the prediction.
 SMALL = (1, 2, 4)
 # What is left of free memory to all that is no tensor: libraries, and gaps between tensors.
@@ -263,6 +265,9 @@ def planned(order: Order, here: World) -> tuple[Order, dict[str, str]]:
     """
     config = order.config
     if config.accum.steps != AUTO:
+        if config.accum.memory_limit is not None and order.back is None and here.first:
+            given = f"accum.memory_limit={config.accum.memory_limit}"
+            log.warning("%s: has no effect, accum.steps=%s keeps to it", given, AUTO)
         return order, {}
     if config.trainer.graph:
         raise UsageError(

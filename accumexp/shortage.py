@@ -61,7 +61,7 @@ class Shortage:
                 batch.targets,
                 steps=batch.steps,
                 samples=batch.samples,
-                weight=batch.weight,
+                weight=batch.known_weight,
                 observe=observe,
             )
         except Exception as error:

@@ -29,9 +29,7 @@ from .contenders import (
 from .measure import in_turns, not_installed, ratio_of
 from .tasks import Task, own_samples
 
-# A long run of accumexp logs every hundredth update (trainer.log_every).
-PERIOD = 100
-TURN_SECONDS, ROUND_SECONDS, FEWEST_ROUNDS, MOST_ROUNDS = 0.1, 0.5, 5, 51
+TURN_SECONDS, FEWEST_ROUNDS, MOST_ROUNDS = 0.1, 5, 201
 FREE_SHARE = 0.5
 WARM_UP_SECONDS = 0.5
 
@@ -73,9 +71,9 @@ def planned(
 ) -> Plan:
     """How to spend `seconds` on each contender of a cell whose update takes `update` seconds.
 
-    Turns are short, about a tenth of a second, and of one update at least. A round has a multiple of a
-    hundred updates, so that each logs equally often, wherever that allows five rounds; where it does not, an
-    update takes so long that logging is nothing beside it. `updates` are those of a round, up to whole turns.
+    A round is a turn of about a tenth of a second, and of one update at least: short, so that a contender and
+    the reference meet the same moods of the machine, and many, so that their median is worth something.
+    `updates` are those of a round, up to whole turns.
     """
     own = max(1, own_samples(task.model) // task.batch)
     if updates is not None:
@@ -83,14 +81,8 @@ def planned(
         return Plan(rounds or 3 * FEWEST_ROUNDS, epochs, own)
     most = max(1.0, min(own, TURN_SECONDS / update))
     turn = max(size for size in (1, 2, 5, 10, 25, 50, 100) if size <= most)
-    unit = max(PERIOD, turn)  # each divides the other
-    if FEWEST_ROUNDS * unit * update <= seconds:
-        longest = seconds / FEWEST_ROUNDS
-        whole = unit * max(1, round(min(ROUND_SECONDS, longest) / (unit * update)))
-    else:
-        whole = turn
-    found = rounds or min(MOST_ROUNDS, max(FEWEST_ROUNDS, int(seconds / (whole * update))))
-    return Plan(found, whole // turn, turn)
+    found = rounds or min(MOST_ROUNDS, max(FEWEST_ROUNDS, int(seconds / (turn * update))))
+    return Plan(found, 1, turn)
 
 
 def timings(contenders: Sequence[Contender], plan: Plan, warm_up: float = WARM_UP_SECONDS) -> Timings:

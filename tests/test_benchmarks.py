@@ -125,11 +125,10 @@ def test_other_models_have_one_gradient_too(model: str) -> None:
     assert not left_out and not refused
 
 
-def test_the_plan_of_a_cell_logs_equally_often_in_every_round() -> None:
+def test_a_cell_is_timed_in_many_short_rounds() -> None:
     task = Task("lenet5", CPU, 32, 4, 128)
     short = planned(task, update=0.015, seconds=10)
-    assert (short.epochs * short.updates) % 100 == 0 and short.rounds >= 5
-    assert short.updates * 0.015 <= 0.1
+    assert (short.rounds, short.epochs, short.updates) == (133, 1, 5)
     long = planned(task, update=4.0, seconds=10)
     assert (long.epochs, long.updates) == (1, 1) and long.rounds == 5
     asked = planned(task, update=0.01, seconds=10, rounds=15, updates=220)

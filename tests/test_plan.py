@@ -367,6 +367,15 @@ def test_what_follows_from_the_micro_batch_waits_for_it() -> None:
     assert given.model["ghost_size"] == 8
 
 
+def test_a_limit_that_nothing_keeps_to_is_said(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+    order = Order(composed("accum.steps=4", "accum.memory_limit=1GiB"), tmp_path, None, None, "")
+    assert planned(order, World()) == (order, {})
+    assert "accum.memory_limit=1GiB: has no effect, accum.steps=auto keeps to it" in caplog.text
+    caplog.clear()
+    planned(dataclasses.replace(order, config=composed("accum.steps=4")), World())
+    assert not caplog.text
+
+
 def test_auto_gives_the_bits_of_the_number_and_is_recorded_as_one(tmp_path: Path) -> None:
     common = ["device=cpu", "model=mlp", "model.hidden=[64,64,64,64]", "model.dropout=0.2"]
     common += ["data.image_size=8", "data.batch_size=256", "data.eval_batch_size=8"]

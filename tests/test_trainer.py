@@ -13,6 +13,7 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from accumexp.callbacks import EMA, Callback, EarlyStopping, LossMonitor
+from accumexp.data import ResidentBatches
 from accumexp.errors import TrainingError, UsageError
 from accumexp.optim import constant
 from accumexp.trainer import Trainer, total_updates
@@ -59,7 +60,39 @@ def test_only_a_run_whose_samples_differ_counts_what_they_weigh() -> None:
     alike, _ = trainer_of("accum.steps=2")
     differ, _ = trainer_of("data=text", "model=bert", "model.layers=1", "model.hidden=32", "accum.steps=2")
     for trainer, expected in ((alike, 128.0), (differ, None)):
-        assert next(iter(trainer.splits.train.epoch(0))).weight == expected
+        assert next(iter(trainer.splits.train.epoch(0))).known_weight == expected
+
+
+class Ignoring(Callback):
+    """Marks samples of the batch as ignored, or of the whole data set before a later epoch."""
+
+    def __init__(self, whole: bool) -> None:
+        self.whole = whole
+
+    def update_begin(self, trainer: Trainer) -> None:
+        if not self.whole and trainer.progress.update == 2:
+            assert trainer.batch is not None and isinstance(trainer.batch.targets, Tensor)
+            trainer.batch.targets[:100] = -100
+
+    def epoch_end(self, trainer: Trainer) -> None:
+        if self.whole:
+            trainer.splits.train.targets[:700] = -100  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_law_2_targets_that_a_callback_writes_to_are_counted_anew(whole: bool) -> None:
+    found = []
+    for counts in (False, True):
+        trainer, _ = trainer_of("accum.steps=3", "trainer.epochs=2")
+        trainer.callbacks["ignoring"] = Ignoring(whole)
+        train = trainer.splits.train
+        assert isinstance(train, ResidentBatches) and train.sample_weight == 1.0
+        if counts:
+            train.weigh(None)
+        trainer.fit()
+        assert (train.sample_weight is None) == (counts or whole)
+        found.append(weights(trainer))
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
 
 def test_a_constant_schedule_is_torchs_of_factor_one() -> None:

@@ -38,6 +38,7 @@ class Batch:
         total: samples of the update on all ranks.
         steps: micro-batches of the update's window.
         weight: of the update's samples on all ranks in the loss, where it is known without a look at them.
+            `known_weight` is what to use.
     """
 
     inputs: Nested
@@ -47,6 +48,11 @@ class Batch:
     total: int
     steps: int
     weight: float | None = None
+
+    @property
+    def known_weight(self) -> float | None:
+        """`weight`, as long as nobody has written to the targets."""
+        return self.weight if getattr(self.targets, "_version", None) == 0 else None
 
 
 class _Chosen(NamedTuple):
@@ -136,9 +142,6 @@ class ResidentBatches(Batches):
     """All samples on the training device: an update's batch is gathered there, nothing is copied to it.
 
     `inputs` and `targets` hold the whole data set; `indices` says which of it belong to this split.
-
-    Attributes:
-        sample_weight: what each sample weighs in the loss, where all weigh the same.
     """
 
     def __init__(
@@ -147,7 +150,24 @@ class ResidentBatches(Batches):
         super().__init__(indices, batch_size, **options)
         self.inputs = inputs
         self.targets = targets
-        self.sample_weight: float | None = None
+        self._weighed: tuple[Nested, int, float] | None = None
+
+    @property
+    def sample_weight(self) -> float | None:
+        """What each sample weighs in the loss, where all weigh the same and `weigh` was told so.
+
+        None again as soon as somebody writes to the targets or takes others.
+        """
+        if self._weighed is None:
+            return None
+        targets, version, weight = self._weighed
+        same = targets is self.targets and getattr(targets, "_version", None) == version
+        return weight if same else None
+
+    def weigh(self, weight: float | None) -> None:
+        """Says what each sample weighs in the loss; None if they differ or nobody knows."""
+        version = getattr(self.targets, "_version", None)
+        self._weighed = None if weight is None or version is None else (self.targets, version, weight)
 
     def placed(self, epoch: int, start: int) -> Iterator[tuple[_Chosen, Tensor]]:
         """The samples of the batches of `epoch` from `start` on, with their indices on the device."""
