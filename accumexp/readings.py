@@ -14,11 +14,12 @@ from .errors import TrainingError
 
 # Windows that may overflow one after the other at the smallest loss scale before the run is given up.
 IN_VAIN = 10
+# Losses that room is made for at once.
+AT_ONCE = 128
 
 
 class _Pending(NamedTuple):
     update: int
-    loss: Tensor
     overflow: Tensor | None
     rate: float | Tensor
 
@@ -44,10 +45,19 @@ class Readings:
         self.window = window
         self.check_finite = check_finite
         self._pending: list[_Pending] = []
+        # The losses lie in a few tensors that stay. A small one kept from every update would lie between the
+        # large ones that come and go, and the C library would give those other, colder memory every time.
+        self._losses: list[Tensor] = []
+        self._places: list[Tensor] = []
 
     def add(self, update: int, loss: Tensor, overflow: Tensor | None, rate: float | Tensor) -> None:
         """Takes this rank's part of the loss, whether the window was skipped, and its learning rate."""
-        self._pending.append(_Pending(update, loss, overflow, rate))
+        if len(self._pending) == len(self._places):
+            more = torch.zeros(AT_ONCE, dtype=torch.float64, device=loss.device)
+            self._losses.append(more)
+            self._places.extend(more.unbind())
+        self._places[len(self._pending)].copy_(loss)
+        self._pending.append(_Pending(update, overflow, rate))
 
     def read(self) -> Reading:
         """All that was added since the last call. Waits for the device."""
@@ -55,7 +65,7 @@ class Readings:
         if not pending:
             return Reading([], {}, None)
         scale = self.window.loss_scale
-        losses = torch.stack([one.loss for one in pending]).double()
+        losses = torch.cat(self._losses)[: len(pending)]
         found = [self.window.sync.ranks.sum(losses)]
         if scale is not None:
             found.append(torch.stack([one.overflow for one in pending if one.overflow is not None]).double())
