@@ -12,10 +12,12 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from accumexp.accum import Window
 from accumexp.callbacks import EMA, Callback, EarlyStopping, LossMonitor
 from accumexp.data import ResidentBatches
 from accumexp.errors import TrainingError, UsageError
 from accumexp.optim import constant
+from accumexp.readings import Readings
 from accumexp.trainer import Trainer, total_updates
 
 from .experiments import trainer_of, weights
@@ -93,6 +95,17 @@ def test_law_2_targets_that_a_callback_writes_to_are_counted_anew(whole: bool) -
         assert (train.sample_weight is None) == (counts or whole)
         found.append(weights(trainer))
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
+def test_losses_are_read_as_they_were_however_many_wait() -> None:
+    readings = Readings(Window(nn.Linear(1, 1), nn.MSELoss(), 1), check_finite=True)
+    for count in (1, 300, 128, 129):
+        losses = torch.rand(count, dtype=torch.float32)
+        for update, loss in enumerate(losses):
+            readings.add(update, loss, None, 0.5)
+        losses_read = [(update, values["train/loss"]) for update, values in readings.read().rows]
+        assert losses_read == list(enumerate(losses.tolist()))
+    assert not readings.read().rows
 
 
 def test_a_constant_schedule_is_torchs_of_factor_one() -> None:
