@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from accumexp.accum import Window
 from accumexp.callbacks import EMA, Callback, EarlyStopping, LossMonitor
-from accumexp.data import ResidentBatches
+from accumexp.data import ResidentBatches, Share
 from accumexp.errors import TrainingError, UsageError
 from accumexp.optim import constant
 from accumexp.readings import Readings
@@ -62,7 +62,10 @@ def test_only_a_run_whose_samples_differ_counts_what_they_weigh() -> None:
     alike, _ = trainer_of("accum.steps=2")
     differ, _ = trainer_of("data=text", "model=bert", "model.layers=1", "model.hidden=32", "accum.steps=2")
     for trainer, expected in ((alike, 128.0), (differ, None)):
-        assert next(iter(trainer.splits.train.epoch(0))).known_weight == expected
+        train = trainer.splits.train
+        assert next(iter(train.epoch(0))).known_weight == expected
+        train.share = Share(rank=1, ranks=2)
+        assert next(iter(train.epoch(0))).known_weight is None, "another rank may have written to its targets"
 
 
 class Ignoring(Callback):

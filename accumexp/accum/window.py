@@ -160,8 +160,8 @@ class Window:
                 same on all ranks.
             samples: how many of the batch's samples count, the first ones. What follows is padding: on
                 several ranks a rank without a sample of its own gives one and `samples=0`.
-            weight: what the window's samples weigh on all ranks together, if it is known: it is then not
-                counted. A sum of micro-batch means counts each one's.
+            weight: what the window's samples weigh on all ranks together, if it is known, and on all of them:
+                it is then not counted. A sum of micro-batch means counts each one's.
             observe: called with each micro-batch's detached outputs and its targets.
             agree: for `Recovery`. No rank then waits for another in a micro-batch; this is called when all
                 are done, to ask the others, and what it raises ends the window before gradients are added.

@@ -37,7 +37,7 @@ class Batch:
         samples: how many of them count; 0 where the rank has none, and the one it holds is padding.
         total: samples of the update on all ranks.
         steps: micro-batches of the update's window.
-        weight: of the update's samples on all ranks in the loss, where it is known without a look at them.
+        weight: of the update's samples in the loss, where one process knows it without a look at them.
             `known_weight` is what to use.
     """
 
@@ -186,7 +186,8 @@ class ResidentBatches(Batches):
             inputs = self._augmented(map_tensors(gather, self.inputs), indices, epoch)
             targets = map_tensors(gather, self.targets)
             total, each = chosen.total, self.sample_weight
-            weight = None if each is None else total * each
+            # On several ranks one may write to its targets and another not, so all of them count.
+            weight = None if each is None or self.share.ranks > 1 else total * each
             yield Batch(inputs, targets, indices, chosen.samples, total, chosen.steps, weight)
 
 
