@@ -31,6 +31,9 @@ from .world import World, device_of, first_here
 UPDATES = 2
 TO_GO_BACK = "copies to go back to"
 BUCKETS = "buckets of ddp"
+UNDER_WAY = "a bucket of ddp under way"
+# A bucket of DistributedDataParallel is full at this size (its bucket_cap_mb).
+FULL_BUCKET = 25 * 2**20
 
 
 @dataclass(frozen=True)
@@ -151,7 +154,7 @@ class Rehearsal:
 
         To go back to a window's start, copies of all buffers and, on the host, torch's random state (an old
         one and a new). With `accum=ddp`, buckets: in the first window gradients are beside them, in the
-        second they are made anew.
+        second they are made anew, and the thread that reduced one of the old may still hold it.
         """
         parts, accum = self.parts, self.config.accum
         found: dict[str, int] = {}
@@ -161,7 +164,9 @@ class Rehearsal:
             host = 2 * torch.get_rng_state().nbytes if self.device.type == "cpu" else 0
             found[TO_GO_BACK] = copies + host
         if accum.strategy is Strategy.ddp:
-            found[BUCKETS] = sum(p.nbytes for p in parts.model.parameters() if p.requires_grad)
+            sizes = [p.nbytes for p in parts.model.parameters() if p.requires_grad]
+            found[BUCKETS] = sum(sizes)
+            found[UNDER_WAY] = min(sum(sizes), FULL_BUCKET + max(sizes, default=0))
         return {name: size for name, size in found.items() if size}
 
     def _room(self, size: int) -> Tensor:
