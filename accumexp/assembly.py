@@ -103,7 +103,8 @@ def build_parts(config: Config, here: World = ALONE, splits: Splits | None = Non
         criterion = criterion.to(device, dtype)
     loss, train = window_loss(criterion), splits.train
     if isinstance(loss, ClassIndexLoss) and isinstance(train, ResidentBatches):
-        train.weigh(loss.sample_weight(cast(Tensor, train.targets), train.indices))
+        if isinstance(train.targets, Tensor):
+            train.weigh(loss.sample_weight(train.targets, train.indices))
     evaluator = Evaluator(loss, build_metrics(config, device), autocast, ranks)
     model = model.to(device, dtype)
     if here.rank:

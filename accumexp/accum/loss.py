@@ -100,7 +100,7 @@ class ClassIndexLoss(nn.Module):
         """
         if self.criterion.weight is not None or targets.is_floating_point() or not len(chosen):
             return None
-        valid = (targets != self.criterion.ignore_index).view(len(targets), -1).sum(1)
+        valid = (targets != self.criterion.ignore_index).reshape(len(targets), -1).sum(1)
         least, most = torch.stack(valid[chosen.to(valid.device)].aminmax()).tolist()
         return float(least) if least == most else None
 
