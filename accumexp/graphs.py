@@ -51,17 +51,15 @@ def tried(window: Window, train: Batches, recorder: Callable[[], Record]) -> Rec
     """
     name = type(window.model).__name__
     before = random_state()
-    host = random_state(devices=False)
     try:
         batches = [next(iter(train.epoch(epoch))) for epoch in (0, 1)]
-        eager, replayed = _both(window, batches, recorder())
-        drawn = not same_state(host, random_state(devices=False))
+        eager, replayed, drawn = _both(window, batches, recorder())
     except RuntimeError as error:
         reason = str(error).partition("\n")[0]
         raise UsageError(f"trainer.graph=true: {name} cannot be recorded as a graph: {reason}") from error
     finally:
         restore_random_state(before)
-    if drawn and next(window.model.parameters()).is_cuda:  # elsewhere the host's generator is the device's
+    if drawn:
         raise UsageError(
             f"trainer.graph=true: {name} draws random numbers on the host, which a graph would repeat"
         )
@@ -88,8 +86,11 @@ def say_what_is_not(step: OptimizerStep) -> None:
         log.warning("trainer.graph: the step of %s is not recorded, only the window is", name)
 
 
-def _both(window: Window, batches: list[Batch], record: Record) -> tuple[list[Tensor], list[Tensor]]:
-    """Gradients of the second batch without a graph, and replayed from one recorded on the first."""
+def _both(window: Window, batches: list[Batch], record: Record) -> tuple[list[Tensor], list[Tensor], bool]:
+    """Gradients of the second batch without a graph, and replayed from one recorded on the first.
+
+    And whether the first of these drew on the host.
+    """
     model = copy.deepcopy(window.model)
     if getattr(window.model, "_compiled_call_impl", None) is not None:
         model.compile()  # a copy is not
@@ -123,6 +124,14 @@ def _both(window: Window, batches: list[Batch], record: Record) -> tuple[list[Te
 
     first, second = batches
     gradients(first)
+    host = _host(start)
     eager = gradients(second)
+    drawn = not same_state(host, _host(random_state(devices=False)))
     gradients(first)
-    return eager, gradients(second)
+    return eager, gradients(second), drawn
+
+
+def _host(state: dict[str, Any]) -> dict[str, Any]:
+    """Of a random state what is the host's alone: not torch's generator where that is the device's."""
+    found = {key: value for key, value in state.items() if key in ("python", "numpy")}
+    return {**found, "torch": state["torch"]} if "cuda" in state else found

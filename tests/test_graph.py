@@ -21,6 +21,7 @@ from accumexp.trainer import Trainer
 
 from .experiments import Memory, composed, trainer_of, weights
 from .reference import classification, gradients, larger_batch_gradient, relative_error, small_model
+from .tape import Tape
 
 RUN = [
     *("precision=fp32", "model=lenet5", "accum.steps=4", "data.batch_size=100", "trainer.max_updates=30"),
@@ -59,11 +60,13 @@ class Again:
         return replay
 
 
-def graphed_trainer(monkeypatch: pytest.MonkeyPatch, *overrides: str) -> tuple[Trainer, Memory, list[Again]]:
-    made: list[Again] = []
+def graphed_trainer(
+    monkeypatch: pytest.MonkeyPatch, *overrides: str, kind: type[Again | Tape] = Again
+) -> tuple[Trainer, Memory, list[Again | Tape]]:
+    made: list[Again | Tape] = []
 
     def recorder() -> Record:
-        made.append(Again())
+        made.append(kind())
         return made[-1]
 
     def on_the_cpu(window: Window, train: Any, device: torch.device) -> Record:
@@ -100,10 +103,13 @@ def test_law_1_a_replayed_window_has_the_larger_batchs_gradient() -> None:
         ["optimizer=rmsprop"],
     ],
 )
-def test_a_replayed_run_is_the_run(monkeypatch: pytest.MonkeyPatch, options: list[str]) -> None:
+@pytest.mark.parametrize("kind", [Again, Tape])
+def test_a_replayed_run_is_the_run(
+    monkeypatch: pytest.MonkeyPatch, options: list[str], kind: type[Again | Tape]
+) -> None:
     plain, expected = trainer_of(*RUN, *options)
     plain.fit()
-    replayed, found, made = graphed_trainer(monkeypatch, *RUN, *options)
+    replayed, found, made = graphed_trainer(monkeypatch, *RUN, *options, kind=kind)
     replayed.fit()
     assert made[-1].replays > 20
     # A rate on the device is fp32's, and AdamW multiplies it by the decay.
@@ -164,7 +170,8 @@ def test_gradients_that_moved_are_recorded_anew() -> None:
         window.backward(inputs, targets)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    window.backward(inputs, targets)
+    for _ in range(2):  # the first is computed, to see whether they stay
+        window.backward(inputs, targets)
     assert again.recorded == 2
 
 

@@ -9,12 +9,14 @@ replay.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from .batch import Nested, map_tensors, tensors
 from .step import OptimizerStep, StepResult
@@ -25,6 +27,13 @@ from .window import Observer, Window, WindowResult
 FIRST = 2
 # Kinds of window, by sizes and shapes, that are kept.
 MOST = 16
+
+# Windows in a row that are computed because something moved, after which that is said.
+IN_A_ROW = 2 * FIRST
+MOVED = (
+    "windows are computed, not replayed: gradients, parameters, buffers or modes are others than the window "
+    "before has left; zero gradients in place, with zero_grad(set_to_none=False)"
+)
 
 Record = Callable[[Callable[[], Any]], Callable[[], Any]]
 
@@ -40,6 +49,8 @@ class CudaGraphs:
         self._device = torch.device(device)
         self._stream = torch.cuda.Stream(self._device)
         self._pool: Any = torch.cuda.graph_pool_handle()
+        # Once no graph of a pool is left, nothing more is recorded into it while a tensor there is alive.
+        self._first = self(lambda: torch.zeros((), device=self._device))
 
     def __call__(self, function: Callable[[], Any]) -> Callable[[], Any]:
         """A replay of `function`, which returns the tensors that `function` returned, filled anew.
@@ -77,7 +88,9 @@ class GraphedWindow:
 
     The first windows of a kind (samples, steps, shapes) are computed as they are, the next is recorded.
     Windows that somebody looks into (`Window.after_micro_batch`) and kinds beyond the first 16 always are
-    computed. Gradients must stay where they are: zero them in place, with `zero_grad(set_to_none=False)`.
+    computed. So is a window before which a gradient, parameter or buffer was replaced or a module changed its
+    mode: nothing recorded before it is replayed again. Zero gradients in place, with
+    `zero_grad(set_to_none=False)`, or there is nothing to replay, which a warning says.
 
     The memory of the largest recorded window is not given back, so both a recorded window and one that is
     computed as it is need room.
@@ -98,7 +111,13 @@ class GraphedWindow:
         window.sync.keeps_gradients = True
         self._seen: dict[Hashable, int] = {}
         self._kept: dict[Hashable, _Kept] = {}
-        self._gradients: tuple[Hashable, ...] = ()
+        parts = [part for part in (window.model, window.loss) if isinstance(part, nn.Module)]
+        self._modules = [module for part in parts for module in part.modules()]
+        self._weighted = [*window.loss.parameters()] if isinstance(window.loss, nn.Module) else []
+        # What all that is kept was recorded with, and what the last window that was computed has left.
+        self._recorded_with: Hashable = None
+        self._left: Hashable = None
+        self._moved = 0
 
     def backward(
         self,
@@ -117,21 +136,28 @@ class GraphedWindow:
         if window.after_micro_batch:
             return window.backward(inputs, targets, **options, observe=observe)
         kind = (steps, samples, weight, observe is not None, _form(inputs), _form(targets))
-        kept = self._kept.get(kind)
-        if kept is not None and self._gradients != places(self.window):
+        found = self._surroundings()
+        if found != self._recorded_with:
             self._kept.clear()
-            kept = None
+        kept = self._kept.get(kind)
         if kept is None:
             seen = self._seen[kind] = self._seen.get(kind, 0) + 1
-            if seen <= FIRST or len(self._kept) >= MOST:
-                return window.backward(inputs, targets, **options, observe=observe)
+            moved = found != self._left
+            if seen <= FIRST or len(self._kept) >= MOST or moved:
+                self._moved = self._moved + 1 if moved else 0
+                if self._moved == IN_A_ROW:
+                    warnings.warn(MOVED, stacklevel=2)
+                result = window.backward(inputs, targets, **options, observe=observe)
+                self._left = self._surroundings()
+                return result
             kept = self._kept[kind] = self._recorded(inputs, targets, options, observe is not None)
+            self._recorded_with = found
         _copy(inputs, kept.inputs)
         _copy(targets, kept.targets)
         result, seen_outputs = kept.replay()
         for outputs, targets_k in seen_outputs if observe is not None else ():
             assert observe is not None
-            observe(_mapped(torch.clone, outputs), _mapped(torch.clone, targets_k))
+            observe(_cloned(outputs), _cloned(targets_k))
         counted = result.weight
         return replace(
             result,
@@ -151,8 +177,26 @@ class GraphedWindow:
             result = self.window.backward(inputs, targets, **options, observe=observe if observed else None)
             return result, seen
 
-        self._gradients = places(self.window)
-        return _Kept(inputs, targets, self.record(window))
+        before = self._surroundings()
+        held = [(m._buffers, name, buffer) for m in self._modules for name, buffer in m._buffers.items()]
+        try:
+            replay = self.record(window)
+        finally:
+            moved = self._surroundings() != before
+            for buffers, name, buffer in held if moved else ():
+                buffers[name] = buffer
+        if moved:
+            raise RuntimeError("a forward pass replaces a buffer, and a graph works on the one it began with")
+        return _Kept(inputs, targets, replay)
+
+    def _surroundings(self) -> Hashable:
+        """Where everything is that a recorded window works on, and in which mode each module is."""
+        return (
+            places(self.window),
+            tuple([p.data_ptr() for p in self._weighted]),
+            tuple([b.data_ptr() for m in self._modules for b in m._buffers.values() if b is not None]),
+            tuple([m.training for m in self._modules]),
+        )
 
 
 class GraphedStep:
@@ -170,17 +214,22 @@ class GraphedStep:
         self.record = record
         self._seen = 0
         self._known: Hashable = None
+        self._state: Any = None
+        self._rates: list[Tensor] = []
         self._kept: dict[bool, Callable[[], StepResult]] = {}
 
     def __call__(self, want_norm: bool = False) -> StepResult:
         """As `OptimizerStep`. Nothing of the result is overwritten by the next step."""
         if not can_be_recorded(self.step):
             return self.step(want_norm)
-        moved = rates_to_device(self.step.optimizer)  # by `load_state_dict`, which moves the state, too
-        known = places(self.step.window), settings(self.step.optimizer)
-        if moved or known != self._known:
+        optimizer = self.step.optimizer
+        rates = rates_to_device(optimizer)
+        known = places(self.step.window), settings(optimizer)
+        # Compared as objects: a state that was loaded is another one, whatever is in it.
+        same = optimizer.state is self._state and [id(r) for r in rates] == [id(r) for r in self._rates]
+        if not same or known != self._known:
             self._kept.clear()
-            self._known, self._seen = known, 0
+            self._known, self._state, self._rates, self._seen = known, optimizer.state, rates, 0
         self._seen += 1
         if self._seen <= FIRST:
             return self.step(want_norm)
@@ -224,15 +273,15 @@ def can_be_recorded(step: OptimizerStep) -> bool:
     )
 
 
-def rates_to_device(optimizer: torch.optim.Optimizer) -> bool:
-    """Makes every learning rate that is a number a tensor beside its parameters; whether there was one."""
-    found = False
+def rates_to_device(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """Makes every learning rate that is a number a tensor beside its parameters; all of them."""
+    found: list[Tensor] = []
     for group in optimizer.param_groups:
         device = group["params"][0].device
         rate = group["lr"]
         if not isinstance(rate, Tensor) or rate.device != device:
             group["lr"] = torch.full((), float(rate), dtype=torch.float32, device=device)
-            found = True
+        found.append(group["lr"])
     return found
 
 
@@ -246,11 +295,12 @@ def rates_as_numbers(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def _mapped(function: Callable[[Tensor], Any], outputs: Any) -> Any:
-    """What a model returned with `function` of its tensors, as far as they can be found."""
-    try:
-        return map_tensors(function, outputs)
-    except TypeError:
-        return outputs
+    """What a model returned, of the same types, with `function` of its tensors as far as torch finds them."""
+    return pytree.tree_map_only(Tensor, function, outputs)
+
+
+def _cloned(outputs: Any) -> Any:
+    return _mapped(torch.clone, outputs)
 
 
 def _form(batch: Nested) -> tuple[Hashable, ...]:
