@@ -17,6 +17,7 @@ from torch.utils.data import TensorDataset
 
 from accumexp.accum import Window
 from accumexp.accum.joint import JointWindow
+from accumexp.accum.loss import MeanOverSamples
 from accumexp.assembly import build_parts, build_trainer, placement
 from accumexp.callbacks import Callback
 from accumexp.checkpoint import save
@@ -168,8 +169,63 @@ class Mixed(nn.Module):
         return self.out(self.again(self.once(self.into(inputs)).relu()))
 
 
+class Scaled(Mixed):
+    """With a parameter that is a single number."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.scale * super().forward(inputs)
+
+
+class Capped(Callback):
+    """A hook of the optimizer that keeps the weights small after each step."""
+
+    def run_begin(self, trainer: Trainer) -> None:
+        def cap(*_: Any) -> None:
+            with torch.no_grad():
+                for parameter in trainer.model.parameters():
+                    parameter.clamp_(-0.05, 0.05)
+
+        trainer.optimizer.register_step_post_hook(cap)
+
+
+class ByLabel(MeanOverSamples):
+    """Samples of the higher classes weigh twice."""
+
+    def weight(self, targets: Any) -> Any:
+        return (1 + (targets > 4)).sum()
+
+    def total(self, outputs: Any, targets: Any) -> Tensor:
+        losses = nn.functional.cross_entropy(outputs, targets, reduction="none")
+        return (losses * (1 + (targets > 4))).sum()
+
+
+def by_label() -> ByLabel:
+    return ByLabel(nn.CrossEntropyLoss())
+
+
 def own(name: str) -> list[str]:
     return [*MLP, f"model._target_={__name__}.{name}"]
+
+
+def test_a_parameter_of_a_single_number_is_clipped_with_the_others() -> None:
+    alone, together, errors = both("accum.steps=3", "trainer.clip_norm=0.3", model=own("Scaled"))
+    assert errors == [None] * 3
+    same(alone, together)
+
+
+def test_hooks_of_an_optimizer_are_heard_for_each_replica() -> None:
+    alone, together, _ = both("accum.steps=3", f"+callbacks.cap._target_={__name__}.Capped")
+    assert all(p.abs().max() <= 0.05 for trainer, _, _ in together for p in trainer.model.parameters())
+    same(alone, together)
+
+
+def test_what_a_loss_of_its_own_weighs_is_asked_for_each_replica() -> None:
+    alone, together, _ = both("accum.steps=3", f"loss._target_={__name__}.by_label")
+    same(alone, together)
 
 
 @pytest.mark.parametrize("optimizer", ["momentum", "adamw"])

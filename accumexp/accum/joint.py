@@ -230,7 +230,7 @@ def _totals(loss: WindowLoss, outputs: Any, targets: Any) -> Tensor:
 def _weights(window: Window, targets: Any) -> Tensor | float:
     """What each replica's `targets` weigh, (R,), or the number that they all do."""
     loss = window.loss
-    if isinstance(loss, MeanOverSamples | SumOverSamples):
+    if type(loss) in (MeanOverSamples, SumOverSamples):
         return loss.weight(_of(targets, 0))
     if type(loss) is ClassIndexLoss and not targets.is_floating_point() and loss.criterion.weight is None:
         return (targets != loss.criterion.ignore_index).flatten(1).sum(1)

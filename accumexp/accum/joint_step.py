@@ -40,7 +40,7 @@ class JointStep:
         self._shared: list[int] = []
         kinds = {type(step.optimizer) for step in steps}
         scaled = any(step.window.loss_scale is not None for step in steps)
-        self._able = len(kinds) == 1 and kinds <= set(ELEMENTWISE) and not scaled
+        self._able = len(kinds) == 1 and kinds <= set(ELEMENTWISE) and not scaled and not self._hooked()
         self._join()
 
     def keep(self, which: Sequence[int]) -> None:
@@ -59,7 +59,8 @@ class JointStep:
         norms: Sequence[Tensor | None] = [None] * len(self.steps)
         if want_norm or clip_norm is not None:
             gradients = [p.grad for p in self.window.parameters if p.grad is not None]
-            each = torch.stack([torch.linalg.vector_norm(g.flatten(1), dim=1) for g in gradients])
+            flat = [g.reshape(len(g), -1) for g in gradients]
+            each = torch.stack([torch.linalg.vector_norm(g, dim=1) for g in flat])
             norm = torch.linalg.vector_norm(each, dim=0)
             # Who wants to know them reads them all in one wait for the device.
             norms = (norm.cpu() if want_norm else norm).unbind()
@@ -94,7 +95,13 @@ class JointStep:
         self._share(joint)
 
     def _settled(self, joint: optim.Optimizer) -> bool:
-        """Takes over what schedules have set; False, for good, if it is not the same for all replicas."""
+        """Takes over what schedules have set.
+
+        False, for good, if it is not the same for all replicas, or one's step has got hooks.
+        """
+        if self._hooked():
+            self._part()
+            return False
         every = [step.optimizer.param_groups for step in self.steps]
         for k, group in enumerate(joint.param_groups):
             first, *others = (groups[k] for groups in every)
@@ -106,6 +113,11 @@ class JointStep:
                     return False
                 group[key] = value
         return True
+
+    def _hooked(self) -> bool:
+        """Whether somebody wants to hear of a replica's own step."""
+        optimizers = [step.optimizer for step in self.steps]
+        return any(o._optimizer_step_pre_hooks or o._optimizer_step_post_hooks for o in optimizers)
 
     def _part(self) -> None:
         """Lets every replica's own optimizer go on, with counts of its own."""
