@@ -127,6 +127,7 @@ def test_one_sample_that_is_too_large_ends_in_one_line() -> None:
         ),
         (RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes"), True),
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("FIND was unable to find an engine to execute this computation"), True),
         (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
         (RuntimeError("CUDA error: device-side assert triggered"), False),
         (ValueError("can't allocate memory"), False),
@@ -201,6 +202,46 @@ class Moving(nn.Module):
         self.changed += 1
         self.first = inputs[0].clone() if self.first is None else self.first + 1
         return self.short(self.layer(inputs))
+
+
+class Remembering(nn.Module):
+    """A buffer that is part of the graph that made it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 5).double()
+        self.hidden: Tensor
+        self.register_buffer("hidden", torch.zeros(5, dtype=torch.float64))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        found = self.layer(inputs)
+        self.hidden = found.mean(0)
+        return found
+
+
+def test_a_copy_of_a_buffer_is_part_of_no_graph() -> None:
+    recovery = Recovery(Window(Remembering(), nn.CrossEntropyLoss(), 2))
+    for _ in range(2):
+        recovery.backward(*classification(SAMPLES))
+    recovery._start.remember()
+    assert [kept.requires_grad for kept in recovery._start._kept] == [False]
+
+
+def test_buffers_that_are_not_made_yet_are_no_hindrance() -> None:
+    def made() -> nn.Module:  # what is not made yet cannot be copied
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(6, 5), nn.LazyBatchNorm1d()).double()
+
+    model, plain = made(), made()
+    recovery = Recovery(Window(model, nn.CrossEntropyLoss(), 2))
+    window = Window(plain, nn.CrossEntropyLoss(), 2)
+    for _ in range(2):
+        recovery.backward(*classification(SAMPLES))
+        window.backward(*classification(SAMPLES))
+    assert all(
+        torch.equal(mine, theirs) for mine, theirs in zip(model.buffers(), plain.buffers(), strict=True)
+    )
+    assert not relative_error(gradients(model), gradients(plain))
 
 
 def test_a_buffer_that_was_replaced_goes_back_too() -> None:

@@ -20,6 +20,10 @@ _SHORT = (
     "CUSOLVER_STATUS_ALLOC_FAILED",
     "CUFFT_ALLOC_FAILED",
     "MPS backend out of memory",
+    # What cuDNN says when no algorithm's workspace fits.
+    "unable to find an engine to execute this computation",
+    "Triton Error [CUDA]: out of memory",
+    "std::bad_alloc",
 )
 
 

@@ -208,6 +208,8 @@ class _Start:
         self._parameters = list(window.model.parameters())
         self._absent: list[nn.Parameter] = []
         self._buffers: list[tuple[dict[str, Tensor | None], str, Tensor | None]] = []
+        # Those of them that have been made, and what was in them.
+        self._made: list[Tensor] = []
         self._kept: list[Tensor] = []
         self._torch = self._python = self._device = None
         self._quiet = 0
@@ -227,10 +229,11 @@ class _Start:
         if self._parameters[0].is_cuda:
             self._device = torch.cuda.get_rng_state(self._parameters[0].device)
         self._buffers = [(held, name, buffer) for held in self._held if held for name, buffer in held.items()]
-        now = [buffer for _, _, buffer in self._buffers if buffer is not None]
-        if now:
-            self._make_room(now)
-            torch._foreach_copy_(self._kept, now)  # pyright: ignore[reportPrivateImportUsage]
+        self._made = [b for _, _, b in self._buffers if b is not None and not is_lazy(b)]
+        if self._made:
+            with torch.no_grad():  # a buffer may carry a graph
+                self._make_room(self._made)
+                torch._foreach_copy_(self._kept, self._made)  # pyright: ignore[reportPrivateImportUsage]
 
     def restore(self) -> None:
         gc.collect()  # what failed may be in cycles
@@ -243,9 +246,8 @@ class _Start:
                     parameter.grad.zero_()
             for held, name, buffer in self._buffers:
                 held[name] = buffer
-            now = [buffer for _, _, buffer in self._buffers if buffer is not None]
-            if now:
-                torch._foreach_copy_(now, self._kept)  # pyright: ignore[reportPrivateImportUsage]
+            if self._made:
+                torch._foreach_copy_(self._made, self._kept)  # pyright: ignore[reportPrivateImportUsage]
         assert self._torch is not None
         torch.set_rng_state(self._torch)
         if self._python is not None:
