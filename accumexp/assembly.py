@@ -102,9 +102,10 @@ def build_parts(config: Config, here: World = ALONE, splits: Splits | None = Non
     if isinstance(criterion, nn.Module):
         criterion = criterion.to(device, dtype)
     loss, train = window_loss(criterion), splits.train
-    if isinstance(loss, ClassIndexLoss) and isinstance(train, ResidentBatches):
+    # Of a class of its own nobody knows what its targets weigh.
+    if type(loss) is ClassIndexLoss and isinstance(train, ResidentBatches):
         if isinstance(train.targets, Tensor):
-            train.weigh(loss.sample_weight(train.targets, train.indices))
+            train.weigh(loss.sample_weight(train.targets, train.indices), lambda: loss.basis)
     evaluator = Evaluator(loss, build_metrics(config, device), autocast, ranks)
     model = model.to(device, dtype)
     if here.rank:

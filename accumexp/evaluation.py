@@ -58,6 +58,7 @@ class Evaluator:
                     weight = weight + (self.loss.weight(batch.targets) if counts else 0.0)
                     self.metrics.update(outputs, batch.targets)
                 weight = weight + (0.0 if counts else 1 / self.ranks.size)
+                del batch, outputs, loss_sum  # or they would live through the next forward
             if self.ranks.size > 1:
                 sums = [
                     torch.as_tensor(value, dtype=torch.float64, device=device) for value in (total, weight)

@@ -357,6 +357,7 @@ class Trainer:
         whole = not self.window.sync.sharded
         return {
             "progress": asdict(self.progress),
+            "steps": self.window.steps,
             "model": self.model.state_dict() if whole else {},
             "optimizer": rates_as_numbers(self.optimizer.state_dict()) if whole else {},
             "scheduler": self.scheduler.state_dict(),
@@ -379,4 +380,4 @@ class Trainer:
             if state["callbacks"].get(name):
                 callback.load_state_dict(state["callbacks"][name])
         self.progress = Progress(**state["progress"])
-        self._measures = not self.progress.update
+        self._measures = not self.progress.update or state.get("steps") != self.window.steps

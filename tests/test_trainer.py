@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from typing import Any
 
 import pytest
@@ -11,11 +12,14 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel
 from torch.utils._python_dispatch import TorchDispatchMode
+from torchmetrics import MetricCollection
 
-from accumexp.accum import Window
+from accumexp.accum import Window, window_loss
+from accumexp.accum.loss import ClassIndexLoss
 from accumexp.callbacks import EMA, Callback, EarlyStopping, LossMonitor
 from accumexp.data import ResidentBatches, Share
 from accumexp.errors import TrainingError, UsageError
+from accumexp.evaluation import Evaluator
 from accumexp.optim import constant
 from accumexp.readings import Readings
 from accumexp.trainer import Trainer, total_updates
@@ -100,6 +104,70 @@ def test_law_2_targets_that_a_callback_writes_to_are_counted_anew(whole: bool) -
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
 
+class Reweighing(Callback):
+    """Changes what the loss makes of its targets, in the middle of the run."""
+
+    def __init__(self, change: str) -> None:
+        self.change = change
+
+    def update_begin(self, trainer: Trainer) -> None:
+        if trainer.progress.update == 2:
+            criterion: Any = trainer.window.loss
+            if self.change == "ignored":
+                criterion.criterion.ignore_index = 3
+            else:
+                criterion.criterion.weight = torch.arange(1.0, 11.0, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("change", ["ignored", "weights"])
+def test_law_2_a_loss_that_a_callback_changes_is_counted_anew(change: str) -> None:
+    found = []
+    for counts in (False, True):
+        trainer, _ = trainer_of("accum.steps=3", "trainer.max_updates=5")
+        trainer.callbacks["reweighing"] = Reweighing(change)
+        train = trainer.splits.train
+        assert isinstance(train, ResidentBatches) and train.sample_weight == 1.0
+        if counts:
+            train.weigh(None)
+        trainer.fit()
+        assert train.sample_weight is None
+        found.append(weights(trainer))
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
+class Halved(ClassIndexLoss):
+    """Says of itself what its targets weigh."""
+
+    def weight(self, targets: Any) -> Any:
+        return 0.5 * super().weight(targets)
+
+
+def halved() -> Halved:
+    return Halved(nn.CrossEntropyLoss())
+
+
+def test_law_2_a_loss_of_ones_own_is_asked_what_its_targets_weigh() -> None:
+    trainer, memory = trainer_of("accum.steps=3", "trainer.max_updates=1", f"loss._target_={__name__}.halved")
+    plain, expected = trainer_of("accum.steps=3", "trainer.max_updates=1")
+    for one in (trainer, plain):
+        one.fit()
+    ((_, loss),), ((_, wanted),) = memory.series("train/loss"), expected.series("train/loss")
+    assert loss == pytest.approx(2 * wanted, rel=1e-12)
+
+
+def test_law_2_what_samples_weigh_is_known_of_those_that_were_looked_at() -> None:
+    targets = torch.arange(6)
+    batches = ResidentBatches(torch.zeros(6, 1), targets, torch.arange(4), 2)
+    batches.weigh(1.0)
+    batches.choose(torch.tensor([3, 1, 1, 0]))
+    assert batches.sample_weight == 1.0
+    batches.indices[0] = 5
+    assert batches.sample_weight is None
+    batches.weigh(1.0)
+    batches.indices = torch.tensor([4, 5])
+    assert batches.sample_weight is None
+
+
 def test_losses_are_read_as_they_were_however_many_wait() -> None:
     readings = Readings(Window(nn.Linear(1, 1), nn.MSELoss(), 1), check_finite=True)
     for count in (1, 300, 128, 129):
@@ -130,6 +198,28 @@ def test_a_constant_schedule_is_torchs_of_factor_one() -> None:
         fresh.load_state_dict({**state, "base_lrs": [0.125, 0.25]})
         fresh.step()
         assert fresh.last_epoch == 4 and made[0].param_groups[0]["lr"] == 0.125
+
+
+class Outliving(nn.Module):
+    """Counts its earlier outputs that are still there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: list[weakref.ref[Tensor]] = []
+        self.alive = 0
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        self.alive += sum(output() is not None for output in self.made)
+        outputs = inputs.repeat(1, 3)
+        self.made.append(weakref.ref(outputs))
+        return outputs
+
+
+def test_an_evaluation_keeps_no_outputs_through_the_next_forward() -> None:
+    model, batches = Outliving(), ResidentBatches(torch.rand(9, 1), torch.zeros(9).long(), torch.arange(9), 2)
+    evaluate = Evaluator(window_loss(nn.CrossEntropyLoss()), MetricCollection({}))
+    assert evaluate(model, batches)["loss"] == pytest.approx(math.log(3))
+    assert len(model.made) == 5 and not model.alive
 
 
 class Seen(Callback):

@@ -1,9 +1,10 @@
 """The samples: data sets, their splits, and the batches of an epoch."""
 
-from .batches import Batch, Batches, ResidentBatches, Share, StreamedBatches
+from .batches import Batch, Batches, ResidentBatches, Share
 from .digits import Digits
 from .in_memory import InMemory
 from .splits import Placement, Splits, build_splits
+from .streamed import StreamedBatches
 from .text import PythonSources
 from .transforms import BatchAugment, Scale, ShiftAndFlip
 

@@ -6,17 +6,15 @@ update, which is what lets a resumed run see exactly the samples that an undistu
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from ..accum.batch import Nested, map_tensors, rank_share, steps_for, tensors
-from ..seeding import derive_seed, drawn_from
+from ..seeding import derive_seed
 from .transforms import BatchAugment, keyed_uniforms
 
 
@@ -39,6 +37,7 @@ class Batch:
         steps: micro-batches of the update's window.
         weight: of the update's samples in the loss, where one process knows it without a look at them.
             `known_weight` is what to use.
+        holds: whether the loss still makes of a target what it did when the batch was made.
     """
 
     inputs: Nested
@@ -48,11 +47,14 @@ class Batch:
     total: int
     steps: int
     weight: float | None = None
+    holds: Callable[[], bool] | None = None
 
     @property
     def known_weight(self) -> float | None:
-        """`weight`, as long as nobody has written to the targets."""
-        return self.weight if getattr(self.targets, "_version", None) == 0 else None
+        """`weight`, as long as nobody has written to the targets or changed the loss."""
+        if self.weight is None or getattr(self.targets, "_version", None) != 0:
+            return None
+        return self.weight if self.holds is None or self.holds() else None
 
 
 class _Chosen(NamedTuple):
@@ -99,6 +101,10 @@ class Batches:
     def samples(self) -> int:
         return len(self.indices)
 
+    def choose(self, indices: Tensor) -> None:
+        """Takes only `indices`, all of which are of this split."""
+        self.indices = indices
+
     @property
     def last(self) -> int:
         """Samples in an epoch's last batch where it is smaller than the others, else 0."""
@@ -138,6 +144,35 @@ class Batches:
         return map_tensors(lambda images: augment(images, draws), inputs)
 
 
+@dataclass(frozen=True)
+class _Weighed:
+    """What each sample weighs, and of what that was said."""
+
+    weight: float
+    targets: Tensor
+    indices: Tensor
+    versions: tuple[int, int]
+    basis: Callable[[], object]
+    based_on: object
+
+    @classmethod
+    def of(cls, batches: ResidentBatches, weight: float, basis: Callable[[], object]) -> _Weighed:
+        targets, indices = cast(Tensor, batches.targets), batches.indices
+        return cls(weight, targets, indices, (targets._version, indices._version), basis, basis())
+
+    def of_these(self, batches: ResidentBatches) -> bool:
+        return (
+            batches.targets is self.targets
+            and batches.indices is self.indices
+            and (self.targets._version, self.indices._version) == self.versions
+            and self.holds()
+        )
+
+    def holds(self) -> bool:
+        """Whether the loss still makes of a target what it did then."""
+        return self.basis() == self.based_on
+
+
 class ResidentBatches(Batches):
     """All samples on the training device: an update's batch is gathered there, nothing is copied to it.
 
@@ -150,24 +185,31 @@ class ResidentBatches(Batches):
         super().__init__(indices, batch_size, **options)
         self.inputs = inputs
         self.targets = targets
-        self._weighed: tuple[Nested, int, float] | None = None
+        self._weighed: _Weighed | None = None
 
     @property
     def sample_weight(self) -> float | None:
         """What each sample weighs in the loss, where all weigh the same and `weigh` was told so.
 
-        None again as soon as somebody writes to the targets or takes others.
+        None again as soon as somebody writes to the targets or the indices, takes others, or changes what
+        the loss makes of them.
         """
-        if self._weighed is None:
-            return None
-        targets, version, weight = self._weighed
-        same = targets is self.targets and getattr(targets, "_version", None) == version
-        return weight if same else None
+        known = self._weighed
+        return known.weight if known is not None and known.of_these(self) else None
 
-    def weigh(self, weight: float | None) -> None:
-        """Says what each sample weighs in the loss; None if they differ or nobody knows."""
-        version = getattr(self.targets, "_version", None)
-        self._weighed = None if weight is None or version is None else (self.targets, version, weight)
+    def weigh(self, weight: float | None, basis: Callable[[], object] = lambda: None) -> None:
+        """Says what each sample weighs in the loss, as long as `basis` returns what it does now.
+
+        None if they differ or nobody knows.
+        """
+        unknown = weight is None or not isinstance(self.targets, Tensor)
+        self._weighed = None if unknown else _Weighed.of(self, weight, basis)
+
+    def choose(self, indices: Tensor) -> None:
+        """Takes only `indices`, all of which are of this split: what they weigh stays known."""
+        weight, known = self.sample_weight, self._weighed
+        self.indices = indices
+        self._weighed = None if weight is None or known is None else _Weighed.of(self, weight, known.basis)
 
     def placed(self, epoch: int, start: int) -> Iterator[tuple[_Chosen, Tensor]]:
         """The samples of the batches of `epoch` from `start` on, with their indices on the device."""
@@ -185,103 +227,12 @@ class ResidentBatches(Batches):
 
             inputs = self._augmented(map_tensors(gather, self.inputs), indices, epoch)
             targets = map_tensors(gather, self.targets)
-            total, each = chosen.total, self.sample_weight
+            known, total = self._weighed, chosen.total
             # On several ranks one may write to its targets and another not, so all of them count.
-            weight = None if each is None or self.share.ranks > 1 else total * each
-            yield Batch(inputs, targets, indices, chosen.samples, total, chosen.steps, weight)
-
-
-class StreamedBatches(Batches):
-    """Samples read by DataLoader workers ahead of their use, through pinned memory to the device.
-
-    Args:
-        dataset: map-style; a sample is a pair (inputs, targets).
-        transform: applied to a sample's inputs.
-        sample_augment: then applied in training; it, and anything random in the data set itself, draws
-            from the run's seed, the epoch and the sample's index.
-        place: moves a batch's inputs and targets to the device and dtype of training.
-    """
-
-    def __init__(
-        self,
-        dataset: Dataset[Any],
-        indices: Tensor,
-        batch_size: int,
-        *,
-        transform: Callable[[Any], Any] | None,
-        sample_augment: Callable[[Any], Any] | None,
-        place: Callable[[Nested, Nested], tuple[Nested, Nested]],
-        workers: int,
-        prefetch: int,
-        pin_memory: bool,
-        **options: Any,
-    ) -> None:
-        super().__init__(indices, batch_size, **options)
-        self.place = place
-        self._sampler = _EpochSampler(self)
-        self._loader = DataLoader(
-            _Samples(dataset, transform, sample_augment, self.shuffle or 0),
-            batch_sampler=self._sampler,
-            num_workers=workers,
-            prefetch_factor=prefetch if workers else None,
-            persistent_workers=workers > 0,
-            pin_memory=pin_memory,
-            worker_init_fn=_leave_group,
-            # A generator of its own, or starting an iterator would draw from the run's.
-            generator=torch.Generator(),
-        )
-
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        self._sampler.epoch, self._sampler.start = epoch, start
-        for (inputs, targets, indices), chosen in zip(self._loader, self.chosen(epoch, start), strict=True):
-            inputs, targets = self.place(inputs, targets)
-            if self.augment is not None:
-                indices = indices.to(tensors(inputs)[0].device)
-            inputs = self._augmented(inputs, indices, epoch)
-            yield Batch(inputs, targets, indices, chosen.samples, chosen.total, chosen.steps)
-
-
-def _leave_group(worker: int) -> None:
-    """Out of the process group that a stop signal is sent to: it is for the run to stop its workers."""
-    if hasattr(os, "setsid"):
-        os.setsid()
-
-
-class _EpochSampler:
-    """The batches of one epoch as lists of (epoch, index): workers learn the epoch with each sample."""
-
-    def __init__(self, batches: Batches) -> None:
-        self.batches = batches
-        self.epoch = 0
-        self.start = 0
-
-    def __len__(self) -> int:
-        return len(self.batches) - self.start
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        for chosen in self.batches.chosen(self.epoch, self.start):
-            yield [(self.epoch, index) for index in chosen.indices.tolist()]
-
-
-class _Samples(Dataset[Any]):
-    def __init__(
-        self,
-        dataset: Dataset[Any],
-        transform: Callable[[Any], Any] | None,
-        augment: Callable[[Any], Any] | None,
-        seed: int,
-    ) -> None:
-        self.dataset = dataset
-        self.transform = transform
-        self.augment = augment
-        self.seed = seed
-
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Any, Any, int]:
-        epoch, index = key
-        with drawn_from(derive_seed("sample", self.seed, epoch, index)):
-            inputs, targets = self.dataset[index]
-            if self.augment is not None:
-                inputs = self.augment(inputs)
-            if self.transform is not None:
-                inputs = self.transform(inputs)
-        return inputs, targets, index
+            if known is None or self.share.ranks > 1 or not known.of_these(self):
+                yield Batch(inputs, targets, indices, chosen.samples, total, chosen.steps)
+            else:
+                weight = total * known.weight
+                yield Batch(
+                    inputs, targets, indices, chosen.samples, total, chosen.steps, weight, known.holds
+                )

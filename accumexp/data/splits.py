@@ -17,8 +17,9 @@ from ..config import DataConfig
 from ..errors import UsageError
 from ..seeding import drawn_from
 from ..targets import build
-from .batches import Batches, ResidentBatches, Share, StreamedBatches
+from .batches import Batches, ResidentBatches, Share
 from .in_memory import InMemory
+from .streamed import StreamedBatches
 from .transforms import BatchAugment
 
 RESIDENT_SHARE = 0.25

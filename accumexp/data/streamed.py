@@ -1,0 +1,111 @@
+"""Batches whose samples are read while the device computes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from ..accum.batch import Nested, tensors
+from ..seeding import derive_seed, drawn_from
+from .batches import Batch, Batches
+
+
+class StreamedBatches(Batches):
+    """Samples read by DataLoader workers ahead of their use, through pinned memory to the device.
+
+    Args:
+        dataset: map-style; a sample is a pair (inputs, targets).
+        transform: applied to a sample's inputs.
+        sample_augment: then applied in training; it, and anything random in the data set itself, draws
+            from the run's seed, the epoch and the sample's index.
+        place: moves a batch's inputs and targets to the device and dtype of training.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset[Any],
+        indices: Tensor,
+        batch_size: int,
+        *,
+        transform: Callable[[Any], Any] | None,
+        sample_augment: Callable[[Any], Any] | None,
+        place: Callable[[Nested, Nested], tuple[Nested, Nested]],
+        workers: int,
+        prefetch: int,
+        pin_memory: bool,
+        **options: Any,
+    ) -> None:
+        super().__init__(indices, batch_size, **options)
+        self.place = place
+        self._sampler = _EpochSampler(self)
+        self._loader = DataLoader(
+            _Samples(dataset, transform, sample_augment, self.shuffle or 0),
+            batch_sampler=self._sampler,
+            num_workers=workers,
+            prefetch_factor=prefetch if workers else None,
+            persistent_workers=workers > 0,
+            pin_memory=pin_memory,
+            worker_init_fn=_leave_group,
+            # A generator of its own, or starting an iterator would draw from the run's.
+            generator=torch.Generator(),
+        )
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        self._sampler.epoch, self._sampler.start = epoch, start
+        for (inputs, targets, indices), chosen in zip(self._loader, self.chosen(epoch, start), strict=True):
+            inputs, targets = self.place(inputs, targets)
+            if self.augment is not None:
+                indices = indices.to(tensors(inputs)[0].device)
+            inputs = self._augmented(inputs, indices, epoch)
+            yield Batch(inputs, targets, indices, chosen.samples, chosen.total, chosen.steps)
+
+
+def _leave_group(worker: int) -> None:
+    """Out of the process group that a stop signal is sent to: it is for the run to stop its workers."""
+    if hasattr(os, "setsid"):
+        os.setsid()
+
+
+class _EpochSampler:
+    """The batches of one epoch as lists of (epoch, index): workers learn the epoch with each sample."""
+
+    def __init__(self, batches: Batches) -> None:
+        self.batches = batches
+        self.epoch = 0
+        self.start = 0
+
+    def __len__(self) -> int:
+        return len(self.batches) - self.start
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for chosen in self.batches.chosen(self.epoch, self.start):
+            yield [(self.epoch, index) for index in chosen.indices.tolist()]
+
+
+class _Samples(Dataset[Any]):
+    def __init__(
+        self,
+        dataset: Dataset[Any],
+        transform: Callable[[Any], Any] | None,
+        augment: Callable[[Any], Any] | None,
+        seed: int,
+    ) -> None:
+        self.dataset = dataset
+        self.transform = transform
+        self.augment = augment
+        self.seed = seed
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Any, Any, int]:
+        epoch, index = key
+        with drawn_from(derive_seed("sample", self.seed, epoch, index)):
+            inputs, targets = self.dataset[index]
+            if self.augment is not None:
+                inputs = self.augment(inputs)
+            if self.transform is not None:
+                inputs = self.transform(inputs)
+        return inputs, targets, index
