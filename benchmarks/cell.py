@@ -1,10 +1,10 @@
-"""One cell of a benchmark: contenders on one task, checked against each other, then timed in turns."""
+"""Cells of a benchmark: contenders on one task, checked against each other, then timed in turns."""
 
 from __future__ import annotations
 
 import gc
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -26,9 +26,10 @@ from .contenders import (
     saved_bytes,
     timed,
 )
-from .measure import in_turns, not_installed, ratio_of
+from .measure import Rows, in_turns, not_installed, ratio_of
 from .tasks import Task, own_samples
 
+Label = tuple[int, str]  # of a contender in a cell: the cell's number, the contender's name
 TURN_SECONDS, FEWEST_ROUNDS, MOST_ROUNDS = 0.1, 5, 201
 FREE_SHARE = 0.5
 WARM_UP_SECONDS = 0.5
@@ -47,9 +48,9 @@ class Plan:
 class Timings:
     """By contender: seconds of each round, its updates that were logged, seconds of what is in no round."""
 
-    seconds: dict[str, list[float]] = field(default_factory=dict)
-    logged: dict[str, list[int]] = field(default_factory=dict)
-    flushes: dict[str, float] = field(default_factory=dict)
+    seconds: dict[Label, list[float]] = field(default_factory=dict)
+    logged: dict[Label, list[int]] = field(default_factory=dict)
+    flushes: dict[Label, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -85,40 +86,41 @@ def planned(
     return Plan(found, 1, turn)
 
 
-def timings(contenders: Sequence[Contender], plan: Plan, warm_up: float = WARM_UP_SECONDS) -> Timings:
-    """Times of all contenders, who take turns epoch by epoch.
+def timings(
+    contenders: Mapping[Label, Contender], rounds: int, epochs: int, warm_up: float = WARM_UP_SECONDS
+) -> Timings:
+    """Times of all contenders, who take turns epoch by epoch, so many in a round.
 
     What a contender does every few seconds, not in every round, is done when its own time has come, and
     once at the end.
     """
     found = Timings()
-    since: dict[str, float] = {}
-    for contender in contenders:
-        name = contender.name
-        found.seconds[name], found.logged[name] = [0.0] * plan.rounds, [0] * plan.rounds
-        found.flushes[name] = since[name] = 0.0
+    since: dict[Label, float] = {}
+    for label, contender in contenders.items():
+        found.seconds[label], found.logged[label] = [0.0] * rounds, [0] * rounds
+        found.flushes[label] = since[label] = 0.0
         warm(contender, warm_up)
 
-    def take(contender: Contender, turn: int) -> None:
-        name, number = contender.name, turn // plan.epochs
+    def take(label: Label, turn: int) -> None:
+        contender, number = contenders[label], turn // epochs
         logged = contender.logged
         spent = timed(contender)
-        found.seconds[name][number] += spent
-        found.logged[name][number] += contender.logged - logged
-        since[name] += spent
-        if flush := contender.flush(since[name]):
-            found.flushes[name] += flush
-            since[name] = 0.0
+        found.seconds[label][number] += spent
+        found.logged[label][number] += contender.logged - logged
+        since[label] += spent
+        if flush := contender.flush(since[label]):
+            found.flushes[label] += flush
+            since[label] = 0.0
 
     def every() -> Iterable[int]:
-        for turn in range(plan.rounds * plan.epochs):
-            if turn % plan.epochs == 0:
+        for turn in range(rounds * epochs):
+            if turn % epochs == 0:
                 gc.collect()
             yield turn
 
-    in_turns(contenders, every(), take)
-    for contender in contenders:
-        found.flushes[contender.name] += contender.flush(float("inf"))
+    in_turns(list(contenders), every(), take)
+    for label, contender in contenders.items():
+        found.flushes[label] += contender.flush(float("inf"))
     return found
 
 
@@ -131,16 +133,16 @@ def warm(contender: Contender, seconds: float) -> None:
     contender.flush(float("inf"))
 
 
-def summary(name: str, found: Timings, updates: int, reference: str) -> dict[str, Any]:
+def summary(label: Label, found: Timings, updates: int, reference: str) -> dict[str, Any]:
     """A contender's figures; its flushes are spread over its rounds by their length."""
-    own = found.seconds[name]
-    share = 1 + found.flushes[name] / sum(own)
+    own = found.seconds[label]
+    share = 1 + found.flushes[label] / sum(own)
     spread = [seconds * share for seconds in own]
     row: dict[str, Any] = {
         "median_ms": 1e3 * statistics.median(spread) / updates,
         "min_ms": 1e3 * min(spread) / updates,
     }
-    row |= ratio_of(spread, found.seconds[reference], found.logged[name])
+    row |= ratio_of(spread, found.seconds[label[0], reference], found.logged[label])
     return row | {"flush_share": share - 1}
 
 
@@ -191,21 +193,46 @@ def measured(
     updates: int | None = None,
 ) -> dict[str, Any]:
     """The figures of all contenders on `task`, the first of whom is what the others are held against."""
-    errors, left_out, refused = checked(kinds, task, one.saved)
-    plan = planned(task, task.steps * one.seconds, seconds, rounds, updates)
-    whole = replace(task, samples=plan.updates * task.batch)
-    contenders = [built(kind, whole) for kind in kinds if kind.name in errors]
-    found = timings(contenders, plan, min(WARM_UP_SECONDS, seconds))
-    count = plan.epochs * plan.updates
-    rows: dict[str, dict[str, Any]] = {}
-    for contender in contenders:
-        name = contender.name
-        rows[name] = summary(name, found, count, kinds[0].name)
-        rows[name] |= {"saved_mib": saved_bytes(contender) / MIB, "gradient_error": errors[name]}
-        rows[name] |= {"seconds": found.seconds[name]}
-        contender.close()
-    cell = {"model": task.model, "micro_batch": task.micro_batch, "steps": task.steps}
-    cell |= {"updates": count, "rounds": plan.rounds, "turns": plan.epochs}
-    del contenders
+    return measured_together(kinds, [(task, one)], seconds, rounds, updates)[0]
+
+
+def measured_together(
+    kinds: Sequence[type[Contender]],
+    tasks: Sequence[tuple[Task, OneMicroBatch]],
+    seconds: float,
+    rounds: int | None = None,
+    updates: int | None = None,
+) -> Rows:
+    """The figures of all contenders on every task, a cell each.
+
+    All take turns with all, so that the times of one task can be held against those of another: `times` is
+    the median over rounds of an update's time over that of the first task's.
+    """
+    checks = [checked(kinds, task, one.saved) for task, one in tasks]
+    plans = [planned(task, task.steps * one.seconds, seconds, rounds, updates) for task, one in tasks]
+    contenders: dict[Label, Contender] = {}
+    for number, ((task, _), plan, (errors, _, _)) in enumerate(zip(tasks, plans, checks, strict=True)):
+        whole = replace(task, samples=plan.updates * task.batch)
+        contenders |= {(number, kind.name): built(kind, whole) for kind in kinds if kind.name in errors}
+    most = min(plan.rounds for plan in plans)
+    found = timings(contenders, most, max(plan.epochs for plan in plans), min(WARM_UP_SECONDS, seconds))
+    cells: Rows = []
+    for number, ((task, _), plan, (errors, left_out, refused)) in enumerate(
+        zip(tasks, plans, checks, strict=True)
+    ):
+        count = plan.epochs * plan.updates
+        rows: dict[str, dict[str, Any]] = {}
+        for name in errors:
+            label, contender = (number, name), contenders.pop((number, name))
+            rows[name] = summary(label, found, count, kinds[0].name)
+            if first := found.seconds.get((0, name)):
+                shorter = plans[0].epochs * plans[0].updates / count
+                rows[name]["times"] = shorter * ratio_of(found.seconds[label], first)["ratio"]
+            rows[name] |= {"saved_mib": saved_bytes(contender) / MIB, "gradient_error": errors[name]}
+            rows[name] |= {"seconds": found.seconds[label]}
+            contender.close()
+        cells.append({"model": task.model, "micro_batch": task.micro_batch, "steps": task.steps})
+        cells[-1] |= {"updates": count, "rounds": most, "turns": plan.epochs}
+        cells[-1] |= {"contenders": rows, "skipped": left_out, "refused": refused}
     gc.collect()
-    return cell | {"contenders": rows, "skipped": left_out, "refused": refused}
+    return cells

@@ -5,8 +5,8 @@ python -m benchmarks.first_update lightning
 
 from __future__ import annotations
 
+import argparse
 import os
-import sys
 import time
 from pathlib import Path
 
@@ -26,7 +26,10 @@ def main() -> None:
     from .tasks import Task
 
     kinds: dict[str, type[Contender]] = {kind.name: kind for kind in (HandWritten, *PEERS)}
-    contender = built(kinds[sys.argv[1]], Task("lenet5", torch.device("cpu"), 32, 4, 128))
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.first_update", description=__doc__)
+    parser.add_argument("contender", choices=list(kinds))
+    asked = parser.parse_args()
+    contender = built(kinds[asked.contender], Task("lenet5", torch.device("cpu"), 32, 4, 128))
     timed(contender)
     mark()
     contender.close()

@@ -21,7 +21,7 @@ from accumexp.system import pick_device
 from accumexp.tracking import MLflowTracker, Store
 
 from . import ranks
-from .cell import measured, one_micro_batch
+from .cell import measured_together, one_micro_batch
 from .contenders import Contender, HandWritten
 from .measure import (
     Rows,
@@ -48,25 +48,25 @@ MOST_STEPS, MOST_MS = 66, 0.15  # t(64) over t(1), and ms a point: what the proj
 
 
 def by_steps(asked: argparse.Namespace, device: torch.device) -> Rows:
-    """Windows of LeNet-5 at one micro-batch, by steps."""
-    task = Task("lenet5", device, asked.micro_batch, 1, asked.micro_batch)
-    one = one_micro_batch(task)
-    rows: Rows = []
-    for steps in track(asked.steps, "steps", console=console, transient=True):
-        cell = Task("lenet5", device, asked.micro_batch, steps, asked.micro_batch * steps)
-        rows.append(measured(KINDS, cell, asked.seconds, one))
-    return rows
+    """Windows of LeNet-5 at one micro-batch, by steps; all sizes take turns, for their times are compared."""
+    sizes = [(steps, asked.micro_batch * steps) for steps in asked.steps]
+    tasks = [Task("lenet5", device, asked.micro_batch, steps, samples) for steps, samples in sizes]
+    one = one_micro_batch(tasks[0])
+    with console.status("steps"):
+        return measured_together(KINDS, [(task, one) for task in tasks], asked.seconds)
 
 
 def by_parameters(asked: argparse.Namespace, device: torch.device) -> Rows:
-    """Windows of four micro-batches of an MLP, by its number of parameters."""
-    rows: Rows = []
-    for width in track(asked.widths, "parameters", console=console, transient=True):
-        task = Task("mlp", device, asked.micro_batch, 4, 4 * asked.micro_batch, width=width)
-        count = sum(parameter.numel() for parameter in task.build().parameters())
-        row = measured(KINDS, task, asked.seconds, one_micro_batch(task))
-        rows.append({"width": width, "parameters": count} | row)
-    return rows
+    """Windows of four micro-batches of an MLP, by its number of parameters; all widths take turns."""
+    batch = 4 * asked.micro_batch
+    tasks = [Task("mlp", device, asked.micro_batch, 4, batch, width=width) for width in asked.widths]
+    counts = [sum(parameter.numel() for parameter in task.build().parameters()) for task in tasks]
+    with console.status("parameters"):
+        rows = measured_together(KINDS, [(task, one_micro_batch(task)) for task in tasks], asked.seconds)
+    return [
+        {"width": width, "parameters": count} | row
+        for width, count, row in zip(asked.widths, counts, rows, strict=True)
+    ]
 
 
 def by_ranks(asked: argparse.Namespace) -> Rows:
@@ -111,13 +111,11 @@ def show(report: dict[str, Any]) -> list[Table]:
             table = table_of(
                 f"a window, by {panel}", f"{panel},by hand\nms,accumexp\nms,ratio,quartiles,t / first t"
             )
-            first = report[panel][0]["contenders"]
             for row in report[panel]:
                 by_hand, own = (row["contenders"][kind.name] for kind in KINDS)
                 cells = [f"{by_hand['median_ms']:.3f}", f"{own['median_ms']:.3f}", f"{own['ratio']:.3f}"]
                 cells += [f"{own['ratio_low']:.3f} to {own['ratio_high']:.3f}"]
-                times = own["median_ms"] / first[Accumexp.name]["median_ms"]
-                table.add_row(f"{row[key]:,}", *cells, f"{times:.2f}")
+                table.add_row(f"{row[key]:,}", *cells, f"{own['times']:.2f}")
             tables.append(table)
     if "ranks" in report:
         tables += ranks.show({"rows": report["ranks"]})
@@ -186,7 +184,7 @@ def conclude(report: dict[str, Any]) -> list[str]:
     if rows := report.get("steps"):
         first, last = rows[0], rows[-1]
         for kind in KINDS:
-            times = last["contenders"][kind.name]["median_ms"] / first["contenders"][kind.name]["median_ms"]
+            times = last["contenders"][kind.name]["times"]
             lines.append(f"{kind.name}: t({last['steps']}) is {times:.2f} t({first['steps']})")
         if (first["steps"], last["steps"]) == (1, 64):
             lines[-1] += f", at most {MOST_STEPS} is claimed"

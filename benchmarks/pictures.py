@@ -79,51 +79,70 @@ def through_one(axes: Axes, points: list[tuple[float, float]]) -> None:
 
 
 def growth_picture(report: dict[str, Any], path: Path) -> None:
-    """Four panels: how cost grows with steps, parameters, ranks and logged points."""
-    figure, grid = plt.subplots(2, 2, figsize=(10, 7.5), layout="constrained")
-    steps, parameters, ranks, points = grid.flat
-    for name in (REFERENCE, OWN):
-        there = [(row["steps"], row["contenders"][name]["median_ms"]) for row in report.get("steps", [])]
-        if there:
-            steps.plot(*zip(*there, strict=True), **_style(name), label=name)
-            through_one(steps, there)
-        there = [
-            (row["parameters"], row["contenders"][name]["median_ms"]) for row in report.get("parameters", [])
-        ]
-        if there:
-            parameters.plot(*zip(*there, strict=True), **_style(name), label=name)
-    for axes, rows in ((steps, "steps"), (parameters, "parameters")):
-        axes.set_xscale("log")
-        axes.set_yscale("log")
-        axes.set_ylabel("ms a window")
-        if report.get(rows):
-            axes.legend(fontsize=8)
-    _steps_axis(steps, [row["steps"] for row in report.get("steps", [])])
-    steps.set_title("steps, micro-batch fixed; line through t(1)")
-    parameters.set_xlabel("parameters")
-    parameters.set_title("parameters of an MLP")
-    _ratios_by_parameters(parameters, report.get("parameters", []))
-    found = report.get("ranks", [])
-    for name in dict.fromkeys(row["contender"] for row in found):
-        own = [(row["ranks"], row["median_ms"]) for row in found if row["contender"] == name]
-        ranks.plot(*zip(*own, strict=True), **_style(name), label=name)
-    ranks.set_xticks(sorted({row["ranks"] for row in found}))
-    ranks.set_ylim(bottom=0)
-    ranks.set_xlabel("ranks on this machine")
-    ranks.set_ylabel("ms a window")
-    ranks.set_title("ranks, samples a rank fixed")
-    if found:
-        ranks.legend(fontsize=8)
-    found = report.get("points", [])
-    points.plot([row["points"] for row in found], [row["ms_a_point"] for row in found], **_style(OWN))
-    points.axhline(0.15, color="#d62728", linewidth=0.8, linestyle=":")
-    points.set_xscale("log")
-    points.set_ylim(bottom=0)
-    points.set_xlabel("points logged to MLflow (SQLite)")
-    points.set_ylabel("ms a point")
-    points.set_title("logged points; at most 0.15 ms")
+    """A panel for each of steps, parameters, ranks and logged points that was measured: how cost grows."""
+    draws = {"steps": _by_steps, "parameters": _by_parameters, "ranks": _by_ranks, "points": _by_points}
+    there = [panel for panel in draws if report.get(panel)]
+    across = min(2, len(there))
+    down = -(-len(there) // across)
+    figure, grid = plt.subplots(
+        down, across, figsize=(5 * across, 3.75 * down), squeeze=False, layout="constrained"
+    )
+    for axes, panel in zip(grid.flat, there, strict=False):
+        draws[panel](axes, report[panel])
+    for axes in grid.flat[len(there) :]:
+        axes.set_axis_off()
     figure.savefig(path, dpi=150)
     plt.close(figure)
+
+
+def _by_steps(axes: Axes, rows: list[dict[str, Any]]) -> None:
+    for name in (REFERENCE, OWN):
+        there = [(row["steps"], row["contenders"][name]["median_ms"]) for row in rows]
+        axes.plot(*zip(*there, strict=True), **_style(name), label=name)
+        through_one(axes, there)
+    axes.set_yscale("log")
+    axes.set_ylabel("ms a window")
+    _steps_axis(axes, [row["steps"] for row in rows])
+    axes.set_title("steps, micro-batch fixed; line through t(1)")
+    axes.legend(fontsize=8)
+
+
+def _by_parameters(axes: Axes, rows: list[dict[str, Any]]) -> None:
+    for name in (REFERENCE, OWN):
+        there = [(row["parameters"], row["contenders"][name]["median_ms"]) for row in rows]
+        axes.plot(*zip(*there, strict=True), **_style(name), label=name)
+    for row in rows:
+        own = row["contenders"][OWN]
+        place = (row["parameters"], own["median_ms"])
+        axes.annotate(f"{own['ratio']:.3f}", place, fontsize=7, ha="right", va="bottom")
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlabel("parameters")
+    axes.set_ylabel("ms a window")
+    axes.set_title("parameters of an MLP")
+    axes.legend(fontsize=8)
+
+
+def _by_ranks(axes: Axes, rows: list[dict[str, Any]]) -> None:
+    for name in dict.fromkeys(row["contender"] for row in rows):
+        own = [(row["ranks"], row["median_ms"]) for row in rows if row["contender"] == name]
+        axes.plot(*zip(*own, strict=True), **_style(name), label=name)
+    axes.set_xticks(sorted({row["ranks"] for row in rows}))
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("ranks on this machine")
+    axes.set_ylabel("ms a window")
+    axes.set_title("ranks, samples a rank fixed")
+    axes.legend(fontsize=8)
+
+
+def _by_points(axes: Axes, rows: list[dict[str, Any]]) -> None:
+    axes.plot([row["points"] for row in rows], [row["ms_a_point"] for row in rows], **_style(OWN))
+    axes.axhline(0.15, color="#d62728", linewidth=0.8, linestyle=":")
+    axes.set_xscale("log")
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("points logged to MLflow (SQLite)")
+    axes.set_ylabel("ms a point")
+    axes.set_title("logged points; at most 0.15 ms")
 
 
 def memory_picture(report: dict[str, Any], path: Path) -> None:
@@ -146,19 +165,6 @@ def memory_picture(report: dict[str, Any], path: Path) -> None:
         axes.legend(fontsize=8)
     figure.savefig(path, dpi=150)
     plt.close(figure)
-
-
-def _ratios_by_parameters(axes: Axes, rows: list[dict[str, Any]]) -> None:
-    for row in rows:
-        own = row["contenders"].get(OWN)
-        if own:
-            axes.annotate(
-                f"{own['ratio']:.3f}",
-                (row["parameters"], own["median_ms"]),
-                fontsize=7,
-                ha="right",
-                va="bottom",
-            )
 
 
 def _style(name: str) -> dict[str, Any]:

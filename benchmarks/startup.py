@@ -59,7 +59,8 @@ def _first(name: str, needs: str | None = None) -> Case:
 
 
 RUN = ("-m", "accumexp.run")
-ONE_UPDATE = ("trainer.max_updates=1", "accum.steps=4", "+callbacks.mark._target_=benchmarks.mark.Mark")
+MARKED = "+callbacks.mark._target_=benchmarks.mark.Mark"
+ONE_UPDATE = ("trainer.max_updates=1", "accum.steps=4", "device=cpu", MARKED)
 CASES = {
     "accumexp.run --help": Case((*RUN, "--help"), "import torch"),
     "accumexp.run, a bad key": Case((*RUN, "accum.stps=4"), "import torch", code=2),
@@ -107,8 +108,8 @@ def show(report: dict[str, Any]) -> list[Table]:
     )
     for name, row in report["cases"].items():
         spread = f"{row['ratio_low']:.2f} to {row['ratio_high']:.2f}"
-        exit_s = f"{row['exit_s']:.2f}"
-        table.add_row(name, f"{row['median_s']:.2f}", exit_s, f"{row['ratio']:.2f}", spread, row["reference"])
+        exit_s, to = f"{row['exit_s']:.2f}", row["reference"].rpartition(": ")[2]
+        table.add_row(name, f"{row['median_s']:.2f}", exit_s, f"{row['ratio']:.2f}", spread, to)
     return [table]
 
 

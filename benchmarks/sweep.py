@@ -35,6 +35,7 @@ from .measure import (
     numbers,
     output_options,
     say,
+    shown,
     table_of,
     with_medians,
     words,
@@ -132,6 +133,8 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     asked = parser.parse_args(given)
     known(parser, "--only", asked.only, names)
     at_least_1(parser, (*asked.steps, asked.seeds, asked.epochs, asked.jobs, asked.repeat))
+    if uneven := [steps for steps in asked.steps if BATCH % steps]:
+        parser.error(f"--steps: {shown(uneven)} do not divide the {BATCH} samples of an update")
     return asked
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,10 +14,11 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from benchmarks import growth, memory, startup, sweep, window
-from benchmarks.cell import checked, planned
+from benchmarks.cell import checked, measured_together, one_micro_batch, planned
 from benchmarks.contenders import HandWritten, SingleBatch
 from benchmarks.measure import ratio_of
 from benchmarks.ours import Accumexp
+from benchmarks.pictures import growth_picture
 from benchmarks.prediction import predicted
 from benchmarks.tasks import TO_GUESS, Samples, Task
 
@@ -133,6 +135,43 @@ def test_a_cell_is_timed_in_many_short_rounds() -> None:
     assert (long.epochs, long.updates) == (1, 1) and long.rounds == 5
     asked = planned(task, update=0.01, seconds=10, rounds=15, updates=220)
     assert (asked.rounds, asked.epochs, asked.updates) == (15, 20, 11)
+
+
+def test_times_of_different_windows_are_compared_round_by_round() -> None:
+    tasks = [Task("mlp", CPU, 4, steps, 4 * steps, width=4) for steps in (1, 8)]
+    one = one_micro_batch(tasks[0])
+    first, last = measured_together([HandWritten, Accumexp], [(task, one) for task in tasks], 0.05)
+    for name in ("hand-written", "accumexp"):
+        short, long = first["contenders"][name], last["contenders"][name]
+        assert short["times"] == 1 and len(short["seconds"]) == len(long["seconds"]) == first["rounds"]
+        ratios = [a / b for a, b in zip(long["seconds"], short["seconds"], strict=True)]
+        each = first["updates"] / last["updates"]
+        assert long["times"] == pytest.approx(each * statistics.median(ratios)) and long["times"] > 1
+
+
+def test_peers_that_were_not_measured_are_not_claimed() -> None:
+    rows = {"hand-written": {"ratio": 1.0}, "accumexp": {"ratio": 1.01}}
+    cell: dict[str, Any] = {"contenders": rows, "misses": []}
+    report = {"cells": [cell], "left_out": []}
+    assert window.conclude(report).endswith("at most 1.02 in 1 of 1 cells")
+    rows["fabric"] = {"ratio": 1.1}
+    assert window.conclude(report).endswith("at most 1.02 in 1 of 1 cells, ahead of fabric in 1")
+
+
+def test_a_sweep_of_uneven_steps_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        sweep.arguments(["--steps=1,3"])
+    assert "--steps: 3 do not divide the 128 samples" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("panel", ["ranks", "points"])
+def test_growth_draws_the_panels_that_there_are(panel: str, tmp_path: Path) -> None:
+    rows = {
+        "ranks": [{"ranks": n, "contender": "accumexp", "median_ms": 1.0 * n} for n in (1, 2)],
+        "points": [{"points": 10**n, "ms_a_point": 0.1} for n in (3, 4)],
+    }
+    growth_picture({panel: rows[panel]}, tmp_path / "one.png")
+    assert (tmp_path / "one.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_rare_rounds_count_in_a_ratio() -> None:
