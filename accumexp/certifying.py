@@ -7,10 +7,10 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from .auto_steps import planned
 from .certificates import CERTIFICATE, TAG
 from .config import Backend, Config, Strategy
 from .order import Order
-from .planning import planned
 from .proof import Certificate
 from .proof.certificate import number
 from .proof_table import show

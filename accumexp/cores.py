@@ -1,4 +1,4 @@
-"""Which share of the cores a job of a sweep has.
+"""Which share of the machine a job of a sweep has.
 
 Threads of jobs that run at the same time on the same cores wait for each other in every operation, so each
 job gets as many threads as there are cores for it. How many run at once is the launcher's to say.
@@ -10,6 +10,8 @@ import multiprocessing
 from typing import Any
 
 from .config import Config
+from .errors import UsageError
+from .sizes import AUTO
 
 
 def cores() -> int:
@@ -32,6 +34,23 @@ def share_cores(config: Config, launcher: Any, batch: int | None) -> None:
         config.trainer.threads = threads_of_a_rank(launcher, batch, config.accum.processes or 1)
     if _name(launcher) in ("joblib", "ray") and "progress" in config.callbacks:
         config.callbacks["progress"]["show"] = False
+
+
+def check_memory(config: Config, launcher: Any, batch: int | None) -> None:
+    """Refuses a job that would take the free memory of a machine on which others run at the same time.
+
+    Args:
+        launcher, batch: as `threads_of_a_rank` takes them.
+
+    Raises:
+        UsageError: naming `accum.steps`.
+    """
+    takes_all = config.accum.steps == AUTO and config.accum.memory_limit is None
+    if takes_all and threads_of_a_rank(launcher, batch, 1) is not None:
+        raise UsageError(
+            f"accum.steps={AUTO}: jobs that run at the same time would each take all memory that is free, "
+            "give accum.memory_limit"
+        )
 
 
 def threads_of_a_rank(launcher: Any, batch: int | None, processes: int) -> int | None:

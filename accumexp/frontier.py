@@ -12,7 +12,7 @@ from typing import Any
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
-from .config import Config, Strategy
+from .config import Config
 from .errors import UsageError
 from .planning import Limit, Planner, Point, Stage
 from .rehearsal import rehearsing
@@ -33,6 +33,7 @@ class Frontier:
 
     Attributes:
         chosen: the point that `accum.steps=auto` takes, or None with the reason in `refused`.
+        samples: of an update; fewer than `batch_size` where there are no more to train on.
         evaluation: the peak of an evaluation in bytes, predicted.
         parts: bytes of the chosen point by what they hold; not all of it is alive at the same time.
     """
@@ -40,6 +41,7 @@ class Frontier:
     name: str
     device: str
     batch_size: int
+    samples: int
     ranks: int
     limit: Limit
     points: list[Point]
@@ -55,8 +57,6 @@ def plan(config: Config, folder: Path) -> None:
     Raises:
         UsageError: if the experiment cannot be built, or not even a micro-batch of one sample fits.
     """
-    if config.accum.strategy is Strategy.fsdp:
-        raise UsageError("accum=fsdp: a model in shards cannot be tried in one process, nor planned")
     given = None if config.accum.steps == AUTO else int(config.accum.steps or 1)
     config = replace(config, accum=replace(config.accum, steps=AUTO, micro_batch_size=None))
     with _progress() as (stage, points_of):
@@ -76,7 +76,7 @@ def explored(config: Config, given: int | None, stage: Stage, points_of: Any) ->
     """The frontier of a configuration with `accum.steps=auto`; `given` steps are a point too."""
     with rehearsing(config) as rehearsal:
         planner = Planner(rehearsal, stage)
-        batch, ranks = rehearsal.batch_size, rehearsal.ranks
+        batch, ranks = rehearsal.data.batch_size, rehearsal.ranks
         chosen, refused = None, None
         try:
             chosen = planner.choose()
@@ -95,12 +95,13 @@ def explored(config: Config, given: int | None, stage: Stage, points_of: Any) ->
             config.model["_target_"].rpartition(".")[2],
             f"{rehearsal.device} ({device_name(rehearsal.device)})",
             batch,
+            min(batch, rehearsal.data.samples),
             ranks,
             planner.limit,
             points,
             chosen,
             refused,
-            planner.evaluation(rehearsal.evaluated),
+            planner.evaluation(rehearsal.data.evaluated),
             planner.parts(chosen) if chosen else {},
         )
 
@@ -110,7 +111,7 @@ def _point(planner: Planner, steps: int) -> Point:
     predicted = planner.predicted(steps)
     if predicted > planner.limit.bytes:
         rehearsal = planner.rehearsal
-        return Point(steps, micro_batch(rehearsal.batch_size, steps, rehearsal.ranks), predicted, False)
+        return Point(steps, micro_batch(rehearsal.data.batch_size, steps, rehearsal.ranks), predicted, False)
     return planner.tried(steps)
 
 
@@ -156,7 +157,8 @@ def _show(found: Frontier) -> None:
             console.print(said, style="yellow", highlight=False, soft_wrap=True, markup=False)
     console.print(f"an evaluation needs {amount(found.evaluation)}", highlight=False, soft_wrap=True)
     if found.ranks > 1:
-        console.print("one rank's part, without the time that ranks wait for each other", style="dim")
+        said = "one rank's part, alone on this machine: without the time that ranks wait for each other"
+        console.print(said, style="dim")
 
 
 def _cells(point: Point, found: Frontier) -> list[str]:
@@ -169,7 +171,7 @@ def _cells(point: Point, found: Frontier) -> list[str]:
     if point.seconds is None:
         cells += ["", ""]
     else:
-        cells += [f"{1e3 * point.seconds:,.2f}", f"{found.batch_size / point.seconds:,.0f}"]
+        cells += [f"{1e3 * point.seconds:,.2f}", f"{found.samples / point.seconds:,.0f}"]
     if point == found.chosen:
         said = "[green]chosen[/]"
     elif point.fits:

@@ -12,7 +12,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from .config import Config, flatten, from_hydra, to_plain
-from .cores import share_cores
+from .cores import check_memory, share_cores
 from .errors import UsageError
 from .places import command_line
 from .resume import Resumed, going_on, resumed
@@ -56,6 +56,7 @@ class Order:
         if job:
             for one in (config, *replicas):
                 share_cores(one, hydra.launcher, job.batch)
+            check_memory(config, hydra.launcher, job.batch)
         command = job.command if job else command_line(sys.argv[1:], "prove" if prove else "run")
         logging = OmegaConf.to_container(hydra.job_logging, resolve=True)
         assert isinstance(logging, dict)

@@ -22,8 +22,7 @@ def task(cfg: Any) -> None:
 
     folder = Path(HydraConfig.get().runtime.output_dir)
     try:
-        if cfg.resume:
-            raise UsageError(f"resume={cfg.resume}: a plan begins at the beginning, leave it out")
+        refuse_what_has_no_plan(cfg)
         if cfg.accum.steps is None and cfg.accum.micro_batch_size is None:
             cfg.accum.steps = AUTO  # what follows from the micro-batch then follows from each point's own
         config = from_hydra(cfg)
@@ -37,6 +36,23 @@ def task(cfg: Any) -> None:
         if WANTS_TRACEBACK:
             raise
         sys.exit(fail(error))  # raised, it would get Hydra's own line too
+
+
+def refuse_what_has_no_plan(cfg: Any) -> None:
+    """
+    Raises:
+        UsageError: naming the key.
+    """
+    if cfg.resume:
+        raise UsageError(f"resume={cfg.resume}: a plan begins at the beginning, leave it out")
+    if str(getattr(cfg.accum.strategy, "name", cfg.accum.strategy)) == "fsdp":
+        raise UsageError("accum=fsdp: a model in shards cannot be tried in one process, nor planned")
+    if str(getattr(cfg.accum.reduction, "name", cfg.accum.reduction)) == "sum":
+        raise UsageError("accum.reduction=sum: an update that grows with the micro-batches has no plan")
+    if cfg.trainer.graph:
+        raise UsageError("trainer.graph=true: a recorded window keeps memory that cannot be tried beforehand")
+    if cfg.replicas != 1:
+        raise UsageError(f"replicas={cfg.replicas}: a plan is of one run, leave it out")
 
 
 def main() -> None:

@@ -1,31 +1,24 @@
-"""`accum.steps=auto`: how large a micro-batch fits, predicted from small ones, and confirmed by a trial."""
+"""How large a micro-batch fits: predicted from small ones, and confirmed by a trial."""
 
 from __future__ import annotations
 
-import logging
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
-import torch.distributed as dist
 
 from .accum import Peak, extrapolated, held_bytes, is_out_of_memory
-from .config import Config, settled
 from .errors import UsageError
-from .order import Order
-from .rehearsal import Rehearsal, Rehearsed, forget, rehearsing
+from .rehearsal import Rehearsal, Rehearsed, forget
 from .sizes import AUTO, in_bytes, micro_batch
 from .system import free_bytes
-from .terminal import amount, console
-from .world import World
+from .terminal import amount
 
-log = logging.getLogger(__name__)
 # Samples of the small micro-batches that are measured; the last two give the prediction.
 SMALL = (1, 2, 4)
 # What is left of free memory to all that is no tensor: libraries, and gaps between tensors.
 SPARED = {"cuda": 0.05, "cpu": 0.10}
-TAG = "accumexp.plan"
 Stage = Callable[[str], None]
 
 
@@ -70,11 +63,21 @@ class Planner:
         self.rehearsal = rehearsal
         self.stage = stage
         self.limit = memory_limit(rehearsal)
-        self._feeding = rehearsal.feeding()
+        self._feeding = self._fed()
         self._small = self._measured_small()
-        needed = self.evaluation(rehearsal.evaluated)
+        needed = self.evaluation(rehearsal.data.evaluated)
         if len(self._small[2]) > 1 and needed > self.limit.bytes:  # from one size it is no more than a bound
             self._refuse_evaluation(needed)
+
+    def _fed(self) -> Peak:
+        rehearsal = self.rehearsal
+        try:
+            return rehearsal.feeding()
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+            given = f"data.batch_size={rehearsal.data.batch_size}"
+            raise UsageError(f"{given}: {rehearsal.device} cannot hold the samples of an update") from error
 
     def _measured_small(self) -> dict[int, list[Rehearsed]]:
         """By the micro-batches of a window, 1 and 2 (which stand for all above), two sizes at most.
@@ -82,7 +85,7 @@ class Planner:
         None is tried that might not fit.
         """
         found: list[Rehearsed] = []
-        refused: Exception | None = None
+        refused: str | None = None
         for size in SMALL:
             if found:
                 last = found[-1]
@@ -92,22 +95,23 @@ class Planner:
             try:
                 found.append(self.rehearsal.small(size, 2))
             except ValueError as error:  # a BatchNorm of one sample
-                refused = error
+                refused = str(error)  # the error itself would keep what failed alive
                 continue
             except Exception as error:
                 if not out_of_memory(error):
                     raise
                 forget(self.rehearsal.device)
+                refused = None
                 break
             if found[-1].update.peak > self.limit.bytes:
                 break
         if not found and refused is not None:
-            raise UsageError(f"accum.steps={AUTO}: no micro-batch could be tried: {refused}") from refused
+            raise UsageError(f"accum.steps={AUTO}: no micro-batch could be tried: {refused}")
         within = [one for one in found if one.update.peak <= self.limit.bytes]
         if not within:
             least = amount(found[0].update.peak) if found else f"more than {self.rehearsal.device} has"
             micro = found[0].micro if found else SMALL[0]
-            raise too_little(self.limit, micro, least)
+            raise self._too_little(micro, f"needs {least}")
         two = found[-2:]
         once: list[Rehearsed] = []
         for one in two:
@@ -128,7 +132,7 @@ class Planner:
 
     def predicted(self, steps: int) -> int:
         """The peak of updates of the whole batch in `steps`, in bytes."""
-        micro = micro_batch(self.rehearsal.batch_size, steps, self.rehearsal.ranks)
+        micro = micro_batch(self.rehearsal.data.batch_size, steps, self.rehearsal.ranks)
         measured = self._small[min(steps, 2)]
         window = self._line(measured, lambda one: one.update, micro)
         ends = max(one.update.end for one in self._small[2])
@@ -170,7 +174,7 @@ class Planner:
 
     def splits(self) -> Iterator[int]:
         """The numbers of steps that make another micro-batch each, the fewest first."""
-        batch, ranks = self.rehearsal.batch_size, self.rehearsal.ranks
+        batch, ranks = self.rehearsal.data.batch_size, self.rehearsal.ranks
         before = None
         for steps in range(1, batch // ranks + 1):
             micro = micro_batch(batch, steps, ranks)
@@ -181,7 +185,7 @@ class Planner:
     def tried(self, steps: int) -> Point:
         """A trial of `steps`: two updates and an evaluated batch, measured."""
         rehearsal, predicted = self.rehearsal, self.predicted(steps)
-        micro = micro_batch(rehearsal.batch_size, steps, rehearsal.ranks)
+        micro = micro_batch(rehearsal.data.batch_size, steps, rehearsal.ranks)
         self.stage(f"{steps} micro-batches of {micro}")
         point = Point(steps, micro, predicted, False)
         try:
@@ -213,18 +217,39 @@ class Planner:
             if last.fits:
                 return last
             more = max(more * 1.02, (last.measured or 0) / last.predicted)
-        least = self.rehearsal.batch_size // self.rehearsal.ranks
-        needs = last.measured if last and last.measured else self.predicted(least)
-        trouble = last.trouble if last else None
-        raise too_little(self.limit, 1, trouble or amount(needs))
+        finest = self.rehearsal.data.batch_size // self.rehearsal.ranks
+        predicted = self.predicted(finest)
+        if last is None:
+            raise self._too_little(1, f"needs {amount(predicted)}")
+        if last.steps != finest and predicted <= self.limit.bytes:
+            last = self.tried(finest)
+            if last.fits:
+                return last
+        measured, trouble = last.measured, last.trouble
+        needs = f"does not run ({trouble})" if measured is None else f"needs {amount(measured)}"
+        raise self._too_little(last.micro_batch, needs)
+
+    def _too_little(self, micro: int, needs: str) -> UsageError:
+        rehearsal = self.rehearsal
+        samples = "one sample" if micro == 1 else f"{micro} samples"
+        data = held_bytes(rehearsal.data.held)
+        beside = (
+            f", of which the data set takes {amount(data)} unless data.resident=false"
+            if 2 * data > self.limit.bytes
+            else ""
+        )
+        return UsageError(
+            f"accum.steps={AUTO}: an update with {samples} a micro-batch {needs}, and the limit is "
+            f"{self.limit}{beside}; a smaller data.batch_size, model or optimizer state needs less"
+        )
 
     def _refuse_evaluation(self, needed: int) -> None:
-        size = self.rehearsal.evaluated
+        size, ranks = self.rehearsal.data.evaluated, self.rehearsal.ranks
         fewer = bisect_right(range(1, size), self.limit.bytes, key=self.evaluation)
-        least = f"at most data.eval_batch_size={fewer} fits" if fewer else "not one sample fits"
+        least = f"at most data.eval_batch_size={fewer * ranks} fits" if fewer else "not one sample fits"
         raise UsageError(
-            f"data.eval_batch_size={self.rehearsal.eval_batch_size}: an evaluation needs {amount(needed)}, "
-            f"and the limit is {self.limit}; {least}"
+            f"data.eval_batch_size={self.rehearsal.data.eval_batch_size}: an evaluation needs "
+            f"{amount(needed)}, and the limit is {self.limit}; {least}"
         )
 
 
@@ -242,88 +267,9 @@ def memory_limit(rehearsal: Rehearsal) -> Limit:
     return Limit(most, f"the free memory of {device}, less {spared:.0%}")
 
 
-def too_little(limit: Limit, micro: int, needs: str) -> UsageError:
-    samples = "one sample" if micro == 1 else f"{micro} samples"
-    return UsageError(
-        f"accum.steps={AUTO}: an update with {samples} a micro-batch needs {needs}, and the limit is "
-        f"{limit}; a smaller data.batch_size, model or optimizer state needs less"
-    )
-
-
 def out_of_memory(error: Exception) -> bool:
     """Whether `error` is of an allocation that failed, or is what a trainer makes of one."""
     return any(is_out_of_memory(one) for one in (error, error.__cause__) if one is not None)
-
-
-def planned(order: Order, here: World) -> tuple[Order, dict[str, str]]:
-    """`order` with a number of steps, and the tags that say how it came about; without `auto`, as it is.
-
-    All ranks call, and take the most steps that any of them needs.
-
-    Raises:
-        UsageError: if nothing fits, on all ranks alike, or for windows that are recorded.
-    """
-    config = order.config
-    if config.accum.steps != AUTO:
-        if config.accum.memory_limit is not None and order.back is None and here.first:
-            given = f"accum.memory_limit={config.accum.memory_limit}"
-            log.warning("%s: has no effect, accum.steps=%s keeps to it", given, AUTO)
-        return order, {}
-    if config.trainer.graph:
-        raise UsageError(
-            f"accum.steps={AUTO}: a recorded window keeps memory that cannot be tried beforehand, give "
-            "accum.steps or leave trainer.graph out"
-        )
-    point, limit = agreed(config, here)
-    ranks = f" on each of {here.size} ranks" if here.size > 1 else ""
-    window = f"{point.steps} micro-batches of" if point.steps > 1 else "one micro-batch of"
-    said = (
-        f"{window} {point.micro_batch} samples{ranks}: predicted "
-        f"{amount(point.predicted)}, measured {amount(point.measured or 0)}, at most {limit}"
-    )
-    console.print(f"accum.steps={AUTO}: {said}", highlight=False, soft_wrap=True)
-    return replace(order, config=settled(config, point.steps)), {TAG: said}
-
-
-def agreed(config: Config, here: World) -> tuple[Point, Limit]:
-    """The point of this rank at the most steps that any rank chooses, and its limit."""
-    with rehearsing(config, here) as rehearsal:
-        planner, own, error = None, None, None
-        try:
-            planner = Planner(rehearsal)
-            own = planner.choose()
-        except UsageError as refused:
-            error = str(refused)
-        chosen = _of_all(own.steps if own else 0, error, here)
-        assert planner is not None and own is not None
-        steps = max(chosen)
-        if min(chosen) == steps:
-            return own, planner.limit
-        try:
-            own = own if own.steps == steps else planner.tried(steps)
-            if not own.fits:
-                needs = (
-                    own.trouble
-                    or f"{amount(own.measured or own.predicted)}, and the limit is {planner.limit}"
-                )
-                error = (
-                    f"accum.steps={AUTO}: {steps} steps, which another rank needs, do not fit on rank "
-                    f"{here.rank}: {needs}; give accum.steps"
-                )
-        except UsageError as refused:
-            error = str(refused)
-        _of_all(steps, error, here)
-        return own, planner.limit
-
-
-def _of_all(steps: int, error: str | None, here: World) -> list[int]:
-    """`steps` of all ranks, or on all of them the error of the first that has one: nobody is left waiting."""
-    found = [(steps, error)] * here.size
-    if here.size > 1:
-        dist.all_gather_object(found, (steps, error))
-    for refusal in (said for _, said in found if said):
-        raise UsageError(refusal)
-    return [most for most, _ in found]
 
 
 def _grown(one: Rehearsed, peak: int, micro: int) -> int:

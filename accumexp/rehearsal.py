@@ -8,27 +8,26 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import chain, islice
+from itertools import chain
 from statistics import median
 
 import torch
 from torch import Tensor, nn
 
-from .accum import Peak, held_bytes, measure_peak, tensors
+from .accum import Peak, held_bytes, measure_peak
 from .assembly import ALONE, build_metrics, build_model, build_parts, build_trainer, updates_of
 from .callbacks import Callback, LossMonitor
 from .checkpoint import Checkpoints
 from .config import Config, Strategy, settled
-from .data import Batches, ResidentBatches, Share
 from .display import Progress
+from .errors import UsageError
 from .evaluation import Evaluator
-from .sizes import micro_batch
+from .sizes import AUTO, micro_batch
 from .system import wait_for
 from .trainer import Trainer
+from .trial_data import UPDATES, TrialData
 from .world import World, device_of, first_here
 
-# The optimizer's state and kept gradients are there from the second on.
-UPDATES = 2
 TO_GO_BACK = "copies to go back to"
 BUCKETS = "buckets of ddp"
 UNDER_WAY = "a bucket of ddp under way"
@@ -44,7 +43,7 @@ class Rehearsed:
         micro: samples in a micro-batch.
         update: of everything up to the end of the second update, what a callback makes at its beginning
             and the next batch's gathering included.
-        evaluation: of a batch of `evaluated` samples, after it.
+        evaluation: of batches of `micro` samples (of a whole trial: the run's own), after it.
         fed: held of the data while a window computes: its batch and the order of the epoch.
         parameters: with buffers.
         activations: the most that was saved for backward.
@@ -53,7 +52,6 @@ class Rehearsed:
     micro: int
     update: Peak
     evaluation: Peak
-    evaluated: int
     fed: int
     parameters: int
     gradients: int
@@ -77,47 +75,44 @@ class Rehearsal:
 
     def __init__(self, config: Config, here: World = ALONE) -> None:
         self.config = config
-        self.ranks, self.rank, self.local_ranks = config.accum.processes or 1, here.rank, here.local_size
+        self.ranks, self.rank = config.accum.processes or 1, here.rank
+        # One process that stands for all takes them to be on this machine.
+        self.local_ranks = here.local_size if here.size > 1 else self.ranks
         self._device = device_of(config.device, here)
         first = self._of(1)
         with first_here(here):
             self.parts = build_parts(first)
         self._model_of = first.model
         self.device = self.parts.device
-        self.splits = self.parts.splits
-        self.batch_size = self.splits.train.batch_size
-        self.eval_batch_size = self.splits.eval.batch_size
-        self._whole = {id(batches): batches.indices for batches in self._every()}
-        self.evaluated = min(self.eval_batch_size, max(len(self._whole[id(b)]) for b in self._every()[1:]))
+        self.data = TrialData(self.parts.splits, self.rank, self.ranks, self.device)
         self._length = updates_of(config, self.parts)
 
     def small(self, micro: int, steps: int) -> Rehearsed:
         """A window of `steps` micro-batches of `micro` samples, and an evaluation of as many."""
-        batch = steps * micro
-        self._cut(batch, Share(steps=steps), micro, UPDATES * batch)
-        return self._rehearsed(self._of(steps, batch * self.ranks), micro)
+        self.data.take_small(micro, steps)
+        return self._rehearsed(self._of(steps, steps * micro * self.ranks), micro)
 
     def whole(self, steps: int) -> Rehearsed:
-        """The run's own batch in `steps`, and its own evaluation, where that has a whole batch."""
-        self._cut(self.batch_size, self._share(steps), self.eval_batch_size)
-        return self._rehearsed(self._of(steps), micro_batch(self.batch_size, steps, self.ranks))
+        """The run's own batch in `steps`, and its own evaluation."""
+        self.data.take_whole(steps)
+        return self._rehearsed(self._of(steps), micro_batch(self.data.batch_size, steps, self.ranks))
 
     def feeding(self) -> Peak:
         """Gathering one whole batch after the other, with nothing else; the last one stays."""
-        self._cut(self.batch_size, self._share(1), self.eval_batch_size)
+        self.data.take_whole(1)
         return self._fed()
 
     def seconds(self, steps: int, updates: int) -> float:
         """Median seconds of an update of the whole batch in `steps`, of `updates` after a first one."""
-        self._cut(self.batch_size, self._share(steps), self.eval_batch_size)
+        self.data.take_whole(steps)
         config = self._of(steps)
         config.trainer.epochs, config.trainer.log_every = updates + 2, 10 * updates
         self._shape(config)
-        trainer = self._trainer(config)
+        trainer = self._trainer(config, updates + 1)
         clock = _Clock(updates + 1)
         trainer.callbacks["clock"] = clock
-        trainer.fit()
-        self.parts.model.zero_grad(set_to_none=True)
+        with self._cleared(trainer):
+            trainer.fit()
         return median(clock.seconds[1:])
 
     def _of(self, steps: int, batch: int | None = None) -> Config:
@@ -134,19 +129,12 @@ class Rehearsal:
         config.device = self._device
         return config
 
-    def _share(self, steps: int) -> Share:
-        return Share(self.rank, self.ranks, steps)
-
     @property
     def held(self) -> list[Tensor]:
         """The tensors that are there before a run begins: model, loss and data."""
         modules = [self.parts.model, *(m for m in [self.parts.criterion] if isinstance(m, nn.Module))]
         found = [t for module in modules for t in chain(module.parameters(), module.buffers())]
-        for batches in self._every():
-            found.append(self._whole[id(batches)])
-            if isinstance(batches, ResidentBatches):
-                found += [*tensors(batches.inputs), *tensors(batches.targets)]
-        return [tensor for tensor in found if tensor.device.type == self.device.type]
+        return [*(tensor for tensor in found if tensor.device.type == self.device.type), *self.data.held]
 
     @property
     def beside(self) -> dict[str, int]:
@@ -172,26 +160,8 @@ class Rehearsal:
     def _room(self, size: int) -> Tensor:
         return torch.empty(size, dtype=torch.uint8, device=self.device)
 
-    def _every(self) -> list[Batches]:
-        return [self.splits.train, self.splits.eval, self.splits.test]
-
-    def _cut(self, batch: int, share: Share, evaluated: int, samples: int | None = None) -> None:
-        """Makes ready for updates of `batch`, from the first `samples` or all of them."""
-        train, rest = self.splits.train, self.splits.eval
-        train.batch_size, train.share = batch, share
-        train.indices = self._whole[id(train)]
-        if samples is not None:  # where there are fewer, they come again
-            train.indices = train.indices[torch.arange(samples) % len(train.indices)]
-        rest.batch_size = evaluated
-        rest.indices = self._whole[id(rest)][:evaluated]
-
     def _fed(self) -> Peak:
-        train = self.splits.train
-        with measure_peak(self.device, held_bytes(self.held)) as found:
-            batches = chain.from_iterable(train.epoch(number) for number in range(UPDATES))
-            for _batch in islice(batches, UPDATES):
-                pass
-        return found
+        return self.data.fed(held_bytes(self.held))
 
     def _rehearsed(self, config: Config, micro: int) -> Rehearsed:
         self._shape(config)
@@ -201,13 +171,19 @@ class Rehearsal:
             beside = {name: self._room(size) for name, size in self.beside.items()}
             trainer = self._trainer(config)
             trainer.callbacks["end"] = _End(UPDATES)
-            trainer.fit()
+            with self._cleared(trainer, but_at_the_end=True):
+                trainer.fit()
+        if trainer.progress.update < UPDATES:
+            raise UsageError(
+                f"accum.steps={AUTO}: {trainer.stop_reason or 'the run'} ends after update "
+                f"{trainer.progress.update}, and {UPDATES} are needed to try a micro-batch; give accum.steps"
+            )
         trainer.go_on()
         end = update.end
         if not config.accum.fp32_buffers:  # after a window the gradients are in the buckets
             end -= self.beside.get(BUCKETS, 0)
             beside.pop(BUCKETS, None)
-        with measure_peak(self.device, end) as evaluation:
+        with measure_peak(self.device, end) as evaluation, self._cleared(trainer, but_at_the_end=True):
             trainer.evaluate("eval")
         beside.clear()
         model = self.parts.model
@@ -222,7 +198,6 @@ class Rehearsal:
             micro,
             update,
             evaluation,
-            len(self.splits.eval.indices),
             fed.end - fed.start,
             held_bytes(chain(model.parameters(), model.buffers())),
             held_bytes(gradients),
@@ -232,6 +207,19 @@ class Rehearsal:
         model.zero_grad(set_to_none=True)
         return found
 
+    @contextmanager
+    def _cleared(self, trainer: Trainer, but_at_the_end: bool = False) -> Iterator[None]:
+        """Leaves nothing of a window on the model that all trials share, above all not of one that failed."""
+        done = False
+        try:
+            yield
+            done = True
+        finally:
+            if not done:
+                trainer.window.forget()
+            if not (done and but_at_the_end):
+                self.parts.model.zero_grad(set_to_none=True)
+
     def _shape(self, config: Config) -> None:
         """Makes the model anew where the split is in its configuration."""
         if config.model != self._model_of:
@@ -239,12 +227,13 @@ class Rehearsal:
             self.parts = replace(self.parts, model=build_model(config).to(like.device, like.dtype))
             self._model_of = config.model
 
-    def _trainer(self, config: Config) -> Trainer:
+    def _trainer(self, config: Config, updates: int = UPDATES) -> Trainer:
+        """The run's trainer; its schedule is the run's, and long enough for `updates`."""
         parts = self.parts
         # Metrics of its own, or those that are there already would be freed under measurement.
         fresh = Evaluator(parts.loss, build_metrics(config, parts.device), parts.autocast)
         parts = replace(parts, evaluator=fresh)
-        trainer = build_trainer(config, parts, Unrecorded(), self._length)
+        trainer = build_trainer(config, parts, Unrecorded(), max(self._length, updates))
         trainer.callbacks = {
             name: callback
             for name, callback in trainer.callbacks.items()
@@ -265,11 +254,12 @@ def rehearsing(config: Config, here: World = ALONE) -> Iterator[Rehearsal]:
     device = rehearsal.device
     gc.collect()
     gc.freeze()  # every measurement collects what is left of the one before, and nothing else
-    logging.disable(logging.WARNING)  # the run itself will say it
+    before = logging.root.manager.disable
+    logging.disable(max(before, logging.WARNING))  # the run itself will say it
     try:
         yield rehearsal
     finally:
-        logging.disable(logging.NOTSET)
+        logging.disable(before)
         gc.unfreeze()
         rehearsal.__dict__.clear()
         forget(device)

@@ -13,13 +13,13 @@ import torch
 
 from .accum import Inequality, inequalities
 from .assembly import Parts, build_parts, build_trainer
+from .auto_steps import planned
 from .certificates import CERTIFICATE, TAG
 from .checkpoint import BEST, FOLDER, Checkpoints, restore, saved_updates
 from .config import Backend, Config, LossScaling, Strategy, to_plain
 from .display import Progress
 from .journal import ProgressFile
 from .order import Order
-from .planning import planned
 from .record import RunRecord, SilentRecord, described, open_tracker, why_unequal, write_config
 from .resume import Resumed
 from .signals import StopSignals

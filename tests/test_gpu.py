@@ -22,13 +22,14 @@ from accumexp.accum import (
     rank_share,
 )
 from accumexp.assembly import build_parts, build_trainer
+from accumexp.auto_steps import agreed
 from accumexp.checkpoint import load, restore, save
 from accumexp.config import settled
 from accumexp.data import ResidentBatches
 from accumexp.errors import UsageError
 from accumexp.models import LeNet5
 from accumexp.noise import NoiseScale
-from accumexp.planning import Planner, agreed
+from accumexp.planning import Planner
 from accumexp.proof import Scaling, certify
 from accumexp.rehearsal import rehearsing
 from accumexp.seeding import random_state

@@ -11,9 +11,11 @@ from omegaconf import DictConfig, OmegaConf
 
 from accumexp import cores
 from accumexp.compose import conf_dir
+from accumexp.errors import UsageError
 from accumexp.sweep import SweepJob
 
 from .command import records, run_command
+from .experiments import composed
 from .test_sweep import table
 
 SMALL = ["model=mlp", "trainer.max_updates=2", "trainer.epochs=1", "tracking.system_metrics=false"]
@@ -64,6 +66,18 @@ def test_a_job_with_nobody_beside_it_keeps_torchs_own_threads() -> None:
     assert cores.threads_of_a_rank(hydra_of().launcher, 9, 2) is None
 
 
+def test_jobs_beside_each_other_do_not_each_take_the_free_memory() -> None:
+    pytest.importorskip(PLUGINS["joblib"])
+    beside = hydra_of("hydra/launcher=joblib", "hydra.launcher.n_jobs=2").launcher
+    with pytest.raises(
+        UsageError, match="accum.steps=auto: jobs that run at the same time .* give accum.memory_limit"
+    ):
+        cores.check_memory(composed("accum.steps=auto"), beside, 4)
+    cores.check_memory(composed("accum.steps=auto"), hydra_of().launcher, 4)
+    cores.check_memory(composed("accum.steps=auto", "accum.memory_limit=1GiB"), beside, 4)
+    cores.check_memory(composed("accum.steps=4"), beside, 4)
+
+
 def test_submitits_jobs_on_this_machine_all_start_at_once() -> None:
     assert threads("submitit_local", batch=4) == 2
     assert threads("submitit_local", batch=20) == 1
@@ -89,8 +103,6 @@ def test_rays_jobs_get_what_they_ask_for_or_a_share() -> None:
 
 
 def test_the_threads_that_are_asked_for_stay(monkeypatch: pytest.MonkeyPatch) -> None:
-    from .experiments import composed
-
     launcher = hydra_of("hydra/launcher=joblib", "hydra.launcher.n_jobs=4").launcher
     asked, left = composed("trainer.threads=3", "callbacks=default"), composed("callbacks=default")
     for config in (asked, left):
