@@ -202,8 +202,9 @@ class ResidentBatches(Batches):
 
         None if they differ or nobody knows.
         """
-        unknown = weight is None or not isinstance(self.targets, Tensor)
-        self._weighed = None if unknown else _Weighed.of(self, weight, basis)
+        self._weighed = None
+        if weight is not None and isinstance(self.targets, Tensor):
+            self._weighed = _Weighed.of(self, weight, basis)
 
     def choose(self, indices: Tensor) -> None:
         """Takes only `indices`, all of which are of this split: what they weigh stays known."""
