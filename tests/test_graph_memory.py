@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+from collections import defaultdict
 from typing import Any, NamedTuple
 
 import pytest
@@ -150,8 +151,8 @@ def test_a_model_that_draws_on_the_host_is_refused() -> None:
     assert isinstance(graphs.tried(window, trainer.splits.train, Tape), Tape)
 
 
-@pytest.mark.parametrize("roll_back", ["state", "rate"])
-def test_a_step_is_recorded_anew_for_another_state_or_rate(roll_back: str) -> None:
+@pytest.mark.parametrize("change", ["rolled back", "state", "rate"])
+def test_a_step_is_recorded_anew_for_another_state_or_rate(change: str) -> None:
     inputs, targets = classification(8)
     inputs = inputs.float()
 
@@ -166,9 +167,11 @@ def test_a_step_is_recorded_anew_for_another_state_or_rate(roll_back: str) -> No
         for update in range(12):
             if update == 5:
                 kept = copy.deepcopy(optimizer.state_dict())
-            if update == 8 and roll_back == "state":
+            if update == 8 and change == "rolled back":
                 optimizer.load_state_dict(kept)
-            if update == 8 and roll_back == "rate":
+            if update == 8 and change == "state":
+                optimizer.state = defaultdict(dict)
+            if update == 8 and change == "rate":
                 optimizer.param_groups[0]["lr"] = torch.tensor(0.125)
             optimizer.zero_grad(set_to_none=False)
             window.backward(inputs, targets)
