@@ -132,7 +132,8 @@ class Planner:
 
     def predicted(self, steps: int) -> int:
         """The peak of updates of the whole batch in `steps`, in bytes."""
-        micro = micro_batch(self.rehearsal.data.batch_size, steps, self.rehearsal.ranks)
+        data, ranks = self.rehearsal.data, self.rehearsal.ranks
+        micro = min(micro_batch(data.batch_size, steps, ranks), -(-data.samples // ranks))
         measured = self._small[min(steps, 2)]
         window = self._line(measured, lambda one: one.update, micro)
         ends = max(one.update.end for one in self._small[2])

@@ -305,6 +305,7 @@ def test_no_more_samples_are_planned_with_than_there_are(tmp_path: Path) -> None
     for point in found.points:
         taken = taken_by(settled(config, point.steps), tmp_path / "trace", updates=2)
         assert point.measured == pytest.approx(taken, rel=0.02)
+        assert point.predicted == pytest.approx(taken, rel=0.1)
 
 
 def test_a_trial_that_fails_leaves_nothing_to_the_next(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -96,7 +96,8 @@ class ClassIndexLoss(nn.Module):
     @property
     def basis(self) -> tuple[bool, int]:
         """What of the criterion decides what a target weighs: whether classes do, and `ignore_index`."""
-        return self.criterion.weight is None, self.criterion.ignore_index
+        criterion = self.criterion
+        return criterion.weight is None, criterion.ignore_index
 
     def sample_weight(self, targets: Tensor, chosen: Tensor) -> float | None:
         """What each of the samples `chosen` of `targets` weighs, or None where they differ.

@@ -165,7 +165,6 @@ class _Weighed:
             batches.targets is self.targets
             and batches.indices is self.indices
             and (self.targets._version, self.indices._version) == self.versions
-            and self.holds()
         )
 
     def holds(self) -> bool:
@@ -195,7 +194,7 @@ class ResidentBatches(Batches):
         the loss makes of them.
         """
         known = self._weighed
-        return known.weight if known is not None and known.of_these(self) else None
+        return known.weight if known is not None and known.of_these(self) and known.holds() else None
 
     def weigh(self, weight: float | None, basis: Callable[[], object] = lambda: None) -> None:
         """Says what each sample weighs in the loss, as long as `basis` returns what it does now.
