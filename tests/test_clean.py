@@ -22,6 +22,7 @@ ONCE_WRONG = {
     269: "the parts' rounding held against the norm before clipping",
     364: "clipping one sample's gradient in fp64",
     452: "the larger batch diverges",
+    300876: "the window after an overflow overflows by itself",
 }
 
 

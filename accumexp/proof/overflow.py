@@ -96,9 +96,15 @@ def _exact(problem: Problem, start: Start, batch: Batch) -> Gradient:
 
 
 def _scale(seen: Seen, exact: Gradient) -> float:
-    """What the loop multiplies the gradient by, up to what ranks divide it by."""
-    top = sum(float((seen.arrived[name] * g).sum()) for name, g in exact.items() if name in seen.arrived)
-    return sum(everyone(top)) / (norm(exact) ** 2 or 1.0)
+    """What the loop multiplies the gradient by, up to what ranks divide it by.
+
+    Read off those parameters whose gradient is finite on all ranks: a model that diverges may overflow by
+    itself.
+    """
+    short = {name for name, arrived in seen.arrived.items() if not arrived.isfinite().all()}
+    finite = {name: g for name, g in exact.items() if name not in set().union(*everyone(short))}
+    top = sum(float((seen.arrived[name] * g).sum()) for name, g in finite.items() if name in seen.arrived)
+    return sum(everyone(top)) / (norm(finite) ** 2 or 1.0)
 
 
 def _differs(found: Tensor, before: Tensor) -> bool:
