@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from .accum import Peak, extrapolated, held_bytes, is_out_of_memory
+from .accum import Peak, extrapolated, held_bytes, is_out_of_memory, steps_for
 from .errors import UsageError
 from .rehearsal import Rehearsal, Rehearsed, forget
 from .sizes import AUTO, in_bytes, micro_batch
@@ -132,9 +132,11 @@ class Planner:
 
     def predicted(self, steps: int) -> int:
         """The peak of updates of the whole batch in `steps`, in bytes."""
-        data, ranks = self.rehearsal.data, self.rehearsal.ranks
-        micro = min(micro_batch(data.batch_size, steps, ranks), -(-data.samples // ranks))
-        measured = self._small[min(steps, 2)]
+        data = self.rehearsal.data
+        samples = min(data.batch_size, data.samples)
+        made = steps_for(samples, data.batch_size, steps)
+        micro = micro_batch(samples, made, self.rehearsal.ranks)
+        measured = self._small[min(made, 2)]
         window = self._line(measured, lambda one: one.update, micro)
         ends = max(one.update.end for one in self._small[2])
         return max(window, ends + self._feeding.peak - self._feeding.start)

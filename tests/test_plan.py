@@ -300,12 +300,12 @@ def test_an_epoch_of_less_than_two_batches_is_tried_with_whole_ones(tmp_path: Pa
 
 def test_no_more_samples_are_planned_with_than_there_are(tmp_path: Path) -> None:
     config = composed(*FEW, "data.batch_size=5000")
-    found = explored(config, None, lambda stage: None, lambda steps: steps[:2])
+    found = explored(config, None, lambda stage: None, lambda steps: [1, 2, 8])
     assert (found.batch_size, found.samples) == (5000, 1293)
     for point in found.points:
         taken = taken_by(settled(config, point.steps), tmp_path / "trace", updates=2)
         assert point.measured == pytest.approx(taken, rel=0.02)
-        assert point.predicted == pytest.approx(taken, rel=0.1)
+        assert taken <= point.predicted <= 1.1 * taken
 
 
 def test_a_trial_that_fails_leaves_nothing_to_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
