@@ -32,7 +32,7 @@ def assert_equal_runs(run: Path, reference: Path) -> None:
         assert finals[0][key] == pytest.approx(finals[1][key], rel=1e-6), key
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
 def test_two_ranks_train_what_one_process_trains(tmp_path: Path, alone: Path, strategy: str) -> None:
     done = run_command("run", *EXACT, f"accum={strategy}", "accum.processes=2", folder=tmp_path)
     assert done.code == 0 and not done.stderr, done

@@ -103,6 +103,7 @@ def test_the_first_rank_killed_leaves_a_failed_run(tmp_path: Path) -> None:
     assert "SIGKILL" in json.loads((only_run(tmp_path) / "summary.json").read_text())["error"]
 
 
+@pytest.mark.slow
 def test_a_bug_on_one_rank_ends_the_run_with_its_traceback(tmp_path: Path) -> None:
     env = troubled(tmp_path)
     bug = trouble(tmp_path, "ERROR", 5, rank=1)
@@ -117,7 +118,8 @@ STREAMED = ["data.resident=false", "data.workers=1"]
 
 
 @pytest.mark.parametrize(
-    ("number", "code", "options"), [(signal.SIGINT, 130, []), (signal.SIGTERM, 143, STREAMED)]
+    ("number", "code", "options"),
+    [pytest.param(signal.SIGINT, 130, [], marks=pytest.mark.slow), (signal.SIGTERM, 143, STREAMED)],
 )
 def test_a_signal_ends_all_ranks_and_leaves_no_process(
     tmp_path: Path, number: signal.Signals, code: int, options: list[str]

@@ -88,7 +88,8 @@ def accuracy(report: Report) -> Figure | None:
     percent = f"{report.config.confidence:.0%}"
     left.set_title(f"each run (circles), mean and {percent} interval", fontsize=10)
     if measure.unit:
-        left.set_ylim(top=min(left.get_ylim()[1], 100.5))  # a fraction's interval may reach beyond the whole
+        low, high = left.get_ylim()
+        left.set_ylim(max(low, -0.5), min(high, 100.5))  # a fraction's interval may reach beyond it
     _groups_axis(left, rows, report)
     if not compared:
         return figure
