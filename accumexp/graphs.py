@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .accum import CudaGraphs, GraphedWindow, OptimizerStep, Record, Window
 from .accum.graph import can_be_recorded
@@ -124,14 +124,14 @@ def _both(window: Window, batches: list[Batch], record: Record) -> tuple[list[Te
 
     first, second = batches
     gradients(first)
-    host = _host(start)
+    on_host = _host(model, start)
     eager = gradients(second)
-    drawn = not same_state(host, _host(random_state(devices=False)))
+    drawn = not same_state(on_host, _host(model, random_state(devices=False)))
     gradients(first)
     return eager, gradients(second), drawn
 
 
-def _host(state: dict[str, Any]) -> dict[str, Any]:
-    """Of a random state what is the host's alone: not torch's generator where that is the device's."""
-    found = {key: value for key, value in state.items() if key in ("python", "numpy")}
-    return {**found, "torch": state["torch"]} if "cuda" in state else found
+def _host(model: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
+    """Of a random state what is the host's alone: not torch's generator where `model` draws from it."""
+    keys = ("python", "numpy", "torch") if next(model.parameters()).is_cuda else ("python", "numpy")
+    return {key: state[key] for key in keys}

@@ -199,6 +199,17 @@ def test_a_constant_schedule_is_torchs_of_factor_one() -> None:
         assert fresh.last_epoch == 4 and made[0].param_groups[0]["lr"] == 0.125
 
 
+def test_a_run_that_goes_on_in_other_steps_measures_its_activations_anew() -> None:
+    first, _ = trainer_of("accum.steps=2", "trainer.max_updates=3")
+    first.fit()
+    for steps, share in ((2, 1.0), (8, 0.25)):
+        other, _ = trainer_of(f"accum.steps={steps}", "trainer.max_updates=6")
+        other.load_state_dict(first.state_dict())
+        other.fit()
+        measured = other.progress.activation_bytes / first.progress.activation_bytes
+        assert measured == pytest.approx(share, rel=0.05)
+
+
 class Outliving(nn.Module):
     """Counts its earlier outputs that are still there."""
 
