@@ -98,6 +98,7 @@ class TrackingConfig:
     # Null: mlflow.db in the folder the command is run from, artifacts beside it.
     uri: str | None = None
     experiment: str = "accumexp"
+    # Null: the name of the run's folder, or of a sweep's job.
     run_name: str | None = None
     tags: dict[str, str] = field(default_factory=dict)
     system_metrics: bool = True

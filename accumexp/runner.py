@@ -148,7 +148,8 @@ class Run:
         store = None if config.tracking.backend is Backend.none else Store(config.tracking)
         write_config(self.folder, config)
         parent = self.job.parent(store) if self.job else None
-        name = self.job.name if self.job else None
+        # A name that MLflow makes is drawn from the run's seed: the same for all runs of a seed.
+        name = self.job.name if self.job else self.folder.name
         record.tracker = open_tracker(self.order, store, parts, record.tags, name, parent)
         if TAG in known:
             record.tracker.artifact(self.folder / CERTIFICATE)

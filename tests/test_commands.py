@@ -224,7 +224,7 @@ def test_a_run_says_where_it_is_recorded(trained: Trained) -> None:
 
 def test_a_run_is_finished_under_the_keys_of_its_configuration(trained: Trained) -> None:
     record = trained.record
-    assert record.status == "FINISHED"
+    assert record.status == "FINISHED" and record.name == trained.folder.name
     assert len(records(trained.base)) == 1
     sizes = {"accum.steps": "4", "data.batch_size": "128", "accum.micro_batch_size": "32"}
     assert sizes.items() <= record.params.items()
