@@ -6,7 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-from .compose import command
+from .cli import command
 from .errors import UsageError
 
 HELP = """\
@@ -52,17 +52,17 @@ def evaluate(checkpoint: str, split: str, overrides: list[str], as_json: bool) -
     Raises:
         UsageError: for a checkpoint that is missing, damaged, foreign, or does not fit its configuration.
     """
-    from .checkpoint import find, load
-    from .resume import changed
+    from .run.resume import changed
+    from .training.checkpoint import find, load
 
     path = find(Path(checkpoint), best=True)
     content = load(path)
     # One process evaluates, whatever has trained.
     config = changed(content["config"], ["accum.strategy=standalone", "accum.processes=1", *overrides])
 
-    from .assembly import build_parts
-    from .display import show_values
-    from .shards import folder_of, load_model
+    from .training.experiment import build_parts
+    from .training.progress_display import show_values
+    from .training.shards import folder_of, load_model
 
     parts = build_parts(config)
     split_up = folder_of(path, content)

@@ -12,8 +12,8 @@ import psutil
 import torch
 from torch import Tensor
 
-from accumexp.system import MIB
-from accumexp.trainer import FIRST_UPDATES
+from accumexp.environment.device import MIB
+from accumexp.training.trainer import FIRST_UPDATES
 
 from .contenders import (
     Contender,

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from accumexp.accum import measure_activations
-from accumexp.seeding import seed_everything
-from accumexp.system import wait_for
+from accumexp.environment.device import wait_for
+from accumexp.environment.random_state import seed_everything
 
 from .tasks import SEED, Task
 

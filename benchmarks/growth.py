@@ -15,9 +15,9 @@ import torch
 from rich.progress import track
 from rich.table import Table
 
-from accumexp.config import TrackingConfig
-from accumexp.record import RunRecord
-from accumexp.system import pick_device
+from accumexp.config.schema import TrackingConfig
+from accumexp.environment.device import pick_device
+from accumexp.run.record import RunRecord
 from accumexp.tracking import MLflowTracker, Store
 
 from . import ranks

@@ -22,8 +22,8 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Subset
 
 from accumexp.data import Digits
-from accumexp.journal import write_whole
 from accumexp.models import LeNet5
+from accumexp.tracking.journal import write_whole
 
 from .measure import numbers
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from accumexp.callbacks import Callback
-from accumexp.trainer import Trainer
+from accumexp.training.callbacks import Callback
+from accumexp.training.trainer import Trainer
 
 from .first_update import mark
 

@@ -20,7 +20,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from accumexp.system import device_name
+from accumexp.environment.device import device_name
 
 Rows = list[dict[str, Any]]
 T = TypeVar("T")

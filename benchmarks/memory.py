@@ -18,7 +18,7 @@ import torch
 from rich.progress import track
 from rich.table import Table
 
-from accumexp.system import MIB, pick_device, reset_peak_memory, wait_for
+from accumexp.environment.device import MIB, pick_device, reset_peak_memory, wait_for
 
 from .contenders import built, saved_bytes, timed
 from .measure import (

@@ -9,8 +9,8 @@ from time import perf_counter
 
 from omegaconf import open_dict
 
-from accumexp.callbacks import Callback
-from accumexp.trainer import Trainer
+from accumexp.training.callbacks import Callback
+from accumexp.training.trainer import Trainer
 
 from .contenders import Contender
 from .tasks import SEED, Task
@@ -41,12 +41,12 @@ class Accumexp(Contender):
     def __init__(self, task: Task) -> None:
         from hydra import compose, initialize_config_dir
 
-        from accumexp.assembly import build_parts, build_trainer
-        from accumexp.compose import conf_dir
-        from accumexp.config import TrackingConfig, from_hydra
-        from accumexp.order import Order
-        from accumexp.record import RunRecord, open_tracker, write_config
+        from accumexp.cli import conf_dir
+        from accumexp.config.schema import TrackingConfig, from_hydra
+        from accumexp.run.record import RunRecord, open_tracker, write_config
+        from accumexp.run.spec import Order
         from accumexp.tracking import Store
+        from accumexp.training.experiment import build_parts, build_trainer
 
         self.task = task
         self._folder = tempfile.TemporaryDirectory()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import Dataset
 
-from accumexp.system import wait_for
+from accumexp.environment.device import wait_for
 
 from .contenders import Contender
 from .tasks import SEED, Samples, Task

@@ -32,8 +32,8 @@ from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
 from accumexp.accum import OptimizerStep, Window, data_parallel
+from accumexp.environment.device import wait_for
 from accumexp.models import MLP, LeNet5
-from accumexp.system import wait_for
 
 from .measure import (
     Rows,

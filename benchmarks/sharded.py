@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from accumexp.accum import data_parallel, fully_sharded
-from accumexp.system import MIB, reset_peak_memory, wait_for
+from accumexp.environment.device import MIB, reset_peak_memory, wait_for
 
 from .measure import Rows, table_of
 from .ranks import (

@@ -21,9 +21,9 @@ import torch
 from rich.progress import track
 from rich.table import Table
 
-from accumexp.config import Config
-from accumexp.cores import cores
-from accumexp.journal import SUMMARY, read_whole
+from accumexp.config.schema import Config
+from accumexp.sweeps.cores import cores
+from accumexp.tracking.journal import SUMMARY, read_whole
 
 from .measure import (
     at_least_1,

@@ -14,7 +14,7 @@ from typing import Any
 from rich.progress import track
 from rich.table import Table
 
-from accumexp.system import pick_device
+from accumexp.environment.device import pick_device
 
 from .cell import OneMicroBatch, measured, one_micro_batch
 from .contenders import Contender, Fused, HandWritten, HandWrittenLoader, SingleBatch

@@ -124,7 +124,7 @@ def _run_here(case: Case) -> Done:
     """Runs `case` in this process as `__main__` of its module would."""
     from importlib import import_module
 
-    from accumexp.compose import command
+    from accumexp.cli import command
 
     Path(case.folder).mkdir(parents=True, exist_ok=True)
     os.chdir(case.folder)

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from hydra import compose, initialize_config_dir
 
-from accumexp.assembly import build_parts, build_trainer
-from accumexp.compose import conf_dir
-from accumexp.config import Config, from_hydra
-from accumexp.trainer import Trainer
+from accumexp.cli import conf_dir
+from accumexp.config.schema import Config, from_hydra
+from accumexp.training.experiment import build_parts, build_trainer
+from accumexp.training.trainer import Trainer
 
 
 class Memory:

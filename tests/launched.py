@@ -10,8 +10,8 @@ from typing import Any
 import psutil
 import torch
 
-from accumexp.checkpoint import find, load
-from accumexp.shards import folder_of, load_model
+from accumexp.training.checkpoint import find, load
+from accumexp.training.shards import folder_of, load_model
 
 from .command import environment
 
@@ -60,8 +60,8 @@ def saved_weights(run: Path) -> dict[str, torch.Tensor]:
     parts = folder_of(path, content)
     if parts is None:
         return content["model"]
-    from accumexp.assembly import build_parts
-    from accumexp.resume import changed
+    from accumexp.run.resume import changed
+    from accumexp.training.experiment import build_parts
 
     config = changed(content["config"], ["accum.strategy=standalone", "accum.processes=1"])
     model = build_parts(config).model

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from accumexp.accum import Window
-from accumexp.noise import GradientNoise
+from accumexp.training.noise_scale import GradientNoise
 
 
 def flat_gradient(model: nn.Module, loss: Tensor) -> np.ndarray[Any, Any]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from accumexp.report_config import ReportConfig
-from accumexp.reporting import Job, Report, Sweep, make_report
-from accumexp.reporting.jobs import parsed
+from accumexp.config.report import ReportConfig
+from accumexp.report.analysis import Report, make_report
+from accumexp.report.jobs import Job, Sweep, parsed
 
 Values = Callable[[int, int], float]  # (steps, seed)
 

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from accumexp.callbacks import Callback
-from accumexp.trainer import Trainer
+from accumexp.training.callbacks import Callback
+from accumexp.training.trainer import Trainer
 
 WORDS = "CUDA out of memory. Tried to allocate 2.00 GiB"
 

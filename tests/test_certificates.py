@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from accumexp.reporting import Report, Sweep
-from accumexp.reporting.certificates import LONGEST, certified
-from accumexp.reporting.groups import grouped
-from accumexp.reporting.jobs import from_folder
-from accumexp.reporting.publish import note, write
-from accumexp.reporting.tables import accuracy_cells, accuracy_columns, show, terminal
-from accumexp.reporting.wording import conclusion
+from accumexp.report.analysis import Report
+from accumexp.report.certificates import LONGEST, certified
+from accumexp.report.groups import grouped
+from accumexp.report.jobs import Sweep, from_folder
+from accumexp.report.publish import note, write
+from accumexp.report.tables import accuracy_cells, accuracy_columns, show, terminal
+from accumexp.report.wording import conclusion
 
 from .past_sweeps import over_steps, reported
 

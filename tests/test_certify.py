@@ -15,23 +15,24 @@ from torch.nn.functional import cross_entropy
 from torch.optim import SGD
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from accumexp import certifying, runner
-from accumexp.assembly import build_parts
-from accumexp.callbacks import Callback
-from accumexp.certifying import Certifying
-from accumexp.order import Order
-from accumexp.own_loop import OwnLoop
+from accumexp.environment.ranks import World
 from accumexp.proof import Certificate, certify
 from accumexp.proof.arguments import batches_of
 from accumexp.proof.certify import Proof
 from accumexp.proof.coupling import coupling_modules
 from accumexp.proof.gradients import DOUBLE
 from accumexp.proof.problem import Problem, Start, cast
-from accumexp.proving import problem_of, prove_experiment
-from accumexp.runner import Run
+from accumexp.prove import session as certifying
+from accumexp.prove.experiment import problem_of, prove_experiment
+from accumexp.prove.session import Certifying
+from accumexp.prove.trainer_loop import OwnLoop
+from accumexp.run import session as runner
+from accumexp.run.session import Run
+from accumexp.run.spec import Order
 from accumexp.tracking import MLflowTracker, Store
-from accumexp.trainer import Trainer
-from accumexp.world import World
+from accumexp.training.callbacks import Callback
+from accumexp.training.experiment import build_parts
+from accumexp.training.trainer import Trainer
 
 from .experiments import composed
 from .wrong_loops import STEPS, classifier, right, samples, split

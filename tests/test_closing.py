@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 from filelock import FileLock
 
-from accumexp.closing import closing_sweep
-from accumexp.config import TrackingConfig
+from accumexp.config.schema import TrackingConfig
 from accumexp.errors import TrainingError
-from accumexp.journal import write_whole
-from accumexp.places import Launch, begin_launch, place
-from accumexp.sweep import SweepFolder
+from accumexp.run.sweep_end import closing_sweep
+from accumexp.sweeps.job_folders import Launch, begin_launch, place
+from accumexp.sweeps.sweep import SweepFolder
 from accumexp.tracking import Store
+from accumexp.tracking.journal import write_whole
 
 GONE = "http://127.0.0.1:9"  # where nothing listens
 

@@ -16,10 +16,10 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
-from accumexp.checkpoint import load
-from accumexp.compose import conf_dir
-from accumexp.config import from_hydra
-from accumexp.system import code_version
+from accumexp.cli import conf_dir
+from accumexp.config.schema import from_hydra
+from accumexp.environment.device import code_version
+from accumexp.training.checkpoint import load
 
 from .command import (
     Case,

@@ -21,19 +21,19 @@ from accumexp.accum import (
     fully_sharded,
     rank_share,
 )
-from accumexp.assembly import build_parts, build_trainer
-from accumexp.auto_steps import agreed
-from accumexp.checkpoint import load, restore, save
-from accumexp.config import settled
+from accumexp.config.schema import settled
 from accumexp.data import ResidentBatches
+from accumexp.environment.random_state import random_state
+from accumexp.environment.ranks import World
 from accumexp.errors import UsageError
 from accumexp.models import LeNet5
-from accumexp.noise import NoiseScale
-from accumexp.planning import Planner
+from accumexp.plan.auto_steps import agreed
+from accumexp.plan.planner import Planner
+from accumexp.plan.trial_run import rehearsing
 from accumexp.proof import Scaling, certify
-from accumexp.rehearsal import rehearsing
-from accumexp.seeding import random_state
-from accumexp.world import World
+from accumexp.training.checkpoint import load, restore, save
+from accumexp.training.experiment import build_parts, build_trainer
+from accumexp.training.noise_scale import NoiseScale
 
 from .experiments import Memory, composed, trainer_of, weights
 from .noise import look

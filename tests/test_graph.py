@@ -11,13 +11,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from accumexp import assembly, graphs
 from accumexp.accum import GraphedWindow, OptimizerStep, Record, Window
 from accumexp.accum.graph import FIRST, GraphedStep, can_be_recorded
-from accumexp.checkpoint import load, restore, save
+from accumexp.environment.random_state import random_state
 from accumexp.errors import TrainingError, UsageError
-from accumexp.seeding import random_state
-from accumexp.trainer import Trainer
+from accumexp.training import experiment as assembly
+from accumexp.training import graphs
+from accumexp.training.checkpoint import load, restore, save
+from accumexp.training.trainer import Trainer
 
 from .experiments import Memory, composed, trainer_of, weights
 from .reference import classification, gradients, larger_batch_gradient, relative_error, small_model

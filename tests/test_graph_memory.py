@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from accumexp import graphs
 from accumexp.accum import GraphedWindow, OptimizerStep, Window
 from accumexp.accum.graph import FIRST, IN_A_ROW, GraphedStep
 from accumexp.errors import UsageError
+from accumexp.training import graphs
 
 from .experiments import trainer_of
 from .reference import classification, gradients, larger_batch_gradient, relative_error, small_model

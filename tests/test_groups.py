@@ -5,14 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from accumexp.config.report import report_from
 from accumexp.errors import UsageError
-from accumexp.report_config import report_from
-from accumexp.reporting.groups import grouped, references, varied_keys, varied_params
-from accumexp.reporting.jobs import once, parsed, told_apart
-from accumexp.reporting.report import thinned
-from accumexp.reporting.statistics import Verdict
-from accumexp.reporting.trajectory import departure, in_most
-from accumexp.reporting.wording import conclusion, noise_conclusion, outcome
+from accumexp.report.analysis import thinned
+from accumexp.report.groups import grouped, references, varied_keys, varied_params
+from accumexp.report.jobs import once, parsed, told_apart
+from accumexp.report.statistics import Verdict
+from accumexp.report.trajectory import departure, in_most
+from accumexp.report.wording import conclusion, noise_conclusion, outcome
 
 from .past_sweeps import Job, job, over_steps, reported, sweep
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from accumexp.checkpoint import find
+from accumexp.training.checkpoint import find
 
 from .command import Done, environment, journal, only_run, only_sweep, records, run_command
 from .experiments import composed, write_images

@@ -9,10 +9,10 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
-from accumexp import cores
-from accumexp.compose import conf_dir
+from accumexp.cli import conf_dir
 from accumexp.errors import UsageError
-from accumexp.sweep import SweepJob
+from accumexp.sweeps import cores
+from accumexp.sweeps.sweep import SweepJob
 
 from .command import records, run_command
 from .experiments import composed

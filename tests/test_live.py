@@ -15,11 +15,11 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 from rich.console import Console
 
-from accumexp.compose import conf_dir
-from accumexp.journal import ProgressFile, write_whole
-from accumexp.live import View, Watched, render
-from accumexp.places import counted, parallel, place
-from accumexp.terminal import OUTPUT, VIEWED, unseen
+from accumexp.cli import conf_dir
+from accumexp.environment.console import OUTPUT, VIEWED, unseen
+from accumexp.sweeps.job_folders import counted, parallel, place
+from accumexp.sweeps.live_view import View, Watched, render
+from accumexp.tracking.journal import ProgressFile, write_whole
 
 from .command import environment
 
@@ -111,7 +111,7 @@ def test_a_thousand_jobs_fit_a_terminal_and_ended_ones_are_read_once(
     assert "and 84 more are running" in lines
     assert any(line.startswith("900 of 2000 done, 0 failed, 100 running, 1000 waiting") for line in lines)
     looked: list[str] = []
-    monkeypatch.setattr("accumexp.live.read_whole", lambda path: looked.append(path.name) or {})
+    monkeypatch.setattr("accumexp.sweeps.live_view.read_whole", lambda path: looked.append(path.name) or {})
     assert seen.read() == []
     assert looked.count("summary.json") == 100
 
@@ -172,7 +172,8 @@ def test_the_view_prints_a_line_for_every_job_that_ends(tmp_path: Path) -> None:
 
 
 def test_viewed_jobs_and_their_children_write_to_a_file_of_their_own(tmp_path: Path) -> None:
-    said = "import os\nfrom pathlib import Path\nfrom accumexp.terminal import console, unseen\nimport sys\n"
+    said = "import os\nfrom pathlib import Path\nimport sys\n"
+    said += "from accumexp.environment.console import console, unseen\n"
     said += "with unseen(Path(sys.argv[1]), sys.argv[2] == '1'):\n"
     said += "    console.print('mine')\n    sys.stdout.flush()\n"
     said += "    os.system('echo a child')\n    print('wrong', file=sys.stderr)\n"
@@ -198,7 +199,7 @@ def test_nothing_is_redirected_without_a_view(tmp_path: Path, monkeypatch: pytes
 
 def test_progress_is_written_once_a_second_at_most(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [BEGAN]
-    monkeypatch.setattr("accumexp.journal.time.time", lambda: clock[0])
+    monkeypatch.setattr("accumexp.tracking.journal.time.time", lambda: clock[0])
     file = ProgressFile(tmp_path, 400)
     for update, seconds in ((1, 0.0), (2, 0.6), (3, 1.1)):
         clock[0] = BEGAN + seconds

@@ -14,20 +14,20 @@ import torch
 from torch import Tensor, nn
 
 from accumexp.accum import LossScale, MicroBatch, Window
-from accumexp.checkpoint import load, restore, save
+from accumexp.environment.random_state import random_state
 from accumexp.errors import UsageError
-from accumexp.noise import GradientNoise, NoiseScale, Sums, solved
-from accumexp.sample_noise import SampleNoiseScale
-from accumexp.seeding import random_state
-from accumexp.trainer import Trainer
+from accumexp.training.checkpoint import load, restore, save
+from accumexp.training.noise_scale import GradientNoise, NoiseScale, Sums, solved
+from accumexp.training.sample_noise_scale import SampleNoiseScale
+from accumexp.training.trainer import Trainer
 
 from .experiments import trainer_of, weights
 from .noise import each_samples_gradient, flat_gradient, look, of_parts, smoothed
 from .reference import classification, small_model
 
 NAMES = ("train/noise_scale", "train/gradient_variance", "train/gradient_square")
-MICRO = "+callbacks.noise._target_=accumexp.noise.NoiseScale"
-SAMPLE = "+callbacks.noise._target_=accumexp.sample_noise.SampleNoiseScale"
+MICRO = "+callbacks.noise._target_=accumexp.training.noise_scale.NoiseScale"
+SAMPLE = "+callbacks.noise._target_=accumexp.training.sample_noise_scale.SampleNoiseScale"
 KINDS = {"micro-batches": MICRO, "samples": SAMPLE}
 
 

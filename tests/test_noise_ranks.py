@@ -13,8 +13,8 @@ from torch import nn
 
 from accumexp.accum import Window, rank_share
 from accumexp.errors import UsageError
-from accumexp.noise import NoiseScale
-from accumexp.sample_noise import SampleNoiseScale
+from accumexp.training.noise_scale import NoiseScale
+from accumexp.training.sample_noise_scale import SampleNoiseScale
 
 from .noise import each_samples_gradient, flat_gradient, look, of_parts, smoothed
 from .ranks import on_ranks

@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from accumexp.accum import Window, inequalities, split_sizes, steps_for
-from accumexp.assembly import build_parts
-from accumexp.config import Config, to_plain
+from accumexp.config.schema import Config, to_plain
 from accumexp.errors import UsageError
 from accumexp.models import (
     NORMS,
@@ -25,10 +24,11 @@ from accumexp.models import (
     resnet18,
     resnet50,
 )
-from accumexp.reporting.groups import Group
-from accumexp.reporting.jobs import Job
-from accumexp.reporting.trajectory import declared
-from accumexp.resume import changed
+from accumexp.report.groups import Group
+from accumexp.report.jobs import Job
+from accumexp.report.trajectory import declared
+from accumexp.run.resume import changed
+from accumexp.training.experiment import build_parts
 
 from .command import run_command
 from .experiments import composed, trainer_of, weights
@@ -416,7 +416,11 @@ def test_a_resnet_with_batch_norm_is_torchvisions(channels: int) -> None:
 
 
 def test_single_samples_have_gradients_under_frozen_statistics() -> None:
-    small = ["data.image_size=32", *SMALL, "+callbacks.noise._target_=accumexp.sample_noise.SampleNoiseScale"]
+    small = [
+        "data.image_size=32",
+        *SMALL,
+        "+callbacks.noise._target_=accumexp.training.sample_noise_scale.SampleNoiseScale",
+    ]
     trainer, memory = trainer_of("model=resnet18", "model.norm=frozen", *small)
     trainer.fit()
     found = memory.series("train/gradient_variance")  # nothing where 8 samples say |G|^2 < 0

@@ -22,19 +22,19 @@ from torch.profiler import ProfilerActivity, profile
 
 from accumexp.accum import extrapolated, held_bytes, measure_peak, tensors
 from accumexp.accum.peak import Peak
-from accumexp.assembly import build_parts, build_trainer
-from accumexp.auto_steps import agreed, planned
-from accumexp.checkpoint import load, save
-from accumexp.config import Config, from_hydra, settled, to_plain
+from accumexp.config.schema import Config, from_hydra, settled, to_plain
+from accumexp.config.sizes import batch_sizes, in_bytes
 from accumexp.data import ResidentBatches
+from accumexp.environment.device import _free_of_group  # pyright: ignore[reportPrivateUsage]
+from accumexp.environment.ranks import World
 from accumexp.errors import UsageError
-from accumexp.frontier import explored
-from accumexp.order import Order
-from accumexp.planning import Limit, Planner, Point, out_of_memory
-from accumexp.rehearsal import Rehearsal, rehearsing
-from accumexp.sizes import batch_sizes, in_bytes
-from accumexp.system import _free_of_group  # pyright: ignore[reportPrivateUsage]
-from accumexp.world import World
+from accumexp.plan.auto_steps import agreed, planned
+from accumexp.plan.frontier import explored
+from accumexp.plan.planner import Limit, Planner, Point, out_of_memory
+from accumexp.plan.trial_run import Rehearsal, rehearsing
+from accumexp.run.spec import Order
+from accumexp.training.checkpoint import load, save
+from accumexp.training.experiment import build_parts, build_trainer
 
 from .command import journal, only_run, record_of, run_command
 from .experiments import Memory, composed
@@ -204,7 +204,7 @@ def test_a_look_at_a_checkpoint_leaves_its_tensors_in_the_file(tmp_path: Path) -
 def test_what_does_not_fit_is_never_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     tried: list[int] = []
     whole = Rehearsal.whole
-    monkeypatch.setattr("accumexp.frontier.TIMED_SECONDS", 0.01)
+    monkeypatch.setattr("accumexp.plan.frontier.TIMED_SECONDS", 0.01)
     monkeypatch.setattr(Rehearsal, "whole", lambda self, steps: (tried.append(steps), whole(self, steps))[1])
     with rehearsing(composed(*LENET)) as rehearsal:
         limit = round(1.005 * Planner(rehearsal).predicted(4))
@@ -273,8 +273,8 @@ def test_steps_that_another_rank_needs_and_that_do_not_fit_here_are_refused(
             raise torch.OutOfMemoryError("CUDA out of memory")
         return whole(self, steps)
 
-    monkeypatch.setattr("accumexp.auto_steps.dist.all_gather_object", gathered)
-    monkeypatch.setattr("accumexp.rehearsal.first_here", lambda here: contextlib.nullcontext())
+    monkeypatch.setattr("accumexp.plan.auto_steps.dist.all_gather_object", gathered)
+    monkeypatch.setattr("accumexp.plan.trial_run.first_here", lambda here: contextlib.nullcontext())
     monkeypatch.setattr(Rehearsal, "whole", trial)
     config = composed(*LENET, "accum=ddp", "accum.processes=2")
     with pytest.raises(UsageError, match="4 steps, which another rank needs, do not fit on rank 0: out of"):

@@ -13,14 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from accumexp.proof import Cause, Certificate, Check, certify
-from accumexp.proof.bounds import narrowed
 from accumexp.proof.coupling import NOTHING, coupling_modules, loss_couples
-from accumexp.proof.denominator import Mixture, mixture, reading
-from accumexp.proof.draws import fixed_draws
+from accumexp.proof.fixed_draws import fixed_draws
+from accumexp.proof.float64 import computing
 from accumexp.proof.gradients import DOUBLE
-from accumexp.proof.larger import call, larger_batch
+from accumexp.proof.larger_batch import call, larger_batch
+from accumexp.proof.mixture import Mixture, mixture, reading
 from accumexp.proof.problem import Problem, cast, rows
-from accumexp.proof.wide import computing
+from accumexp.proof.rounding import narrowed
 
 from .clean_models import Attention
 from .ranks import on_ranks

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from accumexp.reporting import Report
-from accumexp.reporting.page import page
-from accumexp.reporting.pictures import draw
-from accumexp.reporting.publish import metrics, note, tags, write
-from accumexp.reporting.tables import markdown, terminal
+from accumexp.report.analysis import Report
+from accumexp.report.page import page
+from accumexp.report.pictures import draw
+from accumexp.report.publish import metrics, note, tags, write
+from accumexp.report.tables import markdown, terminal
 
 from .past_sweeps import job, over_steps, reported, sweep
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from accumexp.checkpoint import find
+from accumexp.training.checkpoint import find
 
 from .command import environment, journal, only_run, records, run_command
 from .launched import EXACT, SMALL, STATEFUL, ranks_alive, saved_weights, trouble, troubled, until
@@ -169,7 +169,7 @@ def test_a_rank_that_cannot_hear_a_signal_ends_all_the_same(tmp_path: Path) -> N
     """Its main thread computes for long without Python, as one does that waits for a rank that is gone."""
     (tmp_path / "stuck.py").write_text(
         "import time, torch\n"
-        "from accumexp.signals import StopSignals\n"
+        "from accumexp.environment.signals import StopSignals\n"
         "import signal, subprocess\n"
         "matrix = torch.ones(7000, 7000, dtype=torch.float64)\n"
         "with StopSignals(deadline=0.5):\n"

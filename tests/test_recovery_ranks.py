@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from accumexp.accum import OutOfMemory, Recovery, Window, data_parallel, fully_sharded
-from accumexp.shortage import Shortage
+from accumexp.training.out_of_memory import Shortage
 
 from .ranks import on_ranks
 from .reference import classification, larger_batch_gradient, relative_error

@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 import torch
 
-from accumexp.auto_steps import agreed
-from accumexp.callbacks import Callback
-from accumexp.config import settled
+from accumexp.config.schema import settled
+from accumexp.environment.ranks import World
 from accumexp.errors import UsageError
-from accumexp.frontier import explored
-from accumexp.planning import Planner
-from accumexp.rehearsal import Rehearsal, rehearsing
-from accumexp.world import World
+from accumexp.plan.auto_steps import agreed
+from accumexp.plan.frontier import explored
+from accumexp.plan.planner import Planner
+from accumexp.plan.trial_run import Rehearsal, rehearsing
+from accumexp.training.callbacks import Callback
 
 from .experiments import composed
 from .test_plan import AUTO, LENET, taken_by

@@ -16,18 +16,18 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from accumexp.accum import Window
-from accumexp.accum.joint import JointWindow
 from accumexp.accum.loss import MeanOverSamples
-from accumexp.assembly import build_parts, build_trainer, placement
-from accumexp.callbacks import Callback
-from accumexp.checkpoint import save
+from accumexp.accum.replica_window import JointWindow
 from accumexp.data import ResidentBatches
-from accumexp.data.joint import PlannedBatches
+from accumexp.data.replica_batches import PlannedBatches
 from accumexp.errors import TrainingError
-from accumexp.replicable import shared_splits
-from accumexp.replicas import Replicas
-from accumexp.sweep import summaries
-from accumexp.trainer import Trainer
+from accumexp.sweeps.sweep import summaries
+from accumexp.training.callbacks import Callback
+from accumexp.training.checkpoint import save
+from accumexp.training.experiment import build_parts, build_trainer, placement
+from accumexp.training.replica_check import shared_splits
+from accumexp.training.replica_trainer import Replicas
+from accumexp.training.trainer import Trainer
 
 from .command import Case, journal, left_behind, only_run, only_sweep, records, run_command, run_many
 from .experiments import Memory, composed
@@ -140,7 +140,7 @@ WHOLE_RUNS = {
     "loss scale": ["accum=loss_scaled", "accum.steps=3", "accum.growth_interval=4", "trainer.clip_norm=1"],
     "augmented": ["accum.steps=2", *AUGMENT],
     "noise scale": ["accum.steps=3", "callbacks=noise_scale", "trainer.log_every=1"],
-    "average": ["+callbacks.ema._target_=accumexp.callbacks.EMA", "optimizer=adam"],
+    "average": ["+callbacks.ema._target_=accumexp.training.callbacks.EMA", "optimizer=adam"],
     "another optimizer": ["optimizer=sgd", "optimizer._target_=torch.optim.Adafactor", "accum.steps=2"],
 }
 

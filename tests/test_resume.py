@@ -17,12 +17,12 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
-from accumexp.checkpoint import find, load, save
-from accumexp.compose import conf_dir
-from accumexp.config import from_hydra, to_plain
+from accumexp.cli import conf_dir
+from accumexp.config.schema import from_hydra, to_plain
 from accumexp.errors import UsageError
-from accumexp.journal import Journal
-from accumexp.resume import changed, resume_arguments, resumed
+from accumexp.run.resume import changed, resume_arguments, resumed
+from accumexp.tracking.journal import Journal
+from accumexp.training.checkpoint import find, load, save
 
 from .command import Done, Record, environment, journal, ranked_models, record_of, run_command
 

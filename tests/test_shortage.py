@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from accumexp.callbacks import Callback
-from accumexp.checkpoint import find, load
 from accumexp.errors import TrainingError, UsageError
-from accumexp.noise import NoiseScale
-from accumexp.shortage import Shortage
-from accumexp.trainer import Trainer
+from accumexp.training.callbacks import Callback
+from accumexp.training.checkpoint import find, load
+from accumexp.training.noise_scale import NoiseScale
+from accumexp.training.out_of_memory import Shortage
+from accumexp.training.trainer import Trainer
 
 from .command import journal, record_of, run_command
 from .experiments import Memory, composed, trainer_of, weights
@@ -75,7 +75,7 @@ def test_a_run_goes_on_to_the_bits_of_one_that_was_split_finer_there(at: int, mi
 def test_it_is_said_kept_and_published_and_the_activations_are_measured_again(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("accumexp.trainer.FIRST_UPDATES", 0)
+    monkeypatch.setattr("accumexp.training.trainer.FIRST_UPDATES", 0)
     trainer, memory = run_of(Starved(5, 1, times=2), "trainer.log_every=7")
     lines = [
         "update 5: out of memory in micro-batch 2 of 4; from here on micro-batches of 13 samples at most",

@@ -6,7 +6,7 @@ import signal
 
 import pytest
 
-from accumexp.signals import StopSignals
+from accumexp.environment.signals import StopSignals
 
 from .experiments import trainer_of
 

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from accumexp.accum import batch_size, split, split_sizes, steps_for, tensors
+from accumexp.config.sizes import batch_sizes
 from accumexp.errors import UsageError
-from accumexp.sizes import batch_sizes
 
 
 @given(samples=st.integers(1, 10_000), data=st.data())

@@ -9,7 +9,7 @@ import pytest
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.weightstats import DescrStatsW, ttost_paired
 
-from accumexp.reporting.statistics import (
+from accumexp.report.statistics import (
     Verdict,
     difference,
     equivalence_power,

@@ -10,9 +10,9 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
-from accumexp.compose import conf_dir
+from accumexp.cli import conf_dir
 from accumexp.errors import UsageError
-from accumexp.sweep import summaries
+from accumexp.sweeps.sweep import summaries
 
 from .command import Done, Record, environment, journal, left_behind, only_sweep, records, run_command
 from .experiments import composed

@@ -16,13 +16,13 @@ from typing import Any
 import pytest
 import torch
 
-from accumexp.checkpoint import find, load, save
 from accumexp.errors import UsageError
-from accumexp.journal import write_whole
-from accumexp.places import Launch, asked_for, begin_launch, begun, launches, place, places
-from accumexp.resume import command_lines
-from accumexp.standing import Standing, alone_in, clear, standing
-from accumexp.sweep import SweepFolder, SweepJob, summaries
+from accumexp.run.resume import command_lines
+from accumexp.sweeps.job_folders import Launch, asked_for, begin_launch, begun, launches, place, places
+from accumexp.sweeps.job_status import Standing, alone_in, clear, standing
+from accumexp.sweeps.sweep import SweepFolder, SweepJob, summaries
+from accumexp.tracking.journal import write_whole
+from accumexp.training.checkpoint import find, load, save
 
 from .command import Record, environment, journal, only_sweep, records, run_command
 from .test_live import multirun

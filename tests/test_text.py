@@ -17,15 +17,15 @@ from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 from accumexp.accum import Window, data_parallel, map_tensors, rank_share, split, split_sizes, window_loss
-from accumexp.assembly import build_parts
+from accumexp.config.instantiate import build
 from accumexp.data import Batch, Batches, InMemory, Placement, PythonSources, ResidentBatches, build_splits
 from accumexp.data.splits import _raw_tensors
 from accumexp.data.text import FIRST_BYTE, IGNORED, MASK, PAD, VOCABULARY, masked, source_files
 from accumexp.errors import UsageError
-from accumexp.evaluation import WindowMetrics
-from accumexp.metrics import Accuracy
-from accumexp.noise import GradientNoise
-from accumexp.targets import build
+from accumexp.training.evaluation import WindowMetrics
+from accumexp.training.experiment import build_parts
+from accumexp.training.metrics import Accuracy
+from accumexp.training.noise_scale import GradientNoise
 
 from .command import environment, journal, only_run, record_of, run_command
 from .experiments import composed, trainer_of

@@ -16,13 +16,13 @@ from torchmetrics import MetricCollection
 
 from accumexp.accum import Window, window_loss
 from accumexp.accum.loss import ClassIndexLoss
-from accumexp.callbacks import EMA, Callback, EarlyStopping, LossMonitor
 from accumexp.data import ResidentBatches, Share
 from accumexp.errors import TrainingError, UsageError
-from accumexp.evaluation import Evaluator
-from accumexp.optim import constant
-from accumexp.readings import Readings
-from accumexp.trainer import Trainer, total_updates
+from accumexp.training.callbacks import EMA, Callback, EarlyStopping, LossMonitor
+from accumexp.training.deferred_metrics import Readings
+from accumexp.training.evaluation import Evaluator
+from accumexp.training.schedules import constant
+from accumexp.training.trainer import Trainer, total_updates
 
 from .experiments import trainer_of, weights
 from .reference import relative_error
@@ -514,7 +514,10 @@ def test_what_cannot_be_built_is_named() -> None:
     for overrides, named in [
         (["optimizer.lr=-1"], "optimizer .*Invalid learning rate"),
         (["monitor=eval/f1"], "monitor=eval/f1.*eval/accuracy, eval/loss"),
-        (["+callbacks.mine._target_=torch.nn.Identity"], "callbacks.mine.*no accumexp.callbacks.Callback"),
+        (
+            ["+callbacks.mine._target_=torch.nn.Identity"],
+            "callbacks.mine.*no accumexp.callbacks.Callback",
+        ),
         (["+metrics.mine._target_=torch.nn.Identity"], "metrics.mine.*torchmetrics"),
         (["model._target_=nowhere.Model"], "model._target_=nowhere.Model"),
         (["model._target_=builtins.dict"], "model: builtins.dict made a dict"),

@@ -16,10 +16,11 @@ from pathlib import Path
 
 import pytest
 
-from accumexp.config import TrackingConfig
-from accumexp.report_config import ReportConfig
-from accumexp.reporting import from_store, make_report
-from accumexp.reporting.publish import record, write
+from accumexp.config.report import ReportConfig
+from accumexp.config.schema import TrackingConfig
+from accumexp.report.analysis import make_report
+from accumexp.report.jobs import from_store
+from accumexp.report.publish import record, write
 from accumexp.tracking import Store, sweep_of
 
 BROWSER = next(

@@ -8,8 +8,8 @@ import torch
 
 from accumexp.accum import WindowResult, split, split_sizes
 from accumexp.accum.batch import batch_size
-from accumexp.callbacks import Callback
-from accumexp.trainer import Trainer
+from accumexp.training.callbacks import Callback
+from accumexp.training.trainer import Trainer
 
 
 class HalfRate(Callback):

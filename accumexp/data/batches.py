@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..accum.batch import Nested, map_tensors, rank_share, steps_for, tensors
-from ..seeding import derive_seed
+from ..environment.random_state import derive_seed
 from .transforms import BatchAugment, keyed_uniforms
 
 

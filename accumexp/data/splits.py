@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
 
 from ..accum.batch import Nested, map_tensors, tensors
-from ..config import DataConfig
+from ..config.instantiate import build
+from ..config.schema import DataConfig
+from ..environment.random_state import drawn_from
 from ..errors import UsageError
-from ..seeding import drawn_from
-from ..targets import build
 from .batches import Batches, ResidentBatches, Share
 from .in_memory import InMemory
 from .streamed import StreamedBatches

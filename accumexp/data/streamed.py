@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ..accum.batch import Nested, tensors
-from ..seeding import derive_seed, drawn_from
+from ..environment.random_state import derive_seed, drawn_from
 from .batches import Batch, Batches
 
 

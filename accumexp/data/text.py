@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..environment.random_state import derive_seed
 from ..errors import UsageError
-from ..seeding import derive_seed
 from .in_memory import InMemory
 from .transforms import keyed_uniforms
 

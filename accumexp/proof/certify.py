@@ -12,18 +12,18 @@ from torch import nn
 from torch.optim import SGD, Optimizer
 
 from .arguments import batches_of, check_model, check_schedule
-from .bounds import in_precision, narrowed
 from .certificate import Cause, Certificate, Check
-from .course import Course
 from .diagnosis import carried, diagnose, never_clipped, of_buffers, of_precision
 from .environment import environment, precision_name
-from .everyone import everyone, ranks
-from .following import Following
 from .gradients import DOUBLE, TRIES, gradient_check, precision_checks
+from .observation import observe
 from .overflow import overflow_checks
+from .own_precision import Following
 from .problem import Batch, Problem, Scaling, Start, TrainWindow, cast
 from .randomness import drawing_modules, unheld, why_draws
-from .watch import observe
+from .ranks import everyone, ranks
+from .replay import Course
+from .rounding import in_precision, narrowed
 from .windows import (
     activations_check,
     agreement_check,

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from ..accum.batch import Nested, map_tensors, tensors
-from .bounds import in_precision, narrowed
-from .draws import fixed_draws
+from .fixed_draws import fixed_draws
+from .float64 import computing
 from .gradients import DOUBLE
-from .larger import call, mean_loss
+from .larger_batch import call, mean_loss
 from .problem import Batch, Problem, cast
-from .wide import computing
+from .rounding import in_precision, narrowed
 
 # In fp64 a sample's result moves by less than this where only the other samples change.
 NOTHING = 1e-8

@@ -9,16 +9,16 @@ from dataclasses import replace
 
 import torch
 
-from .bounds import expected, narrowed
 from .certificate import Cause, Check
 from .coupling import NOTHING, Coupling, coupling_modules, loss_couples
-from .denominator import mixture, reading
-from .everyone import everyone, ranks
 from .gradients import DOUBLE, compare
-from .larger import norm
+from .larger_batch import norm
+from .mixture import mixture, reading
+from .observation import observe
 from .problem import Batch, Problem, Start, cast, whole
 from .randomness import Trial, trial
-from .watch import observe
+from .ranks import everyone, ranks
+from .rounding import expected, narrowed
 
 ADVICE = {
     "statistics": "take a norm without statistics over samples (GroupNorm), or over groups that both share "

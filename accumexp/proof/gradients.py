@@ -7,7 +7,12 @@ from dataclasses import dataclass
 
 import torch
 
-from .bounds import (
+from .certificate import Check
+from .larger_batch import Gradient, clipped, norm
+from .observation import Seen, observe
+from .problem import Batch, Problem, Start, cast
+from .ranks import everyone, ranks, worst
+from .rounding import (
     LARGER,
     ROUNDING,
     U32,
@@ -22,11 +27,6 @@ from .bounds import (
     roundoff,
     shuffled,
 )
-from .certificate import Check
-from .everyone import everyone, ranks, worst
-from .larger import Gradient, clipped, norm
-from .problem import Batch, Problem, Start, cast
-from .watch import Seen, observe
 
 DOUBLE = torch.float64
 # Windows that a loop may skip before one counts: a loss scale of 2^16 is below 1 after that many halvings.

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from ..accum.batch import tensors
-from .bounds import in_precision, narrowed
 from .certificate import Check
-from .course import states
-from .everyone import everyone, rank, ranks
 from .gradients import DOUBLE, first_update
-from .larger import Gradient, norm
+from .larger_batch import Gradient, norm
+from .observation import Seen, observe
 from .problem import Batch, Problem, Start, cast, whole
-from .watch import Seen, observe
+from .ranks import everyone, rank, ranks
+from .replay import states
+from .rounding import in_precision, narrowed
 
 
 def overflow_checks(problem: Problem, batch: Batch) -> list[Check]:

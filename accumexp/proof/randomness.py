@@ -8,15 +8,15 @@ from dataclasses import dataclass, replace
 import torch
 
 from ..accum.batch import batch_size
-from .bounds import expected, narrowed
 from .certificate import Cause
-from .draws import dimensions, fixed_draws
-from .everyone import everyone, ranks
+from .fixed_draws import dimensions, fixed_draws
+from .float64 import computing
 from .gradients import DOUBLE, Compared, compare
-from .larger import call
+from .larger_batch import call
+from .observation import Seen, observe
 from .problem import Batch, Problem, Start, cast, rows
-from .watch import Seen, observe
-from .wide import computing
+from .ranks import everyone, ranks
+from .rounding import expected, narrowed
 
 ADVICE = "none needed: a window draws anew by micro-batch, as another run of the larger batch would"
 

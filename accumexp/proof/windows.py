@@ -13,16 +13,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..accum.batch import batch_size, tensors
 from ..accum.memory import measure_activations
-from .bounds import narrowed
 from .certificate import Check
-from .course import BITS, SHARDED, states
-from .draws import drawing
-from .everyone import everyone, ranks, worst
+from .fixed_draws import drawing
+from .float64 import computing
 from .gradients import DOUBLE
-from .larger import call, larger_batch
+from .larger_batch import call, larger_batch
+from .observation import Seen, observe
 from .problem import Batch, Problem, Start, cast, rows, whole
-from .watch import Seen, observe
-from .wide import computing
+from .ranks import everyone, ranks, worst
+from .replay import BITS, SHARDED, states
+from .rounding import narrowed
 
 
 def ragged(problem: Problem, batch: Batch) -> list[tuple[str, Batch]]:

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..config import Backend, TrackingConfig
+from ..config.schema import Backend, TrackingConfig
 from ..errors import UsageError
 from .store import Store
 
@@ -145,7 +145,7 @@ class MLflowTracker(Tracker):
                 self.store.experiment_id,
                 name=f"update-{update}",
                 source_run_id=self.run_id,
-                tags={"accumexp.checkpoint": f"checkpoints/{path.name}"},
+                tags={"accumexp.training.checkpoint": f"checkpoints/{path.name}"},
                 model_type="checkpoint",
             )
             client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)

@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 
 from filelock import FileLock
 
-from ..config import TrackingConfig
+from ..config.schema import TrackingConfig
 from ..errors import UsageError
 
 COSTS = ("update_ms", "samples_per_second", "activation_mib", "peak_memory_mib")

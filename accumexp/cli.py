@@ -1,0 +1,190 @@
+"""The edge to Hydra: where conf lies, how commands start, and one line for every kind of bad input."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from hydra.core.config_store import ConfigStore
+from hydra.errors import (
+    ConfigCompositionException,
+    HydraException,
+    MissingConfigException,
+    OverrideParseException,
+)
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from .config.schema import Config, Strategy, explain_omegaconf
+from .config.sizes import AUTO, batch_sizes, processes
+from .errors import TrainingError, UsageError, unknown_key
+from .sweeps.job_folders import place, slug
+
+# Read before `hydra_app` sets it for Hydra, and handed on to the processes in which a launcher runs jobs.
+WANTS_TRACEBACK = os.environ.get("ACCUMEXP_TRACEBACK", os.environ.get("HYDRA_FULL_ERROR")) == "1"
+
+MICRO_BATCH_SIZE = "${micro_batch_size:}"
+
+ConfigStore.instance().store(name="schema", node=Config)
+
+
+def conf_dir() -> str:
+    """The folder of YAML files: inside the installed package, or beside it in a checkout."""
+    package = Path(__file__).resolve().parent
+    for folder in (package / "conf", package.parent / "conf"):
+        if (folder / "config.yaml").is_file():
+            return str(folder)
+    raise UsageError(f"conf: not found in {package} or beside it; reinstall accumexp")
+
+
+def _place(sweep: str, launch: int, number: int, name: str, overrides: Sequence[str]) -> str:
+    return place(sweep, launch, number, name, list(overrides))
+
+
+def _product(*factors: int) -> int:
+    result = 1
+    for factor in factors:
+        result *= int(factor)
+    return result
+
+
+RATES: dict[str, Callable[[float], float]] = {
+    "linear": lambda ratio: ratio,  # Goyal et al., arXiv 1706.02677
+    "sqrt": math.sqrt,  # Krizhevsky, arXiv 1404.5997
+}
+
+
+def _scaled_rate(rate: float, reference: int, batch: int | None, rule: str) -> float:
+    """The learning rate for updates of `batch` samples, where `rate` is that for `reference` samples."""
+    if rule not in RATES:
+        raise ValueError(f"{rule}: no rule for a learning rate, known are {', '.join(RATES)}")
+    if batch is None:
+        raise ValueError("a learning rate is to follow from the batch size, give data.batch_size=...")
+    return rate * RATES[rule](batch / reference)
+
+
+def _folders(root: str) -> int:
+    path = Path(root)
+    return sum(entry.is_dir() for entry in path.iterdir()) if path.is_dir() else 0
+
+
+def _micro_batch_size(*, _root_: DictConfig) -> int | str | None:
+    """`accum.micro_batch_size` of the whole configuration, where it follows from the others too.
+
+    None where they disagree: `config.check` then says so. With `accum.steps=auto` it stays the question
+    that it is, to be answered when there is a number (`config.settled`).
+    """
+    data, accum = _root_.data, _root_.accum
+    try:
+        ranks = processes(accum.processes, accum.strategy is Strategy.standalone, _root_.device)
+        _, steps, micro = batch_sizes(data.batch_size, accum.steps, accum.micro_batch_size, ranks)
+        return MICRO_BATCH_SIZE if steps == AUTO else micro
+    except UsageError:
+        return None
+
+
+OmegaConf.register_new_resolver("slug", slug, replace=True)
+OmegaConf.register_new_resolver("place", _place, replace=True)
+OmegaConf.register_new_resolver("product", _product, replace=True)
+OmegaConf.register_new_resolver("scaled_rate", _scaled_rate, replace=True)
+OmegaConf.register_new_resolver("folders", _folders, replace=True)
+OmegaConf.register_new_resolver("micro_batch_size", _micro_batch_size, replace=True)
+
+
+def hydra_app(task: Callable[[Any], Any]) -> None:
+    """Runs `task` under Hydra with `conf/config.yaml`; Hydra's errors reach the caller unformatted.
+
+    Raises:
+        UsageError: if the command line composes no configuration.
+    """
+    import hydra
+
+    ours = {"HYDRA_FULL_ERROR": "1", "ACCUMEXP_TRACEBACK": str(int(WANTS_TRACEBACK))}
+    before = {name: os.environ.get(name) for name in ours}
+    os.environ.update(ours)
+    try:
+        hydra.main(config_path=conf_dir(), config_name="config", version_base="1.3")(task)()
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UsageError(explain(error)) from error
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def explain(error: BaseException) -> str:
+    """One line for an error of Hydra's composition: the key or choice, and what would be right."""
+    cause = error.__cause__
+    text = str(error)
+    if isinstance(error, OverrideParseException):
+        return f"{error.override}: not an override, give key=value, in quotes where the value needs them"
+    if isinstance(error, MissingConfigException):
+        choice = re.search(r"Could not find '([^']*)/([^'/]*)'", text)
+        options = getattr(error, "options", None)
+        if choice:
+            known = f"{choice[1]} is one of {', '.join(sorted(options))}" if options else "see --help"
+            return f"{choice[1]}={choice[2]}: no such choice, {known}"
+    override = re.search(r"(?:Could not override|Error merging override) '?([^'\s]+)'?", text)
+    if override and isinstance(cause, OmegaConfBaseException):
+        key, _, value = override[1].partition("=")
+        if "Could not override" in text:
+            return _unknown(key)
+        reason = str(cause.msg or cause).splitlines()[0]
+        if key == "accum.steps" and "type hint" in reason:
+            reason = f"a whole number, or {AUTO}"
+        return f"{key}={value}: {reason}"
+    missing = re.search(r"(?:Could not override|Key) '([^']+)'", text)
+    if missing:
+        return _unknown(missing[1])
+    if isinstance(error, OmegaConfBaseException):
+        return explain_omegaconf(error)
+    if isinstance(error, ConfigCompositionException) and isinstance(cause, OmegaConfBaseException):
+        return explain_omegaconf(cause)
+    return " ".join(line.strip() for line in text.splitlines() if line.strip()) or type(error).__name__
+
+
+def _unknown(key: str) -> str:
+    """The line for a key that the default configuration does not have: the first wrong part of it."""
+    from hydra import compose, initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(conf_dir(), version_base="1.3"):
+        node: Any = compose("config")
+    parts = key.split(".")
+    for depth, part in enumerate(parts, 1):
+        if not OmegaConf.is_dict(node) or part not in node:
+            return unknown_key(".".join(parts[:depth]), [str(name) for name in node or ()])
+        node = node[part]
+    return unknown_key(key, [])
+
+
+def command(main: Callable[[], None]) -> NoReturn:
+    """Runs a command's `main` and exits: 0, 2 with one line for bad input, 1 for a run that cannot go on.
+
+    `HYDRA_FULL_ERROR=1` adds the traceback.
+    """
+    try:
+        main()
+    except (UsageError, TrainingError) as error:
+        if WANTS_TRACEBACK:
+            traceback.print_exc()
+        sys.exit(fail(error))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    sys.exit(0)
+
+
+def fail(error: Exception, speaker: str = "") -> int:
+    """Prints the error's line and gives the exit code it stands for."""
+    print(f"{speaker}error: {error}", file=sys.stderr)
+    return 2 if isinstance(error, UsageError) else 1

@@ -1,0 +1,88 @@
+"""Building what users bring: a `_target_` node becomes an object, or one line that says why not."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from ..errors import UsageError
+
+# Modules whose classes are named in checkpoints and configurations of earlier versions.
+MOVED_MODULES = {
+    "accumexp.callbacks": "accumexp.training.callbacks",
+    "accumexp.checkpoint": "accumexp.training.checkpoint",
+    "accumexp.display": "accumexp.training.progress_display",
+    "accumexp.losses": "accumexp.training.losses",
+    "accumexp.metrics": "accumexp.training.metrics",
+    "accumexp.noise": "accumexp.training.noise_scale",
+    "accumexp.optim": "accumexp.training.schedules",
+    "accumexp.sample_noise": "accumexp.training.sample_noise_scale",
+}
+
+
+def moved(node: Any) -> Any:
+    """`node` with every `_target_` in a moved module replaced by its present path."""
+    if isinstance(node, Mapping):
+        moved_node = {key: moved(value) for key, value in node.items()}
+        module, _, name = str(node.get("_target_", "")).rpartition(".")
+        if module in MOVED_MODULES:
+            moved_node["_target_"] = f"{MOVED_MODULES[module]}.{name}"
+        return moved_node
+    if isinstance(node, list | tuple):
+        return [moved(value) for value in node]
+    return node
+
+
+def build(node: Mapping[str, Any], key: str, *args: Any, **offered: Any) -> Any:
+    """Instantiates `node`, whose `_target_` names a class or function of any installed package.
+
+    Args:
+        key: the node's dotted key, for the error.
+        args: passed first.
+        offered: passed as keywords where the target takes parameters of these names.
+
+    Raises:
+        UsageError: if the target cannot be imported, or refuses its arguments.
+    """
+    from hydra.errors import InstantiationException
+    from hydra.utils import get_object, instantiate
+
+    if not isinstance(node, Mapping) or "_target_" not in node:
+        raise UsageError(f"{key}: names no class, give {key}._target_=package.Class")
+    node = moved(node)
+    target = str(node["_target_"])
+    hydra_log = logging.getLogger("hydra.utils")
+    was_disabled, hydra_log.disabled = hydra_log.disabled, True  # it would print what is raised here
+    try:
+        found = get_object(target)
+    except Exception as error:
+        raise UsageError(f"{key}._target_={target}: {_reason(error)}") from error
+    finally:
+        hydra_log.disabled = was_disabled
+    if not callable(found):
+        raise UsageError(f"{key}._target_={target}: a class or function is needed")
+    try:
+        names = inspect.signature(found).parameters
+    except (TypeError, ValueError):
+        names = {}
+    extra = {name: value for name, value in offered.items() if name in names and name not in node}
+    try:
+        return instantiate(dict(node), *args, **extra, _convert_="all")
+    except InstantiationException as error:
+        cause = error.__cause__ or error
+        if isinstance(cause, UsageError):  # says all there is to say
+            raise UsageError(f"{key}: {cause}") from cause
+        reason = _reason(cause)
+        # "norm=layer: ..." of an argument that the node gives is the key's own line.
+        if reason.partition("=")[0] in node:
+            raise UsageError(f"{key}.{reason}") from cause
+        raise UsageError(f"{key} ({target}): {reason}") from cause
+
+
+def _reason(error: BaseException) -> str:
+    """The first sentence of an error: its first line, and more as long as one ends in a colon."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    end = next((k for k, line in enumerate(lines) if not line.endswith(":")), len(lines) - 1)
+    return " ".join(lines[: end + 1])

@@ -1,0 +1,1 @@
+"""The process a command runs in: its device, ranks, random state, signals and console."""

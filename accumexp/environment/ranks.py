@@ -1,0 +1,196 @@
+"""Where this process stands among the ranks of a run: alone, under torchrun, in a cluster's job, or launched.
+
+Ranks are told by the environment variables of torchrun: RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE,
+MASTER_ADDR, MASTER_PORT.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, NoReturn
+
+from ..errors import UsageError
+
+# A rank may wait this long for the others, which may be reading data; a dead rank is noticed at once.
+PATIENCE = timedelta(minutes=30)
+
+
+@dataclass(frozen=True)
+class World:
+    """This process's place: `rank` of `size`, `local_rank` of `local_size` on this machine."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+
+    @property
+    def first(self) -> bool:
+        """The one rank that speaks, logs and writes."""
+        return self.rank == 0
+
+
+def world() -> World | None:
+    """The world that something outside has made for this process, or None."""
+    _adopt_cluster_job()
+    environment = os.environ
+    if "RANK" not in environment or "WORLD_SIZE" not in environment:
+        return None
+    size = int(environment["WORLD_SIZE"])
+    local_size = int(environment.get("LOCAL_WORLD_SIZE", size))
+    return World(int(environment["RANK"]), size, int(environment.get("LOCAL_RANK", 0)), local_size)
+
+
+def silent_arguments(folder: str) -> list[str]:
+    """Hydra's arguments for a rank that is not the first: what it writes goes to `folder`."""
+    folders = [f"hydra.run.dir='{folder}'", f"hydra.sweep.dir='{folder}'", "hydra.output_subdir=null"]
+    return [*folders, "hydra/job_logging=none", "hydra/hydra_logging=none"]
+
+
+def _adopt_cluster_job() -> None:
+    """In a submitit job of several tasks, one a rank, names the ranks as torchrun does."""
+    if "RANK" in os.environ or not any(key.startswith(("SUBMITIT_", "SLURM_")) for key in os.environ):
+        return
+    try:
+        from submitit import JobEnvironment
+        from submitit.helpers import TorchDistributedEnvironment
+
+        tasks = JobEnvironment().num_tasks
+    except (ImportError, RuntimeError):  # no submitit, or a shell on a cluster's node
+        return
+    if tasks > 1:
+        TorchDistributedEnvironment().export(set_cuda_visible_devices=False)
+
+
+def default_processes(device: str) -> int:
+    """One a GPU, or one on the GPU that is named; without a GPU two, if there are two cores."""
+    import torch
+
+    if device.startswith("cuda:"):
+        return 1
+    if device in ("auto", "cuda") and torch.cuda.is_available():
+        return torch.cuda.device_count()
+    return min(2, os.cpu_count() or 1)
+
+
+def check_devices(processes: int, device: str) -> None:
+    """
+    Raises:
+        UsageError: if `processes` on this machine cannot each have a GPU of its own.
+    """
+    import torch
+
+    if device.startswith("cuda:") and processes > 1:
+        raise UsageError(
+            f"device={device}: each of {processes} processes takes a GPU of its own, give device=cuda"
+        )
+    on_gpus = device == "cuda" or device == "auto" and torch.cuda.is_available()
+    if on_gpus and torch.cuda.is_available() and processes > torch.cuda.device_count():
+        raise UsageError(
+            f"accum.processes={processes}: this machine has {torch.cuda.device_count()} GPUs, one for each "
+            "process; device=cpu runs them on the CPU"
+        )
+
+
+def device_of(device: str, here: World) -> str:
+    """The name of this rank's device: `auto` is a GPU if there is one, and ranks have one each."""
+    import torch
+
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device != "cuda" or here.size == 1:
+        return device
+    # A cluster may show each task its own GPU alone, which is then number 0.
+    return f"cuda:{0 if torch.cuda.device_count() == 1 else here.local_rank}"
+
+
+@contextmanager
+def joined(here: World, device: str) -> Iterator[None]:
+    """Inside, this process is a member of the ranks' group: nccl between GPUs, gloo between CPUs.
+
+    A world made by others is left at the end of the process: a sweep's jobs share it. After an error
+    nothing is said to ranks that may be gone.
+    """
+    import torch
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        yield
+        return
+    options: dict[str, Any] = {"backend": "gloo", "timeout": PATIENCE}
+    if device.startswith("cuda"):
+        options["backend"] = "cpu:gloo,cuda:nccl"
+        if ":" in device:
+            torch.cuda.set_device(device)
+    given = world() is not None
+    if not given:
+        store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+        options.update(store=store, rank=0, world_size=1)
+    dist.init_process_group(**options)
+    if given:
+        atexit.register(_leave)
+    yield
+    if not given:
+        dist.destroy_process_group()
+
+
+def end_now(code: int) -> NoReturn:
+    """Ends a rank without what Python and C++ would still tear down.
+
+    Leaving a group may wait for members that are gone, and its threads may outlive what they use.
+    """
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+_abandoned = False
+
+
+def abandon() -> None:
+    """Leaves the group without a word at the end of the process: other ranks may be gone."""
+    global _abandoned
+    _abandoned = True
+
+
+def _leave() -> None:
+    import torch.distributed as dist
+
+    if dist.is_initialized() and not _abandoned:
+        dist.destroy_process_group()
+
+
+def first_says(text: str, here: World) -> str:
+    """`text` of the first rank, on every rank of a joined world."""
+    import torch.distributed as dist
+
+    said: list[Any] = [text]
+    if here.size > 1:
+        dist.broadcast_object_list(said)
+    return said[0]
+
+
+def wait_for_all(here: World) -> None:
+    """Waits until every rank of a joined world is here."""
+    import torch.distributed as dist
+
+    if here.size > 1:
+        dist.barrier()
+
+
+@contextmanager
+def first_here(here: World) -> Iterator[None]:
+    """One rank of each machine goes first (it may have to download), the others follow."""
+    if here.local_rank:
+        wait_for_all(here)
+    yield
+    if not here.local_rank:
+        wait_for_all(here)

@@ -1,0 +1,91 @@
+"""`accum.steps=auto`: the number of steps that a run takes, on all its ranks."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+
+import torch.distributed as dist
+
+from ..config.schema import Config, settled
+from ..config.sizes import AUTO
+from ..environment.console import amount, console
+from ..environment.ranks import World
+from ..errors import UsageError
+from ..run.spec import Order
+from .planner import Limit, Planner, Point
+from .trial_run import rehearsing
+
+log = logging.getLogger(__name__)
+TAG = "accumexp.plan"
+
+
+def planned(order: Order, here: World) -> tuple[Order, dict[str, str]]:
+    """`order` with a number of steps, and the tags that say how it came about; without `auto`, as it is.
+
+    All ranks call, and take the most steps that any of them needs.
+
+    Raises:
+        UsageError: if nothing fits, on all ranks alike, or for windows that are recorded.
+    """
+    config = order.config
+    if config.accum.steps != AUTO:
+        if config.accum.memory_limit is not None and order.back is None and here.first:
+            given = f"accum.memory_limit={config.accum.memory_limit}"
+            log.warning("%s: has no effect, accum.steps=%s keeps to it", given, AUTO)
+        return order, {}
+    if config.trainer.graph:
+        raise UsageError(
+            f"accum.steps={AUTO}: a recorded window keeps memory that cannot be tried beforehand, give "
+            "accum.steps or leave trainer.graph out"
+        )
+    point, limit = agreed(config, here)
+    ranks = f" on each of {here.size} ranks" if here.size > 1 else ""
+    window = f"{point.steps} micro-batches of" if point.steps > 1 else "one micro-batch of"
+    said = (
+        f"{window} {point.micro_batch} samples{ranks}: predicted "
+        f"{amount(point.predicted)}, measured {amount(point.measured or 0)}, at most {limit}"
+    )
+    console.print(f"accum.steps={AUTO}: {said}", highlight=False, soft_wrap=True)
+    return replace(order, config=settled(config, point.steps)), {TAG: said}
+
+
+def agreed(config: Config, here: World) -> tuple[Point, Limit]:
+    """The point of this rank at the most steps that any rank chooses, and its limit."""
+    with rehearsing(config, here) as rehearsal:
+        planner, own, error = None, None, None
+        try:
+            planner = Planner(rehearsal)
+            own = planner.choose()
+        except UsageError as refused:
+            error = str(refused)
+        chosen = _of_all(own.steps if own else 0, error, here)
+        assert planner is not None and own is not None
+        steps = max(chosen)
+        if min(chosen) == steps:
+            return own, planner.limit
+        try:
+            own = own if own.steps == steps else planner.tried(steps)
+            if not own.fits:
+                needs = (
+                    own.trouble
+                    or f"{amount(own.measured or own.predicted)}, and the limit is {planner.limit}"
+                )
+                error = (
+                    f"accum.steps={AUTO}: {steps} steps, which another rank needs, do not fit on rank "
+                    f"{here.rank}: {needs}; give accum.steps"
+                )
+        except UsageError as refused:
+            error = str(refused)
+        _of_all(steps, error, here)
+        return own, planner.limit
+
+
+def _of_all(steps: int, error: str | None, here: World) -> list[int]:
+    """`steps` of all ranks, or on all of them the error of the first that has one: nobody is left waiting."""
+    found = [(steps, error)] * here.size
+    if here.size > 1:
+        dist.all_gather_object(found, (steps, error))
+    for refusal in (said for _, said in found if said):
+        raise UsageError(refusal)
+    return [most for most, _ in found]

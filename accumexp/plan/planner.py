@@ -1,0 +1,288 @@
+"""How large a micro-batch fits: predicted from small ones, and confirmed by a trial."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+
+from ..accum import Peak, extrapolated, held_bytes, is_out_of_memory, steps_for
+from ..config.sizes import AUTO, in_bytes, micro_batch
+from ..environment.console import amount
+from ..environment.device import free_bytes
+from ..errors import UsageError
+from .trial_run import Rehearsal, Rehearsed, forget
+
+# Samples of the small micro-batches that are measured; the last two give the prediction.
+SMALL = (1, 2, 4)
+# What is left of free memory to all that is no tensor: libraries, and gaps between tensors.
+SPARED = {"cuda": 0.05, "cpu": 0.10}
+Stage = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Limit:
+    """The most bytes that tensors may take on a rank's device, and who says so."""
+
+    bytes: int
+    said: str
+
+    def __str__(self) -> str:
+        return f"{amount(self.bytes)} ({self.said})"
+
+
+@dataclass(frozen=True)
+class Point:
+    """One way to cut the update's batch, on one rank.
+
+    Attributes:
+        predicted, measured: peaks in bytes; None where nothing was tried.
+        fits: whether the peak that is known is within the limit.
+        trouble: why the trial did not come to its end.
+    """
+
+    steps: int
+    micro_batch: int
+    predicted: int
+    fits: bool
+    measured: int | None = None
+    seconds: float | None = None
+    trouble: str | None = None
+
+
+class Planner:
+    """What is known of the memory of a rehearsed run, and what fits.
+
+    Raises:
+        UsageError: if not even a micro-batch of one sample fits, or an evaluation does not.
+    """
+
+    def __init__(self, rehearsal: Rehearsal, stage: Stage = lambda stage: None) -> None:
+        self.rehearsal = rehearsal
+        self.stage = stage
+        self.limit = memory_limit(rehearsal)
+        self._feeding = self._fed()
+        self._small = self._measured_small()
+        needed = self.evaluation(rehearsal.data.evaluated)
+        if len(self._small[2]) > 1 and needed > self.limit.bytes:  # from one size it is no more than a bound
+            self._refuse_evaluation(needed)
+
+    def _fed(self) -> Peak:
+        rehearsal = self.rehearsal
+        try:
+            return rehearsal.feeding()
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+            given = f"data.batch_size={rehearsal.data.batch_size}"
+            raise UsageError(f"{given}: {rehearsal.device} cannot hold the samples of an update") from error
+
+    def _measured_small(self) -> dict[int, list[Rehearsed]]:
+        """By the micro-batches of a window, 1 and 2 (which stand for all above), two sizes at most.
+
+        None is tried that might not fit.
+        """
+        found: list[Rehearsed] = []
+        refused: str | None = None
+        for size in SMALL:
+            if found:
+                last = found[-1]
+                if _grown(last, max(last.update.peak, last.evaluation.peak), size) > self.limit.bytes:
+                    break
+            self.stage(f"micro-batches of {size}")
+            try:
+                found.append(self.rehearsal.small(size, 2))
+            except ValueError as error:  # a BatchNorm of one sample
+                refused = str(error)  # the error itself would keep what failed alive
+                continue
+            except Exception as error:
+                if not out_of_memory(error):
+                    raise
+                forget(self.rehearsal.device)
+                refused = None
+                break
+            if found[-1].update.peak > self.limit.bytes:
+                break
+        if not found and refused is not None:
+            raise UsageError(f"accum.steps={AUTO}: no micro-batch could be tried: {refused}")
+        within = [one for one in found if one.update.peak <= self.limit.bytes]
+        if not within:
+            least = amount(found[0].update.peak) if found else f"more than {self.rehearsal.device} has"
+            micro = found[0].micro if found else SMALL[0]
+            raise self._too_little(micro, f"needs {least}")
+        two = found[-2:]
+        once: list[Rehearsed] = []
+        for one in two:
+            if one in within:
+                try:
+                    once.append(self.rehearsal.small(one.micro, 1))
+                except Exception as error:
+                    if not out_of_memory(error):
+                        raise
+                    forget(self.rehearsal.device)
+                    break
+        return {2: two, 1: once or two}
+
+    @property
+    def batch_bytes(self) -> int:
+        """What is held of the data while a window of the whole batch computes."""
+        return self._feeding.end - self._feeding.start
+
+    def predicted(self, steps: int) -> int:
+        """The peak of updates of the whole batch in `steps`, in bytes."""
+        data = self.rehearsal.data
+        samples = min(data.batch_size, data.samples)
+        made = steps_for(samples, data.batch_size, steps)
+        micro = micro_batch(samples, made, self.rehearsal.ranks)
+        measured = self._small[min(made, 2)]
+        window = self._line(measured, lambda one: one.update, micro)
+        ends = max(one.update.end for one in self._small[2])
+        return max(window, ends + self._feeding.peak - self._feeding.start)
+
+    def evaluation(self, samples: int) -> int:
+        """The peak of an evaluation by so many samples, in bytes."""
+        return self._line(self._small[2], lambda one: one.evaluation, samples)
+
+    def parts(self, point: Point) -> dict[str, int]:
+        """Bytes by what they hold at `point`; they are not all alive at the same time.
+
+        What is temporary are gradients of activations, and what operators, optimizer and callbacks need.
+        """
+        small = self._small[2]
+        one, two = small[0], small[-1]
+        saved = one.activations * point.micro_batch // one.micro
+        if two is not one:
+            saved = _on_line((one.micro, one.activations), (two.micro, two.activations), point.micro_batch)
+        found = {
+            "parameters": one.parameters,
+            "gradients": one.gradients,
+            "optimizer state": one.state,
+            **self.rehearsal.beside,
+            "data": held_bytes(self.rehearsal.held) - one.parameters + self.batch_bytes,
+            "saved activations": saved,
+        }
+        peak = point.predicted if point.measured is None else point.measured
+        return {**found, "temporary": max(0, peak - sum(found.values()))}
+
+    def _line(self, measured: list[Rehearsed], peak_of: Callable[[Rehearsed], Peak], size: int) -> int:
+        """The peak at `size`, with the whole batch beside it instead of the small one."""
+        if len(measured) == 1:
+            (one,) = measured
+            return _grown(one, peak_of(one).peak, size) + self.batch_bytes - one.fed
+        a, b = measured
+        fed = _on_line((a.micro, a.fed), (b.micro, b.fed), size)
+        return extrapolated((a.micro, peak_of(a)), (b.micro, peak_of(b)), size, beside=self.batch_bytes - fed)
+
+    def splits(self) -> Iterator[int]:
+        """The numbers of steps that make another micro-batch each, the fewest first."""
+        batch, ranks = self.rehearsal.data.batch_size, self.rehearsal.ranks
+        before = None
+        for steps in range(1, batch // ranks + 1):
+            micro = micro_batch(batch, steps, ranks)
+            if micro != before:
+                yield steps
+            before = micro
+
+    def tried(self, steps: int) -> Point:
+        """A trial of `steps`: two updates and an evaluated batch, measured."""
+        rehearsal, predicted = self.rehearsal, self.predicted(steps)
+        micro = micro_batch(rehearsal.data.batch_size, steps, rehearsal.ranks)
+        self.stage(f"{steps} micro-batches of {micro}")
+        point = Point(steps, micro, predicted, False)
+        try:
+            found = rehearsal.whole(steps)
+        except ValueError as error:
+            return replace(point, trouble=str(error).splitlines()[0])
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+            forget(rehearsal.device)
+            return replace(point, trouble="out of memory")
+        if found.evaluation.peak > self.limit.bytes:
+            self._refuse_evaluation(found.evaluation.peak)
+        measured = found.update.peak
+        return replace(point, measured=measured, fits=measured <= self.limit.bytes)
+
+    def choose(self) -> Point:
+        """The fewest steps that fit, predicted and then tried; one trial, unless that shows otherwise.
+
+        Raises:
+            UsageError: if none do.
+        """
+        more = 1.0  # than predicted, by the trials that did not fit
+        last: Point | None = None
+        for steps in self.splits():
+            if self.predicted(steps) * more > self.limit.bytes:
+                continue
+            last = self.tried(steps)
+            if last.fits:
+                return last
+            more = max(more * 1.02, (last.measured or 0) / last.predicted)
+        finest = self.rehearsal.data.batch_size // self.rehearsal.ranks
+        predicted = self.predicted(finest)
+        if last is None:
+            raise self._too_little(1, f"needs {amount(predicted)}")
+        if last.steps != finest and predicted <= self.limit.bytes:
+            last = self.tried(finest)
+            if last.fits:
+                return last
+        measured, trouble = last.measured, last.trouble
+        needs = f"does not run ({trouble})" if measured is None else f"needs {amount(measured)}"
+        raise self._too_little(last.micro_batch, needs)
+
+    def _too_little(self, micro: int, needs: str) -> UsageError:
+        rehearsal = self.rehearsal
+        samples = "one sample" if micro == 1 else f"{micro} samples"
+        data = held_bytes(rehearsal.data.held)
+        beside = (
+            f", of which the data set takes {amount(data)} unless data.resident=false"
+            if 2 * data > self.limit.bytes
+            else ""
+        )
+        return UsageError(
+            f"accum.steps={AUTO}: an update with {samples} a micro-batch {needs}, and the limit is "
+            f"{self.limit}{beside}; a smaller data.batch_size, model or optimizer state needs less"
+        )
+
+    def _refuse_evaluation(self, needed: int) -> None:
+        size, ranks = self.rehearsal.data.evaluated, self.rehearsal.ranks
+        fewer = bisect_right(range(1, size), self.limit.bytes, key=self.evaluation)
+        least = f"at most data.eval_batch_size={fewer * ranks} fits" if fewer else "not one sample fits"
+        raise UsageError(
+            f"data.eval_batch_size={self.rehearsal.data.eval_batch_size}: an evaluation needs "
+            f"{amount(needed)}, and the limit is {self.limit}; {least}"
+        )
+
+
+def memory_limit(rehearsal: Rehearsal) -> Limit:
+    """What `accum.memory_limit` says, or the free memory of the device less what is spared."""
+    asked, device = rehearsal.config.accum.memory_limit, rehearsal.device
+    if asked is not None:
+        return Limit(in_bytes("accum.memory_limit", asked), "accum.memory_limit")
+    held = held_bytes(rehearsal.held)
+    if device.type == "cuda":
+        held = torch.cuda.memory_allocated(device)
+    share = 1 if device.type == "cuda" else rehearsal.local_ranks
+    spared = SPARED.get(device.type, 0.1)
+    most = int((free_bytes(device) / share + held) * (1 - spared))
+    return Limit(most, f"the free memory of {device}, less {spared:.0%}")
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether `error` is of an allocation that failed, or is what a trainer makes of one."""
+    return any(is_out_of_memory(one) for one in (error, error.__cause__) if one is not None)
+
+
+def _grown(one: Rehearsed, peak: int, micro: int) -> int:
+    """Not less than what `peak` is with a larger micro-batch, from one that was measured.
+
+    Of what is saved for backward, a backward makes a gradient as large, and operators need as much again.
+    """
+    return peak + 4 * one.activations * (micro - one.micro) // one.micro
+
+
+def _on_line(first: tuple[int, int], second: tuple[int, int], at: int) -> int:
+    (a, p), (b, q) = first, second
+    return round(p + (q - p) * (at - a) / (b - a))

@@ -1,0 +1,316 @@
+"""A run in miniature: its own loop for two updates, on parts that are thrown away, under measurement."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import chain
+from statistics import median
+
+import torch
+from torch import Tensor, nn
+
+from ..accum import Peak, held_bytes, measure_peak
+from ..config.schema import Config, Strategy, settled
+from ..config.sizes import AUTO, micro_batch
+from ..environment.device import wait_for
+from ..environment.ranks import World, device_of, first_here
+from ..errors import UsageError
+from ..training.callbacks import Callback, LossMonitor
+from ..training.checkpoint import Checkpoints
+from ..training.evaluation import Evaluator
+from ..training.experiment import ALONE, build_metrics, build_model, build_parts, build_trainer, updates_of
+from ..training.progress_display import Progress
+from ..training.trainer import Trainer
+from .trial_data import UPDATES, TrialData
+
+TO_GO_BACK = "copies to go back to"
+BUCKETS = "buckets of ddp"
+UNDER_WAY = "a bucket of ddp under way"
+# A bucket of DistributedDataParallel is full at this size (its bucket_cap_mb).
+FULL_BUCKET = 25 * 2**20
+
+
+@dataclass(frozen=True)
+class Rehearsed:
+    """What two updates and one evaluated batch took, in bytes.
+
+    Attributes:
+        micro: samples in a micro-batch.
+        update: of everything up to the end of the second update, what a callback makes at its beginning
+            and the next batch's gathering included.
+        evaluation: of batches of `micro` samples (of a whole trial: the run's own), after it.
+        fed: held of the data while a window computes: its batch and the order of the epoch.
+        parameters: with buffers.
+        activations: the most that was saved for backward.
+    """
+
+    micro: int
+    update: Peak
+    evaluation: Peak
+    fed: int
+    parameters: int
+    gradients: int
+    state: int
+    activations: int
+
+
+class Rehearsal:
+    """The run that `config` describes, to be tried at any split of its batch.
+
+    All that a run does in an update is done: its trainer, its window and its callbacks, but those that
+    speak or save. One process, whatever the strategy: a rank tries its own part of the batch, without the
+    others, and with gradients that stay as those of `accum=ddp` do. `beside` is held in the place of the
+    rest.
+
+    Building and using it moves torch's random state.
+
+    Args:
+        here: the rank whose part it is; of several, all must build it together.
+    """
+
+    def __init__(self, config: Config, here: World = ALONE) -> None:
+        self.config = config
+        self.ranks, self.rank = config.accum.processes or 1, here.rank
+        # One process that stands for all takes them to be on this machine.
+        self.local_ranks = here.local_size if here.size > 1 else self.ranks
+        self._device = device_of(config.device, here)
+        first = self._of(1)
+        with first_here(here):
+            self.parts = build_parts(first)
+        self._model_of = first.model
+        self.device = self.parts.device
+        self.data = TrialData(self.parts.splits, self.rank, self.ranks, self.device)
+        self._length = updates_of(config, self.parts)
+
+    def small(self, micro: int, steps: int) -> Rehearsed:
+        """A window of `steps` micro-batches of `micro` samples, and an evaluation of as many."""
+        self.data.take_small(micro, steps)
+        return self._rehearsed(self._of(steps, steps * micro * self.ranks), micro)
+
+    def whole(self, steps: int) -> Rehearsed:
+        """The run's own batch in `steps`, and its own evaluation."""
+        self.data.take_whole(steps)
+        return self._rehearsed(self._of(steps), micro_batch(self.data.batch_size, steps, self.ranks))
+
+    def feeding(self) -> Peak:
+        """Gathering one whole batch after the other, with nothing else; the last one stays."""
+        self.data.take_whole(1)
+        return self._fed()
+
+    def seconds(self, steps: int, updates: int) -> float:
+        """Median seconds of an update of the whole batch in `steps`, of `updates` after a first one."""
+        self.data.take_whole(steps)
+        config = self._of(steps)
+        config.trainer.epochs, config.trainer.log_every = updates + 2, 10 * updates
+        self._shape(config)
+        trainer = self._trainer(config, updates + 1)
+        clock = _Clock(updates + 1)
+        trainer.callbacks["clock"] = clock
+        with self._cleared(trainer):
+            trainer.fit()
+        return median(clock.seconds[1:])
+
+    def _of(self, steps: int, batch: int | None = None) -> Config:
+        """A rank's part of the run in `steps`, as a run of its own without an end."""
+        config = settled(self.config, steps, batch)
+        accum, loop = config.accum, config.trainer
+        accum.strategy = Strategy.standalone
+        # A scale that overflows would leave the optimizer without its state.
+        accum.init_scale = max(1.0, accum.min_scale)
+        loop.epochs, loop.max_updates, loop.log_every, loop.check_finite = UPDATES + 1, None, 1, False
+        loop.eval_every = 10**9
+        # What does not fit is to be seen, and a graph's memory is no tensor's.
+        accum.recover, loop.graph = False, False
+        config.device = self._device
+        return config
+
+    @property
+    def held(self) -> list[Tensor]:
+        """The tensors that are there before a run begins: model, loss and data."""
+        modules = [self.parts.model, *(m for m in [self.parts.criterion] if isinstance(m, nn.Module))]
+        found = [t for module in modules for t in chain(module.parameters(), module.buffers())]
+        return [*(tensor for tensor in found if tensor.device.type == self.device.type), *self.data.held]
+
+    @property
+    def beside(self) -> dict[str, int]:
+        """Bytes of the run that one process without recovery has not, by what they hold.
+
+        To go back to a window's start, copies of all buffers and, on the host, torch's random state (an old
+        one and a new). With `accum=ddp`, buckets: in the first window gradients are beside them, in the
+        second they are made anew, and the thread that reduced one of the old may still hold it.
+        """
+        parts, accum = self.parts, self.config.accum
+        found: dict[str, int] = {}
+        if accum.recovers and not self.config.trainer.graph:
+            modules = [m for m in (parts.model, parts.criterion) if isinstance(m, nn.Module)]
+            copies = sum(buffer.nbytes for module in modules for buffer in module.buffers())
+            host = 2 * torch.get_rng_state().nbytes if self.device.type == "cpu" else 0
+            found[TO_GO_BACK] = copies + host
+        if accum.strategy is Strategy.ddp:
+            sizes = [p.nbytes for p in parts.model.parameters() if p.requires_grad]
+            found[BUCKETS] = sum(sizes)
+            found[UNDER_WAY] = min(sum(sizes), FULL_BUCKET + max(sizes, default=0))
+        return {name: size for name, size in found.items() if size}
+
+    def _room(self, size: int) -> Tensor:
+        return torch.empty(size, dtype=torch.uint8, device=self.device)
+
+    def _fed(self) -> Peak:
+        return self.data.fed(held_bytes(self.held))
+
+    def _rehearsed(self, config: Config, micro: int) -> Rehearsed:
+        self._shape(config)
+        fed = self._fed()
+        with measure_peak(self.device, held_bytes(self.held)) as update:
+            # Stands in for what this one process does not make, so that what does not fit fails here.
+            beside = {name: self._room(size) for name, size in self.beside.items()}
+            trainer = self._trainer(config)
+            trainer.callbacks["end"] = _End(UPDATES)
+            with self._cleared(trainer, but_at_the_end=True):
+                trainer.fit()
+        if trainer.progress.update < UPDATES:
+            raise UsageError(
+                f"accum.steps={AUTO}: {trainer.stop_reason or 'the run'} ends after update "
+                f"{trainer.progress.update}, and {UPDATES} are needed to try a micro-batch; give accum.steps"
+            )
+        trainer.go_on()
+        end = update.end
+        if not config.accum.fp32_buffers:  # after a window the gradients are in the buckets
+            end -= self.beside.get(BUCKETS, 0)
+            beside.pop(BUCKETS, None)
+        with measure_peak(self.device, end) as evaluation, self._cleared(trainer, but_at_the_end=True):
+            trainer.evaluate("eval")
+        beside.clear()
+        model = self.parts.model
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        state = [
+            value
+            for values in trainer.optimizer.state.values()
+            for value in values.values()
+            if isinstance(value, Tensor)
+        ]
+        found = Rehearsed(
+            micro,
+            update,
+            evaluation,
+            fed.end - fed.start,
+            held_bytes(chain(model.parameters(), model.buffers())),
+            held_bytes(gradients),
+            held_bytes(state),
+            trainer.progress.activation_bytes,
+        )
+        model.zero_grad(set_to_none=True)
+        return found
+
+    @contextmanager
+    def _cleared(self, trainer: Trainer, but_at_the_end: bool = False) -> Iterator[None]:
+        """Leaves nothing of a window on the model that all trials share, above all not of one that failed."""
+        done = False
+        try:
+            yield
+            done = True
+        finally:
+            if not done:
+                trainer.window.forget()
+            if not (done and but_at_the_end):
+                self.parts.model.zero_grad(set_to_none=True)
+
+    def _shape(self, config: Config) -> None:
+        """Makes the model anew where the split is in its configuration."""
+        if config.model != self._model_of:
+            like = next(self.parts.model.parameters())
+            self.parts = replace(self.parts, model=build_model(config).to(like.device, like.dtype))
+            self._model_of = config.model
+
+    def _trainer(self, config: Config, updates: int = UPDATES) -> Trainer:
+        """The run's trainer; its schedule is the run's, and long enough for `updates`."""
+        parts = self.parts
+        # Metrics of its own, or those that are there already would be freed under measurement.
+        fresh = Evaluator(parts.loss, build_metrics(config, parts.device), parts.autocast)
+        parts = replace(parts, evaluator=fresh)
+        trainer = build_trainer(config, parts, Unrecorded(), max(self._length, updates))
+        trainer.callbacks = {
+            name: callback
+            for name, callback in trainer.callbacks.items()
+            if not isinstance(callback, Checkpoints | Progress | LossMonitor)
+        }
+        for metric in (*fresh.metrics.values(), *trainer.train_metrics.metrics.values()):
+            # Metrics look for other ranks themselves, which may be at another trial, or have none.
+            setattr(metric, "distributed_available_fn", _alone)  # noqa: B010
+        if self.config.accum.strategy is Strategy.ddp:
+            trainer.window.sync.keeps_gradients = True
+        return trainer
+
+
+@contextmanager
+def rehearsing(config: Config, here: World = ALONE) -> Iterator[Rehearsal]:
+    """A `Rehearsal` of `config`; all that it took is given back at the end."""
+    rehearsal = Rehearsal(config, here)
+    device = rehearsal.device
+    gc.collect()
+    gc.freeze()  # every measurement collects what is left of the one before, and nothing else
+    before = logging.root.manager.disable
+    logging.disable(max(before, logging.WARNING))  # the run itself will say it
+    try:
+        yield rehearsal
+    finally:
+        logging.disable(before)
+        gc.unfreeze()
+        rehearsal.__dict__.clear()
+        forget(device)
+        if config.trainer.compile:
+            torch.compiler.reset()  # or what was compiled here would decide what the run compiles
+
+
+def forget(device: torch.device) -> None:
+    """Gives the memory of what nobody refers to any more back to the device."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def _alone() -> bool:
+    return False
+
+
+class Unrecorded:
+    """A recorder that keeps nothing."""
+
+    def record(self, update: int, values: Mapping[str, float], publish: bool) -> None:
+        pass
+
+
+class _End(Callback):
+    """Stops after `updates`, before anything is evaluated."""
+
+    order = 1
+
+    def __init__(self, updates: int) -> None:
+        self.updates = updates
+
+    def update_end(self, trainer: Trainer) -> None:
+        if trainer.progress.update >= self.updates:
+            trainer.stop("rehearsed")
+
+
+class _Clock(_End):
+    """Seconds of every update: of all that happens between its batch and the next one's gathering."""
+
+    def __init__(self, updates: int) -> None:
+        super().__init__(updates)
+        self.seconds: list[float] = []
+        self._began = 0.0
+
+    def update_begin(self, trainer: Trainer) -> None:
+        wait_for(trainer.device)
+        self._began = time.perf_counter()
+
+    def update_end(self, trainer: Trainer) -> None:
+        wait_for(trainer.device)
+        self.seconds.append(time.perf_counter() - self._began)
+        super().update_end(trainer)

@@ -1,0 +1,1 @@
+"""The command `python -m accumexp.prove`: the certificate of an experiment."""

@@ -1,0 +1,47 @@
+"""`python -m accumexp.prove`: a certificate. Is this window the larger batch?
+
+Exit code 0: proved, perhaps up to sources that are named; 1: not proved; 2: wrong usage.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from typing import Any
+
+from ..cli import command, hydra_app
+from ..errors import UsageError
+
+
+def task(cfg: Any) -> None:
+    """What Hydra calls; proof and its imports start here, not with `--help`."""
+    from ..run.job import prove_job
+
+    prove_job(cfg)
+
+
+def main() -> None:
+    from ..environment.ranks import end_now, silent_arguments, world
+
+    if {"-m", "--multirun"} & set(sys.argv[1:]):
+        raise UsageError(
+            "--multirun: a proof is of one experiment; python -m accumexp.run -m prove=true certifies "
+            "the jobs of a sweep"
+        )
+    here = world()
+    if here is None or here.size == 1:
+        hydra_app(task)
+        return
+    code: object = 0
+    with tempfile.TemporaryDirectory(prefix="accumexp-rank-") as folder:
+        try:
+            if not here.first:
+                sys.argv[1:] = [*sys.argv[1:], *silent_arguments(folder)]
+            hydra_app(task)
+        except SystemExit as end:
+            code = end.code
+    end_now(code if isinstance(code, int) else 1)
+
+
+if __name__ == "__main__":
+    command(main)

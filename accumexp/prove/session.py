@@ -1,0 +1,138 @@
+"""An order for a certificate, carried out: the proof, what is shown and kept of it, and the verdict."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ..config.schema import Backend, Config, Strategy
+from ..environment.console import console, show_values
+from ..environment.device import device_name, pick_device
+from ..environment.ranks import World, device_of, first_says, joined
+from ..plan.auto_steps import planned
+from ..proof import Certificate
+from ..proof.certificate import number
+from ..run.record import described, open_tracker, write_config
+from ..run.spec import Order
+from ..tracking import Store
+from ..tracking.certificates import CERTIFICATE, TAG
+from .experiment import prove_experiment
+from .table import show
+
+
+@dataclass
+class Certifying:
+    """A proof about to happen, in this process: the whole of it, or one rank's part."""
+
+    order: Order
+    here: World
+
+    def execute(self) -> bool:
+        """Whether the window is proved."""
+        config, here = self.order.config, self.here
+        if not here.first:
+            console.quiet = True
+        with _joined(config, here):
+            folder = Path(first_says(str(self.order.folder), here))
+            no_store = config.tracking.backend is Backend.none or not here.first
+            # A store that cannot be reached is said before the work, not after it.
+            store = None if no_store else Store(config.tracking)
+            self.order, known = planned(self.order, here)
+            config = self.order.config
+            console.print(described_problem(config, here), highlight=False, soft_wrap=True)
+            with stages() as stage:
+                certificate, parts = prove_experiment(config, here, stage)
+        if here.first:
+            path = write(certificate, folder)
+            config_path = write_config(folder, config)
+            show(certificate)
+            kept: dict[str, object] = {"certificate": path}
+            if store is not None:
+                quiet = replace(config.tracking, system_metrics=False)
+                order = replace(self.order, config=replace(config, tracking=quiet))
+                tags = {**described(parts, []), **known, **tags_of(certificate)}
+                tracker = open_tracker(order, store, parts, tags, "certificate", None)
+                try:
+                    tracker.tag(
+                        {"mlflow.note.content": markdown(certificate), "mlflow.source.name": "accumexp.prove"}
+                    )
+                    tracker.artifact(path)
+                    tracker.artifact(config_path)
+                except BaseException:
+                    tracker.end("FAILED")
+                    raise
+                tracker.end("FINISHED")
+                kept.update(run=tracker.run_id, UI=tracker.address)
+                if tracker.ui_command:
+                    kept["serve it with"] = tracker.ui_command
+            console.print()
+            show_values("kept", kept)
+        return certificate.proved
+
+
+def certified(config: Config, here: World, folder: Path) -> dict[str, str]:
+    """Proves the window of a run that is about to begin; the tags that say what came of it.
+
+    The certificate is written into `folder`. All ranks call.
+    """
+    with stages() as stage:
+        certificate, _ = prove_experiment(config, here, stage)
+    if here.first:
+        write(certificate, folder)
+    style = "green" if certificate.proved else "yellow"
+    console.print(f"certificate: {certificate}", style=style, highlight=False, soft_wrap=True, markup=False)
+    return tags_of(certificate)
+
+
+def tags_of(certificate: Certificate) -> dict[str, str]:
+    return {TAG: str(certificate)[:5000]}
+
+
+def write(certificate: Certificate, folder: Path) -> Path:
+    """Writes `certificate.json`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / CERTIFICATE
+    path.write_text(certificate.as_json())
+    return path
+
+
+def described_problem(config: Config, here: World) -> str:
+    """One line of what is to be proved, and on what."""
+    device = pick_device(device_of(config.device, here))
+    window = f"{config.accum.steps} micro-batches of {config.accum.micro_batch_size}"
+    if here.size > 1:
+        window += f" on each of {here.size} ranks"
+    name = config.model["_target_"].rpartition(".")[2]
+    return (
+        f"Is {name}'s window of {window} the batch of {config.data.batch_size}? "
+        f"On {device} ({device_name(device)})"
+    )
+
+
+def markdown(certificate: Certificate) -> str:
+    """The certificate as MLflow's page of the run shows it."""
+    lines = [f"**{certificate}**", "", "| check | found | at most | |", "|---|---|---|---|"]
+    for check in certificate.checks:
+        mark = "ok" if check.passed else "**differs**"
+        lines.append(f"| {check.name} | {number(check.figure)} | {number(check.bound)} | {mark} |")
+    for cause in certificate.causes:
+        lines += ["", f"**{cause.line}**", "", f"Shown: {cause.shown}. To do: {cause.advice}."]
+    return "\n".join(lines)
+
+
+@contextmanager
+def stages() -> Iterator[Callable[[str], None]]:
+    """A line on a terminal that says what is under way; elsewhere nothing."""
+    if not console.is_terminal or console.quiet:
+        yield lambda stage: None
+        return
+    with console.status("proving") as status:
+        yield lambda stage: status.update(f"proving: {stage}")
+
+
+def _joined(config: Config, here: World) -> AbstractContextManager[None]:
+    if config.accum.strategy is Strategy.standalone:
+        return nullcontext()
+    return joined(here, str(pick_device(device_of(config.device, here))))

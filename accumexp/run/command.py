@@ -1,0 +1,56 @@
+"""`python -m accumexp.run`: compose, train, evaluate, checkpoint, log."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from typing import Any
+
+from ..cli import hydra_app
+
+
+def task(cfg: Any) -> float | None:
+    """What Hydra calls once a job. Training and its imports start here, not with `--help`."""
+    from .job import run_job
+
+    return run_job(cfg)
+
+
+def main() -> None:
+    from ..environment.ranks import world
+    from .resume import command_lines
+    from .sweep_end import closing_sweep
+
+    asked = sys.argv[1:]
+    lines, changes = command_lines(asked)
+    here = world()
+    if here is None or here.size == 1:
+        with closing_sweep(asked, changes):
+            run_lines(lines)
+    else:
+        run_as_rank(asked, lines, changes, first=here.first)
+
+
+def run_lines(lines: list[list[str]]) -> None:
+    """Runs under Hydra what the arguments of each line ask for."""
+    for line in lines:
+        sys.argv[1:] = line
+        hydra_app(task)
+
+
+def run_as_rank(asked: list[str], lines: list[list[str]], changes: dict[str, str], first: bool) -> None:
+    """`main` in a rank that torchrun started; ends the process."""
+    from ..environment.ranks import end_now, silent_arguments
+    from .sweep_end import closing_sweep
+
+    code: object = 0
+    with tempfile.TemporaryDirectory(prefix="accumexp-rank-") as folder:
+        try:
+            if first:
+                with closing_sweep(asked, changes):
+                    run_lines(lines)
+            else:
+                run_lines([[*line, *silent_arguments(folder)] for line in lines])
+        except SystemExit as end:
+            code = end.code
+    end_now(code if isinstance(code, int) else 1)

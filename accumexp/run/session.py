@@ -1,0 +1,273 @@
+"""One run in this process: the whole of it, or one rank's part, from its order to its summary."""
+
+from __future__ import annotations
+
+import gc
+import signal
+import sys
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..accum import Inequality, inequalities
+from ..config.schema import Backend, Config, LossScaling, Strategy, to_plain
+from ..environment.console import console, duration, result, show_values
+from ..environment.device import MIB, device_name, pick_device, reset_peak_memory
+from ..environment.ranks import World, device_of, first_says, joined, wait_for_all
+from ..environment.signals import StopSignals
+from ..plan.auto_steps import planned
+from ..sweeps.sweep import SweepJob
+from ..tracking import Store, reopen
+from ..tracking.certificates import CERTIFICATE, TAG
+from ..tracking.journal import ProgressFile
+from ..training.checkpoint import BEST, FOLDER, Checkpoints, restore, saved_updates
+from ..training.experiment import Parts, build_parts, build_trainer
+from ..training.progress_display import Progress
+from ..training.trainer import Trainer
+from .record import RunRecord, SilentRecord, described, open_tracker, why_unequal, write_config
+from .resume import Resumed
+from .spec import Order
+
+# Seconds that a rank may wait for others that are gone, after it was told to stop.
+STUCK = 10.0
+
+
+@dataclass
+class Run:
+    """A run about to happen, in this process: the whole of it, or one rank's part."""
+
+    order: Order
+    here: World
+
+    def __post_init__(self) -> None:
+        self.folder = self.order.folder
+
+    def execute(self) -> float | None:
+        config, back, here = self.order.config, self.order.back, self.here
+        if not here.first:
+            console.quiet = True
+        with StopSignals(STUCK if here.size > 1 else None) as signals, self._joined():
+            # Under torchrun the others composed a folder of their own, but checkpoints may have many writers.
+            self.folder = Path(first_says(str(self.folder), here))
+            self.order, how = planned(self.order, here)
+            config = self.order.config
+            proved: dict[str, str] = {}
+            if config.prove and not back:
+                from ..prove.session import certified
+
+                proved = certified(config, here, self.folder)
+                # What the proof left in memory is not the run's: its models are in cycles with their hooks.
+                gc.collect()
+                if torch.cuda.is_initialized():
+                    torch.cuda.empty_cache()
+            parts = build_parts(config, here)
+            record = RunRecord(self.folder, upto=back.update if back else 0) if here.first else SilentRecord()
+            trainer = build_trainer(config, parts, record)
+            if back:
+                restore(trainer, back.content, back.path)
+                trainer.latest.update(back.content["evaluated"])
+            if self.job and self.job.parallel and here.first:
+                record.progress = ProgressFile(self.folder, trainer.total_updates)
+                record.progress.tell(trainer.progress.update, trainer.latest)
+            train, steps = parts.splits.train, trainer.window.steps
+            unequal = inequalities(
+                parts.model.train(), train.batch_size, steps, ranks=here.size, last=train.last
+            )
+            if here.first:
+                self._open(config, back, parts, record, unequal, {**how, **proved})
+                trainer.shortage.listeners.append(lambda tags: split_finer(trainer, parts, record, tags))
+                record.tag(trainer.shortage.tags)
+            status, final = "FAILED", {}
+            try:
+                self._attach(trainer, config, record)
+                announce(config, trainer, parts, unequal, here)
+                reset_peak_memory(parts.device)
+                if back and back.ended_by:
+                    trainer.stop(back.ended_by)
+                signals.trainer = trainer
+                trainer.fit()
+                interrupted = trainer.stop_code > 1
+                final = {} if interrupted else finals(trainer)
+                record.tracker.final(final)
+                status = "KILLED" if interrupted else "FINISHED"
+                record.upload()
+            except (KeyboardInterrupt, SystemExit):
+                status = "KILLED"
+                raise
+            except Exception as error:
+                self._summarise(record, status, {}, error)
+                record.tracker.tag({"accumexp.error": str(error)[:5000] or type(error).__name__})
+                raise
+            finally:
+                record.close(status)
+            monitored = trainer.latest.get(config.monitor)
+            self._summarise(record, status, final, monitored=monitored)
+        if interrupted:
+            # The launcher would stop a first rank that is still saving as soon as another ends.
+            wait_for_all(here)
+            stopped_by = signal.Signals(trainer.stop_code).name
+            text = f"stopped by {stopped_by} after update {trainer.progress.update}"
+            if not self.job and saved_updates(self.folder / FOLDER):
+                text += f"; go on with\n  python -m accumexp.run resume={self.folder}"
+            console.print(text, highlight=False, soft_wrap=True)
+            sys.exit(128 + trainer.stop_code)
+        if here.first:
+            self._show(final, record, trainer)
+        return monitored
+
+    @property
+    def job(self) -> SweepJob | None:
+        return self.order.job
+
+    def _joined(self) -> AbstractContextManager[None]:
+        config = self.order.config
+        if config.accum.strategy is Strategy.standalone:
+            return nullcontext()
+        return joined(self.here, str(pick_device(device_of(config.device, self.here))))
+
+    def _open(
+        self,
+        config: Config,
+        back: Resumed | None,
+        parts: Parts,
+        record: RunRecord,
+        unequal: list[Inequality],
+        known: dict[str, str],
+    ) -> None:
+        record.tags = {**described(parts, unequal), **known}
+        if back:
+            record.tracker = reopen(config.tracking, back.content["run"])
+            record.tracker.tag(back.tags())
+            write_config(self.folder, config)
+            self._summarise(record, "RUNNING", {})
+            return
+        if self.job:
+            self.job.same_store(config.tracking)
+        store = None if config.tracking.backend is Backend.none else Store(config.tracking)
+        write_config(self.folder, config)
+        parent = self.job.parent(store) if self.job else None
+        # A name that MLflow makes is drawn from the run's seed: the same for all runs of a seed.
+        name = self.job.name if self.job else self.folder.name
+        record.tracker = open_tracker(self.order, store, parts, record.tags, name, parent)
+        if TAG in known:
+            record.tracker.artifact(self.folder / CERTIFICATE)
+        self._summarise(record, "RUNNING", {})
+
+    def _attach(self, trainer: Trainer, config: Config, record: RunRecord) -> None:
+        identity = {"config": to_plain(config), "run": record.tracker.identity()}
+        for callback in trainer.callbacks.values():
+            if isinstance(callback, Checkpoints):
+                callback.attach(self.folder, identity, record.flush)
+                if self.order.back and self.order.back.ended_by:
+                    callback.know_saved(trainer)
+            if isinstance(callback, Progress) and self.job and self.job.jobs:
+                callback.title = f"job {self.job.turn} of {self.job.jobs}, "
+
+    def _summarise(
+        self,
+        record: RunRecord,
+        status: str,
+        final: dict[str, float],
+        error: Exception | None = None,
+        monitored: float | None = None,
+    ) -> None:
+        record.summarise(
+            status=status,
+            error=None if error is None else str(error) or type(error).__name__,
+            overrides=self.job.overrides if self.job else [],
+            seed=self.order.config.seed,
+            run_id=record.tracker.run_id,
+            final=final,
+            monitored=monitored,
+            launch=self.job.launch if self.job else 0,
+            tags=record.tags,
+        )
+
+    def _show(self, final: dict[str, float], record: RunRecord, trainer: Trainer) -> None:
+        if self.job:
+            console.print(f"{self.job.title}: {result(final)}", highlight=False, soft_wrap=True, markup=False)
+            return
+        tracker = record.tracker
+        values: dict[str, object] = {}
+        if "accuracy" in final:
+            values["test accuracy"] = f"{final['accuracy']:.4f}"
+        values["test loss"] = f"{final['loss']:.4f}"
+        values["updates"] = f"{trainer.progress.update} in {duration(trainer.progress.seconds)}"
+        speed, rate = final["update_ms"], final["samples_per_second"]
+        values["speed"] = f"{speed:.2f} ms an update, {rate:.0f} samples/s"
+        values["memory"] = f"{final['activation_mib']:.2f} MiB of activations"
+        if "peak_memory_mib" in final:
+            values["memory"] += f", {final['peak_memory_mib']:.0f} MiB at the peak"
+        if trainer.shortage.lines:
+            values["out of memory"] = trainer.shortage.lines[-1]
+        if trainer.stop_reason:
+            values["ended by"] = trainer.stop_reason
+        values["folder"] = self.folder
+        best = self.folder / FOLDER / BEST
+        if best.exists():
+            values["best model"] = best
+        if tracker.run_id:
+            values["run"] = tracker.run_id
+            values["UI"] = tracker.address
+        if tracker.ui_command:
+            values["serve it with"] = tracker.ui_command
+        show_values("summary", values)
+
+
+def announce(config: Config, trainer: Trainer, parts: Parts, unequal: list[Inequality], here: World) -> None:
+    """One line of what is about to happen, and a warning where the window cannot be the larger batch."""
+    steps, batch = trainer.window.steps, parts.splits.train.batch_size
+    window = f"{steps} micro-batches of {config.accum.micro_batch_size}" if steps > 1 else "one micro-batch"
+    if here.size > 1:
+        window += f" on each of {here.size} ranks"
+    numbers = config.precision.name if config.precision else ""
+    if config.accum.loss_scale is not LossScaling.none:
+        numbers = f"loss-scaled {numbers}"
+    console.print(
+        f"{config.model['_target_'].rpartition('.')[2]} on {parts.splits.train.samples} samples, "
+        f"{trainer.total_updates} updates of {batch} samples in {window}, {numbers} "
+        f"on {parts.device} ({device_name(parts.device)})",
+        highlight=False,
+        soft_wrap=True,
+    )
+    warn(unequal)
+
+
+def warn(unequal: list[Inequality]) -> None:
+    for found in unequal[:3]:
+        console.print(f"not the larger batch: {found.module} ({found.kind}): {found.reason}", style="yellow")
+    if len(unequal) > 3:
+        console.print(f"not the larger batch: and {len(unequal) - 3} more modules like these", style="yellow")
+
+
+def split_finer(trainer: Trainer, parts: Parts, record: RunRecord, tags: dict[str, str]) -> None:
+    """Tells the record of a window that ran out of memory, and whether what follows is the larger batch."""
+    train, ranks = parts.splits.train, trainer.window.sync.ranks.size
+    steps = trainer.shortage.steps_of(-(-train.batch_size // ranks))
+    unequal = inequalities(parts.model, train.batch_size, steps, ranks=ranks, last=train.last)
+    warn(unequal)
+    record.tag({**tags, **why_unequal(unequal)})
+
+
+def finals(trainer: Trainer) -> dict[str, float]:
+    """What `final/*` holds: the test split's values and what the run cost."""
+    tested = {key.removeprefix("test/"): value for key, value in trainer.evaluate("test").items()}
+    progress = trainer.progress
+    seconds = max(progress.seconds, 1e-9)
+    final = {
+        **tested,
+        **{key.replace("eval/", "eval_"): v for key, v in trainer.latest.items() if key.startswith("eval/")},
+        "test_samples": float(trainer.splits.test.samples),
+        "updates": float(progress.update),
+        "epochs": float(progress.epoch),
+        "samples": float(progress.samples),
+        "seconds": progress.seconds,
+        "samples_per_second": progress.samples / seconds,
+        "update_ms": 1e3 * seconds / max(progress.update, 1),
+        "activation_mib": progress.activation_bytes / MIB,
+    }
+    if "perf/peak_memory_mib" in trainer.latest:
+        final["peak_memory_mib"] = trainer.latest["perf/peak_memory_mib"]
+    return final

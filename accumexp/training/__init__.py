@@ -1,0 +1,1 @@
+"""The training loop and its parts: callbacks, checkpoints, schedules, losses, metrics, evaluation."""

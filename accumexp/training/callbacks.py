@@ -1,0 +1,186 @@
+"""What may happen around the loop. A callback overrides the events it wants; the rest cost nothing.
+
+Values handed to a callback are plain numbers that were read from the device already. A callback that
+reads the device itself in `update_begin` or `update_end` makes every update wait for it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+if TYPE_CHECKING:
+    from .trainer import Trainer
+
+EVENTS = (
+    "run_begin",
+    "epoch_begin",
+    "update_begin",
+    "measured",
+    "logged",
+    "update_end",
+    "evaluated",
+    "epoch_end",
+    "run_end",
+)
+
+
+class Callback:
+    """Base of all callbacks, in the order in which events happen.
+
+    An event reaches callbacks of a smaller `order` first: those that add values (EMA) before those that
+    act on them, and the one that saves the others' state (checkpoints) last.
+    """
+
+    order = 0
+
+    def check(self, trainer: Trainer, key: str) -> None:
+        """Before anything is opened or trained: raises `UsageError`, naming `key`, if it cannot work here.
+
+        `key` is where the configuration has this callback, such as "callbacks.ema".
+        """
+
+    def run_begin(self, trainer: Trainer) -> None: ...
+
+    def epoch_begin(self, trainer: Trainer) -> None: ...
+
+    def update_begin(self, trainer: Trainer) -> None:
+        """Before the window of `trainer.batch`; `trainer.publishes` says whether it will be measured."""
+
+    def measured(self, trainer: Trainer, values: dict[str, float]) -> None:
+        """After the optimizer's step of an update whose points are published, every `trainer.log_every`.
+
+        What is added to `values` is logged with them. The device may be read here.
+        """
+
+    def logged(self, trainer: Trainer, values: dict[str, float]) -> None:
+        """The points of this update were just read: every `trainer.log_every` updates."""
+
+    def update_end(self, trainer: Trainer) -> None:
+        """After the optimizer's step; `trainer.stop(reason)` ends the run after this update."""
+
+    def evaluated(self, trainer: Trainer, split: str, values: dict[str, float]) -> None:
+        """`split` ("eval" or "test") was evaluated; what is added to `values` is logged with them."""
+
+    def epoch_end(self, trainer: Trainer) -> None: ...
+
+    def run_end(self, trainer: Trainer) -> None:
+        """The loop has ended: finished, stopped or failed."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs: numbers, strings, lists, dicts and tensors."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+def listeners(callbacks: Iterable[Callback]) -> dict[str, list[Callable[..., None]]]:
+    """By event, the methods of those who override it, those of a smaller `order` first."""
+    ordered = sorted(callbacks, key=lambda callback: callback.order)
+    return {
+        event: [getattr(c, event) for c in ordered if getattr(type(c), event) is not getattr(Callback, event)]
+        for event in EVENTS
+    }
+
+
+class LossMonitor(Callback):
+    """Prints a line of loss, metrics, learning rate and speed every `every` updates, when they are read."""
+
+    def __init__(self, every: int = 100) -> None:
+        self.every = every
+        self._next = every
+
+    def run_begin(self, trainer: Trainer) -> None:
+        self._next = (trainer.progress.update // self.every + 1) * self.every if self.every else math.inf
+
+    def logged(self, trainer: Trainer, values: dict[str, float]) -> None:
+        from .progress_display import console, line
+
+        update = trainer.progress.update
+        if update >= self._next:
+            self._next = (update // self.every + 1) * self.every
+            text = f"update {update}/{trainer.total_updates}  {line(values)}"
+            console.print(text, highlight=False, soft_wrap=True)
+
+
+class Best:
+    """Whether a monitored value is the best so far."""
+
+    def __init__(self, monitor: str, mode: str, min_delta: float = 0.0) -> None:
+        self.monitor = monitor
+        self.sign = 1.0 if mode == "max" else -1.0
+        self.min_delta = min_delta
+        self.value: float | None = None
+
+    def improved(self, values: dict[str, float]) -> bool:
+        value = values.get(self.monitor, math.nan)
+        if math.isnan(value):
+            return False
+        if self.value is not None and self.sign * (value - self.value) <= self.min_delta:
+            return False
+        self.value = value
+        return True
+
+
+class EarlyStopping(Callback):
+    """Stops after `patience` evaluations in which `monitor` did not improve by more than `min_delta`."""
+
+    def __init__(
+        self, patience: int = 5, min_delta: float = 0.0, monitor: str = "eval/accuracy", mode: str = "max"
+    ) -> None:
+        self.patience = patience
+        self.best = Best(monitor, mode, min_delta)
+        self.waited = 0
+
+    def evaluated(self, trainer: Trainer, split: str, values: dict[str, float]) -> None:
+        if split != "eval":
+            return
+        self.waited = 0 if self.best.improved(values) else self.waited + 1
+        if self.waited >= self.patience:
+            trainer.stop(f"early stopping: {self.best.monitor} did not improve in {self.waited} evaluations")
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self.best.value, "waited": self.waited}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.best.value, self.waited = state["best"], state["waited"]
+
+
+class EMA(Callback):
+    """Keeps an exponential moving average of the weights, moved once an update, and evaluates it too.
+
+    Adds `ema_<metric>` to what is logged of each split.
+    """
+
+    order = -1
+
+    def __init__(self, decay: float = 0.99) -> None:
+        self.decay = decay
+        self.average: AveragedModel | None = None
+        self._state: dict[str, Any] | None = None
+
+    def run_begin(self, trainer: Trainer) -> None:
+        self.average = AveragedModel(trainer.model, multi_avg_fn=get_ema_multi_avg_fn(self.decay))
+        if self._state:
+            self.average.load_state_dict(self._state)
+
+    def update_end(self, trainer: Trainer) -> None:
+        assert self.average is not None
+        self.average.update_parameters(trainer.model)
+
+    def evaluated(self, trainer: Trainer, split: str, values: dict[str, float]) -> None:
+        assert self.average is not None
+        batches = trainer.splits.test if split == "test" else trainer.splits.eval
+        trainer.window.sync.share_buffers(self.average)
+        averaged = trainer.evaluator(self.average, batches)
+        values.update({f"{split}/ema_{name}": value for name, value in averaged.items()})
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.average.state_dict() if self.average else {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._state = {name: torch.as_tensor(value) for name, value in state.items()}

@@ -1,0 +1,271 @@
+"""Checkpoints: whole or not there, readable without running code, and enough to go on bit for bit."""
+
+from __future__ import annotations
+
+import copy
+import os
+import shutil
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..accum import Ranks
+from ..environment.random_state import random_state, restore_random_state
+from ..errors import UsageError
+from . import shards
+from .callbacks import Best, Callback
+
+if TYPE_CHECKING:
+    from .trainer import Trainer
+
+FORMAT = "accumexp checkpoint 1"
+FOLDER = "checkpoints"
+BEST = "best.pt"
+
+
+def save(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes `content` beside `path` and moves it there in one step, on the disk before it has the name."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("wb") as file:
+            torch.save({"format": FORMAT, **_own_memory(content)}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    if os.name == "posix":
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def _own_memory(content: Any) -> Any:
+    """`content` with tensors that are parts of larger ones copied: torch would save all of the larger one."""
+    if isinstance(content, torch.Tensor):
+        part = content.untyped_storage().nbytes() > content.numel() * content.element_size()
+        return content.clone() if part else content
+    if isinstance(content, dict):
+        found = copy.copy(content)  # a model's state is a dict that knows more
+        found.update({key: _own_memory(value) for key, value in content.items()})
+        return found
+    if isinstance(content, list | tuple):
+        return type(content)(_own_memory(value) for value in content)
+    return content
+
+
+def load(path: Path, in_file: bool = False) -> dict[str, Any]:
+    """The content of a checkpoint, tensors on the CPU. Runs no code from the file.
+
+    With `in_file` tensors stay in the file, which must then be there as long as they are: a look costs no
+    memory.
+
+    Raises:
+        UsageError: if it is missing, damaged (every byte is checked against its CRC), or not ours.
+    """
+    if not path.is_file():
+        raise UsageError(f"checkpoint {path}: no such file")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged:
+            raise UsageError(f"checkpoint {path}: damaged in {damaged}; take an earlier one from its folder")
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=in_file)
+    except UsageError:
+        raise
+    except zipfile.BadZipFile as error:
+        raise UsageError(f"checkpoint {path}: damaged, or not a checkpoint ({error})") from error
+    except Exception as error:
+        reason = str(error).splitlines()[0]
+        raise UsageError(f"checkpoint {path}: not a checkpoint of accumexp ({reason})") from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        found = content.get("format") if isinstance(content, dict) else type(content).__name__
+        raise UsageError(f"checkpoint {path}: of format {found!r}, not {FORMAT!r}")
+    return content
+
+
+def find(where: str | Path, best: bool = False) -> Path:
+    """The checkpoint that `where` means: itself, or the newest (or best) in a run's folder.
+
+    Raises:
+        UsageError: if there is none.
+    """
+    path = Path(where)
+    if not path.is_dir():
+        if path.is_file():
+            return path
+        raise UsageError(f"checkpoint {path}: no such file or folder")
+    folder = path if path.name == FOLDER else path / FOLDER
+    if best and (folder / BEST).is_file():
+        return folder / BEST
+    found = saved_updates(folder)
+    if not found:
+        raise UsageError(f"checkpoint {path}: no checkpoint in {folder}")
+    return found[-1]
+
+
+def saved_updates(folder: Path) -> list[Path]:
+    """The checkpoints by update, oldest first."""
+    return sorted(folder.glob("update-*.pt"))
+
+
+class Checkpoints(Callback):
+    """Saves every so many epochs or updates and on a stop; keeps the last `keep_last` and the best.
+
+    Args:
+        every_epochs, every_updates: how often, or None.
+        keep_last: how many of the newest are kept.
+        monitor, mode: the evaluated value, and whether "max" or "min", that makes `best.pt`.
+    """
+
+    order = 1
+
+    def __init__(
+        self,
+        every_epochs: int | None = 1,
+        every_updates: int | None = None,
+        keep_last: int = 2,
+        monitor: str = "eval/accuracy",
+        mode: str = "max",
+    ) -> None:
+        if keep_last < 1:
+            raise ValueError(f"keep_last={keep_last}: at least 1")
+        self.every_epochs = every_epochs
+        self.every_updates = every_updates
+        self.keep_last = keep_last
+        self.best = Best(monitor, mode)
+        self.folder = Path(FOLDER)
+        self.identity: dict[str, Any] = {}
+        self.before_save: Callable[[], None] = lambda: None
+        self.random_state: Callable[[], dict[str, Any]] = random_state
+        self._evaluated: dict[str, float] = {}
+        self._improved = False
+        self._proven = False
+        self._saved_at: tuple[int, int] | None = None
+
+    def attach(self, folder: Path, identity: dict[str, Any], before_save: Callable[[], None]) -> None:
+        """Where to save, what else to say of the run, and what must be done before a save."""
+        self.folder = folder / FOLDER
+        self.identity = identity
+        self.before_save = before_save
+
+    def update_end(self, trainer: Trainer) -> None:
+        if self.every_updates and trainer.progress.update % self.every_updates == 0:
+            self._save(trainer, {})
+
+    def evaluated(self, trainer: Trainer, split: str, values: dict[str, float]) -> None:
+        if split == "eval":
+            self._evaluated = dict(values)
+            self._improved |= self.best.improved(values)
+
+    def epoch_end(self, trainer: Trainer) -> None:
+        due = self.every_epochs and trainer.progress.epoch % self.every_epochs == 0
+        if due or trainer.finished or self._improved:
+            self._save(trainer, self._evaluated)
+            self._evaluated = {}
+
+    def run_end(self, trainer: Trainer) -> None:
+        if trainer.stop_reason and not self._is_saved(trainer):
+            self._save(trainer, {})
+
+    def know_saved(self, trainer: Trainer) -> None:
+        """The state that `trainer` is in was saved before: it came from there."""
+        self._saved_at = (trainer.progress.update, trainer.progress.epoch)
+
+    def _is_saved(self, trainer: Trainer) -> bool:
+        return self._saved_at == (trainer.progress.update, trainer.progress.epoch)
+
+    def _save(self, trainer: Trainer, evaluated: dict[str, float]) -> None:
+        with trainer.off_the_clock():
+            state = trainer.state_dict()
+            ranks = trainer.window.sync.ranks
+            random, *others = everyone(self.random_state(), ranks)
+            improved, self._improved = self._improved, False
+            self.know_saved(trainer)
+            path = self.folder / f"update-{trainer.progress.update:08d}.pt"
+            parts = shards.save(trainer, path) if trainer.window.sync.sharded else None
+            if ranks.rank:
+                return
+            self.before_save()
+            ended_by = trainer.stop_reason if trainer.stop_code == 1 else None  # and not by a signal
+            told = {"evaluated": evaluated, "ended_by": ended_by}
+            content = {**state, **self.identity, **told, "random": random}
+            save(path, {**content, "random_others": others, shards.KEY: parts})
+            if not self._proven:
+                load(
+                    path, in_file=True
+                )  # a custom class may have put into its state what cannot be read back
+                self._proven = True
+            if improved:
+                _link(path, self.folder / BEST)
+            for old in saved_updates(self.folder)[: -self.keep_last]:
+                old.unlink(missing_ok=True)
+            self._drop_parts()
+
+    def _drop_parts(self) -> None:
+        """Removes the parts that no checkpoint, the best one included, belongs to any more."""
+        best = self.folder / BEST
+        kept = {path.stem for path in saved_updates(self.folder)}
+        for folder in self.folder.glob(f"update-*{shards.SUFFIX}"):
+            if folder.stem not in kept and (
+                not best.exists() or load(best, True).get(shards.KEY) != folder.name
+            ):
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self.best.value}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.best.value = state["best"]
+
+
+def restore(trainer: Trainer, content: Mapping[str, Any], path: Path) -> None:
+    """Puts trainer and random state back to where `content` was saved.
+
+    Raises:
+        UsageError: if the model or optimizer has another shape than the checkpoint's.
+    """
+    parts = shards.folder_of(path, content)
+    if trainer.window.sync.sharded and parts is None:
+        raise UsageError(
+            f"checkpoint {path}: holds a whole model; accum=fsdp goes on from a checkpoint of accum=fsdp"
+        )
+    try:
+        if parts is not None:
+            shards.load(trainer, parts)
+        trainer.load_state_dict(content)
+    except (RuntimeError, ValueError, KeyError, TypeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UsageError(f"checkpoint {path}: does not fit this configuration: {reason}") from error
+    states = [content["random"], *content.get("random_others", [])]
+    rank = trainer.window.sync.ranks.rank
+    if rank < len(states):  # a rank that was not there before keeps the draws of its own seed
+        restore_random_state(states[rank])
+
+
+def everyone(state: Any, ranks: Ranks) -> list[Any]:
+    """`state` of every rank, by rank."""
+    if ranks.size == 1:
+        return [state]
+    import torch.distributed as dist
+
+    found: list[Any] = [None] * ranks.size
+    dist.all_gather_object(found, state, ranks.group)
+    return found
+
+
+def _link(path: Path, name: Path) -> None:
+    """Gives `path` a second name in one step, by a copy where the file system has no links."""
+    partial = name.with_name(f".{name.name}.{os.getpid()}.partial")
+    partial.unlink(missing_ok=True)
+    try:
+        os.link(path, partial)
+    except OSError:
+        shutil.copyfile(path, partial)
+    os.replace(partial, name)

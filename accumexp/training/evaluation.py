@@ -1,0 +1,130 @@
+"""Loss and metrics of a model over a split, every sample counted once."""
+
+from __future__ import annotations
+
+import warnings
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchmetrics import MetricCollection
+
+from ..accum import Ranks, WindowLoss, call, tensors
+from ..accum.ranks import ALONE
+from ..data import Batches
+
+
+class Evaluator:
+    """Evaluates in eval mode and without gradients; the model's mode is put back afterwards.
+
+    Args:
+        loss: as in training; the reported loss is its mean over all items of the split.
+        metrics: torchmetrics by name, on the device of the data.
+        autocast: dtype of `torch.autocast` around the forward pass, or None.
+        ranks: the processes that share the split; all of them must call.
+    """
+
+    def __init__(
+        self,
+        loss: WindowLoss,
+        metrics: MetricCollection,
+        autocast: torch.dtype | None = None,
+        ranks: Ranks = ALONE,
+    ) -> None:
+        self.loss = loss
+        self.metrics = metrics
+        self.autocast = autocast
+        self.ranks = ranks
+
+    @torch.no_grad()
+    def __call__(self, model: nn.Module, batches: Batches) -> dict[str, float]:
+        """`loss` and every metric by name, over all ranks. Waits for the device once, at the end."""
+        was_training = model.training
+        model.eval()
+        self.metrics.reset()
+        total: Tensor | float = 0.0
+        weight: Tensor | float = 0.0
+        device = torch.device("cpu")
+        counts = getattr(self.loss, "counts", True)
+        try:
+            for batch in batches.epoch(0):
+                device = tensors(batch.targets)[0].device
+                with precision(self.autocast, device):
+                    outputs = call(model, batch.inputs)
+                    loss_sum = self.loss.total(outputs, batch.targets)
+                if batch.samples:  # padding is only there for a forward pass that needs every rank
+                    total = total + loss_sum
+                    weight = weight + (self.loss.weight(batch.targets) if counts else 0.0)
+                    self.metrics.update(outputs, batch.targets)
+                weight = weight + (0.0 if counts else 1 / self.ranks.size)
+                del batch, outputs, loss_sum  # or they would live through the next forward
+            if self.ranks.size > 1:
+                sums = [
+                    torch.as_tensor(value, dtype=torch.float64, device=device) for value in (total, weight)
+                ]
+                total, weight = self.ranks.sum(torch.stack(sums)).unbind()
+            values = {"loss": float(total) / (float(weight) or 1.0)}
+            values.update(plain_values(self.metrics))
+        finally:
+            self.metrics.reset()
+            model.train(was_training)
+        return values
+
+
+class WindowMetrics:
+    """Metrics over the micro-batches of one window.
+
+    Small outputs are kept and counted together, because a metric's update costs as much for a
+    micro-batch as for a window; no more than `LARGEST` numbers are kept.
+    """
+
+    LARGEST = 2**16
+
+    def __init__(self, metrics: MetricCollection) -> None:
+        self.metrics = metrics
+        self._kept: list[tuple[Tensor, Tensor]] = []
+        self._size = 0
+
+    def observe(self, outputs: Any, targets: Any) -> None:
+        """Takes a micro-batch's detached outputs and its targets."""
+        if not (isinstance(outputs, Tensor) and isinstance(targets, Tensor)):
+            self.metrics.update(outputs, targets)
+            return
+        self._kept.append((outputs, targets))
+        self._size += outputs.numel()
+        if self._size > self.LARGEST:
+            self._count()
+
+    def forget(self) -> None:
+        """Forgets what was observed: it has not happened."""
+        self._kept.clear()
+        self._size = 0
+        self.metrics.reset()
+
+    def values(self) -> dict[str, float]:
+        """The metrics of what was observed, which is forgotten. Waits for the device."""
+        self._count()
+        values = plain_values(self.metrics)
+        self.metrics.reset()
+        return values
+
+    def _count(self) -> None:
+        if self._kept:
+            outputs, targets = zip(*self._kept, strict=True)
+            self.metrics.update(torch.cat(outputs), torch.cat(targets))
+        self._kept.clear()
+        self._size = 0
+
+
+def plain_values(metrics: MetricCollection) -> dict[str, float]:
+    """The computed value of every metric that is one number, over all ranks."""
+    with warnings.catch_warnings():
+        # A rank without samples has nothing to update, and the other ranks' counts to compute from.
+        warnings.filterwarnings("ignore", message=".*was called before the ``update`` method")
+        computed: dict[str, Any] = metrics.compute() if len(metrics) else {}
+    return {name: float(value) for name, value in computed.items() if torch.as_tensor(value).numel() == 1}
+
+
+def precision(autocast: torch.dtype | None, device: torch.device) -> AbstractContextManager[Any]:
+    return nullcontext() if autocast is None else torch.autocast(device.type, autocast)

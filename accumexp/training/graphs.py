@@ -1,0 +1,137 @@
+"""`trainer.graph=true`: the recorder of a run's graphs, once it is known that its window can be recorded."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..accum import CudaGraphs, GraphedWindow, OptimizerStep, Record, Window
+from ..accum.graph import can_be_recorded
+from ..data import Batch, Batches, ResidentBatches
+from ..environment.random_state import random_state, restore_random_state, same_state
+from ..errors import UsageError
+
+log = logging.getLogger(__name__)
+
+# A replay launches the kernels of the window it was recorded from, so what differs is a sum's order.
+TOLERANCE = 1e-3
+TOLERANCE_16 = 3e-2
+
+
+def graphs(window: Window, train: Batches, device: torch.device) -> Record:
+    """The recorder for windows over `train`.
+
+    Raises:
+        UsageError: with the reason, where such a window cannot be replayed.
+    """
+    if device.type != "cuda":
+        raise UsageError(f"trainer.graph=true: CUDA graphs need a GPU, not device={device}; leave it out")
+    if not isinstance(train, ResidentBatches):
+        raise UsageError(
+            "trainer.graph=true: replays what is on the device, and this data is streamed; "
+            "give data.resident=true, or leave it out"
+        )
+    return tried(window, train, partial(CudaGraphs, device))
+
+
+def tried(window: Window, train: Batches, recorder: Callable[[], Record]) -> Record:
+    """A recorder that was seen to replay a copy of `window`: recorded on one batch, right on another.
+
+    Nothing of the run is changed by it.
+
+    Raises:
+        UsageError: with the reason, if it cannot be recorded or computes something else.
+    """
+    name = type(window.model).__name__
+    before = random_state()
+    try:
+        batches = [next(iter(train.epoch(epoch))) for epoch in (0, 1)]
+        eager, replayed, drawn = _both(window, batches, recorder())
+    except RuntimeError as error:
+        reason = str(error).partition("\n")[0]
+        raise UsageError(f"trainer.graph=true: {name} cannot be recorded as a graph: {reason}") from error
+    finally:
+        restore_random_state(before)
+    if drawn:
+        raise UsageError(
+            f"trainer.graph=true: {name} draws random numbers on the host, which a graph would repeat"
+        )
+    low = window.autocast is not None or any(p.element_size() == 2 for p in window.model.parameters())
+    # A gradient that is zero in theory is all rounding: it is held against a part of the whole.
+    whole = float(torch.stack([wanted.double().norm() for wanted in eager]).norm())
+    every = [
+        float((found - wanted).double().norm()) / max(float(wanted.double().norm()), 1e-3 * whole, 1e-30)
+        for found, wanted in zip(replayed, eager, strict=True)
+    ]
+    off = max(every) if all(map(math.isfinite, every)) else math.nan
+    if not off <= (TOLERANCE_16 if low else TOLERANCE):
+        raise UsageError(
+            f"trainer.graph=true: a replay of {name} is off by {off:.1e} of a gradient's norm: its "
+            "forward does not launch the same kernels for every batch; leave it out"
+        )
+    return recorder()
+
+
+def say_what_is_not(step: OptimizerStep) -> None:
+    """Tells of an optimizer whose step is not recorded."""
+    if not can_be_recorded(step):
+        name = type(step.optimizer).__name__
+        log.warning("trainer.graph: the step of %s is not recorded, only the window is", name)
+
+
+def _both(window: Window, batches: list[Batch], record: Record) -> tuple[list[Tensor], list[Tensor], bool]:
+    """Gradients of the second batch without a graph, and replayed from one recorded on the first.
+
+    And whether the first of these drew on the host.
+    """
+    model = copy.deepcopy(window.model)
+    if getattr(window.model, "_compiled_call_impl", None) is not None:
+        model.compile()  # a copy is not
+    if window.loss_scale is not None:
+        scale = copy.deepcopy(window.loss_scale)
+        scale.scale.fill_(1.0)
+    else:
+        scale = None
+    copied = Window(
+        model,
+        copy.deepcopy(window.loss),
+        window.steps,
+        reduction=window.reduction,
+        autocast=window.autocast,
+        loss_scale=scale,
+        local_loss=True,
+    )
+    graphed = GraphedWindow(copied, record)
+    start = random_state()
+
+    def gradients(batch: Batch) -> list[Tensor]:
+        restore_random_state(start)
+        model.zero_grad(set_to_none=False)
+        options: dict[str, Any] = {
+            "steps": batch.steps,
+            "samples": batch.samples,
+            "weight": batch.known_weight,
+        }
+        graphed.backward(batch.inputs, batch.targets, **options)
+        return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+    first, second = batches
+    gradients(first)
+    on_host = _host(model, start)
+    eager = gradients(second)
+    drawn = not same_state(on_host, _host(model, random_state(devices=False)))
+    gradients(first)
+    return eager, gradients(second), drawn
+
+
+def _host(model: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
+    """Of a random state what is the host's alone: not torch's generator where `model` draws from it."""
+    keys = ("python", "numpy", "torch") if next(model.parameters()).is_cuda else ("python", "numpy")
+    return {key: state[key] for key in keys}

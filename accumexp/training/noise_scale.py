@@ -1,0 +1,254 @@
+"""The gradient noise scale while training: how many samples an update is worth averaging over.
+
+McCandlish et al., "An Empirical Model of Large-Batch Training" (arXiv 1812.06162): with G the gradient of the
+true loss and Sigma the covariance of one sample's gradient, a batch of B samples has the gradient G with a
+variance of tr(Sigma) / B, and tr(Sigma) / |G|^2, in samples, is where noise and gradient are of one size. Far
+below it a twice larger batch saves almost half of the updates; far above it saves none.
+
+Both are estimated without bias from the gradients of parts of a batch (appendix A.1, here for parts of
+unequal weight), smoothed apart, and divided last: the mean of a ratio is not the ratio of the means.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..accum import MicroBatch, Window
+from ..errors import UsageError
+from .callbacks import Callback
+
+if TYPE_CHECKING:
+    from .trainer import Trainer
+
+log = logging.getLogger(__name__)
+
+
+class GradientNoise(Callback):
+    """Base of both estimators: smooths what they find at published updates, and logs it.
+
+    `train/gradient_square` is |G|^2, `train/gradient_variance` tr(Sigma) of one sample, both averaged with
+    weights that fall by `decay` from one estimate to the next (bias-corrected, as Adam's moments are), and
+    `train/noise_scale` is their ratio, in samples. An estimate may be negative, as one without bias of
+    something small must be. It is counted; while the average of |G|^2 is not above 0, or that of tr(Sigma)
+    is below 0, no point is logged.
+
+    Args:
+        decay: from 0 (only the newest estimate) to below 1.
+
+    Raises:
+        ValueError: for another decay.
+    """
+
+    def __init__(self, decay: float) -> None:
+        if not 0 <= decay < 1:
+            raise ValueError(f"decay={decay}: from 0 to below 1")
+        self.decay = decay
+        self.estimates = 0
+        self.square = 0.0
+        self.variance = 0.0
+
+    def check(self, trainer: Trainer, key: str) -> None:
+        others = [c for c in trainer.callbacks.values() if isinstance(c, GradientNoise) and c is not self]
+        if others:
+            raise UsageError(f"{key}: another callback logs train/noise_scale already, leave one out")
+        if trainer.window.sync.sharded:
+            raise UsageError(f"{key}: accum=fsdp has no whole gradients to estimate the noise from")
+
+    def count(self, square: float, variance: float) -> dict[str, float]:
+        """Takes one estimate of |G|^2 and tr(Sigma); what there is to log then."""
+        if not (math.isfinite(square) and math.isfinite(variance)):
+            return {}
+        self.estimates += 1
+        self.square += (1 - self.decay) * (square - self.square)
+        self.variance += (1 - self.decay) * (variance - self.variance)
+        counted = 1 - self.decay**self.estimates
+        square, variance = self.square / counted, self.variance / counted
+        if square <= 0 or variance < 0:
+            return {}
+        return {
+            "train/noise_scale": variance / square,
+            "train/gradient_variance": variance,
+            "train/gradient_square": square,
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"estimates": self.estimates, "square": self.square, "variance": self.variance}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.estimates, self.square, self.variance = (
+            state[name] for name in ("estimates", "square", "variance")
+        )
+
+
+class NoiseScale(GradientNoise):
+    """Estimates the noise from the gradients that the window's own micro-batches add, at no backward more.
+
+    The K micro-batches have mean gradients m_k over weights W_k, and the window has T = sum_k a_k m_k. Where
+    the variance of a mean falls with its weight, as s / W_k,
+
+        E sum_k W_k |m_k|^2 = (sum_k W_k) |G|^2 + K s        over the micro-batches that were seen alone,
+        E |T|^2 = (sum_k a_k)^2 |G|^2 + (sum_k a_k^2 / W_k) s        over all,
+
+    two equations that are solved for |G|^2 and s. For equal micro-batches this is appendix A.1 of the paper.
+
+    A sample is the one that `data.batch_size` counts, and what is logged does not depend on what the loss
+    calls a weight: tr(Sigma) = s * samples / sum_k W_k, and G is the gradient of the mean over the items,
+    with `accum.reduction=sum` too. With class weights or valid tokens the noise of a sample is that of its
+    part in the weighted mean; samples of unequal weight then leave a bias of order 1 / (samples in a
+    micro-batch). Gradients are those before clipping, divided by the loss scale; a window that overflowed
+    is not counted.
+
+    It needs windows of 2 micro-batches or more, and keeps one copy of the gradient in the windows that are
+    published. On several ranks every micro-batch of every rank counts, but the last of each, in whose
+    backward the gradients of the ranks are added.
+    """
+
+    def __init__(self, decay: float = 0.9) -> None:
+        super().__init__(decay)
+        self._window: Window | None = None
+        self._before: dict[Tensor, Tensor] = {}
+        self._seen: list[Tensor] = []
+        self._whole: Tensor | None = None
+
+    def check(self, trainer: Trainer, key: str) -> None:
+        super().check(trainer, key)
+        if trainer.window.fp32_buffers:
+            raise UsageError(f"{key}: accum.fp32_buffers=true keeps a window's gradients where none can look")
+
+    def run_begin(self, trainer: Trainer) -> None:
+        if trainer.window.steps == 1 and trainer.window.sync.ranks.rank == 0:
+            log.warning(
+                "train/noise_scale: not estimated from a window of one micro-batch, give accum.steps=2 or "
+                "more, or take callbacks=sample_noise_scale"
+            )
+
+    def update_begin(self, trainer: Trainer) -> None:
+        # One of a single micro-batch too: it may be split, if there is no memory for it.
+        if trainer.publishes:
+            self.watch(trainer.window)
+
+    def watch(self, window: Window) -> None:
+        """Observes the next window, without waiting for the device, up to `measured`."""
+        self._window = window
+        window.after_micro_batch.append(self._observe)
+        window.forgotten.append(self._forget)
+
+    def measured(self, trainer: Trainer, values: dict[str, float]) -> None:
+        if self._window is None:
+            return
+        self._window.after_micro_batch.remove(self._observe)
+        self._window.forgotten.remove(self._forget)
+        ranks, self._window = self._window.sync.ranks, None
+        assert self._whole is not None
+        own = torch.stack(self._seen).sum(0) if self._seen else self._whole.new_zeros(len(Sums._fields))
+        *sums, whole = torch.cat([ranks.sum(own), self._whole.reshape(1)]).tolist()
+        self._seen.clear()
+        values.update(self.count(*solved(Sums(*sums), whole)))
+
+    def _forget(self) -> None:
+        self._before.clear()
+        self._seen.clear()
+        self._whole = None
+
+    @torch.no_grad()
+    def _observe(self, micro: MicroBatch) -> None:
+        window = self._window
+        assert window is not None
+        added = micro.last and window.sync.ranks.size > 1
+        scale = 1.0 if window.loss_scale is None else window.loss_scale.scale.double()
+        if micro.last:
+            self._whole = _square(window.sync.gradients(), micro.share) / scale**2
+        part = None if added else self._grown(window, micro) / (scale * window.sync.factor) ** 2
+        if micro.last:
+            self._before.clear()
+        if micro.samples:
+            weight: Any = float(micro.samples)
+            if getattr(window.loss, "counts", True):
+                weight = window.loss.weight(micro.targets)
+            self._seen.append(_row(part, weight, micro))
+
+    def _grown(self, window: Window, micro: MicroBatch) -> Tensor:
+        """|c|^2 of what this micro-batch has added to `.grad`, float64 of shape ()."""
+        parts = []
+        for parameter in window.model.parameters():
+            if parameter.grad is None:
+                continue
+            before = self._before.get(parameter)
+            parts.append(parameter.grad if before is None else before.sub_(parameter.grad))
+        square = _square(parts, micro.share)
+        for parameter in () if micro.last else window.model.parameters():
+            if parameter.grad is None:
+                continue
+            if parameter in self._before:
+                self._before[parameter].copy_(parameter.grad)
+            else:
+                self._before[parameter] = parameter.grad.clone()
+        return square
+
+
+class Sums(NamedTuple):
+    """What `NoiseScale`'s two equations need of the micro-batches, over all ranks.
+
+    Attributes:
+        squares: of W_k |m_k|^2 over the micro-batches that were seen alone.
+        weight_seen, seen: of their W_k, and their number.
+        own, own_square: of a_k and of a_k^2 / W_k over all micro-batches.
+        weight, samples: of the window.
+    """
+
+    squares: float
+    weight_seen: float
+    seen: float
+    own: float
+    own_square: float
+    weight: float
+    samples: float
+
+
+def solved(sums: Sums, whole: float) -> tuple[float, float]:
+    """|G|^2 and tr(Sigma) from the sums and from `whole`, |T|^2; nan where they do not tell."""
+    determinant = sums.seen * sums.own**2 - sums.weight_seen * sums.own_square
+    if not determinant > 1e-9 * sums.seen * sums.own**2:
+        return math.nan, math.nan
+    square = (sums.seen * whole - sums.own_square * sums.squares) / determinant
+    spread = (sums.own**2 * sums.squares - sums.weight_seen * whole) / determinant
+    return square, spread * sums.samples / sums.weight
+
+
+def _row(part: Tensor | None, weight: Tensor | float, micro: MicroBatch) -> Tensor:
+    """What a micro-batch adds to `Sums`, float64 of shape (7,).
+
+    With c = a m = (W share) m it is W |m|^2 = |c|^2 / (W share^2). What weighs nothing adds nothing.
+    """
+    device = micro.share.device
+    share = micro.share.double()
+    weight = number(weight, device)
+    some = (weight > 0).double()
+    seen = some * (part is not None)
+    per_weight = weight * share.square()
+    alone = torch.zeros_like(weight) if part is None else torch.where(weight > 0, part / per_weight, 0.0)
+    samples = torch.full_like(weight, micro.samples)
+    return torch.stack([alone, weight * seen, seen, weight * share, per_weight, weight, samples])
+
+
+def number(value: Tensor | float, device: torch.device) -> Tensor:
+    """`value` as float64 of shape (), without a copy that the host would wait for."""
+    if isinstance(value, Tensor):
+        return value.to(device, torch.float64)
+    return torch.full((), value, dtype=torch.float64, device=device)
+
+
+def _square(tensors: list[Tensor], like: Tensor) -> Tensor:
+    """The sum of the tensors' squared 2-norms, float64 of shape () on the device of `like`."""
+    if not tensors:
+        return like.new_zeros((), dtype=torch.float64)
+    norms = [
+        torch.linalg.vector_norm(t, dtype=torch.promote_types(t.dtype, torch.float32)).double()
+        for t in tensors
+    ]
+    return torch.stack(norms).square().sum()

@@ -1,0 +1,136 @@
+"""What a run does when its device has no memory left: it splits finer and says so, or says what to change."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ..accum import OutOfMemory, Recovery, Window, WindowResult, is_out_of_memory
+from ..data import Batch
+from ..environment.console import console
+from ..errors import TrainingError
+
+_log = logging.getLogger(__name__)
+# The tag of a run in which a window was split finer.
+OUT_OF_MEMORY = "accumexp.out_of_memory"
+
+
+class Shortage:
+    """Runs windows, and keeps which of them ran out of memory.
+
+    Args:
+        recover: split such a window finer, on all ranks, and all that follow; without it, or where
+            `Recovery.refusal` says that it cannot be, the run ends.
+        backward: in the place of `Window.backward`, where nothing is split finer.
+
+    Attributes:
+        lines: one for each time, of update, place and the new split.
+        listeners: called with `tags` when there is a new one.
+        steps: by update, the micro-batches of the windows that were split, until somebody takes them.
+    """
+
+    def __init__(
+        self, window: Window, recover: bool, backward: Callable[..., WindowResult] | None = None
+    ) -> None:
+        self.window = window
+        self.plain = backward or window.backward
+        refusal = Recovery.refusal(window)
+        # What recorded windows cannot do either: they are replayed as they are.
+        self._may_recover = refusal is None and backward is None
+        if recover and refusal is not None:
+            _log.info("a window that runs out of memory ends the run: %s", refusal)
+        self.recovery = Recovery(window, self._hear) if recover and refusal is None else None
+        self.lines: list[str] = []
+        self.listeners: list[Callable[[dict[str, str]], None]] = []
+        self.steps: dict[int, int] = {}
+        self._update = 0
+
+    def backward(self, update: int, batch: Batch, observe: Any) -> WindowResult:
+        """The window of `batch` in `update`.
+
+        Raises:
+            TrainingError: if there is no memory, and no finer split that would help or may be made.
+        """
+        self._update = update
+        known = len(self.lines)
+        backward = self.plain if self.recovery is None else self.recovery.backward
+        try:
+            result = backward(
+                batch.inputs,
+                batch.targets,
+                steps=batch.steps,
+                samples=batch.samples,
+                weight=batch.known_weight,
+                observe=observe,
+            )
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise TrainingError(self._without_hope(error)) from error
+            raise
+        if len(self.lines) > known:
+            self.steps[update] = result.steps
+        return result
+
+    @property
+    def tags(self) -> dict[str, str]:
+        """What the run's record is to say of it."""
+        return {OUT_OF_MEMORY: "; ".join(self.lines)[:5000]} if self.lines else {}
+
+    def _hear(self, what: OutOfMemory) -> None:
+        rank = f" on rank {what.rank}" if self.window.sync.ranks.size > 1 else ""
+        place = f"micro-batch {what.micro_batch + 1} of {what.steps}{rank}"
+        self.lines.append(
+            f"update {self._update}: out of memory in {place}; "
+            f"from here on micro-batches of {what.at_most} samples at most"
+        )
+        console.print(self.lines[-1], style="yellow", highlight=False, soft_wrap=True)
+        for listener in self.listeners:
+            listener(self.tags)
+
+    def steps_of(self, samples: int) -> int:
+        """Micro-batches of a whole window in which a rank has `samples` at most."""
+        at_most = self.recovery.at_most if self.recovery else None
+        return self.window.steps if at_most is None else max(self.window.steps, -(-samples // at_most))
+
+    def _without_hope(self, error: Exception) -> str:
+        window = self.window
+        rank = f" on rank {window.sync.ranks.rank}" if window.sync.ranks.size > 1 else ""
+        text = f"update {self._update}: out of memory{rank} ({first_line(error)})"
+        if self.recovery is not None:
+            return f"{text}; no finer split helps: take a smaller model, precision=bf16 or accum=fsdp"
+        halves = f"{text}: accum.steps={2 * window.steps} halves the micro-batches"
+        return f"{halves}, and accum.recover=true does it by itself" if self._may_recover else halves
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"lines": list(self.lines), "recovery": self.recovery.state_dict() if self.recovery else {}}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.lines[:] = state["lines"]
+        if self.recovery is not None and state["recovery"]:
+            self.recovery.load_state_dict(state["recovery"])
+
+
+class NoMemoryFor:
+    """A context in which out of memory, where no split helps, becomes one line that says what to change.
+
+    It can be entered any number of times.
+
+    Raises:
+        TrainingError: in place of the error.
+    """
+
+    def __init__(self, what: str, advice: str) -> None:
+        self.what = what
+        self.advice = advice
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, Exception) and is_out_of_memory(error):
+            text = f"out of memory in {self.what} ({first_line(error)}): {self.advice}"
+            raise TrainingError(text) from error
+
+
+def first_line(error: BaseException) -> str:
+    return str(error).partition("\n")[0][:200] or type(error).__name__

@@ -1,0 +1,194 @@
+"""The gradient noise scale from the gradients of single samples, for windows of any number of steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ..accum import WindowLoss, map_tensors
+from ..accum.batch import Nested, batch_size
+from ..environment.random_state import derive_seed, drawn_from
+from ..errors import UsageError
+from .noise_scale import GradientNoise, number
+from .out_of_memory import NoMemoryFor
+
+if TYPE_CHECKING:
+    from .trainer import Trainer
+
+
+class SampleNoiseScale(GradientNoise):
+    """Estimates the noise from the gradients of an update's first samples, one by one.
+
+    It looks before the window, at the weights of the update, in the parameters' own precision (no
+    autocast, and so no loss scale either: a window that is skipped is counted). What it costs is off the
+    clock of `perf/*`: about the forward and backward of `samples` samples. Dropout draws differ from
+    sample to sample and leave the draws of the training as they were.
+
+    A sample is one that `data.batch_size` counts. Under weights (of classes, of valid tokens) its noise is
+    that of its part in the weighted mean: see `sample_moments`. On several ranks each looks at samples of
+    its own, and the estimates of the ranks are averaged.
+
+    Args:
+        samples: of each update that is looked at and of each rank, the first ones.
+        chunk: samples whose gradients are held at once.
+        every: published points from one look to the next; the first is looked at.
+        decay: of `GradientNoise`.
+
+    Raises:
+        ValueError: for less than 2 samples, or a chunk or interval below 1.
+    """
+
+    def __init__(self, samples: int = 64, chunk: int = 16, every: int = 1, decay: float = 0.9) -> None:
+        super().__init__(decay)
+        if samples < 2:
+            raise ValueError(f"samples={samples}: a variance needs at least 2")
+        if chunk < 1 or every < 1:
+            raise ValueError(f"chunk={chunk} and every={every}: at least 1")
+        self.samples = samples
+        self.chunk = chunk
+        self.every = every
+        self.published = 0
+        self._found: Tensor | None = None
+
+    def check(self, trainer: Trainer, key: str) -> None:
+        super().check(trainer, key)
+        model = trainer.model
+        training = model.training
+        for name, module in model.train().named_modules():
+            if isinstance(module, _BatchNorm) and module.training:
+                kind, where = type(module).__name__, f" {name}" if name else ""
+                raise UsageError(
+                    f"{key}: there is no gradient of a single sample where {kind}{where} takes the batch's "
+                    "statistics, callbacks=noise_scale needs none"
+                )
+        batch = next(iter(trainer.splits.train.epoch(0)))
+        try:
+            self._look(trainer, batch.inputs, batch.targets, 2)
+        except Exception as error:
+            lines = str(error).splitlines() or [type(error).__name__]
+            raise UsageError(
+                f"{key}: torch.func.vmap cannot run this model and loss on single samples: {lines[0][:200]}"
+            ) from error
+        finally:
+            model.train(training)
+
+    def update_begin(self, trainer: Trainer) -> None:
+        if not trainer.publishes or self.published % self.every:
+            return
+        batch = trainer.batch
+        assert batch is not None
+        no_memory = NoMemoryFor("callbacks=sample_noise_scale", "lower its chunk, samples held at once")
+        with trainer.off_the_clock(), no_memory:
+            count = min(self.samples, batch.samples)
+            self._found = self._look(trainer, batch.inputs, batch.targets, count)
+
+    def measured(self, trainer: Trainer, values: dict[str, float]) -> None:
+        self.published += 1
+        if self._found is None:
+            return
+        looked, square, variance = trainer.window.sync.ranks.sum(self._found).tolist()
+        self._found = None
+        if looked:
+            values.update(self.count(square / looked, variance / looked))
+
+    def _look(self, trainer: Trainer, inputs: Nested, targets: Nested, count: int) -> Tensor:
+        """(1, |G|^2, tr(Sigma)) of the first `count` samples, float64 of shape (3,); zeros of less than 2."""
+        window = trainer.window
+        inputs, targets = (map_tensors(lambda t: t[:count], batch) for batch in (inputs, targets))
+        seed = derive_seed("noise", trainer.progress.update, window.sync.ranks.rank)
+        with _undisturbed(seed, trainer.device):
+            return sample_moments(window.model, window.loss, inputs, targets, self.chunk)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "published": self.published}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.published = state["published"]
+
+
+def sample_moments(model: nn.Module, loss: WindowLoss, inputs: Nested, targets: Nested, chunk: int) -> Tensor:
+    """|G|^2 and tr(Sigma) of a batch, without bias, from the gradient of every sample in it.
+
+    Sample i has the weight w_i and adds c_i / W to the batch's gradient T, where c_i is the gradient of its
+    summed loss and W = sum_i w_i. Of the n samples v weigh something. Then
+
+        var T = v / (v - 1) * sum_i |c_i - w_i T|^2 / W^2,    tr(Sigma) = n var T,    |G|^2 = |T|^2 - var T.
+
+    For equal weights that is the covariance's own unbiased estimate; for others it is the linearised
+    variance of a ratio of means (Cochran, "Sampling Techniques", chapter 6), biased by an order of 1 / n.
+
+    Holds the gradients of `chunk` samples, and two more in float64.
+
+    Returns:
+        (1, |G|^2, tr(Sigma)), float64 of shape (3,), on the device; zeros where v < 2.
+    """
+    samples = batch_size((inputs, targets))
+    parameters = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    device = next(iter(parameters.values())).device
+    plain = {name: torch.zeros_like(p, dtype=torch.float64) for name, p in parameters.items()}
+    weighted = {name: torch.zeros_like(total) for name, total in plain.items()}
+    with torch.no_grad():
+        each_weight = [number(loss.weight(_rows(targets, i, i + 1)), device) for i in range(samples)]
+    weights = torch.stack(each_weight) if each_weight else torch.zeros(0, dtype=torch.float64, device=device)
+    squares = torch.zeros((), dtype=torch.float64, device=device)
+    gradient = vmap(grad(_summed(model, loss)), in_dims=(None, 0, 0), randomness="different")
+    for begin in range(0, samples, chunk):
+        own = weights[begin : begin + chunk]
+        found = gradient(
+            parameters, _rows(inputs, begin, begin + chunk), _rows(targets, begin, begin + chunk)
+        )
+        for name, each in found.items():
+            each = each.double()
+            squares += each.square().sum()
+            plain[name] += each.sum(0)
+            weighted[name] += torch.tensordot(own, each, 1)
+    weight = weights.sum()
+    mean_square = _dot(plain, plain) / weight.square()
+    spread = squares - 2 * _dot(plain, weighted) / weight + mean_square * weights.square().sum()
+    some = weights.count_nonzero().double()
+    variance = some / (some - 1) * spread / weight.square()
+    moments = torch.stack([torch.ones_like(weight), mean_square - variance, samples * variance])
+    return torch.where(some < 2, 0.0, moments)
+
+
+def _summed(model: nn.Module, loss: WindowLoss) -> Callable[..., Tensor]:
+    """The weighted sum of one sample's losses as a function of the parameters. Buffers stay as they are."""
+
+    def total(parameters: dict[str, Tensor], inputs: Nested, targets: Nested) -> Tensor:
+        inputs, targets = (map_tensors(lambda t: t.unsqueeze(0), one) for one in (inputs, targets))
+        # Copied in here, because what is differentiated may only write to what it has made itself.
+        buffers = {name: b.detach().clone() for name, b in model.named_buffers()}
+        if isinstance(inputs, Mapping):
+            outputs = functional_call(model, (parameters, buffers), (), dict(inputs))
+        else:
+            given = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
+            outputs = functional_call(model, (parameters, buffers), given)
+        return loss.total(outputs, targets)
+
+    return total
+
+
+def _rows(batch: Nested, begin: int, end: int) -> Nested:
+    return map_tensors(lambda t: t[begin:end], batch)
+
+
+def _dot(one: dict[str, Tensor], other: dict[str, Tensor]) -> Tensor:
+    return torch.stack([(one[name] * other[name]).sum() for name in one]).sum()
+
+
+@contextmanager
+def _undisturbed(seed: int, device: torch.device) -> Iterator[None]:
+    """Draws inside leave no trace: those of the CPU come from `seed`, a device's are put back."""
+    if device.type == "cpu":
+        with drawn_from(seed):
+            yield
+        return
+    with drawn_from(seed), torch.random.fork_rng([device], device_type=device.type):
+        yield
