@@ -44,7 +44,7 @@ class Accumexp(Contender):
         from accumexp.cli import conf_dir
         from accumexp.config.schema import TrackingConfig, from_hydra
         from accumexp.run.record import RunRecord, open_tracker, write_config
-        from accumexp.run.spec import Order
+        from accumexp.run.spec import RunSpec
         from accumexp.tracking import Store
         from accumexp.training.experiment import build_parts, build_trainer
 
@@ -82,7 +82,7 @@ class Accumexp(Contender):
         self.trainer = build_trainer(config, parts, self.record)
         self.model, self.optimizer = parts.model, self.trainer.optimizer
         write_config(folder, config)
-        order = Order(config, folder, None, None, "python -m benchmarks.window")
+        order = RunSpec(config, folder, None, None, "python -m benchmarks.window")
         self.record.tracker = open_tracker(order, Store(config.tracking), parts, {}, None, None)
         stop = self.trainer.callbacks["stop"]
         assert isinstance(stop, StopAtUpdate)

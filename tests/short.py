@@ -62,14 +62,14 @@ class Starved(Callback):
 
     def run_begin(self, trainer: Trainer) -> None:
         trainer.model.register_forward_hook(lambda *_: self._forward(trainer))
-        trainer.window.forgotten.append(self._again)
+        trainer.window.on_discard.append(self._again)
 
     def _again(self) -> None:
         self._calls = 0
 
     def _forward(self, trainer: Trainer) -> None:
-        here = self.rank in (None, trainer.window.sync.ranks.rank)
-        if not here or trainer.progress.update + 1 != self.at or self._failed >= self.times:
+        concerned = self.rank in (None, trainer.window.sync.ranks.rank)
+        if not concerned or trainer.progress.update + 1 != self.at or self._failed >= self.times:
             return
         call, self._calls = self._calls, self._calls + 1
         if call == self.micro_batch:

@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy
 from torch.optim import SGD
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from accumexp.environment.ranks import World
+from accumexp.environment.ranks import RankInfo
 from accumexp.proof import Certificate, certify
 from accumexp.proof.arguments import batches_of
 from accumexp.proof.certify import Proof
@@ -24,11 +24,11 @@ from accumexp.proof.gradients import DOUBLE
 from accumexp.proof.problem import Problem, Start, cast
 from accumexp.prove import session as certifying
 from accumexp.prove.experiment import problem_of, prove_experiment
-from accumexp.prove.session import Certifying
-from accumexp.prove.trainer_loop import OwnLoop
+from accumexp.prove.session import ProofSession
+from accumexp.prove.trainer_loop import TrainerLoop
 from accumexp.run import session as runner
 from accumexp.run.session import Run
-from accumexp.run.spec import Order
+from accumexp.run.spec import RunSpec
 from accumexp.tracking import MLflowTracker, Store
 from accumexp.training.callbacks import Callback
 from accumexp.training.experiment import build_parts
@@ -42,10 +42,10 @@ SMALL = ("device=cpu", "model=mlp", "model.hidden=[8]", "data.image_size=8", "ac
 
 def test_only_the_newest_trainer_of_the_runs_own_loop_is_kept() -> None:
     config = composed(*SMALL)
-    here = World()
-    problem = problem_of(config, build_parts(config, here), here)
+    rank_info = RankInfo()
+    problem = problem_of(config, build_parts(config, rank_info), rank_info)
     loop = problem.train_window
-    assert isinstance(loop, OwnLoop)
+    assert isinstance(loop, TrainerLoop)
     models = []
     for _ in range(5):
         start = Start(problem, DOUBLE)
@@ -60,7 +60,7 @@ def test_only_the_newest_trainer_of_the_runs_own_loop_is_kept() -> None:
 def test_a_proofs_memory_is_released_before_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     left: list[Any] = []
 
-    def certified(config: Any, here: Any, folder: Any) -> dict[str, str]:
+    def certified(config: Any, rank_info: Any, folder: Any) -> dict[str, str]:
         model = nn.Linear(2, 2)
         model.register_forward_hook(lambda *_: model)  # a cycle, as hooks make them
         left.append(weakref.ref(model))
@@ -68,17 +68,17 @@ def test_a_proofs_memory_is_released_before_the_run(tmp_path: Path, monkeypatch:
 
     class Reached(Exception): ...
 
-    def reached(config: Any, here: Any) -> None:
+    def reached(config: Any, rank_info: Any) -> None:
         assert left[0]() is None
         raise Reached
 
     monkeypatch.setattr(certifying, "certified", certified)
     monkeypatch.setattr(runner, "build_parts", reached)
-    order = Order(composed(*SMALL, "prove=true", "tracking=none"), tmp_path, None, None, "")
+    order = RunSpec(composed(*SMALL, "prove=true", "tracking=none"), tmp_path, None, None, "")
     gc.disable()
     try:
         with pytest.raises(Reached):
-            Run(order, World()).execute()
+            Run(order, RankInfo()).execute()
     finally:
         gc.enable()
 
@@ -92,11 +92,11 @@ def test_a_certificate_that_cannot_be_kept_leaves_no_run_running(
 
     store = f"tracking.uri=sqlite:///{tmp_path / 'mlflow.db'}"
     config = composed(*SMALL, store, "proof.updates=1")
-    parts = build_parts(config, World())
+    parts = build_parts(config, RankInfo())
     monkeypatch.setattr(certifying, "prove_experiment", lambda *_: (Certificate([]), parts))
     monkeypatch.setattr(MLflowTracker, "artifact", full)
     with pytest.raises(OSError, match="disk is full"):
-        Certifying(Order(config, tmp_path, None, None, ""), World()).execute()
+        ProofSession(RunSpec(config, tmp_path, None, None, ""), RankInfo()).execute()
     found = Store(config.tracking).client.search_runs([Store(config.tracking).experiment_id])
     assert [run.info.status for run in found] == ["FAILED"]
 
@@ -236,7 +236,7 @@ class Impatient(Callback):
 )
 def test_a_callback_that_stops_the_run_does_not_stop_its_proof(callback: str) -> None:
     config = composed(*SMALL, "proof.updates=40", callback)
-    found, _ = prove_experiment(config, World(), lambda stage: None)
+    found, _ = prove_experiment(config, RankInfo(), lambda stage: None)
     assert str(found) == "proved"
     by_name = {check.name: check for check in found.checks}
     assert "gradient, 40 updates" in by_name

@@ -34,7 +34,7 @@ def sweep(tmp_path: Path) -> Iterator[Path]:
         begin_launch(folder, Launch("python -m accumexp.run", [f"seed={launch}"], []))
         over(folder, launch, status)
     yield folder
-    SweepFolder.current, SweepFolder.here = None, ()
+    SweepFolder.current, SweepFolder.own_launches = None, ()
 
 
 def over(folder: Path, launch: int, status: str, **more: Any) -> Path:
@@ -57,7 +57,7 @@ def parent(folder: Path, store: Store, uri: str = "") -> str:
 
 def close(folder: Path, launch: int, changes: Mapping[str, str] | None = None) -> None:
     with closing_sweep([], changes):
-        SweepFolder.current, SweepFolder.here = folder, (launch,)
+        SweepFolder.current, SweepFolder.own_launches = folder, (launch,)
 
 
 def status(store: Store, run_id: str) -> str:

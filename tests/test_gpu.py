@@ -24,7 +24,7 @@ from accumexp.accum import (
 from accumexp.config.schema import settled
 from accumexp.data import ResidentBatches
 from accumexp.environment.random_state import random_state
-from accumexp.environment.ranks import World
+from accumexp.environment.ranks import RankInfo
 from accumexp.errors import UsageError
 from accumexp.models import LeNet5
 from accumexp.plan.auto_steps import agreed
@@ -363,7 +363,7 @@ def test_auto_steps_stay_below_the_limit_on_the_gpu(share: float) -> None:
         assert point.measured and abs(point.predicted / point.measured - 1) < 0.1
     limit = int(least + share * (most - least))
     config = composed(*overrides, f"accum.memory_limit={limit}")
-    point, _ = agreed(config, World())
+    point, _ = agreed(config, RankInfo())
     found = settled(config, point.steps)
     found.trainer.max_updates = 3
     torch.cuda.empty_cache()

@@ -219,7 +219,10 @@ def test_a_model_that_cannot_be_recorded_is_refused_and_nothing_is_changed() -> 
 
         return replay
 
-    for recorder, says in ((refuses, "operation not permitted"), (forgets, "a replay of LeNet5 is off by")):
+    for recorder, says in (
+        (refuses, "operation not permitted"),
+        (forgets, "a replay of LeNet5 is off by"),
+    ):
         with pytest.raises(UsageError, match=says) as refused:
             graphs.tried(trainer.window, trainer.splits.train, lambda recorder=recorder: recorder)
         assert str(refused.value).startswith("trainer.graph=true: ")

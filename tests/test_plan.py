@@ -26,13 +26,13 @@ from accumexp.config.schema import Config, from_hydra, settled, to_plain
 from accumexp.config.sizes import batch_sizes, in_bytes
 from accumexp.data import ResidentBatches
 from accumexp.environment.device import _free_of_group  # pyright: ignore[reportPrivateUsage]
-from accumexp.environment.ranks import World
+from accumexp.environment.ranks import RankInfo
 from accumexp.errors import UsageError
 from accumexp.plan.auto_steps import agreed, planned
 from accumexp.plan.frontier import explored
 from accumexp.plan.planner import Limit, Planner, Point, out_of_memory
 from accumexp.plan.trial_run import Rehearsal, rehearsing
-from accumexp.run.spec import Order
+from accumexp.run.spec import RunSpec
 from accumexp.training.checkpoint import load, save
 from accumexp.training.experiment import build_parts, build_trainer
 
@@ -50,7 +50,7 @@ BERT = [*AUTO, "experiment=text_bert", "scheduler.warmup_updates=0", "model.laye
 BERT += ["data.batch_size=24", "data.eval_batch_size=4"]
 
 
-def taken_by(config: Config, path: Path, rank: World | None = None, updates: int = 2) -> int:
+def taken_by(config: Config, path: Path, rank: RankInfo | None = None, updates: int = 2) -> int:
     """The most bytes of tensors that were alive in a run of `config`: of `updates` and their evaluation."""
     config.trainer.max_updates = config.trainer.log_every = updates
     config.callbacks.clear()
@@ -59,8 +59,8 @@ def taken_by(config: Config, path: Path, rank: World | None = None, updates: int
     data = [
         t for b in every if isinstance(b, ResidentBatches) for t in tensors((b.inputs, b.targets, b.indices))
     ]
-    here = held_bytes([*parts.model.parameters(), *parts.model.buffers(), *data])
-    return here + allocated(lambda: build_trainer(config, parts, Memory()).fit(), path)
+    held = held_bytes([*parts.model.parameters(), *parts.model.buffers(), *data])
+    return held + allocated(lambda: build_trainer(config, parts, Memory()).fit(), path)
 
 
 def allocated(work: Callable[[], Any], path: Path) -> int:
@@ -151,7 +151,7 @@ def test_a_run_never_takes_more_than_the_limit(
     for share in shares:
         limit = int(floor + share * (most - floor))
         config = composed(*overrides, f"accum.memory_limit={limit}")
-        point, _ = agreed(config, World())
+        point, _ = agreed(config, RankInfo())
         chosen.append(point.steps)
         taken = taken_by(settled(config, point.steps), tmp_path / "trace")
         assert 0.6 * limit < taken <= limit, (limit, point)
@@ -174,12 +174,12 @@ def test_a_rank_of_several_never_takes_more_than_was_predicted(tmp_path: Path) -
 def _taken() -> Any:
     rank = torch.distributed.get_rank()
     config = composed(*DEEP, "accum=ddp", "accum.processes=2")
-    with rehearsing(config, World(rank, 2, rank, 2)) as rehearsal:
+    with rehearsing(config, RankInfo(rank, 2, rank, 2)) as rehearsal:
         planner = Planner(rehearsal)
         point = planner.tried(4)
         parts = planner.parts(point)
     with tempfile.TemporaryDirectory() as folder:
-        taken = taken_by(settled(config, 4), Path(folder) / "trace", World(rank, 2, rank, 2))
+        taken = taken_by(settled(config, 4), Path(folder) / "trace", RankInfo(rank, 2, rank, 2))
     return taken, point.predicted, point.measured, parts
 
 
@@ -243,7 +243,7 @@ def test_a_batch_that_cannot_even_be_gathered_is_named(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(Rehearsal, "feeding", short)
     with pytest.raises(UsageError, match="data.batch_size=96: cpu cannot hold the samples of an update"):
-        agreed(composed(*LENET), World())
+        agreed(composed(*LENET), RankInfo())
 
 
 def test_a_trial_of_one_micro_batch_may_run_out_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -274,17 +274,17 @@ def test_steps_that_another_rank_needs_and_that_do_not_fit_here_are_refused(
         return whole(self, steps)
 
     monkeypatch.setattr("accumexp.plan.auto_steps.dist.all_gather_object", gathered)
-    monkeypatch.setattr("accumexp.plan.trial_run.first_here", lambda here: contextlib.nullcontext())
+    monkeypatch.setattr("accumexp.plan.trial_run.first_here", lambda rank_info: contextlib.nullcontext())
     monkeypatch.setattr(Rehearsal, "whole", trial)
     config = composed(*LENET, "accum=ddp", "accum.processes=2")
     with pytest.raises(UsageError, match="4 steps, which another rank needs, do not fit on rank 0: out of"):
-        agreed(config, World(0, 2, 0, 2))
+        agreed(config, RankInfo(0, 2, 0, 2))
 
 
 def test_recorded_windows_are_given_their_steps() -> None:
-    order = Order(composed(*LENET, "trainer.graph=true"), Path(), None, None, "")
+    order = RunSpec(composed(*LENET, "trainer.graph=true"), Path(), None, None, "")
     with pytest.raises(UsageError, match="accum.steps=auto: a recorded window keeps memory"):
-        planned(order, World())
+        planned(order, RankInfo())
 
 
 def test_what_a_rehearsal_compiled_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -320,7 +320,7 @@ def test_an_error_of_the_model_is_not_taken_for_a_lack_of_memory(monkeypatch: py
 )
 def test_what_cannot_fit_is_refused_by_name(overrides: list[str], said: str) -> None:
     with pytest.raises(UsageError, match=said):
-        agreed(composed(*LENET, *overrides), World())
+        agreed(composed(*LENET, *overrides), RankInfo())
 
 
 def test_a_floor_above_the_limit_names_what_the_smallest_micro_batch_needs() -> None:
@@ -381,11 +381,11 @@ def test_what_follows_from_the_micro_batch_waits_for_it() -> None:
 
 
 def test_a_limit_that_nothing_keeps_to_is_said(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
-    order = Order(composed("accum.steps=4", "accum.memory_limit=1GiB"), tmp_path, None, None, "")
-    assert planned(order, World()) == (order, {})
+    order = RunSpec(composed("accum.steps=4", "accum.memory_limit=1GiB"), tmp_path, None, None, "")
+    assert planned(order, RankInfo()) == (order, {})
     assert "accum.memory_limit=1GiB: has no effect, accum.steps=auto keeps to it" in caplog.text
     caplog.clear()
-    planned(dataclasses.replace(order, config=composed("accum.steps=4")), World())
+    planned(dataclasses.replace(order, config=composed("accum.steps=4")), RankInfo())
     assert not caplog.text
 
 
@@ -428,7 +428,7 @@ def test_ranks_take_the_most_steps_that_any_of_them_needs(tmp_path: Path) -> Non
 
 def _agree() -> dict[str, Any]:
     rank = torch.distributed.get_rank()
-    here = World(rank, 2, rank, 2)
+    rank_info = RankInfo(rank, 2, rank, 2)
     overrides = [*LENET, "accum=ddp", "accum.processes=2"]
 
     def config(limit: int | None) -> Config:
@@ -436,14 +436,14 @@ def _agree() -> dict[str, Any]:
         accum = dataclasses.replace(found.accum, memory_limit=limit if rank else None)
         return dataclasses.replace(found, accum=accum)
 
-    with rehearsing(config(None), here) as rehearsal:
+    with rehearsing(config(None), rank_info) as rehearsal:
         limit = round(1.005 * Planner(rehearsal).predicted(6))
-    with rehearsing(config(limit), here) as rehearsal:
+    with rehearsing(config(limit), rank_info) as rehearsal:
         own: Point = Planner(rehearsal).choose()
-    point, _ = agreed(config(limit), here)
+    point, _ = agreed(config(limit), rank_info)
     refused = ""
     try:
-        agreed(config(1000), here)
+        agreed(config(1000), rank_info)
     except UsageError as error:
         refused = str(error)
     return {"own": own.steps, "agreed": point.steps, "refused": refused}

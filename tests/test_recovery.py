@@ -287,7 +287,7 @@ def test_what_was_seen_of_a_window_that_failed_is_forgotten() -> None:
     observed: list[int] = []
     after: list[int] = []
     window.after_micro_batch.append(lambda micro: after.append(micro.number))
-    window.forgotten += [observed.clear, after.clear]
+    window.on_discard += [observed.clear, after.clear]
     Recovery(window).backward(*batch, observe=lambda outputs, targets: observed.append(len(targets)))
     assert observed == [8] * 8 and after == list(range(8))
 
@@ -298,7 +298,7 @@ def test_saved_activations_are_those_of_the_window_that_was_made() -> None:
         model, batch = stateless(short), classification(SAMPLES)
         window = Window(model, nn.CrossEntropyLoss(), steps)
         with measure_activations(model, batch) as saved:
-            window.forgotten.append(saved.start_anew)
+            window.on_discard.append(saved.start_anew)
             Recovery(window).backward(*batch)
         peaks.append(saved.peak_bytes)
     assert peaks[0] == peaks[1] > 0

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from accumexp.accum import OutOfMemory, Recovery, Window, data_parallel, fully_sharded
-from accumexp.training.out_of_memory import Shortage
+from accumexp.training.out_of_memory import OutOfMemoryHandler
 
 from .ranks import on_ranks
 from .reference import classification, larger_batch_gradient, relative_error
@@ -230,7 +230,7 @@ def trouble() -> list[Any]:
         Recovery(window)
     except ValueError as error:
         found.append(str(error))
-    found.append(Shortage(window, recover=True).recovery is None)
+    found.append(OutOfMemoryHandler(window, recover=True).recovery is None)
     return found
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from accumexp.config.schema import settled
-from accumexp.environment.ranks import World
+from accumexp.environment.ranks import RankInfo
 from accumexp.errors import UsageError
 from accumexp.plan.auto_steps import agreed
 from accumexp.plan.frontier import explored
@@ -100,7 +100,7 @@ class EndsAtOnce(Callback):
 def test_a_run_that_ends_before_its_memory_is_known_is_refused() -> None:
     config = composed(*FEW, f"+callbacks.ends._target_={__name__}.EndsAtOnce")
     with pytest.raises(UsageError, match="accum.steps=auto: enough ends after update 1, and 2 are needed"):
-        agreed(config, World())
+        agreed(config, RankInfo())
 
 
 def one_cycle(optimizer: Any, total_updates: int) -> Any:
@@ -116,7 +116,7 @@ def test_a_schedule_that_ends_with_the_run_does_not_end_the_timing() -> None:
 
 def test_what_takes_the_room_is_named() -> None:
     with pytest.raises(UsageError, match="of which the data set takes 7.1 MiB unless data.resident=false"):
-        agreed(composed(*LENET, "accum.memory_limit=7500KiB"), World())
+        agreed(composed(*LENET, "accum.memory_limit=7500KiB"), RankInfo())
 
 
 def test_a_finest_split_that_does_not_run_is_named_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:

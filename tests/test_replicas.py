@@ -17,7 +17,7 @@ from torch.utils.data import TensorDataset
 
 from accumexp.accum import Window
 from accumexp.accum.loss import MeanOverSamples
-from accumexp.accum.replica_window import JointWindow
+from accumexp.accum.replica_window import ReplicaWindow
 from accumexp.data import ResidentBatches
 from accumexp.data.replica_batches import PlannedBatches
 from accumexp.errors import TrainingError
@@ -26,7 +26,7 @@ from accumexp.training.callbacks import Callback
 from accumexp.training.checkpoint import save
 from accumexp.training.experiment import build_parts, build_trainer, placement
 from accumexp.training.replica_check import shared_splits
-from accumexp.training.replica_trainer import Replicas
+from accumexp.training.replica_trainer import ReplicaTrainer
 from accumexp.training.trainer import Trainer
 
 from .command import Case, journal, left_behind, only_run, only_sweep, records, run_command, run_many
@@ -88,7 +88,7 @@ def both(
         except TrainingError:
             assert act
     ended: dict[Trainer, Exception | None] = {}
-    Replicas([trainer for trainer, _, _ in together]).fit(ended.__setitem__)
+    ReplicaTrainer([trainer for trainer, _, _ in together]).fit(ended.__setitem__)
     return alone, together, [ended[trainer] for trainer, _, _ in together]
 
 
@@ -316,7 +316,7 @@ def test_the_time_of_others_evaluations_is_nobodys_time() -> None:
     together = built([*MLP, *SMALL, "trainer.epochs=1"], True)
     for trainer, _, _ in together:
         trainer.callbacks["slow"] = Slow()
-    Replicas([trainer for trainer, _, _ in together]).fit(lambda trainer, error: time.sleep(0.3))
+    ReplicaTrainer([trainer for trainer, _, _ in together]).fit(lambda trainer, error: time.sleep(0.3))
     assert max(trainer.progress.seconds for trainer, _, _ in together) < 0.3
 
 
@@ -326,7 +326,7 @@ def test_the_time_of_others_evaluations_is_nobodys_time() -> None:
 def test_a_model_in_a_stack_is_a_model_and_its_checkpoint_holds_it_alone(tmp_path: Path) -> None:
     models = [nn.Linear(50, 40, dtype=torch.float64) for _ in range(8)]
     before = [model.weight.detach().clone() for model in models]
-    joint = JointWindow([Window(model, nn.CrossEntropyLoss(), 2) for model in models])
+    joint = ReplicaWindow([Window(model, nn.CrossEntropyLoss(), 2) for model in models])
     assert all(map(torch.equal, before, (model.weight for model in models)))
     joint.parameters[0].detach()[3] = 7.0
     assert models[3].weight.eq(7).all() and not models[2].weight.eq(7).any()
@@ -339,7 +339,7 @@ def test_a_model_in_a_stack_is_a_model_and_its_checkpoint_holds_it_alone(tmp_pat
 
 def test_a_gradient_that_other_hands_have_cleared_is_seen_again() -> None:
     models = [nn.Linear(6, 3) for _ in range(2)]
-    joint = JointWindow([Window(model, nn.CrossEntropyLoss(), 1) for model in models])
+    joint = ReplicaWindow([Window(model, nn.CrossEntropyLoss(), 1) for model in models])
     inputs, targets = torch.randn(2, 5, 6), torch.randint(0, 3, (2, 5))
     joint.backward(inputs, targets, steps=1)
     models[1].zero_grad()
@@ -357,7 +357,7 @@ def test_a_parameter_that_a_window_does_not_use_has_no_gradient_in_it() -> None:
             return super().forward(input) if self.on else input[:, :3] * self.weight.sum()
 
     models = [Switched(6, 3) for _ in range(2)]
-    joint = JointWindow([Window(model, nn.CrossEntropyLoss(), 1) for model in models])
+    joint = ReplicaWindow([Window(model, nn.CrossEntropyLoss(), 1) for model in models])
     batch = torch.randn(2, 5, 6), torch.randint(0, 3, (2, 5))
     for on in (True, False, True):
         for model in models:
@@ -516,7 +516,7 @@ def test_failed_replicas_are_named_by_their_seeds(tmp_path: Path) -> None:
 
 def test_what_a_callback_freezes_is_frozen_in_all_replicas() -> None:
     windows = [Window(small_model(seed=seed), nn.CrossEntropyLoss(), 2) for seed in (1, 2)]
-    joint = JointWindow(windows)
+    joint = ReplicaWindow(windows)
     inputs, targets = classification(8)
     batches = torch.stack([inputs, inputs]), torch.stack([targets, targets])
     for window in windows:

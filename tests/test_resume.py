@@ -327,8 +327,8 @@ def test_resume_of_a_folder_goes_on_from_the_newest_readable_checkpoint(
 ) -> None:
     assert resume(run).update == 10
     damage(run / "checkpoints" / "update-00000010.pt")
-    back = resume(run)
-    assert (back.update, back.path.name) == (5, "update-00000005.pt")
+    resume_from = resume(run)
+    assert (resume_from.update, resume_from.path.name) == (5, "update-00000005.pt")
     assert "update-00000010.pt is damaged" in caplog.text
 
 

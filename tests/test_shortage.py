@@ -13,7 +13,7 @@ from accumexp.errors import TrainingError, UsageError
 from accumexp.training.callbacks import Callback
 from accumexp.training.checkpoint import find, load
 from accumexp.training.noise_scale import NoiseScale
-from accumexp.training.out_of_memory import Shortage
+from accumexp.training.out_of_memory import OutOfMemoryHandler
 from accumexp.training.trainer import Trainer
 
 from .command import journal, record_of, run_command
@@ -35,8 +35,8 @@ class FinerFrom(Callback):
 
     def update_begin(self, trainer: Trainer) -> None:
         if trainer.progress.update + 1 == self.at:
-            assert trainer.shortage.recovery is not None
-            trainer.shortage.recovery.at_most = self.at_most
+            assert trainer.out_of_memory.recovery is not None
+            trainer.out_of_memory.recovery.at_most = self.at_most
 
 
 def run_of(callback: Callback, *overrides: str) -> tuple[Trainer, Memory]:
@@ -81,8 +81,8 @@ def test_it_is_said_kept_and_published_and_the_activations_are_measured_again(
         "update 5: out of memory in micro-batch 2 of 4; from here on micro-batches of 13 samples at most",
         "update 5: out of memory in micro-batch 2 of 8; from here on micro-batches of 7 samples at most",
     ]
-    assert capsys.readouterr().out.splitlines() == lines and trainer.shortage.lines == lines
-    assert trainer.shortage.tags == {"accumexp.out_of_memory": "; ".join(lines)}
+    assert capsys.readouterr().out.splitlines() == lines and trainer.out_of_memory.lines == lines
+    assert trainer.out_of_memory.tags == {"accumexp.out_of_memory": "; ".join(lines)}
     assert memory.series("accum/steps") == [(5, 15)]
     assert [published for u, values, published in memory.rows if "accum/steps" in values] == [True]
     first = trainer_of(*OPTIONS)[0]
@@ -101,9 +101,9 @@ def test_state_of_a_run_that_was_split() -> None:
     trainer, _ = run_of(Starved(5))
     other, _ = trainer_of(*OPTIONS)
     other.load_state_dict(trainer.state_dict())
-    assert other.shortage.lines == trainer.shortage.lines
-    assert other.shortage.recovery is not None and other.shortage.recovery.at_most == 13
-    assert other.shortage.steps_of(100) == 8
+    assert other.out_of_memory.lines == trainer.out_of_memory.lines
+    assert other.out_of_memory.recovery is not None and other.out_of_memory.recovery.at_most == 13
+    assert other.out_of_memory.steps_of(100) == 8
 
 
 def test_what_no_split_can_mend_says_what_to_change() -> None:
@@ -154,7 +154,7 @@ def test_recorded_windows_are_not_told_to_recover() -> None:
 
     batch = next(iter(trainer.splits.train.epoch(0)))
     with pytest.raises(TrainingError, match="halves the micro-batches$"):
-        Shortage(trainer.window, False, short).backward(1, batch, None)
+        OutOfMemoryHandler(trainer.window, False, short).backward(1, batch, None)
 
 
 def starved(at: int, micro_batch: int, rank: int | None = None) -> str:

@@ -19,7 +19,7 @@ import torch
 from accumexp.errors import UsageError
 from accumexp.run.resume import command_lines
 from accumexp.sweeps.job_folders import Launch, asked_for, begin_launch, begun, launches, place, places
-from accumexp.sweeps.job_status import Standing, alone_in, clear, standing
+from accumexp.sweeps.job_status import JobStatus, alone_in, clear, job_status
 from accumexp.sweeps.sweep import SweepFolder, SweepJob, summaries
 from accumexp.tracking.journal import write_whole
 from accumexp.training.checkpoint import find, load, save
@@ -268,9 +268,9 @@ def test_a_second_sweep_into_one_folder_is_a_launch_of_its_own(tmp_path: Path) -
             SweepFolder().on_multirun_start(config)
             first = config.hydra.overrides.task[0].partition(",")[0]
             place(tmp_path / "new", int(config.hydra.callbacks.sweep.launch), 0, first, [first])
-        assert SweepFolder.here == (0, 1)
+        assert SweepFolder.own_launches == (0, 1)
     finally:
-        SweepFolder.current, SweepFolder.here, SweepFolder.jobs = None, (), None
+        SweepFolder.current, SweepFolder.own_launches, SweepFolder.jobs = None, (), None
     assert [one.folder for one in places(tmp_path / "new")] == ["0_seed=0", "1_seed=5"]
     # From which launchers compose the configuration of their jobs.
     assert "hydra.callbacks.sweep.launch=1" in configs[1].hydra.overrides.hydra
@@ -350,17 +350,17 @@ def checkpoint(folder: Path, update: int) -> Path:
 
 
 def test_a_finished_job_gives_its_value_and_any_other_its_newest_readable_checkpoint(tmp_path: Path) -> None:
-    assert standing(tmp_path) == Standing()
+    assert job_status(tmp_path) == JobStatus()
     write_whole(tmp_path / "summary.json", {"status": "RUNNING", "monitored": None})
-    assert standing(tmp_path) == Standing()
+    assert job_status(tmp_path) == JobStatus()
     older, newer = checkpoint(tmp_path, 5), checkpoint(tmp_path, 10)
-    assert standing(tmp_path) == Standing(checkpoint=newer)
+    assert job_status(tmp_path) == JobStatus(checkpoint=newer)
     newer.write_bytes(newer.read_bytes()[:-100])
-    assert standing(tmp_path) == Standing(checkpoint=older)
+    assert job_status(tmp_path) == JobStatus(checkpoint=older)
     older.write_bytes(b"")
-    assert standing(tmp_path) == Standing()
+    assert job_status(tmp_path) == JobStatus()
     write_whole(tmp_path / "summary.json", {"status": "FINISHED", "monitored": 0.5})
-    assert standing(tmp_path) == Standing(True, 0.5)
+    assert job_status(tmp_path) == JobStatus(True, 0.5)
 
 
 def test_a_job_that_starts_anew_finds_nothing_of_the_old_one(tmp_path: Path) -> None:

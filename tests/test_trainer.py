@@ -19,7 +19,7 @@ from accumexp.accum.loss import ClassIndexLoss
 from accumexp.data import ResidentBatches, Share
 from accumexp.errors import TrainingError, UsageError
 from accumexp.training.callbacks import EMA, Callback, EarlyStopping, LossMonitor
-from accumexp.training.deferred_metrics import Readings
+from accumexp.training.deferred_metrics import DeferredMetrics
 from accumexp.training.evaluation import Evaluator
 from accumexp.training.schedules import constant
 from accumexp.training.trainer import Trainer, total_updates
@@ -168,7 +168,7 @@ def test_law_2_what_samples_weigh_is_known_of_those_that_were_looked_at() -> Non
 
 
 def test_losses_are_read_as_they_were_however_many_wait() -> None:
-    readings = Readings(Window(nn.Linear(1, 1), nn.MSELoss(), 1), check_finite=True)
+    readings = DeferredMetrics(Window(nn.Linear(1, 1), nn.MSELoss(), 1), check_finite=True)
     for count in (1, 300, 128, 129):
         losses = torch.rand(count, dtype=torch.float32)
         for update, loss in enumerate(losses):

@@ -67,12 +67,12 @@ class Recovery:
             update: `refusal` says which.
     """
 
-    def __init__(self, window: Window, tell: Callable[[OutOfMemory], None] | None = None) -> None:
+    def __init__(self, window: Window, notify: Callable[[OutOfMemory], None] | None = None) -> None:
         refusal = self.refusal(window)
         if refusal is not None:
             raise ValueError(refusal)
         self.window = window
-        self.tell = tell
+        self.notify = notify
         self.at_most: int | None = None
         # A wrapper's backward that fails in its reduction cannot be begun again, even on a single rank.
         self._alone = not window.sync.keeps_gradients
@@ -106,7 +106,7 @@ class Recovery:
         """As `Window.backward`; the result's `steps` are those that were made.
 
         What is called in between (`observe`, `Window.after_micro_batch`) sees a window that failed too, and
-        `Window.forgotten` tells it so.
+        `Window.on_discard` tells it so.
 
         Raises:
             torch.OutOfMemoryError: on all ranks, if one sample in a micro-batch is too much for one of them,
@@ -118,7 +118,7 @@ class Recovery:
         asked = window.steps if steps is None else steps
         steps = asked if self.at_most is None else self._steps(own, asked)
         if not self._alone:
-            window.sync.begin_alone()
+            window.sync.begin_without_sync()
         self._start.remember()
         agree = None if self._alone else self._agree
         while True:
@@ -147,8 +147,8 @@ class Recovery:
                 where = f"one sample in a micro-batch is too much on rank {failure.rank}"
                 raise torch.OutOfMemoryError(f"{where}: {reason}" if reason else where)
             self.at_most = -(-failure.largest // 2)
-            if self.tell is not None:
-                self.tell(OutOfMemory(failure.rank, failure.micro_batch, steps, self.at_most))
+            if self.notify is not None:
+                self.notify(OutOfMemory(failure.rank, failure.micro_batch, steps, self.at_most))
             steps = self._steps(own, asked)
 
     def state_dict(self) -> dict[str, Any]:
@@ -237,7 +237,7 @@ class _Start:
 
     def restore(self) -> None:
         gc.collect()  # what failed may be in cycles
-        self.window.forget()
+        self.window.discard()
         for parameter in self._absent:
             parameter.grad = None
         with torch.no_grad():

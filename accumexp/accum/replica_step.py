@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, optim
 
-from .replica_window import JointWindow
+from .replica_window import ReplicaWindow
 from .step import OptimizerStep, StepResult, give_momentum
 
 # What an element becomes depends on it, its gradient and its state alone, so a stack of parameters is stepped
@@ -23,7 +23,7 @@ ELEMENTWISE: tuple[type[optim.Optimizer], ...] = (
 COUNTS = {"step", "mu_product"}
 
 
-class JointStep:
+class ReplicaStep:
     """Clips and steps all replicas at once; each optimizer's state are views into the one that steps.
 
     Where that would not be what each replica's own step does (another optimizer, a loss scale that may skip
@@ -33,7 +33,7 @@ class JointStep:
         steps: of the replicas in `window`, with the same settings.
     """
 
-    def __init__(self, window: JointWindow, steps: Sequence[OptimizerStep]) -> None:
+    def __init__(self, window: ReplicaWindow, steps: Sequence[OptimizerStep]) -> None:
         self.window = window
         self.steps = list(steps)
         self._joint: optim.Optimizer | None = None

@@ -25,7 +25,7 @@ from .weights import share_of
 from .window import MicroBatch, Observer, Window, WindowResult
 
 
-class JointWindow:
+class ReplicaWindow:
     """The windows of R replicas, accumulated together.
 
     The models' parameters and buffers become views into stacks whose first dimension is the replica, and

@@ -47,10 +47,10 @@ class Sync:
         """Around forward and backward of a micro-batch, the `last` of its window or not."""
         return NOTHING
 
-    def begin_alone(self) -> None:
-        """Before a window in whose micro-batches no rank waits for another: `exchange` ends it."""
+    def begin_without_sync(self) -> None:
+        """Before a window in whose micro-batches no rank waits for another: `reduce_gradients` ends it."""
 
-    def exchange(self) -> None:
+    def reduce_gradients(self) -> None:
         """Adds the gradients that a window has left on each rank over the ranks."""
 
     def gradients(self) -> list[Tensor]:
@@ -98,16 +98,16 @@ class DataParallelSync(Sync):
     def micro_batch(self, last: bool) -> AbstractContextManager[Any]:
         return NOTHING if last else self.wrapper.no_sync()
 
-    def begin_alone(self) -> None:
+    def begin_without_sync(self) -> None:
         # What DDP's forward would do with the other ranks at some time in the window. Not every window ends
-        # in `exchange`: with fp32 buffers, none does.
+        # in `reduce_gradients`: with fp32 buffers, none does.
         self.wrapper.require_forward_param_sync = True
         self.wrapper.reducer._rebuild_buckets()
         if self.wrapper.will_sync_module_buffers():
             self.wrapper._sync_buffers()
         self.wrapper.require_forward_param_sync = False
 
-    def exchange(self) -> None:
+    def reduce_gradients(self) -> None:
         """DDP's own reduction, bucket by bucket and in its memory, in a backward that adds nothing."""
         held = [p for p in self.module.parameters() if p.requires_grad and p.grad is not None]
         nothing = _Nothing.apply(*held)

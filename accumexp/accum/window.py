@@ -133,7 +133,7 @@ class Window:
         self.local_loss = local_loss
         self.fp32_buffers = fp32_buffers
         self.after_micro_batch: list[Callable[[MicroBatch], None]] = []
-        self.forgotten: list[Callable[[], None]] = []
+        self.on_discard: list[Callable[[], None]] = []
         self.under_way = 0
         self._weights: Weights | None = None
         self._buffers = Fp32Buffers(model.parameters()) if fp32_buffers else None
@@ -215,7 +215,7 @@ class Window:
         if agree is not None:
             agree()
             if not self._buffers:
-                self.sync.exchange()
+                self.sync.reduce_gradients()
             if done is not None:
                 self._tell(done)
         if self._buffers:
@@ -226,14 +226,14 @@ class Window:
             self.sync.ranks.sum(mean)
         return WindowResult(mean, weights.total, samples, steps)
 
-    def forget(self) -> None:
+    def discard(self) -> None:
         """Gives up a window that has failed on this rank or another. Gradients are left as they are."""
         if self._weights is not None:
             self._weights.arrive()
         if self._buffers:
             self._buffers.drop()
-        for forget in self.forgotten:
-            forget()
+        for discard in self.on_discard:
+            discard()
 
     def _tell(self, micro_batch: MicroBatch) -> None:
         for after in self.after_micro_batch:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from ..environment.ranks import check_devices, default_processes, world
+from ..environment.ranks import check_devices, default_processes, launched_rank
 from ..errors import UsageError
 
 DEFAULT_BATCH_SIZE = 128
@@ -20,7 +20,7 @@ def processes(asked: int | None, standalone: bool, device: str) -> int:
         UsageError: if that is not what the strategy, torchrun or this machine's GPUs allow.
     """
     at_least(1, "accum.processes", asked)
-    outside = world()
+    outside = launched_rank()
     if standalone:
         source = "WORLD_SIZE" if outside else "accum.processes"
         count = outside.size if outside else asked or 1

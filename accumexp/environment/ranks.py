@@ -23,7 +23,7 @@ PATIENCE = timedelta(minutes=30)
 
 
 @dataclass(frozen=True)
-class World:
+class RankInfo:
     """This process's place: `rank` of `size`, `local_rank` of `local_size` on this machine."""
 
     rank: int = 0
@@ -37,7 +37,7 @@ class World:
         return self.rank == 0
 
 
-def world() -> World | None:
+def launched_rank() -> RankInfo | None:
     """The world that something outside has made for this process, or None."""
     _adopt_cluster_job()
     environment = os.environ
@@ -45,7 +45,7 @@ def world() -> World | None:
         return None
     size = int(environment["WORLD_SIZE"])
     local_size = int(environment.get("LOCAL_WORLD_SIZE", size))
-    return World(int(environment["RANK"]), size, int(environment.get("LOCAL_RANK", 0)), local_size)
+    return RankInfo(int(environment["RANK"]), size, int(environment.get("LOCAL_RANK", 0)), local_size)
 
 
 def silent_arguments(folder: str) -> list[str]:
@@ -99,20 +99,20 @@ def check_devices(processes: int, device: str) -> None:
         )
 
 
-def device_of(device: str, here: World) -> str:
+def device_of(device: str, rank_info: RankInfo) -> str:
     """The name of this rank's device: `auto` is a GPU if there is one, and ranks have one each."""
     import torch
 
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device != "cuda" or here.size == 1:
+    if device != "cuda" or rank_info.size == 1:
         return device
     # A cluster may show each task its own GPU alone, which is then number 0.
-    return f"cuda:{0 if torch.cuda.device_count() == 1 else here.local_rank}"
+    return f"cuda:{0 if torch.cuda.device_count() == 1 else rank_info.local_rank}"
 
 
 @contextmanager
-def joined(here: World, device: str) -> Iterator[None]:
+def joined(rank_info: RankInfo, device: str) -> Iterator[None]:
     """Inside, this process is a member of the ranks' group: nccl between GPUs, gloo between CPUs.
 
     A world made by others is left at the end of the process: a sweep's jobs share it. After an error
@@ -129,7 +129,7 @@ def joined(here: World, device: str) -> Iterator[None]:
         options["backend"] = "cpu:gloo,cuda:nccl"
         if ":" in device:
             torch.cuda.set_device(device)
-    given = world() is not None
+    given = launched_rank() is not None
     if not given:
         store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
         options.update(store=store, rank=0, world_size=1)
@@ -168,29 +168,29 @@ def _leave() -> None:
         dist.destroy_process_group()
 
 
-def first_says(text: str, here: World) -> str:
+def first_says(text: str, rank_info: RankInfo) -> str:
     """`text` of the first rank, on every rank of a joined world."""
     import torch.distributed as dist
 
     said: list[Any] = [text]
-    if here.size > 1:
+    if rank_info.size > 1:
         dist.broadcast_object_list(said)
     return said[0]
 
 
-def wait_for_all(here: World) -> None:
+def wait_for_all(rank_info: RankInfo) -> None:
     """Waits until every rank of a joined world is here."""
     import torch.distributed as dist
 
-    if here.size > 1:
+    if rank_info.size > 1:
         dist.barrier()
 
 
 @contextmanager
-def first_here(here: World) -> Iterator[None]:
+def first_here(rank_info: RankInfo) -> Iterator[None]:
     """One rank of each machine goes first (it may have to download), the others follow."""
-    if here.local_rank:
-        wait_for_all(here)
+    if rank_info.local_rank:
+        wait_for_all(rank_info)
     yield
-    if not here.local_rank:
-        wait_for_all(here)
+    if not rank_info.local_rank:
+        wait_for_all(rank_info)

@@ -56,14 +56,14 @@ def refuse_what_has_no_plan(cfg: Any) -> None:
 
 
 def main() -> None:
-    from ..environment.ranks import world
+    from ..environment.ranks import launched_rank
 
     if {"-m", "--multirun"} & set(sys.argv[1:]):
         raise UsageError("--multirun: a plan is of one experiment, leave it out")
-    here = world()
-    if here is not None and here.size > 1:
+    rank_info = launched_rank()
+    if rank_info is not None and rank_info.size > 1:
         raise UsageError(
-            f"WORLD_SIZE={here.size}: a plan tries one rank's part in one process, start it without torchrun"
+            f"WORLD_SIZE={rank_info.size}: a plan tries one rank's part in one process; start it without torchrun"
         )
     hydra_app(task)
 

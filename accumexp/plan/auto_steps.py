@@ -10,9 +10,9 @@ import torch.distributed as dist
 from ..config.schema import Config, settled
 from ..config.sizes import AUTO
 from ..environment.console import amount, console
-from ..environment.ranks import World
+from ..environment.ranks import RankInfo
 from ..errors import UsageError
-from ..run.spec import Order
+from ..run.spec import RunSpec
 from .planner import Limit, Planner, Point
 from .trial_run import rehearsing
 
@@ -20,46 +20,46 @@ log = logging.getLogger(__name__)
 TAG = "accumexp.plan"
 
 
-def planned(order: Order, here: World) -> tuple[Order, dict[str, str]]:
-    """`order` with a number of steps, and the tags that say how it came about; without `auto`, as it is.
+def planned(spec: RunSpec, rank_info: RankInfo) -> tuple[RunSpec, dict[str, str]]:
+    """`spec` with a number of steps, and the tags that say how it came about; without `auto`, as it is.
 
     All ranks call, and take the most steps that any of them needs.
 
     Raises:
         UsageError: if nothing fits, on all ranks alike, or for windows that are recorded.
     """
-    config = order.config
+    config = spec.config
     if config.accum.steps != AUTO:
-        if config.accum.memory_limit is not None and order.back is None and here.first:
+        if config.accum.memory_limit is not None and spec.resume_from is None and rank_info.first:
             given = f"accum.memory_limit={config.accum.memory_limit}"
             log.warning("%s: has no effect, accum.steps=%s keeps to it", given, AUTO)
-        return order, {}
+        return spec, {}
     if config.trainer.graph:
         raise UsageError(
             f"accum.steps={AUTO}: a recorded window keeps memory that cannot be tried beforehand, give "
             "accum.steps or leave trainer.graph out"
         )
-    point, limit = agreed(config, here)
-    ranks = f" on each of {here.size} ranks" if here.size > 1 else ""
+    point, limit = agreed(config, rank_info)
+    ranks = f" on each of {rank_info.size} ranks" if rank_info.size > 1 else ""
     window = f"{point.steps} micro-batches of" if point.steps > 1 else "one micro-batch of"
     said = (
         f"{window} {point.micro_batch} samples{ranks}: predicted "
         f"{amount(point.predicted)}, measured {amount(point.measured or 0)}, at most {limit}"
     )
     console.print(f"accum.steps={AUTO}: {said}", highlight=False, soft_wrap=True)
-    return replace(order, config=settled(config, point.steps)), {TAG: said}
+    return replace(spec, config=settled(config, point.steps)), {TAG: said}
 
 
-def agreed(config: Config, here: World) -> tuple[Point, Limit]:
+def agreed(config: Config, rank_info: RankInfo) -> tuple[Point, Limit]:
     """The point of this rank at the most steps that any rank chooses, and its limit."""
-    with rehearsing(config, here) as rehearsal:
+    with rehearsing(config, rank_info) as rehearsal:
         planner, own, error = None, None, None
         try:
             planner = Planner(rehearsal)
             own = planner.choose()
         except UsageError as refused:
             error = str(refused)
-        chosen = _of_all(own.steps if own else 0, error, here)
+        chosen = _of_all(own.steps if own else 0, error, rank_info)
         assert planner is not None and own is not None
         steps = max(chosen)
         if min(chosen) == steps:
@@ -73,18 +73,18 @@ def agreed(config: Config, here: World) -> tuple[Point, Limit]:
                 )
                 error = (
                     f"accum.steps={AUTO}: {steps} steps, which another rank needs, do not fit on rank "
-                    f"{here.rank}: {needs}; give accum.steps"
+                    f"{rank_info.rank}: {needs}; give accum.steps"
                 )
         except UsageError as refused:
             error = str(refused)
-        _of_all(steps, error, here)
+        _of_all(steps, error, rank_info)
         return own, planner.limit
 
 
-def _of_all(steps: int, error: str | None, here: World) -> list[int]:
+def _of_all(steps: int, error: str | None, rank_info: RankInfo) -> list[int]:
     """`steps` of all ranks, or on all of them the error of the first that has one: nobody is left waiting."""
-    found = [(steps, error)] * here.size
-    if here.size > 1:
+    found = [(steps, error)] * rank_info.size
+    if rank_info.size > 1:
         dist.all_gather_object(found, (steps, error))
     for refusal in (said for _, said in found if said):
         raise UsageError(refusal)

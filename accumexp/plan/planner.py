@@ -13,7 +13,7 @@ from ..config.sizes import AUTO, in_bytes, micro_batch
 from ..environment.console import amount
 from ..environment.device import free_bytes
 from ..errors import UsageError
-from .trial_run import Rehearsal, Rehearsed, forget
+from .trial_run import Rehearsal, Rehearsed, discard
 
 # Samples of the small micro-batches that are measured; the last two give the prediction.
 SMALL = (1, 2, 4)
@@ -100,7 +100,7 @@ class Planner:
             except Exception as error:
                 if not out_of_memory(error):
                     raise
-                forget(self.rehearsal.device)
+                discard(self.rehearsal.device)
                 refused = None
                 break
             if found[-1].update.peak > self.limit.bytes:
@@ -121,7 +121,7 @@ class Planner:
                 except Exception as error:
                     if not out_of_memory(error):
                         raise
-                    forget(self.rehearsal.device)
+                    discard(self.rehearsal.device)
                     break
         return {2: two, 1: once or two}
 
@@ -198,7 +198,7 @@ class Planner:
         except Exception as error:
             if not out_of_memory(error):
                 raise
-            forget(rehearsal.device)
+            discard(rehearsal.device)
             return replace(point, trouble="out of memory")
         if found.evaluation.peak > self.limit.bytes:
             self._refuse_evaluation(found.evaluation.peak)

@@ -18,7 +18,7 @@ from ..accum import Peak, held_bytes, measure_peak
 from ..config.schema import Config, Strategy, settled
 from ..config.sizes import AUTO, micro_batch
 from ..environment.device import wait_for
-from ..environment.ranks import World, device_of, first_here
+from ..environment.ranks import RankInfo, device_of, first_here
 from ..errors import UsageError
 from ..training.callbacks import Callback, LossMonitor
 from ..training.checkpoint import Checkpoints
@@ -73,14 +73,14 @@ class Rehearsal:
         here: the rank whose part it is; of several, all must build it together.
     """
 
-    def __init__(self, config: Config, here: World = ALONE) -> None:
+    def __init__(self, config: Config, rank_info: RankInfo = ALONE) -> None:
         self.config = config
-        self.ranks, self.rank = config.accum.processes or 1, here.rank
+        self.ranks, self.rank = config.accum.processes or 1, rank_info.rank
         # One process that stands for all takes them to be on this machine.
-        self.local_ranks = here.local_size if here.size > 1 else self.ranks
-        self._device = device_of(config.device, here)
+        self.local_ranks = rank_info.local_size if rank_info.size > 1 else self.ranks
+        self._device = device_of(config.device, rank_info)
         first = self._of(1)
-        with first_here(here):
+        with first_here(rank_info):
             self.parts = build_parts(first)
         self._model_of = first.model
         self.device = self.parts.device
@@ -216,7 +216,7 @@ class Rehearsal:
             done = True
         finally:
             if not done:
-                trainer.window.forget()
+                trainer.window.discard()
             if not (done and but_at_the_end):
                 self.parts.model.zero_grad(set_to_none=True)
 
@@ -248,9 +248,9 @@ class Rehearsal:
 
 
 @contextmanager
-def rehearsing(config: Config, here: World = ALONE) -> Iterator[Rehearsal]:
+def rehearsing(config: Config, rank_info: RankInfo = ALONE) -> Iterator[Rehearsal]:
     """A `Rehearsal` of `config`; all that it took is given back at the end."""
-    rehearsal = Rehearsal(config, here)
+    rehearsal = Rehearsal(config, rank_info)
     device = rehearsal.device
     gc.collect()
     gc.freeze()  # every measurement collects what is left of the one before, and nothing else
@@ -262,12 +262,12 @@ def rehearsing(config: Config, here: World = ALONE) -> Iterator[Rehearsal]:
         logging.disable(before)
         gc.unfreeze()
         rehearsal.__dict__.clear()
-        forget(device)
+        discard(device)
         if config.trainer.compile:
             torch.compiler.reset()  # or what was compiled here would decide what the run compiles
 
 
-def forget(device: torch.device) -> None:
+def discard(device: torch.device) -> None:
     """Gives the memory of what nobody refers to any more back to the device."""
     gc.collect()
     if device.type == "cuda":

@@ -18,11 +18,11 @@ from .environment import environment, precision_name
 from .gradients import DOUBLE, TRIES, gradient_check, precision_checks
 from .observation import observe
 from .overflow import overflow_checks
-from .own_precision import Following
+from .own_precision import OwnPrecisionReplay
 from .problem import Batch, Problem, Scaling, Start, TrainWindow, cast
 from .randomness import drawing_modules, unheld, why_draws
-from .ranks import everyone, ranks
-from .replay import Course
+from .ranks import all_gather, ranks
+from .replay import Replay
 from .rounding import in_precision, narrowed
 from .windows import (
     activations_check,
@@ -159,7 +159,7 @@ class Proof:
         model = narrowed(self.problem.model, DOUBLE)
         exact = in_precision(self.problem, model, cast(self.batch(0), DOUBLE), DOUBLE)
         finite = all(bool(g.isfinite().all()) for g in exact.gradient.values())
-        if not all(everyone(finite)):
+        if not all(all_gather(finite)):
             raise ValueError("the larger batch's own gradient is not finite: there is nothing to be equal to")
         drawn, unknown, dims = drawing_modules(self.problem, self.batch(0))
         if drawn:
@@ -203,14 +203,14 @@ class Proof:
         """Some updates in the run's own precision, smaller ones among them."""
         problem = self.problem
         start = Start(problem, problem.dtype)
-        following = Following(problem, start)
+        following = OwnPrecisionReplay(problem, start)
         parts = [part for _, part in ragged(problem, self.batch(0))]
         tries = TRIES if problem.scaling is not None else 0
         for number in range(FOLLOWED):
             batch = parts[number // 2 % len(parts)] if parts and number % 2 else self.batch(number)
             given = cast(batch, problem.dtype)
             seen = observe(start, given, arrivals=True)
-            while tries and not max(everyone(seen.steps)):
+            while tries and not max(all_gather(seen.steps)):
                 following.follow(given, seen)
                 seen, tries = observe(start, given, arrivals=True), tries - 1
             following.follow(given, seen)
@@ -220,7 +220,7 @@ class Proof:
         """Update after update from one start, with a smaller window now and then."""
         problem = self.problem
         start = Start(problem, DOUBLE)
-        course = Course(problem, start)
+        course = Replay(problem, start)
         parts = [part for _, part in ragged(problem, self.batch(0))]
         for number in range(updates):
             batch = self.batch(number)

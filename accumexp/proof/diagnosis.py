@@ -17,7 +17,7 @@ from .mixture import mixture, reading
 from .observation import observe
 from .problem import Batch, Problem, Start, cast, whole
 from .randomness import Trial, trial
-from .ranks import everyone, ranks
+from .ranks import all_gather, ranks
 from .rounding import expected, narrowed
 
 ADVICE = {
@@ -64,7 +64,7 @@ def _coupled(problem: Problem, batch: Batch, seen: Trial) -> list[Cause]:
         return []
     still = trial(evaluating(problem, [c.name for c in coupling]), batch)
     samples = problem.samples
-    most = max((size for sizes in everyone(seen.seen.sizes) for size in sizes), default=0)
+    most = max((size for sizes in all_gather(seen.seen.sizes) for size in sizes), default=0)
     rest = f"in eval mode the gradient's error falls from {seen.error:.2g} to {still.error:.2g}"
     if not still.found.equal:
         rest = f"in eval mode an error of {still.error:.2g} is left of {seen.error:.2g}"
@@ -111,7 +111,7 @@ def _loss(problem: Problem, batch: Batch, seen: Trial) -> list[Cause]:
 
 def _mixed(problem: Problem, batch: Batch, seen: Trial) -> list[Cause]:
     found = seen.seen.gradient
-    if not all(everyone(found is not None)):
+    if not all(all_gather(found is not None)):
         return [_cause("no update", "the optimizer was not stepped in the window", seen, "", "step it once")]
     assert found is not None
     model = narrowed(problem.model, DOUBLE)
@@ -126,7 +126,7 @@ def _mixed(problem: Problem, batch: Batch, seen: Trial) -> list[Cause]:
         shown = f"the micro-batches' own gradients times those counts leave {mixed.left:.1g} of it"
         causes.append(_cause("wrong denominator", reason, seen, shown, advice))
     # Ranks whose gradients differ would read them differently, and wait for each other for ever.
-    return everyone(causes)[0]
+    return all_gather(causes)[0]
 
 
 def carried(problem: Problem, batches: Sequence[Batch]) -> list[Cause]:
@@ -138,7 +138,7 @@ def carried(problem: Problem, batches: Sequence[Batch]) -> list[Cause]:
         for name, parameter in model.named_parameters():
             parameter.copy_(whole(start.parameters()[name]))
     second = observe(start, cast(batches[1], DOUBLE))
-    if not all(everyone(first.gradient is not None and second.gradient is not None)):
+    if not all(all_gather(first.gradient is not None and second.gradient is not None)):
         return []
     assert first.gradient is not None and second.gradient is not None
     right = expected(problem, cast(batches[1], DOUBLE), model, problem.clip_norm)

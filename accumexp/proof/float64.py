@@ -22,7 +22,7 @@ MAKING = {
 }
 
 
-class Wide(TorchDispatchMode):
+class Float64(TorchDispatchMode):
     """Active, an fp64 tensor is not narrowed, and a new one that would be narrower is fp64.
 
     Numbers of shape () that no gradient goes through are left alone: loss scales, losses to be logged.
@@ -53,7 +53,7 @@ def computing(dtype: torch.dtype) -> Iterator[None]:
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
-        with Wide():
+        with Float64():
             yield
     finally:
         torch.set_default_dtype(before)

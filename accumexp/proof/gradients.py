@@ -9,9 +9,9 @@ import torch
 
 from .certificate import Check
 from .larger_batch import Gradient, clipped, norm
-from .observation import Seen, observe
+from .observation import Observation, observe
 from .problem import Batch, Problem, Start, cast
-from .ranks import everyone, ranks, worst
+from .ranks import all_gather, ranks, worst
 from .rounding import (
     LARGER,
     ROUNDING,
@@ -67,7 +67,7 @@ class Compared:
 def compare(found: Gradient | None, right: Expected) -> Compared:
     """`found` against `right`, by parameter, as the worst rank sees it."""
     own = _compare(found, right)
-    every = everyone(own)
+    every = all_gather(own)
     return next((c for c in every if math.isnan(c.ratio)), None) or max(every, key=lambda c: c.ratio)
 
 
@@ -97,7 +97,7 @@ def gradient_check(
     batch: Batch,
     detail: str = "",
     start: Start | None = None,
-) -> tuple[Check, Seen, Expected]:
+) -> tuple[Check, Observation, Expected]:
     """Every parameter's gradient on `batch` in fp64, in the first window of `start` or of a fresh one."""
     start = start or Start(problem, DOUBLE)
     batch = cast(batch, DOUBLE)
@@ -126,7 +126,7 @@ def precision_checks(problem: Problem, name: str) -> list[Check]:
         size = norm(exact) or 1.0
         start = Start(problem, problem.dtype)
         seen = first_update(start, cast(batch, problem.dtype), arrivals=True)
-        if not all(everyone(seen.gradient is not None)):
+        if not all(all_gather(seen.gradient is not None)):
             return [Check(f"gradient, {name}", math.inf, 0.0, "relative", NEAREST, "no update was made")]
         assert seen.gradient is not None
         right = clipped(exact, problem.clip_norm)
@@ -149,7 +149,7 @@ def precision_checks(problem: Problem, name: str) -> list[Check]:
             if factor < 1:
                 shares[key] = max(shares.get(key, 0.0), own / size)
             errors[-1] += (rounded.get(key, 0.0) / factor + alone.get(key, 0.0) + clip * own) / size
-    nearest = {key: worst(everyone(_nearest(errors))) for key, errors in inside.items()}
+    nearest = {key: worst(all_gather(_nearest(errors))) for key, errors in inside.items()}
     farthest = {
         key: max(errors) if all(map(math.isfinite, errors)) else -1.0 for key, errors in outside.items()
     }
@@ -182,28 +182,28 @@ def _nearest(errors: list[float]) -> float:
     return min(finite, default=math.nan)
 
 
-def first_update(start: Start, batch: Batch, arrivals: bool = False) -> Seen:
+def first_update(start: Start, batch: Batch, arrivals: bool = False) -> Observation:
     """The first window that a loop does not skip: a loss scale may have to fall before."""
     seen = observe(start, batch, arrivals=arrivals)
     for _ in range(TRIES if start.problem.scaling else 0):
-        if max(everyone(seen.steps)):
+        if max(all_gather(seen.steps)):
             break
         seen = observe(start, batch, arrivals=arrivals)
     return seen
 
 
-def loss_scale_of(problem: Problem, seen: Seen, exact: Gradient) -> float:
+def loss_scale_of(problem: Problem, seen: Observation, exact: Gradient) -> float:
     """A power of two near the loop's loss scale, 1 without one: what arrived, over the right gradient."""
-    if problem.scaling is None or not all(everyone(bool(seen.arrived))):
+    if problem.scaling is None or not all(all_gather(bool(seen.arrived))):
         return 1.0
-    top = sum(everyone(sum(float((exact[name] * a).sum()) for name, a in seen.arrived.items())))
+    top = sum(all_gather(sum(float((exact[name] * a).sum()) for name, a in seen.arrived.items())))
     below = norm(exact) ** 2
     return 2.0 ** round(math.log2(top / below)) if top > 0 and below > 0 else 1.0
 
 
-def _parts(problem: Problem, batch: Batch, seen: Seen, scale: float) -> dict[str, float]:
+def _parts(problem: Problem, batch: Batch, seen: Observation, scale: float) -> dict[str, float]:
     """What the micro-batches of a window lose by themselves in the run's precision, added up."""
-    every = [micro for found in everyone(seen.micro_batches) for micro in found]
+    every = [micro for found in all_gather(seen.micro_batches) for micro in found]
     if any(micro is None for micro in every):
         return {}
     model, fine = narrowed(problem.model, problem.dtype), narrowed(problem.model, DOUBLE)
@@ -217,20 +217,20 @@ def _parts(problem: Problem, batch: Batch, seen: Seen, scale: float) -> dict[str
     return lost
 
 
-def roundings(problem: Problem, seen: Seen) -> dict[str, float]:
+def roundings(problem: Problem, seen: Observation) -> dict[str, float]:
     """The norms that rounding each micro-batch's part of each rank, and adding the parts, can add at most.
 
     Parts are added in fp32 on a rank, and over the ranks in the gradient's dtype. Of shards nothing arrives.
     """
     found = seen.gradient
-    if not all(everyone(bool(seen.arrived) and found is not None)):
+    if not all(all_gather(bool(seen.arrived) and found is not None)):
         return {}
     assert found is not None
-    top = sum(everyone(sum(float((found[name].double() * a).sum()) for name, a in seen.arrived.items())))
+    top = sum(all_gather(sum(float((found[name].double() * a).sum()) for name, a in seen.arrived.items())))
     factor = abs(norm(found) ** 2 / top) if top else 0.0
     added = max(0, seen.arrivals - 1) * U32 + (ranks() - 1) * roundoff(problem.dtype)
     factor *= roundoff(problem.autocast or problem.dtype) + added
-    every = everyone(seen.arrived_norms)
+    every = all_gather(seen.arrived_norms)
     parts = {name: factor * sum(norms.get(name, 0.0) for norms in every) for name in found}
     return {**parts, WHOLE: math.hypot(*parts.values())}
 
@@ -242,7 +242,7 @@ def _factor(found: Gradient, arrived: Gradient) -> float:
     return top / below if below else 1.0
 
 
-def _addition(problem: Problem, seen: Seen) -> tuple[str, float, float]:
+def _addition(problem: Problem, seen: Observation) -> tuple[str, float, float]:
     """(parameter, error, bound) of the worst sum, relative to the whole gradient."""
     assert seen.gradient is not None
     factor = _factor(seen.gradient, seen.arrived)

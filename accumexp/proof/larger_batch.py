@@ -21,7 +21,7 @@ Gradient = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
-class Larger:
+class LargerBatch:
     """What one pass over the whole batch gave.
 
     Attributes:
@@ -45,7 +45,7 @@ def larger_batch(
     weight: float | Tensor | None = None,
     keep: Callable[[list[Tensor]], Any] | None = None,
     scale: float = 1.0,
-) -> Larger:
+) -> LargerBatch:
     """Loss and gradient of `loss(model(inputs), targets)` over all of `batch`; `model` stays as it is.
 
     With `weight` the loss is the sum of the items' losses divided by it, instead of their mean: a part's
@@ -71,7 +71,7 @@ def larger_batch(
         for (name, p), g in zip(learned.items(), found, strict=True)
     }
     detached = outputs.detach() if isinstance(outputs, Tensor) else outputs
-    return Larger(value.detach(), gradient, {n: b.detach() for n, b in buffers.items()}, detached)
+    return LargerBatch(value.detach(), gradient, {n: b.detach() for n, b in buffers.items()}, detached)
 
 
 def named(model: nn.Module) -> list[tuple[str, nn.Parameter]]:

@@ -12,7 +12,7 @@ from ..accum.batch import batch_size
 from .gradients import DOUBLE
 from .larger_batch import Gradient, norm
 from .problem import Batch, Ids, Problem
-from .ranks import everyone
+from .ranks import all_gather
 from .rounding import part_in_precision
 
 # A mixture of micro-batch gradients explains a window if no more than this is left, relative.
@@ -69,7 +69,7 @@ def mixture(
     None where their samples are not known. `before` is a gradient that may have been left in `.grad`. All
     ranks must call.
     """
-    every = [micro for seen in everyone(micro_batches) for micro in seen]
+    every = [micro for seen in all_gather(micro_batches) for micro in seen]
     if not every or any(not micro for micro in every):
         return None
     parts = [part_in_precision(problem, model, batch, ids or (), DOUBLE) for ids in every]

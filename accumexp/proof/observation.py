@@ -20,7 +20,7 @@ from .problem import Batch, Ids, Start, whole
 
 
 @dataclass
-class Seen:
+class Observation:
     """One window of a loop.
 
     Attributes:
@@ -55,7 +55,7 @@ class Seen:
     saved_bytes: int = 0
 
 
-def observe(start: Start, batch: Batch, *, measure: bool = False, arrivals: bool = False) -> Seen:
+def observe(start: Start, batch: Batch, *, measure: bool = False, arrivals: bool = False) -> Observation:
     """Lets the loop make its update on `batch` and tells what it did.
 
     `measure` counts bytes kept for backward, `arrivals` sums what autograd delivers.
@@ -86,13 +86,13 @@ def as_number(returned: Any) -> float | None:
 @contextmanager
 def watching(
     start: Start, batch: Batch, arrivals: bool = False, saved: SavedActivations | None = None
-) -> Iterator[Seen]:
-    """Inside, hooks tell `Seen` what happens to the model, the parameters and the optimizer of `start`.
+) -> Iterator[Observation]:
+    """Inside, hooks record in an `Observation` what happens to the model, the parameters and the optimizer of `start`.
 
     It draws as in every window of the proof, and fp64 stays fp64. What the model is given is no activation:
     `saved` is told to leave it out.
     """
-    seen = Seen()
+    seen = Observation()
     alive: list[Tensor] = []  # so that no activation gets the memory of an input
     ids = Ids.of(batch[0])
     taken: dict[bytes, int] = {}
@@ -175,7 +175,7 @@ def gradients(start: Start, scale: Tensor | None = None) -> Gradient:
     return found
 
 
-def _adds(seen: Seen, counts: dict[str, int], name: str) -> Any:
+def _adds(seen: Observation, counts: dict[str, int], name: str) -> Any:
     def arrived(gradient: Tensor) -> None:
         found = whole(gradient).detach().double()
         counts[name] = counts.get(name, 0) + 1

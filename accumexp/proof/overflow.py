@@ -15,9 +15,9 @@ from ..accum.batch import tensors
 from .certificate import Check
 from .gradients import DOUBLE, first_update
 from .larger_batch import Gradient, norm
-from .observation import Seen, observe
+from .observation import Observation, observe
 from .problem import Batch, Problem, Start, cast, whole
-from .ranks import everyone, rank, ranks
+from .ranks import all_gather, rank, ranks
 from .replay import states
 from .rounding import in_precision, narrowed
 
@@ -27,7 +27,7 @@ def overflow_checks(problem: Problem, batch: Batch) -> list[Check]:
     if problem.scaling is None:
         return []
     given = cast(batch, problem.dtype)
-    count = max(everyone(len(first_update(Start(problem, problem.dtype), given).sizes)))
+    count = max(all_gather(len(first_update(Start(problem, problem.dtype), given).sizes)))
     places = [(r, {k}) for r in range(ranks()) for k in range(count)]
     kept, moved = [], []
     for who, numbers in [*places, (None, set(range(count)))]:
@@ -36,8 +36,8 @@ def overflow_checks(problem: Problem, batch: Batch) -> list[Check]:
         kept.append((changed, where))
         off = abs(math.log(max(ratio, 1e-300)) - math.log(problem.scaling.backoff_factor))
         moved.append((off, where, ratio))
-    changed, where = max(everyone(max(kept)))
-    off, place, ratio = max(max(every) for every in everyone(moved))
+    changed, where = max(all_gather(max(kept)))
+    off, place, ratio = max(max(every) for every in all_gather(moved))
     return [
         Check(
             "overflow in each micro-batch",
@@ -95,16 +95,16 @@ def _exact(problem: Problem, start: Start, batch: Batch) -> Gradient:
     return in_precision(problem, model, cast(batch, DOUBLE), DOUBLE).gradient
 
 
-def _scale(seen: Seen, exact: Gradient) -> float:
+def _scale(seen: Observation, exact: Gradient) -> float:
     """What the loop multiplies the gradient by, up to what ranks divide it by.
 
     Read off those parameters whose gradient is finite on all ranks: a model that diverges may overflow by
     itself.
     """
     short = {name for name, arrived in seen.arrived.items() if not arrived.isfinite().all()}
-    finite = {name: g for name, g in exact.items() if name not in set().union(*everyone(short))}
+    finite = {name: g for name, g in exact.items() if name not in set().union(*all_gather(short))}
     top = sum(float((seen.arrived[name] * g).sum()) for name, g in finite.items() if name in seen.arrived)
-    return sum(everyone(top)) / (norm(finite) ** 2 or 1.0)
+    return sum(all_gather(top)) / (norm(finite) ** 2 or 1.0)
 
 
 def _differs(found: Tensor, before: Tensor) -> bool:

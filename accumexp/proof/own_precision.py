@@ -14,9 +14,9 @@ from ..accum.batch import batch_size
 from .certificate import Check
 from .gradients import DOUBLE, WHOLE, loss_scale_of, norms_of_errors, roundings
 from .larger_batch import clipped, norm
-from .observation import Seen
+from .observation import Observation
 from .problem import Batch, Problem, Start, whole
-from .ranks import everyone, worst
+from .ranks import all_gather, worst
 from .replay import BITS, SHARDED, states
 from .rounding import LAMBDA, clipping, in_precision, narrowed, rough_in_precision, roundoff
 
@@ -26,7 +26,7 @@ COARSE = (
 )
 
 
-class Following:
+class OwnPrecisionReplay:
     """Follows a loop in its own precision, every update by itself, from the weights the loop had.
 
     Args:
@@ -51,11 +51,11 @@ class Following:
         self._stepped = 0
         self._bits: tuple[float, int, str] = (0.0, 0, "")
 
-    def follow(self, batch: Batch, seen: Seen) -> None:
+    def follow(self, batch: Batch, seen: Observation) -> None:
         """Compares the update that the loop has just made on the whole `batch`."""
         if self.diverged:
             return
-        if self.problem.scaling is not None and not max(everyone(seen.steps)):
+        if self.problem.scaling is not None and not max(all_gather(seen.steps)):
             self._step_schedule()  # skipped: there is nothing to compare
             return
         self.updates += 1
@@ -63,7 +63,7 @@ class Following:
         kind = "first" if self.updates == 1 else "following"
         kind = "smaller" if batch_size(batch) < self._full else kind
         self._stepped = max(self._stepped, abs(seen.steps - 1))
-        if all(everyone(seen.gradient is not None)):
+        if all(all_gather(seen.gradient is not None)):
             error, bound = self._distance(batch, seen)
             if not math.isfinite(bound):  # the larger batch itself has left this precision's range
                 self.diverged = True
@@ -72,7 +72,7 @@ class Following:
             self._found[kind].append((error, bound, self.updates))
         self._step(seen)
 
-    def _distance(self, batch: Batch, seen: Seen) -> tuple[float, float]:
+    def _distance(self, batch: Batch, seen: Observation) -> tuple[float, float]:
         """(the window's error, its bound), of the whole gradient, relative to it."""
         problem = self.problem
         assert seen.gradient is not None
@@ -85,9 +85,9 @@ class Following:
         lost = norms_of_errors(rough, exact)[WHOLE] / size + roundings(problem, seen).get(WHOLE, 0.0) / length
         u = roundoff(problem.autocast or problem.dtype)
         bound = LAMBDA * (lost + u) + clipping(problem.clip_norm, exact, problem.dtype)
-        return worst(everyone(error)), max(everyone(bound))
+        return worst(all_gather(error)), max(all_gather(bound))
 
-    def _step(self, seen: Seen) -> None:
+    def _step(self, seen: Observation) -> None:
         """Torch's optimizer on the gradient that the loop's was given."""
         with torch.no_grad():
             for name, parameter in self.model.named_parameters():
@@ -107,7 +107,7 @@ class Following:
             for name, buffer in self.model.named_buffers():
                 buffer.copy_(whole(theirs[name]))
 
-    def _compare(self, name: str, found: Tensor, right: Tensor, seen: Seen) -> None:
+    def _compare(self, name: str, found: Tensor, right: Tensor, seen: Observation) -> None:
         found = whole(found.detach())
         if torch.equal(found, right):
             return
@@ -135,11 +135,11 @@ class Following:
             return [Check(f"gradient, {over}", math.inf, 0.0, "relative", COARSE, "no update was made")]
         nearest = [(min(found, key=_ratio), kind) for kind, found in self._found.items()]
         (error, bound, update), kind = max(nearest, key=lambda item: _ratio(item[0]))
-        figure, number, where = max(everyone(self._bits))
+        figure, number, where = max(all_gather(self._bits))
         sharded = any(hasattr(p, "full_tensor") for p in self.start.parameters().values())
         limit = SHARDED * 2.0**53 * roundoff(self.problem.dtype) if sharded else 0.0
         at = f"update {update}, nearest of the {kind} windows"
-        steps = float(max(everyone(self._stepped)))
+        steps = float(max(all_gather(self._stepped)))
         return [
             Check(f"gradient, {over}", error, bound, "relative", COARSE, at),
             Check(

@@ -13,9 +13,9 @@ from .fixed_draws import dimensions, fixed_draws
 from .float64 import computing
 from .gradients import DOUBLE, Compared, compare
 from .larger_batch import call
-from .observation import Seen, observe
+from .observation import Observation, observe
 from .problem import Batch, Problem, Start, cast, rows
-from .ranks import everyone, ranks
+from .ranks import all_gather, ranks
 from .rounding import expected, narrowed
 
 ADVICE = "none needed: a window draws anew by micro-batch, as another run of the larger batch would"
@@ -26,7 +26,7 @@ class Trial:
     """One window of a problem beside the larger batch, in fp64."""
 
     found: Compared
-    seen: Seen
+    seen: Observation
 
     @property
     def error(self) -> float:
@@ -96,7 +96,7 @@ def why_draws(
 
 def _repeated(free: Trial, where: str) -> list[Cause]:
     """Micro-batches that draw from the same state of the generator: the same masks once more."""
-    every = [len(seen) - len(set(seen)) for seen in everyone(free.seen.random)]
+    every = [len(seen) - len(set(seen)) for seen in all_gather(free.seen.random)]
     if not max(every):
         return []
     return [

@@ -20,7 +20,7 @@ def rank() -> int:
     return dist.get_rank() if ranks() > 1 else 0
 
 
-def everyone(value: Value) -> list[Value]:
+def all_gather(value: Value) -> list[Value]:
     """`value` of every rank, in their order. All ranks must call."""
     if ranks() == 1:
         return [value]

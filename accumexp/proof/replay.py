@@ -21,9 +21,9 @@ from .certificate import Cause, Check
 from .float64 import computing
 from .gradients import DOUBLE, Compared, check_of, compare
 from .larger_batch import norm
-from .observation import Seen
+from .observation import Observation
 from .problem import Batch, Ids, Problem, Start, cast, whole
-from .ranks import everyone, worst
+from .ranks import all_gather, worst
 from .rounding import U32, Expected, expected
 
 BITS = "the same arithmetic on the same gradient: not a bit may differ"
@@ -36,7 +36,7 @@ SELDOM = 10
 SHARDED = 8 * 2.0**-53
 
 
-class Course:
+class Replay:
     """Follows a loop in fp64 and collects the worst of every comparison.
 
     Args:
@@ -69,7 +69,7 @@ class Course:
         self._every = 1 if numbers <= LARGE else SELDOM
         self._followed: list[tuple[list[float], list[float]]] = []  # learning rates: the loop's, the right
 
-    def follow(self, batch: Batch, seen: Seen) -> None:
+    def follow(self, batch: Batch, seen: Observation) -> None:
         """Compares the update that the loop has just made on the whole `batch` with the larger batch's."""
         if self.diverged:
             return
@@ -86,10 +86,10 @@ class Course:
         self._rates(seen)
         self._step(seen)
 
-    def _gradients(self, number: int, batch: Batch, seen: Seen) -> None:
+    def _gradients(self, number: int, batch: Batch, seen: Observation) -> None:
         right = expected(self.problem, cast(batch, DOUBLE), self.model, self.problem.clip_norm)
         figures = [right.size, right.loss, right.loss_bound, *right.bound.values()]
-        if not all(everyone(all(map(math.isfinite, figures)))):
+        if not all(all_gather(all(map(math.isfinite, figures)))):
             # From here on the larger batch itself is beyond fp32's range.
             self.diverged = True
             return
@@ -112,9 +112,9 @@ class Course:
         if not error * self._loss[2] <= self._loss[1] * bound:
             self._loss = (update, error, bound)
 
-    def _samples(self, batch: Batch, seen: Seen) -> None:
+    def _samples(self, batch: Batch, seen: Observation) -> None:
         size = batch_size(batch)
-        every = everyone((seen.micro_batches, seen.sizes))
+        every = all_gather((seen.micro_batches, seen.sizes))
         if all(micro is not None for found, _ in every for micro in found):
             # Ranks cannot tell equal samples apart, so those are counted together.
             alike = Ids.of(batch[0]).alike()
@@ -125,23 +125,23 @@ class Course:
         else:
             self._keep("samples", abs(size - sum(sum(sizes) for _, sizes in every)))
 
-    def _rates(self, seen: Seen) -> None:
+    def _rates(self, seen: Observation) -> None:
         right = [float(group["lr"]) for group in self.optimizer.param_groups]
         if seen.rates:
             self._followed.append((seen.rates, right))
         pairs = zip(seen.rates or right, right, strict=False)
         self._keep("learning rate", max(_relative(found, rate) for found, rate in pairs))
 
-    def _scale(self, number: int, seen: Seen, right: Expected) -> None:
-        if self.problem.scaling is None or not any(everyone(bool(seen.arrived))):
+    def _scale(self, number: int, seen: Observation, right: Expected) -> None:
+        if self.problem.scaling is None or not any(all_gather(bool(seen.arrived))):
             return
         exact = right.larger.gradient
         if not right.size:
             return  # times nothing every scale is nothing
         top = sum(float((seen.arrived[name] * g).sum()) for name, g in exact.items() if name in seen.arrived)
-        self._scales.append((number, sum(everyone(top)) / (norm(exact) ** 2 or 1.0)))
+        self._scales.append((number, sum(all_gather(top)) / (norm(exact) ** 2 or 1.0)))
 
-    def _step(self, seen: Seen) -> None:
+    def _step(self, seen: Observation) -> None:
         """The larger batch's optimizer on the gradient that the loop's was given."""
         with torch.no_grad():
             for name, parameter in self.model.named_parameters():
@@ -202,7 +202,7 @@ class Course:
         )
         if self._logged:
             number, error, bound = self._loss
-            every = everyone((error, bound, number))
+            every = all_gather((error, bound, number))
             error, bound, number = max(every, key=lambda item: item[0] / item[1] if item[1] else item[0])
             checks.append(
                 Check(
@@ -264,7 +264,7 @@ class Course:
         return Cause("schedule", "", reason, math.nan, shown, advice)
 
     def _bits(self, title: str, name: str, bound: float, why: str = BITS, unit: str = "relative") -> Check:
-        found = everyone(self._worst.get(name, (0, 0.0)))
+        found = all_gather(self._worst.get(name, (0, 0.0)))
         figure = worst([figure for _, figure in found])
         number = next((n for n, value in found if value == figure or math.isnan(value)), 0)
         detail = f"off in update {number}" if figure else "no difference"

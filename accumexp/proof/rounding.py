@@ -32,7 +32,7 @@ from torch import nn
 from ..accum.batch import tensors
 from .fixed_draws import drawing
 from .float64 import computing
-from .larger_batch import Gradient, Larger, clipped, larger_batch, loss_weight, norm
+from .larger_batch import Gradient, LargerBatch, clipped, larger_batch, loss_weight, norm
 from .problem import Batch, Problem, cast, rows
 
 LAMBDA = 8.0
@@ -57,7 +57,7 @@ class Expected:
         loss_bound: of the loss's error.
     """
 
-    larger: Larger
+    larger: LargerBatch
     gradient: Gradient
     size: float
     bound: dict[str, float]
@@ -135,7 +135,7 @@ def in_precision(
     autocast: torch.dtype | None = None,
     numbers: Sequence[int] | None = None,
     scale: float = 1.0,
-) -> Larger:
+) -> LargerBatch:
     """The larger batch in `dtype`, in which `model` has to be; draws as in every window of the proof.
 
     `numbers` names the samples where they are not in the order in which windows have them. `scale` is the
@@ -149,7 +149,7 @@ def in_precision(
 
 def rough_in_precision(
     problem: Problem, model: nn.Module, batch: Batch, scale: float, numbers: Sequence[int] | None = None
-) -> Larger:
+) -> LargerBatch:
     """The larger batch in the run's precision, at `scale` or, where all of it overflows, a smaller one."""
     while True:
         found = in_precision(problem, model, batch, problem.dtype, problem.autocast, numbers, scale)

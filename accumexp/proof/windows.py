@@ -18,9 +18,9 @@ from .fixed_draws import drawing
 from .float64 import computing
 from .gradients import DOUBLE
 from .larger_batch import call, larger_batch
-from .observation import Seen, observe
+from .observation import Observation, observe
 from .problem import Batch, Problem, Start, cast, rows, whole
-from .ranks import everyone, ranks, worst
+from .ranks import all_gather, ranks, worst
 from .replay import BITS, SHARDED, states
 from .rounding import narrowed
 
@@ -94,7 +94,7 @@ def buffers_check(problem: Problem, start: Start, buffers: dict[str, Tensor]) ->
             size = float(right.double().abs().sum()) or 1.0
             figures[name] = float((found.double() - right.double()).abs().sum()) / size
     name = max(figures, key=lambda key: figures[key] if figures[key] == figures[key] else math.inf)
-    figure = worst(everyone(figures[name]))
+    figure = worst(all_gather(figures[name]))
     bound = 8 * problem.samples * 2.0**-53
     return Check(
         "buffers",
@@ -117,12 +117,12 @@ def activations_check(problem: Problem, batch: Batch) -> Check | None:
     model = narrowed(problem.model, DOUBLE)
     one = _kept(problem, model, rows(batch, slice(0, max(sizes))))
     every = _kept(problem, model, batch)
-    found = max(everyone(seen.saved_bytes / every))
+    found = max(all_gather(seen.saved_bytes / every))
     # The loop's copy of its targets is no activation either, but cannot be told from one.
     copied = sum(
         t.numel() * t.element_size() for t in tensors(cast(rows(batch, slice(0, max(sizes))), DOUBLE)[1])
     )
-    alone = max(everyone((one + copied) / every))
+    alone = max(all_gather((one + copied) / every))
     return Check(
         "saved activations",
         found,
@@ -160,7 +160,7 @@ def resume_check(problem: Problem, batches: list[Batch]) -> Check:
     same = mine.keys() == theirs.keys()
     figures += [(_off(theirs[key], value), f"optimizer {key}") for key, value in mine.items() if same]
     figure, name = max(figures)
-    every = everyone((figure if same else math.inf, name))
+    every = all_gather((figure if same else math.inf, name))
     figure, name = max(every)
     return Check(
         "resume",
@@ -190,19 +190,19 @@ def _off(found: Any, right: Any) -> float:
     return float((found - right).norm()) / (float(right.norm()) or 1.0)
 
 
-def agreement_check(seen: Seen) -> Check | None:
+def agreement_check(seen: Observation) -> Check | None:
     """Whether all ranks gave their optimizers the same gradient."""
     if ranks() == 1:
         return None
     figure = math.inf
-    if all(everyone(seen.gradient is not None)):
+    if all(all_gather(seen.gradient is not None)):
         assert seen.gradient is not None
         flat = torch.cat([g.double().flatten() for g in seen.gradient.values()])
         low, high = flat.clone(), flat.clone()
         dist.all_reduce(low, dist.ReduceOp.MIN)
         dist.all_reduce(high, dist.ReduceOp.MAX)
         figure = float((high - low).norm()) / (float(flat.norm()) or 1.0)
-        figure = worst(everyone(figure))
+        figure = worst(all_gather(figure))
     return Check(
         "ranks agree",
         figure,
@@ -239,7 +239,7 @@ def collectives_check(problem: Problem, batch: Batch, most: int = 1) -> Check | 
     numbers = sum(p.numel() for p in problem.model.parameters() if p.requires_grad)
     return Check(
         "gradient reductions a window",
-        max(everyone(reductions.numbers / numbers)),
+        max(all_gather(reductions.numbers / numbers)),
         most + 0.5,
         "count",
         "the numbers that reducing collectives carry, over the parameters': each reduction adds 1",

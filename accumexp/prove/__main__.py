@@ -21,21 +21,21 @@ def task(cfg: Any) -> None:
 
 
 def main() -> None:
-    from ..environment.ranks import end_now, silent_arguments, world
+    from ..environment.ranks import end_now, launched_rank, silent_arguments
 
     if {"-m", "--multirun"} & set(sys.argv[1:]):
         raise UsageError(
             "--multirun: a proof is of one experiment; python -m accumexp.run -m prove=true certifies "
             "the jobs of a sweep"
         )
-    here = world()
-    if here is None or here.size == 1:
+    rank_info = launched_rank()
+    if rank_info is None or rank_info.size == 1:
         hydra_app(task)
         return
     code: object = 0
     with tempfile.TemporaryDirectory(prefix="accumexp-rank-") as folder:
         try:
-            if not here.first:
+            if not rank_info.first:
                 sys.argv[1:] = [*sys.argv[1:], *silent_arguments(folder)]
             hydra_app(task)
         except SystemExit as end:

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from ..config.schema import Config, LossScaling, Reduction, Strategy, to_plain
 from ..environment.device import code_version
-from ..environment.ranks import World
+from ..environment.ranks import RankInfo
 from ..errors import UsageError
 from ..proof import Cause, Certificate, Scaling
 from ..proof.certify import FOLLOWED, Proof, undisturbed
@@ -28,15 +28,17 @@ from ..proof.problem import Problem
 from ..proof.problem import cast as in_dtype
 from ..proof.rounding import in_precision, narrowed
 from ..training.experiment import Parts, build_optimizer, build_parts, build_scheduler, for_ranks, updates_of
-from .first_updates import Followed, as_it_is, small, whole_batch
-from .trainer_loop import OwnLoop
+from .first_updates import FirstUpdates, as_it_is, small, whole_batch
+from .trainer_loop import TrainerLoop
 
 # Batches that single windows are tried on.
 BATCHES = 5
 VERSIONS = ("accumexp", "torch", "torchvision", "numpy")
 
 
-def prove_experiment(config: Config, here: World, stage: Callable[[str], None]) -> tuple[Certificate, Parts]:
+def prove_experiment(
+    config: Config, rank_info: RankInfo, stage: Callable[[str], None]
+) -> tuple[Certificate, Parts]:
     """The certificate of the experiment that `config` describes, and the parts that it was made with.
 
     On several ranks all of them call. Neither the parts nor torch's random state are as they were.
@@ -44,15 +46,15 @@ def prove_experiment(config: Config, here: World, stage: Callable[[str], None]) 
     Raises:
         UsageError: naming the key that cannot be built, or if the larger batch does not fit the device.
     """
-    parts = build_parts(config, here)
-    problem = problem_of(config, parts, here)
+    parts = build_parts(config, rank_info)
+    problem = problem_of(config, parts, rank_info)
     proof = Proof(problem, stage, problem.steps if config.accum.reduce_every_micro_batch else 1)
     try:
         with undisturbed(problem):
             proof.draws()
             proof.windows(alone=False)
-            _clipping(proof, config, parts, here)
-            _follow(proof, config, parts, here)
+            _clipping(proof, config, parts, rank_info)
+            _follow(proof, config, parts, rank_info)
             proof.diagnosis()
     except torch.OutOfMemoryError as error:
         raise UsageError(
@@ -68,7 +70,7 @@ def prove_experiment(config: Config, here: World, stage: Callable[[str], None]) 
     return replace(found, environment=environment, config=to_plain(config)), parts
 
 
-def problem_of(config: Config, parts: Parts, here: World) -> Problem:
+def problem_of(config: Config, parts: Parts, rank_info: RankInfo) -> Problem:
     """What the experiment's loop should do, on the first batches of its first epoch."""
     accum, train = config.accum, parts.splits.train
     found = [
@@ -84,7 +86,7 @@ def problem_of(config: Config, parts: Parts, here: World) -> Problem:
         return for_ranks(accum, model, parts.device)
 
     return Problem(
-        OwnLoop(config, parts, here, train.batch_size),
+        TrainerLoop(config, parts, rank_info, train.batch_size),
         parts.model,
         parts.criterion,
         found,
@@ -110,7 +112,7 @@ def _scaling(config: Config) -> Scaling | None:
     return Scaling(accum.growth_factor, accum.backoff_factor, accum.growth_interval)
 
 
-def _clipping(proof: Proof, config: Config, parts: Parts, here: World) -> None:
+def _clipping(proof: Proof, config: Config, parts: Parts, rank_info: RankInfo) -> None:
     """A window that is clipped for sure, where the configuration clips at all."""
     if config.trainer.clip_norm is None:
         return
@@ -120,18 +122,18 @@ def _clipping(proof: Proof, config: Config, parts: Parts, here: World) -> None:
     half = norm(exact.gradient) / 2
     if not half > 0 or not math.isfinite(half):
         return
-    loop = OwnLoop(config, parts, here, parts.splits.train.batch_size, clip_norm=half)
+    loop = TrainerLoop(config, parts, rank_info, parts.splits.train.batch_size, clip_norm=half)
     clipping = replace(problem, train_window=loop, clip_norm=half)
     proof.add(gradient_check("gradient, clipped", clipping, batch, "to half its norm")[0])
 
 
-def _follow(proof: Proof, config: Config, parts: Parts, here: World) -> None:
+def _follow(proof: Proof, config: Config, parts: Parts, rank_info: RankInfo) -> None:
     """The first updates of the real run."""
     schedule = updates_of(config, parts)
     updates = min(config.proof.updates, schedule)
-    changed = small(config, here, _whole(parts.model), updates)
+    changed = small(config, rank_info, _whole(parts.model), updates)
     proof.progress(f"{updates} updates of the run, one by one")
-    followed = Followed(changed, here, updates, schedule, proof.progress)
+    followed = FirstUpdates(changed, rank_info, updates, schedule, proof.progress)
     problem = replace(
         proof.problem,
         model=copy.deepcopy(followed.parts.model),
@@ -142,16 +144,16 @@ def _follow(proof: Proof, config: Config, parts: Parts, here: World) -> None:
     proof.add(*checks)
     proof.causes.extend(course.causes())
     if proof.problem.dtype is not DOUBLE:
-        _follow_as_it_is(proof, config, here, schedule)
+        _follow_as_it_is(proof, config, rank_info, schedule)
 
 
-def _follow_as_it_is(proof: Proof, config: Config, here: World, schedule: int) -> None:
+def _follow_as_it_is(proof: Proof, config: Config, rank_info: RankInfo, schedule: int) -> None:
     """A few updates of the real run in its own precision, its own batches and with its own callbacks."""
     name = precision_name(proof.problem)
     proof.progress(f"{FOLLOWED} updates of the run in {name}")
     # A loss scale may have to fall first.
     most = FOLLOWED + (TRIES if proof.problem.scaling is not None else 0)
-    followed = Followed(as_it_is(config, most), here, most, schedule, proof.progress, epoch=1)
+    followed = FirstUpdates(as_it_is(config, most), rank_info, most, schedule, proof.progress, epoch=1)
     problem = replace(proof.problem, model=copy.deepcopy(followed.parts.model), loss=followed.parts.criterion)
     proof.add(*followed.own_precision(problem, name, FOLLOWED))
 

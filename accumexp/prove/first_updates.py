@@ -19,15 +19,15 @@ from ..accum.sync import plain
 from ..config.schema import Config, Precision, check
 from ..data import Batch
 from ..environment.random_state import random_state, restore_random_state
-from ..environment.ranks import World, first_says
+from ..environment.ranks import RankInfo, first_says
 from ..proof.certificate import Check
 from ..proof.gradients import DOUBLE
-from ..proof.observation import Seen, watching
-from ..proof.own_precision import Following
+from ..proof.observation import Observation, watching
+from ..proof.own_precision import OwnPrecisionReplay
 from ..proof.problem import Batch as Whole
 from ..proof.problem import Problem, Start
-from ..proof.ranks import everyone
-from ..proof.replay import BITS, Course, states
+from ..proof.ranks import all_gather
+from ..proof.replay import BITS, Replay, states
 from ..training.callbacks import Callback, LossMonitor
 from ..training.checkpoint import Checkpoints, load, restore
 from ..training.experiment import build_parts, build_trainer
@@ -42,14 +42,14 @@ RESUMED = 40
 MICRO = 4
 
 
-def small(config: Config, here: World, whole: bool, updates: int) -> Config:
+def small(config: Config, rank_info: RankInfo, whole: bool, updates: int) -> Config:
     """`config` in fp64 for `updates`, of small ragged batches unless it must be the `whole` ones."""
     changed = copy.deepcopy(config)
     changed.precision, changed.param_precision = Precision.fp64, None
     steps, full = changed.accum.steps, changed.data.batch_size
     assert isinstance(steps, int) and full is not None
     if not whole:
-        changed.data.batch_size = min(full, MICRO * steps * here.size + 1)
+        changed.data.batch_size = min(full, MICRO * steps * rank_info.size + 1)
     changed.accum.micro_batch_size = None
     changed.accum.growth_interval = min(changed.accum.growth_interval, 10)
     changed.trainer.max_updates = updates
@@ -71,7 +71,7 @@ def as_it_is(config: Config, updates: int) -> Config:
     return check(changed)
 
 
-class Followed:
+class FirstUpdates:
     """The first updates of the run that `config` describes.
 
     Args:
@@ -84,18 +84,18 @@ class Followed:
     def __init__(
         self,
         config: Config,
-        here: World,
+        rank_info: RankInfo,
         updates: int,
         schedule: int,
         stage: Callable[[str], None],
         epoch: int = EPOCH,
     ) -> None:
         self.config = config
-        self.here = here
+        self.rank_info = rank_info
         self.updates = updates
         self.schedule = schedule
         self.stage = stage
-        self.parts = build_parts(config, here)
+        self.parts = build_parts(config, rank_info)
         self._random = random_state()
         size = self.parts.splits.train.batch_size
         # Epochs that end, and end in a smaller window, within the updates that are followed.
@@ -122,21 +122,21 @@ class Followed:
 
     def own_precision(self, problem: Problem, name: str, updates: int) -> list[Check]:
         """What `updates` of the run in its own precision, `name`, show; skipped windows are none."""
-        follower = Follower(problem, self, Following, updates)
+        follower = UpdateObserver(problem, self, OwnPrecisionReplay, updates)
         trainer = self.trainer({"follower": follower})
         follower.attach(trainer)
         trainer.fit()
-        assert isinstance(follower.course, Following)
+        assert isinstance(follower.course, OwnPrecisionReplay)
         return follower.course.checks(name)
 
-    def checks(self, problem: Problem) -> tuple[list[Check], Course]:
+    def checks(self, problem: Problem) -> tuple[list[Check], Replay]:
         """What following the run in fp64 shows, and what a stop and a resume do to it."""
-        follower = Follower(problem, self, Course)
+        follower = UpdateObserver(problem, self, Replay)
         trainer = self.trainer({"follower": follower})
         follower.attach(trainer)
         trainer.fit()
         course = follower.course
-        assert isinstance(course, Course)
+        assert isinstance(course, Replay)
         for update, values in points(trainer):
             if "train/loss" in values:
                 course.logged(update, values["train/loss"])
@@ -153,23 +153,23 @@ class Followed:
         undisturbed.fit()
         first = self.trainer({})
         with tempfile.TemporaryDirectory(prefix="accumexp-proof-") as own:
-            folder = Path(first_says(own, self.here))
+            folder = Path(first_says(own, self.rank_info))
             saving = Checkpoints(every_epochs=None, every_updates=half)
             saving.attach(folder, {}, lambda: None)
             first.callbacks = {**first.callbacks, "checkpoint": saving, "stop": StopAt(half)}
             first.fit()
-            everyone(0)
+            all_gather(0)
             path = saving.folder / f"update-{first.progress.update:08d}.pt"
             again = self.trainer({"end": StopAt(updates)})
             restore(again, load(path), path)
             again.fit()
-            everyone(0)
+            all_gather(0)
         differing = sum(_differing(undisturbed, again))
         one, other = (_rows(run, first.progress.update) for run in (undisturbed, again))
         differing += sum(a != b for a, b in zip(one, other, strict=False)) + abs(len(one) - len(other))
         return Check(
             "resume from the middle",
-            float(max(everyone(differing))),
+            float(max(all_gather(differing))),
             0.0,
             "count",
             "weights, buffers, optimizer, schedule and logged losses of the run that was never stopped: "
@@ -189,8 +189,8 @@ class Points:
 
 
 def points(trainer: Trainer) -> list[tuple[int, dict[str, float]]]:
-    assert isinstance(trainer.recorder, Points)
-    return trainer.recorder.rows
+    assert isinstance(trainer.metrics_sink, Points)
+    return trainer.metrics_sink.rows
 
 
 def _not_now(reason: str, code: int = 1) -> None:
@@ -210,7 +210,7 @@ class StopAt(Callback):
             Trainer.stop(trainer, "stopped to be resumed")
 
 
-class Follower(Callback):
+class UpdateObserver(Callback):
     """Holds every update of the trainer against the larger batch's."""
 
     order = -1000
@@ -218,8 +218,8 @@ class Follower(Callback):
     def __init__(
         self,
         problem: Problem,
-        run: Followed,
-        kind: type[Course] | type[Following],
+        run: FirstUpdates,
+        kind: type[Replay] | type[OwnPrecisionReplay],
         updates: int | None = None,
     ) -> None:
         self.problem = problem
@@ -230,7 +230,7 @@ class Follower(Callback):
         self._open = ExitStack()
 
     def attach(self, trainer: Trainer) -> None:
-        dtype = DOUBLE if self.kind is Course else self.problem.dtype
+        dtype = DOUBLE if self.kind is Replay else self.problem.dtype
         self.start = Start(self.problem, dtype, trainer.model, trainer.optimizer)
         self.course = self.kind(self.problem, self.start)
 
@@ -239,8 +239,8 @@ class Follower(Callback):
         assert batch is not None
         self.batch, numbers = whole_batch(batch)
         self.epochs.setdefault(trainer.progress.epoch, []).extend(numbers)
-        arrivals = self.kind is Following or self.problem.scaling is not None
-        self.seen: Seen = self._open.enter_context(watching(self.start, self.batch, arrivals))
+        arrivals = self.kind is OwnPrecisionReplay or self.problem.scaling is not None
+        self.seen: Observation = self._open.enter_context(watching(self.start, self.batch, arrivals))
 
     def update_end(self, trainer: Trainer) -> None:
         self._open.close()
@@ -282,7 +282,7 @@ def whole_batch(batch: Batch) -> tuple[Whole, list[int]]:
     def cut(tensor: Tensor) -> Tensor:
         return tensor[:own].cpu()
 
-    parts = everyone(
+    parts = all_gather(
         (map_tensors(cut, batch.inputs), map_tensors(cut, batch.targets), batch.indices[:own].cpu())
     )
     if len(parts) == 1:

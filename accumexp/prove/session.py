@@ -10,12 +10,12 @@ from pathlib import Path
 from ..config.schema import Backend, Config, Strategy
 from ..environment.console import console, show_values
 from ..environment.device import device_name, pick_device
-from ..environment.ranks import World, device_of, first_says, joined
+from ..environment.ranks import RankInfo, device_of, first_says, joined
 from ..plan.auto_steps import planned
 from ..proof import Certificate
 from ..proof.certificate import number
 from ..run.record import described, open_tracker, write_config
-from ..run.spec import Order
+from ..run.spec import RunSpec
 from ..tracking import Store
 from ..tracking.certificates import CERTIFICATE, TAG
 from .experiment import prove_experiment
@@ -23,37 +23,37 @@ from .table import show
 
 
 @dataclass
-class Certifying:
+class ProofSession:
     """A proof about to happen, in this process: the whole of it, or one rank's part."""
 
-    order: Order
-    here: World
+    spec: RunSpec
+    rank_info: RankInfo
 
     def execute(self) -> bool:
         """Whether the window is proved."""
-        config, here = self.order.config, self.here
-        if not here.first:
+        config, rank_info = self.spec.config, self.rank_info
+        if not rank_info.first:
             console.quiet = True
-        with _joined(config, here):
-            folder = Path(first_says(str(self.order.folder), here))
-            no_store = config.tracking.backend is Backend.none or not here.first
+        with _joined(config, rank_info):
+            folder = Path(first_says(str(self.spec.folder), rank_info))
+            no_store = config.tracking.backend is Backend.none or not rank_info.first
             # A store that cannot be reached is said before the work, not after it.
             store = None if no_store else Store(config.tracking)
-            self.order, known = planned(self.order, here)
-            config = self.order.config
-            console.print(described_problem(config, here), highlight=False, soft_wrap=True)
+            self.spec, known = planned(self.spec, rank_info)
+            config = self.spec.config
+            console.print(described_problem(config, rank_info), highlight=False, soft_wrap=True)
             with stages() as stage:
-                certificate, parts = prove_experiment(config, here, stage)
-        if here.first:
+                certificate, parts = prove_experiment(config, rank_info, stage)
+        if rank_info.first:
             path = write(certificate, folder)
             config_path = write_config(folder, config)
             show(certificate)
             kept: dict[str, object] = {"certificate": path}
             if store is not None:
                 quiet = replace(config.tracking, system_metrics=False)
-                order = replace(self.order, config=replace(config, tracking=quiet))
+                spec = replace(self.spec, config=replace(config, tracking=quiet))
                 tags = {**described(parts, []), **known, **tags_of(certificate)}
-                tracker = open_tracker(order, store, parts, tags, "certificate", None)
+                tracker = open_tracker(spec, store, parts, tags, "certificate", None)
                 try:
                     tracker.tag(
                         {"mlflow.note.content": markdown(certificate), "mlflow.source.name": "accumexp.prove"}
@@ -72,14 +72,14 @@ class Certifying:
         return certificate.proved
 
 
-def certified(config: Config, here: World, folder: Path) -> dict[str, str]:
+def certified(config: Config, rank_info: RankInfo, folder: Path) -> dict[str, str]:
     """Proves the window of a run that is about to begin; the tags that say what came of it.
 
     The certificate is written into `folder`. All ranks call.
     """
     with stages() as stage:
-        certificate, _ = prove_experiment(config, here, stage)
-    if here.first:
+        certificate, _ = prove_experiment(config, rank_info, stage)
+    if rank_info.first:
         write(certificate, folder)
     style = "green" if certificate.proved else "yellow"
     console.print(f"certificate: {certificate}", style=style, highlight=False, soft_wrap=True, markup=False)
@@ -98,12 +98,12 @@ def write(certificate: Certificate, folder: Path) -> Path:
     return path
 
 
-def described_problem(config: Config, here: World) -> str:
+def described_problem(config: Config, rank_info: RankInfo) -> str:
     """One line of what is to be proved, and on what."""
-    device = pick_device(device_of(config.device, here))
+    device = pick_device(device_of(config.device, rank_info))
     window = f"{config.accum.steps} micro-batches of {config.accum.micro_batch_size}"
-    if here.size > 1:
-        window += f" on each of {here.size} ranks"
+    if rank_info.size > 1:
+        window += f" on each of {rank_info.size} ranks"
     name = config.model["_target_"].rpartition(".")[2]
     return (
         f"Is {name}'s window of {window} the batch of {config.data.batch_size}? "
@@ -132,7 +132,7 @@ def stages() -> Iterator[Callable[[str], None]]:
         yield lambda stage: status.update(f"proving: {stage}")
 
 
-def _joined(config: Config, here: World) -> AbstractContextManager[None]:
+def _joined(config: Config, rank_info: RankInfo) -> AbstractContextManager[None]:
     if config.accum.strategy is Strategy.standalone:
         return nullcontext()
-    return joined(here, str(pick_device(device_of(config.device, here))))
+    return joined(rank_info, str(pick_device(device_of(config.device, rank_info))))

@@ -13,13 +13,13 @@ from torchmetrics import MetricCollection
 from ..accum.batch import batch_size, map_tensors, rank_share, steps_for
 from ..config.schema import Config
 from ..data import Batch
-from ..environment.ranks import World
+from ..environment.ranks import RankInfo
 from ..proof.problem import Batch as Whole
 from ..training.experiment import Parts, build_window
 from ..training.trainer import Trainer
 
 
-class OwnLoop:
+class TrainerLoop:
     """`Trainer.update` on whatever model and optimizer it is called with, on this rank's share.
 
     Another model begins a new trainer, and the one before is forgotten, with its loss scale.
@@ -30,11 +30,11 @@ class OwnLoop:
     """
 
     def __init__(
-        self, config: Config, parts: Parts, here: World, full: int, clip_norm: float | None = None
+        self, config: Config, parts: Parts, rank_info: RankInfo, full: int, clip_norm: float | None = None
     ) -> None:
         self.config = config
         self.parts = parts
-        self.here = here
+        self.rank_info = rank_info
         self.full = full
         self.clip_norm = clip_norm or config.trainer.clip_norm
         # The newest alone: each has a model, gradients and optimizer state of its own.
@@ -50,9 +50,9 @@ class OwnLoop:
         trainer = self._newest
         trainer.update(self._share(batch, steps))
         trainer.read()
-        recorder = trainer.recorder
-        assert isinstance(recorder, _Last)
-        return recorder.loss
+        metrics_sink = trainer.metrics_sink
+        assert isinstance(metrics_sink, _Last)
+        return metrics_sink.loss
 
     def _trainer(self, model: nn.Module, optimizer: Optimizer, schedule: Any) -> Trainer:
         trainer = Trainer(
@@ -77,7 +77,7 @@ class OwnLoop:
     def _share(self, batch: Whole, steps: int) -> Batch:
         total = batch_size(batch)
         steps = steps_for(total, self.full, steps)
-        parts = rank_share(total, steps, self.here.rank, self.here.size)
+        parts = rank_share(total, steps, self.rank_info.rank, self.rank_info.size)
         own = torch.cat([torch.arange(part.start, part.stop) for part in parts]).to(self.parts.device)
         held = own if len(own) else own.new_zeros(1)
 

@@ -17,18 +17,18 @@ def task(cfg: Any) -> float | None:
 
 
 def main() -> None:
-    from ..environment.ranks import world
+    from ..environment.ranks import launched_rank
     from .resume import command_lines
     from .sweep_end import closing_sweep
 
     asked = sys.argv[1:]
     lines, changes = command_lines(asked)
-    here = world()
-    if here is None or here.size == 1:
+    rank_info = launched_rank()
+    if rank_info is None or rank_info.size == 1:
         with closing_sweep(asked, changes):
             run_lines(lines)
     else:
-        run_as_rank(asked, lines, changes, first=here.first)
+        run_as_rank(asked, lines, changes, first=rank_info.first)
 
 
 def run_lines(lines: list[list[str]]) -> None:

@@ -16,13 +16,13 @@ from omegaconf import DictConfig
 
 from ..cli import WANTS_TRACEBACK, fail
 from ..environment.console import unseen
-from ..environment.ranks import World, abandon, end_now, world
+from ..environment.ranks import RankInfo, abandon, end_now, launched_rank
 from ..errors import TrainingError, UsageError
-from ..sweeps.job_status import LOCK, RANKS_LOCK, Standing, agreed, alone_in, clear, standing
+from ..sweeps.job_status import LOCK, RANKS_LOCK, JobStatus, agreed, alone_in, clear, job_status
 from ..sweeps.sweep import SweepJob
 from ..tracking.journal import METRICS, SUMMARY
 from .launch import RankError, launch, settle
-from .spec import Order
+from .spec import RunSpec
 
 log = logging.getLogger(__name__)
 
@@ -38,12 +38,12 @@ def run_job(cfg: DictConfig) -> float | None:
     hydra = HydraConfig.get()
     job = SweepJob.of(hydra)
     folder = Path(hydra.runtime.output_dir)
-    outside = world()
-    here = outside or World()
-    if not (job and here.first):
-        return _run(cfg, hydra, job, folder, outside, here)
+    outside = launched_rank()
+    rank_info = outside or RankInfo()
+    if not (job and rank_info.first):
+        return _run(cfg, hydra, job, folder, outside, rank_info)
     with unseen(folder, job.parallel), alone_in(folder, job.title):
-        return _run(cfg, hydra, job, folder, outside, here)
+        return _run(cfg, hydra, job, folder, outside, rank_info)
 
 
 def prove_job(cfg: DictConfig) -> None:
@@ -51,27 +51,27 @@ def prove_job(cfg: DictConfig) -> None:
     from hydra.core.hydra_config import HydraConfig
 
     hydra = HydraConfig.get()
-    outside = world()
-    _run(cfg, hydra, None, Path(hydra.runtime.output_dir), outside, outside or World(), prove=True)
+    outside = launched_rank()
+    _run(cfg, hydra, None, Path(hydra.runtime.output_dir), outside, outside or RankInfo(), prove=True)
 
 
-def carry_out(order: Order, here: World) -> float | None:
+def carry_out(spec: RunSpec, rank_info: RankInfo) -> float | None:
     """Trains, or proves, in this process. The imports that takes are not for one that only launches.
 
     Returns:
         The monitored value at the end; of a proof 1 or 0.
     """
-    if order.prove:
-        from ..prove.session import Certifying
+    if spec.prove:
+        from ..prove.session import ProofSession
 
-        return float(Certifying(order, here).execute())
-    if order.replicas:
-        from .replica_run import JointRun
+        return float(ProofSession(spec, rank_info).execute())
+    if spec.replicas:
+        from .replica_run import ReplicaRun
 
-        return JointRun(order).execute()
+        return ReplicaRun(spec).execute()
     from .session import Run
 
-    return Run(order, here).execute()
+    return Run(spec, rank_info).execute()
 
 
 def _run(
@@ -79,30 +79,30 @@ def _run(
     hydra: Any,
     job: SweepJob | None,
     folder: Path,
-    outside: World | None,
-    here: World,
+    outside: RankInfo | None,
+    rank_info: RankInfo,
     prove: bool = False,
 ) -> float | None:
     try:
-        before = standing(folder) if job and here.first else Standing()
-        if before.finished and here.size == 1:
+        before = job_status(folder) if job and rank_info.first else JobStatus()
+        if before.finished and rank_info.size == 1:
             return _again(job, before)
         if prove and cfg.resume:
             raise UsageError(f"resume={cfg.resume}: a proof begins at the beginning, leave it out")
-        order = Order.of(cfg, hydra, prove)
-        if job and here.size > 1:
-            before = agreed(before, here, order.config.device)
+        spec = RunSpec.of(cfg, hydra, prove)
+        if job and rank_info.size > 1:
+            before = agreed(before, rank_info, spec.config.device)
             if before.finished:
-                return _again(job if here.first else None, before)
+                return _again(job if rank_info.first else None, before)
         if before.checkpoint:
-            order = order.going_on(before.checkpoint)
-        elif job and here.first:
+            spec = spec.going_on(before.checkpoint)
+        elif job and rank_info.first:
             clear(folder)
-        processes = order.config.accum.processes or 1
+        processes = spec.config.accum.processes or 1
         if outside is None and processes > 1:
-            found = launched(order, processes)
+            found = launched(spec, processes)
         else:
-            found = carry_out(order, here)
+            found = carry_out(spec, rank_info)
         if prove and not found:
             sys.exit(1)
         return found
@@ -111,55 +111,55 @@ def _run(
         log.info("failed", exc_info=error)  # to run.log, not to the terminal
         if job and job.alone and isinstance(error, UsageError) and not (folder / SUMMARY).exists():
             job = None  # nobody asked for a sweep, and there is nothing of one
-        if here.first and isinstance(error, UsageError) and not job and not cfg.resume:
+        if rank_info.first and isinstance(error, UsageError) and not job and not cfg.resume:
             remove_unused(folder)
         if WANTS_TRACEBACK or not expected:
             if isinstance(error, RankError):
                 print(error, file=sys.stderr)
             else:
                 traceback.print_exc()
-        if job and here.first:
+        if job and rank_info.first:
             job.failed(folder, error)
-        if job and (here.size == 1 or "SUBMITIT_EXECUTOR" in os.environ):
+        if job and (rank_info.size == 1 or "SUBMITIT_EXECUTOR" in os.environ):
             abandon()
             return None
-        code = fail(error, "" if here.first else f"rank {here.rank}: ") if expected else 1
-        if here.size > 1:
+        code = fail(error, "" if rank_info.first else f"rank {rank_info.rank}: ") if expected else 1
+        if rank_info.size > 1:
             abandon()
-            if expected and not here.first:
+            if expected and not rank_info.first:
                 # The launcher stops all ranks as soon as one ends: the first one speaks and closes before.
                 time.sleep(3)
-            if not (job and here.first):  # which has its sweep to close
+            if not (job and rank_info.first):  # which has its sweep to close
                 end_now(code)
         sys.exit(code)
 
 
-def _again(job: SweepJob | None, before: Standing) -> float | None:
+def _again(job: SweepJob | None, before: JobStatus) -> float | None:
     """What a job that has finished before gives, without any work."""
     if job:
         print(f"{job.title}: finished before", flush=True)
     return before.monitored
 
 
-def launched(order: Order, processes: int) -> float | None:
-    """`order`, carried out by ranks of its own; what is left open if they die is closed.
+def launched(spec: RunSpec, processes: int) -> float | None:
+    """`spec`, carried out by ranks of its own; what is left open if they die is closed.
 
     Returns:
         The monitored value at the end; of a proof 1 or 0.
     """
     try:
-        launch(order, processes)
+        launch(spec, processes)
     except Exception as error:
-        settle(order.folder, "FAILED", str(error).splitlines()[0])
+        settle(spec.folder, "FAILED", str(error).splitlines()[0])
         raise
     except (KeyboardInterrupt, SystemExit):
-        settle(order.folder, "KILLED", None)
+        settle(spec.folder, "KILLED", None)
         raise
-    if order.prove:
+    if spec.prove:
         from ..tracking.certificates import proved_in
 
-        return float(proved_in(order.folder))
-    return json.loads((order.folder / SUMMARY).read_text()).get("monitored")
+        return float(proved_in(spec.folder))
+    return json.loads((spec.folder / SUMMARY).read_text()).get("monitored")
 
 
 def remove_unused(folder: Path) -> None:

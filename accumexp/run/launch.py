@@ -23,7 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 from ..config.schema import from_hydra
 from ..errors import TrainingError, UsageError
 from ..tracking.journal import SUMMARY, write_whole
-from .spec import CONFIG, Order
+from .spec import CONFIG, RunSpec
 
 EXPECTED = {error.__name__: error for error in (UsageError, TrainingError)}
 
@@ -32,8 +32,8 @@ class RankError(Exception):
     """A rank failed by a bug; holds its traceback."""
 
 
-def launch(order: Order, processes: int) -> None:
-    """Carries out `order` in `processes` ranks of this machine and waits for their end.
+def launch(spec: RunSpec, processes: int) -> None:
+    """Carries out `spec` in `processes` ranks of this machine and waits for their end.
 
     Raises:
         UsageError, TrainingError: what a rank raised, or that one was killed.
@@ -46,7 +46,7 @@ def launch(order: Order, processes: int) -> None:
 
     with tempfile.TemporaryDirectory(prefix="accumexp-") as temporary, _signals_restored(), _quiet_elastic():
         folder = Path(temporary)
-        order.write(folder / "order.json")
+        spec.write(folder / "order.json")
         config = LaunchConfig(
             min_nodes=1,
             max_nodes=1,

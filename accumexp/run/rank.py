@@ -31,17 +31,17 @@ def main() -> None:
 
 
 def carry_out(path: Path, rank: int) -> None:
-    from ..environment.ranks import world
+    from ..environment.ranks import launched_rank
     from .job import carry_out as executed
-    from .spec import Order
+    from .spec import RunSpec
 
-    order = Order.read(path)
-    if rank == 0 and order.logging.get("version"):
-        logging.config.dictConfig(order.logging)
-    here = world()
-    assert here is not None
-    with _known_to_run(order.folder) if order.job and here.first else nullcontext():
-        executed(order, here)
+    spec = RunSpec.read(path)
+    if rank == 0 and spec.logging.get("version"):
+        logging.config.dictConfig(spec.logging)
+    rank_info = launched_rank()
+    assert rank_info is not None
+    with _known_to_run(spec.folder) if spec.job and rank_info.first else nullcontext():
+        executed(spec, rank_info)
 
 
 def _known_to_run(folder: Path) -> AbstractContextManager[Any]:

@@ -21,7 +21,7 @@ from ..tracking.journal import METRICS, SUMMARY, Journal, ProgressFile, write_wh
 from ..training.checkpoint import BEST, FOLDER, load, saved_updates
 from ..training.experiment import Parts
 from ..training.shards import folder_of
-from .spec import CONFIG, Order
+from .spec import CONFIG, RunSpec
 
 
 class RunRecord:
@@ -118,7 +118,7 @@ def why_unequal(unequal: list[Inequality]) -> dict[str, str]:
 
 
 def open_tracker(
-    order: Order,
+    spec: RunSpec,
     store: Store | None,
     parts: Parts,
     known: Mapping[str, str],
@@ -126,18 +126,18 @@ def open_tracker(
     parent: str | None,
 ) -> Tracker:
     """A new MLflow run that holds all that is known before the first update; `known` are tags."""
-    config, folder = order.config, order.folder
+    config, folder = spec.config, spec.folder
     if config.tracking.backend is Backend.none or store is None:
         return Tracker()
-    if order.job:
+    if spec.job:
         store.close_left_open(folder)
     sha, diff = code_version()
     tags = {
-        "accumexp.command": order.command,
+        "accumexp.command": spec.command,
         "accumexp.git_sha": sha,
         **known,
         "accumexp.folder": str(folder),
-        **({"accumexp.overrides": json.dumps(order.job.overrides)} if order.job else {}),
+        **({"accumexp.overrides": json.dumps(spec.job.overrides)} if spec.job else {}),
         "mlflow.source.git.commit": sha,
         **config.tracking.tags,
     }

@@ -15,22 +15,22 @@ from ..data.replica_batches import PlannedBatches
 from ..environment.console import console, duration
 from ..environment.device import reset_peak_memory
 from ..environment.random_state import random_state
-from ..environment.ranks import World
+from ..environment.ranks import RankInfo
 from ..environment.signals import StopSignals
 from ..errors import TrainingError
-from ..sweeps.job_status import clear, standing
+from ..sweeps.job_status import clear, job_status
 from ..tracking.journal import SUMMARY, ProgressFile, read_whole, write_whole
 from ..training.callbacks import Callback, LossMonitor
 from ..training.checkpoint import Checkpoints, restore
 from ..training.experiment import build_parts, build_trainer, placement
 from ..training.progress_display import Progress
 from ..training.replica_check import check_replicable, shared_splits
-from ..training.replica_trainer import Replicas, mean
+from ..training.replica_trainer import ReplicaTrainer, mean
 from ..training.trainer import Trainer
 from .record import RunRecord, SilentRecord
 from .resume import going_on
 from .session import Run, announce, finals
-from .spec import Order
+from .spec import RunSpec
 
 REPLICAS = "accumexp.replicas"
 FINISHED = "FINISHED"
@@ -41,31 +41,33 @@ class Replica(Run):
 
     def build(self, splits: Splits) -> None:
         """Makes the trainer over data that all share; opens nothing yet."""
-        config, back = self.order.config, self.order.back
+        config, resume_from = self.spec.config, self.spec.resume_from
         assert isinstance(splits.train, ResidentBatches)
         own = replace(splits, train=PlannedBatches(splits.train, config.seed))
-        self.parts = build_parts(config, self.here, own)
+        self.parts = build_parts(config, self.rank_info, own)
         self.trainer = build_trainer(config, self.parts, SilentRecord())
-        if back:
-            restore(self.trainer, back.content, back.path)
-            self.trainer.latest.update(back.content["evaluated"])
-            if back.ended_by:
-                self.trainer.stop(back.ended_by)
+        if resume_from:
+            restore(self.trainer, resume_from.content, resume_from.path)
+            self.trainer.latest.update(resume_from.content["evaluated"])
+            if resume_from.ended_by:
+                self.trainer.stop(resume_from.ended_by)
         self.random = random_state()  # in which the run alone would be, since nothing in training draws
         self.record: RunRecord = SilentRecord()
 
     def begin(self, together: int) -> None:
         """Opens the run's folder and its record."""
-        config, back, parts = self.order.config, self.order.back, self.parts
+        config, resume_from, parts = self.spec.config, self.spec.resume_from, self.parts
         self.folder.mkdir(parents=True, exist_ok=True)
-        if not back:
+        if not resume_from:
             clear(self.folder)
-        self.record = self.trainer.recorder = RunRecord(self.folder, upto=back.update if back else 0)
+        self.record = self.trainer.metrics_sink = RunRecord(
+            self.folder, upto=resume_from.update if resume_from else 0
+        )
         train = parts.splits.train
         self.unequal = inequalities(
             parts.model.train(), train.batch_size, self.trainer.window.steps, last=train.last
         )
-        self._open(config, back, parts, self.record, self.unequal, {})
+        self._open(config, resume_from, parts, self.record, self.unequal, {})
         self.record.tags[REPLICAS] = str(together)
         self.record.tracker.tag({REPLICAS: str(together)})
         self._summarise(self.record, "RUNNING", {})
@@ -90,24 +92,24 @@ class Replica(Run):
             self.close(status, final, error)
 
     def close(self, status: str, final: dict[str, float], error: Exception | None = None) -> None:
-        monitored = self.trainer.latest.get(self.order.config.monitor)
+        monitored = self.trainer.latest.get(self.spec.config.monitor)
         self.record.close(status)
         self._summarise(self.record, status, final, error, None if error else monitored)
 
 
-class JointRun:
-    """The job of a sweep that trains the replicas of `order` together.
+class ReplicaRun:
+    """The job of a sweep that trains the replicas of `spec` together.
 
     Those that had finished before are left as they are; the others go on from their checkpoints, those at
     the same update together.
     """
 
-    def __init__(self, order: Order) -> None:
-        assert order.job is not None
-        self.order = order
-        self.job = order.job
-        self.key = f"replicas={len(order.replicas)}"
-        self.folders = [order.folder / f"seed={config.seed}" for config in order.replicas]
+    def __init__(self, spec: RunSpec) -> None:
+        assert spec.job is not None
+        self.spec = spec
+        self.job = spec.job
+        self.key = f"replicas={len(spec.replicas)}"
+        self.folders = [spec.folder / f"seed={config.seed}" for config in spec.replicas]
         self.stop_code = 0
         self.updates = 0
 
@@ -142,30 +144,30 @@ class JointRun:
     def _groups(self) -> list[list[Replica]]:
         """The replicas that are not finished, by the update they go on from."""
         found: dict[int, list[Replica]] = {}
-        for config, folder in zip(self.order.replicas, self.folders, strict=True):
-            before = standing(folder)
+        for config, folder in zip(self.spec.replicas, self.folders, strict=True):
+            before = job_status(folder)
             if before.finished:
                 print(f"{self.job.replica(config.seed).title}: finished before", flush=True)
                 continue
-            back = going_on(before.checkpoint) if before.checkpoint else None
-            order = replace(
-                self.order,
-                config=back.config if back else config,
+            resume_from = going_on(before.checkpoint) if before.checkpoint else None
+            spec = replace(
+                self.spec,
+                config=resume_from.config if resume_from else config,
                 folder=folder,
                 job=self.job.replica(config.seed),
-                back=back,
+                resume_from=resume_from,
                 replicas=[],
             )
-            found.setdefault(back.update if back else 0, []).append(Replica(order, World()))
+            found.setdefault(resume_from.update if resume_from else 0, []).append(Replica(spec, RankInfo()))
         return [found[update] for update in sorted(found)]
 
     def _train(self, group: Sequence[Replica], signals: StopSignals) -> None:
-        config = group[0].order.config
+        config = group[0].spec.config
         splits = shared_splits(config, placement(config), self.key)
         for replica in group:
             replica.build(splits)
         trainers = [replica.trainer for replica in group]
-        together = Replicas(trainers, self._displays(trainers))
+        together = ReplicaTrainer(trainers, self._displays(trainers))
         check_replicable(together, self.key)
         open_ones = {replica.trainer: replica for replica in group}
         status, failure = "FAILED", None
@@ -173,9 +175,9 @@ class JointRun:
             for replica in group:
                 replica.begin(len(group))
             self._summarise("RUNNING")
-            seeds = ", ".join(str(replica.order.config.seed) for replica in group)
+            seeds = ", ".join(str(replica.spec.config.seed) for replica in group)
             console.print(f"{len(group)} runs together, of seeds {seeds}; each:", highlight=False)
-            announce(config, trainers[0], group[0].parts, group[0].unequal, World())
+            announce(config, trainers[0], group[0].parts, group[0].unequal, RankInfo())
             reset_peak_memory(group[0].parts.device)
             signals.trainer = together
 
@@ -212,7 +214,7 @@ class JointRun:
             if isinstance(display, Progress) and self.job.jobs and self.job.jobs > 1:
                 display.title = f"job {self.job.turn} of {self.job.jobs}, "
         if self.job.parallel:
-            found.append(_Told(ProgressFile(self.order.folder, trainers[0].total_updates)))
+            found.append(_Told(ProgressFile(self.spec.folder, trainers[0].total_updates)))
         return found
 
     def _summarise(
@@ -231,7 +233,7 @@ class JointRun:
             "monitored": monitored,
             "launch": self.job.launch,
         }
-        write_whole(self.order.folder / SUMMARY, entries)
+        write_whole(self.spec.folder / SUMMARY, entries)
 
 
 class _Told(Callback):

@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from ..config.report import report_from
 from ..config.schema import Config, from_hydra
-from ..environment.ranks import world
+from ..environment.ranks import launched_rank
 from ..errors import UsageError
 from ..sweeps.job_folders import ADDED, MULTIRUN, REPORT, Launch, asked_for
 
@@ -229,7 +229,7 @@ def _forget_third(cfg: DictConfig, given: set[str]) -> None:
     steps, micro, ranks, strategy = (
         f"accum.{k}" for k in ("steps", "micro_batch_size", "processes", "strategy")
     )
-    if ranks not in given and (strategy in given or world() is not None):
+    if ranks not in given and (strategy in given or launched_rank() is not None):
         OmegaConf.update(cfg, ranks, None)
         given = given | {ranks}
     if strategy in given and f"accum.{REDUCE}" not in given:

@@ -15,7 +15,7 @@ from ..accum import Inequality, inequalities
 from ..config.schema import Backend, Config, LossScaling, Strategy, to_plain
 from ..environment.console import console, duration, result, show_values
 from ..environment.device import MIB, device_name, pick_device, reset_peak_memory
-from ..environment.ranks import World, device_of, first_says, joined, wait_for_all
+from ..environment.ranks import RankInfo, device_of, first_says, joined, wait_for_all
 from ..environment.signals import StopSignals
 from ..plan.auto_steps import planned
 from ..sweeps.sweep import SweepJob
@@ -28,7 +28,7 @@ from ..training.progress_display import Progress
 from ..training.trainer import Trainer
 from .record import RunRecord, SilentRecord, described, open_tracker, why_unequal, write_config
 from .resume import Resumed
-from .spec import Order
+from .spec import RunSpec
 
 # Seconds that a rank may wait for others that are gone, after it was told to stop.
 STUCK = 10.0
@@ -38,54 +38,58 @@ STUCK = 10.0
 class Run:
     """A run about to happen, in this process: the whole of it, or one rank's part."""
 
-    order: Order
-    here: World
+    spec: RunSpec
+    rank_info: RankInfo
 
     def __post_init__(self) -> None:
-        self.folder = self.order.folder
+        self.folder = self.spec.folder
 
     def execute(self) -> float | None:
-        config, back, here = self.order.config, self.order.back, self.here
-        if not here.first:
+        config, resume_from, rank_info = self.spec.config, self.spec.resume_from, self.rank_info
+        if not rank_info.first:
             console.quiet = True
-        with StopSignals(STUCK if here.size > 1 else None) as signals, self._joined():
+        with StopSignals(STUCK if rank_info.size > 1 else None) as signals, self._joined():
             # Under torchrun the others composed a folder of their own, but checkpoints may have many writers.
-            self.folder = Path(first_says(str(self.folder), here))
-            self.order, how = planned(self.order, here)
-            config = self.order.config
+            self.folder = Path(first_says(str(self.folder), rank_info))
+            self.spec, how = planned(self.spec, rank_info)
+            config = self.spec.config
             proved: dict[str, str] = {}
-            if config.prove and not back:
+            if config.prove and not resume_from:
                 from ..prove.session import certified
 
-                proved = certified(config, here, self.folder)
+                proved = certified(config, rank_info, self.folder)
                 # What the proof left in memory is not the run's: its models are in cycles with their hooks.
                 gc.collect()
                 if torch.cuda.is_initialized():
                     torch.cuda.empty_cache()
-            parts = build_parts(config, here)
-            record = RunRecord(self.folder, upto=back.update if back else 0) if here.first else SilentRecord()
+            parts = build_parts(config, rank_info)
+            record = (
+                RunRecord(self.folder, upto=resume_from.update if resume_from else 0)
+                if rank_info.first
+                else SilentRecord()
+            )
             trainer = build_trainer(config, parts, record)
-            if back:
-                restore(trainer, back.content, back.path)
-                trainer.latest.update(back.content["evaluated"])
-            if self.job and self.job.parallel and here.first:
+            if resume_from:
+                restore(trainer, resume_from.content, resume_from.path)
+                trainer.latest.update(resume_from.content["evaluated"])
+            if self.job and self.job.parallel and rank_info.first:
                 record.progress = ProgressFile(self.folder, trainer.total_updates)
                 record.progress.tell(trainer.progress.update, trainer.latest)
             train, steps = parts.splits.train, trainer.window.steps
             unequal = inequalities(
-                parts.model.train(), train.batch_size, steps, ranks=here.size, last=train.last
+                parts.model.train(), train.batch_size, steps, ranks=rank_info.size, last=train.last
             )
-            if here.first:
-                self._open(config, back, parts, record, unequal, {**how, **proved})
-                trainer.shortage.listeners.append(lambda tags: split_finer(trainer, parts, record, tags))
-                record.tag(trainer.shortage.tags)
+            if rank_info.first:
+                self._open(config, resume_from, parts, record, unequal, {**how, **proved})
+                trainer.out_of_memory.listeners.append(lambda tags: split_finer(trainer, parts, record, tags))
+                record.tag(trainer.out_of_memory.tags)
             status, final = "FAILED", {}
             try:
                 self._attach(trainer, config, record)
-                announce(config, trainer, parts, unequal, here)
+                announce(config, trainer, parts, unequal, rank_info)
                 reset_peak_memory(parts.device)
-                if back and back.ended_by:
-                    trainer.stop(back.ended_by)
+                if resume_from and resume_from.ended_by:
+                    trainer.stop(resume_from.ended_by)
                 signals.trainer = trainer
                 trainer.fit()
                 interrupted = trainer.stop_code > 1
@@ -106,40 +110,40 @@ class Run:
             self._summarise(record, status, final, monitored=monitored)
         if interrupted:
             # The launcher would stop a first rank that is still saving as soon as another ends.
-            wait_for_all(here)
+            wait_for_all(rank_info)
             stopped_by = signal.Signals(trainer.stop_code).name
             text = f"stopped by {stopped_by} after update {trainer.progress.update}"
             if not self.job and saved_updates(self.folder / FOLDER):
                 text += f"; go on with\n  python -m accumexp.run resume={self.folder}"
             console.print(text, highlight=False, soft_wrap=True)
             sys.exit(128 + trainer.stop_code)
-        if here.first:
+        if rank_info.first:
             self._show(final, record, trainer)
         return monitored
 
     @property
     def job(self) -> SweepJob | None:
-        return self.order.job
+        return self.spec.job
 
     def _joined(self) -> AbstractContextManager[None]:
-        config = self.order.config
+        config = self.spec.config
         if config.accum.strategy is Strategy.standalone:
             return nullcontext()
-        return joined(self.here, str(pick_device(device_of(config.device, self.here))))
+        return joined(self.rank_info, str(pick_device(device_of(config.device, self.rank_info))))
 
     def _open(
         self,
         config: Config,
-        back: Resumed | None,
+        resume_from: Resumed | None,
         parts: Parts,
         record: RunRecord,
         unequal: list[Inequality],
         known: dict[str, str],
     ) -> None:
         record.tags = {**described(parts, unequal), **known}
-        if back:
-            record.tracker = reopen(config.tracking, back.content["run"])
-            record.tracker.tag(back.tags())
+        if resume_from:
+            record.tracker = reopen(config.tracking, resume_from.content["run"])
+            record.tracker.tag(resume_from.tags())
             write_config(self.folder, config)
             self._summarise(record, "RUNNING", {})
             return
@@ -150,7 +154,7 @@ class Run:
         parent = self.job.parent(store) if self.job else None
         # A name that MLflow makes is drawn from the run's seed: the same for all runs of a seed.
         name = self.job.name if self.job else self.folder.name
-        record.tracker = open_tracker(self.order, store, parts, record.tags, name, parent)
+        record.tracker = open_tracker(self.spec, store, parts, record.tags, name, parent)
         if TAG in known:
             record.tracker.artifact(self.folder / CERTIFICATE)
         self._summarise(record, "RUNNING", {})
@@ -160,7 +164,7 @@ class Run:
         for callback in trainer.callbacks.values():
             if isinstance(callback, Checkpoints):
                 callback.attach(self.folder, identity, record.flush)
-                if self.order.back and self.order.back.ended_by:
+                if self.spec.resume_from and self.spec.resume_from.ended_by:
                     callback.know_saved(trainer)
             if isinstance(callback, Progress) and self.job and self.job.jobs:
                 callback.title = f"job {self.job.turn} of {self.job.jobs}, "
@@ -177,7 +181,7 @@ class Run:
             status=status,
             error=None if error is None else str(error) or type(error).__name__,
             overrides=self.job.overrides if self.job else [],
-            seed=self.order.config.seed,
+            seed=self.spec.config.seed,
             run_id=record.tracker.run_id,
             final=final,
             monitored=monitored,
@@ -200,8 +204,8 @@ class Run:
         values["memory"] = f"{final['activation_mib']:.2f} MiB of activations"
         if "peak_memory_mib" in final:
             values["memory"] += f", {final['peak_memory_mib']:.0f} MiB at the peak"
-        if trainer.shortage.lines:
-            values["out of memory"] = trainer.shortage.lines[-1]
+        if trainer.out_of_memory.lines:
+            values["out of memory"] = trainer.out_of_memory.lines[-1]
         if trainer.stop_reason:
             values["ended by"] = trainer.stop_reason
         values["folder"] = self.folder
@@ -216,12 +220,14 @@ class Run:
         show_values("summary", values)
 
 
-def announce(config: Config, trainer: Trainer, parts: Parts, unequal: list[Inequality], here: World) -> None:
+def announce(
+    config: Config, trainer: Trainer, parts: Parts, unequal: list[Inequality], rank_info: RankInfo
+) -> None:
     """One line of what is about to happen, and a warning where the window cannot be the larger batch."""
     steps, batch = trainer.window.steps, parts.splits.train.batch_size
     window = f"{steps} micro-batches of {config.accum.micro_batch_size}" if steps > 1 else "one micro-batch"
-    if here.size > 1:
-        window += f" on each of {here.size} ranks"
+    if rank_info.size > 1:
+        window += f" on each of {rank_info.size} ranks"
     numbers = config.precision.name if config.precision else ""
     if config.accum.loss_scale is not LossScaling.none:
         numbers = f"loss-scaled {numbers}"
@@ -245,7 +251,7 @@ def warn(unequal: list[Inequality]) -> None:
 def split_finer(trainer: Trainer, parts: Parts, record: RunRecord, tags: dict[str, str]) -> None:
     """Tells the record of a window that ran out of memory, and whether what follows is the larger batch."""
     train, ranks = parts.splits.train, trainer.window.sync.ranks.size
-    steps = trainer.shortage.steps_of(-(-train.batch_size // ranks))
+    steps = trainer.out_of_memory.steps_of(-(-train.batch_size // ranks))
     unequal = inequalities(parts.model, train.batch_size, steps, ranks=ranks, last=train.last)
     warn(unequal)
     record.tag({**tags, **why_unequal(unequal)})

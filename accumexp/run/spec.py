@@ -22,7 +22,7 @@ CONFIG = "config.yaml"
 
 
 @dataclass(frozen=True)
-class Order:
+class RunSpec:
     """A run, in `folder`, alone or as a job of a sweep.
 
     Attributes:
@@ -36,23 +36,23 @@ class Order:
     config: Config
     folder: Path
     job: SweepJob | None
-    back: Resumed | None
+    resume_from: Resumed | None
     command: str
     logging: dict[str, Any] = field(default_factory=dict)
     prove: bool = False
     replicas: list[Config] = field(default_factory=list)
 
     @classmethod
-    def of(cls, cfg: DictConfig, hydra: Any, prove: bool = False) -> Order:
+    def of(cls, cfg: DictConfig, hydra: Any, prove: bool = False) -> RunSpec:
         """The order that Hydra's composition means.
 
         Raises:
             UsageError: naming the key that is wrong.
         """
-        back = resumed(cfg)
-        config = back.config if back else from_hydra(cfg)
+        resume_from = resumed(cfg)
+        config = resume_from.config if resume_from else from_hydra(cfg)
         job = SweepJob.of(hydra)
-        replicas = _replicas(cfg, config, job, "resume" if back else "prove" if prove else "")
+        replicas = _replicas(cfg, config, job, "resume" if resume_from else "prove" if prove else "")
         if job:
             for one in (config, *replicas):
                 share_cores(one, hydra.launcher, job.batch)
@@ -62,26 +62,30 @@ class Order:
         assert isinstance(logging, dict)
         folder = Path(hydra.runtime.output_dir)
         settings = {str(key): value for key, value in logging.items()}
-        return cls(config, folder, job, back, command, settings, prove, replicas)
+        return cls(config, folder, job, resume_from, command, settings, prove, replicas)
 
-    def going_on(self, path: Path) -> Order:
+    def going_on(self, path: Path) -> RunSpec:
         """This order from checkpoint `path` on, to the same bits: with the configuration of then.
 
         Whether a bar is shown is no part of it and follows from this launch.
         """
-        back = going_on(path)
-        if {"progress"} <= back.config.callbacks.keys() & self.config.callbacks.keys():
-            back.config.callbacks["progress"]["show"] = self.config.callbacks["progress"].get("show")
-        return replace(self, config=back.config, back=back)
+        resume_from = going_on(path)
+        if {"progress"} <= resume_from.config.callbacks.keys() & self.config.callbacks.keys():
+            resume_from.config.callbacks["progress"]["show"] = self.config.callbacks["progress"].get("show")
+        return replace(self, config=resume_from.config, resume_from=resume_from)
 
     def write(self, path: Path) -> None:
         job = None if self.job is None else {**asdict(self.job), "folder": str(self.job.folder)}
-        back = None if self.back is None else {"path": str(self.back.path), "overrides": self.back.overrides}
+        resume_from = (
+            None
+            if self.resume_from is None
+            else {"path": str(self.resume_from.path), "overrides": self.resume_from.overrides}
+        )
         plain = {
             "config": to_plain(self.config),
             "folder": str(self.folder),
             "job": job,
-            "back": back,
+            "back": resume_from,
             "command": self.command,
             "logging": self.logging,
             "prove": self.prove,
@@ -89,17 +93,20 @@ class Order:
         path.write_text(json.dumps(plain))
 
     @classmethod
-    def read(cls, path: Path) -> Order:
+    def read(cls, path: Path) -> RunSpec:
         from ..training.checkpoint import load
 
         plain = json.loads(path.read_text())
         config = from_hydra(plain["config"])
-        job, back = plain["job"], plain["back"]
+        job, resume_from = plain["job"], plain["back"]
         return cls(
             config,
             Path(plain["folder"]),
             job and SweepJob(**{**job, "folder": Path(job["folder"])}),
-            back and Resumed(config, load(Path(back["path"])), Path(back["path"]), back["overrides"]),
+            resume_from
+            and Resumed(
+                config, load(Path(resume_from["path"])), Path(resume_from["path"]), resume_from["overrides"]
+            ),
             plain["command"],
             plain["logging"],
             plain["prove"],

@@ -35,7 +35,7 @@ def closing_sweep(asked: Sequence[str] = (), changes: Mapping[str, str] | None =
     Raises:
         TrainingError: naming the jobs that failed, after the rest have run, and how to go on with them.
     """
-    SweepFolder.current, SweepFolder.here, SweepFolder.asked = None, (), asked
+    SweepFolder.current, SweepFolder.own_launches, SweepFolder.asked = None, (), asked
     before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     status = "FAILED"
     try:
@@ -52,29 +52,29 @@ def closing_sweep(asked: Sequence[str] = (), changes: Mapping[str, str] | None =
     finally:
         signal.signal(signal.SIGTERM, before)
         SweepFolder.stop_view()
-        folder, here = SweepFolder.current, SweepFolder.here
-        if folder is not None and any(begun(folder, launch) for launch in here):
-            _close_and_tell(folder, status, here, changes or {})
+        folder, rank_info = SweepFolder.current, SweepFolder.own_launches
+        if folder is not None and any(begun(folder, launch) for launch in rank_info):
+            _close_and_tell(folder, status, rank_info, changes or {})
 
 
-def _close_and_tell(folder: Path, status: str, here: Sequence[int], changes: Mapping[str, str]) -> None:
+def _close_and_tell(folder: Path, status: str, rank_info: Sequence[int], changes: Mapping[str, str]) -> None:
     """Closes a sweep; if more of it is to be done, the last line says how."""
     how = f"go on with\n  python -m accumexp.run -m sweep.resume={shlex.quote(str(folder))}"
     try:
-        _close(folder, status, here, changes)
+        _close(folder, status, rank_info, changes)
     except TrainingError as error:
         raise TrainingError(f"{error}\n{how}") from None
     if status != "FINISHED" and folder.exists():
         print(how, flush=True)
 
 
-def _close(folder: Path, status: str, here: Sequence[int], changes: Mapping[str, str]) -> None:
+def _close(folder: Path, status: str, rank_info: Sequence[int], changes: Mapping[str, str]) -> None:
     jobs = summaries(folder)
     if not jobs:
         if folder.is_dir() and {entry.name for entry in folder.iterdir()} <= NOTHING:
             shutil.rmtree(folder)
         return
-    elsewhere = _still_running(folder, here)
+    elsewhere = _still_running(folder, rank_info)
     over = [job for job in jobs if job["place"] not in elsewhere]
     unfinished = [job for job in over if job["status"] == "RUNNING"]
     failed = [job for job in over if job["status"] == "FAILED"]
@@ -101,12 +101,12 @@ def _close(folder: Path, status: str, here: Sequence[int], changes: Mapping[str,
         raise TrainingError("\n".join(lines))
 
 
-def _still_running(folder: Path, here: Sequence[int]) -> list[str]:
+def _still_running(folder: Path, rank_info: Sequence[int]) -> list[str]:
     """The folders in which jobs of other launches than those of this process still run."""
     found = []
     for name, launch in {one.folder: one.launch for one in places(folder)}.items():
         known = read_whole(folder / name / SUMMARY)
-        if known.get("status") != "FINISHED" and known.get("launch", launch) not in here:
+        if known.get("status") != "FINISHED" and known.get("launch", launch) not in rank_info:
             found += [name] * held(folder / name)
     return found
 

@@ -35,7 +35,7 @@ LOCK = ".jobs.lock"
 
 
 @dataclass(frozen=True)
-class Place:
+class JobFolder:
     """The folder's name that job `number` of a launch has for its overrides, and since when."""
 
     launch: int
@@ -75,7 +75,7 @@ def place(sweep: str | Path, launch: int, number: int, name: str, overrides: Seq
         else:
             numbers = {number_of(one.folder) for one in known}
             folder = f"{number if number not in numbers else max(numbers) + 1}_{name}"
-        _append(root / PLACES, Place(launch, number, list(overrides), folder, round(time.time(), 3)))
+        _append(root / PLACES, JobFolder(launch, number, list(overrides), folder, round(time.time(), 3)))
         return folder
 
 
@@ -84,13 +84,13 @@ def slug(text: str) -> str:
     return re.sub(r"[^\w.,=+-]+", "_", text).strip("._")[:120] or "job"
 
 
-def places(sweep: Path) -> list[Place]:
+def places(sweep: Path) -> list[JobFolder]:
     """All places of a sweep, oldest first; a line cut short by a kill is left out."""
     path = sweep / PLACES
     found = []
     for line in path.read_text().splitlines() if path.exists() else ():
         try:
-            found.append(Place(**json.loads(line)))
+            found.append(JobFolder(**json.loads(line)))
         except (ValueError, TypeError):
             continue
     return found
@@ -115,7 +115,9 @@ def begin_launch(sweep: Path, launch: Launch) -> int:
         for summary in [] if (sweep / PLACES).exists() else sweep.glob("[0-9]*_*/summary.json"):
             overrides = json.loads(summary.read_text())["overrides"]
             folder = summary.parent.name
-            _append(sweep / PLACES, Place(0, number_of(folder), overrides, folder, summary.stat().st_mtime))
+            _append(
+                sweep / PLACES, JobFolder(0, number_of(folder), overrides, folder, summary.stat().st_mtime)
+            )
         number = 1 + max([*noted, *(one.launch for one in places(sweep))], default=-1)
         written = {str(key): asdict(value) for key, value in {**noted, number: launch}.items()}
         write_whole(sweep / LAUNCHES, written)

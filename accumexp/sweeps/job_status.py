@@ -11,7 +11,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from ..environment.ranks import World
+from ..environment.ranks import RankInfo
 from ..errors import UsageError
 from ..tracking.journal import METRICS, PROGRESS, SUMMARY, read_whole
 
@@ -20,7 +20,7 @@ RANKS_LOCK = ".ranks.lock"
 
 
 @dataclass(frozen=True)
-class Standing:
+class JobStatus:
     """A job that is finished, or has a checkpoint to go on from, or is to start from nothing."""
 
     finished: bool = False
@@ -28,13 +28,13 @@ class Standing:
     checkpoint: Path | None = None
 
 
-def standing(folder: Path) -> Standing:
+def job_status(folder: Path) -> JobStatus:
     """What an earlier launch left of the job in `folder`. Imports torch only for a job to go on with."""
     known = read_whole(folder / SUMMARY)
     if known.get("status") == "FINISHED":
-        return Standing(True, known.get("monitored"))
+        return JobStatus(True, known.get("monitored"))
     if not any((folder / "checkpoints").glob("update-*.pt")):
-        return Standing()
+        return JobStatus()
     from ..training.checkpoint import load, saved_updates
 
     for candidate in reversed(saved_updates(folder / "checkpoints")):
@@ -42,20 +42,20 @@ def standing(folder: Path) -> Standing:
             load(candidate)
         except UsageError:
             continue
-        return Standing(checkpoint=candidate)
-    return Standing()
+        return JobStatus(checkpoint=candidate)
+    return JobStatus()
 
 
-def agreed(mine: Standing, here: World, device: str) -> Standing:
+def agreed(mine: JobStatus, rank_info: RankInfo, device: str) -> JobStatus:
     """The first rank's standing, on every rank of a world that something outside has made."""
     from ..environment.device import pick_device
     from ..environment.ranks import device_of, first_says, joined
 
     said = {"finished": mine.finished, "monitored": mine.monitored, "checkpoint": str(mine.checkpoint or "")}
-    with joined(here, str(pick_device(device_of(device, here)))):
-        heard = json.loads(first_says(json.dumps(said), here))
+    with joined(rank_info, str(pick_device(device_of(device, rank_info)))):
+        heard = json.loads(first_says(json.dumps(said), rank_info))
     where = heard["checkpoint"]
-    return Standing(heard["finished"], heard["monitored"], Path(where) if where else None)
+    return JobStatus(heard["finished"], heard["monitored"], Path(where) if where else None)
 
 
 def clear(folder: Path) -> None:

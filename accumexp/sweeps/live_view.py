@@ -23,7 +23,7 @@ from rich.text import Text
 
 from ..environment.console import VIEWED, console, duration, result
 from ..tracking.journal import PROGRESS, SUMMARY, read_whole
-from .job_folders import PLACES, Place, number_of, places
+from .job_folders import PLACES, JobFolder, number_of, places
 
 EVERY = 0.5  # seconds between two looks at the folder
 SILENT = 30.0  # seconds without a point after which the view says so; an evaluation may take as long
@@ -40,7 +40,7 @@ class Seen:
         summary: the content of its `summary.json`, once it has ended.
     """
 
-    place: Place
+    place: JobFolder
     status: str = "RUNNING"
     before: bool = False
     progress: dict[str, Any] = field(default_factory=dict)

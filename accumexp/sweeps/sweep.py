@@ -44,7 +44,7 @@ class SweepFolder(Callback):
     """
 
     current: Path | None = None
-    here: tuple[int, ...] = ()  # the launches that this process has begun
+    own_launches: tuple[int, ...] = ()  # the launches that this process has begun
     asked: Sequence[str] = ()  # its command line, as typed
     jobs: int | None = None  # how many it has, where Hydra's own sweeper counts them
     view: View | None = None
@@ -66,7 +66,7 @@ class SweepFolder(Callback):
             with read_write(config):  # the launcher composes its jobs' configuration from these
                 config.hydra.callbacks.sweep.launch = self.launch
                 config.hydra.overrides.hydra.append(f"{LAUNCH}={self.launch}")
-        SweepFolder.current, SweepFolder.here = folder, (*SweepFolder.here, self.launch)
+        SweepFolder.current, SweepFolder.own_launches = folder, (*SweepFolder.own_launches, self.launch)
         SweepFolder.jobs, varied = counted(config.hydra.sweeper, config.hydra.overrides.task)
         SweepFolder.stop_view()  # of the launch before
         if parallel(config.hydra.launcher) and config.trainer.progress is not False:

@@ -25,7 +25,7 @@ class _Pending(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Reading:
+class MetricsRead:
     """What was read: values by update, the newest of the loss scale, and why the run cannot go on."""
 
     rows: list[tuple[int, dict[str, float]]]
@@ -33,7 +33,7 @@ class Reading:
     trouble: TrainingError | None
 
 
-class Readings:
+class DeferredMetrics:
     """Keeps an update's results on the device until `read`, which waits for it once for all of them.
 
     Args:
@@ -59,11 +59,11 @@ class Readings:
         self._places[len(self._pending)].copy_(loss)
         self._pending.append(_Pending(update, overflow, rate))
 
-    def read(self) -> Reading:
+    def read(self) -> MetricsRead:
         """All that was added since the last call. Waits for the device."""
         pending, self._pending = self._pending, []
         if not pending:
-            return Reading([], {}, None)
+            return MetricsRead([], {}, None)
         scale = self.window.loss_scale
         losses = torch.cat(self._losses)[: len(pending)]
         found = [self.window.sync.ranks.sum(losses)]
@@ -82,11 +82,11 @@ class Readings:
                 break
             rows.append((one.update, {"train/loss": numbers[k], "train/lr": float(one.rate)}))
         if scale is None:
-            return Reading(rows, {}, trouble)
+            return MetricsRead(rows, {}, trouble)
         size, skips, in_vain = numbers[-3:]
         if in_vain >= IN_VAIN:
             trouble = hopeless(size, skips, pending[-1].update)
-        return Reading(rows, {"accum/loss_scale": size, "accum/skipped_windows": skips}, trouble)
+        return MetricsRead(rows, {"accum/loss_scale": size, "accum/skipped_windows": skips}, trouble)
 
 
 def hopeless(scale: float, skipped: float, updates: int) -> TrainingError:

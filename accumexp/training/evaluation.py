@@ -96,7 +96,7 @@ class WindowMetrics:
         if self._size > self.LARGEST:
             self._count()
 
-    def forget(self) -> None:
+    def discard(self) -> None:
         """Forgets what was observed: it has not happened."""
         self._kept.clear()
         self._size = 0

@@ -26,17 +26,17 @@ from ..config.schema import AccumConfig, Config, LossScaling, Precision, Strateg
 from ..data import Placement, ResidentBatches, Share, Splits, build_splits
 from ..environment.device import pick_device
 from ..environment.random_state import derive_seed, seed_everything
-from ..environment.ranks import World, device_of, first_here
+from ..environment.ranks import RankInfo, device_of, first_here
 from ..errors import UsageError
 from ..sweeps.cores import cores
 from .callbacks import EMA, Callback
 from .evaluation import Evaluator
 from .graphs import graphs, say_what_is_not
-from .progress import Recorder, total_updates, updates_between_reads
+from .progress import MetricsSink, total_updates, updates_between_reads
 from .schedules import may_be_fused
 from .trainer import Trainer
 
-ALONE = World()
+ALONE = RankInfo()
 
 DTYPES = {
     Precision.fp32: torch.float32,
@@ -63,13 +63,13 @@ class Parts:
     autocast: torch.dtype | None
 
 
-def placement(config: Config, here: World = ALONE) -> Placement:
+def placement(config: Config, rank_info: RankInfo = ALONE) -> Placement:
     """The device and the dtype of what is trained."""
     dtype = DTYPES[config.param_precision or _parameter_precision(config.precision)]
-    return Placement(pick_device(device_of(config.device, here)), dtype)
+    return Placement(pick_device(device_of(config.device, rank_info)), dtype)
 
 
-def build_parts(config: Config, here: World = ALONE, splits: Splits | None = None) -> Parts:
+def build_parts(config: Config, rank_info: RankInfo = ALONE, splits: Splits | None = None) -> Parts:
     """Model, loss, data and metrics, on the device and in the precision of `config`.
 
     Seeds all generators first, so that the model's initial weights are a function of `seed`, on all ranks
@@ -81,20 +81,20 @@ def build_parts(config: Config, here: World = ALONE, splits: Splits | None = Non
     Raises:
         UsageError: naming the key that cannot be built.
     """
-    place = placement(config, here)
+    place = placement(config, rank_info)
     device, dtype = place.device, place.dtype
     threads = config.trainer.threads
-    if threads is None and here.size > 1:
-        threads = max(1, cores() // here.local_size)
+    if threads is None and rank_info.size > 1:
+        threads = max(1, cores() // rank_info.local_size)
     if threads:
         torch.set_num_threads(threads)
     seed_everything(config.seed, config.trainer.deterministic)
     autocast = _autocast(config.precision, dtype)
-    ranks = Ranks() if here.size > 1 else Ranks(alone=True)
+    ranks = Ranks() if rank_info.size > 1 else Ranks(alone=True)
     # Data before the model: what is wrong with it is then said first, and by name.
-    share = Share(here.rank, here.size, cast(int, config.accum.steps))
+    share = Share(rank_info.rank, rank_info.size, cast(int, config.accum.steps))
     if splits is None:
-        with first_here(here):
+        with first_here(rank_info):
             splits = build_splits(config.data, config.seed, place, share)
     seed_everything(config.seed, config.trainer.deterministic)
     model = build_model(config)
@@ -108,8 +108,8 @@ def build_parts(config: Config, here: World = ALONE, splits: Splits | None = Non
             train.weigh(loss.sample_weight(train.targets, train.indices), lambda: loss.basis)
     evaluator = Evaluator(loss, build_metrics(config, device), autocast, ranks)
     model = model.to(device, dtype)
-    if here.rank:
-        seed_everything(derive_seed("rank", config.seed, here.rank), config.trainer.deterministic)
+    if rank_info.rank:
+        seed_everything(derive_seed("rank", config.seed, rank_info.rank), config.trainer.deterministic)
     return Parts(device, model, criterion, loss, splits, evaluator, autocast)
 
 
@@ -173,7 +173,9 @@ def updates_of(config: Config, parts: Parts) -> int:
     return total_updates(len(parts.splits.train), config.trainer.epochs, config.trainer.max_updates)
 
 
-def build_trainer(config: Config, parts: Parts, recorder: Recorder, updates: int | None = None) -> Trainer:
+def build_trainer(
+    config: Config, parts: Parts, metrics_sink: MetricsSink, updates: int | None = None
+) -> Trainer:
     """The loop over `parts` that `config` describes.
 
     `updates` is the length of the schedule, where it is not that of the run.
@@ -194,7 +196,7 @@ def build_trainer(config: Config, parts: Parts, recorder: Recorder, updates: int
         parts.splits,
         parts.evaluator,
         build_metrics(config, parts.device),
-        recorder,
+        metrics_sink,
         build_callbacks(config),
         device=parts.device,
         epochs=loop.epochs,

@@ -41,7 +41,7 @@ def graphs(window: Window, train: Batches, device: torch.device) -> Record:
     return tried(window, train, partial(CudaGraphs, device))
 
 
-def tried(window: Window, train: Batches, recorder: Callable[[], Record]) -> Record:
+def tried(window: Window, train: Batches, metrics_sink: Callable[[], Record]) -> Record:
     """A recorder that was seen to replay a copy of `window`: recorded on one batch, right on another.
 
     Nothing of the run is changed by it.
@@ -53,7 +53,7 @@ def tried(window: Window, train: Batches, recorder: Callable[[], Record]) -> Rec
     before = random_state()
     try:
         batches = [next(iter(train.epoch(epoch))) for epoch in (0, 1)]
-        eager, replayed, drawn = _both(window, batches, recorder())
+        eager, replayed, drawn = _both(window, batches, metrics_sink())
     except RuntimeError as error:
         reason = str(error).partition("\n")[0]
         raise UsageError(f"trainer.graph=true: {name} cannot be recorded as a graph: {reason}") from error
@@ -76,7 +76,7 @@ def tried(window: Window, train: Batches, recorder: Callable[[], Record]) -> Rec
             f"trainer.graph=true: a replay of {name} is off by {off:.1e} of a gradient's norm: its "
             "forward does not launch the same kernels for every batch; leave it out"
         )
-    return recorder()
+    return metrics_sink()
 
 
 def say_what_is_not(step: OptimizerStep) -> None:

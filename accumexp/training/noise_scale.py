@@ -136,13 +136,13 @@ class NoiseScale(GradientNoise):
         """Observes the next window, without waiting for the device, up to `measured`."""
         self._window = window
         window.after_micro_batch.append(self._observe)
-        window.forgotten.append(self._forget)
+        window.on_discard.append(self._forget)
 
     def measured(self, trainer: Trainer, values: dict[str, float]) -> None:
         if self._window is None:
             return
         self._window.after_micro_batch.remove(self._observe)
-        self._window.forgotten.remove(self._forget)
+        self._window.on_discard.remove(self._forget)
         ranks, self._window = self._window.sync.ranks, None
         assert self._whole is not None
         own = torch.stack(self._seen).sum(0) if self._seen else self._whole.new_zeros(len(Sums._fields))

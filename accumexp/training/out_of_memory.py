@@ -16,7 +16,7 @@ _log = logging.getLogger(__name__)
 OUT_OF_MEMORY = "accumexp.out_of_memory"
 
 
-class Shortage:
+class OutOfMemoryHandler:
     """Runs windows, and keeps which of them ran out of memory.
 
     Args:

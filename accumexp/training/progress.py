@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 
-class Recorder(Protocol):
+class MetricsSink(Protocol):
     """Where points go."""
 
     def record(self, update: int, values: Mapping[str, float], publish: bool) -> None:

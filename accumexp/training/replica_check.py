@@ -15,7 +15,7 @@ from ..data.replica_batches import gathered
 from ..environment.device import tf32
 from ..environment.random_state import random_state, restore_random_state, same_state, seed_everything
 from ..errors import UsageError
-from .replica_trainer import Replicas
+from .replica_trainer import ReplicaTrainer
 
 # Samples of each replica that are tried: two micro-batches with statistics of their own.
 SAMPLES = 16
@@ -45,7 +45,7 @@ def shared_splits(config: Config, place: Placement, key: str) -> Splits:
     return splits
 
 
-def check_replicable(replicas: Replicas, key: str) -> None:
+def check_replicable(replicas: ReplicaTrainer, key: str) -> None:
     """Tries a window of a few samples, with each replica alone and with all together, and undoes it.
 
     Raises:
@@ -89,7 +89,7 @@ def check_replicable(replicas: Replicas, key: str) -> None:
             trainer.model.zero_grad()
 
 
-def _few(replicas: Replicas) -> tuple[Nested, Nested]:
+def _few(replicas: ReplicaTrainer) -> tuple[Nested, Nested]:
     """The first samples of every replica's first batch, (R, n, ...)."""
     feeds = replicas.feeds(replicas.trainers)
     planned = [next(iter(feed.epoch(0))) for feed in feeds]

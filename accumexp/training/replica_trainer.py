@@ -12,8 +12,8 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any, cast
 
 from ..accum import OptimizerStep, WindowResult, measure_activations, tensors
-from ..accum.replica_step import JointStep
-from ..accum.replica_window import JointWindow
+from ..accum.replica_step import ReplicaStep
+from ..accum.replica_window import ReplicaWindow
 from ..data import Batch
 from ..data.replica_batches import PlannedBatches, gathered
 from ..errors import TrainingError
@@ -25,7 +25,7 @@ from .trainer import Trainer
 Ended = Callable[[Trainer, TrainingError | None], None]
 
 
-class Replicas:
+class ReplicaTrainer:
     """Trains R replicas update by update; each is to the end what its trainer would have made alone.
 
     A replica that ends before the others (its callback stops it, its loss is not finite) leaves the stack,
@@ -44,8 +44,8 @@ class Replicas:
     def __init__(self, trainers: Sequence[Trainer], displays: Sequence[Callback] = ()) -> None:
         self.trainers = tuple(trainers)
         self.running = list(trainers)
-        self.window = JointWindow([trainer.window for trainer in trainers])
-        self.step = JointStep(self.window, [cast(OptimizerStep, trainer.step) for trainer in trainers])
+        self.window = ReplicaWindow([trainer.window for trainer in trainers])
+        self.step = ReplicaStep(self.window, [cast(OptimizerStep, trainer.step) for trainer in trainers])
         self.displays = list(displays)
         self.epochs = trainers[0].epochs
         self.total_updates = trainers[0].total_updates

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from ..accum import Agreement, Ranks
 
 
-class Stopping:
+class StopRequest:
     """A wish of any rank to stop, made the reason of all.
 
     Attributes:
@@ -17,13 +17,13 @@ class Stopping:
 
     def __init__(self, ranks: Ranks) -> None:
         self.ranks = ranks
-        self.forget()
+        self.discard()
 
     def wish(self, reason: str, code: int) -> None:
         """Asks; the first reason and the largest code count."""
         self._wish, self._wish_code = self._wish or reason, max(self._wish_code, code)
 
-    def forget(self) -> None:
+    def discard(self) -> None:
         """Begins anew, as if nobody had asked."""
         self.reason: str | None = None
         self.code = 0

@@ -8,7 +8,7 @@ from dataclasses import replace
 from .progress import Progress
 
 
-class Pace:
+class Throughput:
     """Adds the time in the loop to a run's `Progress`, and knows its speed since a mark.
 
     Its clock runs from when it is made; `go_on` starts it anew after a pause.

@@ -30,12 +30,12 @@ from ..data import Batch, Splits
 from ..environment.device import MIB, peak_memory_mib, wait_for
 from ..errors import of_the_compiler
 from .callbacks import Callback, listeners
-from .deferred_metrics import Readings, hopeless
+from .deferred_metrics import DeferredMetrics, hopeless
 from .evaluation import Evaluator, WindowMetrics
-from .out_of_memory import NoMemoryFor, Shortage
-from .progress import Progress, Recorder, total_updates
-from .stop_request import Stopping
-from .throughput import Pace
+from .out_of_memory import NoMemoryFor, OutOfMemoryHandler
+from .progress import MetricsSink, Progress, total_updates
+from .stop_request import StopRequest
+from .throughput import Throughput
 
 # Updates whose points are all published: where the losses of equal windows differ by rounding alone.
 FIRST_UPDATES = 100
@@ -84,7 +84,7 @@ class Trainer:
         splits: Splits,
         evaluator: Evaluator,
         train_metrics: MetricCollection,
-        recorder: Recorder,
+        metrics_sink: MetricsSink,
         callbacks: Mapping[str, Callback],
         *,
         device: torch.device,
@@ -104,7 +104,7 @@ class Trainer:
         self.splits = splits
         self.evaluator = evaluator
         self.train_metrics = WindowMetrics(train_metrics)
-        self.recorder = recorder
+        self.metrics_sink = metrics_sink
         self.callbacks = dict(callbacks)
         self.device = device
         self.epochs = epochs
@@ -117,16 +117,16 @@ class Trainer:
         self.progress = Progress()
         self.batch: Batch | None = None
         self.latest: dict[str, float] = {}
-        self._stopping = Stopping(window.sync.ranks)
-        self._readings = Readings(window, check_finite)
-        self.shortage = Shortage(window, recover, graphed.backward if graphed else None)
-        window.forgotten.append(self.train_metrics.forget)
+        self._stopping = StopRequest(window.sync.ranks)
+        self._readings = DeferredMetrics(window, check_finite)
+        self.out_of_memory = OutOfMemoryHandler(window, recover, graphed.backward if graphed else None)
+        window.on_discard.append(self.train_metrics.discard)
         self._no_memory_to_step = NoMemoryFor(
             "the optimizer's step", "take one that keeps less state, or accum=fsdp"
         )
         self._measures = True  # the activations of the next window
         self._measured = False  # and nobody has been told
-        self._pace = Pace()
+        self._pace = Throughput()
         self.in_step: Sequence[Trainer] = (self,)
         self._events: dict[str, list[Callable[..., None]]] = {}
 
@@ -160,7 +160,7 @@ class Trainer:
 
     def go_on(self) -> None:
         """Forgets a request to stop, so that `fit` goes on."""
-        self._stopping.forget()
+        self._stopping.discard()
 
     def fit(self) -> None:
         """Trains until the last update or a stop request, from wherever `progress` is.
@@ -213,7 +213,7 @@ class Trainer:
             progress.epoch, progress.epoch_update = progress.epoch + 1, 0
         if self.finished or progress.epoch % self.eval_every == 0:
             values = self.evaluate("eval")
-            self.recorder.record(progress.update, values, publish=True)
+            self.metrics_sink.record(progress.update, values, publish=True)
             self._stopping.now()
         self._emit("epoch_end")
 
@@ -270,15 +270,15 @@ class Trainer:
             for group in self.optimizer.param_groups:
                 for parameter in group["params"]:
                     parameter.grad = None
-        following, forgotten = self.progress.update + 1, self.window.forgotten
+        following, on_discard = self.progress.update + 1, self.window.on_discard
         if not self._measures:
-            result = self.shortage.backward(following, batch, self.observe)
-            self._measures = following in self.shortage.steps
+            result = self.out_of_memory.backward(following, batch, self.observe)
+            self._measures = following in self.out_of_memory.steps
             return result
         with measure_activations(self.model, [*tensors(batch.inputs), *tensors(batch.targets)]) as saved:
-            forgotten.append(saved.start_anew)
-            result = self.shortage.backward(following, batch, self.observe)
-            forgotten.remove(saved.start_anew)
+            on_discard.append(saved.start_anew)
+            result = self.out_of_memory.backward(following, batch, self.observe)
+            on_discard.remove(saved.start_anew)
         self.progress.activation_bytes = saved.peak_bytes
         self._measures, self._measured = False, True
         return result
@@ -295,10 +295,10 @@ class Trainer:
             if publish:
                 values.update({**(extra or {}), **reading.scaling})
                 self.latest.update(values)
-            if update in self.shortage.steps:
-                values["accum/steps"] = self.shortage.steps.pop(update)
+            if update in self.out_of_memory.steps:
+                values["accum/steps"] = self.out_of_memory.steps.pop(update)
                 publish = True
-            self.recorder.record(update, values, publish or update <= FIRST_UPDATES)
+            self.metrics_sink.record(update, values, publish or update <= FIRST_UPDATES)
         if reading.trouble:
             raise reading.trouble
         if self.finished and reading.scaling.get("accum/skipped_windows") == newest:
@@ -362,7 +362,7 @@ class Trainer:
             "optimizer": rates_as_numbers(self.optimizer.state_dict()) if whole else {},
             "scheduler": self.scheduler.state_dict(),
             "loss_scale": {} if scale is None else scale.state_dict(),
-            "shortage": self.shortage.state_dict(),
+            "shortage": self.out_of_memory.state_dict(),
             "callbacks": {name: callback.state_dict() for name, callback in self.callbacks.items()},
         }
 
@@ -375,7 +375,7 @@ class Trainer:
         if self.window.loss_scale is not None and state.get("loss_scale"):
             self.window.loss_scale.load_state_dict(state["loss_scale"])
         if state.get("shortage"):
-            self.shortage.load_state_dict(state["shortage"])
+            self.out_of_memory.load_state_dict(state["shortage"])
         for name, callback in self.callbacks.items():
             if state["callbacks"].get(name):
                 callback.load_state_dict(state["callbacks"][name])
