@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from .command import only_run, run_command
-from .launched import EXACT
+from .support.command import only_run, run_command
+from .support.launched import EXACT
 
 os.environ["OMP_NUM_THREADS"] = "1"  # for the commands that tests start
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"

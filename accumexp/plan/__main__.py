@@ -63,7 +63,8 @@ def main() -> None:
     rank_info = launched_rank()
     if rank_info is not None and rank_info.size > 1:
         raise UsageError(
-            f"WORLD_SIZE={rank_info.size}: a plan tries one rank's part in one process; start it without torchrun"
+            f"WORLD_SIZE={rank_info.size}: a plan tries one rank's part in one process, "
+            "start it without torchrun"
         )
     hydra_app(task)
 

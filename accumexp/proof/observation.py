@@ -87,7 +87,7 @@ def as_number(returned: Any) -> float | None:
 def watching(
     start: Start, batch: Batch, arrivals: bool = False, saved: SavedActivations | None = None
 ) -> Iterator[Observation]:
-    """Inside, hooks record in an `Observation` what happens to the model, the parameters and the optimizer of `start`.
+    """Inside, hooks record what happens to the model, the parameters and the optimizer of `start`.
 
     It draws as in every window of the proof, and fp64 stays fp64. What the model is given is no activation:
     `saved` is told to leave it out.

@@ -1,0 +1,481 @@
+"""`accum.steps=auto` and `python -m accumexp.plan`: what is predicted, what is chosen, and that it fits.
+
+What a run takes is read here from the profiler's trace file, which is written by another way than the one
+that the prediction is made from, and around a whole run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.util
+import json
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from accumexp.accum import extrapolated, held_bytes, measure_peak, tensors
+from accumexp.accum.peak import Peak
+from accumexp.config.schema import Config, from_hydra, settled, to_plain
+from accumexp.config.sizes import batch_sizes, in_bytes
+from accumexp.data import ResidentBatches
+from accumexp.environment.device import _free_of_group  # pyright: ignore[reportPrivateUsage]
+from accumexp.environment.ranks import RankInfo
+from accumexp.errors import UsageError
+from accumexp.plan.auto_steps import agreed, planned
+from accumexp.plan.frontier import explored
+from accumexp.plan.planner import Limit, Planner, Point, out_of_memory
+from accumexp.plan.trial_run import Rehearsal, rehearsing
+from accumexp.run.spec import RunSpec
+from accumexp.training.checkpoint import load, save
+from accumexp.training.experiment import build_parts, build_trainer
+
+from ..support.command import journal, only_run, record_of, run_command
+from ..support.experiments import Memory, composed
+
+CPU = torch.device("cpu")
+AUTO = ["device=cpu", "accum.steps=auto"]
+LENET = [*AUTO, "data.batch_size=96", "data.eval_batch_size=8"]
+RESNET = [*AUTO, "model=resnet18", "data.image_size=8", "data.batch_size=24", "data.eval_batch_size=4"]
+MLP = [*AUTO, "model=mlp", "optimizer=adam", "data.eval_batch_size=8"]
+NEEDS_BERT = pytest.mark.skipif(not importlib.util.find_spec("transformers"), reason="an extra")
+DEEP = [*AUTO, "model=resnet18", "data.image_size=8", "data.batch_size=24", "data.eval_batch_size=1"]
+BERT = [*AUTO, "experiment=text_bert", "scheduler.warmup_updates=0", "model.layers=1", "model.hidden=64"]
+BERT += ["data.batch_size=24", "data.eval_batch_size=4"]
+
+
+def taken_by(config: Config, path: Path, rank: RankInfo | None = None, updates: int = 2) -> int:
+    """The most bytes of tensors that were alive in a run of `config`: of `updates` and their evaluation."""
+    config.trainer.max_updates = config.trainer.log_every = updates
+    config.callbacks.clear()
+    parts = build_parts(config) if rank is None else build_parts(config, rank)
+    every = [parts.splits.train, parts.splits.eval, parts.splits.test]
+    data = [
+        t for b in every if isinstance(b, ResidentBatches) for t in tensors((b.inputs, b.targets, b.indices))
+    ]
+    held = held_bytes([*parts.model.parameters(), *parts.model.buffers(), *data])
+    return held + allocated(lambda: build_trainer(config, parts, Memory()).fit(), path)
+
+
+def allocated(work: Callable[[], Any], path: Path) -> int:
+    """The most bytes that were allocated at once during `work` and were not there before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        work()
+    profiler.export_chrome_trace(str(path))
+    events = [e for e in json.loads(path.read_text())["traceEvents"] if e.get("name") == "[memory]"]
+    alive = most = 0
+    for event in sorted(events, key=lambda event: event["args"]["Ev Idx"]):
+        alive += event["args"]["Bytes"]
+        most = max(most, alive)
+    return most
+
+
+def test_a_peak_is_what_the_allocator_had_at_once() -> None:
+    before = torch.zeros(1000)
+    with measure_peak(CPU, held_bytes([before, before[:10], before])) as found:
+        first = torch.zeros(500)
+        second = torch.zeros(500)
+        view = second[:3]
+        del first, second
+        third = torch.zeros(250)
+    assert found.start == 4000
+    assert found.changes == [2000, 2000, -2000, 1000]
+    assert found.peak == 8000 and found.end == found.alive[-1] == 7000
+    assert view.shape == (3,) and third.shape == (250,)
+
+
+def test_a_prediction_is_the_largest_of_the_lines_at_every_place() -> None:
+    def peak(changes: list[int]) -> Peak:
+        found = Peak(100)
+        found.changes = changes
+        found.peak = max(found.alive)
+        return found
+
+    # 10 n bytes at one place, 200 at another: the peak is elsewhere at small sizes.
+    small, large = peak([20, -20, 200, -200]), peak([40, -40, 200, -200])
+    assert small.peak == large.peak == 300
+    assert [extrapolated((2, small), (4, large), n) for n in (8, 20, 50)] == [300, 300, 600]
+    assert extrapolated((2, small), (4, large), 50, beside=7) == 607
+    # Not the same things in the same order: the line through the peaks.
+    assert extrapolated((2, peak([20, -20])), (4, peak([40])), 8) == 100 + 80
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        pytest.param([*LENET, "optimizer=sgd", "callbacks=ema"], id="lenet"),
+        pytest.param([*MLP, "trainer.clip_norm=1", "accum=loss_scaled"], id="mlp"),
+        pytest.param(RESNET, id="resnet18"),
+        pytest.param(
+            BERT,
+            id="bert",
+            marks=NEEDS_BERT,
+        ),
+    ],
+)
+def test_peaks_are_predicted_within_a_tenth_of_what_is_measured(overrides: list[str]) -> None:
+    with rehearsing(composed(*overrides)) as rehearsal:
+        planner = Planner(rehearsal)
+        batch = rehearsal.data.batch_size
+        for steps in (1, 2, batch // 4):
+            point = planner.tried(steps)
+            assert point.measured and abs(point.predicted / point.measured - 1) < 0.1, point
+        activations = {steps: rehearsal.whole(steps).activations for steps in (1, 4)}
+        assert activations[1] > 2 * activations[4]
+        parts = planner.parts(planner.tried(1))
+        assert parts["saved activations"] == pytest.approx(activations[1], rel=0.1)
+        weights = sum(p.numel() * p.element_size() for p in rehearsal.parts.model.parameters())
+        assert parts["gradients"] == weights <= parts["parameters"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "shares"),
+    [(LENET, (0.02, 0.5, 1.0)), pytest.param(BERT, (0.5,), marks=NEEDS_BERT)],
+    ids=["lenet", "bert"],
+)
+def test_a_run_never_takes_more_than_the_limit(
+    overrides: list[str], shares: tuple[float, ...], tmp_path: Path
+) -> None:
+    with rehearsing(composed(*overrides)) as rehearsal:
+        planner = Planner(rehearsal)
+        most, least = planner.predicted(1), planner.predicted(24)
+        floor = max(least, planner.evaluation(rehearsal.data.evaluated))
+        assert floor < most
+    chosen = []
+    for share in shares:
+        limit = int(floor + share * (most - floor))
+        config = composed(*overrides, f"accum.memory_limit={limit}")
+        point, _ = agreed(config, RankInfo())
+        chosen.append(point.steps)
+        taken = taken_by(settled(config, point.steps), tmp_path / "trace")
+        assert 0.6 * limit < taken <= limit, (limit, point)
+    assert chosen == sorted(chosen, reverse=True) and len(set(chosen)) == len(shares)
+    assert (chosen[-1] == 1) == (shares[-1] == 1.0)
+
+
+def test_a_rank_of_several_never_takes_more_than_was_predicted(tmp_path: Path) -> None:
+    """Gradients beside ddp's buckets, and copies of buffers to go back to, are in no trial's run.
+
+    On a busy machine a bucket that was reduced is alive a little longer than on an idle one.
+    """
+    from ..support.ranks import on_ranks
+
+    for taken, predicted, measured, parts in on_ranks(2, tmp_path, _taken):
+        assert taken <= measured and abs(predicted / measured - 1) < 0.1 and taken > 0.7 * measured
+        assert parts["buckets of ddp"] == parts["gradients"] and parts["copies to go back to"] > 0
+
+
+def _taken() -> Any:
+    rank = torch.distributed.get_rank()
+    config = composed(*DEEP, "accum=ddp", "accum.processes=2")
+    with rehearsing(config, RankInfo(rank, 2, rank, 2)) as rehearsal:
+        planner = Planner(rehearsal)
+        point = planner.tried(4)
+        parts = planner.parts(point)
+    with tempfile.TemporaryDirectory() as folder:
+        taken = taken_by(settled(config, 4), Path(folder) / "trace", RankInfo(rank, 2, rank, 2))
+    return taken, point.predicted, point.measured, parts
+
+
+def holder_of(tensor: torch.Tensor) -> str:
+    """The path of the mapping of this process's memory in which `tensor` lies; anonymous memory has none."""
+    for mapping in psutil.Process().memory_maps(grouped=False):
+        first, end = (int(address, 16) for address in mapping.addr.split("-"))
+        if first <= tensor.data_ptr() < end:
+            return mapping.path
+    raise AssertionError("in no mapping")
+
+
+@pytest.mark.skipif(not hasattr(psutil.Process, "memory_maps"), reason="this system does not tell")
+def test_a_look_at_a_checkpoint_leaves_its_tensors_in_the_file(tmp_path: Path) -> None:
+    weights, path = torch.randn(2**23), tmp_path / "one.pt"
+    save(path, {"weights": weights})
+    looked_at, loaded = (load(path, in_file)["weights"] for in_file in (True, False))
+    assert Path(holder_of(looked_at)) == path.resolve() != Path(holder_of(loaded))
+    assert torch.equal(looked_at, weights) and torch.equal(loaded, weights)
+
+
+def test_what_does_not_fit_is_never_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[int] = []
+    whole = Rehearsal.whole
+    monkeypatch.setattr("accumexp.plan.frontier.TIMED_SECONDS", 0.01)
+    monkeypatch.setattr(Rehearsal, "whole", lambda self, steps: (tried.append(steps), whole(self, steps))[1])
+    with rehearsing(composed(*LENET)) as rehearsal:
+        limit = round(1.005 * Planner(rehearsal).predicted(4))
+    found = explored(composed(*LENET, f"accum.memory_limit={limit}"), 3, lambda stage: None, list)
+    assert found.chosen and found.chosen.steps == 4 and found.chosen.micro_batch == 24
+    assert [point.steps for point in found.points] == [1, 2, 3, 4, 8, 16, 32, 64, 96]
+    assert sorted(tried) == [4, 8, 16, 32, 64, 96]
+    for point in found.points:
+        assert point.fits == (point.steps >= 4) == (point.seconds is not None)
+        assert point.micro_batch == -(-96 // point.steps)
+
+
+def test_a_trial_that_does_not_fit_makes_the_micro_batch_smaller(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, tried = Rehearsal.whole, []
+
+    def trial(self: Rehearsal, steps: int) -> Any:
+        tried.append(steps)
+        if len(tried) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        found = whole(self, steps)
+        if len(tried) == 2:
+            found.update.peak = planner.limit.bytes + 1
+        return found
+
+    monkeypatch.setattr(Rehearsal, "whole", trial)
+    with rehearsing(composed(*LENET)) as rehearsal:
+        planner = Planner(rehearsal)
+        planner.limit = Limit(planner.predicted(2), "a test")
+        point = planner.choose()
+    assert tried[0] == 2 < tried[1] < tried[2] == point.steps and point.fits
+
+
+def test_a_batch_that_cannot_even_be_gathered_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def short(self: Rehearsal) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Rehearsal, "feeding", short)
+    with pytest.raises(UsageError, match="data.batch_size=96: cpu cannot hold the samples of an update"):
+        agreed(composed(*LENET), RankInfo())
+
+
+def test_a_trial_of_one_micro_batch_may_run_out_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    small = Rehearsal.small
+
+    def trial(self: Rehearsal, micro: int, steps: int) -> Any:
+        if steps == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return small(self, micro, steps)
+
+    monkeypatch.setattr(Rehearsal, "small", trial)
+    with rehearsing(composed(*LENET)) as rehearsal:
+        planner = Planner(rehearsal)
+        assert planner.predicted(1) > planner.predicted(2)
+
+
+def test_steps_that_another_rank_needs_and_that_do_not_fit_here_are_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def gathered(found: list[Any], own: Any) -> None:
+        found[:] = [own, (4, None)] if own[0] == 1 else [own, own]
+
+    whole = Rehearsal.whole
+
+    def trial(self: Rehearsal, steps: int) -> Any:
+        if steps == 4:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return whole(self, steps)
+
+    monkeypatch.setattr("accumexp.plan.auto_steps.dist.all_gather_object", gathered)
+    monkeypatch.setattr("accumexp.plan.trial_run.first_here", lambda rank_info: contextlib.nullcontext())
+    monkeypatch.setattr(Rehearsal, "whole", trial)
+    config = composed(*LENET, "accum=ddp", "accum.processes=2")
+    with pytest.raises(UsageError, match="4 steps, which another rank needs, do not fit on rank 0: out of"):
+        agreed(config, RankInfo(0, 2, 0, 2))
+
+
+def test_recorded_windows_are_given_their_steps() -> None:
+    order = RunSpec(composed(*LENET, "trainer.graph=true"), Path(), None, None, "")
+    with pytest.raises(UsageError, match="accum.steps=auto: a recorded window keeps memory"):
+        planned(order, RankInfo())
+
+
+def test_what_a_rehearsal_compiled_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    reset: list[int] = []
+    monkeypatch.setattr("torch.compiler.reset", lambda: reset.append(1))
+    for overrides in ([], ["trainer.compile=true"]):
+        with rehearsing(composed(*LENET, *overrides)):
+            assert not reset
+    assert reset == [1]
+
+
+def test_an_error_of_the_model_is_not_taken_for_a_lack_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(self: Rehearsal, *arguments: int) -> None:
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    monkeypatch.setattr(Rehearsal, "small", broken)
+    with pytest.raises(RuntimeError, match="mat1"), rehearsing(composed(*LENET)) as rehearsal:
+        Planner(rehearsal)
+    with pytest.raises(RuntimeError) as lack:
+        torch.empty(2**55)
+    assert out_of_memory(lack.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["accum.memory_limit=1MiB"], r"accum.steps=auto: an update with one sample .* the limit is 1.0 MiB"),
+        (
+            ["accum.memory_limit=9MB", "data.eval_batch_size=200"],
+            r"data.eval_batch_size=200: an evaluation needs .* at most data.eval_batch_size=\d+ fits",
+        ),
+    ],
+)
+def test_what_cannot_fit_is_refused_by_name(overrides: list[str], said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        agreed(composed(*LENET, *overrides), RankInfo())
+
+
+def test_a_floor_above_the_limit_names_what_the_smallest_micro_batch_needs() -> None:
+    with rehearsing(composed(*LENET)) as rehearsal:
+        planner = Planner(rehearsal)
+        planner.limit = Limit(planner.predicted(96) - 1, "a test")
+        with pytest.raises(UsageError, match="one sample a micro-batch needs"):
+            planner.choose()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["accum.steps=four"], "accum.steps=four: a number of micro-batches, or auto"),
+        (["accum.steps=0"], "accum.steps=0: at least 1"),
+        (
+            ["accum.steps=auto", "accum.micro_batch_size=8"],
+            "accum.micro_batch_size=8: is what accum.steps=auto looks for",
+        ),
+        (["accum.memory_limit=lots"], "accum.memory_limit=lots: bytes above 0, or an amount such as 2GiB"),
+        (["accum.memory_limit=0"], "accum.memory_limit=0: bytes above 0"),
+        (["accum.steps=auto", "accum=fsdp", "accum.processes=1"], "accum.steps=auto: a rank cannot try"),
+    ],
+)
+def test_a_wrong_word_gets_one_line(overrides: list[str], said: str) -> None:
+    with pytest.raises(UsageError) as error:
+        composed("device=cpu", *overrides)
+    assert str(error.value).startswith(said) and "\n" not in str(error.value)
+
+
+def test_amounts_of_memory() -> None:
+    said = {"2GiB": 2**31, "500MiB": 500 * 2**20, "24GB": 24 * 10**9, "1.5 kib": 1536, "77": 77, 77: 77}
+    for text, expected in said.items():
+        assert in_bytes("key", text) == expected
+    assert batch_sizes(64, "4", None) == (64, 4, 16)
+    assert batch_sizes(None, "auto", None) == (
+        128,
+        "auto",
+        None,
+    )
+
+
+def test_a_container_may_have_less_than_the_machine(tmp_path: Path) -> None:
+    for name, text in (("max", "1000"), ("current", "700"), ("stat", "anon 600\ninactive_file 50\n")):
+        (tmp_path / f"memory.{name}").write_text(text)
+    assert _free_of_group(tmp_path) == [350]
+    (tmp_path / "memory.max").write_text("max\n")
+    assert _free_of_group(tmp_path) == []
+
+
+def test_what_follows_from_the_micro_batch_waits_for_it() -> None:
+    config = composed(*RESNET, "model.norm=ghost")
+    assert config.accum.steps == "auto" and config.accum.micro_batch_size is None
+    again = from_hydra(json.loads(json.dumps(to_plain(config))))  # as it is handed to ranks
+    given = composed(*RESNET[:1], *RESNET[2:], "accum.steps=3", "model.norm=ghost")
+    assert to_plain(settled(again, 3)) == to_plain(given)
+    assert given.model["ghost_size"] == 8
+
+
+def test_a_limit_that_nothing_keeps_to_is_said(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+    order = RunSpec(composed("accum.steps=4", "accum.memory_limit=1GiB"), tmp_path, None, None, "")
+    assert planned(order, RankInfo()) == (order, {})
+    assert "accum.memory_limit=1GiB: has no effect, accum.steps=auto keeps to it" in caplog.text
+    caplog.clear()
+    planned(dataclasses.replace(order, config=composed("accum.steps=4")), RankInfo())
+    assert not caplog.text
+
+
+def test_auto_gives_the_bits_of_the_number_and_is_recorded_as_one(tmp_path: Path) -> None:
+    common = ["device=cpu", "model=mlp", "model.hidden=[64,64,64,64]", "model.dropout=0.2"]
+    common += ["data.image_size=8", "data.batch_size=256", "data.eval_batch_size=8"]
+    common += ["trainer.max_updates=8", "trainer.log_every=4", "tracking.system_metrics=false"]
+    with rehearsing(composed("accum.steps=auto", *common)) as rehearsal:
+        limit = round(1.005 * Planner(rehearsal).predicted(3))
+    auto = run_command(
+        "run", *common, "accum.steps=auto", f"accum.memory_limit={limit}", folder=tmp_path / "auto"
+    )
+    assert auto.code == 0 and not auto.stderr, auto
+    run = only_run(tmp_path / "auto")
+    record = record_of(run)
+    steps = int(record.params["accum.steps"])
+    assert steps > 1 and f"accum.steps=auto: {steps} micro-batches of" in auto.stdout
+    assert record.params["accum.micro_batch_size"] == str(-(-256 // steps))
+    said = record.tags["accumexp.plan"]
+    assert said.startswith(f"{steps} micro-batches") and "predicted" in said and "measured" in said
+    given = run_command("run", *common, f"accum.steps={steps}", folder=tmp_path / "given")
+    assert given.code == 0, given
+    other = only_run(tmp_path / "given")
+    timed = ("perf/", "time")
+    for mine, theirs in zip(journal(run), journal(other), strict=True):
+        keys = [key for key in mine if not key.startswith(timed)]
+        assert [mine[key] for key in keys] == [theirs[key] for key in keys]
+    more = run_command("run", f"resume={run}", "trainer.max_updates=10", folder=tmp_path / "auto")
+    assert more.code == 0 and "accum.steps=auto" not in more.stdout, more
+    assert only_run(tmp_path / "auto") == run and len(journal(run)) >= 10
+
+
+def test_ranks_take_the_most_steps_that_any_of_them_needs(tmp_path: Path) -> None:
+    from ..support.ranks import on_ranks
+
+    found = on_ranks(2, tmp_path, _agree)
+    assert found[0]["own"] == 1 < found[1]["own"] == found[0]["agreed"] == found[1]["agreed"]
+    assert found[0]["refused"] == found[1]["refused"] and "one sample" in found[0]["refused"]
+
+
+def _agree() -> dict[str, Any]:
+    rank = torch.distributed.get_rank()
+    rank_info = RankInfo(rank, 2, rank, 2)
+    overrides = [*LENET, "accum=ddp", "accum.processes=2"]
+
+    def config(limit: int | None) -> Config:
+        found = composed(*overrides)
+        accum = dataclasses.replace(found.accum, memory_limit=limit if rank else None)
+        return dataclasses.replace(found, accum=accum)
+
+    with rehearsing(config(None), rank_info) as rehearsal:
+        limit = round(1.005 * Planner(rehearsal).predicted(6))
+    with rehearsing(config(limit), rank_info) as rehearsal:
+        own: Point = Planner(rehearsal).choose()
+    point, _ = agreed(config(limit), rank_info)
+    refused = ""
+    try:
+        agreed(config(1000), rank_info)
+    except UsageError as error:
+        refused = str(error)
+    return {"own": own.steps, "agreed": point.steps, "refused": refused}
+
+
+def test_plan_prints_draws_and_keeps_the_frontier(tmp_path: Path) -> None:
+    with rehearsing(composed(*LENET, "data.batch_size=24")) as rehearsal:
+        limit = round(1.005 * Planner(rehearsal).predicted(3))
+    small = ["data.batch_size=24", "data.eval_batch_size=8", "tracking=none", "device=cpu"]
+    done = run_command("plan", *small, f"accum.memory_limit={limit}", folder=tmp_path)
+    assert done.code == 0 and not done.stderr, done
+    run = only_run(tmp_path)
+    kept = json.loads((run / "plan.json").read_text())
+    assert kept["chosen"]["steps"] == 3 and kept["limit"]["bytes"] == limit
+    assert [p["steps"] for p in kept["points"]] == [1, 2, 3, 4, 8, 16, 24]
+    assert (run / "plan.png").read_bytes().startswith(b"\x89PNG") and str(run / "plan.png") in done.stdout
+    lines = done.stdout.splitlines()
+    (chosen,) = [line for line in lines if line.rstrip().endswith("chosen")]
+    assert chosen.split()[:2] == ["8", "3"] and sum("does not fit" in line for line in lines) == 2
+    assert "accum.steps=3: the largest micro-batch that fits, 8 samples" in lines
+    assert not (tmp_path / "mlflow.db").exists()
+
+
+def test_plan_refuses_in_one_line(tmp_path: Path) -> None:
+    for arguments, said in (
+        (["-m", "seed=0,1"], "--multirun: a plan is of one experiment, leave it out"),
+        (["device=cpu", "accum.memory_limit=1KiB"], "accum.steps=auto: an update with one sample"),
+        (["accum=fsdp", "device=cpu"], "accum=fsdp: a model in shards cannot be tried in one process"),
+        (["accum.reduction=sum"], "accum.reduction=sum: an update that grows with the micro-batches"),
+        (["trainer.graph=true"], "trainer.graph=true: a recorded window keeps memory"),
+        (["replicas=5", "accum.steps=4"], "replicas=5: a plan is of one run, leave it out"),
+    ):
+        done = run_command("plan", *arguments, folder=tmp_path)
+        assert done.error().startswith(said), done
+    assert not list(tmp_path.glob("outputs/*/*"))

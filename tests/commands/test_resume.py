@@ -1,0 +1,459 @@
+"""Law 8: a run that was stopped, killed or damaged goes on to the bits of one that never was."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import OmegaConf
+
+from accumexp.cli import conf_dir
+from accumexp.config.schema import from_hydra, to_plain
+from accumexp.errors import UsageError
+from accumexp.run.resume import changed, resume_arguments, resumed
+from accumexp.tracking.journal import Journal
+from accumexp.training.checkpoint import find, load, save
+
+from ..support.command import Done, Record, environment, journal, ranked_models, record_of, run_command
+
+UPDATES_AN_EPOCH = 11  # 1,293 digits in batches of 128
+UPDATES = 3 * UPDATES_AN_EPOCH
+
+STOPPER = '''
+import os
+import pathlib
+import signal
+from accumexp.callbacks import Callback
+
+class Stop(Callback):
+    """Sends this process a signal after update `at`, once in the life of the file `mark`."""
+
+    def __init__(self, at, name, mark):
+        self.at, self.name, self.mark = at, name, pathlib.Path(mark)
+
+    def update_end(self, trainer):
+        if trainer.progress.update == self.at and not self.mark.exists():
+            self.mark.touch()
+            os.kill(os.getpid(), getattr(signal, self.name))
+'''
+
+# All that has a state: dropout draws, moments, a schedule, averaged weights, the best value so far.
+STATEFUL = [
+    *("model=mlp", "model.dropout=0.3", "optimizer=adamw", "callbacks=ema", "callbacks.ema.decay=0.9"),
+    *("scheduler=warmup_cosine", "scheduler.warmup_updates=7", "accum.steps=3", "trainer.epochs=3"),
+    *("trainer.log_every=4", "tracking.system_metrics=false"),
+]
+# A measured time or amount of memory differs from run to run.
+MEASURED = {"final/seconds", "final/samples_per_second", "final/update_ms", "final/peak_memory_mib"}
+
+
+@dataclass(frozen=True)
+class Stopped:
+    """How a run was stopped and what came of it before and after `resume=`."""
+
+    how: Stop
+    folder: Path
+    first: Done
+    status_between: str
+    second: Done
+    record: Record
+
+
+@dataclass(frozen=True)
+class Stop:
+    """A signal after an update, the exit code it leads to and the status MLflow has then."""
+
+    name: str
+    at: int
+    code: int
+    status: str
+    options: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return f"{self.name} after update {self.at}"
+
+
+STOPS = [
+    # What is kept when it stops is kept when it ends, too.
+    Stop("SIGTERM", 15, 143, "KILLED", ("callbacks.checkpoint.keep_last=4",)),
+    Stop("SIGTERM", 2 * UPDATES_AN_EPOCH, 143, "KILLED"),
+    # All is trained, and the last epoch is still to be evaluated.
+    Stop("SIGTERM", UPDATES, 143, "KILLED"),
+    # The newest checkpoint is of update 15, and the points of update 16 are in MLflow already.
+    Stop(
+        "SIGKILL",
+        18,
+        -signal.SIGKILL,
+        "RUNNING",
+        ("callbacks.checkpoint.every_updates=5", "tracking.flush_points=1"),
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of all runs here: a store is made once."""
+    folder = tmp_path_factory.mktemp("resume")
+    (folder / "modules").mkdir()
+    (folder / "modules" / "stopper.py").write_text(STOPPER)
+    return folder
+
+
+def run_to(base: Path, folder: str, how: Stop | None = None) -> Done:
+    arguments = [*STATEFUL, f"hydra.run.dir={folder}"]
+    if how:
+        arguments += ["+callbacks.stop._target_=stopper.Stop", f"+callbacks.stop.at={how.at}", *how.options]
+        arguments += [f"+callbacks.stop.name={how.name}", f"+callbacks.stop.mark={base / folder}.mark"]
+    return run_command("run", *arguments, folder=base, env=environment(base / "modules"))
+
+
+@pytest.fixture(scope="module")
+def never_stopped(base: Path) -> Path:
+    done = run_to(base, "never_stopped")
+    assert done.code == 0, done
+    return base / "never_stopped"
+
+
+@pytest.fixture(scope="module", params=STOPS, ids=str)
+def stopped(request: pytest.FixtureRequest, base: Path) -> Stopped:
+    how: Stop = request.param
+    folder = base / f"{how.name}_{how.at}"
+    first = run_to(base, folder.name, how)
+    between = record_of(folder).status
+    env = environment(base / "modules")
+    second = run_command("run", f"resume={folder.name}", folder=base, env=env)
+    return Stopped(how, folder, first, between, second, record_of(folder))
+
+
+def differences(one: Any, other: Any, at: str = "") -> list[str]:
+    """Where two nested states differ in any bit."""
+    if type(one) is not type(other):
+        return [at]
+    if isinstance(one, torch.Tensor):
+        return [] if one.dtype == other.dtype and torch.equal(one, other) else [at]
+    if isinstance(one, Mapping):
+        if one.keys() != other.keys():
+            return [f"{at}: {sorted(map(str, one.keys() ^ other.keys()))}"]
+        return [d for key in one for d in differences(one[key], other[key], f"{at}/{key}")]
+    if isinstance(one, list | tuple):
+        if len(one) != len(other):
+            return [at]
+        pairs = enumerate(zip(one, other, strict=True))
+        return [d for number, (a, b) in pairs for d in differences(a, b, f"{at}/{number}")]
+    return [] if one == other else [at]
+
+
+def test_differences_sees_a_single_bit() -> None:
+    weight = torch.ones(3)
+    assert differences({"a": [weight, 1.0]}, {"a": [weight.clone(), 1.0]}) == []
+    assert differences({"a": [weight]}, {"a": [torch.nextafter(weight, 2 * weight)]}) == ["/a/0"]
+    assert differences({"a": 1}, {"b": 1}) and differences([1], [1, 2]) and differences(1, 1.0)
+
+
+def test_law_8_a_stopped_run_ends_as_its_signal_says_and_the_resumed_one_finishes(stopped: Stopped) -> None:
+    how = stopped.how
+    assert stopped.first.code == how.code, stopped.first
+    assert stopped.status_between == how.status
+    assert stopped.second.code == 0, stopped.second
+    assert stopped.record.status == "FINISHED"
+    if how.name != "SIGKILL":
+        assert f"stopped by {how.name} after update {how.at}" in stopped.first.stdout
+        assert f"python -m accumexp.run resume={stopped.folder}" in stopped.first.stdout
+
+
+def test_law_8_a_resumed_run_has_the_bits_of_one_never_stopped(never_stopped: Path, stopped: Stopped) -> None:
+    last = Path("checkpoints") / f"update-{UPDATES:08d}.pt"
+    one, other = load(never_stopped / last), load(stopped.folder / last)
+    for content in (one, other):
+        del content["config"], content["run"], content["progress"]["seconds"]
+        content["callbacks"].pop("stop", None)
+    assert {"model", "optimizer", "scheduler", "callbacks", "random", "progress", "evaluated"} <= one.keys()
+    assert one["callbacks"]["ema"]["n_averaged"] == UPDATES
+    assert differences(one, other) == []
+
+
+def test_law_8_a_resumed_runs_best_checkpoint_is_that_of_one_never_stopped(
+    never_stopped: Path, stopped: Stopped
+) -> None:
+    one, other = (load(find(run, best=True)) for run in (never_stopped, stopped.folder))
+    assert differences(one["model"], other["model"]) == []
+    assert differences(one["evaluated"], other["evaluated"]) == []
+
+
+def test_law_8_a_resumed_runs_journal_is_that_of_one_never_stopped(
+    never_stopped: Path, stopped: Stopped
+) -> None:
+    def rows(run: Path) -> list[dict[str, Any]]:
+        return [
+            {key: value for key, value in row.items() if key != "time" and not key.startswith("perf/")}
+            for row in journal(run)
+        ]
+
+    expected = rows(never_stopped)
+    assert [row["update"] for row in expected if "train/loss" in row] == list(range(1, UPDATES + 1))
+    assert rows(stopped.folder) == expected
+
+
+def test_law_8_a_resumed_runs_points_are_those_of_one_never_stopped(
+    never_stopped: Path, stopped: Stopped
+) -> None:
+    def points(record: Record) -> dict[str, list[tuple[int, float]]]:
+        return {
+            key: values
+            for key, values in record.points.items()
+            if not key.startswith(("perf/", "system/")) and key not in MEASURED
+        }
+
+    expected = points(record_of(never_stopped))
+    assert {"train/loss", "eval/loss", "eval/ema_accuracy", "final/ema_loss"} <= expected.keys()
+    assert points(stopped.record) == expected
+
+
+def test_law_8_a_resumed_run_doubles_no_point(stopped: Stopped) -> None:
+    doubled = {
+        key: values
+        for key, values in stopped.record.points.items()
+        if len(values) != len({step for step, _ in values})
+    }
+    assert doubled == {}
+    assert [step for step, _ in stopped.record.points["perf/update_ms"]] == [*range(4, UPDATES, 4), UPDATES]
+
+
+def test_law_8_a_resumed_run_doubles_no_logged_model(stopped: Stopped, base: Path) -> None:
+    names = [name for name, _ in ranked_models(base, stopped.record)]
+    assert f"update-{UPDATES}" in names
+    assert sorted(set(names)) == sorted(names)
+
+
+def test_sigint_stops_after_the_update_with_exit_code_130(base: Path) -> None:
+    done = run_to(base, "interrupted", Stop("SIGINT", 5, 130, "KILLED", ("tracking=none",)))
+    assert done.code == 130, done
+    assert "stopped by SIGINT after update 5" in done.stdout
+    assert not done.stderr
+    assert load(find(base / "interrupted"))["progress"]["update"] == 5
+
+
+# Checkpoints on the disk -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def plain() -> dict[str, Any]:
+    """A run's configuration as its checkpoint holds it."""
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(conf_dir(), version_base="1.3"):
+        return to_plain(from_hydra(compose("config", ["accum.steps=4", "tracking=none"])))
+
+
+@pytest.fixture
+def run(tmp_path: Path, plain: dict[str, Any]) -> Path:
+    """A run's folder with checkpoints of updates 5 and 10."""
+    for update in (5, 10):
+        content = {"config": plain, "progress": {"update": update}, "weight": torch.arange(1000.0) + update}
+        save(tmp_path / "checkpoints" / f"update-{update:08d}.pt", content)
+    return tmp_path
+
+
+@pytest.fixture
+def resume(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """`resumed` as a command with these overrides calls it."""
+
+    def call(where: Path, *overrides: str) -> Any:
+        task = [f"resume={where}", *overrides]
+        monkeypatch.setattr(HydraConfig, "get", lambda: SimpleNamespace(overrides=SimpleNamespace(task=task)))
+        return resumed(OmegaConf.create({"resume": str(where)}))
+
+    return call
+
+
+def damage(path: Path) -> None:
+    """Flips bits in the middle of a file."""
+    content = bytearray(path.read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 8] = bytes(byte ^ 255 for byte in content[middle : middle + 8])
+    path.write_bytes(content)
+
+
+def updates(folder: Path) -> list[int]:
+    return [load(path)["progress"]["update"] for path in sorted((folder / "checkpoints").glob("*.pt"))]
+
+
+@pytest.mark.parametrize("name", ["update-00000010.pt", "update-00000015.pt"], ids=["same name", "new name"])
+def test_a_write_that_fails_halfway_leaves_what_was_there(
+    name: str, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def half(content: Any, file: Any) -> None:
+        file.write(b"PK\x03\x04 half of a checkpoint")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(torch, "save", half)
+    with pytest.raises(OSError, match="No space left"):
+        save(run / "checkpoints" / name, {"progress": {"update": 15}})
+    assert updates(run) == [5, 10]
+    assert len(list((run / "checkpoints").iterdir())) == 2
+
+
+def test_a_write_that_was_killed_halfway_is_no_checkpoint(run: Path) -> None:
+    (run / "checkpoints" / ".update-00000015.pt.4711.partial").write_bytes(b"PK\x03\x04")
+    assert find(run).name == "update-00000010.pt"
+
+
+def test_a_checkpoint_has_its_name_only_when_it_is_whole(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = run / "checkpoints" / "update-00000010.pt"
+    seen: list[int] = []
+    real = os.fsync
+
+    def look(descriptor: int) -> None:
+        seen.append(load(path)["progress"]["update"])
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", look)
+    save(path, {"progress": {"update": 11}})
+    assert seen[0] == 10  # the new content is being written, the name still means the old
+    assert load(path)["progress"]["update"] == 11
+
+
+def test_resume_of_a_folder_goes_on_from_the_newest_readable_checkpoint(
+    run: Path, resume: Callable[..., Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    assert resume(run).update == 10
+    damage(run / "checkpoints" / "update-00000010.pt")
+    resume_from = resume(run)
+    assert (resume_from.update, resume_from.path.name) == (5, "update-00000005.pt")
+    assert "update-00000010.pt is damaged" in caplog.text
+
+
+def test_resume_of_a_damaged_file_itself_is_refused(run: Path, resume: Callable[..., Any]) -> None:
+    newest = run / "checkpoints" / "update-00000010.pt"
+    damage(newest)
+    with pytest.raises(UsageError, match=r"update-00000010\.pt: damaged"):
+        resume(newest)
+
+
+def test_resume_is_refused_if_no_checkpoint_is_readable(run: Path, resume: Callable[..., Any]) -> None:
+    for path in (run / "checkpoints").iterdir():
+        damage(path)
+    with pytest.raises(UsageError, match="damaged"):
+        resume(run)
+
+
+class Intruder:
+    """Unpickling one writes a file."""
+
+    def __init__(self, written: Path) -> None:
+        self.written = written
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.write_text, (self.written, "code ran")
+
+
+def test_load_runs_no_code_from_a_file(tmp_path: Path) -> None:
+    written, path = tmp_path / "written", tmp_path / "update-00000001.pt"
+    torch.save({"format": "accumexp checkpoint 1", "model": Intruder(written)}, path)
+    with pytest.raises(UsageError, match="not a checkpoint of accumexp"):
+        load(path)
+    assert not written.exists()
+    torch.load(path, weights_only=False)  # the file would indeed have done it
+    assert written.read_text() == "code ran"
+
+
+@pytest.mark.parametrize("update", [10, 11])
+def test_a_change_is_refused_once_later_updates_are_logged(
+    update: int, run: Path, resume: Callable[..., Any]
+) -> None:
+    rows = Journal(run / "metrics.jsonl")
+    rows.write(update, {"train/loss": 1.0})
+    rows.close()
+    assert resume(run).update == 10
+    if update > 10:
+        with pytest.raises(UsageError, match="updates after 10 are logged already, so optimizer.lr=0.5"):
+            resume(run, "optimizer.lr=0.5")
+    else:
+        assert resume(run, "optimizer.lr=0.5").config.optimizer["lr"] == 0.5
+
+
+def test_a_finished_run_is_resumed_only_for_more(run: Path, resume: Callable[..., Any]) -> None:
+    (run / "summary.json").write_text('{"status": "FINISHED"}')
+    with pytest.raises(UsageError, match="is finished; more of it with trainer.epochs"):
+        resume(run)
+    assert resume(run, "trainer.epochs=40").config.trainer.epochs == 40
+
+
+def test_a_resumed_run_says_what_was_changed(run: Path, resume: Callable[..., Any]) -> None:
+    assert resume(run, "trainer.epochs=40").tags() == {"accumexp.resumed.10": "trainer.epochs=40"}
+    assert resume(run).tags() == {"accumexp.resumed.10": "unchanged"}
+
+
+@pytest.mark.parametrize("of", [".", "checkpoints", "checkpoints/update-00000005.pt"])
+def test_a_run_is_resumed_in_its_own_folder(of: str, run: Path) -> None:
+    arguments = resume_arguments([f"resume={run / of}", "trainer.epochs=40"])
+    assert arguments[:2] == [f"resume={run / of}", "trainer.epochs=40"]
+    assert f"hydra.run.dir='{run.resolve()}'" in arguments
+
+
+@pytest.mark.parametrize("nothing", [[], ["resume="], ["resume=null"]])
+def test_without_a_run_to_resume_the_arguments_stay_as_they_are(nothing: list[str]) -> None:
+    assert resume_arguments(["model=mlp", *nothing]) == ["model=mlp", *nothing]
+
+
+# Changes of a run's own configuration ------------------------------------------------------------------
+
+
+def test_a_value_is_changed_and_the_rest_stays(plain: dict[str, Any]) -> None:
+    config = changed(plain, ["trainer.epochs=40", "optimizer.lr=0.5", "+tracking.tags.why=longer"])
+    assert (config.trainer.epochs, config.optimizer["lr"]) == (40, 0.5)
+    assert config.tracking.tags == {"why": "longer"}
+    assert to_plain(changed(plain, [])) == plain
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sizes"),
+    [
+        (["accum.steps=8"], (128, 8, 16)),
+        (["accum.micro_batch_size=64"], (128, 2, 64)),
+        (["data.batch_size=64"], (64, 4, 16)),
+        (["data.batch_size=64", "accum.steps=2"], (64, 2, 32)),
+        (["accum.micro_batch_size=16", "accum.steps=8"], (128, 8, 16)),
+    ],
+    ids=str,
+)
+def test_a_changed_size_gives_the_third(
+    overrides: list[str], sizes: tuple[int, int, int], plain: dict[str, Any]
+) -> None:
+    config = changed(plain, overrides)
+    assert (config.data.batch_size, config.accum.steps, config.accum.micro_batch_size) == sizes
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["model=resnet18"], "model=resnet18: only values"),
+        (["experiment=equal_batch"], "experiment=equal_batch: only values"),
+        (["trainer.epohcs=4"], "trainer.epohcs=4: only values"),
+        (["+trainer.epohcs=4"], "trainer.epohcs"),
+        (["~seed"], "~seed: a single value"),
+        (["accum.steps=1,2"], "accum.steps=1,2: a single value"),
+        (["accum.steps=0"], "accum.steps=0: at least 1"),
+        (["trainer.epochs=many"], "trainer.epochs"),
+        (["accum.micro_batch_size=16", "accum.steps=4"], "disagrees"),
+        (["accum.steps=4", "accum.micro_batch_size=16"], "disagrees"),
+        (["a b"], "a b"),
+    ],
+    ids=str,
+)
+def test_what_is_no_single_value_of_the_run_is_refused(
+    overrides: list[str], says: str, plain: dict[str, Any]
+) -> None:
+    with pytest.raises(UsageError) as refused:
+        changed(plain, overrides)
+    assert says in str(refused.value)
+    assert len(str(refused.value).splitlines()) == 1

@@ -1,0 +1,83 @@
+"""Certifies every wrong loop and prints which check caught it: `python -m tests.proof.mutants [updates]`."""
+
+from __future__ import annotations
+
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+
+from accumexp.proof import Certificate, certify
+
+from ..support.ranks import on_ranks
+from . import wrong_loops, wrong_precision, wrong_ranks
+from .wrong_loops import Loop
+
+UPDATES = 12
+LOOPS: list[Loop] = [*wrong_loops.LOOPS, *wrong_precision.LOOPS]
+
+
+def certified(loop: Loop, updates: int = UPDATES) -> Certificate:
+    setting = loop.setting
+    options = {"updates": updates, **setting.options}
+    return certify(loop.make(), setting.model(), setting.loss(), setting.batch(), setting.steps, **options)
+
+
+def wrong(loop: Loop, found: Certificate, updates: int = UPDATES) -> str:
+    """What the proof did not say of `loop` as it should have; "" if it did."""
+    if not loop.caught_by:
+        return "" if found.verdict == "proved" else f"a right loop is {found}"
+    if found.proved:
+        return "not caught"
+    expected = loop.caught_by.format(updates=f"{updates} updates")
+    failed = [check.name for check in found.failed]
+    if not any(name.startswith(expected) for name in failed):
+        return f"{expected!r} did not fail, but {failed} did"
+    return "" if loop.says in str(found) else f"{loop.says!r} is not in {str(found)!r}"
+
+
+def table(loops: Sequence[Loop], found: Sequence[Certificate], updates: int = UPDATES) -> str:
+    lines = []
+    mutants = caught = rights = proved = 0
+    for loop, certificate in zip(loops, found, strict=True):
+        trouble = wrong(loop, certificate, updates)
+        if loop.caught_by:
+            mutants += 1
+            caught += not certificate.proved
+        else:
+            rights += 1
+            proved += certificate.verdict == "proved"
+        failed = "; ".join(check.name for check in certificate.failed)
+        lines.append(f"{'!!' if trouble else 'ok'}  {loop.name}\n      {certificate}")
+        if failed:
+            lines.append(f"      failed: {failed}")
+        if trouble:
+            lines.append(f"      {trouble}")
+    return "\n".join([*lines, f"caught {caught}/{mutants}, right loops proved {proved}/{rights}"])
+
+
+def of_ranks(updates: int = UPDATES) -> list[Certificate]:
+    """The certificates of the loops that need several ranks, called on every rank alike."""
+    return [certified(loop, updates) for loop in wrong_ranks.LOOPS]
+
+
+def main(updates: int) -> int:
+    torch.set_num_threads(1)
+    # torch tells of some of the bugs itself.
+    warnings.simplefilter("ignore")
+    begun = time.perf_counter()
+    found = [certified(loop, updates) for loop in LOOPS]
+    with TemporaryDirectory() as folder:
+        found += on_ranks(2, Path(folder), of_ranks, updates, seconds=3600)[0]
+    loops = [*LOOPS, *wrong_ranks.LOOPS]
+    print(table(loops, found, updates))
+    print(f"{updates} updates each, {time.perf_counter() - begun:.0f} s")
+    return int(any(wrong(loop, one, updates) for loop, one in zip(loops, found, strict=True)))
+
+
+if __name__ == "__main__":
+    sys.exit(main(int(sys.argv[1]) if len(sys.argv) > 1 else 100))

@@ -1,0 +1,138 @@
+"""Where a report goes: pictures, page, CSV, and names and texts of a size that MLflow takes."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from accumexp.report.analysis import Report
+from accumexp.report.page import page
+from accumexp.report.pictures import draw
+from accumexp.report.publish import metrics, note, tags, write
+from accumexp.report.tables import markdown, terminal
+
+from ..support.past_sweeps import job, over_steps, reported, sweep
+
+STRANGE = "<script>alert('x')</script> & \"q\", é|ü"
+
+
+@pytest.fixture(scope="module")
+def crowd() -> Report:
+    """60 groups with long names, and as many jobs that were refused."""
+    long = "x" * 250
+    jobs = [
+        job(f"+model.name=/{long}/{number}/[a]", f"seed={seed}", final={"accuracy": 0.9, "update_ms": 5.0})
+        for number in range(60)
+        for seed in (0, 1)
+    ]
+    refused = [job(f"+model.name=no-{number}", status="FAILED") for number in range(60)]
+    refused = [type(one)(**{**vars(one), "run_id": None, "error": "no " * 100}) for one in refused]
+    return reported(sweep(*jobs, *refused))
+
+
+def test_what_goes_to_mlflow_is_of_a_size_and_form_it_takes(crowd: Report) -> None:
+    from mlflow.utils.validation import MAX_TAG_VAL_LENGTH, _validate_metric_name
+
+    found = metrics(crowd)
+    assert len(found) == 60 * 3 + 59  # accuracy, its deviation, time; and the differences to the first
+    for name in found:
+        _validate_metric_name(name)
+        assert len(name) <= 250
+    written = tags(crowd)
+    assert all(len(value) <= MAX_TAG_VAL_LENGTH for value in written.values())
+    assert json.loads(written["accumexp.verdicts"]) and json.loads(written["accumexp.refused"])[0]["error"]
+    assert written["mlflow.note.content"].endswith("the page has it all")
+
+
+def test_many_groups_with_long_names_are_drawn(crowd: Report, tmp_path: Path) -> None:
+    written = write(crowd, tmp_path / "deep" / "folder")
+    assert {path.name for path in written.files} == {
+        *("report.html", "groups.csv", "jobs.csv", "accuracy.png", "cost.png"),
+    }
+
+
+class Seen(HTMLParser):
+    """The tags and the text of a page."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.text = ""
+
+    def handle_starttag(self, tag: str, attrs: object) -> None:
+        self.tags.append(tag)
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def test_what_users_write_is_text_on_the_page_and_whole_in_the_csv(tmp_path: Path) -> None:
+    jobs = [
+        job(f"+tracking.tags.x={value}", f"seed={seed}", final={"accuracy": 0.9 + 0.01 * seed})
+        for value in (STRANGE, "plain")
+        for seed in range(3)
+    ]
+    report = reported(sweep(*jobs, job(f"model={STRANGE}", status="FAILED")))
+    shown = Seen()
+    shown.feed(page(report, {}))
+    assert "script" not in shown.tags and STRANGE in shown.text
+    written = write(report, tmp_path)
+    with (written.folder / "groups.csv").open(newline="") as file:
+        assert {row["tracking.tags.x"] for row in csv.DictReader(file)} == {STRANGE, "plain"}
+    assert "é\\|ü" in note(report)
+
+
+def test_a_table_of_markdown_keeps_its_columns() -> None:
+    assert markdown(["a", "b"], [["1|2", "3"]]) == "| a | b |\n| --- | --- |\n| 1\\|2 | 3 |"
+
+
+def test_pictures_are_drawn_of_what_there_is(tmp_path: Path) -> None:
+    def loss(steps: int, update: int) -> float:
+        return 2.0 / update + 1e-8 * steps
+
+    assert set(draw(reported(over_steps(lambda k, s: 0.9 + 0.01 * s, loss=loss)), tmp_path)) == {
+        *("accuracy", "loss", "cost"),
+    }
+    assert set(draw(reported(over_steps(lambda k, s: 0.9)), tmp_path)) == {"accuracy", "cost"}
+    alone = reported(sweep(job("seed=0", final={"accuracy": 0.9}, losses=[2.0, 1.0])))
+    assert set(draw(alone, tmp_path)) == {"accuracy", "loss"}
+    assert draw(reported(sweep(job("seed=0", status="FAILED"))), tmp_path) == {}
+    lost = [
+        job(f"accum.steps={k}", f"seed={s}", final={"accuracy": float("nan")}) for k in (1, 2) for s in (0, 1)
+    ]
+    assert set(draw(reported(sweep(*lost)), tmp_path)) == {"accuracy"}
+
+
+@pytest.mark.parametrize(
+    ("width", "spared"), [(None, set()), (200, set()), (95, {"p"}), (80, {"p", "training"})]
+)
+def test_a_narrow_terminal_loses_details_and_keeps_the_verdict(width: int | None, spared: set[str]) -> None:
+    report = reported(over_steps(lambda k, s: 0.9 + 0.01 * s))
+    first, _ = terminal(report, width)
+    headings = [str(column.header) for column in first.columns]
+    assert {"p", "training"} - set(headings) == spared
+    printed = Console(width=width or 200, record=True, file=io.StringIO())
+    printed.print(first)
+    text = printed.export_text()
+    assert text.count("undecided") == 2 and "…" not in text
+
+
+def test_brackets_in_a_value_are_no_markup() -> None:
+    jobs = [job(f"model.act={act}", "seed=0", final={"accuracy": 0.9}) for act in ("[relu,tanh]", "[/x]")]
+    printed = Console(width=200, record=True, file=io.StringIO())
+    for table in terminal(reported(sweep(*jobs))):
+        printed.print(table)
+    text = printed.export_text()
+    assert "[relu,tanh]" in text and "[/x]" in text
+
+
+def test_the_parents_metrics_are_in_the_unit_of_the_jobs() -> None:
+    found = metrics(reported(over_steps(lambda k, s: 0.9 + 0.01 * k + 0.001 * s)))
+    assert found["final/accuracy/accum.steps 4"] == pytest.approx(0.942)
+    assert found["final/accuracy_difference/accum.steps 4"] == pytest.approx(0.03)
