@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import re
 import sys
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,13 +25,17 @@ from omegaconf.errors import OmegaConfBaseException
 
 from .config.schema import Config, Strategy, explain_omegaconf
 from .config.sizes import AUTO, batch_sizes, processes
+from .environment.launch import RankError
+from .environment.ranks import RankInfo, abandon, end_now
 from .errors import TrainingError, UsageError, unknown_key
-from .sweeps.job_folders import place, slug
+from .sweeps.job_folders import job_folder_name, slug
 
 # Read before `hydra_app` sets it for Hydra, and handed on to the processes in which a launcher runs jobs.
 WANTS_TRACEBACK = os.environ.get("ACCUMEXP_TRACEBACK", os.environ.get("HYDRA_FULL_ERROR")) == "1"
 
 MICRO_BATCH_SIZE = "${micro_batch_size:}"
+
+log = logging.getLogger(__name__)
 
 ConfigStore.instance().store(name="schema", node=Config)
 
@@ -44,7 +50,7 @@ def conf_dir() -> str:
 
 
 def _place(sweep: str, launch: int, number: int, name: str, overrides: Sequence[str]) -> str:
-    return place(sweep, launch, number, name, list(overrides))
+    return job_folder_name(sweep, launch, number, name, list(overrides))
 
 
 def _product(*factors: int) -> int:
@@ -188,3 +194,30 @@ def fail(error: Exception, speaker: str = "") -> int:
     """Prints the error's line and gives the exit code it stands for."""
     print(f"{speaker}error: {error}", file=sys.stderr)
     return 2 if isinstance(error, UsageError) else 1
+
+
+def log_error(error: Exception) -> None:
+    """Writes the error to the run's log; prints the traceback of an unexpected one, or if it is wanted."""
+    log.info("failed", exc_info=error)
+    if isinstance(error, RankError):
+        print(error, file=sys.stderr)
+    elif WANTS_TRACEBACK or not isinstance(error, UsageError | TrainingError):
+        traceback.print_exception(error)
+
+
+def exit_with_error(error: Exception, rank_info: RankInfo, end_rank: bool = True) -> NoReturn:
+    """Prints the error's line and exits with its code.
+
+    Args:
+        end_rank: of several ranks, end the process at once, without waiting for the others.
+    """
+    expected = isinstance(error, UsageError | TrainingError)
+    code = fail(error, "" if rank_info.first else f"rank {rank_info.rank}: ") if expected else 1
+    if rank_info.size > 1:
+        abandon()
+        if expected and not rank_info.first:
+            # The launcher stops all ranks as soon as one ends: the first one prints and closes before.
+            time.sleep(3)
+        if end_rank:
+            end_now(code)
+    sys.exit(code)

@@ -12,12 +12,12 @@ from time import perf_counter
 from typing import Any
 
 import torch
+from accumexp.run.record import RunRecord
 from rich.progress import track
 from rich.table import Table
 
 from accumexp.config.schema import TrackingConfig
 from accumexp.environment.device import pick_device
-from accumexp.run.record import RunRecord
 from accumexp.tracking import MLflowTracker, Store
 
 from . import ranks

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Subset
 
 from accumexp.data import Digits
 from accumexp.models import LeNet5
-from accumexp.tracking.journal import write_whole
+from accumexp.tracking.json_file import write_json
 
 from .measure import numbers
 
@@ -107,7 +107,7 @@ def main() -> None:
         for seed in range(asked.seeds):
             folder = Path("runs", f"steps={steps},seed={seed}")
             folder.mkdir(parents=True)
-            write_whole(folder / "summary.json", train(steps, seed, asked.epochs, asked.batch, folder))
+            write_json(folder / "summary.json", train(steps, seed, asked.epochs, asked.batch, folder))
 
 
 if __name__ == "__main__":

@@ -39,11 +39,11 @@ class Accumexp(Contender):
     name = "accumexp"
 
     def __init__(self, task: Task) -> None:
+        from accumexp.run.record import RunRecord, open_tracker, write_config
         from hydra import compose, initialize_config_dir
 
         from accumexp.cli import conf_dir
         from accumexp.config.schema import TrackingConfig, from_hydra
-        from accumexp.run.record import RunRecord, open_tracker, write_config
         from accumexp.run.spec import RunSpec
         from accumexp.tracking import Store
         from accumexp.training.experiment import build_parts, build_trainer

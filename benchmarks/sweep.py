@@ -23,7 +23,7 @@ from rich.table import Table
 
 from accumexp.config.schema import Config
 from accumexp.sweeps.cores import cores
-from accumexp.tracking.journal import SUMMARY, read_whole
+from accumexp.tracking.json_file import read_json
 
 from .measure import (
     at_least_1,
@@ -92,8 +92,8 @@ def timed(name: str, command: list[str]) -> tuple[float, dict[str, list[float]]]
 def accuracies(folder: Path) -> dict[str, list[float]]:
     """Test accuracies of the runs below `folder`, by accum.steps, from their `summary.json`."""
     found: dict[str, list[float]] = {}
-    for path in sorted(folder.rglob(SUMMARY)):
-        told = read_whole(path)
+    for path in sorted(folder.rglob("summary.json")):
+        told = read_json(path)
         given = dict(override.split("=", 1) for override in told.get("overrides", []))
         if "replicas" in told:  # a joint job's own, which is their mean
             continue

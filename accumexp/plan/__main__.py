@@ -11,6 +11,7 @@ from typing import Any
 
 from ..cli import WANTS_TRACEBACK, command, fail, hydra_app
 from ..errors import UsageError
+from ..tracking.folder import RunFolder
 
 
 def task(cfg: Any) -> None:
@@ -30,9 +31,7 @@ def task(cfg: Any) -> None:
 
         plan(config, folder)
     except UsageError as error:
-        from ..run.job import remove_unused
-
-        remove_unused(folder)
+        RunFolder(folder).remove_unused()
         if WANTS_TRACEBACK:
             raise
         sys.exit(fail(error))  # raised, it would get Hydra's own line too

@@ -15,7 +15,7 @@ from ..errors import UsageError
 
 def task(cfg: Any) -> None:
     """What Hydra calls; proof and its imports start here, not with `--help`."""
-    from ..run.job import prove_job
+    from .job import prove_job
 
     prove_job(cfg)
 

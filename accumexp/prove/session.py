@@ -1,81 +1,94 @@
-"""An order for a certificate, carried out: the proof, what is shown and kept of it, and the verdict."""
+"""A certificate of an experiment: proved, shown, and kept in the run's folder and in MLflow."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
-from pathlib import Path
+from contextlib import contextmanager
+from dataclasses import replace
 
-from ..config.schema import Backend, Config, Strategy
+from ..config.schema import Backend, Config
+from ..data.digest import dataset_records
 from ..environment.console import console, show_values
 from ..environment.device import device_name, pick_device
-from ..environment.ranks import RankInfo, device_of, first_says, joined
+from ..environment.ranks import RankInfo, device_of
 from ..plan.auto_steps import planned
 from ..proof import Certificate
 from ..proof.certificate import number
-from ..run.record import described, open_tracker, write_config
-from ..run.spec import RunSpec
 from ..tracking import Store
-from ..tracking.certificates import CERTIFICATE, TAG
+from ..tracking.folder import CERTIFICATE_TAG, RunFolder, RunStatus
+from ..tracking.record import create_tracker, describing_tags
+from ..training.experiment import Experiment
+from ..training.run_context import run_context
 from .experiment import prove_experiment
+from .job import ProofSpec
 from .table import show
 
 
-@dataclass
 class ProofSession:
-    """A proof about to happen, in this process: the whole of it, or one rank's part."""
+    """A certificate to be made in this process, or one rank's part of it."""
 
-    spec: RunSpec
-    rank_info: RankInfo
+    def __init__(self, spec: ProofSpec, rank_info: RankInfo) -> None:
+        self.spec = spec
+        self.rank_info = rank_info
 
     def execute(self) -> bool:
-        """Whether the window is proved."""
+        """Makes, shows and keeps the certificate. Returns whether the window is proved."""
         config, rank_info = self.spec.config, self.rank_info
-        if not rank_info.first:
-            console.quiet = True
-        with _joined(config, rank_info):
-            folder = Path(first_says(str(self.spec.folder), rank_info))
+        with run_context(config, self.spec.folder, rank_info) as folder:
             no_store = config.tracking.backend is Backend.none or not rank_info.first
-            # A store that cannot be reached is said before the work, not after it.
+            # A store that cannot be reached is reported before the work, not after it.
             store = None if no_store else Store(config.tracking)
-            self.spec, known = planned(self.spec, rank_info)
-            config = self.spec.config
+            config, tags = planned(config, rank_info)
             console.print(described_problem(config, rank_info), highlight=False, soft_wrap=True)
             with stages() as stage:
-                certificate, parts = prove_experiment(config, rank_info, stage)
+                certificate, experiment = prove_experiment(config, rank_info, stage)
         if rank_info.first:
-            path = write(certificate, folder)
-            config_path = write_config(folder, config)
+            write(certificate, folder)
+            folder.write_config(config)
             show(certificate)
-            kept: dict[str, object] = {"certificate": path}
+            kept: dict[str, object] = {"certificate": folder.certificate}
             if store is not None:
-                quiet = replace(config.tracking, system_metrics=False)
-                spec = replace(self.spec, config=replace(config, tracking=quiet))
-                tags = {**described(parts, []), **known, **tags_of(certificate)}
-                tracker = open_tracker(spec, store, parts, tags, "certificate", None)
-                try:
-                    tracker.tag(
-                        {"mlflow.note.content": markdown(certificate), "mlflow.source.name": "accumexp.prove"}
-                    )
-                    tracker.artifact(path)
-                    tracker.artifact(config_path)
-                except BaseException:
-                    tracker.end("FAILED")
-                    raise
-                tracker.end("FINISHED")
-                kept.update(run=tracker.run_id, UI=tracker.address)
-                if tracker.ui_command:
-                    kept["serve it with"] = tracker.ui_command
+                kept.update(self._record(certificate, experiment, folder, store, tags))
             console.print()
             show_values("kept", kept)
         return certificate.proved
 
+    def _record(
+        self,
+        certificate: Certificate,
+        experiment: Experiment,
+        folder: RunFolder,
+        store: Store,
+        tags: dict[str, str],
+    ) -> dict[str, object]:
+        """Records the certificate as a run in MLflow. Returns where it is found."""
+        config = experiment.config
+        tracker = create_tracker(
+            replace(config, tracking=replace(config.tracking, system_metrics=False)),
+            folder,
+            store,
+            name="certificate",
+            command=self.spec.command,
+            tags={**describing_tags(experiment.device, []), **tags, **tags_of(certificate)},
+            datasets=dataset_records(config.data, experiment.splits),
+        )
+        status = RunStatus.FAILED
+        try:
+            tracker.tag(
+                {"mlflow.note.content": markdown(certificate), "mlflow.source.name": "accumexp.prove"}
+            )
+            tracker.artifact(folder.certificate)
+            tracker.artifact(folder.config)
+            status = RunStatus.FINISHED
+        finally:
+            tracker.end(status)
+        return tracker.links()
 
-def certified(config: Config, rank_info: RankInfo, folder: Path) -> dict[str, str]:
-    """Proves the window of a run that is about to begin; the tags that say what came of it.
 
-    The certificate is written into `folder`. All ranks call.
+def certified(config: Config, rank_info: RankInfo, folder: RunFolder) -> dict[str, str]:
+    """Proves the window of a run that is about to begin. Returns the tag of the verdict.
+
+    The certificate is written into `folder`. All ranks call it.
     """
     with stages() as stage:
         certificate, _ = prove_experiment(config, rank_info, stage)
@@ -87,15 +100,13 @@ def certified(config: Config, rank_info: RankInfo, folder: Path) -> dict[str, st
 
 
 def tags_of(certificate: Certificate) -> dict[str, str]:
-    return {TAG: str(certificate)[:5000]}
+    return {CERTIFICATE_TAG: str(certificate)[:5000]}
 
 
-def write(certificate: Certificate, folder: Path) -> Path:
+def write(certificate: Certificate, folder: RunFolder) -> None:
     """Writes `certificate.json`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / CERTIFICATE
-    path.write_text(certificate.as_json())
-    return path
+    folder.path.mkdir(parents=True, exist_ok=True)
+    folder.certificate.write_text(certificate.as_json())
 
 
 def described_problem(config: Config, rank_info: RankInfo) -> str:
@@ -130,9 +141,3 @@ def stages() -> Iterator[Callable[[str], None]]:
         return
     with console.status("proving") as status:
         yield lambda stage: status.update(f"proving: {stage}")
-
-
-def _joined(config: Config, rank_info: RankInfo) -> AbstractContextManager[None]:
-    if config.accum.strategy is Strategy.standalone:
-        return nullcontext()
-    return joined(rank_info, str(pick_device(device_of(config.device, rank_info))))

@@ -7,8 +7,9 @@ from pathlib import Path
 
 from ..config.schema import TrackingConfig
 from ..errors import UsageError
-from ..sweeps.sweep import PARENT, summaries
+from ..sweeps.sweep import PARENT, sweep_runs
 from ..tracking import Store, newest_sweep, sweep_of
+from ..tracking.folder import RunFolder
 from .jobs import Sweep, from_folder, from_store
 
 HOW = "give sweep=<folder or parent run id>, or tracking.uri=<the store's address>"
@@ -44,9 +45,9 @@ def _in_folder(folder: Path, uri: str) -> Sweep:
         found = sweep_of(store, parent["run_id"])
         store.experiment_id = found.experiment_id
         return from_store(store, found, folder)
-    if summaries(folder):
+    if sweep_runs(folder):
         return from_folder(folder)
-    if (folder / "config.yaml").exists():
+    if RunFolder(folder).config.exists():
         raise UsageError(f"sweep={folder}: is a single run's folder; a sweep's is needed")
     raise UsageError(f"sweep={folder}: no sweep has been run in this folder; {HOW}")
 

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .jobs import FINISHED, Job
+from .jobs import Job
 
 STEPS = "accum.steps"
 # Keys that cut the same update into other micro-batches, here or on several ranks.
@@ -69,7 +69,7 @@ def grouped(jobs: Sequence[Job]) -> list[Group]:
     for job in jobs:
         values = tuple(job.overrides.get(key) or job.params.get(key, "default") for key in keys)
         members = found.setdefault(values, {})
-        if job.status == FINISHED:
+        if job.finished:
             members[job.seed] = job
         else:
             missing[values] += 1

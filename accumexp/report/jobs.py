@@ -8,17 +8,15 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 
 from ..config.schema import flatten
-from ..run.spec import CONFIG
-from ..sweeps.sweep import summaries
+from ..sweeps.sweep import SweepRun, sweep_runs
 from ..tracking import PastRun, Store, curve, jobs_of
-from ..tracking.journal import METRICS, read
+from ..tracking.folder import CERTIFICATE_TAG, RunFolder, RunStatus, Summary
+from ..tracking.journal import read
 
 Curve = list[tuple[int, float]]
-FINISHED = "FINISHED"
-CERTIFICATE = "accumexp.certificate"
 
 
 @dataclass(frozen=True)
@@ -43,6 +41,10 @@ class Job:
     curve: Callable[[str], Curve] = field(default=lambda key: [], repr=False, compare=False)
 
     @property
+    def finished(self) -> bool:
+        return self.status == RunStatus.FINISHED
+
+    @property
     def seed(self) -> int:
         return int(self.params.get("seed", self.overrides.get("seed", "0")))
 
@@ -54,7 +56,7 @@ class Job:
     @property
     def certificate(self) -> str | None:
         """The line that says whether the job's window is the larger batch; None if nobody looked."""
-        return " ".join(self.tags.get(CERTIFICATE, "").split()) or None
+        return " ".join(self.tags.get(CERTIFICATE_TAG, "").split()) or None
 
     @property
     def said(self) -> str:
@@ -84,11 +86,11 @@ class Sweep:
 
     @property
     def finished(self) -> list[Job]:
-        return [job for job in self.jobs if job.status == FINISHED]
+        return [job for job in self.jobs if job.finished]
 
     @property
     def unfinished(self) -> list[Job]:
-        return [job for job in self.jobs if job.status != FINISHED]
+        return [job for job in self.jobs if not job.finished]
 
 
 def from_store(store: Store, parent: PastRun, folder: Path | None = None) -> Sweep:
@@ -99,12 +101,12 @@ def from_store(store: Store, parent: PastRun, folder: Path | None = None) -> Swe
     """
     folder = folder or Path(parent.tags.get("accumexp.folder", ""))
     here = folder if folder.is_dir() and folder.is_absolute() else None
-    written = {job["run_id"]: job for job in summaries(here) if job.get("run_id")} if here else {}
+    written = {run.run_id: run for run in sweep_runs(here) if run.run_id} if here else {}
     runs = jobs_of(store, parent)
-    jobs = told_apart([_from_run(store, run, written.get(run.run_id, {})) for run in runs])
+    jobs = told_apart([_from_run(store, run, written.get(run.run_id)) for run in runs])
     known = {frozenset(job.overrides.items()) for job in jobs}
     if here:
-        others = [_from_summary(job) for job in summaries(here)]
+        others = [_from_summary(run) for run in sweep_runs(here)]
     else:
         others = [_refused(**entry) for entry in json.loads(parent.tags.get("accumexp.refused", "[]"))]
     jobs += [job for job in others if frozenset(job.overrides.items()) not in known]
@@ -125,13 +127,11 @@ def from_store(store: Store, parent: PastRun, folder: Path | None = None) -> Swe
 
 def from_folder(folder: Path) -> Sweep:
     """A sweep that was run without tracking, from what its jobs left in `folder`."""
-    known = summaries(folder)
-    jobs = [_from_summary(job) for job in known]
-    times, begun = (
-        [path.stat().st_mtime for job in known if (path := Path(job["folder"], name)).exists()]
-        for name in (METRICS, CONFIG)
-    )
-    started = min(begun, default=0.0)
+    runs = sweep_runs(folder)
+    jobs = [_from_summary(run) for run in runs]
+    folders = [RunFolder(run.folder) for run in runs]
+    ended = [one.metrics.stat().st_mtime for one in folders if one.metrics.exists()]
+    started = min((one.config.stat().st_mtime for one in folders if one.config.exists()), default=0.0)
     return Sweep(
         name=f"sweep {folder.name}",
         command="",
@@ -139,7 +139,7 @@ def from_folder(folder: Path) -> Sweep:
         jobs=once(jobs),
         folder=folder,
         started=started,
-        seconds=max(times, default=started) - started,
+        seconds=max(ended, default=started) - started,
     )
 
 
@@ -149,7 +149,10 @@ def once(jobs: Iterable[Job]) -> list[Job]:
     for job in jobs:
         key = frozenset(job.overrides.items())
         other = best.get(key)
-        if other is None or (job.status == FINISHED, job.started) > (other.status == FINISHED, other.started):
+        if other is None or (job.status == RunStatus.FINISHED, job.started) > (
+            other.status == RunStatus.FINISHED,
+            other.started,
+        ):
             best[key] = job
     return list(best.values())
 
@@ -178,10 +181,11 @@ def told_apart(jobs: list[Job]) -> list[Job]:
     ]
 
 
-def _from_run(store: Store, run: PastRun, summary: dict) -> Job:
-    overrides = summary.get("overrides", [])
+def _from_run(store: Store, run: PastRun, summary: Summary | None) -> Job:
+    overrides = summary.overrides if summary else []
     if "accumexp.overrides" in run.tags:
         overrides = json.loads(run.tags["accumexp.overrides"])
+    finished = run.status == RunStatus.FINISHED
     return Job(
         run_id=run.run_id,
         status=run.status,
@@ -190,32 +194,29 @@ def _from_run(store: Store, run: PastRun, summary: dict) -> Job:
         final={key[6:]: value for key, value in run.metrics.items() if key.startswith("final/")},
         tags=run.tags,
         started=run.started,
-        error=None if run.status == FINISHED else run.tags.get("accumexp.error") or summary.get("error"),
+        error=None if finished else run.tags.get("accumexp.error") or (summary.error if summary else None),
         curve=lambda key: curve(store, run.run_id, key) if key in run.metrics else [],
     )
 
 
-def _from_summary(summary: dict) -> Job:
-    folder = Path(summary["folder"])
-    params: dict[str, str] = {}
-    if (folder / CONFIG).exists():
-        saved = OmegaConf.load(folder / CONFIG)
-        assert isinstance(saved, DictConfig)
-        params = {key: str(value) for key, value in flatten(OmegaConf.to_container(saved))}
+def _from_summary(run: SweepRun) -> Job:
+    folder = RunFolder(run.folder)
+    config = folder.read_config()
+    params = {} if config is None else dict(flatten(OmegaConf.to_container(config)))
 
     def points(key: str) -> Curve:
-        rows = read(folder / METRICS) if (folder / METRICS).exists() else ()
+        rows = read(folder.metrics) if folder.metrics.exists() else ()
         return [(row["update"], row[key]) for row in rows if key in row]
 
     return Job(
-        run_id=summary.get("run_id"),
-        status=summary["status"],
-        overrides=parsed(summary["overrides"]),
-        params=params,
-        final=summary.get("final", {}),
-        tags=summary.get("tags", {}),
-        started=os.stat(folder).st_ctime,
-        error=summary.get("error"),
+        run_id=run.run_id,
+        status=run.status,
+        overrides=parsed(run.overrides),
+        params={key: str(value) for key, value in params.items()},
+        final=run.final,
+        tags=run.tags,
+        started=os.stat(run.folder).st_ctime,
+        error=run.error,
         curve=points,
     )
 

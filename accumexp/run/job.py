@@ -1,34 +1,28 @@
-"""Hydra's job: one run, in this process or in ranks of its own, and what becomes of its errors."""
+"""Hydra's job of `run`: one run, in this process or in ranks of its own, and the handling of its errors."""
 
 from __future__ import annotations
 
-import json
-import logging
 import os
-import shutil
-import sys
-import time
-import traceback
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
-from ..cli import WANTS_TRACEBACK, fail
+from ..cli import exit_with_error, log_error
+from ..config.schema import from_hydra
 from ..environment.console import unseen
-from ..environment.ranks import RankInfo, abandon, end_now, launched_rank
-from ..errors import TrainingError, UsageError
-from ..sweeps.job_status import LOCK, RANKS_LOCK, JobStatus, agreed, alone_in, clear, job_status
-from ..sweeps.sweep import SweepJob
-from ..tracking.journal import METRICS, SUMMARY
-from .launch import RankError, launch, settle
+from ..environment.launch import launch
+from ..environment.ranks import RankInfo, abandon, launched_rank
+from ..errors import UsageError
+from ..sweeps.job import SweepJob
+from ..sweeps.job_status import JobStatus, agreed_status, job_status
+from ..tracking.folder import RunFolder, RunStatus
 from .spec import RunSpec
-
-log = logging.getLogger(__name__)
 
 
 def run_job(cfg: DictConfig) -> float | None:
-    """Hydra's job: trains, and ends the process with the right code unless it is one of a sweep.
+    """Trains, and ends the process with the right code unless it is a job of a sweep.
 
     Returns:
         The monitored value at the end, for a sweeper that optimises it; None if the run failed.
@@ -37,34 +31,75 @@ def run_job(cfg: DictConfig) -> float | None:
 
     hydra = HydraConfig.get()
     job = SweepJob.of(hydra)
-    folder = Path(hydra.runtime.output_dir)
-    outside = launched_rank()
-    rank_info = outside or RankInfo()
-    if not (job and rank_info.first):
-        return _run(cfg, hydra, job, folder, outside, rank_info)
-    with unseen(folder, job.parallel), alone_in(folder, job.title):
-        return _run(cfg, hydra, job, folder, outside, rank_info)
+    folder = RunFolder(Path(hydra.runtime.output_dir))
+    launched = launched_rank()
+    rank_info = launched or RankInfo()
+    with ExitStack() as stack:
+        if job and rank_info.first:
+            stack.enter_context(unseen(folder.path, job.parallel))
+            stack.enter_context(folder.hold(job.title))
+        try:
+            return _run(cfg, hydra, job, folder, launched)
+        except Exception as error:
+            _fail(error, job, folder, rank_info, resumed=bool(cfg.resume))
+    return None
 
 
-def prove_job(cfg: DictConfig) -> None:
-    """Hydra's job of a proof: ends the process with 1 if the window is not proved."""
-    from hydra.core.hydra_config import HydraConfig
+def _run(
+    cfg: DictConfig, hydra: Any, job: SweepJob | None, folder: RunFolder, launched: RankInfo | None
+) -> float | None:
+    rank_info = launched or RankInfo()
+    status = job_status(folder) if job and rank_info.first else JobStatus()
+    if status.finished and rank_info.size == 1:
+        return _finished_before(job, status)
+    spec = RunSpec.of(cfg, hydra)
+    if job and rank_info.size > 1:
+        status = agreed_status(status, rank_info, spec.config.device)
+        if status.finished:
+            return _finished_before(job if rank_info.first else None, status)
+    if status.checkpoint:
+        spec = spec.resumed_at(status.checkpoint)
+    elif job and rank_info.first:
+        folder.clear()
+    processes = spec.config.accum.processes or 1
+    if launched is None and processes > 1:
+        logging_config = OmegaConf.to_container(hydra.job_logging, resolve=True)
+        assert isinstance(logging_config, dict)
+        return _run_in_ranks(spec, processes, {str(key): value for key, value in logging_config.items()})
+    return carry_out(spec, rank_info)
 
-    hydra = HydraConfig.get()
-    outside = launched_rank()
-    _run(cfg, hydra, None, Path(hydra.runtime.output_dir), outside, outside or RankInfo(), prove=True)
+
+def _finished_before(job: SweepJob | None, status: JobStatus) -> float | None:
+    if job:
+        print(f"{job.title}: finished before", flush=True)
+    return status.monitored
+
+
+def _fail(
+    error: Exception, job: SweepJob | None, folder: RunFolder, rank_info: RankInfo, resumed: bool
+) -> None:
+    """Shows and records the error. Ends the process, but for a sweep's job, after which the next one runs."""
+    refused = isinstance(error, UsageError)
+    if job and job.alone and refused and not folder.summary_file.exists():
+        job = None  # the command asked for replicas and no sweep, and nothing of a sweep exists
+    if rank_info.first and refused and not job and not resumed:
+        folder.remove_unused()
+    log_error(error)
+    if job and rank_info.first:
+        job.record_failure(folder, error)
+    if job and (rank_info.size == 1 or "SUBMITIT_EXECUTOR" in os.environ):
+        abandon()
+        return
+    # The first rank of a sweep still has the sweep to close.
+    exit_with_error(error, rank_info, end_rank=not (job and rank_info.first))
 
 
 def carry_out(spec: RunSpec, rank_info: RankInfo) -> float | None:
-    """Trains, or proves, in this process. The imports that takes are not for one that only launches.
+    """Trains in this process. Its imports are not needed by a process that only launches ranks.
 
     Returns:
-        The monitored value at the end; of a proof 1 or 0.
+        The monitored value at the end.
     """
-    if spec.prove:
-        from ..prove.session import ProofSession
-
-        return float(ProofSession(spec, rank_info).execute())
     if spec.replicas:
         from .replica_run import ReplicaRun
 
@@ -74,98 +109,43 @@ def carry_out(spec: RunSpec, rank_info: RankInfo) -> float | None:
     return Run(spec, rank_info).execute()
 
 
-def _run(
-    cfg: DictConfig,
-    hydra: Any,
-    job: SweepJob | None,
-    folder: Path,
-    outside: RankInfo | None,
-    rank_info: RankInfo,
-    prove: bool = False,
-) -> float | None:
-    try:
-        before = job_status(folder) if job and rank_info.first else JobStatus()
-        if before.finished and rank_info.size == 1:
-            return _again(job, before)
-        if prove and cfg.resume:
-            raise UsageError(f"resume={cfg.resume}: a proof begins at the beginning, leave it out")
-        spec = RunSpec.of(cfg, hydra, prove)
-        if job and rank_info.size > 1:
-            before = agreed(before, rank_info, spec.config.device)
-            if before.finished:
-                return _again(job if rank_info.first else None, before)
-        if before.checkpoint:
-            spec = spec.going_on(before.checkpoint)
-        elif job and rank_info.first:
-            clear(folder)
-        processes = spec.config.accum.processes or 1
-        if outside is None and processes > 1:
-            found = launched(spec, processes)
-        else:
-            found = carry_out(spec, rank_info)
-        if prove and not found:
-            sys.exit(1)
-        return found
-    except Exception as error:
-        expected = isinstance(error, UsageError | TrainingError)
-        log.info("failed", exc_info=error)  # to run.log, not to the terminal
-        if job and job.alone and isinstance(error, UsageError) and not (folder / SUMMARY).exists():
-            job = None  # nobody asked for a sweep, and there is nothing of one
-        if rank_info.first and isinstance(error, UsageError) and not job and not cfg.resume:
-            remove_unused(folder)
-        if WANTS_TRACEBACK or not expected:
-            if isinstance(error, RankError):
-                print(error, file=sys.stderr)
-            else:
-                traceback.print_exc()
-        if job and rank_info.first:
-            job.failed(folder, error)
-        if job and (rank_info.size == 1 or "SUBMITIT_EXECUTOR" in os.environ):
-            abandon()
-            return None
-        code = fail(error, "" if rank_info.first else f"rank {rank_info.rank}: ") if expected else 1
-        if rank_info.size > 1:
-            abandon()
-            if expected and not rank_info.first:
-                # The launcher stops all ranks as soon as one ends: the first one speaks and closes before.
-                time.sleep(3)
-            if not (job and rank_info.first):  # which has its sweep to close
-                end_now(code)
-        sys.exit(code)
+def carry_out_in_rank(spec: RunSpec) -> None:
+    """`carry_out` in a rank that `launch` started; the first rank holds the lock of a sweep's job."""
+    rank_info = launched_rank()
+    assert rank_info is not None
+    with spec.folder.hold_for_ranks() if spec.job and rank_info.first else nullcontext():
+        carry_out(spec, rank_info)
 
 
-def _again(job: SweepJob | None, before: JobStatus) -> float | None:
-    """What a job that has finished before gives, without any work."""
-    if job:
-        print(f"{job.title}: finished before", flush=True)
-    return before.monitored
-
-
-def launched(spec: RunSpec, processes: int) -> float | None:
-    """`spec`, carried out by ranks of its own; what is left open if they die is closed.
+def _run_in_ranks(spec: RunSpec, processes: int, logging_config: dict[str, Any]) -> float | None:
+    """Trains in new ranks, and closes what they leave open if they die.
 
     Returns:
-        The monitored value at the end; of a proof 1 or 0.
+        The monitored value at the end.
     """
     try:
-        launch(spec, processes)
+        launch(carry_out_in_rank, spec, processes, logging_config)
     except Exception as error:
-        settle(spec.folder, "FAILED", str(error).splitlines()[0])
+        _close_dead_run(spec.folder, RunStatus.FAILED, str(error).splitlines()[0])
         raise
     except (KeyboardInterrupt, SystemExit):
-        settle(spec.folder, "KILLED", None)
+        _close_dead_run(spec.folder, RunStatus.KILLED, None)
         raise
-    if spec.prove:
-        from ..tracking.certificates import proved_in
-
-        return float(proved_in(spec.folder))
-    return json.loads((spec.folder / SUMMARY).read_text()).get("monitored")
+    summary = spec.folder.summary()
+    return summary.monitored if summary else None
 
 
-def remove_unused(folder: Path) -> None:
-    """Removes a run's folder in which nothing has happened: it holds only what was made on the way in."""
-    made = {".hydra", "run.log", METRICS, LOCK, RANKS_LOCK}
-    if not folder.is_dir() or not {entry.name for entry in folder.iterdir()} <= made:
+def _close_dead_run(folder: RunFolder, status: RunStatus, error: str | None) -> None:
+    """Closes the record of a run whose ranks have ended without closing it, and corrects its error."""
+    summary = folder.summary()
+    if summary is None:
         return
-    if not (folder / METRICS).exists() or not (folder / METRICS).stat().st_size:
-        shutil.rmtree(folder, ignore_errors=True)
+    unclosed = summary.status is RunStatus.RUNNING
+    if unclosed or error and summary.status is RunStatus.FAILED:
+        summary.status, summary.error = status, error
+        folder.write_summary(summary)
+    written = folder.read_config()
+    if unclosed and summary.run_id and written is not None:
+        from ..tracking import Store
+
+        Store(from_hydra(written).tracking).client.set_terminated(summary.run_id, status)

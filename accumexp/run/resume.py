@@ -14,7 +14,9 @@ from ..config.report import report_from
 from ..config.schema import Config, from_hydra
 from ..environment.ranks import launched_rank
 from ..errors import UsageError
-from ..sweeps.job_folders import ADDED, MULTIRUN, REPORT, Launch, asked_for
+from ..sweeps.hydra_sweep import ADDED, MULTIRUN
+from ..sweeps.job_folders import REPORT, Launch, distinct_launches
+from ..tracking.folder import RunFolder
 
 log = logging.getLogger(__name__)
 
@@ -23,7 +25,11 @@ SWEEP = "sweep.resume="
 
 @dataclass(frozen=True)
 class Resumed:
-    """A run to go on with: its configuration, and what its checkpoint holds."""
+    """A run to resume: its configuration, and the content of its checkpoint.
+
+    Attributes:
+        overrides: those of the command that resumes it.
+    """
 
     config: Config
     content: dict[str, Any]
@@ -36,12 +42,21 @@ class Resumed:
 
     @property
     def ended_by(self) -> str | None:
-        """Why it had ended before its last update, of its own will; None if overrides may ask for more."""
+        """Why a callback ended it before its last update; None if overrides may ask for more updates."""
         return None if self.overrides else self.content.get("ended_by")
 
     def tags(self) -> dict[str, str]:
-        said = " ".join(self.overrides) or "unchanged"
-        return {f"accumexp.resumed.{self.update}": said}
+        return {f"accumexp.resumed.{self.update}": " ".join(self.overrides) or "unchanged"}
+
+    def __reduce__(self) -> Any:
+        # Another process reads the checkpoint again instead of receiving its tensors.
+        return _read_again, (self.config, self.path, self.overrides)
+
+
+def _read_again(config: Config, path: Path, overrides: list[str]) -> Resumed:
+    from ..training.checkpoint import load
+
+    return Resumed(config, load(path), path, overrides)
 
 
 def command_lines(arguments: Sequence[str]) -> tuple[list[list[str]], dict[str, str]]:
@@ -118,7 +133,7 @@ def sweep_arguments(arguments: Sequence[str]) -> tuple[list[list[str]], dict[str
     if all(key.startswith("hydra") for key in given):
         lines = [
             [*rest, *own.task, *(a for a in own.hydra if not _replaced(_key(a), given))]
-            for own in asked_for(folder) or [_last_asked(folder)]
+            for own in distinct_launches(folder) or [_last_asked(folder)]
         ]
     return [[*line, f"hydra.sweep.dir='{folder.resolve()}'"] for line in lines], changes
 
@@ -142,8 +157,8 @@ def _replaced(key: str, given: set[str]) -> bool:
     return key in ADDED | given or any(key.startswith(f"{group}.") for group in groups)
 
 
-def going_on(path: Path) -> Resumed:
-    """A job of a sweep, unchanged from its checkpoint `path`."""
+def resume_job(path: Path) -> Resumed:
+    """The job of a sweep that wrote the checkpoint `path`, with its own configuration."""
     from ..training.checkpoint import load
 
     content = load(path)
@@ -179,13 +194,14 @@ def resumed(cfg: DictConfig) -> Resumed | None:
     overrides = [o for o in HydraConfig.get().overrides.task if not o.startswith("resume=")]
     config = changed(content["config"], overrides)
     updates = content["progress"]["update"]
-    journal = path.parent.parent / "metrics.jsonl"
-    if overrides and last_update(journal) > updates:
+    folder = RunFolder.of_checkpoint(path)
+    if overrides and last_update(folder.metrics) > updates:
         raise UsageError(
             f"resume={where}: updates after {updates} are logged already, so {overrides[0]} would make "
             "their points false; resume without changes first"
         )
-    if not overrides and _finished(path):
+    summary = folder.summary()
+    if not overrides and summary and summary.finished:
         raise UsageError(f"resume={where}: the run is finished; more of it with trainer.epochs=<more>")
     return Resumed(config, content, path, overrides)
 
@@ -250,10 +266,3 @@ def _older(path: Path) -> Path | None:
             continue
         return candidate
     return None
-
-
-def _finished(path: Path) -> bool:
-    import json
-
-    summary = path.parent.parent / "summary.json"
-    return summary.is_file() and json.loads(summary.read_text()).get("status") == "FINISHED"

@@ -1,279 +1,277 @@
-"""One run in this process: the whole of it, or one rank's part, from its order to its summary."""
+"""One run in this process, or one rank's part of it: built, opened, trained, closed."""
 
 from __future__ import annotations
 
 import gc
 import signal
 import sys
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 
-from ..accum import Inequality, inequalities
-from ..config.schema import Backend, Config, LossScaling, Strategy, to_plain
-from ..environment.console import console, duration, result, show_values
-from ..environment.device import MIB, device_name, pick_device, reset_peak_memory
-from ..environment.ranks import RankInfo, device_of, first_says, joined, wait_for_all
+from ..accum import inequalities
+from ..config.schema import Backend, to_plain
+from ..data import Splits
+from ..data.digest import dataset_records
+from ..environment.console import console, result
+from ..environment.device import reset_peak_memory
+from ..environment.ranks import RankInfo, wait_for_all
 from ..environment.signals import StopSignals
 from ..plan.auto_steps import planned
-from ..sweeps.sweep import SweepJob
+from ..sweeps.job import SweepJob
 from ..tracking import Store, reopen
-from ..tracking.certificates import CERTIFICATE, TAG
+from ..tracking.folder import CERTIFICATE_TAG, RunStatus, Summary
 from ..tracking.journal import ProgressFile
-from ..training.checkpoint import BEST, FOLDER, Checkpoints, restore, saved_updates
-from ..training.experiment import Parts, build_parts, build_trainer
+from ..tracking.record import (
+    KeptCheckpoint,
+    NullRecord,
+    RunRecord,
+    create_tracker,
+    describing_tags,
+    inequality_tag,
+)
+from ..training.checkpoint import Checkpoints, load, restore, saved_updates
+from ..training.experiment import Experiment
 from ..training.progress_display import Progress
-from ..training.trainer import Trainer
-from .record import RunRecord, SilentRecord, described, open_tracker, why_unequal, write_config
-from .resume import Resumed
+from ..training.run_context import run_context
+from ..training.shards import folder_of
 from .spec import RunSpec
+from .summary import announce, final_values, show_summary, warn
 
-# Seconds that a rank may wait for others that are gone, after it was told to stop.
-STUCK = 10.0
+# Seconds that a rank waits for others after it was told to stop; they may have died.
+STOP_DEADLINE = 10.0
 
 
-@dataclass
 class Run:
-    """A run about to happen, in this process: the whole of it, or one rank's part."""
+    """A run in this process, or one rank's part of it.
 
-    spec: RunSpec
-    rank_info: RankInfo
+    `execute` is its whole life. Runs that are trained together are built, opened and closed one by one.
 
-    def __post_init__(self) -> None:
-        self.folder = self.spec.folder
+    Attributes:
+        experiment, trainer: made by `build`.
+        record: opened by `open`; until then, and on all ranks but the first, it keeps nothing.
+    """
 
-    def execute(self) -> float | None:
-        config, resume_from, rank_info = self.spec.config, self.spec.resume_from, self.rank_info
-        if not rank_info.first:
-            console.quiet = True
-        with StopSignals(STUCK if rank_info.size > 1 else None) as signals, self._joined():
-            # Under torchrun the others composed a folder of their own, but checkpoints may have many writers.
-            self.folder = Path(first_says(str(self.folder), rank_info))
-            self.spec, how = planned(self.spec, rank_info)
-            config = self.spec.config
-            proved: dict[str, str] = {}
-            if config.prove and not resume_from:
-                from ..prove.session import certified
+    experiment: Experiment
 
-                proved = certified(config, rank_info, self.folder)
-                # What the proof left in memory is not the run's: its models are in cycles with their hooks.
-                gc.collect()
-                if torch.cuda.is_initialized():
-                    torch.cuda.empty_cache()
-            parts = build_parts(config, rank_info)
-            record = (
-                RunRecord(self.folder, upto=resume_from.update if resume_from else 0)
-                if rank_info.first
-                else SilentRecord()
-            )
-            trainer = build_trainer(config, parts, record)
-            if resume_from:
-                restore(trainer, resume_from.content, resume_from.path)
-                trainer.latest.update(resume_from.content["evaluated"])
-            if self.job and self.job.parallel and rank_info.first:
-                record.progress = ProgressFile(self.folder, trainer.total_updates)
-                record.progress.tell(trainer.progress.update, trainer.latest)
-            train, steps = parts.splits.train, trainer.window.steps
-            unequal = inequalities(
-                parts.model.train(), train.batch_size, steps, ranks=rank_info.size, last=train.last
-            )
-            if rank_info.first:
-                self._open(config, resume_from, parts, record, unequal, {**how, **proved})
-                trainer.out_of_memory.listeners.append(lambda tags: split_finer(trainer, parts, record, tags))
-                record.tag(trainer.out_of_memory.tags)
-            status, final = "FAILED", {}
-            try:
-                self._attach(trainer, config, record)
-                announce(config, trainer, parts, unequal, rank_info)
-                reset_peak_memory(parts.device)
-                if resume_from and resume_from.ended_by:
-                    trainer.stop(resume_from.ended_by)
-                signals.trainer = trainer
-                trainer.fit()
-                interrupted = trainer.stop_code > 1
-                final = {} if interrupted else finals(trainer)
-                record.tracker.final(final)
-                status = "KILLED" if interrupted else "FINISHED"
-                record.upload()
-            except (KeyboardInterrupt, SystemExit):
-                status = "KILLED"
-                raise
-            except Exception as error:
-                self._summarise(record, status, {}, error)
-                record.tracker.tag({"accumexp.error": str(error)[:5000] or type(error).__name__})
-                raise
-            finally:
-                record.close(status)
-            monitored = trainer.latest.get(config.monitor)
-            self._summarise(record, status, final, monitored=monitored)
-        if interrupted:
-            # The launcher would stop a first rank that is still saving as soon as another ends.
-            wait_for_all(rank_info)
-            stopped_by = signal.Signals(trainer.stop_code).name
-            text = f"stopped by {stopped_by} after update {trainer.progress.update}"
-            if not self.job and saved_updates(self.folder / FOLDER):
-                text += f"; go on with\n  python -m accumexp.run resume={self.folder}"
-            console.print(text, highlight=False, soft_wrap=True)
-            sys.exit(128 + trainer.stop_code)
-        if rank_info.first:
-            self._show(final, record, trainer)
-        return monitored
+    def __init__(self, spec: RunSpec, rank_info: RankInfo) -> None:
+        self.spec = spec
+        self.rank_info = rank_info
+        self.folder = spec.folder
+        self.record: RunRecord = NullRecord()
 
     @property
     def job(self) -> SweepJob | None:
         return self.spec.job
 
-    def _joined(self) -> AbstractContextManager[None]:
-        config = self.spec.config
-        if config.accum.strategy is Strategy.standalone:
-            return nullcontext()
-        return joined(self.rank_info, str(pick_device(device_of(config.device, self.rank_info))))
+    @property
+    def interrupted(self) -> bool:
+        """Whether a signal has stopped the training."""
+        return self.trainer.stop_code > 1
 
-    def _open(
-        self,
-        config: Config,
-        resume_from: Resumed | None,
-        parts: Parts,
-        record: RunRecord,
-        unequal: list[Inequality],
-        known: dict[str, str],
-    ) -> None:
-        record.tags = {**described(parts, unequal), **known}
+    def execute(self) -> float | None:
+        """Trains, evaluates and records.
+
+        Returns:
+            The monitored value at the end.
+
+        Raises:
+            SystemExit: if a signal has stopped it.
+        """
+        rank_info = self.rank_info
+        deadline = STOP_DEADLINE if rank_info.size > 1 else None
+        context = run_context(self.spec.config, self.spec.folder, rank_info)
+        with StopSignals(deadline) as signals, context as self.folder:
+            self.spec, tags = planned(self.spec, rank_info)
+            tags = {**tags, **self._certify()}
+            self.build()
+            self.open(tags)
+            with self.closed_on_error():
+                self.attach()
+                if self.job and self.job.parallel and rank_info.first:
+                    self.record.progress = ProgressFile(self.folder.progress, self.trainer.total_updates)
+                    self.record.progress.write(self.trainer.progress.update, self.trainer.latest)
+                announce(self.experiment, self.trainer, self.unequal)
+                reset_peak_memory(self.experiment.device)
+                signals.trainer = self.trainer
+                self.trainer.fit()
+                final = self.finish()
+        if self.interrupted:
+            self._exit_interrupted()
+        if rank_info.first and self.job:
+            console.print(f"{self.job.title}: {result(final)}", highlight=False, soft_wrap=True, markup=False)
+        elif rank_info.first:
+            show_summary(final, self.trainer, self.record.tracker, self.folder)
+        return self.monitored
+
+    def _certify(self) -> dict[str, str]:
+        """With `prove=true`, the tags of the certificate of a run that begins."""
+        if not self.spec.config.prove or self.spec.resume_from:
+            return {}
+        from ..prove.session import certified
+
+        tags = certified(self.spec.config, self.rank_info, self.folder)
+        # The models of the proof are in reference cycles with their hooks.
+        gc.collect()
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
+        return tags
+
+    def build(self, splits: Splits | None = None) -> None:
+        """Makes the experiment and its trainer, restored from the checkpoint if there is one. Opens nothing.
+
+        Args:
+            splits: the data, where several runs share it.
+        """
+        resume_from = self.spec.resume_from
+        self.experiment = Experiment.build(self.spec.config, self.rank_info, splits)
+        self.trainer = self.experiment.trainer(self.record)
+        if resume_from:
+            restore(self.trainer, resume_from.content, resume_from.path)
+            self.trainer.latest.update(resume_from.content["evaluated"])
+            if resume_from.ended_by:
+                self.trainer.stop(resume_from.ended_by)
+
+    def open(self, tags: Mapping[str, str]) -> None:
+        """Opens the record of the run in its folder and in the tracker. `tags` are added to its own."""
+        trainer, train = self.trainer, self.experiment.splits.train
+        model = self.experiment.model.train()
+        ranks = self.rank_info.size
+        self.unequal = inequalities(
+            model, train.batch_size, trainer.window.steps, ranks=ranks, last=train.last
+        )
+        if not self.rank_info.first:
+            return
+        resume_from = self.spec.resume_from
+        self.record = trainer.metrics_sink = RunRecord(self.folder, resume_from.update if resume_from else 0)
+        self.record.tags = {**describing_tags(self.experiment.device, self.unequal), **tags}
+        self._open_tracker()
+        self._summarise(RunStatus.RUNNING)
+        trainer.out_of_memory.listeners.append(self._split_finer)
+        self.record.tag(trainer.out_of_memory.tags)
+
+    def _open_tracker(self) -> None:
+        config, resume_from, job, record = self.spec.config, self.spec.resume_from, self.job, self.record
         if resume_from:
             record.tracker = reopen(config.tracking, resume_from.content["run"])
             record.tracker.tag(resume_from.tags())
-            write_config(self.folder, config)
-            self._summarise(record, "RUNNING", {})
+            self.folder.write_config(config)
             return
-        if self.job:
-            self.job.same_store(config.tracking)
+        if job:
+            job.same_store(config.tracking)
         store = None if config.tracking.backend is Backend.none else Store(config.tracking)
-        write_config(self.folder, config)
-        parent = self.job.parent(store) if self.job else None
-        # A name that MLflow makes is drawn from the run's seed: the same for all runs of a seed.
-        name = self.job.name if self.job else self.folder.name
-        record.tracker = open_tracker(self.spec, store, parts, record.tags, name, parent)
-        if TAG in known:
-            record.tracker.artifact(self.folder / CERTIFICATE)
-        self._summarise(record, "RUNNING", {})
+        self.folder.write_config(config)
+        record.tracker = create_tracker(
+            config,
+            self.folder,
+            store,
+            # MLflow would draw a name from the run's seed: the same one for all runs of a seed.
+            name=job.name if job else self.folder.path.name,
+            command=self.spec.command,
+            tags=record.tags,
+            datasets=dataset_records(config.data, self.experiment.splits),
+            overrides=job.overrides if job else None,
+            parent=job.parent(store) if job else None,
+        )
+        if CERTIFICATE_TAG in record.tags:
+            record.tracker.artifact(self.folder.certificate)
 
-    def _attach(self, trainer: Trainer, config: Config, record: RunRecord) -> None:
-        identity = {"config": to_plain(config), "run": record.tracker.identity()}
+    def attach(self) -> None:
+        """Connects the callbacks that save or show with the run's folder and record."""
+        job, trainer = self.job, self.trainer
+        identity = {"config": to_plain(self.spec.config), "run": self.record.tracker.identity()}
         for callback in trainer.callbacks.values():
             if isinstance(callback, Checkpoints):
-                callback.attach(self.folder, identity, record.flush)
+                callback.attach(self.folder.path, identity, self.record.flush)
                 if self.spec.resume_from and self.spec.resume_from.ended_by:
                     callback.know_saved(trainer)
-            if isinstance(callback, Progress) and self.job and self.job.jobs:
-                callback.title = f"job {self.job.turn} of {self.job.jobs}, "
+            if isinstance(callback, Progress) and job and job.jobs:
+                callback.title = f"job {job.turn} of {job.jobs}, "
+
+    def finish(self) -> dict[str, float]:
+        """Evaluates on the test split, uploads and closes the record.
+
+        Returns:
+            The values of `final/*`; none if a signal has stopped the training.
+        """
+        final = {} if self.interrupted else final_values(self.trainer)
+        self.record.tracker.final(final)
+        self.record.upload(self._kept_checkpoints() if self.rank_info.first else [])
+        self._close(RunStatus.KILLED if self.interrupted else RunStatus.FINISHED, final)
+        return final
+
+    @contextmanager
+    def closed_on_error(self) -> Iterator[None]:
+        """Closes the record if the body raises: KILLED after a signal, FAILED after any other exception."""
+        try:
+            yield
+        except BaseException as error:
+            self.fail(error)
+            raise
+
+    def fail(self, error: BaseException) -> None:
+        """Closes the record after an exception."""
+        if not isinstance(error, Exception):
+            self._close(RunStatus.KILLED)
+            return
+        self.record.tracker.tag({"accumexp.error": str(error)[:5000] or type(error).__name__})
+        self._close(RunStatus.FAILED, error=error)
+
+    @property
+    def monitored(self) -> float | None:
+        """The newest value of the monitored metric."""
+        return self.trainer.latest.get(self.spec.config.monitor)
+
+    def _close(
+        self, status: RunStatus, final: Mapping[str, float] | None = None, error: Exception | None = None
+    ) -> None:
+        self.record.close(status)
+        self._summarise(status, final, error)
 
     def _summarise(
-        self,
-        record: RunRecord,
-        status: str,
-        final: dict[str, float],
-        error: Exception | None = None,
-        monitored: float | None = None,
+        self, status: RunStatus, final: Mapping[str, float] | None = None, error: Exception | None = None
     ) -> None:
-        record.summarise(
+        ended = status in (RunStatus.FINISHED, RunStatus.KILLED)
+        summary = Summary(
             status=status,
             error=None if error is None else str(error) or type(error).__name__,
             overrides=self.job.overrides if self.job else [],
             seed=self.spec.config.seed,
-            run_id=record.tracker.run_id,
-            final=final,
-            monitored=monitored,
+            run_id=self.record.tracker.run_id,
+            final=dict(final or {}),
+            monitored=self.monitored if ended else None,
             launch=self.job.launch if self.job else 0,
-            tags=record.tags,
+            tags=self.record.tags,
         )
+        self.record.summarise(summary)
 
-    def _show(self, final: dict[str, float], record: RunRecord, trainer: Trainer) -> None:
-        if self.job:
-            console.print(f"{self.job.title}: {result(final)}", highlight=False, soft_wrap=True, markup=False)
-            return
-        tracker = record.tracker
-        values: dict[str, object] = {}
-        if "accuracy" in final:
-            values["test accuracy"] = f"{final['accuracy']:.4f}"
-        values["test loss"] = f"{final['loss']:.4f}"
-        values["updates"] = f"{trainer.progress.update} in {duration(trainer.progress.seconds)}"
-        speed, rate = final["update_ms"], final["samples_per_second"]
-        values["speed"] = f"{speed:.2f} ms an update, {rate:.0f} samples/s"
-        values["memory"] = f"{final['activation_mib']:.2f} MiB of activations"
-        if "peak_memory_mib" in final:
-            values["memory"] += f", {final['peak_memory_mib']:.0f} MiB at the peak"
-        if trainer.out_of_memory.lines:
-            values["out of memory"] = trainer.out_of_memory.lines[-1]
-        if trainer.stop_reason:
-            values["ended by"] = trainer.stop_reason
-        values["folder"] = self.folder
-        best = self.folder / FOLDER / BEST
-        if best.exists():
-            values["best model"] = best
-        if tracker.run_id:
-            values["run"] = tracker.run_id
-            values["UI"] = tracker.address
-        if tracker.ui_command:
-            values["serve it with"] = tracker.ui_command
-        show_values("summary", values)
+    def _kept_checkpoints(self) -> list[KeptCheckpoint]:
+        """The best checkpoint and the newest ones, each update once."""
+        kept: dict[int, KeptCheckpoint] = {}
+        best = [self.folder.best] if self.folder.best.exists() else []
+        for path in [*best, *reversed(saved_updates(self.folder.checkpoints))]:
+            content = load(path)
+            update = content["progress"]["update"]
+            shards = folder_of(path, content)
+            kept.setdefault(update, KeptCheckpoint(path, update, content["evaluated"], shards))
+        return list(kept.values())
 
+    def _split_finer(self, tags: Mapping[str, str]) -> None:
+        """Records that a window ran out of memory, and whether the finer split is the larger batch."""
+        train, trainer = self.experiment.splits.train, self.trainer
+        ranks = self.rank_info.size
+        steps = trainer.out_of_memory.steps_of(-(-train.batch_size // ranks))
+        unequal = inequalities(self.experiment.model, train.batch_size, steps, ranks=ranks, last=train.last)
+        warn(unequal)
+        self.record.tag({**tags, **inequality_tag(unequal)})
 
-def announce(
-    config: Config, trainer: Trainer, parts: Parts, unequal: list[Inequality], rank_info: RankInfo
-) -> None:
-    """One line of what is about to happen, and a warning where the window cannot be the larger batch."""
-    steps, batch = trainer.window.steps, parts.splits.train.batch_size
-    window = f"{steps} micro-batches of {config.accum.micro_batch_size}" if steps > 1 else "one micro-batch"
-    if rank_info.size > 1:
-        window += f" on each of {rank_info.size} ranks"
-    numbers = config.precision.name if config.precision else ""
-    if config.accum.loss_scale is not LossScaling.none:
-        numbers = f"loss-scaled {numbers}"
-    console.print(
-        f"{config.model['_target_'].rpartition('.')[2]} on {parts.splits.train.samples} samples, "
-        f"{trainer.total_updates} updates of {batch} samples in {window}, {numbers} "
-        f"on {parts.device} ({device_name(parts.device)})",
-        highlight=False,
-        soft_wrap=True,
-    )
-    warn(unequal)
-
-
-def warn(unequal: list[Inequality]) -> None:
-    for found in unequal[:3]:
-        console.print(f"not the larger batch: {found.module} ({found.kind}): {found.reason}", style="yellow")
-    if len(unequal) > 3:
-        console.print(f"not the larger batch: and {len(unequal) - 3} more modules like these", style="yellow")
-
-
-def split_finer(trainer: Trainer, parts: Parts, record: RunRecord, tags: dict[str, str]) -> None:
-    """Tells the record of a window that ran out of memory, and whether what follows is the larger batch."""
-    train, ranks = parts.splits.train, trainer.window.sync.ranks.size
-    steps = trainer.out_of_memory.steps_of(-(-train.batch_size // ranks))
-    unequal = inequalities(parts.model, train.batch_size, steps, ranks=ranks, last=train.last)
-    warn(unequal)
-    record.tag({**tags, **why_unequal(unequal)})
-
-
-def finals(trainer: Trainer) -> dict[str, float]:
-    """What `final/*` holds: the test split's values and what the run cost."""
-    tested = {key.removeprefix("test/"): value for key, value in trainer.evaluate("test").items()}
-    progress = trainer.progress
-    seconds = max(progress.seconds, 1e-9)
-    final = {
-        **tested,
-        **{key.replace("eval/", "eval_"): v for key, v in trainer.latest.items() if key.startswith("eval/")},
-        "test_samples": float(trainer.splits.test.samples),
-        "updates": float(progress.update),
-        "epochs": float(progress.epoch),
-        "samples": float(progress.samples),
-        "seconds": progress.seconds,
-        "samples_per_second": progress.samples / seconds,
-        "update_ms": 1e3 * seconds / max(progress.update, 1),
-        "activation_mib": progress.activation_bytes / MIB,
-    }
-    if "perf/peak_memory_mib" in trainer.latest:
-        final["peak_memory_mib"] = trainer.latest["perf/peak_memory_mib"]
-    return final
+    def _exit_interrupted(self) -> None:
+        # The launcher would stop a first rank that is still saving as soon as another ends.
+        wait_for_all(self.rank_info)
+        trainer = self.trainer
+        text = f"stopped by {signal.Signals(trainer.stop_code).name} after update {trainer.progress.update}"
+        if not self.job and saved_updates(self.folder.checkpoints):
+            text += f"; go on with\n  python -m accumexp.run resume={self.folder.path}"
+        console.print(text, highlight=False, soft_wrap=True)
+        sys.exit(128 + trainer.stop_code)

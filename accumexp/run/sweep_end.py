@@ -1,4 +1,4 @@
-"""The end of a sweep: status of the parent, report, and which jobs failed."""
+"""The end of a sweep: the parent run's status, the report, and which jobs failed."""
 
 from __future__ import annotations
 
@@ -11,130 +11,137 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from ..environment.console import console
 from ..errors import TrainingError
-from ..sweeps.job_folders import LAUNCHES, LOCK, PLACES, begun, places
-from ..sweeps.job_status import held
-from ..sweeps.sweep import PARENT, SweepFolder, summaries
-from ..tracking.journal import SUMMARY, read_whole
+from ..sweeps.job_folders import JOBS, LAUNCHES, LOCK, has_jobs, job_folders
+from ..sweeps.sweep import PARENT, SweepRun, launched_sweep, sweep_runs
+from ..tracking.folder import RunFolder, RunStatus
+from ..tracking.json_file import read_json
 
 log = logging.getLogger(__name__)
-NOTHING = {"multirun.yaml", LAUNCHES, LOCK, PLACES}  # what a sweep's folder holds before its first job
+BEFORE_JOBS = {"multirun.yaml", LAUNCHES, LOCK, JOBS}  # the files of a sweep that has started no job
 
 
 @contextmanager
-def closing_sweep(asked: Sequence[str] = (), changes: Mapping[str, str] | None = None) -> Iterator[None]:
-    """Closes the sweep that is launched inside, however it ends: status of the parent, report, failed jobs.
+def closing_sweep(
+    arguments: Sequence[str] = (), report_settings: Mapping[str, str] | None = None
+) -> Iterator[None]:
+    """Closes the sweep that is launched inside, however it ends: parent run, report, failed jobs.
 
     Args:
-        asked: the command's arguments, as typed.
-        changes: `report.*` settings instead of those that the sweep was run with.
+        arguments: the command's arguments, as typed.
+        report_settings: `report.*` settings instead of those that the sweep was run with.
 
     Raises:
-        TrainingError: naming the jobs that failed, after the rest have run, and how to go on with them.
+        TrainingError: naming the jobs that failed, after the rest have run, and how to resume the sweep.
     """
-    SweepFolder.current, SweepFolder.own_launches, SweepFolder.asked = None, (), asked
-    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    status = "FAILED"
+    launched_sweep.reset(arguments)
+    handler = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    status = RunStatus.FAILED
     try:
         yield
-        status = "FINISHED"
+        status = RunStatus.FINISHED
     except KeyboardInterrupt:
-        status = "KILLED"
-        if SweepFolder.current is None:
+        status = RunStatus.KILLED
+        if launched_sweep.folder is None:
             raise
-        sys.exit(130)  # without another line behind the one that says how to go on
+        sys.exit(130)  # the line that says how to resume is the last one
     except SystemExit as stop:
-        status = "KILLED" if stop.code in (130, 143) else status
+        status = RunStatus.KILLED if stop.code in (130, 143) else status
         raise
     finally:
-        signal.signal(signal.SIGTERM, before)
-        SweepFolder.stop_view()
-        folder, rank_info = SweepFolder.current, SweepFolder.own_launches
-        if folder is not None and any(begun(folder, launch) for launch in rank_info):
-            _close_and_tell(folder, status, rank_info, changes or {})
+        signal.signal(signal.SIGTERM, handler)
+        launched_sweep.stop_view()
+        folder, launches = launched_sweep.folder, launched_sweep.launches
+        if folder is not None and any(has_jobs(folder, launch) for launch in launches):
+            _close_with_advice(folder, status, launches, report_settings or {})
 
 
-def _close_and_tell(folder: Path, status: str, rank_info: Sequence[int], changes: Mapping[str, str]) -> None:
-    """Closes a sweep; if more of it is to be done, the last line says how."""
-    how = f"go on with\n  python -m accumexp.run -m sweep.resume={shlex.quote(str(folder))}"
+def _close_with_advice(
+    folder: Path, status: RunStatus, launches: Sequence[int], report_settings: Mapping[str, str]
+) -> None:
+    """Closes a sweep; the last line says how to resume it if jobs are missing."""
+    advice = f"go on with\n  python -m accumexp.run -m sweep.resume={shlex.quote(str(folder))}"
     try:
-        _close(folder, status, rank_info, changes)
+        _close(folder, status, launches, report_settings)
     except TrainingError as error:
-        raise TrainingError(f"{error}\n{how}") from None
-    if status != "FINISHED" and folder.exists():
-        print(how, flush=True)
+        raise TrainingError(f"{error}\n{advice}") from None
+    if status is not RunStatus.FINISHED and folder.exists():
+        print(advice, flush=True)
 
 
-def _close(folder: Path, status: str, rank_info: Sequence[int], changes: Mapping[str, str]) -> None:
-    jobs = summaries(folder)
-    if not jobs:
-        if folder.is_dir() and {entry.name for entry in folder.iterdir()} <= NOTHING:
+def _close(
+    folder: Path, status: RunStatus, launches: Sequence[int], report_settings: Mapping[str, str]
+) -> None:
+    runs = sweep_runs(folder)
+    if not runs:
+        if folder.is_dir() and {entry.name for entry in folder.iterdir()} <= BEFORE_JOBS:
             shutil.rmtree(folder)
         return
-    elsewhere = _still_running(folder, rank_info)
-    over = [job for job in jobs if job["place"] not in elsewhere]
-    unfinished = [job for job in over if job["status"] == "RUNNING"]
-    failed = [job for job in over if job["status"] == "FAILED"]
-    if status == "FINISHED" and (failed or unfinished):
-        status = "FAILED"
+    elsewhere = _running_elsewhere(folder, launches)
+    ended = [run for run in runs if run.job_folder not in elsewhere]
+    died = [run for run in ended if run.status is RunStatus.RUNNING]
+    failed = [run for run in ended if run.status is RunStatus.FAILED]
+    if status is RunStatus.FINISHED and (failed or died):
+        status = RunStatus.FAILED
     addresses, recorded = [], (folder / PARENT).exists()
     try:
         if recorded:
-            addresses = _close_parent(folder, None if elsewhere else status, unfinished)
+            addresses = _close_parent(folder, None if elsewhere else status, died)
     except Exception as error:
         log.info("the end is not recorded", exc_info=error)
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        uri = read_whole(folder / PARENT).get("uri", "its store")
+        uri = read_json(folder / PARENT).get("uri", "its store")
         print(f"warning: the sweep's end did not reach {uri}: {reason}", file=sys.stderr)
         recorded = False
-    _report(folder, changes, recorded, files=status != "KILLED")
+    killed = status is RunStatus.KILLED
+    _report(folder, report_settings, recorded, files=not killed)
     if elsewhere:
         print(f"jobs of another launch still run: {', '.join(elsewhere)}", flush=True)
     console.print("\n".join([f"sweep   {folder}", *addresses]), highlight=False, soft_wrap=True, markup=False)
-    if status != "KILLED" and (failed or unfinished):
-        lines = [f"{len(failed + unfinished)} of {len(jobs)} jobs failed"]
-        for job in failed + unfinished:
-            lines.append(f"  job {' '.join(job['overrides'])}: {job.get('error') or 'died'}")
+    if not killed and (failed or died):
+        lines = [f"{len(failed + died)} of {len(runs)} jobs failed"]
+        lines += [f"  job {' '.join(run.overrides)}: {run.error or 'died'}" for run in failed + died]
         raise TrainingError("\n".join(lines))
 
 
-def _still_running(folder: Path, rank_info: Sequence[int]) -> list[str]:
-    """The folders in which jobs of other launches than those of this process still run."""
-    found = []
-    for name, launch in {one.folder: one.launch for one in places(folder)}.items():
-        known = read_whole(folder / name / SUMMARY)
-        if known.get("status") != "FINISHED" and known.get("launch", launch) not in rank_info:
-            found += [name] * held(folder / name)
-    return found
+def _running_elsewhere(folder: Path, launches: Sequence[int]) -> list[str]:
+    """The folders in which jobs of other launches than this process's still run."""
+    running = []
+    for name, launch in {one.folder: one.launch for one in job_folders(folder)}.items():
+        job = RunFolder(folder / name)
+        summary = job.summary()
+        of_launch = summary.launch if summary else launch
+        if not (summary and summary.finished) and of_launch not in launches and job.held():
+            running.append(name)
+    return running
 
 
-def _close_parent(folder: Path, status: str | None, unfinished: list[dict[str, Any]]) -> list[str]:
-    """Ends the parent run, and those of jobs that died; the lines that say where to look at them.
+def _close_parent(folder: Path, status: RunStatus | None, died: Sequence[SweepRun]) -> list[str]:
+    """Ends the parent run, and the runs of jobs that died; returns the lines that say where to look.
 
     Args:
-        status: None if another launch still has to end it.
+        status: None if another launch still has to end the parent run.
     """
     from ..config.schema import TrackingConfig
     from ..tracking import Store
 
     parent = json.loads((folder / PARENT).read_text())
     store = Store(TrackingConfig(uri=parent["uri"]), parent["experiment_id"])
-    for job in unfinished:
-        if job.get("run_id"):
-            store.client.set_terminated(job["run_id"], "KILLED")
+    for run in died:
+        if run.run_id:
+            store.client.set_terminated(run.run_id, RunStatus.KILLED)
     if status is not None:
         store.client.set_terminated(parent["run_id"], status)
     return store.sweep_lines(parent["run_id"])
 
 
-def _report(folder: Path, changes: Mapping[str, str], recorded: bool, files: bool) -> None:
-    """The sweep's report; a report that fails leaves the sweep as it ended, and says how to make it again.
+def _report(folder: Path, settings: Mapping[str, str], recorded: bool, files: bool) -> None:
+    """Makes the sweep's report. If it fails, the sweep's status stays, and a line says how to repeat it.
 
     Args:
-        recorded: whether it is made from the store, which can be used, or from the folder alone.
+        recorded: read the sweep from its store; otherwise from the folder alone.
     """
     from ..config.report import report_from
     from ..report.find import find
@@ -142,8 +149,8 @@ def _report(folder: Path, changes: Mapping[str, str], recorded: bool, files: boo
     from ..report.publish import publish
 
     try:
-        found = find(str(folder)) if recorded else from_folder(folder)
-        publish(found, changes, files=files and report_from({}, changes).write)
+        sweep = find(str(folder)) if recorded else from_folder(folder)
+        publish(sweep, settings, files=files and report_from({}, settings).write)
     except Exception as error:
         log.info("no report", exc_info=error)
         again = f"python -m accumexp.report sweep={folder}"

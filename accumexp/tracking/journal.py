@@ -1,4 +1,4 @@
-"""`metrics.jsonl`: every point of a run on the local disk, whatever becomes of the tracker."""
+"""`metrics.jsonl`: every logged point of a run on the local disk; `progress.json`: how far a job is."""
 
 from __future__ import annotations
 
@@ -9,9 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-METRICS = "metrics.jsonl"
-PROGRESS = "progress.json"
-SUMMARY = "summary.json"
+from .json_file import write_json
 
 
 class Journal:
@@ -19,7 +17,7 @@ class Journal:
 
     Args:
         path: the file, kept if it exists.
-        upto: drop rows beyond this update, which a resumed run is going to write again.
+        upto: rows of later updates are dropped; a resumed run writes them again.
     """
 
     def __init__(self, path: Path, upto: int = 0) -> None:
@@ -49,52 +47,31 @@ def read(path: Path) -> Iterator[dict[str, Any]]:
                 yield json.loads(line)
 
 
-def write_whole(path: Path, entries: Mapping[str, Any]) -> None:
-    """Writes `entries` as JSON in one step, so that a reader never sees half of them."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(entries, indent=2) + "\n")
-    os.replace(partial, path)
-
-
-def read_whole(path: Path) -> dict[str, Any]:
-    """What `write_whole` wrote; nothing if there is no such file, or another hand has damaged it."""
-    try:
-        found = json.loads(path.read_text())
-    except (FileNotFoundError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
 def last_update(path: Path) -> int:
     """The newest update in a journal, 0 for none."""
     return max((row["update"] for row in read(path)), default=0) if path.exists() else 0
 
 
 class ProgressFile:
-    """`progress.json`: how far a job of a parallel sweep is, for whoever watches it from outside.
+    """`progress.json`: how far a job of a parallel sweep is, for the live view.
 
     Args:
-        every: seconds between two writes; what is said in between is left out.
+        every: seconds between two writes; values in between are kept for the next one.
     """
 
-    def __init__(self, folder: Path, total_updates: int, every: float = 1.0) -> None:
-        self.path = folder / PROGRESS
+    def __init__(self, path: Path, total_updates: int, every: float = 1.0) -> None:
+        self.path = path
         self.total_updates = total_updates
         self.every = every
         self._values: dict[str, float] = {}
         self._written = 0.0
 
-    def tell(self, update: int, values: Mapping[str, float]) -> None:
-        """Takes the newest values, and writes the file if it is time to."""
+    def write(self, update: int, values: Mapping[str, float]) -> None:
+        """Adds the newest values, and writes the file if `every` seconds have passed."""
         self._values.update(values)
         now = time.time()
         if now - self._written < self.every:
             return
         self._written = now
-        told = {
-            "update": update,
-            "total_updates": self.total_updates,
-            "values": self._values,
-            "time": round(now, 3),
-        }
-        write_whole(self.path, told)
+        content = {"update": update, "total_updates": self.total_updates, "values": self._values}
+        write_json(self.path, {**content, "time": round(now, 3)})

@@ -30,8 +30,13 @@ class Tracker:
     ui_command: str | None = None
 
     def identity(self) -> dict[str, str]:
-        """What a checkpoint must know to go on with the same record."""
+        """What a checkpoint must hold to resume the same record."""
         return {}
+
+    def links(self) -> dict[str, object]:
+        """The run's id, its page and the command that serves it, by the names they are shown under."""
+        links = {"run": self.run_id, "UI": self.address, "serve it with": self.ui_command}
+        return {name: value for name, value in links.items() if value}
 
     def log(self, update: int, values: Mapping[str, float]) -> None: ...
 

@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from accumexp.cli import conf_dir
 from accumexp.errors import UsageError
 from accumexp.sweeps import cores
-from accumexp.sweeps.sweep import SweepJob
+from accumexp.sweeps.job import SweepJob
 
 from ..support.command import records, run_command
 from ..support.experiments import composed

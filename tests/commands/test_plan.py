@@ -33,6 +33,7 @@ from accumexp.plan.frontier import explored
 from accumexp.plan.planner import Limit, Planner, Point, out_of_memory
 from accumexp.plan.trial_run import Rehearsal, rehearsing
 from accumexp.run.spec import RunSpec
+from accumexp.tracking.folder import RunFolder
 from accumexp.training.checkpoint import load, save
 from accumexp.training.experiment import build_parts, build_trainer
 
@@ -282,7 +283,7 @@ def test_steps_that_another_rank_needs_and_that_do_not_fit_here_are_refused(
 
 
 def test_recorded_windows_are_given_their_steps() -> None:
-    order = RunSpec(composed(*LENET, "trainer.graph=true"), Path(), None, None, "")
+    order = RunSpec(composed(*LENET, "trainer.graph=true"), RunFolder(Path()))
     with pytest.raises(UsageError, match="accum.steps=auto: a recorded window keeps memory"):
         planned(order, RankInfo())
 
@@ -381,7 +382,7 @@ def test_what_follows_from_the_micro_batch_waits_for_it() -> None:
 
 
 def test_a_limit_that_nothing_keeps_to_is_said(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
-    order = RunSpec(composed("accum.steps=4", "accum.memory_limit=1GiB"), tmp_path, None, None, "")
+    order = RunSpec(composed("accum.steps=4", "accum.memory_limit=1GiB"), RunFolder(tmp_path))
     assert planned(order, RankInfo()) == (order, {})
     assert "accum.memory_limit=1GiB: has no effect, accum.steps=auto keeps to it" in caplog.text
     caplog.clear()

@@ -21,7 +21,7 @@ from accumexp.accum.replica_window import ReplicaWindow
 from accumexp.data import ResidentBatches
 from accumexp.data.replica_batches import PlannedBatches
 from accumexp.errors import TrainingError
-from accumexp.sweeps.sweep import summaries
+from accumexp.sweeps.sweep import sweep_runs
 from accumexp.training.callbacks import Callback
 from accumexp.training.checkpoint import save
 from accumexp.training.experiment import build_parts, build_trainer, placement
@@ -488,16 +488,16 @@ def test_a_sweep_of_replicas_that_was_stopped_goes_on_where_it_was(tmp_path: Pat
     done = run_command("run", "-m", *line, folder=tmp_path / "cut")
     assert done.code == 128 + signal.SIGTERM, done
     whole, sweep = only_sweep(tmp_path / "whole"), only_sweep(tmp_path / "cut")
-    assert [job["status"] for job in summaries(sweep)] == ["FINISHED"] * 2 + ["KILLED"] * 2
+    assert [job.status for job in sweep_runs(sweep)] == ["FINISHED"] * 2 + ["KILLED"] * 2
     assert done.stdout.splitlines()[-1].endswith(f"sweep.resume={sweep}")
     again = run_command("run", "-m", f"sweep.resume={sweep}", folder=tmp_path / "cut")
     assert again.code == 0 and again.stdout.count("finished before") == 1, again
-    found, expected = summaries(sweep), summaries(whole)
-    assert [job["status"] for job in found] == ["FINISHED"] * 4
-    assert [job["overrides"] for job in found] == [job["overrides"] for job in expected]
-    assert [job["seed"] for job in found] == [0, 1, 0, 1]
+    found, expected = sweep_runs(sweep), sweep_runs(whole)
+    assert [job.status for job in found] == ["FINISHED"] * 4
+    assert [job.overrides for job in found] == [job.overrides for job in expected]
+    assert [job.seed for job in found] == [0, 1, 0, 1]
     for job, other in zip(found, expected, strict=True):
-        rows, others = (journal(Path(one["folder"])) for one in (job, other))
+        rows, others = (journal(one.folder) for one in (job, other))
         assert [row["update"] for row in rows] == [row["update"] for row in others]
         for row, expected_row in zip(rows, others, strict=True):
             for key in row.keys() & {"train/loss", "eval/loss", "eval/accuracy"}:
@@ -509,7 +509,7 @@ def test_failed_replicas_are_named_by_their_seeds(tmp_path: Path) -> None:
     line = ["replicas=3", *COMMAND, "tracking=none", "trainer.epochs=1", "optimizer.lr=1e200"]
     done = run_command("run", *line, folder=tmp_path)
     assert done.code == 1 and "3 of 3 jobs failed" in done.stderr, done
-    assert [job["status"] for job in summaries(only_sweep(tmp_path))] == ["FAILED"] * 3
+    assert [job.status for job in sweep_runs(only_sweep(tmp_path))] == ["FAILED"] * 3
     for seed in range(3):
         assert f"seed={seed}: train/loss is" in done.stderr
 

@@ -12,7 +12,7 @@ from hydra.core.global_hydra import GlobalHydra
 
 from accumexp.cli import conf_dir
 from accumexp.errors import UsageError
-from accumexp.sweeps.sweep import summaries
+from accumexp.sweeps.sweep import sweep_runs
 
 from ..support.command import (
     Done,
@@ -103,11 +103,11 @@ def test_a_sweep_ends_in_a_table_by_what_varied_and_the_parents_address(partly_f
 
 
 def test_each_job_tells_in_its_folder_how_it_ended(partly_failed: Swept) -> None:
-    jobs = summaries(partly_failed.folder)
-    assert [Path(job["folder"]).name.partition("_")[0] for job in jobs] == ["0", "1", "2", "3", "4", "5"]
-    assert [job["status"] for job in jobs] == ["FINISHED"] * 2 + ["FAILED"] * 2 + ["FINISHED"] * 2
+    jobs = sweep_runs(partly_failed.folder)
+    assert [job.folder.name.partition("_")[0] for job in jobs] == ["0", "1", "2", "3", "4", "5"]
+    assert [job.status for job in jobs] == ["FINISHED"] * 2 + ["FAILED"] * 2 + ["FINISHED"] * 2
     assert {child.run_id for child in partly_failed.children} == {
-        job["run_id"] for job in jobs if job["status"] == "FINISHED"
+        job.run_id for job in jobs if job.status == "FINISHED"
     }
 
 
@@ -166,14 +166,14 @@ def test_equal_batch_gives_the_larger_batchs_result_whatever_the_steps(tmp_path:
         folder=tmp_path,
     )
     assert done.code == 0, done
-    jobs = summaries(only_sweep(tmp_path))
+    jobs = sweep_runs(only_sweep(tmp_path))
     assert len(jobs) == 4
     losses = {
-        (steps, seed): job["final"]["loss"]
+        (steps, seed): job.final["loss"]
         for job in jobs
         for steps in (1, 8)
         for seed in (0, 1)
-        if {f"accum.steps={steps}", f"seed={seed}"} <= set(job["overrides"])
+        if {f"accum.steps={steps}", f"seed={seed}"} <= set(job.overrides)
     }
     assert losses.keys() == {(1, 0), (1, 1), (8, 0), (8, 1)}
     for seed in (0, 1):
@@ -221,4 +221,4 @@ def test_batch_size_question_has_a_noise_scale_without_accumulation_too(tmp_path
     for folder in (path.parent for path in only_sweep(tmp_path).glob("*/metrics.jsonl")):
         points = [row["train/noise_scale"] for row in journal(folder) if "train/noise_scale" in row]
         assert len(points) >= 2 and min(points) > 0
-    assert {job["final"]["samples"] for job in summaries(only_sweep(tmp_path))} == {1293}
+    assert {job.final["samples"] for job in sweep_runs(only_sweep(tmp_path))} == {1293}

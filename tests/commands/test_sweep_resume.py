@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,20 @@ import torch
 
 from accumexp.errors import UsageError
 from accumexp.run.resume import command_lines
-from accumexp.sweeps.job_folders import Launch, asked_for, begin_launch, begun, launches, place, places
-from accumexp.sweeps.job_status import JobStatus, alone_in, clear, job_status
-from accumexp.sweeps.sweep import SweepFolder, SweepJob, summaries
-from accumexp.tracking.journal import write_whole
+from accumexp.sweeps.job import SweepJob
+from accumexp.sweeps.job_folders import (
+    Launch,
+    begin_launch,
+    distinct_launches,
+    has_jobs,
+    job_folder_name,
+    job_folders,
+    launches,
+)
+from accumexp.sweeps.job_status import JobStatus, job_status
+from accumexp.sweeps.sweep import SweepFolder, launched_sweep, sweep_runs
+from accumexp.tracking.folder import RunFolder, RunStatus
+from accumexp.tracking.json_file import write_json
 from accumexp.training.checkpoint import find, load, save
 
 from ..support.command import Record, environment, journal, only_sweep, records, run_command
@@ -38,9 +49,9 @@ PATIENCE = 120  # seconds for a worker on busy cores to import torch and train
 # The launcher is killed ----------------------------------------------------------------------------------
 
 
-def ended(sweep: Path, status: str = "FINISHED") -> dict[str, dict[str, Any]]:
+def ended(sweep: Path, status: str = "FINISHED") -> dict[str, SweepRun]:
     """The summaries of the jobs with this status, by folder."""
-    return {Path(job["folder"]).name: job for job in summaries(sweep) if job["status"] == status}
+    return {job.folder.name: job for job in sweep_runs(sweep) if job.status == status}
 
 
 @pytest.mark.slow
@@ -64,10 +75,10 @@ def test_after_a_kill_of_the_launcher_every_job_is_finished_once(tmp_path: Path)
         launcher.wait()
         sweep = only_sweep(tmp_path)
         before = ended(sweep)
-        assert before and len(summaries(sweep)) < 6
+        assert before and len(sweep_runs(sweep)) < 6
         # As if it had been killed after it had stopped and before it was evaluated on the test split.
         half, finished = next(iter(before.items()))
-        write_whole(sweep / half / "summary.json", {**finished, "status": "RUNNING", "final": {}})
+        RunFolder(sweep / half).write_summary(replace(finished, status=RunStatus.RUNNING, final={}))
 
         done = run_command("run", "-m", f"sweep.resume={sweep}", folder=tmp_path)
     finally:
@@ -88,14 +99,14 @@ def test_after_a_kill_of_the_launcher_every_job_is_finished_once(tmp_path: Path)
     after = ended(sweep)
     assert len(after) == 6 and len(list(sweep.glob("[0-9]*"))) == 6
     for folder, job in before.items():
-        assert after[folder]["run_id"] == job["run_id"]
+        assert after[folder].run_id == job.run_id
         told = f"job {folder.replace('_', ' ', 1)}: finished before" in done.stdout
         assert told == (folder != half)
     for key in ("accuracy", "loss", "eval_accuracy", "updates"):
-        assert after[half]["final"][key] == finished["final"][key]
-    assert {job["final"]["updates"] for job in after.values()} == {44}
-    assert after[half]["monitored"] == finished["monitored"]
-    assert places(sweep)[-1].launch == 1 and "n_jobs=2" in done.stdout  # its own launcher was taken
+        assert after[half].final[key] == finished.final[key]
+    assert {job.final["updates"] for job in after.values()} == {44}
+    assert after[half].monitored == finished.monitored
+    assert job_folders(sweep)[-1].launch == 1 and "n_jobs=2" in done.stdout  # its own launcher was taken
 
 
 def once_each(children: list[Record]) -> set[tuple[str, str]]:
@@ -119,14 +130,14 @@ def test_law_8_a_killed_job_goes_on_to_the_bits_of_its_undisturbed_twin(tmp_path
     first = run_command("run", "-m", "tracking.run_name=killed,twin", *overrides, folder=tmp_path, env=env)
     assert first.code == -signal.SIGKILL, first
     sweep = only_sweep(tmp_path)
-    (between,) = summaries(sweep)
+    (between,) = sweep_runs(sweep)
 
     more = "tracking.run_name=new,killed,twin"
     second = run_command("run", "-m", more, *overrides, f"sweep.resume={sweep}", folder=tmp_path, env=env)
     assert second.code == 0, second
-    jobs = {job["overrides"][0].partition("=")[2]: job for job in summaries(sweep)}
+    jobs = {job.overrides[0].partition("=")[2]: job for job in sweep_runs(sweep)}
     assert [Path(jobs[name]["folder"]).name[0] for name in ("killed", "new", "twin")] == ["0", "1", "2"]
-    assert {job["status"] for job in jobs.values()} == {"FINISHED"}
+    assert {job.status for job in jobs.values()} == {"FINISHED"}
     assert jobs["killed"]["run_id"] == between["run_id"]
     killed, twin = Path(jobs["killed"]["folder"]), Path(jobs["twin"]["folder"])
     states = [load(find(folder)) for folder in (killed, twin)]
@@ -157,14 +168,14 @@ def test_the_bare_form_goes_through_all_that_the_launches_asked_for(tmp_path: Pa
     run(*small, "seed=0", "hydra.sweep.dir=swept")
     run(*small, "seed=7,8", "sweep.resume=swept")
     run(*small, "seed=9", "hydra.sweep.dir=swept")  # said otherwise, and the same
-    assert [job["launch"] for job in summaries(tmp_path / "swept")] == [0, 1, 1, 2]
+    assert [job.launch for job in sweep_runs(tmp_path / "swept")] == [0, 1, 1, 2]
     jobs = [next((tmp_path / "swept").glob(f"{number}_*")) for number in range(4)]
     for job in jobs[:2]:
-        clear(job)
+        RunFolder(job).clear()
     said = run("sweep.resume=swept", "report.margin=2")
     found = ended(tmp_path / "swept")
     assert sorted(found) == [job.name for job in jobs]
-    assert [found[job.name]["launch"] for job in jobs] == [3, 4, 1, 2]
+    assert [found[job.name].launch for job in jobs] == [3, 4, 1, 2]
     assert said.count(": finished before") == 2 and said.count("sweep   ") == 1
 
 
@@ -196,7 +207,7 @@ def launched(sweep: Path, task: list[str], hydra: list[str], *jobs: str) -> int:
     """A launch, and the jobs that came to be of it."""
     launch = begin_launch(sweep, Launch("python -m accumexp.run", task, ["hydra.mode=MULTIRUN", *hydra]))
     for number, job in enumerate(jobs):
-        place(sweep, launch, number, job, [job])
+        job_folder_name(sweep, launch, number, job, [job])
     return launch
 
 
@@ -231,7 +242,7 @@ def test_the_bare_form_runs_what_is_missing_of_all_launches(sweep: Path) -> None
     ray = ["-m", *first, "hydra/launcher=ray", *hydras(sweep)]
     assert lines == [ray, ["-m", *more, *hydras(sweep)]]
     launched(sweep, first, ["hydra/sweeper=optuna"], "seed=0")  # which makes other jobs of the same words
-    assert len(asked_for(sweep)) == 3
+    assert len(distinct_launches(sweep)) == 3
 
 
 def test_settings_of_the_report_make_no_other_jobs_and_reach_the_report(sweep: Path) -> None:
@@ -239,8 +250,8 @@ def test_settings_of_the_report_make_no_other_jobs_and_reach_the_report(sweep: P
     given = ["-m", f"sweep.resume={sweep}", "report.margin=2"]
     assert command_lines(given) == ([["-m", *own, *hydras(sweep)]], {"report.margin": "2"})
     assert command_lines([*given, "seed=1"]) == ([["-m", "seed=1", *hydras(sweep)]], {"report.margin": "2"})
-    assert place(sweep, 0, 0, "a", ["seed=0", "report.margin=1"]) == "0_a"
-    assert place(sweep, 1, 0, "a", ["seed=0"]) == "0_a"
+    assert job_folder_name(sweep, 0, 0, "a", ["seed=0", "report.margin=1"]) == "0_a"
+    assert job_folder_name(sweep, 1, 0, "a", ["seed=0"]) == "0_a"
 
 
 def test_a_damaged_list_of_launches_is_one_clear_line(sweep: Path) -> None:
@@ -257,7 +268,7 @@ def test_launches_that_begin_together_have_a_number_each(sweep: Path) -> None:
     with ThreadPoolExecutor(8) as pool:
         given = list(pool.map(lambda seed: launched(sweep, [f"seed={seed}"], []), range(16)))
     assert sorted(given) == list(range(16)) == sorted(launches(sweep))
-    assert not begun(sweep, 5)
+    assert not has_jobs(sweep, 5)
 
 
 def test_a_second_sweep_into_one_folder_is_a_launch_of_its_own(tmp_path: Path) -> None:
@@ -267,11 +278,11 @@ def test_a_second_sweep_into_one_folder_is_a_launch_of_its_own(tmp_path: Path) -
         for config in configs:
             SweepFolder().on_multirun_start(config)
             first = config.hydra.overrides.task[0].partition(",")[0]
-            place(tmp_path / "new", int(config.hydra.callbacks.sweep.launch), 0, first, [first])
-        assert SweepFolder.own_launches == (0, 1)
+            job_folder_name(tmp_path / "new", int(config.hydra.callbacks.sweep.launch), 0, first, [first])
+        assert launched_sweep.launches == (0, 1)
     finally:
-        SweepFolder.current, SweepFolder.own_launches, SweepFolder.jobs = None, (), None
-    assert [one.folder for one in places(tmp_path / "new")] == ["0_seed=0", "1_seed=5"]
+        launched_sweep.reset()
+    assert [one.folder for one in job_folders(tmp_path / "new")] == ["0_seed=0", "1_seed=5"]
     # From which launchers compose the configuration of their jobs.
     assert "hydra.callbacks.sweep.launch=1" in configs[1].hydra.overrides.hydra
 
@@ -298,46 +309,56 @@ def test_wrong_uses_are_named(arguments: list[str], complaint: str, sweep: Path)
 
 def test_a_job_keeps_its_folder_whatever_its_number_becomes(tmp_path: Path) -> None:
     for number, seed in enumerate("0123"):
-        assert place(tmp_path, 0, number, f"seed={seed}", ["a=1", f"seed={seed}"]) == f"{number}_seed={seed}"
-    assert place(tmp_path, 0, 1, "seed=1", ["a=1", "seed=1"]) == "1_seed=1"  # asked again
+        assert (
+            job_folder_name(tmp_path, 0, number, f"seed={seed}", ["a=1", f"seed={seed}"])
+            == f"{number}_seed={seed}"
+        )
+    assert job_folder_name(tmp_path, 0, 1, "seed=1", ["a=1", "seed=1"]) == "1_seed=1"  # asked again
     # A new seed first: every job behind it has another number now, and its overrides another order.
-    given = [place(tmp_path, 1, n, f"seed={s}", [f"seed={s}", "a=1"]) for n, s in enumerate("90123")]
+    given = [
+        job_folder_name(tmp_path, 1, n, f"seed={s}", [f"seed={s}", "a=1"]) for n, s in enumerate("90123")
+    ]
     assert given == ["4_seed=9", "0_seed=0", "1_seed=1", "2_seed=2", "3_seed=3"]
 
 
 def test_another_job_never_gets_the_folder_of_one_with_the_same_number(tmp_path: Path) -> None:
     for number, seed in enumerate("01"):
-        place(tmp_path, 0, number, f"seed={seed}", [f"seed={seed}"])
-    assert place(tmp_path, 0, 0, "seed=7", ["seed=7"]) == "2_seed=7"
-    assert place(tmp_path, 0, 0, "seed=0", ["seed=0"]) == "0_seed=0"
+        job_folder_name(tmp_path, 0, number, f"seed={seed}", [f"seed={seed}"])
+    assert job_folder_name(tmp_path, 0, 0, "seed=7", ["seed=7"]) == "2_seed=7"
+    assert job_folder_name(tmp_path, 0, 0, "seed=0", ["seed=0"]) == "0_seed=0"
 
 
 def test_new_jobs_never_share_a_number_even_where_names_are_cut_alike(tmp_path: Path) -> None:
     for number in (0, 1):
-        place(tmp_path, 0, number, "long", [f"seed={number}"])
-    given = [place(tmp_path, 1, n, "long", [f"seed={n + 10}"]) for n in range(4)]
+        job_folder_name(tmp_path, 0, number, "long", [f"seed={number}"])
+    given = [job_folder_name(tmp_path, 1, n, "long", [f"seed={n + 10}"]) for n in range(4)]
     assert given == ["2_long", "3_long", "4_long", "5_long"]
 
 
 def test_jobs_that_a_sweeper_asks_for_twice_have_a_folder_each(tmp_path: Path) -> None:
-    first = [place(tmp_path, 0, n, "lr=1", ["lr=1"]) for n in (0, 1)]
+    first = [job_folder_name(tmp_path, 0, n, "lr=1", ["lr=1"]) for n in (0, 1)]
     assert first == ["0_lr=1", "1_lr=1"]
-    assert [place(tmp_path, 1, n, "lr=1", ["lr=1"]) for n in (1, 0, 2)] == ["1_lr=1", "0_lr=1", "2_lr=1"]
+    again = [job_folder_name(tmp_path, 1, n, "lr=1", ["lr=1"]) for n in (1, 0, 2)]
+    assert again == [
+        "1_lr=1",
+        "0_lr=1",
+        "2_lr=1",
+    ]
 
 
 def test_a_line_cut_short_by_a_kill_costs_that_job_alone_its_place(tmp_path: Path) -> None:
-    place(tmp_path, 0, 0, "a", ["a=0"])
+    job_folder_name(tmp_path, 0, 0, "a", ["a=0"])
     with (tmp_path / "jobs.jsonl").open("a") as file:
         file.write('{"launch": 0, "num')
-    assert place(tmp_path, 0, 1, "a", ["a=1"]) == "1_a"
-    assert [one.folder for one in places(tmp_path)] == ["0_a", "1_a"]
+    assert job_folder_name(tmp_path, 0, 1, "a", ["a=1"]) == "1_a"
+    assert [one.folder for one in job_folders(tmp_path)] == ["0_a", "1_a"]
 
 
 def test_a_sweep_without_a_list_of_places_is_known_by_its_summaries(tmp_path: Path) -> None:
     (tmp_path / "3_seed=1").mkdir()
-    write_whole(tmp_path / "3_seed=1" / "summary.json", {"overrides": ["seed=1"], "status": "FINISHED"})
+    write_json(tmp_path / "3_seed=1" / "summary.json", {"overrides": ["seed=1"], "status": "FINISHED"})
     assert launched(tmp_path, [], []) == 1
-    assert place(tmp_path, 1, 0, "seed=1", ["seed=1"]) == "3_seed=1"
+    assert job_folder_name(tmp_path, 1, 0, "seed=1", ["seed=1"]) == "3_seed=1"
 
 
 # How far a job has come ----------------------------------------------------------------------------------
@@ -350,17 +371,17 @@ def checkpoint(folder: Path, update: int) -> Path:
 
 
 def test_a_finished_job_gives_its_value_and_any_other_its_newest_readable_checkpoint(tmp_path: Path) -> None:
-    assert job_status(tmp_path) == JobStatus()
-    write_whole(tmp_path / "summary.json", {"status": "RUNNING", "monitored": None})
-    assert job_status(tmp_path) == JobStatus()
+    assert job_status(RunFolder(tmp_path)) == JobStatus()
+    write_json(tmp_path / "summary.json", {"status": "RUNNING", "monitored": None})
+    assert job_status(RunFolder(tmp_path)) == JobStatus()
     older, newer = checkpoint(tmp_path, 5), checkpoint(tmp_path, 10)
-    assert job_status(tmp_path) == JobStatus(checkpoint=newer)
+    assert job_status(RunFolder(tmp_path)) == JobStatus(checkpoint=newer)
     newer.write_bytes(newer.read_bytes()[:-100])
-    assert job_status(tmp_path) == JobStatus(checkpoint=older)
+    assert job_status(RunFolder(tmp_path)) == JobStatus(checkpoint=older)
     older.write_bytes(b"")
-    assert job_status(tmp_path) == JobStatus()
-    write_whole(tmp_path / "summary.json", {"status": "FINISHED", "monitored": 0.5})
-    assert job_status(tmp_path) == JobStatus(True, 0.5)
+    assert job_status(RunFolder(tmp_path)) == JobStatus()
+    write_json(tmp_path / "summary.json", {"status": "FINISHED", "monitored": 0.5})
+    assert job_status(RunFolder(tmp_path)) == JobStatus(True, 0.5)
 
 
 def test_a_job_that_starts_anew_finds_nothing_of_the_old_one(tmp_path: Path) -> None:
@@ -368,14 +389,14 @@ def test_a_job_that_starts_anew_finds_nothing_of_the_old_one(tmp_path: Path) -> 
     kept = {"run.log", "config.yaml"}
     for name in (*kept, "summary.json", "metrics.jsonl", "progress.json"):
         (tmp_path / name).write_text("{}")
-    clear(tmp_path)
+    RunFolder(tmp_path).clear()
     assert {path.name for path in tmp_path.iterdir()} == kept
 
 
 HOLDER = """
 import sys, time, pathlib
-from accumexp.standing import alone_in
-with alone_in(pathlib.Path(sys.argv[1]), ""):
+from accumexp.tracking.folder import RunFolder, RunStatus
+with RunFolder(pathlib.Path(sys.argv[1])).hold(""):
     print("held", flush=True)
     time.sleep(60)
 """
@@ -399,7 +420,7 @@ def test_a_job_waits_for_another_process_that_still_runs_it(
     entered = threading.Event()
 
     def wait() -> None:
-        with alone_in(tmp_path, "job 3 seed=0"):
+        with RunFolder(tmp_path).hold("job 3 seed=0"):
             entered.set()
 
     waiting = threading.Thread(target=wait)
@@ -429,7 +450,7 @@ class Opened:
 def test_the_first_job_of_a_later_launch_opens_the_parent_again(tmp_path: Path) -> None:
     for said in ("", "", "python -m accumexp.run again"):
         begin_launch(tmp_path, Launch(said, [], []))
-    write_whole(tmp_path / "sweep.json", {"run_id": "p", "experiment_id": "1", "uri": "u", "launch": 0})
+    write_json(tmp_path / "sweep.json", {"run_id": "p", "experiment_id": "1", "uri": "u", "launch": 0})
     store: Any = Opened()
     for launch in (0, 2, 2):
         job = SweepJob(0, "a", tmp_path, [], "", None, launch=launch)

@@ -24,12 +24,14 @@ from accumexp.proof.gradients import DOUBLE
 from accumexp.proof.problem import Problem, Start, cast
 from accumexp.prove import session as certifying
 from accumexp.prove.experiment import problem_of, prove_experiment
+from accumexp.prove.job import ProofSpec
 from accumexp.prove.session import ProofSession
 from accumexp.prove.trainer_loop import TrainerLoop
 from accumexp.run import session as runner
 from accumexp.run.session import Run
 from accumexp.run.spec import RunSpec
 from accumexp.tracking import MLflowTracker, Store
+from accumexp.tracking.folder import RunFolder
 from accumexp.training.callbacks import Callback
 from accumexp.training.experiment import build_parts
 from accumexp.training.trainer import Trainer
@@ -74,11 +76,11 @@ def test_a_proofs_memory_is_released_before_the_run(tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr(certifying, "certified", certified)
     monkeypatch.setattr(runner, "build_parts", reached)
-    order = RunSpec(composed(*SMALL, "prove=true", "tracking=none"), tmp_path, None, None, "")
+    spec = RunSpec(composed(*SMALL, "prove=true", "tracking=none"), RunFolder(tmp_path))
     gc.disable()
     try:
         with pytest.raises(Reached):
-            Run(order, RankInfo()).execute()
+            Run(spec, RankInfo()).execute()
     finally:
         gc.enable()
 
@@ -96,7 +98,7 @@ def test_a_certificate_that_cannot_be_kept_leaves_no_run_running(
     monkeypatch.setattr(certifying, "prove_experiment", lambda *_: (Certificate([]), parts))
     monkeypatch.setattr(MLflowTracker, "artifact", full)
     with pytest.raises(OSError, match="disk is full"):
-        ProofSession(RunSpec(config, tmp_path, None, None, ""), RankInfo()).execute()
+        ProofSession(ProofSpec(config, RunFolder(tmp_path)), RankInfo()).execute()
     found = Store(config.tracking).client.search_runs([Store(config.tracking).experiment_id])
     assert [run.info.status for run in found] == ["FAILED"]
 

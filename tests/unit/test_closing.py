@@ -13,10 +13,10 @@ from filelock import FileLock
 from accumexp.config.schema import TrackingConfig
 from accumexp.errors import TrainingError
 from accumexp.run.sweep_end import closing_sweep
-from accumexp.sweeps.job_folders import Launch, begin_launch, place
-from accumexp.sweeps.sweep import SweepFolder
+from accumexp.sweeps.job_folders import Launch, begin_launch, job_folder_name
+from accumexp.sweeps.sweep import launched_sweep
 from accumexp.tracking import Store
-from accumexp.tracking.journal import write_whole
+from accumexp.tracking.json_file import write_json
 
 GONE = "http://127.0.0.1:9"  # where nothing listens
 
@@ -34,16 +34,16 @@ def sweep(tmp_path: Path) -> Iterator[Path]:
         begin_launch(folder, Launch("python -m accumexp.run", [f"seed={launch}"], []))
         over(folder, launch, status)
     yield folder
-    SweepFolder.current, SweepFolder.own_launches = None, ()
+    launched_sweep.reset()
 
 
 def over(folder: Path, launch: int, status: str, **more: Any) -> Path:
     overrides = [f"seed={launch}"]
-    job = folder / place(folder, launch, 0, overrides[0], overrides)
+    job = folder / job_folder_name(folder, launch, 0, overrides[0], overrides)
     job.mkdir(exist_ok=True)
     final = {"accuracy": 0.9, "loss": 0.25, "updates": 4.0, "seconds": 1.0}
     known = {"status": status, "overrides": overrides, "launch": launch, "run_id": None, "final": final}
-    write_whole(job / "summary.json", {**known, **more})
+    write_json(job / "summary.json", {**known, **more})
     return job
 
 
@@ -51,13 +51,13 @@ def parent(folder: Path, store: Store, uri: str = "") -> str:
     tags = {"accumexp.sweep": "true", "accumexp.folder": str(folder)}
     run_id = store.create_run("sweep", tags)
     written = {"run_id": run_id, "experiment_id": store.experiment_id, "uri": uri or store.uri, "launch": 1}
-    write_whole(folder / "sweep.json", written)
+    write_json(folder / "sweep.json", written)
     return run_id
 
 
 def close(folder: Path, launch: int, changes: Mapping[str, str] | None = None) -> None:
     with closing_sweep([], changes):
-        SweepFolder.current, SweepFolder.own_launches = folder, (launch,)
+        launched_sweep.folder, launched_sweep.launches = folder, (launch,)
 
 
 def status(store: Store, run_id: str) -> str:

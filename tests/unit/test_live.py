@@ -17,23 +17,25 @@ from rich.console import Console
 
 from accumexp.cli import conf_dir
 from accumexp.environment.console import OUTPUT, VIEWED, unseen
-from accumexp.sweeps.job_folders import counted, parallel, place
-from accumexp.sweeps.live_view import View, Watched, render
-from accumexp.tracking.journal import ProgressFile, write_whole
+from accumexp.sweeps.hydra_sweep import count_jobs, runs_in_parallel
+from accumexp.sweeps.job_folders import job_folder_name
+from accumexp.sweeps.live_view import LiveView, ViewedSweep, render
+from accumexp.tracking.journal import ProgressFile
+from accumexp.tracking.json_file import write_json
 
 from ..support.command import environment
 
 BEGAN = 1000.0
 
 
-def watched(folder: Path, jobs: int | None = 6, launch: int = 0, mode: str = "max") -> Watched:
-    return Watched(folder, launch, jobs, ["accum.steps", "seed"], "eval/accuracy", mode, BEGAN)
+def watched(folder: Path, jobs: int | None = 6, launch: int = 0, mode: str = "max") -> ViewedSweep:
+    return ViewedSweep(folder, launch, jobs, ["accum.steps", "seed"], "eval/accuracy", mode, BEGAN)
 
 
 def begun(folder: Path, number: int, launch: int = 0) -> Path:
     """A job that has its folder, and no more."""
     overrides = ["accum.steps=4", f"seed={number}", "model=mlp"]
-    job = folder / place(folder, launch, number, f"accum.steps=4,seed={number}", overrides)
+    job = folder / job_folder_name(folder, launch, number, f"accum.steps=4,seed={number}", overrides)
     job.mkdir(exist_ok=True)
     return job
 
@@ -41,16 +43,16 @@ def begun(folder: Path, number: int, launch: int = 0) -> Path:
 def told(job: Path, update: int, **values: float) -> None:
     named = {key.replace("_", "/", 1): value for key, value in values.items()}
     content = {"update": update, "total_updates": 400, "values": named, "time": time.time() + 0.01}
-    write_whole(job / "progress.json", content)
+    write_json(job / "progress.json", content)
 
 
 def over(job: Path, status: str = "FINISHED", monitored: float | None = 0.9, launch: int = 0) -> None:
     final = {"accuracy": 0.91, "loss": 0.25, "updates": 400.0, "seconds": 12.0}
     summary = {"status": status, "final": final, "monitored": monitored, "launch": launch, "error": "no luck"}
-    write_whole(job / "summary.json", summary)
+    write_json(job / "summary.json", summary)
 
 
-def drawn(seen: Watched, now: float, height: int = 24, width: int = 110) -> list[str]:
+def drawn(seen: ViewedSweep, now: float, height: int = 24, width: int = 110) -> list[str]:
     console = Console(record=True, width=width, file=open(os.devnull, "w"), force_terminal=True)
     console.print(render(seen, now, height))
     console.file.close()
@@ -111,7 +113,7 @@ def test_a_thousand_jobs_fit_a_terminal_and_ended_ones_are_read_once(
     assert "and 84 more are running" in lines
     assert any(line.startswith("900 of 2000 done, 0 failed, 100 running, 1000 waiting") for line in lines)
     looked: list[str] = []
-    monkeypatch.setattr("accumexp.sweeps.live_view.read_whole", lambda path: looked.append(path.name) or {})
+    monkeypatch.setattr("accumexp.tracking.folder.read_json", lambda path: looked.append(path.name) or {})
     assert seen.read() == []
     assert looked.count("summary.json") == 100
 
@@ -127,14 +129,14 @@ def test_what_an_earlier_launch_left_is_not_taken_for_this_ones_end(tmp_path: Pa
         begun(tmp_path, number, launch=1)
     seen = watched(tmp_path, jobs=4, launch=1)
     (before,) = seen.read()
-    assert before.ended() == "job 0 accum.steps=4,seed=0: finished before"
+    assert before.result_line() == "job 0 accum.steps=4,seed=0: finished before"
     lines = drawn(seen, BEGAN + 10)
     assert [line.split()[-1] for line in lines[:2]] == ["starting", "starting"]
     # Nothing is known yet of this launch's own pace.
     assert lines[2] == "1 of 4 done, 0 failed, 2 running, 1 waiting; 10.0 s elapsed"
     over(failed, "FAILED", launch=1)
     (ended,) = seen.read()
-    assert ended.ended() == "job 1 accum.steps=4,seed=1: no luck, see 1_accum.steps=4,seed=1/run.log"
+    assert ended.result_line() == "job 1 accum.steps=4,seed=1: no luck, see 1_accum.steps=4,seed=1/run.log"
 
 
 def test_a_job_without_a_word_for_long_is_said_to_be_silent(tmp_path: Path) -> None:
@@ -156,7 +158,7 @@ def test_half_a_file_is_read_at_the_next_look(tmp_path: Path) -> None:
 def test_the_view_prints_a_line_for_every_job_that_ends(tmp_path: Path) -> None:
     with (tmp_path / "screen").open("w") as file:
         console = Console(file=file, force_terminal=True, width=100, height=20)
-        view = View(watched(tmp_path), console)
+        view = LiveView(watched(tmp_path), console)
         assert os.environ[VIEWED]
         over(begun(tmp_path, 0))
         begun(tmp_path, 1)
@@ -200,10 +202,10 @@ def test_nothing_is_redirected_without_a_view(tmp_path: Path, monkeypatch: pytes
 def test_progress_is_written_once_a_second_at_most(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [BEGAN]
     monkeypatch.setattr("accumexp.tracking.journal.time.time", lambda: clock[0])
-    file = ProgressFile(tmp_path, 400)
+    file = ProgressFile(tmp_path / "progress.json", 400)
     for update, seconds in ((1, 0.0), (2, 0.6), (3, 1.1)):
         clock[0] = BEGAN + seconds
-        file.tell(update, {f"v{update}": float(update)})
+        file.write(update, {f"v{update}": float(update)})
         written = json.loads((tmp_path / "progress.json").read_text())
         assert written["update"] == (1 if update < 3 else 3)
     assert written == {
@@ -242,7 +244,7 @@ def test_jobs_are_counted_as_hydras_sweeper_makes_them(
     taken = [one for one in overrides if not one.startswith("name")]
     config = multirun(*taken)
     task = [one for one in overrides if not one.startswith("hydra")]
-    assert counted(config.hydra.sweeper, task) == (jobs, varied)
+    assert count_jobs(config.hydra.sweeper, task) == (jobs, varied)
 
 
 @pytest.mark.parametrize(
@@ -255,4 +257,4 @@ def test_jobs_are_counted_as_hydras_sweeper_makes_them(
     ],
 )
 def test_every_launcher_but_hydras_own_is_a_parallel_one(launcher: dict[str, Any], expected: bool) -> None:
-    assert parallel(launcher) is expected
+    assert runs_in_parallel(launcher) is expected

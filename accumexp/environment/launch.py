@@ -1,10 +1,11 @@
-"""Starting a run's ranks on this machine, and telling what became of them."""
+"""Starts the ranks of a command on this machine, and raises what they raised."""
 
 from __future__ import annotations
 
 import json
 import logging
 import os
+import pickle
 import signal
 import sys
 import tempfile
@@ -12,28 +13,33 @@ import threading
 import time
 import traceback
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import psutil
-from omegaconf import DictConfig, OmegaConf
 
-from ..config.schema import from_hydra
 from ..errors import TrainingError, UsageError
-from ..tracking.journal import SUMMARY, write_whole
-from .spec import CONFIG, RunSpec
 
 EXPECTED = {error.__name__: error for error in (UsageError, TrainingError)}
+WORKER = "accumexp.environment.worker"
+CALL = "call.pickle"
 
 
 class RankError(Exception):
-    """A rank failed by a bug; holds its traceback."""
+    """An unexpected exception of a rank, with its traceback."""
 
 
-def launch(spec: RunSpec, processes: int) -> None:
-    """Carries out `spec` in `processes` ranks of this machine and waits for their end.
+def launch(
+    function: Callable[[Any], Any], argument: Any, processes: int, logging_config: Mapping[str, Any]
+) -> None:
+    """Calls `function(argument)` in each of `processes` ranks on this machine and waits for their end.
+
+    Function and argument are pickled. The ranks find their number in torchrun's environment variables.
+
+    Args:
+        logging_config: the logging of the first rank, as `logging.config.dictConfig` takes it.
 
     Raises:
         UsageError, TrainingError: what a rank raised, or that one was killed.
@@ -46,7 +52,7 @@ def launch(spec: RunSpec, processes: int) -> None:
 
     with tempfile.TemporaryDirectory(prefix="accumexp-") as temporary, _signals_restored(), _quiet_elastic():
         folder = Path(temporary)
-        spec.write(folder / "order.json")
+        (folder / CALL).write_bytes(pickle.dumps((function, argument, dict(logging_config))))
         config = LaunchConfig(
             min_nodes=1,
             max_nodes=1,
@@ -60,52 +66,52 @@ def launch(spec: RunSpec, processes: int) -> None:
         )
         before = set(psutil.Process().children(recursive=True))
         try:
-            elastic_launch(config, sys.executable)("-m", "accumexp.run.rank", str(folder))
+            elastic_launch(config, sys.executable)("-m", WORKER, str(folder))
         except ChildFailedError as error:
             raise _cause(folder, error.failures) from None
         except SignalException as stop:
             raise SystemExit(128 + stop.sigval) from None
         finally:
             for child in set(psutil.Process().children(recursive=True)) - before:
-                if "accumexp.run.rank" in _arguments(child):
+                if WORKER in _arguments(child):
                     child.kill()
 
 
 def report(folder: Path, rank: int, error: BaseException) -> None:
-    """Leaves what happened in a rank where `launch` finds it."""
+    """Writes the exception of a rank where `launch` reads it."""
     import torch.distributed as dist
 
     kind = type(error).__name__ if isinstance(error, tuple(EXPECTED.values())) else ""
-    # A rank whose neighbour is gone says so; that is never the cause.
+    # The error of a rank that has lost another one is not the cause.
     lost = isinstance(error, dist.DistError) or "peer" in str(error) or "Connection" in str(error)
-    written = {
+    content = {
         "kind": kind,
         "message": str(error) or type(error).__name__,
         "traceback": "".join(traceback.format_exception(error)),
         "time": time.time(),
         "lost": lost and not kind,
     }
-    (folder / f"rank-{rank}.json").write_text(json.dumps(written))
+    (folder / f"rank-{rank}.json").write_text(json.dumps(content))
 
 
 def _cause(folder: Path, failures: dict[int, Any]) -> BaseException:
-    """The first failure that no other explains, as an exception that names its rank.
+    """The first failure that no other one explains, as an exception that names its rank.
 
-    Ranks that were stopped by a signal of their own ended as they should: the command does so too.
+    Ranks that ended on a signal of their own ended as they should: the command exits with the same code.
     """
     reports = {int(path.stem[5:]): json.loads(path.read_text()) for path in folder.glob("rank-*.json")}
     killed = {r: f for r, f in failures.items() if f.exitcode < 0 and r not in reports}
-    unasked = {rank: f for rank, f in killed.items() if f.exitcode != -signal.SIGTERM}
-    own = {rank: found for rank, found in reports.items() if not found["lost"]}
-    if unasked:
-        rank, failure = next(iter(unasked.items()))
+    by_others = {rank: f for rank, f in killed.items() if f.exitcode != -signal.SIGTERM}
+    first_hand = {rank: one for rank, one in reports.items() if not one["lost"]}
+    if by_others:
+        rank, failure = next(iter(by_others.items()))
         return TrainingError(f"rank {rank} (process {failure.pid}) was killed by {failure.signal_name()}")
-    for candidates in (own, reports):
+    for candidates in (first_hand, reports):
         if candidates:
-            rank, found = min(candidates.items(), key=lambda item: item[1]["time"])
-            if found["kind"]:
-                return EXPECTED[found["kind"]](found["message"])
-            return RankError(f"rank {rank}: {found['message']}\n{found['traceback']}")
+            rank, cause = min(candidates.items(), key=lambda item: item[1]["time"])
+            if cause["kind"]:
+                return EXPECTED[cause["kind"]](cause["message"])
+            return RankError(f"rank {rank}: {cause['message']}\n{cause['traceback']}")
     rank, failure = next(iter(failures.items()))
     if failure.exitcode in (130, 143):
         return SystemExit(failure.exitcode)
@@ -121,50 +127,31 @@ def _arguments(process: psutil.Process) -> list[str]:
 
 @contextmanager
 def _signals_restored() -> Iterator[None]:
-    """Puts back the handlers that the launcher replaces and leaves behind."""
+    """Restores the signal handlers that torch's launcher replaces."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
-    before = {number: signal.getsignal(number) for number in numbers}
+    handlers = {number: signal.getsignal(number) for number in numbers}
     try:
         yield
     finally:
-        for number, handler in before.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)
 
 
 @contextmanager
 def _quiet_elastic() -> Iterator[None]:
-    """What the launcher would print of a failing rank is said in one line by us."""
+    """Silences torch's launcher, which prints many lines for a rank that fails."""
     names = [name for name in logging.root.manager.loggerDict if name.startswith("torch.distributed.elastic")]
     levels = {name: logging.getLogger(name).level for name in names}
     for name in names:
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    asked = os.environ.get("TORCHELASTIC_SIGNALS_TO_HANDLE")
+    handled = os.environ.get("TORCHELASTIC_SIGNALS_TO_HANDLE")
     try:
         yield
     finally:
         for name, level in levels.items():
             logging.getLogger(name).setLevel(level)
-        if asked is None:
+        if handled is None:
             os.environ.pop("TORCHELASTIC_SIGNALS_TO_HANDLE", None)
-
-
-def settle(folder: Path, status: str, error: str | None) -> None:
-    """Closes the record of a run whose ranks ended without doing so, and corrects the cause they gave."""
-    path = folder / SUMMARY
-    if not path.exists():
-        return
-    known = json.loads(path.read_text())
-    unclosed = known["status"] == "RUNNING"
-    if unclosed or error and known["status"] == "FAILED":
-        known.update(status=status, error=error)
-        write_whole(path, known)
-    written = folder / CONFIG
-    if unclosed and known["run_id"] and written.exists():
-        from ..tracking import Store
-
-        saved = OmegaConf.load(written)
-        assert isinstance(saved, DictConfig)
-        Store(from_hydra(saved).tracking).client.set_terminated(known["run_id"], status)

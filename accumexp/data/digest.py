@@ -1,0 +1,61 @@
+"""What a tracker records of each split: its data set's name, source, size and digest."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..accum.batch import map_tensors, tensors
+from ..config.schema import DataConfig, to_plain
+from .batches import Batches, ResidentBatches
+from .splits import Splits
+
+
+@dataclass(frozen=True)
+class DatasetRecord:
+    """A split as MLflow records it.
+
+    Attributes:
+        source: the `_target_` node that makes the data set, as JSON.
+        context: "train", "eval" or "test".
+    """
+
+    name: str
+    digest: str
+    source: str
+    context: str
+    samples: int
+
+
+def dataset_records(config: DataConfig, splits: Splits) -> list[DatasetRecord]:
+    """The records of the three splits."""
+    records = []
+    for context, node, batches in (
+        ("train", config.train, splits.train),
+        ("eval", config.eval or config.train, splits.eval),
+        ("test", config.test, splits.test),
+    ):
+        source = json.dumps(to_plain(node))
+        records.append(DatasetRecord(_name(node), digest(source, batches), source, context, batches.samples))
+    return records
+
+
+def digest(source: str, batches: Batches) -> str:
+    """32 bits of a hash of the data set's source and its samples' indices, as hexadecimal digits.
+
+    Where the samples are in memory, all targets and 64 inputs are hashed too.
+    """
+    result = hashlib.blake2b(source.encode(), digest_size=4)
+    result.update(batches.indices.numpy().tobytes())
+    if isinstance(batches, ResidentBatches):
+        first = map_tensors(lambda tensor: tensor[:64], batches.inputs)
+        for tensor in [*tensors(batches.targets), *tensors(first)]:
+            result.update(tensor.detach().cpu().double().contiguous().numpy().tobytes())
+    return result.hexdigest()
+
+
+def _name(node: Mapping[str, Any]) -> str:
+    return str(node["_target_"]).rpartition(".")[2].lower()

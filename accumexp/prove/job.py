@@ -1,0 +1,80 @@
+"""Hydra's job of `prove`: one certificate, made in this process or in ranks of its own."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+from ..cli import exit_with_error, log_error
+from ..config.schema import Config, from_hydra
+from ..environment.launch import launch
+from ..environment.ranks import RankInfo, launched_rank
+from ..errors import UsageError
+from ..sweeps.hydra_sweep import command_line
+from ..tracking.folder import RunFolder
+
+
+@dataclass(frozen=True)
+class ProofSpec:
+    """A certificate to make: of which experiment, in which folder, by which command line."""
+
+    config: Config
+    folder: RunFolder
+    command: str = ""
+
+
+def prove_job(cfg: DictConfig) -> None:
+    """Makes the certificate, and ends the process with 1 if the window is not proved."""
+    from hydra.core.hydra_config import HydraConfig
+
+    hydra = HydraConfig.get()
+    folder = RunFolder(Path(hydra.runtime.output_dir))
+    launched = launched_rank()
+    rank_info = launched or RankInfo()
+    try:
+        spec = _spec(cfg, folder)
+        processes = spec.config.accum.processes or 1
+        if launched is None and processes > 1:
+            logging_config = OmegaConf.to_container(hydra.job_logging, resolve=True)
+            assert isinstance(logging_config, dict)
+            launch(prove_in_rank, spec, processes, {str(key): value for key, value in logging_config.items()})
+            proved = folder.proved()
+        else:
+            proved = prove(spec, rank_info)
+    except Exception as error:
+        if rank_info.first and isinstance(error, UsageError) and not cfg.resume:
+            folder.remove_unused()
+        log_error(error)
+        exit_with_error(error, rank_info)
+    if not proved:
+        sys.exit(1)
+
+
+def _spec(cfg: DictConfig, folder: RunFolder) -> ProofSpec:
+    """
+    Raises:
+        UsageError: naming the key that is wrong.
+    """
+    if cfg.resume:
+        raise UsageError(f"resume={cfg.resume}: a proof begins at the beginning, leave it out")
+    config = from_hydra(cfg)
+    if config.replicas != 1:
+        raise UsageError(f"replicas={config.replicas}: a certificate is of one run, leave replicas out")
+    return ProofSpec(config, folder, command_line(sys.argv[1:], "prove"))
+
+
+def prove(spec: ProofSpec, rank_info: RankInfo) -> bool:
+    """Makes the certificate in this process. Its imports are not needed by one that only launches ranks."""
+    from .session import ProofSession
+
+    return ProofSession(spec, rank_info).execute()
+
+
+def prove_in_rank(spec: ProofSpec) -> None:
+    """`prove` in a rank that `launch` started."""
+    rank_info = launched_rank()
+    assert rank_info is not None
+    prove(spec, rank_info)

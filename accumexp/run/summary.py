@@ -1,0 +1,87 @@
+"""What a person sees of a run: a line at its start, warnings, and the summary at its end."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ..accum import Inequality
+from ..config.schema import LossScaling
+from ..environment.console import console, duration, show_values
+from ..environment.device import MIB, device_name
+from ..tracking import Tracker
+from ..tracking.folder import RunFolder
+from ..training.experiment import Experiment
+from ..training.trainer import Trainer
+
+
+def announce(experiment: Experiment, trainer: Trainer, unequal: Sequence[Inequality]) -> None:
+    """Prints one line of what is trained and on what, and warns where the window is not the larger batch."""
+    config, train, device = experiment.config, experiment.splits.train, experiment.device
+    steps = trainer.window.steps
+    window = f"{steps} micro-batches of {config.accum.micro_batch_size}" if steps > 1 else "one micro-batch"
+    if experiment.rank_info.size > 1:
+        window += f" on each of {experiment.rank_info.size} ranks"
+    precision = config.precision.name if config.precision else ""
+    if config.accum.loss_scale is not LossScaling.none:
+        precision = f"loss-scaled {precision}"
+    console.print(
+        f"{config.model['_target_'].rpartition('.')[2]} on {train.samples} samples, "
+        f"{trainer.total_updates} updates of {train.batch_size} samples in {window}, {precision} "
+        f"on {device} ({device_name(device)})",
+        highlight=False,
+        soft_wrap=True,
+    )
+    warn(unequal)
+
+
+def warn(unequal: Sequence[Inequality]) -> None:
+    """Prints where the window is not the larger batch, three modules at most."""
+    for one in unequal[:3]:
+        console.print(f"not the larger batch: {one.module} ({one.kind}): {one.reason}", style="yellow")
+    if len(unequal) > 3:
+        console.print(f"not the larger batch: and {len(unequal) - 3} more modules like these", style="yellow")
+
+
+def final_values(trainer: Trainer) -> dict[str, float]:
+    """The values of `final/*`: loss and metrics of the test split, and what the run cost."""
+    tested = {key.removeprefix("test/"): value for key, value in trainer.evaluate("test").items()}
+    progress = trainer.progress
+    seconds = max(progress.seconds, 1e-9)
+    final = {
+        **tested,
+        **{key.replace("eval/", "eval_"): v for key, v in trainer.latest.items() if key.startswith("eval/")},
+        "test_samples": float(trainer.splits.test.samples),
+        "updates": float(progress.update),
+        "epochs": float(progress.epoch),
+        "samples": float(progress.samples),
+        "seconds": progress.seconds,
+        "samples_per_second": progress.samples / seconds,
+        "update_ms": 1e3 * seconds / max(progress.update, 1),
+        "activation_mib": progress.activation_bytes / MIB,
+    }
+    if "perf/peak_memory_mib" in trainer.latest:
+        final["peak_memory_mib"] = trainer.latest["perf/peak_memory_mib"]
+    return final
+
+
+def show_summary(final: dict[str, float], trainer: Trainer, tracker: Tracker, folder: RunFolder) -> None:
+    """Prints the result of a finished run, its folder and its page in MLflow."""
+    values: dict[str, object] = {}
+    if "accuracy" in final:
+        values["test accuracy"] = f"{final['accuracy']:.4f}"
+    values["test loss"] = f"{final['loss']:.4f}"
+    values["updates"] = f"{trainer.progress.update} in {duration(trainer.progress.seconds)}"
+    speed, rate = final["update_ms"], final["samples_per_second"]
+    values["speed"] = f"{speed:.2f} ms an update, {rate:.0f} samples/s"
+    values["memory"] = f"{final['activation_mib']:.2f} MiB of activations"
+    if "peak_memory_mib" in final:
+        values["memory"] += f", {final['peak_memory_mib']:.0f} MiB at the peak"
+    if trainer.out_of_memory.lines:
+        values["out of memory"] = trainer.out_of_memory.lines[-1]
+    if trainer.stop_reason:
+        values["ended by"] = trainer.stop_reason
+    values["folder"] = folder.path
+    if folder.best.exists():
+        values["best model"] = folder.best
+    values.update(tracker.links())
+    show_values("summary", values)

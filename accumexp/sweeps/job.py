@@ -1,0 +1,125 @@
+"""A job of a sweep: its place in the sweep, its parent run, and how its failure is recorded."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock
+from omegaconf import OmegaConf
+
+from ..tracking.folder import RunFolder, RunStatus, Summary
+from ..tracking.json_file import write_json
+from .hydra_sweep import ADDED, MULTIRUN, command_line, count_jobs, runs_in_parallel
+from .job_folders import launches, slug
+from .sweep import PARENT, launched_sweep
+
+if TYPE_CHECKING:
+    from ..config.schema import TrackingConfig
+    from ..tracking import Store
+
+
+@dataclass(frozen=True)
+class SweepJob:
+    """One job of a sweep.
+
+    Attributes:
+        number, name: of its folder.
+        folder: the sweep's folder.
+        command: the command line of the sweep; a launcher's worker has another one.
+        batch: the jobs that are handed to the launcher together, None if the sweeper is not Hydra's own.
+        parallel: whether other jobs may run at the same time, on this machine or another.
+        launch: the launch of the sweep, 0 for the first.
+        turn, jobs: the job is number `turn` (from 1) of the `jobs` of its launch; `jobs` is None if unknown.
+        alone: the command is no sweep, but has `replicas=`.
+    """
+
+    number: int
+    name: str
+    folder: Path
+    overrides: list[str]
+    command: str
+    batch: int | None
+    parallel: bool = False
+    launch: int = 0
+    turn: int = 1
+    jobs: int | None = None
+    alone: bool = False
+
+    @classmethod
+    def of(cls, hydra: Any) -> SweepJob | None:
+        """The job that Hydra's configuration describes, None outside a sweep."""
+        from hydra.types import RunMode
+
+        if hydra.mode != RunMode.MULTIRUN:
+            return None
+        number, _, name = Path(hydra.runtime.output_dir).name.partition("_")
+        folder = Path(hydra.sweep.dir).absolute()
+        multirun = folder / "multirun.yaml"  # written by Hydra's sweeper before the first job
+        overrides = OmegaConf.load(multirun).hydra.overrides if multirun.exists() else hydra.overrides
+        arguments = list(launched_sweep.arguments or sys.argv[1:])
+        if launched_sweep.folder is None:
+            typed = [override for override in overrides.hydra if override.partition("=")[0] not in ADDED]
+            arguments = ["-m", *overrides.task, *typed]
+        batch, _ = count_jobs(hydra.sweeper, overrides.task)
+        if batch is not None:
+            batch = min(batch, hydra.sweeper.get("max_batch_size") or batch)
+        launched_here = launched_sweep.folder == folder
+        return cls(
+            *(int(number), name, folder, list(hydra.overrides.task), command_line(arguments), batch),
+            parallel=runs_in_parallel(hydra.launcher),
+            launch=int(hydra.callbacks.sweep.launch),
+            turn=int(hydra.job.num) + 1,
+            jobs=launched_sweep.jobs if launched_here else None,
+            alone=launched_here and not MULTIRUN & set(launched_sweep.arguments),
+        )
+
+    def replica(self, seed: int) -> SweepJob:
+        """The job of the run of `seed`, as it would be in a sweep over seeds."""
+        others = [
+            one for one in self.overrides if one.partition("=")[0].lstrip("+") not in ("replicas", "seed")
+        ]
+        overrides = [*others, f"seed={seed}"]
+        return replace(self, name=slug(",".join(sorted(overrides))), overrides=overrides)
+
+    @property
+    def title(self) -> str:
+        return f"job {self.number} {self.name}"
+
+    def parent(self, store: Store | None) -> str | None:
+        """The id of the parent run, which the first job that gets this far creates; None without a store."""
+        if store is None:
+            return None
+        path = self.folder / PARENT
+        with FileLock(self.folder / ".sweep.lock", timeout=120):
+            if not path.exists():
+                tags = {
+                    "accumexp.command": self.command,
+                    "accumexp.folder": str(self.folder),
+                    "accumexp.sweep": "true",
+                }
+                run_id = store.create_run(f"sweep {self.folder.name}", tags)
+                store.arrange_sweep(run_id)
+                entries = {"run_id": run_id, "experiment_id": store.experiment_id, "uri": store.uri}
+                write_json(path, {**entries, "launch": self.launch})
+            entries = json.loads(path.read_text())
+            if entries.get("launch", 0) < self.launch:
+                store.open_again(entries["run_id"], launches(self.folder)[self.launch].command)
+                write_json(path, {**entries, "launch": self.launch})
+            return entries["run_id"]
+
+    def same_store(self, tracking: TrackingConfig) -> None:
+        """Keeps a sweep in the store it began in, whatever folder it is resumed from."""
+        path = self.folder / PARENT
+        if tracking.uri is None and path.exists():
+            tracking.uri = json.loads(path.read_text())["uri"]
+
+    def record_failure(self, folder: RunFolder, error: Exception) -> None:
+        """Writes the job's failure into its summary, where the sweep's end reads it."""
+        summary = folder.summary() or Summary(RunStatus.FAILED, overrides=self.overrides)
+        summary.status, summary.launch = RunStatus.FAILED, self.launch
+        summary.error = str(error) or type(error).__name__
+        folder.write_summary(summary)

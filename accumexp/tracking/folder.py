@@ -1,0 +1,206 @@
+"""The folder of a run: its file names, its status and its locks. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from omegaconf import DictConfig, OmegaConf
+
+from ..config.schema import Config, to_plain
+from .json_file import read_json, write_json
+
+CHECKPOINTS = "checkpoints"
+BEST = "best.pt"
+CERTIFICATE_TAG = "accumexp.certificate"
+
+
+class RunStatus(StrEnum):
+    """The status of a run, in `summary.json` and in MLflow."""
+
+    RUNNING = "RUNNING"
+    FINISHED = "FINISHED"
+    FAILED = "FAILED"
+    KILLED = "KILLED"
+
+
+@dataclass
+class Summary:
+    """The content of `summary.json`.
+
+    Attributes:
+        error: why the run failed, None if it did not.
+        overrides: the job's part of the command line, empty outside a sweep.
+        run_id: the MLflow run, None without one.
+        final: `final/*` without the prefix, empty until the run has finished.
+        monitored: the newest value of the monitored metric.
+        launch: the launch of the sweep that ran the job, 0 for the first.
+        tags: the tags of the MLflow run that describe how it was computed.
+        replicas: of a job of many seeds, the names of its runs' folders.
+    """
+
+    status: RunStatus
+    error: str | None = None
+    overrides: list[str] = field(default_factory=list)
+    seed: int | None = None
+    run_id: str | None = None
+    final: dict[str, float] = field(default_factory=dict)
+    monitored: float | None = None
+    launch: int = 0
+    tags: dict[str, str] = field(default_factory=dict)
+    replicas: list[str] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, entries: Mapping[str, Any]) -> Summary | None:
+        """The summary with these entries; None if they are not those of a summary."""
+        names = {one.name for one in fields(cls)}
+        try:
+            status = RunStatus(entries.get("status", ""))
+        except ValueError:
+            return None
+        return cls(**{**{key: value for key, value in entries.items() if key in names}, "status": status})
+
+    @property
+    def finished(self) -> bool:
+        return self.status is RunStatus.FINISHED
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The files of the run in `path`."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        """The resolved configuration."""
+        return self.path / "config.yaml"
+
+    @property
+    def metrics(self) -> Path:
+        """Every logged point, a line an update."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def progress(self) -> Path:
+        """How far a job of a parallel sweep is."""
+        return self.path / "progress.json"
+
+    @property
+    def certificate(self) -> Path:
+        return self.path / "certificate.json"
+
+    @property
+    def code_diff(self) -> Path:
+        """Uncommitted changes of the code that was run."""
+        return self.path / "code.diff"
+
+    @property
+    def log(self) -> Path:
+        return self.path / "run.log"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / CHECKPOINTS
+
+    @property
+    def best(self) -> Path:
+        """The best checkpoint."""
+        return self.checkpoints / BEST
+
+    @property
+    def summary_file(self) -> Path:
+        return self.path / "summary.json"
+
+    @property
+    def _job_lock(self) -> Path:
+        return self.path / ".job.lock"
+
+    @property
+    def _ranks_lock(self) -> Path:
+        return self.path / ".ranks.lock"
+
+    @classmethod
+    def of_checkpoint(cls, path: Path) -> RunFolder:
+        """The folder of the run that wrote the checkpoint `path`."""
+        return cls(path.parent.parent)
+
+    def summary(self) -> Summary | None:
+        """The summary; None if there is none, or it is damaged."""
+        return Summary.of(read_json(self.summary_file))
+
+    def write_summary(self, summary: Summary) -> None:
+        write_json(self.summary_file, asdict(summary))
+
+    def write_config(self, config: Config) -> None:
+        self.config.write_text(OmegaConf.to_yaml(OmegaConf.create(to_plain(config))))
+
+    def read_config(self) -> DictConfig | None:
+        """The configuration as it was written; None if there is none."""
+        if not self.config.exists():
+            return None
+        written = OmegaConf.load(self.config)
+        assert isinstance(written, DictConfig)
+        return written
+
+    def proved(self) -> bool:
+        """Whether the certificate in the folder is one of equality."""
+        return json.loads(self.certificate.read_text())["verdict"] != "not proved"
+
+    def clear(self) -> None:
+        """Removes the files of an earlier run that a new one would take for its own; `run.log` is kept."""
+        for path in (self.summary_file, self.metrics, self.progress, self.code_diff):
+            path.unlink(missing_ok=True)
+        shutil.rmtree(self.checkpoints, ignore_errors=True)
+
+    def remove_unused(self) -> None:
+        """Removes the folder if it holds nothing but what a command that was refused leaves."""
+        names = {".hydra", self.log.name, self.metrics.name, self._job_lock.name, self._ranks_lock.name}
+        if not self.path.is_dir() or not {entry.name for entry in self.path.iterdir()} <= names:
+            return
+        if not self.metrics.exists() or not self.metrics.stat().st_size:
+            shutil.rmtree(self.path, ignore_errors=True)
+
+    def held(self) -> bool:
+        """Whether a living process carries out the job in this folder."""
+        try:
+            for lock in (self._job_lock, self._ranks_lock):
+                if lock.exists():
+                    with FileLock(lock, timeout=0):
+                        pass
+        except Timeout:
+            return True
+        return False
+
+    @contextmanager
+    def hold(self, title: str) -> Iterator[None]:
+        """Holds the job's lock; waits, with a line that names `title`, while another process holds it.
+
+        The system releases the lock however its holder ends. A sweep's launcher may be dead while a job of it
+        lives on in a worker, or in the ranks that the worker started.
+        """
+        lock = FileLock(self._job_lock)
+        try:
+            try:
+                lock.acquire(timeout=0)
+                with FileLock(self._ranks_lock, timeout=0):
+                    pass
+            except Timeout:
+                print(f"{title}: still runs in another process, waiting for it", flush=True)
+                lock.acquire()
+                with FileLock(self._ranks_lock):
+                    pass
+            yield
+        finally:
+            lock.release(force=True)
+
+    def hold_for_ranks(self) -> FileLock:
+        """The lock that a job's ranks hold, which may outlive the process that started them."""
+        return FileLock(self._ranks_lock)

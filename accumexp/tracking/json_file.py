@@ -1,0 +1,25 @@
+"""JSON files that several processes write and read."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+def write_json(path: Path, entries: Mapping[str, Any]) -> None:
+    """Writes `entries` as JSON in one step, so that a reader never sees half of them."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(entries, indent=2) + "\n")
+    os.replace(partial, path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """What `write_json` wrote; empty if there is no such file, or it is damaged."""
+    try:
+        entries = json.loads(path.read_text())
+    except (FileNotFoundError, ValueError):
+        return {}
+    return entries if isinstance(entries, dict) else {}
