@@ -9,6 +9,7 @@ from time import perf_counter
 
 from omegaconf import open_dict
 
+from accumexp.tracking.folder import RunStatus
 from accumexp.training.callbacks import Callback
 from accumexp.training.trainer import Trainer
 
@@ -39,14 +40,15 @@ class Accumexp(Contender):
     name = "accumexp"
 
     def __init__(self, task: Task) -> None:
-        from accumexp.run.record import RunRecord, open_tracker, write_config
         from hydra import compose, initialize_config_dir
 
         from accumexp.cli import conf_dir
         from accumexp.config.schema import TrackingConfig, from_hydra
-        from accumexp.run.spec import RunSpec
+        from accumexp.data.digest import dataset_records
         from accumexp.tracking import Store
-        from accumexp.training.experiment import build_parts, build_trainer
+        from accumexp.tracking.folder import RunFolder
+        from accumexp.tracking.record import RunRecord, create_tracker
+        from accumexp.training.experiment import Experiment
 
         self.task = task
         self._folder = tempfile.TemporaryDirectory()
@@ -77,13 +79,21 @@ class Accumexp(Contender):
             cfg.data.train, cfg.data.eval = samples, None
             cfg.data.test = samples | {"samples": 1}
         config = from_hydra(cfg)
-        parts = build_parts(config)
-        self.record = RunRecord(folder)
-        self.trainer = build_trainer(config, parts, self.record)
-        self.model, self.optimizer = parts.model, self.trainer.optimizer
-        write_config(folder, config)
-        order = RunSpec(config, folder, None, None, "python -m benchmarks.window")
-        self.record.tracker = open_tracker(order, Store(config.tracking), parts, {}, None, None)
+        experiment = Experiment.build(config)
+        run_folder = RunFolder(folder)
+        self.record = RunRecord(run_folder)
+        self.trainer = experiment.trainer(self.record)
+        self.model, self.optimizer = experiment.model, self.trainer.optimizer
+        run_folder.write_config(config)
+        self.record.tracker = create_tracker(
+            config,
+            run_folder,
+            Store(config.tracking),
+            name="benchmark",
+            command="python -m benchmarks.window",
+            tags={},
+            datasets=dataset_records(config.data, experiment.splits),
+        )
         stop = self.trainer.callbacks["stop"]
         assert isinstance(stop, StopAtUpdate)
         self.stop = stop
@@ -107,5 +117,5 @@ class Accumexp(Contender):
         return perf_counter() - start
 
     def close(self) -> None:
-        self.record.close("FINISHED")
+        self.record.close(RunStatus.FINISHED)
         self._folder.cleanup()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
 
 import torch.distributed as dist
 
@@ -12,7 +11,6 @@ from ..config.sizes import AUTO
 from ..environment.console import amount, console
 from ..environment.ranks import RankInfo
 from ..errors import UsageError
-from ..run.spec import RunSpec
 from .planner import Limit, Planner, Point
 from .trial_run import rehearsing
 
@@ -20,20 +18,19 @@ log = logging.getLogger(__name__)
 TAG = "accumexp.plan"
 
 
-def planned(spec: RunSpec, rank_info: RankInfo) -> tuple[RunSpec, dict[str, str]]:
-    """`spec` with a number of steps, and the tags that say how it came about; without `auto`, as it is.
+def planned(config: Config, rank_info: RankInfo, resuming: bool = False) -> tuple[Config, dict[str, str]]:
+    """`config` with a number of steps, and the tag of how it was chosen; without `auto`, `config` itself.
 
     All ranks call, and take the most steps that any of them needs.
 
     Raises:
         UsageError: if nothing fits, on all ranks alike, or for windows that are recorded.
     """
-    config = spec.config
     if config.accum.steps != AUTO:
-        if config.accum.memory_limit is not None and spec.resume_from is None and rank_info.first:
+        if config.accum.memory_limit is not None and not resuming and rank_info.first:
             given = f"accum.memory_limit={config.accum.memory_limit}"
             log.warning("%s: has no effect, accum.steps=%s keeps to it", given, AUTO)
-        return spec, {}
+        return config, {}
     if config.trainer.graph:
         raise UsageError(
             f"accum.steps={AUTO}: a recorded window keeps memory that cannot be tried beforehand, give "
@@ -47,7 +44,7 @@ def planned(spec: RunSpec, rank_info: RankInfo) -> tuple[RunSpec, dict[str, str]
         f"{amount(point.predicted)}, measured {amount(point.measured or 0)}, at most {limit}"
     )
     console.print(f"accum.steps={AUTO}: {said}", highlight=False, soft_wrap=True)
-    return replace(spec, config=settled(config, point.steps)), {TAG: said}
+    return settled(config, point.steps), {TAG: said}
 
 
 def agreed(config: Config, rank_info: RankInfo) -> tuple[Point, Limit]:

@@ -106,7 +106,7 @@ class ReplicaRun:
 
     def _train(self, runs: Sequence[Run], signals: StopSignals) -> None:
         config = runs[0].spec.config
-        splits = shared_splits(config, placement(config), self.key)
+        splits = shared_splits(config, placement(config, RankInfo()), self.key)
         assert isinstance(splits.train, ResidentBatches)
         for run in runs:
             run.build(replace(splits, train=PlannedBatches(splits.train, run.spec.config.seed)))

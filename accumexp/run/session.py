@@ -7,6 +7,7 @@ import signal
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 
@@ -83,7 +84,8 @@ class Run:
         deadline = STOP_DEADLINE if rank_info.size > 1 else None
         context = run_context(self.spec.config, self.spec.folder, rank_info)
         with StopSignals(deadline) as signals, context as self.folder:
-            self.spec, tags = planned(self.spec, rank_info)
+            config, tags = planned(self.spec.config, rank_info, resuming=self.spec.resume_from is not None)
+            self.spec = replace(self.spec, config=config)
             tags = {**tags, **self._certify()}
             self.build()
             self.open(tags)

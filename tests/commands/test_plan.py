@@ -32,10 +32,8 @@ from accumexp.plan.auto_steps import agreed, planned
 from accumexp.plan.frontier import explored
 from accumexp.plan.planner import Limit, Planner, Point, out_of_memory
 from accumexp.plan.trial_run import Rehearsal, rehearsing
-from accumexp.run.spec import RunSpec
-from accumexp.tracking.folder import RunFolder
 from accumexp.training.checkpoint import load, save
-from accumexp.training.experiment import build_parts, build_trainer
+from accumexp.training.experiment import Experiment
 
 from ..support.command import journal, only_run, record_of, run_command
 from ..support.experiments import Memory, composed
@@ -55,13 +53,14 @@ def taken_by(config: Config, path: Path, rank: RankInfo | None = None, updates: 
     """The most bytes of tensors that were alive in a run of `config`: of `updates` and their evaluation."""
     config.trainer.max_updates = config.trainer.log_every = updates
     config.callbacks.clear()
-    parts = build_parts(config) if rank is None else build_parts(config, rank)
-    every = [parts.splits.train, parts.splits.eval, parts.splits.test]
+    experiment = Experiment.build(config) if rank is None else Experiment.build(config, rank)
+    splits = experiment.splits
+    every = [splits.train, splits.eval, splits.test]
     data = [
         t for b in every if isinstance(b, ResidentBatches) for t in tensors((b.inputs, b.targets, b.indices))
     ]
-    held = held_bytes([*parts.model.parameters(), *parts.model.buffers(), *data])
-    return held + allocated(lambda: build_trainer(config, parts, Memory()).fit(), path)
+    held = held_bytes([*experiment.model.parameters(), *experiment.model.buffers(), *data])
+    return held + allocated(lambda: experiment.trainer(Memory()).fit(), path)
 
 
 def allocated(work: Callable[[], Any], path: Path) -> int:
@@ -131,7 +130,7 @@ def test_peaks_are_predicted_within_a_tenth_of_what_is_measured(overrides: list[
         assert activations[1] > 2 * activations[4]
         parts = planner.parts(planner.tried(1))
         assert parts["saved activations"] == pytest.approx(activations[1], rel=0.1)
-        weights = sum(p.numel() * p.element_size() for p in rehearsal.parts.model.parameters())
+        weights = sum(p.numel() * p.element_size() for p in rehearsal.experiment.model.parameters())
         assert parts["gradients"] == weights <= parts["parameters"]
 
 
@@ -283,9 +282,9 @@ def test_steps_that_another_rank_needs_and_that_do_not_fit_here_are_refused(
 
 
 def test_recorded_windows_are_given_their_steps() -> None:
-    order = RunSpec(composed(*LENET, "trainer.graph=true"), RunFolder(Path()))
+    config = composed(*LENET, "trainer.graph=true")
     with pytest.raises(UsageError, match="accum.steps=auto: a recorded window keeps memory"):
-        planned(order, RankInfo())
+        planned(config, RankInfo())
 
 
 def test_what_a_rehearsal_compiled_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -382,11 +381,11 @@ def test_what_follows_from_the_micro_batch_waits_for_it() -> None:
 
 
 def test_a_limit_that_nothing_keeps_to_is_said(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
-    order = RunSpec(composed("accum.steps=4", "accum.memory_limit=1GiB"), RunFolder(tmp_path))
-    assert planned(order, RankInfo()) == (order, {})
+    config = composed("accum.steps=4", "accum.memory_limit=1GiB")
+    assert planned(config, RankInfo()) == (config, {})
     assert "accum.memory_limit=1GiB: has no effect, accum.steps=auto keeps to it" in caplog.text
     caplog.clear()
-    planned(dataclasses.replace(order, config=composed("accum.steps=4")), RankInfo())
+    planned(composed("accum.steps=4"), RankInfo())
     assert not caplog.text
 
 

@@ -30,7 +30,7 @@ from accumexp.sweeps.job_folders import (
     launches,
 )
 from accumexp.sweeps.job_status import JobStatus, job_status
-from accumexp.sweeps.sweep import SweepFolder, launched_sweep, sweep_runs
+from accumexp.sweeps.sweep import SweepFolder, SweepRun, launched_sweep, sweep_runs
 from accumexp.tracking.folder import RunFolder, RunStatus
 from accumexp.tracking.json_file import write_json
 from accumexp.training.checkpoint import find, load, save
@@ -136,20 +136,20 @@ def test_law_8_a_killed_job_goes_on_to_the_bits_of_its_undisturbed_twin(tmp_path
     second = run_command("run", "-m", more, *overrides, f"sweep.resume={sweep}", folder=tmp_path, env=env)
     assert second.code == 0, second
     jobs = {job.overrides[0].partition("=")[2]: job for job in sweep_runs(sweep)}
-    assert [Path(jobs[name]["folder"]).name[0] for name in ("killed", "new", "twin")] == ["0", "1", "2"]
+    assert [Path(jobs[name].folder).name[0] for name in ("killed", "new", "twin")] == ["0", "1", "2"]
     assert {job.status for job in jobs.values()} == {"FINISHED"}
-    assert jobs["killed"]["run_id"] == between["run_id"]
-    killed, twin = Path(jobs["killed"]["folder"]), Path(jobs["twin"]["folder"])
+    assert jobs["killed"].run_id == between.run_id
+    killed, twin = Path(jobs["killed"].folder), Path(jobs["twin"].folder)
     states = [load(find(folder)) for folder in (killed, twin)]
     for name, value in states[0]["model"].items():
         assert torch.equal(value, states[1]["model"][name]), name
-    assert jobs["killed"]["monitored"] == jobs["twin"]["monitored"]
+    assert jobs["killed"].monitored == jobs["twin"].monitored
     losses = [
         [(r["update"], r["train/loss"]) for r in journal(f) if "train/loss" in r] for f in (killed, twin)
     ]
     assert losses[0] == losses[1] and len(losses[0]) == 33
     found = records(tmp_path)
-    (resumed,) = [record for record in found if record.run_id == between["run_id"]]
+    (resumed,) = [record for record in found if record.run_id == between.run_id]
     assert resumed.status == "FINISHED" and resumed.tags["accumexp.resumed.15"] == "unchanged"
     assert len(found) == 4 and {record.status for record in found} == {"FINISHED"}
 
