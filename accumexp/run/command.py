@@ -10,7 +10,7 @@ from ..cli import hydra_app
 
 
 def task(cfg: Any) -> float | None:
-    """What Hydra calls once a job. Training and its imports start here, not with `--help`."""
+    """The function Hydra calls once a job. `--help` imports nothing of the training."""
     from .job import run_job
 
     return run_job(cfg)
@@ -18,27 +18,29 @@ def task(cfg: Any) -> float | None:
 
 def main() -> None:
     from ..environment.ranks import launched_rank
-    from .resume import command_lines
+    from .arguments import command_lines
     from .sweep_end import closing_sweep
 
-    asked = sys.argv[1:]
-    lines, changes = command_lines(asked)
+    arguments = sys.argv[1:]
+    lines, report_settings = command_lines(arguments)
     rank_info = launched_rank()
     if rank_info is None or rank_info.size == 1:
-        with closing_sweep(asked, changes):
+        with closing_sweep(arguments, report_settings):
             run_lines(lines)
     else:
-        run_as_rank(asked, lines, changes, first=rank_info.first)
+        run_as_rank(arguments, lines, report_settings, first=rank_info.first)
 
 
 def run_lines(lines: list[list[str]]) -> None:
-    """Runs under Hydra what the arguments of each line ask for."""
+    """Runs Hydra with the arguments of each line."""
     for line in lines:
         sys.argv[1:] = line
         hydra_app(task)
 
 
-def run_as_rank(asked: list[str], lines: list[list[str]], changes: dict[str, str], first: bool) -> None:
+def run_as_rank(
+    arguments: list[str], lines: list[list[str]], report_settings: dict[str, str], first: bool
+) -> None:
     """`main` in a rank that torchrun started; ends the process."""
     from ..environment.ranks import end_now, silent_arguments
     from .sweep_end import closing_sweep
@@ -47,7 +49,7 @@ def run_as_rank(asked: list[str], lines: list[list[str]], changes: dict[str, str
     with tempfile.TemporaryDirectory(prefix="accumexp-rank-") as folder:
         try:
             if first:
-                with closing_sweep(asked, changes):
+                with closing_sweep(arguments, report_settings):
                     run_lines(lines)
             else:
                 run_lines([[*line, *silent_arguments(folder)] for line in lines])

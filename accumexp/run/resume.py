@@ -1,4 +1,4 @@
-"""`resume=`: a run goes on with its own configuration, in its own folder; `sweep.resume=`: a sweep does."""
+"""`resume=`: the run whose checkpoint is resumed, with its own configuration and the command's overrides."""
 
 from __future__ import annotations
 
@@ -10,17 +10,12 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from ..config.report import report_from
 from ..config.schema import Config, from_hydra
 from ..environment.ranks import launched_rank
 from ..errors import UsageError
-from ..sweeps.hydra_sweep import ADDED, MULTIRUN
-from ..sweeps.job_folders import REPORT, Launch, distinct_launches
 from ..tracking.folder import RunFolder
 
 log = logging.getLogger(__name__)
-
-SWEEP = "sweep.resume="
 
 
 @dataclass(frozen=True)
@@ -57,104 +52,6 @@ def _read_again(config: Config, path: Path, overrides: list[str]) -> Resumed:
     from ..training.checkpoint import load
 
     return Resumed(config, load(path), path, overrides)
-
-
-def command_lines(arguments: Sequence[str]) -> tuple[list[list[str]], dict[str, str]]:
-    """(What Hydra is to run, one after the other; the settings of a resumed sweep's report) for a command.
-
-    Raises:
-        UsageError: if there is nothing to resume where the command says so.
-    """
-    if any(a.startswith(SWEEP) for a in arguments):
-        return sweep_arguments(arguments)
-    return [resume_arguments(replicas_arguments(arguments))], {}
-
-
-def replicas_arguments(arguments: Sequence[str]) -> list[str]:
-    """The command's arguments, as those of a sweep of one job where they ask for replicas."""
-    asked = [a.partition("=")[2] for a in arguments if a.startswith("replicas=")]
-    plain = any(a.startswith(("resume=", "--")) for a in arguments) or MULTIRUN & set(arguments)
-    several = bool(asked) and asked[-1].isdigit() and int(asked[-1]) > 1
-    return ["-m", "hydra/hydra_logging=none", *arguments] if several and not plain else list(arguments)
-
-
-def resume_arguments(arguments: Sequence[str]) -> list[str]:
-    """The command's arguments, with Hydra told to work in the resumed run's folder.
-
-    Raises:
-        UsageError: if there is nothing to resume there, or a sweep is asked for too.
-    """
-    arguments = list(arguments)
-    where = next((a.partition("=")[2].strip("'\"") for a in arguments if a.startswith("resume=")), None)
-    if where in (None, "", "null"):
-        return arguments
-    if MULTIRUN & set(arguments):
-        raise UsageError("resume: goes on with one run, leave out -m")
-    folder = Path(where)
-    if not folder.exists():
-        raise UsageError(f"resume={where}: no such file or folder, give a run's folder or a checkpoint")
-    if folder.is_file():
-        folder = folder.parent.parent
-    elif folder.name == "checkpoints":
-        folder = folder.parent
-    if set("=,") & set(where):  # as the name of a job's folder has, and no override may without quotes
-        arguments = [f"resume='{where}'" if a.startswith("resume=") else a for a in arguments]
-    return [*arguments, f"hydra.run.dir='{folder.resolve()}'", "hydra.output_subdir=null"]
-
-
-def sweep_arguments(arguments: Sequence[str]) -> tuple[list[list[str]], dict[str, str]]:
-    """`arguments` with `sweep.resume=<folder>`, as Hydra launches that sweep once more in its folder.
-
-    Without overrides of the task, those of all its launches are taken, a line for each set of jobs, and
-    what they told Hydra unless given anew. `report.*` settings make no other jobs: they are told apart.
-
-    Raises:
-        UsageError: if there is no sweep in the folder, or no sweep is asked for, or a setting is wrong.
-    """
-    (where, *more) = [a.removeprefix(SWEEP) for a in arguments if a.startswith(SWEEP)]
-    rest = [a for a in arguments if a and not a.startswith(SWEEP)]
-    if more:
-        raise UsageError("sweep.resume: goes on with one sweep, give one folder")
-    if any(a.startswith("resume=") for a in rest):
-        raise UsageError("sweep.resume: goes on with all runs of a sweep, leave out resume=")
-    if not MULTIRUN & set(rest):
-        raise UsageError(f"{SWEEP}{where}: goes on with a sweep, add -m")
-    folder = Path(where.strip("'\""))
-    if not where or not (folder / "multirun.yaml").is_file():
-        raise UsageError(f"{SWEEP}{where}: no sweep there, give the folder of one, which holds multirun.yaml")
-    reported = [a for a in rest if _key(a).startswith(REPORT)]
-    changes = {_key(a): a.partition("=")[2] for a in reported}
-    report_from({}, changes)
-    rest = [a for a in rest if a not in reported]
-    given = {_key(a) for a in rest if a[0] != "-" and ("=" in a or a[0] == "~")}
-    if "report" in given:
-        raise UsageError(f"{SWEEP}{where}: give a report's settings one by one, such as report.margin=2")
-    lines = [rest]
-    if all(key.startswith("hydra") for key in given):
-        lines = [
-            [*rest, *own.task, *(a for a in own.hydra if not _replaced(_key(a), given))]
-            for own in distinct_launches(folder) or [_last_asked(folder)]
-        ]
-    return [[*line, f"hydra.sweep.dir='{folder.resolve()}'"] for line in lines], changes
-
-
-def _last_asked(sweep: Path) -> Launch:
-    """What Hydra has kept of a sweep's newest launch."""
-    node = OmegaConf.load(sweep / "multirun.yaml")
-    assert isinstance(node, DictConfig)
-    own = OmegaConf.to_container(node.hydra.overrides, resolve=False)
-    assert isinstance(own, dict)
-    return Launch("", own["task"], own["hydra"])
-
-
-def _key(override: str) -> str:
-    return override.partition("=")[0].lstrip("+~").partition("@")[0]
-
-
-def _replaced(key: str, given: set[str]) -> bool:
-    """Whether a sweep's override of Hydra is left out: it is given anew, or goes with a group that is."""
-    groups = {other.replace("/", ".") for other in given if "/" in other}
-    return key in ADDED | given or any(key.startswith(f"{group}.") for group in groups)
 
 
 def resume_job(path: Path) -> Resumed:

@@ -11,13 +11,15 @@ import os
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
-from rich.progress import BarColumn, Progress, TextColumn
+from rich.progress import BarColumn, Progress, Task, TextColumn
+from rich.progress_bar import ProgressBar
 from rich.table import Column
 from rich.text import Text
 
@@ -160,21 +162,24 @@ class ViewedSweep:
         return " ".join(varied or every)
 
 
+class _BarOnceBegun(BarColumn):
+    """A bar, and nothing for a job that has made no update."""
+
+    def render(self, task: Task) -> ProgressBar:
+        return super().render(task) if task.fields["updates"] else ProgressBar(width=0)
+
+
 def render(sweep: ViewedSweep, now: float, height: int) -> RenderableType:
     """The view at time `now` (seconds since 1970), in at most `height` lines."""
     running = sorted(sweep.running(), key=lambda job: job.number)
     room = max(1, height - OTHER_LINES)
     one_line = Column(no_wrap=True, overflow="ellipsis")
     table = Progress(
-        TextColumn("{task.fields[number]}", justify="right"),
-        TextColumn(
-            "{task.description}",
-            markup=False,
-            table_column=Column(no_wrap=True, overflow="ellipsis", max_width=48),
-        ),
-        BarColumn(20),
-        TextColumn("{task.fields[updates]}", justify="right"),
-        TextColumn("{task.fields[loss]}", justify="right"),
+        TextColumn("{task.fields[number]} ", justify="right"),
+        TextColumn("{task.description} ", markup=False, table_column=copy(one_line)),
+        _BarOnceBegun(20),
+        TextColumn(" {task.fields[updates]} ", justify="right"),
+        TextColumn("{task.fields[loss]} ", justify="right"),
         TextColumn("{task.fields[values]}", markup=False, table_column=one_line),
     )
     for job in running[:room]:
@@ -196,7 +201,7 @@ def render(sweep: ViewedSweep, now: float, height: int) -> RenderableType:
 def _task_fields(sweep: ViewedSweep, job: ViewedJob, now: float) -> dict[str, Any]:
     progress = job.progress
     if not progress:
-        return {"total": None}
+        return {"completed": 0, "total": 1}
     update, total = progress["update"], progress["total_updates"]
     values: Mapping[str, float] = progress["values"]
     words = []

@@ -1,4 +1,4 @@
-"""Reading what a store holds of sweeps that are over, under way, or dead."""
+"""Sweeps and runs as the store holds them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MOST_PER_CALL = 1000
 
 @dataclass(frozen=True)
 class PastRun:
-    """A run as the store tells it. Times are seconds since 1970, 0 for an end that is not there."""
+    """A run in the store. Times are seconds since 1970; `ended` is 0 for a run that has not ended."""
 
     run_id: str
     experiment_id: str
@@ -24,17 +24,17 @@ class PastRun:
     started: float
     ended: float
     params: dict[str, str]
-    metrics: dict[str, float]  # of each key the newest value
+    metrics: dict[str, float]  # the newest value of each key
     tags: dict[str, str]
 
 
 def newest_sweep(store: Store) -> PastRun | None:
     """The sweep that was started last, in any experiment."""
-    experiments = [found.experiment_id for found in store.client.search_experiments()]
-    found = store.client.search_runs(
+    experiments = [one.experiment_id for one in store.client.search_experiments()]
+    runs = store.client.search_runs(
         experiments, f"tags.`{SWEEP}` = 'true'", max_results=1, order_by=["attributes.start_time DESC"]
     )
-    return _past(found[0]) if found else None
+    return _past(runs[0]) if runs else None
 
 
 def sweep_of(store: Store, run_id: str) -> PastRun:
@@ -56,7 +56,7 @@ def sweep_of(store: Store, run_id: str) -> PastRun:
 
 def jobs_of(store: Store, sweep: PastRun) -> list[PastRun]:
     """The runs of a sweep's jobs, oldest first."""
-    found: list[Any] = []
+    runs: list[Any] = []
     token = None
     while True:
         page = store.client.search_runs(
@@ -66,10 +66,10 @@ def jobs_of(store: Store, sweep: PastRun) -> list[PastRun]:
             order_by=["attributes.start_time ASC"],
             page_token=token,
         )
-        found.extend(page)
+        runs.extend(page)
         token = page.token
         if not token:
-            return [_past(run) for run in found]
+            return [_past(run) for run in runs]
 
 
 def curve(store: Store, run_id: str, key: str) -> list[tuple[int, float]]:

@@ -1,8 +1,8 @@
-"""The record of one run.
+"""The MLflow run of one training run.
 
 Points are sent in batches: a single `log_metric` costs milliseconds, a point of a batch a tenth of one.
-A server that stops answering does not stop the training: points wait and are sent when it is back, and
-`metrics.jsonl` has them in any case.
+A server that stops answering does not stop the training: points are queued and sent when it is back, and
+`metrics.jsonl` holds them in any case.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 
 from ..config.schema import Backend, TrackingConfig
 from ..errors import UsageError
+from .folder import RunStatus
 from .store import Store
 
 log = logging.getLogger(__name__)
@@ -23,7 +24,7 @@ MAX_POINTS_A_CALL = 1000
 
 
 class Tracker:
-    """The record that is not kept (`tracking=none`), and the interface of those that are."""
+    """The interface of trackers, and the one that keeps nothing (`tracking=none`)."""
 
     run_id: str | None = None
     address: str | None = None
@@ -52,8 +53,8 @@ class Tracker:
     def checkpoint(self, path: Path, update: int, evaluated: Mapping[str, float]) -> None:
         """Keeps a checkpoint, as a logged model too if it was evaluated."""
 
-    def end(self, status: str) -> None:
-        """FINISHED, FAILED or KILLED."""
+    def end(self, status: RunStatus) -> None:
+        """Ends the run as FINISHED, FAILED or KILLED."""
 
 
 class MLflowTracker(Tracker):
@@ -67,15 +68,15 @@ class MLflowTracker(Tracker):
         self._config = config
         self._queue: list[Any] = []
         self._last_flush = time.monotonic()
-        self._troubled = False
+        self._failing = False
         self._times: dict[tuple[str, int], int] = {}  # (key, step): milliseconds since 1970
-        self._known = frozenset[tuple[str, int]]()
+        self._logged = frozenset[tuple[str, int]]()
         self._models: set[str] = set()
         if resumed:
             self._models = self._logged_models()
             self._times = self._history()
-            self._known = frozenset(point for point in self._times if not point[0].startswith("final/"))
-            store.client.update_run(run_id, status="RUNNING")
+            self._logged = frozenset(point for point in self._times if not point[0].startswith("final/"))
+            store.client.update_run(run_id, status=RunStatus.RUNNING)
         self._monitor = self._system_metrics(resumed) if config.system_metrics else None
 
     def identity(self) -> dict[str, str]:
@@ -107,13 +108,13 @@ class MLflowTracker(Tracker):
 
         now = int(time.time() * 1000)
         for key, value in values.items():
-            # A run resumed from before its last point makes the points since then again, alike.
-            if (key, update) not in self._known:
+            # A run resumed from before its last point logs the points since then again, with equal values.
+            if (key, update) not in self._logged:
                 self._queue.append(Metric(key, value, now, update))
                 if key.startswith("eval/"):
                     self._times[key, update] = now
-        waited = time.monotonic() - self._last_flush
-        if len(self._queue) >= self._config.flush_points or waited >= self._config.flush_seconds:
+        elapsed = time.monotonic() - self._last_flush
+        if len(self._queue) >= self._config.flush_points or elapsed >= self._config.flush_seconds:
             self.flush()
 
     def flush(self) -> None:
@@ -122,11 +123,11 @@ class MLflowTracker(Tracker):
             while self._queue:
                 self.store.client.log_batch(self.run_id, self._queue[:MAX_POINTS_A_CALL])
                 del self._queue[:MAX_POINTS_A_CALL]
-            self._troubled = False
+            self._failing = False
         except Exception as error:
-            if not self._troubled:
+            if not self._failing:
                 log.warning("tracking: %d points wait for %s: %s", len(self._queue), self.store.uri, error)
-            self._troubled = True
+            self._failing = True
 
     def final(self, values: Mapping[str, float]) -> None:
         self.log(0, {f"final/{key}": value for key, value in values.items()})
@@ -154,7 +155,7 @@ class MLflowTracker(Tracker):
                 model_type="checkpoint",
             )
             client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
-            # With the time they were logged at, the run's own points are not doubled.
+            # With the time at which the run logged them, MLflow does not double the run's points.
             metrics = [
                 Metric(key, value, self._times.get((key, update), now), update, model_id=model.model_id)
                 for key, value in evaluated.items()
@@ -164,7 +165,7 @@ class MLflowTracker(Tracker):
         except Exception as error:
             log.warning("tracking: no logged model for %s: %s", path, error)
 
-    def end(self, status: str) -> None:
+    def end(self, status: RunStatus) -> None:
         if self._monitor:
             self._monitor.finish()
         self.flush()
@@ -181,10 +182,10 @@ class MLflowTracker(Tracker):
         return {(point.key, point.step): point.timestamp for points in history for point in points}
 
     def _logged_models(self) -> set[str]:
-        found = self.store.client.search_logged_models(
+        models = self.store.client.search_logged_models(
             [self.store.experiment_id], filter_string=f"source_run_id = '{self.run_id}'"
         )
-        return {model.name for model in found}
+        return {model.name for model in models}
 
     def _system_metrics(self, resumed: bool) -> Any:
         from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
@@ -197,7 +198,7 @@ class MLflowTracker(Tracker):
 
 
 def reopen(config: TrackingConfig, identity: Mapping[str, str]) -> Tracker:
-    """The record that a checkpoint's `identity` names.
+    """Resumes the MLflow run that a checkpoint's `identity` names.
 
     Raises:
         UsageError: if its store cannot be reached or does not have the run any more.

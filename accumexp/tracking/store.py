@@ -1,4 +1,4 @@
-"""Where runs are recorded: a local database or a server, opened safely by many at once."""
+"""The tracking store: a local database or a server, opened safely by several processes at once."""
 
 from __future__ import annotations
 
@@ -21,18 +21,19 @@ from filelock import FileLock
 
 from ..config.schema import TrackingConfig
 from ..errors import UsageError
+from .folder import RunStatus
 
 COSTS = ("update_ms", "samples_per_second", "activation_mib", "peak_memory_mib")
 LOCAL_UI = "http://127.0.0.1:5000"
-# What PostgreSQL's lock is known by among all that use the same database: any constant of 64 bits.
+# The key of the advisory lock in PostgreSQL: any constant of 64 bits.
 OPENING = int.from_bytes(b"accumexp")
 
 
 class Store:
-    """A tracking server or database, reached once: its client, its address and its experiment.
+    """A tracking server or database: its client, its address and its experiment.
 
     Args:
-        experiment_id: of an experiment that is known to be there, instead of `config.experiment`.
+        experiment_id: the id of an existing experiment, instead of `config.experiment`.
 
     Raises:
         UsageError: if it cannot be reached, naming `tracking.uri`.
@@ -70,18 +71,18 @@ class Store:
         return f"{self.base}/#/experiments/{self.experiment_id}/runs/{run_id}"
 
     def sweep_address(self, parent_id: str) -> str:
-        """The parent's children, as `arrange_sweep` shows them; MLflow's default view hides children."""
+        """The page of the parent's children as `arrange_sweep` shows them; MLflow's default view hides them."""
         return (
             f"{self.base}/#/experiments/{self.experiment_id}/runs?workflowType=machine_learning"
             f"&viewStateShareKey={parent_id}"
         )
 
     def charts_address(self, parent_id: str) -> str:
-        """The children's curves over each other."""
+        """The page that compares the children's curves."""
         return f"{self.sweep_address(parent_id)}&compareRunsMode=CHART"
 
     def sweep_lines(self, parent_id: str) -> list[str]:
-        """Where to look at a sweep, a line each."""
+        """The addresses of a sweep's pages, a line each."""
         lines = [f"UI      {self.sweep_address(parent_id)}", f"charts  {self.charts_address(parent_id)}"]
         return [*lines, f"serve   {self.ui_command}"] if self.ui_command else lines
 
@@ -127,31 +128,33 @@ class Store:
             self.client.log_batch(run_id, points[start : start + 500])
 
     def create_run(self, name: str | None, tags: Mapping[str, str]) -> str:
-        own = {
+        defaults = {
             "mlflow.source.name": "accumexp.run",
             "mlflow.source.type": "LOCAL",
             "mlflow.user": getpass.getuser() if hasattr(os, "getuid") else os.environ.get("USERNAME", ""),
         }
-        return self.client.create_run(self.experiment_id, tags={**own, **tags}, run_name=name).info.run_id
+        return self.client.create_run(
+            self.experiment_id, tags={**defaults, **tags}, run_name=name
+        ).info.run_id
 
     def open_again(self, run_id: str, command: str) -> None:
-        """Marks a run that had ended as running, by a command that goes on with it."""
-        self.client.update_run(run_id, status="RUNNING")
+        """Marks a run that had ended as running, with the command that resumes it."""
+        self.client.update_run(run_id, status=RunStatus.RUNNING)
         self.client.set_tag(run_id, "accumexp.resumed", command)
 
     def close_left_open(self, folder: Path) -> None:
-        """Marks as KILLED what still runs, as far as this store knows, in a `folder` where nothing runs."""
-        found = self.client.search_runs(
+        """Marks runs in `folder` that the store has as RUNNING as KILLED; no process works in the folder."""
+        runs = self.client.search_runs(
             [self.experiment_id],
             filter_string=f"tags.`accumexp.folder` = '{folder}' and attributes.status = 'RUNNING'",
         )
-        for run in found:
-            self.client.set_terminated(run.info.run_id, "KILLED")
+        for run in runs:
+            self.client.set_terminated(run.info.run_id, RunStatus.KILLED)
 
     def _client(self) -> Any:
         if self.uri.startswith("http"):
             _check_server(self.uri)
-        # A run tells nobody but its own store that it happens, and a dead server is found in seconds.
+        # No telemetry; a dead server is found in seconds.
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
         os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # a run prints its own
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
@@ -183,7 +186,7 @@ class Store:
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        """One process at a time: those that create the tables of one new database together fail."""
+        """Holds a lock: processes that create the tables of one new database at once fail."""
         if self._database is not None:
             with FileLock(f"{self._database}.lock", timeout=120):
                 yield
@@ -191,11 +194,11 @@ class Store:
             from sqlalchemy import NullPool, create_engine, text
 
             engine = create_engine(self.uri, poolclass=NullPool, connect_args={"connect_timeout": 5})
-            with engine.connect() as connection:  # whose end is the lock's
+            with engine.connect() as connection:  # closing it releases the lock
                 connection.execute(text("SELECT pg_advisory_lock(:key)"), {"key": OPENING})
                 yield
         else:
-            yield  # a server has its tables
+            yield  # a server has created its tables
 
     @property
     def _database(self) -> Path | None:
@@ -206,20 +209,20 @@ class Store:
 def _experiment(client: Any, name: str, artifacts: str | None) -> str:
     from mlflow.exceptions import MlflowException
 
-    found = client.get_experiment_by_name(name)
-    if found is None:
+    experiment = client.get_experiment_by_name(name)
+    if experiment is None:
         try:
             return client.create_experiment(name, artifact_location=artifacts)
         except MlflowException:  # another process was faster
-            found = client.get_experiment_by_name(name)
-            if found is None:
+            experiment = client.get_experiment_by_name(name)
+            if experiment is None:
                 raise
-    if found.lifecycle_stage != "active":
+    if experiment.lifecycle_stage != "active":
         raise UsageError(
             f"tracking.experiment={name}: was deleted in this store; `mlflow gc` removes it, or "
             "choose another name"
         )
-    return found.experiment_id
+    return experiment.experiment_id
 
 
 def _check(uri: str) -> None:

@@ -20,7 +20,8 @@ from omegaconf import OmegaConf
 from accumexp.cli import conf_dir
 from accumexp.config.schema import from_hydra, to_plain
 from accumexp.errors import UsageError
-from accumexp.run.resume import changed, resume_arguments, resumed
+from accumexp.run.arguments import resume_arguments
+from accumexp.run.resume import changed, resumed
 from accumexp.tracking.journal import Journal
 from accumexp.training.checkpoint import find, load, save
 

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from accumexp.errors import UsageError
-from accumexp.run.resume import command_lines
+from accumexp.run.arguments import command_lines
 from accumexp.sweeps.job import SweepJob
 from accumexp.sweeps.job_folders import (
     Launch,

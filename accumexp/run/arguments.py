@@ -1,0 +1,115 @@
+"""The command line of `run`, with what `resume=`, `sweep.resume=` and `replicas=` add for Hydra."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+from ..config.report import report_from
+from ..errors import UsageError
+from ..sweeps.hydra_sweep import ADDED, MULTIRUN
+from ..sweeps.job_folders import REPORT, Launch, distinct_launches
+from ..tracking.folder import CHECKPOINTS, RunFolder
+
+SWEEP = "sweep.resume="
+
+
+def command_lines(arguments: Sequence[str]) -> tuple[list[list[str]], dict[str, str]]:
+    """(Arguments of Hydra's runs, one after the other; `report.*` settings of a resumed sweep).
+
+    Raises:
+        UsageError: if there is nothing to resume where the command says so.
+    """
+    if any(a.startswith(SWEEP) for a in arguments):
+        return sweep_arguments(arguments)
+    return [resume_arguments(replicas_arguments(arguments))], {}
+
+
+def replicas_arguments(arguments: Sequence[str]) -> list[str]:
+    """The arguments, made a sweep of one job if they contain `replicas=` of several."""
+    counts = [a.partition("=")[2] for a in arguments if a.startswith("replicas=")]
+    plain = any(a.startswith(("resume=", "--")) for a in arguments) or MULTIRUN & set(arguments)
+    several = bool(counts) and counts[-1].isdigit() and int(counts[-1]) > 1
+    return ["-m", "hydra/hydra_logging=none", *arguments] if several and not plain else list(arguments)
+
+
+def resume_arguments(arguments: Sequence[str]) -> list[str]:
+    """The arguments, with the resumed run's folder as Hydra's.
+
+    Raises:
+        UsageError: if there is nothing to resume, or with `-m`.
+    """
+    arguments = list(arguments)
+    where = next((a.partition("=")[2].strip("'\"") for a in arguments if a.startswith("resume=")), None)
+    if where in (None, "", "null"):
+        return arguments
+    if MULTIRUN & set(arguments):
+        raise UsageError("resume: goes on with one run, leave out -m")
+    folder = Path(where)
+    if not folder.exists():
+        raise UsageError(f"resume={where}: no such file or folder, give a run's folder or a checkpoint")
+    if folder.is_file():
+        folder = RunFolder.of_checkpoint(folder).path
+    elif folder.name == CHECKPOINTS:
+        folder = folder.parent
+    if set("=,") & set(where):  # a job's folder has them, and an override needs quotes
+        arguments = [f"resume='{where}'" if a.startswith("resume=") else a for a in arguments]
+    return [*arguments, f"hydra.run.dir='{folder.resolve()}'", "hydra.output_subdir=null"]
+
+
+def sweep_arguments(arguments: Sequence[str]) -> tuple[list[list[str]], dict[str, str]]:
+    """The arguments of the launches that resume the sweep in `sweep.resume=<folder>`.
+
+    Without overrides of the task, every set of jobs of its earlier launches is launched again, with their
+    overrides of Hydra unless given anew. `report.*` settings do not identify jobs; they are
+    returned apart.
+
+    Raises:
+        UsageError: if there is no sweep in the folder, without `-m`, or for a wrong `report.*` setting.
+    """
+    (where, *more) = [a.removeprefix(SWEEP) for a in arguments if a.startswith(SWEEP)]
+    rest = [a for a in arguments if a and not a.startswith(SWEEP)]
+    if more:
+        raise UsageError("sweep.resume: goes on with one sweep, give one folder")
+    if any(a.startswith("resume=") for a in rest):
+        raise UsageError("sweep.resume: goes on with all runs of a sweep, leave out resume=")
+    if not MULTIRUN & set(rest):
+        raise UsageError(f"{SWEEP}{where}: goes on with a sweep, add -m")
+    folder = Path(where.strip("'\""))
+    if not where or not (folder / "multirun.yaml").is_file():
+        raise UsageError(f"{SWEEP}{where}: no sweep there, give the folder of one, which holds multirun.yaml")
+    report_settings = [a for a in rest if _key(a).startswith(REPORT)]
+    changes = {_key(a): a.partition("=")[2] for a in report_settings}
+    report_from({}, changes)
+    rest = [a for a in rest if a not in report_settings]
+    given = {_key(a) for a in rest if a[0] != "-" and ("=" in a or a[0] == "~")}
+    if "report" in given:
+        raise UsageError(f"{SWEEP}{where}: give a report's settings one by one, such as report.margin=2")
+    lines = [rest]
+    if all(key.startswith("hydra") for key in given):
+        lines = [
+            [*rest, *launch.task, *(a for a in launch.hydra if not _replaced(_key(a), given))]
+            for launch in distinct_launches(folder) or [_last_launch(folder)]
+        ]
+    return [[*line, f"hydra.sweep.dir='{folder.resolve()}'"] for line in lines], changes
+
+
+def _last_launch(sweep: Path) -> Launch:
+    """A sweep's newest launch, as Hydra has recorded it."""
+    node = OmegaConf.load(sweep / "multirun.yaml")
+    assert isinstance(node, DictConfig)
+    overrides = OmegaConf.to_container(node.hydra.overrides, resolve=False)
+    assert isinstance(overrides, dict)
+    return Launch("", overrides["task"], overrides["hydra"])
+
+
+def _key(override: str) -> str:
+    return override.partition("=")[0].lstrip("+~").partition("@")[0]
+
+
+def _replaced(key: str, given: set[str]) -> bool:
+    """Whether a sweep's override of Hydra is given anew, or belongs to a group that is."""
+    groups = {other.replace("/", ".") for other in given if "/" in other}
+    return key in ADDED | given or any(key.startswith(f"{group}.") for group in groups)
