@@ -160,7 +160,7 @@ def _unfinished(report: Report) -> str:
     lines = []
     for job in report.sweep.unfinished:
         reason = f", {escape(job.error)}" if job.error else ""
-        lines.append(f"<code>{escape(job.said)}</code>: {escape(job.status)}{reason}")
+        lines.append(f"<code>{escape(job.overrides_text)}</code>: {escape(job.status)}{reason}")
     return _list(lines)
 
 

@@ -100,7 +100,10 @@ def show(report: Report) -> None:
     if answer:
         say(answer)
     for job in report.sweep.unfinished:
-        say(f"  left out: {job.said}: {job.status}" + (f": {job.error}" if job.error else ""), "yellow")
+        say(
+            f"  left out: {job.overrides_text}: {job.status}" + (f": {job.error}" if job.error else ""),
+            "yellow",
+        )
 
 
 def record(report: Report, written: Written) -> None:
@@ -182,7 +185,8 @@ def note(report: Report) -> str:
     if report.sweep.unfinished:
         parts.append(
             "\n".join(
-                f"- left out: `{job.said}`: {job.status} {job.error or ''}" for job in report.sweep.unfinished
+                f"- left out: `{job.overrides_text}`: {job.status} {job.error or ''}"
+                for job in report.sweep.unfinished
             )
         )
     parts.append(f"The whole report, with pictures: artifact `{FOLDER}/{PAGE}`.")

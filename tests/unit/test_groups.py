@@ -9,7 +9,7 @@ from accumexp.config.report import report_from
 from accumexp.errors import UsageError
 from accumexp.report.analysis import thinned
 from accumexp.report.groups import grouped, references, varied_keys, varied_params
-from accumexp.report.jobs import once, parsed, told_apart
+from accumexp.report.jobs import best_attempts, infer_overrides, parse_overrides
 from accumexp.report.statistics import Verdict
 from accumexp.report.trajectory import departure, in_most
 from accumexp.report.wording import conclusion, noise_conclusion, outcome
@@ -57,7 +57,7 @@ def test_a_sweep_over_seeds_alone_is_one_group_of_its_steps() -> None:
 
 
 def test_overrides_keep_equal_signs_in_their_values_and_lose_their_plus() -> None:
-    assert parsed(["+tracking.tags.x='a=1'", "~optimizer.momentum"]) == {
+    assert parse_overrides(["+tracking.tags.x='a=1'", "~optimizer.momentum"]) == {
         "tracking.tags.x": "'a=1'",
         "~optimizer.momentum": "deleted",
     }
@@ -66,8 +66,8 @@ def test_overrides_keep_equal_signs_in_their_values_and_lose_their_plus() -> Non
 def test_of_several_attempts_at_a_job_the_finished_one_counts() -> None:
     first, second = job("seed=0", status="KILLED"), job("seed=0")
     third = job("seed=0", status="RUNNING")
-    assert once([first, second, third]) == [second]
-    assert len(once([first, job("seed=1")])) == 2
+    assert best_attempts([first, second, third]) == [second]
+    assert len(best_attempts([first, job("seed=1")])) == 2
 
 
 def chosen(*jobs: Job) -> list[str | None]:
@@ -366,8 +366,8 @@ def test_a_group_that_is_missing_leaves_the_sweep_undecided() -> None:
 def test_jobs_of_unknown_overrides_are_told_apart_by_their_params() -> None:
     jobs = [job(f"accum.steps={k}", f"seed={s}", model__name="mlp") for k in (1, 2) for s in (0, 1, 2)]
     bare = [Job(**{**vars(one), "overrides": {}}) for one in jobs]
-    assert [one.overrides for one in told_apart(bare)] == [one.overrides for one in jobs]
-    assert len(once(told_apart(bare))) == 6
+    assert [one.overrides for one in infer_overrides(bare)] == [one.overrides for one in jobs]
+    assert len(best_attempts(infer_overrides(bare))) == 6
 
 
 def test_a_long_curve_is_thinned_but_for_what_it_is_judged_by() -> None:
