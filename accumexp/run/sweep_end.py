@@ -137,13 +137,13 @@ def _report(folder: Path, changes: Mapping[str, str], recorded: bool, files: boo
         recorded: whether it is made from the store, which can be used, or from the folder alone.
     """
     from ..config.report import report_from
-    from ..report.find import find
+    from ..report.find import find_sweep
     from ..report.jobs import from_folder
     from ..report.publish import publish
 
     try:
-        found = find(str(folder)) if recorded else from_folder(folder)
-        publish(found, changes, files=files and report_from({}, changes).write)
+        sweep = find_sweep(str(folder)) if recorded else from_folder(folder)
+        publish(sweep, changes, files=files and report_from({}, changes).write)
     except Exception as error:
         log.info("no report", exc_info=error)
         again = f"python -m accumexp.report sweep={folder}"
