@@ -1,4 +1,4 @@
-"""`python -m accumexp.report`: a sweep's tables, statistics, pictures and page."""
+"""`python -m accumexp.report`: tables, statistics, pictures and page of a sweep."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ HELP = """\
   report.metric=accuracy            a key of final/*; report.confidence=0.95 and report.power=0.8 are
                                     the other settings
 """
+SETTINGS = ["report.margin", "report.metric", "report.confidence", "report.power"]
 
 
 def main() -> None:
@@ -27,36 +28,35 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("arguments", nargs="*", metavar="key=value")
-    own = {"sweep": "", "tracking.uri": "", "folder": ""}
+    options = {"sweep": "", "tracking.uri": "", "folder": ""}
     changes: dict[str, str] = {}
     for argument in parser.parse_args().arguments:
         key, equals, value = argument.partition("=")
         if not equals:
             raise UsageError(f"{argument}: arguments are key=value, such as sweep=<folder>")
-        if key in own:
-            own[key] = value
+        if key in options:
+            options[key] = value
         elif key.startswith("report."):
             changes[key] = value
         else:
-            known = ", ".join([*own, "report.margin", "report.metric", "report.confidence", "report.power"])
-            raise UsageError(f"{key}: no such key, a report has {known}")
-    report(own["sweep"], own["tracking.uri"], own["folder"], changes)
+            raise UsageError(f"{key}: no such key, a report has {', '.join([*options, *SETTINGS])}")
+    report(options["sweep"], options["tracking.uri"], options["folder"], changes)
 
 
 def report(sweep: str, uri: str, folder: str, changes: dict[str, str]) -> None:
-    """Makes, shows and keeps the report of a sweep.
+    """Makes, prints and writes the report of a sweep.
 
     Raises:
         UsageError: if there is no such sweep, or a setting is wrong.
     """
     from ..environment.console import console
-    from .find import find
+    from .find import find_sweep
     from .publish import publish
 
-    found = find(sweep, uri)
-    publish(found, changes, Path(folder) if folder else None)
-    if found.store and found.run_id:
-        lines = found.store.sweep_lines(found.run_id)
+    past_sweep = find_sweep(sweep, uri)
+    publish(past_sweep, changes, Path(folder) if folder else None)
+    if past_sweep.store and past_sweep.run_id:
+        lines = past_sweep.store.sweep_lines(past_sweep.run_id)
         console.print("\n".join(lines), highlight=False, soft_wrap=True, markup=False)
 
 

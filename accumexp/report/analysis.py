@@ -1,4 +1,4 @@
-"""A sweep, judged: groups, what they are compared with, and the verdicts."""
+"""The analysis of a sweep: its groups, their comparisons with their references, and the verdicts."""
 
 from __future__ import annotations
 
@@ -9,62 +9,83 @@ from dataclasses import dataclass
 
 from ..config.report import ReportConfig
 from ..errors import UsageError
-from .groups import Group, grouped, references
+from .groups import Group, group_jobs, reference_groups
 from .jobs import Curve, Job, Sweep
 from .noise import NoiseScale, noise_scales
-from .statistics import Difference, Judgement, Summary, Verdict, difference, judge, seeds_needed, summary
-from .trajectory import LOOKED_AT, LOSS, Trajectory, compared
+from .statistics import (
+    Decision,
+    Difference,
+    Summary,
+    Verdict,
+    decide,
+    paired_difference,
+    seeds_needed,
+    summarize,
+)
+from .trajectory import COMPARED_UPDATES, LOSS, Trajectory, compare_losses
+
+MAX_POINTS = 2000
 
 
 @dataclass(frozen=True)
-class Measure:
-    """What groups are compared by: a key of `final/*`, its factor and its unit."""
+class Metric:
+    """The metric that groups are compared by.
+
+    Attributes:
+        key: of `final/*`, without the prefix.
+        factor: from the logged value to the shown one.
+        unit: of a difference of shown values; empty for the metric's own.
+    """
 
     key: str
     factor: float
     unit: str
 
     @classmethod
-    def of(cls, key: str) -> Measure:
-        """Accuracies are fractions, shown in percent and compared in points; all else is taken as it is."""
+    def from_key(cls, key: str) -> Metric:
+        """Accuracies are logged as fractions, shown in percent and compared in points."""
         return cls(key, 100.0, "points") if key.endswith("accuracy") else cls(key, 1.0, "")
 
     @property
-    def margin(self) -> float | None:
-        """What does not matter unless somebody says otherwise; None if nobody knows."""
+    def default_margin(self) -> float | None:
+        """Half a point for an accuracy; None for other metrics."""
         return 0.5 if self.unit else None
 
     @property
     def name(self) -> str:
-        """With the unit of a value, for a heading."""
         split = "" if self.key.startswith("eval_") else "test "
-        return split + self.key.replace("_", " ") + (" (%)" if self.unit else "")
+        return split + self.key.replace("_", " ")
 
-    def amount(self, value: float) -> str:
-        """A difference or a margin, with its unit."""
-        unit = self.unit.removesuffix("s") if value == 1 else self.unit
-        return f"{value:g} {unit}".strip()
+    @property
+    def heading(self) -> str:
+        """The name with the unit of a value."""
+        return self.name + (" (%)" if self.unit else "")
+
+    def with_unit(self, difference: float) -> str:
+        unit = self.unit.removesuffix("s") if difference == 1 else self.unit
+        return f"{difference:g} {unit}".strip()
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """A group against its reference.
+    """A group compared with its reference.
 
     Attributes:
-        seeds_needed: pairs that would show equivalence if there is no difference, where it is undecided; None
-            if that is not known, or more than anybody would run.
+        seeds_needed: for an undecided comparison, the number of pairs that would show equivalence if there is
+            no difference; None if it is not known or above `statistics.MAX_SEEDS`.
     """
 
+    group: Group
     reference: Group
     difference: Difference
-    judgement: Judgement
+    decision: Decision
     trajectory: Trajectory
     seeds_needed: int | None
 
     @property
     def verdict(self) -> Verdict:
-        """By accuracy, unless the training itself was another one than it claims to be."""
-        return Verdict.different if self.trajectory.same is False else self.judgement.verdict
+        """The verdict on the metric, or `different` if the losses show another training."""
+        return Verdict.different if self.trajectory.same is False else self.decision.verdict
 
 
 @dataclass(frozen=True)
@@ -76,20 +97,20 @@ class Row:
     comparison: Comparison | None
 
     @property
-    def reference(self) -> Group | None:
-        return self.comparison.reference if self.comparison else None
+    def verdict(self) -> str:
+        return self.comparison.verdict.value if self.comparison else "reference"
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a group paid an update: medians over its jobs; None where no job measured it.
+    """The cost of a group's updates: medians over its jobs, None if no job measured the value.
 
     Attributes:
-        update_ms: milliseconds an update.
-        samples_per_second: samples trained.
+        update_ms: milliseconds per update.
+        samples_per_second: samples trained per second.
         activation_mib: MiB saved for backward, of one micro-batch at a time.
-        peak_mib: MiB at the peak, on the device; on a CPU of the whole process.
-        seconds: of training a run.
+        peak_mib: peak memory in MiB, of the device; on a CPU of the whole process.
+        seconds: training time of a run.
     """
 
     update_ms: float | None
@@ -101,48 +122,51 @@ class Cost:
 
 @dataclass(frozen=True)
 class Report:
-    """All that the pictures, the page and the tables show.
+    """The results that the pictures, the page and the tables show.
 
     Attributes:
-        margin: that the verdicts hold for, None if the metric has none by itself and none was given.
-        missing: groups of which no job has finished.
+        margin: of the equivalence tests; None if none is configured and the metric has no default.
+        missing: groups without a finished job.
+        curves: the loss by `id` of the group and by seed.
     """
 
     sweep: Sweep
     config: ReportConfig
-    measure: Measure
+    metric: Metric
     margin: float | None
     rows: list[Row]
     missing: list[Group]
-    curves: dict[int, dict[int, Curve]]  # of the loss, by id of the group and by seed
+    curves: dict[int, dict[int, Curve]]
     noise: list[NoiseScale]
 
     @property
-    def comparisons(self) -> list[Row]:
-        return [row for row in self.rows if row.comparison]
+    def keys(self) -> list[str]:
+        """The keys that distinguish the groups."""
+        return list(self.rows[0].group.values) if self.rows else []
+
+    @property
+    def comparisons(self) -> list[Comparison]:
+        return [row.comparison for row in self.rows if row.comparison]
 
     @property
     def verdict(self) -> Verdict | None:
-        """Of the whole sweep: the worst one, a missing group undecided; None if nothing was compared."""
-        found = {row.comparison.verdict for row in self.rows if row.comparison}
-        if found and self.missing:
-            found.add(Verdict.undecided)
-        for verdict in (Verdict.different, Verdict.undecided, Verdict.equivalent):
-            if verdict in found:
-                return verdict
-        return None
+        """The worst verdict of the comparisons; a missing group is undecided. None without comparisons."""
+        verdicts = {comparison.verdict for comparison in self.comparisons}
+        if verdicts and self.missing:
+            verdicts.add(Verdict.undecided)
+        order = (Verdict.different, Verdict.undecided, Verdict.equivalent)
+        return next((verdict for verdict in order if verdict in verdicts), None)
 
 
-def costs(group: Group) -> Cost:
+def median_cost(group: Group) -> Cost:
     """Medians over the group's jobs."""
 
     def median(key: str) -> float | None:
         values = group.finals(key)
         return statistics.median(values) if values else None
 
-    return Cost(
-        *map(median, ("update_ms", "samples_per_second", "activation_mib", "peak_memory_mib", "seconds"))
-    )
+    keys = ("update_ms", "samples_per_second", "activation_mib", "peak_memory_mib", "seconds")
+    return Cost(*map(median, keys))
 
 
 def make_report(
@@ -150,86 +174,89 @@ def make_report(
     config: ReportConfig,
     progress: Callable[[Sequence[Job]], Iterable[Job]] = iter,
 ) -> Report:
-    """Reads what is still missing of `sweep`, computes and judges.
+    """Reads the loss curves of `sweep` and analyses it.
 
     Args:
-        progress: wraps the jobs whose curves are read, to show how far that is.
+        progress: wraps the jobs whose curves are read, to show the progress.
 
     Raises:
-        UsageError: if no job measured `config.metric`, naming what there is.
+        UsageError: if no job measured `config.metric`; names the metrics that there are.
     """
-    planned = grouped(sweep.jobs)
-    measure = Measure.of(_metric(config, sweep))
-    margin = config.margin if config.margin is not None else measure.margin
-    pairs = [(group, other) for group, other in zip(planned, references(planned), strict=True) if group.jobs]
+    groups = group_jobs(sweep.jobs)
+    metric = Metric.from_key(_metric_key(config, sweep))
+    margin = config.margin if config.margin is not None else metric.default_margin
+    pairs = [pair for pair in zip(groups, reference_groups(groups), strict=True) if pair[0].jobs]
     jobs = [job for group, _ in pairs for job in group.jobs.values()]
-    read = {id(job): thinned(job.curve(LOSS)) for job in progress(jobs)}
-    curves = {id(group): {seed: read[id(job)] for seed, job in group.jobs.items()} for group, _ in pairs}
-    rows = [row for row in _rows(pairs, measure, margin, config, curves) if row.value.count]
-    missing = [group for group in planned if not any(row.group is group for row in rows)]
-    return Report(sweep, config, measure, margin, rows, missing, curves, noise_scales([g for g, _ in pairs]))
+    by_job = {id(job): thin(job.curve(LOSS)) for job in progress(jobs)}
+    curves = {id(group): {seed: by_job[id(job)] for seed, job in group.jobs.items()} for group, _ in pairs}
+    comparisons = _compare(pairs, metric, margin, config, curves)
+    rows = [
+        Row(group, summarize(list(values.values()), config.confidence), comparisons.get(id(group)))
+        for group, _ in pairs
+        if (values := _values(group, metric))
+    ]
+    with_row = {id(row.group) for row in rows}
+    missing = [group for group in groups if id(group) not in with_row]
+    noise = noise_scales([group for group, _ in pairs])
+    return Report(sweep, config, metric, margin, rows, missing, curves, noise)
 
 
-def thinned(curve: Curve, most: int = 2000) -> Curve:
-    """`curve` with all of its first points, by which it is judged, and at most `most` of the later ones.
+def thin(curve: Curve) -> Curve:
+    """`curve` with all of its first `COMPARED_UPDATES` and at most `MAX_POINTS` of the later ones.
 
-    Which ones depends on their updates, so that curves of the same length keep the same.
+    The choice depends on the updates alone, so that curves of equal length keep the same points.
     """
     stride = 1
-    while sum(update % stride == 0 for update, _ in curve) > most:
+    while sum(update % stride == 0 for update, _ in curve) > MAX_POINTS:
         stride *= 10
-    return [(update, value) for update, value in curve if update <= LOOKED_AT or update % stride == 0]
+    return [(update, value) for update, value in curve if update <= COMPARED_UPDATES or update % stride == 0]
 
 
-def _rows(
+def _compare(
     pairs: Sequence[tuple[Group, Group | None]],
-    measure: Measure,
+    metric: Metric,
     margin: float | None,
     config: ReportConfig,
     curves: dict[int, dict[int, Curve]],
-) -> list[Row]:
-    values = {id(group): _values(group, measure) for group, _ in pairs}
-    compared_with = [(group, other) for group, other in pairs if other is not None]
+) -> dict[int, Comparison]:
+    """The comparisons of the groups that have a reference, by `id` of the group."""
+    compared = [(group, reference) for group, reference in pairs if reference is not None]
     differences = []
-    for group, other in compared_with:
-        mine, others = values[id(group)], values[id(other)]
-        steps = [mine[seed] - others[seed] for seed in sorted(mine.keys() & others.keys())]
-        differences.append(difference(steps, margin, config.confidence, _resolution(group, measure)))
+    for group, reference in compared:
+        values, baseline = _values(group, metric), _values(reference, metric)
+        steps = [values[seed] - baseline[seed] for seed in sorted(values.keys() & baseline.keys())]
+        differences.append(paired_difference(steps, margin, config.confidence, _resolution(group, metric)))
+    decisions = decide(differences, config.confidence)
     comparisons = {}
-    for (group, other), found, judged in zip(
-        compared_with, differences, judge(differences, config.confidence), strict=True
-    ):
+    for (group, reference), difference, decision in zip(compared, differences, decisions, strict=True):
         needed = None
-        if judged.verdict is Verdict.undecided and margin is not None and math.isfinite(found.std):
+        if decision.verdict is Verdict.undecided and margin is not None and math.isfinite(difference.std):
             alpha = (1 - config.confidence) / len(differences)
-            spread = max(found.std, _resolution(group, measure))
-            needed = seeds_needed(spread, margin, alpha, config.power)
-        path = compared(group, other, curves)
-        comparisons[id(group)] = Comparison(other, found, judged, path, needed)
-    return [
-        Row(group, summary(list(values[id(group)].values()), config.confidence), comparisons.get(id(group)))
-        for group, _ in pairs
-    ]
+            std = max(difference.std, _resolution(group, metric))
+            needed = seeds_needed(std, margin, alpha, config.power)
+        trajectory = compare_losses(group, reference, curves)
+        comparisons[id(group)] = Comparison(group, reference, difference, decision, trajectory, needed)
+    return comparisons
 
 
-def _resolution(group: Group, measure: Measure) -> float:
-    """The smallest step of an accuracy, one sample of the test split; 0 where that is not known."""
+def _resolution(group: Group, metric: Metric) -> float:
+    """The smallest step of an accuracy, one sample of the test split; 0 if it is not known."""
     samples = group.finals("test_samples")
-    return measure.factor / max(samples) if measure.unit and samples else 0.0
+    return metric.factor / max(samples) if metric.unit and samples else 0.0
 
 
-def _values(group: Group, measure: Measure) -> dict[int, float]:
+def _values(group: Group, metric: Metric) -> dict[int, float]:
     return {
-        seed: measure.factor * job.final[measure.key]
+        seed: metric.factor * job.final[metric.key]
         for seed, job in group.jobs.items()
-        if measure.key in job.final
+        if metric.key in job.final
     }
 
 
-def _metric(config: ReportConfig, sweep: Sweep) -> str:
-    known = sorted({key for job in sweep.finished for key in job.final})
+def _metric_key(config: ReportConfig, sweep: Sweep) -> str:
+    keys = sorted({key for job in sweep.finished for key in job.final})
     if config.metric is not None:
-        if known and config.metric not in known:
-            raise UsageError(f"report.metric={config.metric}: the jobs of this sweep have {', '.join(known)}")
+        if keys and config.metric not in keys:
+            raise UsageError(f"report.metric={config.metric}: the jobs of this sweep have {', '.join(keys)}")
         return config.metric
-    return "accuracy" if "accuracy" in known or not known else "loss"
+    return "accuracy" if "accuracy" in keys or not keys else "loss"

@@ -1,6 +1,7 @@
-"""What the runs' own certificates say of a group: is its window the larger batch, whatever the accuracy?
+"""The certificates of a sweep's runs, by group: whether a run's window is the larger batch.
 
-A certificate is a line: `proved`, `proved up to <sources>` or `not proved: <causes>`.
+A certificate is one line: `proved`, `proved up to <sources>` or `not proved: <causes>`. The accuracy has no
+influence on it.
 """
 
 from __future__ import annotations
@@ -11,46 +12,44 @@ from .analysis import Report
 from .groups import Group
 
 PROVED, NOT_PROVED = "proved", "not proved"
-# Of a line in a table; the page has the whole of it.
-LONGEST = 24
+MAX_LENGTH = 24  # characters of a line in a table; the page has the whole line
 
 
 def has_certificates(report: Report) -> bool:
-    """Whether any run in the report's groups has one."""
+    """Whether any run in the report's groups has a certificate."""
     return any(certificates(row.group) for row in report.rows)
 
 
 def certificates(group: Group) -> list[str]:
-    """The lines of the group's finished runs that have one, by seed."""
+    """The certificates of the group's finished runs, by seed; runs without one are left out."""
     return [job.certificate for job in group.jobs.values() if job.certificate]
 
 
-def certified(group: Group) -> str:
-    """The group in a few words; empty if none of its runs has a certificate.
+def certificate_cell(group: Group) -> str:
+    """The group's certificates in at most `MAX_LENGTH` characters; empty if there are none.
 
-    The line of its runs, shortened, if they are alike. Else how many are proved outright: a run without a
-    certificate, and one that is proved up to something, are not.
+    If all runs have the same line, this is that line, shortened. Otherwise it counts the runs that are
+    `proved`: a run without a certificate and one that is `proved up to` something do not count.
     """
     lines = certificates(group)
     if not lines:
         return ""
     if len(lines) == len(group.jobs) and len(set(lines)) == 1:
-        return textwrap.shorten(lines[0], LONGEST, placeholder=" ...").removesuffix(": ...")
+        return textwrap.shorten(lines[0], MAX_LENGTH, placeholder=" ...").removesuffix(": ...")
     return f"{PROVED} {lines.count(PROVED)} of {len(group.jobs)}"
 
 
 def refuted(group: Group) -> bool:
-    """Whether a run of the group was found not to be the larger batch."""
+    """Whether any run of the group is `not proved`."""
     return any(line.startswith(NOT_PROVED) for line in certificates(group))
 
 
-def distinct(report: Report) -> dict[str, list[str]]:
-    """Each line that a run has, and the groups that have it with the number of their runs that do."""
-    found: dict[str, list[str]] = {}
+def distinct_certificates(report: Report) -> dict[str, list[str]]:
+    """Maps each distinct line to the groups that have it, with the number of their runs that do."""
+    groups: dict[str, list[str]] = {}
     for row in report.rows:
         lines = certificates(row.group)
         for line in dict.fromkeys(lines):
-            found.setdefault(line, []).append(
-                f"{row.group.label} ({lines.count(line)} of {len(row.group.jobs)})"
-            )
-    return found
+            count = f"{lines.count(line)} of {len(row.group.jobs)}"
+            groups.setdefault(line, []).append(f"{row.group.label} ({count})")
+    return groups

@@ -1,4 +1,4 @@
-"""Runs grouped by what varied, and which group each of them is compared with."""
+"""Jobs grouped by the keys that vary over the sweep, and the reference group of each group."""
 
 from __future__ import annotations
 
@@ -9,13 +9,19 @@ from dataclasses import dataclass
 from .jobs import Job
 
 STEPS = "accum.steps"
-# Keys that cut the same update into other micro-batches, here or on several ranks.
-CUTS = (STEPS, "accum.micro_batch_size", "accum", "accum.strategy", "accum.processes")
+# Keys that change how an update is split into micro-batches and ranks, but not the update itself.
+SPLIT_KEYS = (STEPS, "accum.micro_batch_size", "accum", "accum.strategy", "accum.processes")
 
 
 @dataclass(frozen=True)
 class Group:
-    """One combination of what varied, with its finished jobs by seed and the number of those that are not."""
+    """The jobs with one combination of the varied keys' values.
+
+    Attributes:
+        values: the combination, key to value.
+        jobs: the finished jobs by seed.
+        unfinished: the number of the other jobs.
+    """
 
     values: dict[str, str]
     jobs: dict[int, Job]
@@ -26,22 +32,17 @@ class Group:
         return next(iter(self.jobs.values()))
 
     @property
-    def steps(self) -> int:
-        """Micro-batches in a window, on each rank."""
-        return self.first.number(STEPS)
-
-    @property
     def micro_batches(self) -> int:
-        """Micro-batches in a window, on all ranks."""
-        return self.steps * self.first.number("accum.processes")
+        """Micro-batches in a window, over all ranks."""
+        return self.first.number(STEPS) * self.first.number("accum.processes")
 
     @property
     def batch_size(self) -> int:
         return self.first.number("data.batch_size")
 
     @property
-    def samples_an_update(self) -> float:
-        """On average: the last update of an epoch may have fewer than `batch_size`."""
+    def samples_per_update(self) -> float:
+        """The average: the last update of an epoch may have fewer samples than `batch_size`."""
         final = self.first.final
         return final["samples"] / final["updates"] if final.get("updates") else float(self.batch_size)
 
@@ -50,76 +51,76 @@ class Group:
         return " ".join(f"{key}={value}" for key, value in self.values.items())
 
     def finals(self, key: str) -> list[float]:
-        """`final/<key>` of the group's jobs that have it."""
+        """`final/<key>` of the jobs that have it."""
         return [job.final[key] for job in self.jobs.values() if key in job.final]
 
 
 def varied_keys(jobs: Sequence[Job]) -> list[str]:
-    """The keys that vary over the jobs, but the seed; `accum.steps` if none does."""
-    every = {key: None for job in jobs for key in job.overrides}
-    varied = [key for key in every if key != "seed" and len({job.overrides.get(key) for job in jobs}) > 1]
-    return varied or [STEPS]
+    """The keys that vary over the jobs, except the seed; `accum.steps` if there are none."""
+    keys = {key: None for job in jobs for key in job.overrides if key != "seed"}
+    return [key for key in keys if len({job.overrides.get(key) for job in jobs}) > 1] or [STEPS]
 
 
-def grouped(jobs: Sequence[Job]) -> list[Group]:
-    """`jobs`, grouped by what varies over all of them; numbers in their order."""
+def group_jobs(jobs: Sequence[Job]) -> list[Group]:
+    """Groups the jobs by their values of the varied keys; groups are sorted by these values."""
     keys = varied_keys(jobs)
-    found: dict[tuple[str, ...], dict[int, Job]] = {}
-    missing: Counter[tuple[str, ...]] = Counter()
+    finished: dict[tuple[str, ...], dict[int, Job]] = {}
+    unfinished: Counter[tuple[str, ...]] = Counter()
     for job in jobs:
         values = tuple(job.overrides.get(key) or job.params.get(key, "default") for key in keys)
-        members = found.setdefault(values, {})
+        members = finished.setdefault(values, {})
         if job.finished:
             members[job.seed] = job
         else:
-            missing[values] += 1
-    columns = list(zip(*found, strict=True))
-    order = sorted(
-        found, key=lambda values: [_rank(v, column) for v, column in zip(values, columns, strict=True)]
-    )
+            unfinished[values] += 1
+    ranks = [_ranks(column) for column in zip(*finished, strict=True)]
+    order = sorted(finished, key=lambda values: [rank[v] for v, rank in zip(values, ranks, strict=True)])
     return [
-        Group(dict(zip(keys, values, strict=True)), dict(sorted(found[values].items())), missing[values])
+        Group(
+            dict(zip(keys, values, strict=True)), dict(sorted(finished[values].items())), unfinished[values]
+        )
         for values in order
     ]
 
 
-def _rank(value: str, column: Sequence[str]) -> float:
+def _ranks(column: Sequence[str]) -> dict[str, float]:
+    """Sort keys of a column's values: by size if all are numbers, else by first occurrence."""
     try:
-        return {other: float(other) for other in column}[value]
+        return {value: float(value) for value in column}
     except ValueError:
-        return column.index(value)
+        return {value: float(column.index(value)) for value in column}
 
 
-def references(groups: Sequence[Group]) -> list[Group | None]:
-    """The group that each one is compared with: None for those that are the reference or have no job yet.
+def reference_groups(groups: Sequence[Group]) -> list[Group | None]:
+    """The reference of each group; None for a reference itself and for groups without finished jobs.
 
-    Groups that differ only in how the window is cut are compared with the one of them that has the fewest
-    micro-batches. Where no two groups are so alike, all are compared with the one of the fewest.
+    Groups that differ only in `SPLIT_KEYS` have the same reference: the one of them with the fewest
+    micro-batches. If no two groups differ only in these keys, the reference of all groups is the one with the
+    fewest micro-batches.
     """
     families: dict[tuple[str, ...], list[Group]] = {}
     for group in groups:
-        rest = tuple(value for key, value in group.values.items() if key not in CUTS)
-        families.setdefault(rest, []).append(group)
+        family = tuple(value for key, value in group.values.items() if key not in SPLIT_KEYS)
+        families.setdefault(family, []).append(group)
     if groups and len(families) == len(groups):
         families = {(): list(groups)}
-    found = {}
+    references = {}
     for members in families.values():
-        done = [group for group in members if group.jobs]
-        if done:
-            fewest = min(done, key=lambda group: group.micro_batches)
-            found.update({id(group): None if group is fewest else fewest for group in done})
-    return [found.get(id(group)) for group in groups]
+        finished = [group for group in members if group.jobs]
+        if finished:
+            fewest = min(finished, key=lambda group: group.micro_batches)
+            references.update({id(group): None if group is fewest else fewest for group in finished})
+    return [references.get(id(group)) for group in groups]
 
 
 def varied_params(groups: Sequence[Group]) -> list[str]:
-    """The params that tell the groups apart: a varied key, or what the choice of a config group changes."""
-    keys = list(groups[0].values) if groups else [STEPS]
-    found: list[str] = []
-    for key in keys:
-        params = [group.first.params for group in groups]
+    """The params that distinguish the groups; for a config group, the params below it that vary."""
+    params = [group.first.params for group in groups]
+    names: list[str] = []
+    for key in groups[0].values if groups else ():
         if any(key in one for one in params):
-            found.append(key)
+            names.append(key)
             continue
         below = sorted({name for one in params for name in one if name.startswith(f"{key}.")})
-        found += [name for name in below if len({one.get(name) for one in params}) > 1]
-    return found or [STEPS]
+        names += [name for name in below if len({one.get(name) for one in params}) > 1]
+    return names or [STEPS]

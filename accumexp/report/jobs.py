@@ -1,4 +1,4 @@
-"""What a report reads: a sweep and its jobs, from the tracking store, or from its folder without one."""
+"""The input of a report: a sweep and its jobs, read from the tracking store or from the sweep's folder."""
 
 from __future__ import annotations
 
@@ -21,13 +21,14 @@ Curve = list[tuple[int, float]]
 
 @dataclass(frozen=True)
 class Job:
-    """One job of a sweep: what was asked, what became of it, and what it measured.
+    """One job of a sweep: its configuration, status and metrics.
 
     Attributes:
-        overrides: the job's part of the command line, key to value.
+        overrides: the overrides that Hydra's sweeper gave this job, key to value.
         params: the resolved configuration, dotted keys, values as text.
-        final: `final/*` without the prefix.
-        curve: (update, value) of a metric's points.
+        final: the metrics `final/*`, keys without the prefix.
+        started: seconds since 1970.
+        curve: maps a metric's key to its points, (update, value).
     """
 
     run_id: str | None
@@ -49,28 +50,29 @@ class Job:
         return int(self.params.get("seed", self.overrides.get("seed", "0")))
 
     def number(self, key: str, default: int = 1) -> int:
-        """A whole number of the configuration."""
+        """The integer parameter `key`; `default` if it is missing or not an integer."""
         value = self.params.get(key, "")
         return int(value) if value.lstrip("-").isdigit() else default
 
     @property
     def certificate(self) -> str | None:
-        """The line that says whether the job's window is the larger batch; None if nobody looked."""
+        """The certificate of the job's window, as one line; None if the job was not certified."""
         return " ".join(self.tags.get(CERTIFICATE_TAG, "").split()) or None
 
     @property
-    def said(self) -> str:
-        """The job's overrides as they were written."""
+    def overrides_text(self) -> str:
+        """The overrides as on a command line."""
         return " ".join(f"{key}={value}" for key, value in self.overrides.items())
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """A sweep: its identity and its jobs, each once, the finished attempt of a job before others of it.
+    """A sweep and its jobs, one attempt per job.
 
     Attributes:
-        folder: where it was written, if that is on this machine.
-        store, run_id: its record, None without one.
+        folder: the sweep's folder; None if it is not on this machine.
+        store, run_id: the parent run; None for a sweep without tracking.
+        started: start of the first job, in seconds since 1970.
         seconds: from the start of the first job to the end of the last.
     """
 
@@ -94,30 +96,31 @@ class Sweep:
 
 
 def from_store(store: Store, parent: PastRun, folder: Path | None = None) -> Sweep:
-    """The sweep that `parent` is the record of; jobs that never had a run come from its folder.
+    """Reads the sweep with the parent run `parent`; jobs without a run are read from the sweep's folder.
 
     Args:
-        folder: where that is now, if it is not where the sweep was run.
+        folder: the sweep's folder, if it was moved since the sweep ran.
     """
     folder = folder or Path(parent.tags.get("accumexp.folder", ""))
-    here = folder if folder.is_dir() and folder.is_absolute() else None
-    written = {run.run_id: run for run in sweep_runs(here) if run.run_id} if here else {}
+    local = folder if folder.is_dir() and folder.is_absolute() else None
+    local_runs = sweep_runs(local) if local else []
+    by_run_id = {run.run_id: run for run in local_runs if run.run_id}
     runs = jobs_of(store, parent)
-    jobs = told_apart([_from_run(store, run, written.get(run.run_id)) for run in runs])
-    known = {frozenset(job.overrides.items()) for job in jobs}
-    if here:
-        others = [_from_summary(run) for run in sweep_runs(here)]
+    jobs = infer_overrides([_from_run(store, run, by_run_id.get(run.run_id)) for run in runs])
+    with_run = {frozenset(job.overrides.items()) for job in jobs}
+    if local:
+        others = [_from_summary(run) for run in local_runs]
     else:
         others = [_refused(**entry) for entry in json.loads(parent.tags.get("accumexp.refused", "[]"))]
-    jobs += [job for job in others if frozenset(job.overrides.items()) not in known]
+    jobs += [job for job in others if frozenset(job.overrides.items()) not in with_run]
     ends = [run.ended for run in runs if run.ended]
     started = min((run.started for run in runs), default=parent.started)
     return Sweep(
         name=parent.name,
         command=parent.tags.get("accumexp.command", ""),
         status=parent.status,
-        jobs=once(jobs),
-        folder=here,
+        jobs=best_attempts(jobs),
+        folder=local,
         store=store,
         run_id=parent.run_id,
         started=started,
@@ -126,25 +129,24 @@ def from_store(store: Store, parent: PastRun, folder: Path | None = None) -> Swe
 
 
 def from_folder(folder: Path) -> Sweep:
-    """A sweep that was run without tracking, from what its jobs left in `folder`."""
+    """Reads a sweep that was run without tracking from the job folders in `folder`."""
     runs = sweep_runs(folder)
-    jobs = [_from_summary(run) for run in runs]
     folders = [RunFolder(run.folder) for run in runs]
-    ended = [one.metrics.stat().st_mtime for one in folders if one.metrics.exists()]
+    ends = [one.metrics.stat().st_mtime for one in folders if one.metrics.exists()]
     started = min((one.config.stat().st_mtime for one in folders if one.config.exists()), default=0.0)
     return Sweep(
         name=f"sweep {folder.name}",
         command="",
         status="",
-        jobs=once(jobs),
+        jobs=best_attempts(_from_summary(run) for run in runs),
         folder=folder,
         started=started,
-        seconds=max(ended, default=started) - started,
+        seconds=max(ends, default=started) - started,
     )
 
 
-def once(jobs: Iterable[Job]) -> list[Job]:
-    """Each job once: of several attempts a finished one, else the newest."""
+def best_attempts(jobs: Iterable[Job]) -> list[Job]:
+    """One attempt per job: the newest finished one, or the newest if none has finished."""
     best: dict[frozenset[tuple[str, str]], Job] = {}
     for job in jobs:
         key = frozenset(job.overrides.items())
@@ -157,22 +159,22 @@ def once(jobs: Iterable[Job]) -> list[Job]:
     return list(best.values())
 
 
-def parsed(overrides: Iterable[str]) -> dict[str, str]:
-    """Overrides as key and value; a deletion (`~key`) has the value "deleted"."""
-    found = {}
+def parse_overrides(overrides: Iterable[str]) -> dict[str, str]:
+    """Maps the key of each override to its value, and of each deletion (`~key`) to "deleted"."""
+    values = {}
     for override in overrides:
         key, equals, value = override.partition("=")
-        found[key.lstrip("+")] = value if equals else "deleted"
-    return found
+        values[key.lstrip("+")] = value if equals else "deleted"
+    return values
 
 
-def told_apart(jobs: list[Job]) -> list[Job]:
-    """Jobs that nobody knows the overrides of, with the params instead that vary over them."""
-    unknown = [job for job in jobs if not job.overrides]
-    if len(unknown) < 2:
+def infer_overrides(jobs: list[Job]) -> list[Job]:
+    """Replaces missing overrides by the params that vary over the jobs without overrides."""
+    without = [job for job in jobs if not job.overrides]
+    if len(without) < 2:
         return jobs
-    keys = sorted({key for job in unknown for key in job.params})
-    varied = [key for key in keys if len({job.params.get(key) for job in unknown}) > 1]
+    keys = sorted({key for job in without for key in job.params})
+    varied = [key for key in keys if len({job.params.get(key) for job in without}) > 1]
     return [
         job
         if job.overrides
@@ -189,7 +191,7 @@ def _from_run(store: Store, run: PastRun, summary: Summary | None) -> Job:
     return Job(
         run_id=run.run_id,
         status=run.status,
-        overrides=parsed(overrides),
+        overrides=parse_overrides(overrides),
         params=run.params,
         final={key[6:]: value for key, value in run.metrics.items() if key.startswith("final/")},
         tags=run.tags,
@@ -211,7 +213,7 @@ def _from_summary(run: SweepRun) -> Job:
     return Job(
         run_id=run.run_id,
         status=run.status,
-        overrides=parsed(run.overrides),
+        overrides=parse_overrides(run.overrides),
         params={key: str(value) for key, value in params.items()},
         final=run.final,
         tags=run.tags,
@@ -222,4 +224,4 @@ def _from_summary(run: SweepRun) -> Job:
 
 
 def _refused(overrides: list[str], error: str | None) -> Job:
-    return Job(run_id=None, status="FAILED", overrides=parsed(overrides), error=error)
+    return Job(run_id=None, status="FAILED", overrides=parse_overrides(overrides), error=error)

@@ -1,4 +1,4 @@
-"""Up to which batch a larger one is worth it, by the gradient noise scale that the runs have measured."""
+"""The gradient noise scale that the runs measured, and the critical batch size that follows from it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from .groups import Group
 from .jobs import Curve
 
-NOISE = "train/noise_scale"
+NOISE_SCALE = "train/noise_scale"
 
 
 @dataclass(frozen=True)
@@ -28,34 +28,35 @@ class NoiseScale:
 
 
 def noise_scales(groups: Sequence[Group]) -> list[NoiseScale]:
-    """Of the groups whose jobs have measured it."""
-    found = []
+    """The noise scales of the groups whose jobs measured at least three points."""
+    scales = []
     for group in groups:
-        curves = [curve for job in group.jobs.values() if len(curve := job.curve(NOISE)) >= 3]
+        curves = [curve for job in group.jobs.values() if len(curve := job.curve(NOISE_SCALE)) >= 3]
         if not curves:
             continue
-        early = [_middle(curve[: len(curve) // 3]) for curve in curves]
-        late = [_middle(curve[-(len(curve) // 3) :]) for curve in curves]
+        early = statistics.median(_median(curve[: len(curve) // 3]) for curve in curves)
+        late = statistics.median(_median(curve[-(len(curve) // 3) :]) for curve in curves)
         by_update: dict[int, list[float]] = {}
         for curve in curves:
             for update, value in curve:
                 by_update.setdefault(update, []).append(value)
         points = [
-            (round(update * group.samples_an_update), statistics.median(values))
+            (round(update * group.samples_per_update), statistics.median(values))
             for update, values in sorted(by_update.items())
             if 2 * len(values) > len(curves)
         ]
-        found.append(NoiseScale(group, statistics.median(early), statistics.median(late), points))
-    return found
+        scales.append(NoiseScale(group, early, late, points))
+    return scales
 
 
-def _middle(points: Curve) -> float:
+def _median(points: Curve) -> float:
     return statistics.median(value for _, value in points)
 
 
-def worth(scales: Sequence[NoiseScale]) -> float:
-    """The batch up to which a larger one is worth it: the median of the groups' late noise scales (samples).
+def critical_batch_size(scales: Sequence[NoiseScale]) -> float:
+    """The median of the groups' late noise scales, in samples.
 
-    At that batch a run needs twice the fewest samples and twice the fewest updates.
+    A run with this batch size needs twice the fewest samples and twice the fewest updates (McCandlish et al.
+    2018, arXiv:1812.06162).
     """
     return statistics.median(scale.late for scale in scales)

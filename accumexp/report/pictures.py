@@ -1,38 +1,39 @@
-"""The pictures of a report: legible in print and without colour, each with its units."""
+"""The pictures of a report: legible in print and without colour, with units on the axes."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-from .analysis import Report, Row, costs
-from .noise import worth
+from .analysis import Report, Row, median_cost
+from .noise import critical_batch_size
 from .statistics import Verdict
-from .trajectory import epsilon_of
-from .wording import verdict_word
+from .trajectory import precision_epsilon
 
-# Okabe and Ito's colours, told apart with every colour vision (jfly.uni-koeln.de/color).
+# The palette of Okabe and Ito, distinguishable with all kinds of colour vision (jfly.uni-koeln.de/color).
 COLOURS = ["#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8A8A00"]
-MARKERS = ["o", "s", "^", "D", "v", "P", "X", "*"]
 DASHES = ["-", "--", "-.", ":", (0, (5, 1, 1, 1)), (0, (3, 1)), (0, (1, 1)), (0, (6, 2))]
 VERDICT_COLOURS = {
-    Verdict.equivalent: "#0072B2",
-    Verdict.different: "#D55E00",
-    Verdict.undecided: "#6E6E6E",
+    "reference": "#000000",
+    Verdict.equivalent.value: "#0072B2",
+    Verdict.different.value: "#D55E00",
+    Verdict.undecided.value: "#6E6E6E",
 }
-MANY = 8  # groups, beyond which labels are turned, pictures grow and legends shrink
-TOO_MANY = 20  # groups, beyond which a legend would hide the curves
-LONGEST = 24  # characters of a group's name on an axis or in a legend
-RESOLUTION = 110  # dots an inch: sharp on a page, small in a mail
+MANY_GROUPS = 8  # with more, labels are rotated, figures are wider and legends smaller
+MAX_LEGEND = 20  # groups; a larger legend would hide the curves
+MAX_LABEL = 24  # characters of a group's name on an axis; in a legend twice as many
+DPI = 110
 STYLE: dict[Any, Any] = {
     "font.size": 10,
+    "axes.titlesize": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
@@ -44,240 +45,212 @@ STYLE: dict[Any, Any] = {
 
 
 def draw(report: Report, folder: Path) -> dict[str, Path]:
-    """Writes the pictures that `report` has the data for; name and path of each."""
-    import matplotlib
+    """Writes the pictures that `report` has data for.
 
-    painters: dict[str, Callable[[Report], Figure | None]] = {
-        "accuracy": accuracy,
-        "loss": losses,
-        "cost": cost,
-        "noise": noise,
-    }
-    drawn = {}
+    Returns:
+        The paths of the PNG files by name: accuracy, loss, cost and noise.
+    """
+    painters = {"accuracy": accuracy_figure, "loss": loss_figure, "cost": cost_figure, "noise": noise_figure}
+    paths = {}
     with matplotlib.rc_context(STYLE):
         for name, paint in painters.items():
             figure = paint(report)
             if figure is not None:
-                drawn[name] = folder / f"{name}.png"
-                figure.savefig(drawn[name], dpi=RESOLUTION, metadata={"Software": "accumexp"})
-    return drawn
+                paths[name] = folder / f"{name}.png"
+                figure.savefig(paths[name], dpi=DPI, metadata={"Software": "accumexp"})
+    return paths
 
 
-def accuracy(report: Report) -> Figure | None:
-    """Every run and each group's mean with its interval; beside it the differences and the margin's band."""
-    rows = report.rows
-    if not rows:
+def accuracy_figure(report: Report) -> Figure | None:
+    """The metric of every run and group; beside it the differences to the references and the margin."""
+    if not report.rows:
         return None
-    measure, margin = report.measure, report.margin
     compared = bool(report.comparisons)
-    wide = (9.4 if compared else 5.2) * max(1.0, len(rows) / (2 * MANY))
-    figure = Figure(figsize=(wide, 3.9), layout="constrained")
-    axes = figure.subplots(1, 2 if compared else 1, squeeze=False)[0]
-    left = axes[0]
-    places = np.arange(len(rows))
-    for place, row in zip(places, rows, strict=True):
-        values = [measure.factor * value for value in row.group.finals(measure.key)]
-        spots = place - 0.22 + np.linspace(-0.08, 0.08, len(values)) if len(values) > 1 else [place - 0.22]
-        left.plot(spots, values, "o", ms=4, mfc="none", mec="#777777", label="_")
-        half = row.value.high - row.value.mean
-        left.errorbar(
-            place, row.value.mean, yerr=None if math.isnan(half) else half,
-            color=_colour(row), marker=MARKERS[0], ms=7, capsize=5, lw=2,
-        )  # fmt: skip
-    left.set_ylabel(measure.name)
-    percent = f"{report.config.confidence:.0%}"
-    left.set_title(f"each run (circles), mean and {percent} interval", fontsize=10)
-    if measure.unit:
-        low, high = left.get_ylim()
-        left.set_ylim(max(low, -0.5), min(high, 100.5))  # a fraction's interval may reach beyond it
-    _groups_axis(left, rows, report)
-    if not compared:
-        return figure
-    right = axes[1]
-    title = f"{percent} interval"
-    if margin is not None:
-        title += f", and the margin of ±{measure.amount(margin)}"
-        right.axhspan(-margin, margin, color="#0072B2", alpha=0.12, lw=0)
-        for side in (-margin, margin):
-            right.axhline(side, color="#0072B2", lw=1, ls="--")
-    right.axhline(0, color="#444444", lw=1)
-    for place, row in zip(places, rows, strict=True):
-        if row.comparison is None:
-            right.plot(place, 0, marker="o", ms=7, color="#000000")
-            continue
-        found = row.comparison.difference
-        half = found.high - found.mean
-        right.errorbar(
-            place, found.mean, yerr=None if math.isnan(half) else half,
-            color=_colour(row), marker="o", ms=7, capsize=5, lw=2,
-        )  # fmt: skip
-    _verdicts(right, rows)
-    unit = f" ({measure.unit})" if measure.unit else ""
-    right.set_ylabel(f"difference to the reference{unit}")
-    right.set_title(title, fontsize=10)
-    _groups_axis(right, rows, report)
+    width = (9.4 if compared else 5.2) * max(1.0, len(report.rows) / (2 * MANY_GROUPS))
+    figure, (left, *right) = _panels(1 + compared, width, 3.9)
+    _draw_values(left, report)
+    if right:
+        _draw_differences(right[0], report)
     return figure
 
 
-def losses(report: Report) -> Figure | None:
-    """The loss of all groups over each other, and how far each is from its reference, on a log scale."""
-    rows = [row for row in report.rows if any(report.curves[id(row.group)].values())]
-    if not rows:
+def _draw_values(axes: Axes, report: Report) -> None:
+    metric = report.metric
+    for position, row in enumerate(report.rows):
+        values = [metric.factor * value for value in row.group.finals(metric.key)]
+        offsets = np.linspace(-0.08, 0.08, len(values)) if len(values) > 1 else np.zeros(1)
+        axes.plot(position - 0.22 + offsets, values, "o", ms=4, mfc="none", mec="#777777", label="_")
+        _draw_interval(axes, position, row.value.mean, row.value.high, row)
+    axes.set(ylabel=metric.heading)
+    axes.set_title(f"each run (circles), mean and {report.config.confidence:.0%} interval")
+    if metric.unit:
+        low, high = axes.get_ylim()
+        axes.set_ylim(max(low, -0.5), min(high, 100.5))  # the interval of a fraction may exceed its range
+    _label_groups(axes, report.rows)
+
+
+def _draw_differences(axes: Axes, report: Report) -> None:
+    title, margin, rows = f"{report.config.confidence:.0%} interval", report.margin, report.rows
+    if margin is not None:
+        title += f", and the margin of ±{report.metric.with_unit(margin)}"
+        axes.axhspan(-margin, margin, color="#0072B2", alpha=0.12, lw=0)
+        for side in (-margin, margin):
+            axes.axhline(side, color="#0072B2", lw=1, ls="--")
+    axes.axhline(0, color="#444444", lw=1)
+    for position, row in enumerate(rows):
+        if row.comparison is None:
+            axes.plot(position, 0, marker="o", ms=7, color="#000000")
+        else:
+            difference = row.comparison.difference
+            _draw_interval(axes, position, difference.mean, difference.high, row)
+    low, high = axes.get_ylim()
+    axes.set_ylim(low, high + 0.12 * (high - low))  # room for the verdicts
+    for position, row in enumerate(rows):
+        axes.annotate(
+            row.verdict, (position, 0.95), xycoords=("data", "axes fraction"), ha="center", fontsize=9,
+            color=VERDICT_COLOURS[row.verdict], rotation=0 if len(rows) <= MANY_GROUPS else 60,
+        )  # fmt: skip
+    unit = f" ({report.metric.unit})" if report.metric.unit else ""
+    axes.set(ylabel=f"difference to the reference{unit}", title=title)
+    _label_groups(axes, rows)
+
+
+def _draw_interval(axes: Axes, position: int, mean: float, high: float, row: Row) -> None:
+    error = None if math.isnan(high) else high - mean
+    colour = VERDICT_COLOURS[row.verdict]
+    axes.errorbar(position, mean, yerr=error, color=colour, marker="o", ms=7, capsize=5, lw=2)
+
+
+def loss_figure(report: Report) -> Figure | None:
+    """The loss of all groups; beside it the relative difference to the reference, on a log scale."""
+    if not any(any(report.curves[id(row.group)].values()) for row in report.rows):
         return None
-    compared = [row for row in rows if row.comparison and row.comparison.trajectory.updates.size]
-    figure = Figure(figsize=(9.4 if compared else 5.6, 4.0), layout="constrained")
-    axes = figure.subplots(1, 2 if compared else 1, squeeze=False)[0]
-    left = axes[0]
+    compared = any(comparison.trajectory.updates.size for comparison in report.comparisons)
+    figure, (left, *right) = _panels(1 + compared, 9.4 if compared else 5.6, 4.0)
+    _draw_losses(left, report)
+    if right:
+        _draw_loss_differences(right[0], report)
+    return figure
+
+
+def _draw_losses(axes: Axes, report: Report) -> None:
+    rows = [row for row in report.rows if any(report.curves[id(row.group)].values())]
     by_samples = len({row.group.batch_size for row in rows}) > 1
+    positive = True
     for index, row in enumerate(report.rows):
         curves = [curve for curve in report.curves[id(row.group)].values() if curve]
         if not curves:
             continue
-        updates, middle, low, high = _band(curves)
-        x = updates * row.group.samples_an_update if by_samples else updates
-        left.plot(x, middle, label=_cut(row.group.label, 2 * LONGEST), **_line(index))
-        if len(curves) > 1:
-            left.fill_between(x, low, high, color=_line(index)["color"], alpha=0.12, lw=0)
-    if all(
-        value > 0 for row in rows for curve in report.curves[id(row.group)].values() for _, value in curve
-    ):
-        left.set_yscale("log")
-    left.set_xlabel("samples seen" if by_samples else "update")
-    left.set_ylabel("training loss of the window")
-    left.set_title("median and range over the seeds", fontsize=10)
-    _legend(left, len(rows))
-    if not compared:
-        return figure
-    right = axes[1]
-    smallest = min(epsilon_of(row.group) for row in compared) / 4
-    for index, row in enumerate(report.rows):
-        if row not in compared or row.comparison is None:
-            continue
-        path = row.comparison.trajectory
-        style = _line(index)
-        right.plot(
-            path.updates, np.maximum(path.median, smallest), label=_cut(row.group.label, 2 * LONGEST), **style
-        )
-        right.fill_between(
-            path.updates, np.maximum(path.low, smallest), np.maximum(path.high, smallest),
-            color=style["color"], alpha=0.12, lw=0,
-        )  # fmt: skip
-        if path.leaves is not None:
-            right.plot(path.leaves, path.by, marker="X", ms=10, color=style["color"])
-            right.annotate(
-                f"leaves at update {path.leaves}", (path.leaves, path.by), (9, -3),
-                textcoords="offset points", fontsize=8, color=style["color"],
-            )  # fmt: skip
-    bound = max(row.comparison.trajectory.bound for row in compared if row.comparison)
-    right.axhspan(smallest / 2, bound, color="#777777", alpha=0.13, lw=0)
-    right.annotate(
-        "what rounding explains", (0.98, bound), (0, -10), xycoords=("axes fraction", "data"),
-        textcoords="offset points", ha="right", fontsize=8, color="#555555",
+        positive &= all(value > 0 for curve in curves for _, value in curve)
+        updates = sorted(set.intersection(*[{update for update, _ in curve} for curve in curves]))
+        table = np.array([[values[update] for update in updates] for values in map(dict, curves)])
+        x = np.array(updates) * (row.group.samples_per_update if by_samples else 1)
+        _draw_band(axes, index, row.group.label, x, np.median(table, axis=0), table.min(0), table.max(0))
+    if positive:
+        axes.set_yscale("log")
+    axes.set(xlabel="samples seen" if by_samples else "update", ylabel="training loss of the window")
+    axes.set_title("median and range over the seeds")
+    _legend(axes, len(rows))
+
+
+def _draw_loss_differences(axes: Axes, report: Report) -> None:
+    compared = {
+        index: row.comparison
+        for index, row in enumerate(report.rows)
+        if row.comparison and row.comparison.trajectory.updates.size
+    }
+    floor = min(precision_epsilon(comparison.group) for comparison in compared.values()) / 4
+    for index, comparison in compared.items():
+        path = comparison.trajectory
+        low, median, high = (np.maximum(values, floor) for values in (path.low, path.median, path.high))
+        colour = _draw_band(axes, index, comparison.group.label, path.updates, median, low, high)
+        if path.departs_at is not None:
+            point = (path.departs_at, path.departs_by)
+            axes.plot(*point, marker="X", ms=10, color=colour)
+            _annotate(axes, f"leaves at update {path.departs_at}", point, (9, -3), color=colour)
+    bound = max(comparison.trajectory.bound for comparison in compared.values())
+    axes.axhspan(floor / 2, bound, color="#777777", alpha=0.13, lw=0)
+    _annotate(
+        axes, "what rounding explains", (0.98, bound), (0, -10), xycoords=("axes fraction", "data"),
+        ha="right", color="#555555",
     )  # fmt: skip
-    right.set_yscale("log")
-    right.set_xscale("log")
-    right.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    right.set_ylim(bottom=smallest / 2)
-    right.set_xlabel("update")
-    right.set_ylabel("|loss - reference's| / largest so far")
-    right.set_title("rounding grows smoothly; a bug jumps", fontsize=10)
-    _legend(right, len(compared), loc="upper left")
-    return figure
+    axes.set(xscale="log", yscale="log", xlabel="update", ylabel="|loss - reference's| / largest so far")
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.set_ylim(bottom=floor / 2)
+    axes.set_title("rounding grows smoothly; a bug jumps")
+    _legend(axes, len(compared), loc="upper left")
 
 
-def cost(report: Report) -> Figure | None:
-    """What accumulation buys and what it costs, group by group: medians over the jobs, each from zero."""
-    rows = [row for row in report.rows if costs(row.group).update_ms is not None]
+def cost_figure(report: Report) -> Figure | None:
+    """Time, speed and memory of the groups' updates: medians over the jobs, on axes from zero."""
+    rows = [row for row in report.rows if median_cost(row.group).update_ms is not None]
     if not rows:
         return None
-    found = [costs(row.group) for row in rows]
-    panels = [
-        ("time an update", "ms", [one.update_ms for one in found]),
-        ("speed", "samples/s", [one.samples_per_second for one in found]),
-        ("activations saved for backward", "MiB", [one.activation_mib for one in found]),
-        ("peak memory", _where(rows), [one.peak_mib for one in found]),
+    costs = [median_cost(row.group) for row in rows]
+    device = rows[0].group.first.tags.get("accumexp.device", "")
+    scope = "of the process" if "cores" in device or not device else "on the device"
+    quantities = [
+        ("time an update", "ms", [cost.update_ms for cost in costs]),
+        ("speed", "samples/s", [cost.samples_per_second for cost in costs]),
+        ("activations saved for backward", "MiB", [cost.activation_mib for cost in costs]),
+        ("peak memory", f"MiB, {scope}", [cost.peak_mib for cost in costs]),
     ]
-    panels = [panel for panel in panels if all(value is not None for value in panel[2])]
-    wide = 2.45 * len(panels) * max(1.0, len(rows) / MANY)
-    figure = Figure(figsize=(wide, 3.2), layout="constrained")
-    for axes, (title, unit, values) in zip(
-        figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True
-    ):
+    quantities = [quantity for quantity in quantities if None not in quantity[2]]
+    width = 2.45 * len(quantities) * max(1.0, len(rows) / MANY_GROUPS)
+    figure, panels = _panels(len(quantities), width, 3.2)
+    for axes, (title, unit, values) in zip(panels, quantities, strict=True):
         numbers = [value for value in values if value is not None]
         bars = axes.bar(range(len(rows)), numbers, color="#56B4E9", edgecolor="#1f4e66", width=0.65)
-        axes.bar_label(bars, [_short(value) for value in numbers], fontsize=8, padding=2)
-        axes.set_title(title, fontsize=10)
-        axes.set_ylabel(unit)
+        labels = [f"{value:.3g}" if value < 1000 else f"{value:,.0f}" for value in numbers]
+        axes.bar_label(bars, labels, fontsize=8, padding=2)
+        axes.set(title=title, ylabel=unit)
         axes.margins(y=0.12)
         axes.grid(axis="x", visible=False)
-        _groups_axis(axes, rows, report)
+        _label_groups(axes, rows)
     return figure
 
 
-def noise(report: Report) -> Figure | None:
-    """The gradient noise scale over the training, beside the batches that were tried."""
+def noise_figure(report: Report) -> Figure | None:
+    """The gradient noise scale over the training, beside the batch sizes of the sweep."""
     if not report.noise:
         return None
-    figure = Figure(figsize=(5.6, 3.9), layout="constrained")
-    axes = figure.subplots()
-    sizes = sorted({row.group.batch_size for row in report.rows})
-    for size in sizes:
+    figure, (axes,) = _panels(1, 5.6, 3.9)
+    for size in sorted({row.group.batch_size for row in report.rows}):
         axes.axhline(size, color="#b0b0b0", lw=0.8)
-        axes.annotate(
-            f"batch {size}", (1.0, size), (-2, 2), xycoords=("axes fraction", "data"),
-            textcoords="offset points", ha="right", fontsize=7, color="#666666",
+        _annotate(
+            axes, f"batch {size}", (1.0, size), (-2, 2), xycoords=("axes fraction", "data"),
+            ha="right", fontsize=7, color="#666666",
         )  # fmt: skip
     for index, scale in enumerate(report.noise):
         x, y = zip(*scale.points, strict=True)
-        axes.plot(x, y, label=_cut(scale.group.label, 2 * LONGEST), **_line(index))
-    limit = worth(report.noise)
+        axes.plot(x, y, label=_shorten(scale.group.label, 2 * MAX_LABEL), **_line_style(index))
+    limit = critical_batch_size(report.noise)
     axes.axhline(limit, color="#E69F00", lw=3.5, alpha=0.8)
-    axes.annotate(
-        f"worth it up to here: {limit:.0f}", (0.0, limit), (3, 4), xycoords=("axes fraction", "data"),
-        textcoords="offset points", fontsize=8,
-    )  # fmt: skip
-    axes.set_yscale("log")
-    axes.set_xlabel("samples seen")
-    axes.set_ylabel("gradient noise scale (samples)")
-    axes.set_title("batches below the noise scale are worth enlarging", fontsize=10)
+    text = f"worth it up to here: {limit:.0f}"
+    _annotate(axes, text, (0.0, limit), (3, 4), xycoords=("axes fraction", "data"))
+    axes.set(yscale="log", xlabel="samples seen", ylabel="gradient noise scale (samples)")
+    axes.set_title("batches below the noise scale are worth enlarging")
     _legend(axes, len(report.noise))
     return figure
 
 
-def _groups_axis(axes: Axes, rows: Sequence[Row], report: Report) -> None:
-    labels = ["\n".join(_cut(value) for value in row.group.values.values()) for row in rows]
-    axes.set_xticks(range(len(rows)), labels)
-    axes.set_xlabel(_cut(", ".join(rows[0].group.values), 2 * LONGEST))
-    axes.set_xlim(-0.6, len(rows) - 0.4)
-    if len(rows) > MANY or max(map(len, labels)) > LONGEST:
-        axes.tick_params(axis="x", rotation=60, labelsize=7)
+def _panels(count: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
+    """A figure of `width` times `height` inches with `count` axes side by side."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, list(figure.subplots(1, count, squeeze=False)[0])
 
 
-def _legend(axes: Axes, groups: int, **where: Any) -> None:
-    if groups <= TOO_MANY:
-        axes.legend(fontsize=8 if groups <= MANY else 6, **where)
+def _draw_band(
+    axes: Axes, index: int, label: str, x: np.ndarray, middle: np.ndarray, low: np.ndarray, high: np.ndarray
+) -> str:
+    """Draws a line and the range around it in the style of group `index`; returns its colour."""
+    style = _line_style(index)
+    axes.plot(x, middle, label=_shorten(label, 2 * MAX_LABEL), **style)
+    axes.fill_between(x, low, high, color=style["color"], alpha=0.12, lw=0)
+    return style["color"]
 
 
-def _cut(text: str, longest: int = LONGEST) -> str:
-    return text if len(text) <= longest else text[: longest - 1] + "…"
-
-
-def _verdicts(axes: Axes, rows: Sequence[Row]) -> None:
-    """Each group's verdict above its place."""
-    low, high = axes.get_ylim()
-    axes.set_ylim(low, high + 0.12 * (high - low))
-    for place, row in enumerate(rows):
-        axes.annotate(
-            verdict_word(row), (place, 0.95), xycoords=("data", "axes fraction"), ha="center", fontsize=9,
-            color=_colour(row), rotation=0 if len(rows) <= MANY else 60,
-        )  # fmt: skip
-
-
-def _colour(row: Row) -> str:
-    return "#000000" if row.comparison is None else VERDICT_COLOURS[row.comparison.verdict]
-
-
-def _line(index: int) -> dict[str, Any]:
+def _line_style(index: int) -> dict[str, Any]:
     return {
         "color": COLOURS[index % len(COLOURS)],
         "ls": DASHES[(index + index // len(DASHES)) % len(DASHES)],
@@ -285,20 +258,26 @@ def _line(index: int) -> dict[str, Any]:
     }
 
 
-def _band(
-    curves: Sequence[Sequence[tuple[int, float]]],
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """(updates, median, lowest, highest) over the curves' common points."""
-    common = sorted(set.intersection(*[{update for update, _ in curve} for curve in curves]))
-    values = [dict(curve) for curve in curves]
-    table = np.array([[value[update] for update in common] for value in values])
-    return np.array(common), np.median(table, axis=0), table.min(axis=0), table.max(axis=0)
+def _annotate(
+    axes: Axes, text: str, point: tuple[float, float], offset: tuple[int, int], **style: Any
+) -> None:
+    """Writes `text` at an offset, in typographic points, from `point`."""
+    axes.annotate(text, point, offset, textcoords="offset points", **{"fontsize": 8, **style})
 
 
-def _short(value: float) -> str:
-    return f"{value:.3g}" if value < 1000 else f"{value:,.0f}"
+def _label_groups(axes: Axes, rows: Sequence[Row]) -> None:
+    labels = ["\n".join(map(_shorten, row.group.values.values())) for row in rows]
+    axes.set_xticks(range(len(rows)), labels)
+    axes.set_xlabel(_shorten(", ".join(rows[0].group.values), 2 * MAX_LABEL))
+    axes.set_xlim(-0.6, len(rows) - 0.4)
+    if len(rows) > MANY_GROUPS or max(map(len, labels)) > MAX_LABEL:
+        axes.tick_params(axis="x", rotation=60, labelsize=7)
 
 
-def _where(rows: Sequence[Row]) -> str:
-    device = rows[0].group.first.tags.get("accumexp.device", "")
-    return "MiB, of the process" if "cores" in device or not device else "MiB, on the device"
+def _legend(axes: Axes, groups: int, **options: Any) -> None:
+    if groups <= MAX_LEGEND:
+        axes.legend(fontsize=8 if groups <= MANY_GROUPS else 6, **options)
+
+
+def _shorten(text: str, length: int = MAX_LABEL) -> str:
+    return text if len(text) <= length else text[: length - 1] + "…"

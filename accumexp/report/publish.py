@@ -1,46 +1,43 @@
-"""Where a report goes: the sweep's folder, the terminal, and the record of the parent run."""
+"""Writes a report to the terminal, to files and to the sweep's parent run in MLflow."""
 
 from __future__ import annotations
 
 import json
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..config.report import report_from
 from ..environment.console import console, steps
-from .analysis import Report, costs, make_report
+from .analysis import Report, make_report, median_cost
 from .groups import varied_params
 from .jobs import Sweep
 from .page import page
 from .pictures import draw
 from .statistics import Verdict
 from .tables import (
-    COST_COLUMNS,
-    accuracy_cells,
-    accuracy_columns,
-    cost_cells,
+    cost_table,
     group_rows,
     job_rows,
-    markdown,
-    terminal,
+    print_tables,
+    result_table,
+    terminal_tables,
     write_csv,
 )
-from .tables import show as show_tables
-from .wording import conclusion, noise_conclusion, outcome
+from .wording import conclusion, noise_conclusion, reason
 
 FOLDER = "report"
 PAGE = "report.html"
-# Of MLflow, with room to spare: 8,000 characters a tag, 250 a metric's name.
-LONGEST_TAG, LONGEST_NAME = 7500, 200
+# Below MLflow's limits: 8,000 characters of a tag, 250 of a metric's name.
+MAX_TAG, MAX_NAME = 7500, 200
 
 
 @dataclass(frozen=True)
-class Written:
-    """The files of a report."""
+class ReportFiles:
+    """The files of a report; `files` includes the page."""
 
     folder: Path
     page: Path
@@ -50,30 +47,29 @@ class Written:
 def publish(
     sweep: Sweep, changes: Mapping[str, str], folder: Path | None = None, files: bool = True
 ) -> Report:
-    """Makes the report of `sweep` and shows it; with `files`, writes it, and keeps it with the parent.
+    """Makes the report of `sweep` and prints it; with `files`, also writes it and logs it to the parent run.
 
     Args:
-        changes: `report.*` settings instead of those that the sweep was run with.
-        folder: for the files; the sweep's own if it is on this machine.
+        changes: settings `report.*` that replace those of the sweep.
+        folder: for the files; by default `report` in the sweep's folder, if that is on this machine.
 
     Raises:
-        UsageError: for a setting that is wrong, naming it.
+        UsageError: if a setting is wrong; names the setting.
     """
     params = next((job.params for job in sweep.jobs if job.params), {})
     config = report_from(params, changes)
     report = make_report(sweep, config, lambda jobs: steps("reading the runs", jobs))
-    show(report)
-    if not (files and (config.write or changes or folder)):
-        return report
-    where = folder or (sweep.folder or Path.cwd() / f"report-{sweep.run_id}") / FOLDER
-    written = write(report, where)
-    console.print(f"report  {written.page}", highlight=False, soft_wrap=True, markup=False)
-    record(report, written)
+    print_report(report)
+    if files and (config.write or changes or folder):
+        default = (sweep.folder or Path.cwd() / f"report-{sweep.run_id}") / FOLDER
+        written = write(report, folder or default)
+        console.print(f"report  {written.page}", highlight=False, soft_wrap=True, markup=False)
+        log_to_parent_run(report, written)
     return report
 
 
-def write(report: Report, folder: Path) -> Written:
-    """Page, pictures and CSV, in `folder`, which is made if it is not there."""
+def write(report: Report, folder: Path) -> ReportFiles:
+    """Writes page, pictures and CSV files into `folder`, which is created if necessary."""
     folder.mkdir(parents=True, exist_ok=True)
     pictures = draw(report, folder)
     html = folder / PAGE
@@ -82,109 +78,97 @@ def write(report: Report, folder: Path) -> Written:
         write_csv(folder / "groups.csv", group_rows(report)),
         write_csv(folder / "jobs.csv", job_rows(report)),
     ]
-    return Written(folder, html, [html, *pictures.values(), *tables])
+    return ReportFiles(folder, html, [html, *pictures.values(), *tables])
 
 
-def show(report: Report) -> None:
-    """The tables and the verdict, in the terminal."""
-    show_tables(terminal(report, console.width if console.is_terminal else None))
+def print_report(report: Report) -> None:
+    """Prints the tables, the verdicts and the jobs that are left out."""
+    print_tables(terminal_tables(report, console.width if console.is_terminal else None))
 
-    def say(text: str, style: str | None = None) -> None:
+    def write_line(text: str, style: str | None = None) -> None:
         console.print(text, style=style, highlight=False, markup=False, soft_wrap=not console.is_terminal)
 
-    say(conclusion(report))
-    for row in report.comparisons:
-        if row.comparison and row.comparison.verdict is not Verdict.equivalent:
-            say(f"  {row.group.label}: {outcome(row.comparison, report)}")
-    answer = noise_conclusion(report)
-    if answer:
-        say(answer)
+    write_line(conclusion(report))
+    for comparison in report.comparisons:
+        if comparison.verdict is not Verdict.equivalent:
+            write_line(f"  {comparison.group.label}: {reason(comparison, report)}")
+    noise = noise_conclusion(report)
+    if noise:
+        write_line(noise)
     for job in report.sweep.unfinished:
-        say(f"  left out: {job.said}: {job.status}" + (f": {job.error}" if job.error else ""), "yellow")
+        error = f": {job.error}" if job.error else ""
+        write_line(f"  left out: {job.overrides_text}: {job.status}{error}", "yellow")
 
 
-def record(report: Report, written: Written) -> None:
-    """The report as artifacts, metrics, tags and note of the parent run, if the sweep has one."""
-    sweep = report.sweep
-    if sweep.store is None or sweep.run_id is None:
+def log_to_parent_run(report: Report, written: ReportFiles) -> None:
+    """Logs the report as artifacts, metrics, tags and note of the sweep's parent run, if there is one."""
+    store, run_id = report.sweep.store, report.sweep.run_id
+    if store is None or run_id is None:
         return
-    store, run_id = sweep.store, sweep.run_id
     for path in written.files:
         store.client.log_artifact(run_id, str(path), FOLDER)
     store.log_once(run_id, metrics(report))
     for key, value in tags(report).items():
         store.client.set_tag(run_id, key, value)
-    store.arrange_sweep(run_id, varied_params([row.group for row in report.rows]), report.measure.key)
+    store.arrange_sweep(run_id, varied_params([row.group for row in report.rows]), report.metric.key)
 
 
 def metrics(report: Report) -> dict[str, float]:
-    """`final/<what>/<group>` of every group, in names that MLflow takes."""
-    found: dict[str, float] = {}
+    """`final/<metric>/<group>` of all groups, under names that MLflow accepts and in the jobs' own unit."""
+    logged: dict[str, float] = {}
     names: set[str] = set()
+    key, factor = report.metric.key, report.metric.factor
     for number, row in enumerate(report.rows, 1):
-        name = re.sub(r"[^\w.\- ]+", " ", row.group.label)[:LONGEST_NAME].strip(" .")
+        name = re.sub(r"[^\w.\- ]+", " ", row.group.label)[:MAX_NAME].strip(" .")
         name += f" - {number}" if name in names else ""
         names.add(name)
-        key = report.measure.key
-        factor = report.measure.factor  # the jobs' own unit, as their final/* have it
-        values = {
-            key: row.value.mean / factor,
-            f"{key}_std": row.value.std / factor,
-            **vars(costs(row.group)),
-        }
+        values = {key: row.value.mean / factor, f"{key}_std": row.value.std / factor}
+        values.update(vars(median_cost(row.group)))
         if row.comparison:
             values[f"{key}_difference"] = row.comparison.difference.mean / factor
-        for what, value in values.items():
+        for metric, value in values.items():
             if value is not None and not math.isnan(value):
-                found[f"final/{what}/{name}"] = value
-    return found
+                logged[f"final/{metric}/{name}"] = value
+    return logged
 
 
 def tags(report: Report) -> dict[str, str]:
-    """The verdicts, and the note that the UI shows."""
-    found = {"mlflow.note.content": note(report)}
+    """The verdicts, the refused jobs, and the note that MLflow's UI shows."""
+    values = {"mlflow.note.content": note(report)}
     if report.verdict:
-        found["accumexp.verdict"] = report.verdict.value
-        verdicts = {
-            row.group.label: row.comparison.verdict.value for row in report.comparisons if row.comparison
-        }
-        found["accumexp.verdicts"] = _fitting(list(verdicts.items()), dict)
+        values["accumexp.verdict"] = report.verdict.value
+        verdicts = [(comparison.group.label, comparison.verdict.value) for comparison in report.comparisons]
+        while len(json.dumps(dict(verdicts))) > MAX_TAG:
+            verdicts = verdicts[: len(verdicts) // 2]
+        values["accumexp.verdicts"] = json.dumps(dict(verdicts))
         if report.margin is not None:
-            found["accumexp.margin"] = report.measure.amount(report.margin)
-    refused = [
+            values["accumexp.margin"] = report.metric.with_unit(report.margin)
+    refused: list[dict[str, Any]] = [
         {"overrides": [f"{key}={value}" for key, value in job.overrides.items()], "error": job.error}
         for job in report.sweep.jobs
         if job.run_id is None
     ]
     if refused:
-        found["accumexp.refused"] = _fitting(refused, list)
-    return found
-
-
-def _fitting(entries: Sequence[Any], form: Callable[[Sequence[Any]], Any]) -> str:
-    """As many of the entries as a tag holds, as JSON."""
-    text = json.dumps(form(entries))
-    return text if len(text) <= LONGEST_TAG else _fitting(entries[: len(entries) // 2], form)
+        while len(json.dumps(refused)) > MAX_TAG:
+            refused = refused[: len(refused) // 2]
+        values["accumexp.refused"] = json.dumps(refused)
+    return values
 
 
 def note(report: Report) -> str:
-    """The report as markdown, of the length that a note may have."""
+    """The report as markdown, of at most the length of a tag."""
     parts = [f"**{conclusion(report)}**"]
     if report.rows:
-        keys = list(report.rows[0].group.values)
-        cells = [accuracy_cells(report, row) for row in report.rows]
-        parts.append(markdown(accuracy_columns(report), cells))
-        paid = [[*row.group.values.values(), *cost_cells(row.group, row.reference)] for row in report.rows]
-        parts.append(markdown([*keys, *COST_COLUMNS], paid))
-    answer = noise_conclusion(report)
-    if answer:
-        parts.append(answer)
+        parts += [result_table(report).markdown(), cost_table(report).markdown()]
+    noise = noise_conclusion(report)
+    if noise:
+        parts.append(noise)
     if report.sweep.unfinished:
-        parts.append(
-            "\n".join(
-                f"- left out: `{job.said}`: {job.status} {job.error or ''}" for job in report.sweep.unfinished
-            )
-        )
+        lines = [
+            f"- left out: `{job.overrides_text}`: {job.status} {job.error or ''}"
+            for job in report.sweep.unfinished
+        ]
+        parts.append("\n".join(lines))
     parts.append(f"The whole report, with pictures: artifact `{FOLDER}/{PAGE}`.")
     text = "\n\n".join(parts)
-    return text if len(text) <= LONGEST_TAG else text[:LONGEST_TAG] + "\n\n... cut here; the page has it all"
+    return text if len(text) <= MAX_TAG else text[:MAX_TAG] + "\n\n... cut here; the page has it all"

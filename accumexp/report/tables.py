@@ -1,201 +1,187 @@
-"""The report as tables: in the terminal, as markdown, and as CSV."""
+"""The report as tables: in the terminal, as markdown and as CSV."""
 
 from __future__ import annotations
 
 import csv
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .analysis import Cost, Report, Row, costs
-from .certificates import certified, has_certificates
-from .groups import Group
-from .wording import amount, outcome, p_value, signed_interval, spread, verdict_word
+from rich import box
+from rich.measure import Measurement
+from rich.table import Table as RichTable
+from rich.text import Text
+
+from ..environment.console import console
+from .analysis import Comparison, Report, Row, median_cost
+from .certificates import certificate_cell, has_certificates
+from .wording import mean_and_std, p_value, reason, signed_interval
 
 VERDICT_STYLES = {"equivalent": "green", "different": "red", "undecided": "yellow", "reference": "dim"}
+# Columns that a terminal may be too narrow for, in the order in which they are dropped.
+OPTIONAL_COLUMNS = ["p", "training", "certificate", "seeds"]
 
 
-def accuracy_columns(report: Report) -> list[str]:
-    """The headings of `accuracy_cells`."""
-    keys = list(report.rows[0].group.values) if report.rows else []
-    columns = [*keys, "seeds", report.measure.name]
-    if report.comparisons:
-        unit = f" ({report.measure.unit})" if report.measure.unit else ""
-        columns += [f"difference{unit} [{report.config.confidence:.0%}]", "p", "training", "verdict"]
-    if has_certificates(report):
-        columns.insert(len(columns) - bool(report.comparisons), "certificate")
-    return columns
+@dataclass(frozen=True)
+class Table:
+    """A row of cells per group. The first `keys` columns identify the group."""
+
+    keys: int
+    columns: list[str]
+    rows: list[list[str]]
+
+    def markdown(self) -> str:
+        lines = ["| " + " | ".join(self.columns) + " |", "|" + " --- |" * len(self.columns)]
+        lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in self.rows]
+        return "\n".join(lines)
 
 
-def accuracy_cells(report: Report, row: Row) -> list[str]:
-    """A group's row: what it is, its mean and deviation, and how it compares."""
-    cells = [*row.group.values.values(), str(row.value.count), spread(row.value, report.measure)]
-    if report.comparisons:
-        found = row.comparison
-        if found is None:
-            cells += ["", "", "", verdict_word(row)]
-        else:
-            cells += [
-                signed_interval(found.difference, report.measure),
-                p_value(found.judgement.p_equivalent),
-                training(row),
-                verdict_word(row),
-            ]
-    if has_certificates(report):
-        cells.insert(len(cells) - bool(report.comparisons), certified(row.group))
-    return cells
+def result_table(report: Report) -> Table:
+    """Each group's mean and standard deviation, and its comparison with its reference."""
+    certificate, compared = has_certificates(report), bool(report.comparisons)
+    columns = [*report.keys, "seeds", report.metric.heading]
+    if compared:
+        unit = f" ({report.metric.unit})" if report.metric.unit else ""
+        columns += [f"difference{unit} [{report.config.confidence:.0%}]", "p", "training"]
+    columns += ["certificate"] * certificate + ["verdict"] * compared
+    rows = []
+    for row in report.rows:
+        cells = [*row.group.values.values(), str(row.value.count), mean_and_std(row.value, report.metric)]
+        if row.comparison:
+            interval = signed_interval(row.comparison.difference, report.metric)
+            cells += [interval, p_value(row.comparison.decision.p_equivalent), _training(row.comparison)]
+        elif compared:
+            cells += ["", "", ""]
+        rows.append(cells + [certificate_cell(row.group)] * certificate + [row.verdict] * compared)
+    return Table(len(report.keys), columns, rows)
 
 
-def training(row: Row) -> str:
-    """The trajectory in a word or two."""
-    if row.comparison is None:
-        return ""
-    path = row.comparison.trajectory
-    if path.same is None:
-        return "not claimed" if path.declared else "not known"
-    return "the same" if path.same else f"leaves at {path.leaves}"
+def _training(comparison: Comparison) -> str:
+    """The comparison of the losses in a word or two."""
+    trajectory = comparison.trajectory
+    if trajectory.same is None:
+        return "not claimed" if trajectory.declared else "not known"
+    return "the same" if trajectory.same else f"leaves at {trajectory.departs_at}"
 
 
-COST_COLUMNS = ["ms/update", "samples/s", "activations", "peak memory", "training time"]
+def cost_table(report: Report) -> Table:
+    """The cost of each group's updates; in brackets the ratio to its reference."""
+    headings = ["ms/update", "samples/s", "activations", "peak memory", "training time"]
+    rows = [[*row.group.values.values(), *_cost_cells(row)] for row in report.rows]
+    return Table(len(report.keys), [*report.keys, *headings], rows)
 
 
-def cost_cells(group: Group, reference: Group | None) -> list[str]:
-    """What a group paid, with the ratio to its reference."""
-    mine = costs(group)
-    other = costs(reference) if reference else None
+def _cost_cells(row: Row) -> list[str]:
+    cost = median_cost(row.group)
+    reference = median_cost(row.comparison.reference) if row.comparison else None
 
-    def cell(key: str, unit: str, digits: int) -> str:
-        value = getattr(mine, key)
-        base = getattr(other, key) if other else None
-        ratio = f" (x{value / base:.2f})" if value is not None and base else ""
-        return amount(value, unit, digits) + ratio
+    def cell(value: float | None, unit: str, digits: int, base: float | None = None) -> str:
+        if value is None:
+            return "-"
+        return f"{value:,.{digits}f}{unit}" + (f" (x{value / base:.2f})" if base else "")
 
     return [
-        cell("update_ms", "", 2),
-        cell("samples_per_second", "", 0),
-        cell("activation_mib", " MiB", 2),
-        amount(mine.peak_mib, " MiB", 0),
-        amount(mine.seconds, " s", 1),
+        cell(cost.update_ms, "", 2, reference and reference.update_ms),
+        cell(cost.samples_per_second, "", 0, reference and reference.samples_per_second),
+        cell(cost.activation_mib, " MiB", 2, reference and reference.activation_mib),
+        cell(cost.peak_mib, " MiB", 0),
+        cell(cost.seconds, " s", 1),
     ]
 
 
-# Left out one after the other where a terminal is too narrow, the least missed first.
-SPARED = ["p", "training", "certificate", "seeds"]
-
-
-def terminal(report: Report, width: int | None = None) -> list[Any]:
-    """Tables for a rich console: accuracy, then cost.
+def terminal_tables(report: Report, width: int | None = None) -> list[RichTable]:
+    """Both tables for a rich console.
 
     Args:
-        width: columns there are; what says the verdict is never what is cut. None for as many as it takes.
+        width: of the terminal; optional columns are dropped until the table fits. None for any width.
     """
     if not report.rows:
         return []
-    cells = [accuracy_cells(report, row) for row in report.rows]
-    spared: list[str] = []
-    first = _table(report, accuracy_columns(report), cells, spared)
-    for heading in SPARED if width is not None else ():
-        if _needed(first) <= (width or 0):
+    table, dropped = result_table(report), list[str]()
+    results = _rich_table(table)
+    for heading in OPTIONAL_COLUMNS if width is not None else ():
+        if _width(results) <= (width or 0):
             break
-        spared.append(heading)
-        first = _table(report, accuracy_columns(report), cells, spared)
-    paid = [[*row.group.values.values(), *cost_cells(row.group, row.reference)] for row in report.rows]
-    return [first, _table(report, [*report.rows[0].group.values, *COST_COLUMNS], paid)]
+        dropped.append(heading)
+        results = _rich_table(table, dropped)
+    return [results, _rich_table(cost_table(report))]
 
 
-def _table(
-    report: Report, columns: Sequence[str], rows: Sequence[Sequence[str]], spared: Sequence[str] = ()
-) -> Any:
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
-    keys = len(report.rows[0].group.values)
-    kept = [number for number, heading in enumerate(columns) if number < keys or heading not in spared]
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+def _rich_table(table: Table, dropped: Sequence[str] = ()) -> RichTable:
+    keys = table.keys
+    kept = [number for number, heading in enumerate(table.columns) if number < keys or heading not in dropped]
+    rich_table = RichTable(box=box.SIMPLE_HEAD, pad_edge=False)
     for number in kept:
-        # As Text, because brackets in a value are no markup.
-        heading = Text(columns[number])
-        table.add_column(heading, justify="left" if number < keys else "right", no_wrap=number >= keys)
-    for row in rows:
-        table.add_row(*[Text(row[number], style=VERDICT_STYLES.get(row[number], "")) for number in kept])
-    return table
+        # Text, because rich parses brackets in a string as markup.
+        heading = Text(table.columns[number])
+        rich_table.add_column(heading, justify="left" if number < keys else "right", no_wrap=number >= keys)
+    for row in table.rows:
+        rich_table.add_row(*[Text(row[number], style=VERDICT_STYLES.get(row[number], "")) for number in kept])
+    return rich_table
 
 
-def _needed(table: Any) -> int:
-    """Columns of a terminal that a table takes if nothing is cut."""
-    from rich.measure import Measurement
-
-    from ..environment.console import console
-
-    return Measurement.get(console, console.options.update(max_width=10_000), table).maximum
+def _width(rich_table: RichTable) -> int:
+    """The width at which nothing in the table is cut."""
+    return Measurement.get(console, console.options.update(max_width=10_000), rich_table).maximum
 
 
-def show(tables: Sequence[Any]) -> None:
-    """Prints tables, in a file or a pipe as wide as they are."""
-    from ..environment.console import console
-
+def print_tables(rich_tables: Sequence[RichTable]) -> None:
+    """Prints the tables; in a file or a pipe at their full width."""
     width = console.width
     try:
-        for table in tables:
+        for rich_table in rich_tables:
             if not console.is_terminal:
-                console.width = max(width, _needed(table))  # `print(width=...)` makes nothing wider
-            console.print(table)
+                console.width = max(width, _width(rich_table))  # `print(width=...)` cannot exceed it
+            console.print(rich_table)
     finally:
         console.width = width
 
 
-def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table of markdown."""
-    lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
-    lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
-    return "\n".join(lines)
-
-
 def group_rows(report: Report) -> list[dict[str, Any]]:
-    """Every number of the report, a dict a group."""
+    """All numbers of the report, one dict per group."""
     rows = []
     for row in report.rows:
-        values: dict[str, Any] = dict(row.group.values)
-        values["seeds"] = row.value.count
-        key = report.measure.key
-        values.update({f"{key}_mean": row.value.mean, f"{key}_std": row.value.std})
-        values.update({f"{key}_low": row.value.low, f"{key}_high": row.value.high})
-        found = row.comparison
-        if found is not None:
-            path = found.trajectory
+        key, comparison = report.metric.key, row.comparison
+        values: dict[str, Any] = {
+            **row.group.values,
+            "seeds": row.value.count,
+            f"{key}_mean": row.value.mean,
+            f"{key}_std": row.value.std,
+            f"{key}_low": row.value.low,
+            f"{key}_high": row.value.high,
+        }
+        if comparison:
+            difference, decision = comparison.difference, comparison.decision
             values.update(
-                reference=found.reference.label,
-                pairs=found.difference.pairs,
-                difference=found.difference.mean,
-                difference_std=found.difference.std,
-                difference_low=found.difference.low,
-                difference_high=found.difference.high,
+                reference=comparison.reference.label,
+                pairs=difference.pairs,
+                difference=difference.mean,
+                difference_std=difference.std,
+                difference_low=difference.low,
+                difference_high=difference.high,
                 margin=report.margin,
-                p_different=found.difference.p_different,
-                p_equivalent=found.difference.p_equivalent,
-                p_different_corrected=found.judgement.p_different,
-                p_equivalent_corrected=found.judgement.p_equivalent,
-                seeds_needed=found.seeds_needed,
-                same_training=path.same,
-                leaves_at_update=path.leaves,
-                verdict=found.verdict.value,
-                because=outcome(found, report),
+                p_different=difference.p_different,
+                p_equivalent=difference.p_equivalent,
+                p_different_corrected=decision.p_different,
+                p_equivalent_corrected=decision.p_equivalent,
+                seeds_needed=comparison.seeds_needed,
+                same_training=comparison.trajectory.same,
+                leaves_at_update=comparison.trajectory.departs_at,
             )
-        else:
-            values["verdict"] = "reference"
+        values["verdict"] = row.verdict
+        if comparison:
+            values["because"] = reason(comparison, report)
         if has_certificates(report):
-            values["certificate"] = certified(row.group)
-        paid: Cost = costs(row.group)
-        values.update(vars(paid))
-        rows.append(values)
+            values["certificate"] = certificate_cell(row.group)
+        rows.append({**values, **vars(median_cost(row.group))})
     return rows
 
 
 def job_rows(report: Report) -> list[dict[str, Any]]:
-    """Every job of the sweep with what it measured, a dict a job."""
-    shown = any(job.certificate for job in report.sweep.jobs)
+    """All jobs of the sweep and their final metrics, one dict per job."""
+    certificates = any(job.certificate for job in report.sweep.jobs)
     return [
         {
             **job.overrides,
@@ -203,7 +189,7 @@ def job_rows(report: Report) -> list[dict[str, Any]]:
             "status": job.status,
             "run_id": job.run_id,
             **{f"final/{key}": value for key, value in job.final.items()},
-            **({"certificate": job.certificate} if shown else {}),
+            **({"certificate": job.certificate} if certificates else {}),
             "error": job.error,
         }
         for job in report.sweep.jobs
@@ -211,15 +197,15 @@ def job_rows(report: Report) -> list[dict[str, Any]]:
 
 
 def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
-    """`rows` with a column for every key that any of them has; what is not known stays empty."""
+    """Writes `rows` with a column per key; missing values, None and nan are empty."""
     columns = list({key: None for row in rows for key in row})
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         for row in rows:
-            writer.writerow({key: "" if _unknown(value) else value for key, value in row.items()})
+            writer.writerow({key: "" if _is_missing(value) else value for key, value in row.items()})
     return path
 
 
-def _unknown(value: Any) -> bool:
+def _is_missing(value: Any) -> bool:
     return value is None or (isinstance(value, float) and math.isnan(value))

@@ -144,12 +144,12 @@ def _report(folder: Path, settings: Mapping[str, str], recorded: bool, files: bo
         recorded: read the sweep from its store; otherwise from the folder alone.
     """
     from ..config.report import report_from
-    from ..report.find import find
+    from ..report.find import find_sweep
     from ..report.jobs import from_folder
     from ..report.publish import publish
 
     try:
-        sweep = find(str(folder)) if recorded else from_folder(folder)
+        sweep = find_sweep(str(folder)) if recorded else from_folder(folder)
         publish(sweep, settings, files=files and report_from({}, settings).write)
     except Exception as error:
         log.info("no report", exc_info=error)

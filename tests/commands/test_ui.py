@@ -20,7 +20,7 @@ from accumexp.config.report import ReportConfig
 from accumexp.config.schema import TrackingConfig
 from accumexp.report.analysis import make_report
 from accumexp.report.jobs import from_store
-from accumexp.report.publish import record, write
+from accumexp.report.publish import log_to_parent_run, write
 from accumexp.tracking import Store, sweep_of
 
 BROWSER = next(
@@ -89,7 +89,7 @@ def sweep(server: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Store,
     store.client.set_terminated(store.create_run("no-job-of-it", {}), "FINISHED")
     store.client.set_terminated(parent, "FINISHED")
     report = make_report(from_store(store, sweep_of(store, parent)), ReportConfig(margin=2.0))
-    record(report, write(report, tmp_path_factory.mktemp("written")))
+    log_to_parent_run(report, write(report, tmp_path_factory.mktemp("written")))
     return store, parent
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from accumexp.config.report import ReportConfig
 from accumexp.report.analysis import Report, make_report
-from accumexp.report.jobs import Job, Sweep, parsed
+from accumexp.report.jobs import Job, Sweep, parse_overrides
 
 Values = Callable[[int, int], float]  # (steps, seed)
 
@@ -21,7 +21,7 @@ def job(
     **params: Any,
 ) -> Job:
     """A job of 128 samples an update in fp32, whose params are its overrides and `params`."""
-    written = parsed(overrides)
+    written = parse_overrides(overrides)
     known = {"data.batch_size": "128", "accum.steps": "1", "accum.processes": "1", "precision": "fp32"}
     known.update({key: value for key, value in written.items() if "." in key or key == "seed"})
     known.update({key.replace("__", "."): str(value) for key, value in params.items()})

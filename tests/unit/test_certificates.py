@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from accumexp.report.analysis import Report
-from accumexp.report.certificates import LONGEST, certified
-from accumexp.report.groups import grouped
+from accumexp.report.certificates import MAX_LENGTH, certificate_cell
+from accumexp.report.groups import group_jobs
 from accumexp.report.jobs import Sweep, from_folder
 from accumexp.report.publish import note, write
-from accumexp.report.tables import accuracy_cells, accuracy_columns, show, terminal
+from accumexp.report.tables import print_tables, result_table, terminal_tables
 from accumexp.report.wording import conclusion
 
 from ..support.past_sweeps import over_steps, reported
@@ -39,8 +39,8 @@ def swept(**lines: list[str]) -> Sweep:
 
 
 def cells(report: Report, heading: str) -> list[str]:
-    place = accuracy_columns(report).index(heading)
-    return [accuracy_cells(report, row)[place] for row in report.rows]
+    table = result_table(report)
+    return [row[table.columns.index(heading)] for row in table.rows]
 
 
 @pytest.mark.parametrize(
@@ -59,21 +59,21 @@ def cells(report: Report, heading: str) -> list[str]:
     ids=str,
 )
 def test_a_group_says_what_all_its_runs_say(lines: list[str], said: str) -> None:
-    (_, _, four) = grouped(swept(s4=lines).jobs)
-    assert certified(four) == said and len(said) <= LONGEST
+    (_, _, four) = group_jobs(swept(s4=lines).jobs)
+    assert certificate_cell(four) == said and len(said) <= MAX_LENGTH
 
 
 def test_the_column_stands_before_the_verdict_and_only_where_there_are_certificates(tmp_path: Path) -> None:
     report = reported(swept(s1=["proved"] * 5, s4=[NOT] * 5))
-    assert accuracy_columns(report)[-2:] == ["certificate", "verdict"]
+    assert result_table(report).columns[-2:] == ["certificate", "verdict"]
     assert cells(report, "certificate") == ["proved", "", "not proved: bn1 ..."]
     assert cells(report, "verdict") == ["reference", "equivalent", "equivalent"]
     assert "| certificate | verdict |" in note(report)
     single = reported(Sweep("", "", "", [job for job in swept(s1=["proved"] * 5).jobs[:5]]))
-    assert accuracy_columns(single)[-1] == "certificate"
-    assert accuracy_cells(single, single.rows[0])[-1] == "proved"
+    assert result_table(single).columns[-1] == "certificate"
+    assert result_table(single).rows[0][-1] == "proved"
     bare = reported(swept())
-    assert "certificate" not in accuracy_columns(bare) and len(accuracy_cells(bare, bare.rows[1])) == 7
+    assert "certificate" not in result_table(bare).columns and len(result_table(bare).rows[1]) == 7
     written = write(bare, tmp_path)
     assert "ertificate" not in written.page.read_text()
     assert "certificate" not in (tmp_path / "jobs.csv").read_text() + (tmp_path / "groups.csv").read_text()
@@ -93,14 +93,14 @@ def test_a_narrow_terminal_loses_the_certificate_before_the_verdict(
     width: int | None, gone: set[str]
 ) -> None:
     report = reported(swept(s2=["proved"] * 5, s4=[NOT] * 5))
-    first, _ = terminal(report, width)
+    first, _ = terminal_tables(report, width)
     headings = [str(column.header) for column in first.columns]
-    assert set(accuracy_columns(report)) - set(headings) == gone and headings[-1] == "verdict"
+    assert set(result_table(report).columns) - set(headings) == gone and headings[-1] == "verdict"
 
 
 def test_a_pipe_gets_the_whole_table(capsys: pytest.CaptureFixture[str]) -> None:
     report = reported(swept(s2=["proved"] * 5, s4=[NOT] * 5))
-    show(terminal(report))
+    print_tables(terminal_tables(report))
     lines = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
     assert len(max(lines, key=len)) > 120 and "…" not in "".join(lines)
     assert " ".join(lines[1].split()).startswith("accum.steps seeds")

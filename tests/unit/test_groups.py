@@ -7,12 +7,12 @@ import pytest
 
 from accumexp.config.report import report_from
 from accumexp.errors import UsageError
-from accumexp.report.analysis import thinned
-from accumexp.report.groups import grouped, references, varied_keys, varied_params
-from accumexp.report.jobs import once, parsed, told_apart
+from accumexp.report.analysis import thin
+from accumexp.report.groups import group_jobs, reference_groups, varied_keys, varied_params
+from accumexp.report.jobs import best_attempts, infer_overrides, parse_overrides
 from accumexp.report.statistics import Verdict
-from accumexp.report.trajectory import departure, in_most
-from accumexp.report.wording import conclusion, noise_conclusion, outcome
+from accumexp.report.trajectory import common_departure, departure
+from accumexp.report.wording import conclusion, noise_conclusion, reason
 
 from ..support.past_sweeps import Job, job, over_steps, reported, sweep
 
@@ -26,7 +26,7 @@ def test_jobs_are_grouped_by_all_that_varies_but_the_seed() -> None:
         for rate in (0.1, 0.02)
         for seed in (2, 0, 1)
     ]
-    groups = grouped(jobs)
+    groups = group_jobs(jobs)
     assert [tuple(group.values.items()) for group in groups] == [
         (("accum.steps", steps), ("optimizer.lr", rate))
         for steps in ("1", "2", "10")
@@ -40,7 +40,9 @@ def test_jobs_that_did_not_finish_are_in_no_group_but_count_for_what_varied() ->
     ends = ["FINISHED", "FAILED", "KILLED", "RUNNING"]
     jobs = [job(f"accum.steps={number}", status=status) for number, status in enumerate(ends, 1)]
     assert varied_keys(jobs) == ["accum.steps"]
-    assert [(group.values["accum.steps"], len(group.jobs), group.unfinished) for group in grouped(jobs)] == [
+    assert [
+        (group.values["accum.steps"], len(group.jobs), group.unfinished) for group in group_jobs(jobs)
+    ] == [
         *(("1", 1, 0), ("2", 0, 1), ("3", 0, 1), ("4", 0, 1)),
     ]
     report = reported(sweep(*[Job(**{**vars(one), "final": {"accuracy": 0.9}}) for one in jobs]))
@@ -51,13 +53,13 @@ def test_jobs_that_did_not_finish_are_in_no_group_but_count_for_what_varied() ->
 
 
 def test_a_sweep_over_seeds_alone_is_one_group_of_its_steps() -> None:
-    groups = grouped([job("seed=0", accum__steps=4), job("seed=1", accum__steps=4)])
+    groups = group_jobs([job("seed=0", accum__steps=4), job("seed=1", accum__steps=4)])
     assert [group.values for group in groups] == [{"accum.steps": "4"}]
-    assert references(groups) == [None]
+    assert reference_groups(groups) == [None]
 
 
 def test_overrides_keep_equal_signs_in_their_values_and_lose_their_plus() -> None:
-    assert parsed(["+tracking.tags.x='a=1'", "~optimizer.momentum"]) == {
+    assert parse_overrides(["+tracking.tags.x='a=1'", "~optimizer.momentum"]) == {
         "tracking.tags.x": "'a=1'",
         "~optimizer.momentum": "deleted",
     }
@@ -66,12 +68,12 @@ def test_overrides_keep_equal_signs_in_their_values_and_lose_their_plus() -> Non
 def test_of_several_attempts_at_a_job_the_finished_one_counts() -> None:
     first, second = job("seed=0", status="KILLED"), job("seed=0")
     third = job("seed=0", status="RUNNING")
-    assert once([first, second, third]) == [second]
-    assert len(once([first, job("seed=1")])) == 2
+    assert best_attempts([first, second, third]) == [second]
+    assert len(best_attempts([first, job("seed=1")])) == 2
 
 
 def chosen(*jobs: Job) -> list[str | None]:
-    found = references(grouped(jobs))
+    found = reference_groups(group_jobs(jobs))
     return [reference and reference.label for reference in found]
 
 
@@ -96,14 +98,14 @@ def test_batch_sizes_that_vary_with_the_steps_are_compared_with_the_smallest() -
 
 
 def test_a_config_group_that_varies_is_told_by_the_params_it_changes() -> None:
-    groups = grouped(
+    groups = group_jobs(
         [
             job("accum=standalone", "accum.steps=2", accum__strategy="standalone"),
             job("accum=ddp", "accum.steps=2", accum__strategy="ddp"),
         ]
     )
     assert varied_params(groups) == ["accum.strategy"]
-    assert varied_params(grouped([job("accum.steps=1"), job("accum.steps=2")])) == ["accum.steps"]
+    assert varied_params(group_jobs([job("accum.steps=1"), job("accum.steps=2")])) == ["accum.steps"]
 
 
 # Trajectories ------------------------------------------------------------------------------------------
@@ -146,7 +148,7 @@ def test_a_jump_beyond_rounding_is_a_departure_wherever_it_comes(where: int) -> 
     ],
 )
 def test_most_pairs_leave_together_or_none_is_said_to(ends: list[int | None], expected: int | None) -> None:
-    assert in_most(ends) == expected
+    assert common_departure(ends) == expected
 
 
 def test_a_jump_within_rounding_is_no_departure() -> None:
@@ -168,7 +170,7 @@ def like(steps: int, seed: int) -> float:
 def test_equal_accuracy_of_the_same_training_is_equivalent() -> None:
     report = reported(over_steps(like, loss=rounding), margin=1.0)
     assert report.verdict is Verdict.equivalent
-    assert [row.comparison.trajectory.words for row in report.rows if row.comparison] == [
+    assert [comparison.trajectory.description for comparison in report.comparisons] == [
         "rounding only, up to update 30"
     ] * 2
     assert conclusion(report) == (
@@ -178,13 +180,11 @@ def test_equal_accuracy_of_the_same_training_is_equivalent() -> None:
 
 def test_equal_accuracy_of_another_training_is_different_and_says_where_it_leaves() -> None:
     report = reported(over_steps(like, loss=half_rate), margin=1.0)
-    assert [row.comparison.judgement.verdict for row in report.rows if row.comparison] == [
-        Verdict.equivalent
-    ] * 2
+    assert [comparison.decision.verdict for comparison in report.comparisons] == [Verdict.equivalent] * 2
     assert report.verdict is Verdict.different
-    for row in report.comparisons:
-        assert row.comparison and row.comparison.trajectory.leaves == 2
-        assert "its loss leaves the reference's at update 2 by 5.0e-03" in outcome(row.comparison, report)
+    for comparison in report.comparisons:
+        assert comparison.trajectory.departs_at == 2
+        assert "its loss leaves the reference's at update 2 by 5.0e-03" in reason(comparison, report)
 
 
 def test_one_seed_that_parts_does_not_condemn_the_others() -> None:
@@ -196,7 +196,7 @@ def test_one_seed_that_parts_does_not_condemn_the_others() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changed", "reason"),
+    ("changed", "why"),
     [
         ({"accum__loss_scale": "dynamic", "precision": "fp16"}, "precision"),
         ({"data__batch_size": 256}, "batch size"),
@@ -206,7 +206,7 @@ def test_one_seed_that_parts_does_not_condemn_the_others() -> None:
         ),
     ],
 )
-def test_a_training_that_is_declared_another_is_judged_by_accuracy_alone(changed: dict, reason: str) -> None:
+def test_a_training_that_is_declared_another_is_judged_by_accuracy_alone(changed: dict, why: str) -> None:
     finals = [{"accuracy": 0.97 + 0.0001 * seed} for seed in range(4)]
     losses = (
         [half_rate(1, update) for update in range(1, 31)],
@@ -217,9 +217,9 @@ def test_a_training_that_is_declared_another_is_judged_by_accuracy_alone(changed
         job("accum.steps=2", f"seed={s}", final=finals[3 - s], losses=losses[1], **changed) for s in range(4)
     ]
     report = reported(sweep(*jobs))
-    (row,) = report.comparisons
-    assert row.comparison and row.comparison.trajectory.declared == [reason]
-    assert row.comparison.trajectory.same is None
+    (comparison,) = report.comparisons
+    assert comparison.trajectory.declared == [why]
+    assert comparison.trajectory.same is None
     assert report.verdict is Verdict.equivalent
 
 
@@ -234,20 +234,20 @@ def test_a_loss_that_falls_to_nothing_does_not_leave_the_reference() -> None:
 
 def test_one_update_is_not_judged() -> None:
     jobs = [job(f"accum.steps={k}", "seed=0", final={"accuracy": 0.9}, losses=[2.0]) for k in (1, 2)]
-    (row,) = reported(sweep(*jobs)).comparisons
-    assert row.comparison and row.comparison.trajectory.same is None
+    (comparison,) = reported(sweep(*jobs)).comparisons
+    assert comparison.trajectory.same is None
 
 
 def test_points_with_gaps_or_in_too_few_bits_are_not_judged() -> None:
     report = reported(over_steps(like))
-    words = {row.comparison.trajectory.words for row in report.comparisons if row.comparison}
+    words = {comparison.trajectory.description for comparison in report.comparisons}
     assert words == {"not known: the losses of the first updates were not recorded"}
     jobs = [
         job("seed=0", f"accum.steps={k}", losses=[half_rate(k, u) for u in (1, 2, 3)], precision="bf16")
         for k in (1, 2)
     ]
     jobs = [Job(**{**vars(one), "final": {"accuracy": 0.9}}) for one in jobs]
-    assert reported(sweep(*jobs)).comparisons[0].comparison.trajectory.same is None  # type: ignore[union-attr]
+    assert reported(sweep(*jobs)).comparisons[0].trajectory.same is None
 
 
 # Verdicts in words -------------------------------------------------------------------------------------
@@ -257,23 +257,23 @@ def test_an_undecided_comparison_says_how_many_seeds_would_decide() -> None:
     report = reported(over_steps(lambda k, seed: 0.95 + 0.01 * ((seed * k) % 3), loss=rounding), margin=0.5)
     assert report.verdict is Verdict.undecided
     (first, *_) = report.comparisons
-    assert first.comparison and first.comparison.seeds_needed and first.comparison.seeds_needed > 5
-    assert f"about {first.comparison.seeds_needed} would" in outcome(first.comparison, report)
+    assert first.seeds_needed and first.seeds_needed > 5
+    assert f"about {first.seeds_needed} would" in reason(first, report)
 
 
 def test_a_lower_accuracy_is_different_and_says_by_how_much() -> None:
     report = reported(over_steps(lambda k, seed: 0.97 - 0.03 * (k > 1) + 0.001 * ((seed * k) % 2)))
     assert report.verdict is Verdict.different
     (first, *_) = report.comparisons
-    assert first.comparison and outcome(first.comparison, report).startswith("lower by ")
+    assert reason(first, report).startswith("lower by ")
 
 
 def test_pairs_are_of_the_same_seed_and_seeds_of_one_group_alone_do_not_count() -> None:
     jobs = over_steps(lambda k, seed: 0.9 + 0.01 * seed, steps=(1, 2), seeds=6).jobs
     jobs = [one for one in jobs if one.overrides not in ({"accum.steps": "1", "seed": "5"},)]
-    (row,) = reported(sweep(*jobs)).comparisons
-    assert row.comparison and row.comparison.difference.pairs == 5
-    assert row.comparison.difference.mean == pytest.approx(0, abs=1e-12)
+    (comparison,) = reported(sweep(*jobs)).comparisons
+    assert comparison.difference.pairs == 5
+    assert comparison.difference.mean == pytest.approx(0, abs=1e-12)
 
 
 def test_a_single_group_or_none_is_no_comparison_and_no_error() -> None:
@@ -290,7 +290,7 @@ def test_losses_are_compared_in_their_own_unit_if_there_is_no_accuracy() -> None
         for s in (0, 1, 2)
     ]
     report = reported(sweep(*jobs), margin=0.05)
-    assert (report.measure.key, report.measure.factor, report.measure.unit) == ("loss", 1.0, "")
+    assert (report.metric.key, report.metric.factor, report.metric.unit) == ("loss", 1.0, "")
     assert report.rows[0].value.mean == pytest.approx(0.31)
 
 
@@ -311,9 +311,9 @@ def test_a_metric_without_a_margin_is_never_equivalent() -> None:
             ]
         )
     )
-    (row,) = same.comparisons
+    (comparison,) = same.comparisons
     assert same.verdict is Verdict.undecided
-    assert row.comparison and outcome(row.comparison, same).startswith("report.margin=... is needed")
+    assert reason(comparison, same).startswith("report.margin=... is needed")
 
 
 def test_strategies_are_compared_with_the_larger_batch_itself() -> None:
@@ -337,9 +337,9 @@ def test_a_key_that_varies_is_declared_and_its_accuracy_judged_alone() -> None:
         for seed in range(5)
     ]
     report = reported(sweep(*jobs), margin=1.0)
-    (row,) = report.comparisons
-    assert row.comparison and row.comparison.trajectory.declared == ["optimizer.lr"]
-    assert row.comparison.trajectory.leaves is None and "optimizer.lr" in row.comparison.trajectory.words
+    (comparison,) = report.comparisons
+    assert comparison.trajectory.declared == ["optimizer.lr"]
+    assert comparison.trajectory.departs_at is None and "optimizer.lr" in comparison.trajectory.description
     assert report.verdict is Verdict.equivalent
 
 
@@ -366,15 +366,15 @@ def test_a_group_that_is_missing_leaves_the_sweep_undecided() -> None:
 def test_jobs_of_unknown_overrides_are_told_apart_by_their_params() -> None:
     jobs = [job(f"accum.steps={k}", f"seed={s}", model__name="mlp") for k in (1, 2) for s in (0, 1, 2)]
     bare = [Job(**{**vars(one), "overrides": {}}) for one in jobs]
-    assert [one.overrides for one in told_apart(bare)] == [one.overrides for one in jobs]
-    assert len(once(told_apart(bare))) == 6
+    assert [one.overrides for one in infer_overrides(bare)] == [one.overrides for one in jobs]
+    assert len(best_attempts(infer_overrides(bare))) == 6
 
 
 def test_a_long_curve_is_thinned_but_for_what_it_is_judged_by() -> None:
     curve = [(update, 1.0 / update) for update in range(1, 50_001)]
-    kept = thinned(curve)
+    kept = thin(curve)
     assert [update for update, _ in kept][:101] == [*range(1, 101), 200]
-    assert len(kept) < 2200 and thinned(kept[:50]) == kept[:50]
+    assert len(kept) < 2200 and thin(kept[:50]) == kept[:50]
 
 
 def test_the_margin_is_the_one_the_sweep_was_run_with_unless_another_is_asked_for() -> None:

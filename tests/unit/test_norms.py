@@ -26,7 +26,7 @@ from accumexp.models import (
 )
 from accumexp.report.groups import Group
 from accumexp.report.jobs import Job
-from accumexp.report.trajectory import declared
+from accumexp.report.trajectory import declared_differences
 from accumexp.run.resume import changed
 from accumexp.training.experiment import Experiment
 
@@ -435,7 +435,9 @@ def test_runs_of_other_groups_are_declared_to_be_other_trainings() -> None:
         params["model.ghost_size"] = str(ghost_size)
         return Group({"accum.steps": str(steps)}, {0: Job(None, "FINISHED", {}, params)})
 
-    assert declared(group(4, 32), group(1, 128)) == ["model.ghost_size"]
+    assert declared_differences(group(4, 32), group(1, 128)) == ["model.ghost_size"]
     assert (
-        declared(group(4, 32), group(1, 32)) == declared(group(4, 32, "group"), group(1, 128, "group")) == []
+        declared_differences(group(4, 32), group(1, 32))
+        == declared_differences(group(4, 32, "group"), group(1, 128, "group"))
+        == []
     )

@@ -15,7 +15,7 @@ from accumexp.report.analysis import Report
 from accumexp.report.page import page
 from accumexp.report.pictures import draw
 from accumexp.report.publish import metrics, note, tags, write
-from accumexp.report.tables import markdown, terminal
+from accumexp.report.tables import Table, terminal_tables
 
 from ..support.past_sweeps import job, over_steps, reported, sweep
 
@@ -89,7 +89,7 @@ def test_what_users_write_is_text_on_the_page_and_whole_in_the_csv(tmp_path: Pat
 
 
 def test_a_table_of_markdown_keeps_its_columns() -> None:
-    assert markdown(["a", "b"], [["1|2", "3"]]) == "| a | b |\n| --- | --- |\n| 1\\|2 | 3 |"
+    assert Table(1, ["a", "b"], [["1|2", "3"]]).markdown() == "| a | b |\n| --- | --- |\n| 1\\|2 | 3 |"
 
 
 def test_pictures_are_drawn_of_what_there_is(tmp_path: Path) -> None:
@@ -114,7 +114,7 @@ def test_pictures_are_drawn_of_what_there_is(tmp_path: Path) -> None:
 )
 def test_a_narrow_terminal_loses_details_and_keeps_the_verdict(width: int | None, spared: set[str]) -> None:
     report = reported(over_steps(lambda k, s: 0.9 + 0.01 * s))
-    first, _ = terminal(report, width)
+    first, _ = terminal_tables(report, width)
     headings = [str(column.header) for column in first.columns]
     assert {"p", "training"} - set(headings) == spared
     printed = Console(width=width or 200, record=True, file=io.StringIO())
@@ -126,7 +126,7 @@ def test_a_narrow_terminal_loses_details_and_keeps_the_verdict(width: int | None
 def test_brackets_in_a_value_are_no_markup() -> None:
     jobs = [job(f"model.act={act}", "seed=0", final={"accuracy": 0.9}) for act in ("[relu,tanh]", "[/x]")]
     printed = Console(width=200, record=True, file=io.StringIO())
-    for table in terminal(reported(sweep(*jobs))):
+    for table in terminal_tables(reported(sweep(*jobs))):
         printed.print(table)
     text = printed.export_text()
     assert "[relu,tanh]" in text and "[/x]" in text
