@@ -19,9 +19,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(
-    ["torch", "torchvision", "torchmetrics.classification", "mlflow", "sklearn.datasets", "accumexp.accum"]
-)
+CONTEXT.set_forkserver_preload(["tests.support.preload"])
 
 
 def forked(
