@@ -26,6 +26,7 @@ from accumexp.training.checkpoint import find, load, save
 
 from ..support.command import Done, Record, environment, journal, ranked_models, record_of, run_command
 
+pytestmark = pytest.mark.xdist_group("resume")
 UPDATES_AN_EPOCH = 11  # 1,293 digits in batches of 128
 UPDATES = 3 * UPDATES_AN_EPOCH
 

@@ -26,6 +26,7 @@ from ..support.command import (
 )
 from ..support.experiments import composed
 
+pytestmark = pytest.mark.xdist_group("sweep")
 SMALL = ["model=mlp", "trainer.epochs=2", "tracking.system_metrics=false"]
 
 

@@ -1,7 +1,7 @@
 """What the process that tests fork from has ready: imported libraries, and an empty MLflow database.
 
-MLflow makes a new database by all its migrations since the first, which takes more than a second. A forked process copies one
-that is made already; a test of a database's first opening starts its command `fresh`.
+MLflow makes a new database by all its migrations since the first, which takes more than a second. A forked
+process copies one that is made already; a test of a database's first opening starts its command `fresh`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ with warnings.catch_warnings():
     import hydra.main  # noqa: F401
     import matplotlib.figure  # noqa: F401
     import mlflow.store.db.utils as database
-    import mlflow.store.tracking.sqlalchemy_store
+    import mlflow.store.tracking.sqlalchemy_store  # noqa: F401
     import sklearn.datasets  # noqa: F401
     import sqlalchemy.orm
     import torchmetrics.classification  # noqa: F401
