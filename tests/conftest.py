@@ -1,4 +1,7 @@
-"""What every test starts from: one thread a process, so that parallel tests do not fight over cores."""
+"""What every test starts from: one thread a process, so that parallel tests do not fight over cores.
+
+`HYPOTHESIS_PROFILE=nightly` draws many more examples than the default profile, and others every time.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 from .support.command import only_run, run_command
 from .support.launched import EXACT
@@ -14,6 +18,18 @@ from .support.launched import EXACT
 os.environ["OMP_NUM_THREADS"] = "1"  # for the commands that tests start
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 torch.set_num_threads(1)
+
+unhurried = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
+settings.register_profile("push", derandomize=True, **unhurried)
+settings.register_profile("nightly", max_examples=2000, print_blob=True, **unhurried)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "push"))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """With `-n` alone, the tests of one `xdist_group` run in one worker."""
+    if getattr(config.option, "numprocesses", None) and config.option.dist == "no":
+        config.option.dist = "loadgroup"
 
 
 @pytest.fixture

@@ -17,24 +17,24 @@ import torch
 from accumexp.training.checkpoint import find
 
 from ..support.command import environment, journal, only_run, records, run_command
-from ..support.launched import EXACT, SMALL, STATEFUL, ranks_alive, saved_weights, trouble, troubled, until
+from ..support.launched import EXACT, SMALL, STATEFUL, ranks_alive, saved_weights, until
 from ..support.reference import relative_error
+from ..support.trouble import trouble
 
 
 @pytest.mark.parametrize("strategy", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp"])
 def test_law_8_a_stopped_run_of_two_ranks_goes_on_bit_for_bit(tmp_path: Path, strategy: str) -> None:
     ranks = [f"accum={strategy}", "accum.processes=2", "trainer.epochs=2"]
-    env = troubled(tmp_path)
-    whole = run_command("run", *STATEFUL, *ranks, folder=tmp_path / "whole", env=env)
+    whole = run_command("run", *STATEFUL, *ranks, folder=tmp_path / "whole")
     assert whole.code == 0, whole
     # One rank hears the signal, both stop after the same update.
-    stopper = trouble(tmp_path, "SIGTERM", 15, rank=1)
-    first = run_command("run", *STATEFUL, *ranks, stopper, folder=tmp_path / "parts", env=env)
+    stopper = trouble("SIGTERM", 15, rank=1, mark=tmp_path / "mark")
+    first = run_command("run", *STATEFUL, *ranks, stopper, folder=tmp_path / "parts")
     assert first.code == 143 and "go on with" in first.stdout, first
     run = only_run(tmp_path / "parts")
     (record,) = records(tmp_path / "parts")
     assert record.status == "KILLED"
-    second = run_command("run", f"resume={run}", folder=tmp_path / "parts", env=env)
+    second = run_command("run", f"resume={run}", folder=tmp_path / "parts")
     assert second.code == 0, second
     reference = only_run(tmp_path / "whole")
     found, expected = saved_weights(run), saved_weights(reference)
@@ -52,13 +52,14 @@ def test_law_8_a_stopped_run_of_two_ranks_goes_on_bit_for_bit(tmp_path: Path, st
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("alone")
 @pytest.mark.parametrize(("ranks", "strategy"), [(3, "fsdp"), (1, "standalone")])
 def test_a_sharded_checkpoint_opens_at_another_number_of_ranks(
     tmp_path: Path, sharded_and_stopped: Path, alone: Path, ranks: int, strategy: str
 ) -> None:
     run = shutil.copytree(sharded_and_stopped, tmp_path / "run")
     options = [f"accum.strategy={strategy}", f"accum.processes={ranks}", "tracking.backend=none"]
-    done = run_command("run", f"resume={run}", *options, folder=tmp_path, env=troubled(tmp_path))
+    done = run_command("run", f"resume={run}", *options, folder=tmp_path)
     assert done.code == 0, done
     assert relative_error(saved_weights(run), saved_weights(alone)) <= 1e-9
 
@@ -66,25 +67,23 @@ def test_a_sharded_checkpoint_opens_at_another_number_of_ranks(
 @pytest.fixture(scope="module")
 def sharded_and_stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sharded")
-    env = troubled(folder)
-    options = ["accum=fsdp", "accum.processes=2", "tracking=none", trouble(folder, "SIGINT", 14, rank=0)]
-    options.append("accum.reduce_every_micro_batch=true")
-    done = run_command("run", *EXACT, *options, folder=folder, env=env)
+    options = ["accum=fsdp", "accum.processes=2", "tracking=none", "accum.reduce_every_micro_batch=true"]
+    options.append(trouble("SIGINT", 14, mark=folder / "mark", rank=0))
+    done = run_command("run", *EXACT, *options, folder=folder)
     assert done.code == 130, done
     run = only_run(folder)
     # The evaluation command opens it in one process.
-    found = run_command("evaluate", f"checkpoint={run}", folder=folder, env=env)
+    found = run_command("evaluate", f"checkpoint={run}", folder=folder)
     assert found.code == 0 and "accuracy" in found.stdout, found
     return run
 
 
 @pytest.mark.slow
 def test_a_killed_rank_ends_its_job_and_the_sweep_goes_on(tmp_path: Path) -> None:
-    env = troubled(tmp_path)
     options = [*SMALL, "accum=ddp", "accum.processes=2", "trainer.max_updates=8", "seed=0,1"]
     began = time.monotonic()
     done = run_command(
-        "run", "-m", *options, trouble(tmp_path, "SIGKILL", 5, rank=1), folder=tmp_path, env=env
+        "run", "-m", *options, trouble("SIGKILL", 5, rank=1, mark=tmp_path / "mark"), folder=tmp_path
     )
     assert done.code == 1 and time.monotonic() - began < 120
     (error,) = [line for line in done.stderr.splitlines() if line.startswith("  job ")]
@@ -94,9 +93,8 @@ def test_a_killed_rank_ends_its_job_and_the_sweep_goes_on(tmp_path: Path) -> Non
 
 
 def test_the_first_rank_killed_leaves_a_failed_run(tmp_path: Path) -> None:
-    env = troubled(tmp_path)
-    killer = trouble(tmp_path, "SIGKILL", 5, rank=0)
-    done = run_command("run", *SMALL, "accum=ddp", "accum.processes=2", killer, folder=tmp_path, env=env)
+    killer = trouble("SIGKILL", 5, rank=0, mark=tmp_path / "mark")
+    done = run_command("run", *SMALL, "accum=ddp", "accum.processes=2", killer, folder=tmp_path)
     assert done.code == 1 and done.stderr.startswith("error: rank 0 (process"), done
     (record,) = records(tmp_path)
     assert record.status == "FAILED"
@@ -105,9 +103,8 @@ def test_the_first_rank_killed_leaves_a_failed_run(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_bug_on_one_rank_ends_the_run_with_its_traceback(tmp_path: Path) -> None:
-    env = troubled(tmp_path)
-    bug = trouble(tmp_path, "ERROR", 5, rank=1)
-    done = run_command("run", *SMALL, "accum=ddp", "accum.processes=2", bug, folder=tmp_path, env=env)
+    bug = trouble("ERROR", 5, rank=1, mark=tmp_path / "mark")
+    done = run_command("run", *SMALL, "accum=ddp", "accum.processes=2", bug, folder=tmp_path)
     assert done.code == 1
     assert "rank 1" in done.stderr and "ZeroDivisionError: one rank's own bug" in done.stderr, done
     (record,) = records(tmp_path)

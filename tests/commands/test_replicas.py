@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import signal
 from collections.abc import Callable as Function
 from dataclasses import replace
@@ -34,6 +33,7 @@ from accumexp.training.trainer import Trainer
 from ..support.command import Case, journal, left_behind, only_run, only_sweep, records, run_command, run_many
 from ..support.experiments import Memory, composed
 from ..support.reference import classification, small_model
+from ..support.trouble import trouble
 from .test_sweep import table
 
 SEEDS = (3, 4, 5)
@@ -403,15 +403,6 @@ class Drawn(TensorDataset):
         super().__init__(torch.randn(400, 1, image_size, image_size), torch.arange(400) % 10)
 
 
-class Stop(Callback):
-    """Stops a window of 2, once."""
-
-    def update_end(self, trainer: Trainer) -> None:
-        if trainer.progress.update == 7 and trainer.window.steps == 2 and Path("stop").exists():
-            Path("stop").unlink()
-            os.kill(os.getpid(), signal.SIGTERM)
-
-
 REFUSED = {
     "model.dropout=0.5": "layers.3 (Dropout) draws random numbers in training",
     f"model._target_={__name__}.Looks": "torch.func.vmap cannot run this model and loss for many seeds",
@@ -481,12 +472,12 @@ def test_replicas_are_child_runs_each_as_its_seed_alone_leaves_it(tmp_path: Path
 
 
 def test_a_sweep_of_replicas_that_was_stopped_goes_on_where_it_was(tmp_path: Path) -> None:
-    line = ["accum.steps=1,2", "replicas=2", f"+callbacks.stop._target_={__name__}.Stop", *COMMAND]
-    line.append("tracking=none")
+    stop = trouble("SIGTERM", 7, steps=2, mark=Path("mark"))
+    line = ["accum.steps=1,2", "replicas=2", stop, *COMMAND, "tracking=none"]
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "whole" / "mark-0").touch()
     undisturbed = run_command("run", "-m", *line, folder=tmp_path / "whole")
     assert undisturbed.code == 0, undisturbed
-    (tmp_path / "cut").mkdir()
-    (tmp_path / "cut" / "stop").touch()
     done = run_command("run", "-m", *line, folder=tmp_path / "cut")
     assert done.code == 128 + signal.SIGTERM, done
     whole, sweep = only_sweep(tmp_path / "whole"), only_sweep(tmp_path / "cut")

@@ -25,28 +25,12 @@ from accumexp.run.resume import changed, resumed
 from accumexp.tracking.journal import Journal
 from accumexp.training.checkpoint import find, load, save
 
-from ..support.command import Done, Record, environment, journal, ranked_models, record_of, run_command
+from ..support.command import Done, Record, journal, ranked_models, record_of, run_command
+from ..support.trouble import trouble
 
+pytestmark = pytest.mark.xdist_group("resume")
 UPDATES_AN_EPOCH = 11  # 1,293 digits in batches of 128
 UPDATES = 3 * UPDATES_AN_EPOCH
-
-STOPPER = '''
-import os
-import pathlib
-import signal
-from accumexp.callbacks import Callback
-
-class Stop(Callback):
-    """Sends this process a signal after update `at`, once in the life of the file `mark`."""
-
-    def __init__(self, at, name, mark):
-        self.at, self.name, self.mark = at, name, pathlib.Path(mark)
-
-    def update_end(self, trainer):
-        if trainer.progress.update == self.at and not self.mark.exists():
-            self.mark.touch()
-            os.kill(os.getpid(), getattr(signal, self.name))
-'''
 
 # All that has a state: dropout draws, moments, a schedule, averaged weights, the best value so far.
 STATEFUL = [
@@ -105,17 +89,14 @@ STOPS = [
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of all runs here: a store is made once."""
     folder = tmp_path_factory.mktemp("resume")
-    (folder / "modules").mkdir()
-    (folder / "modules" / "stopper.py").write_text(STOPPER)
     return folder
 
 
 def run_to(base: Path, folder: str, how: Stop | None = None) -> Done:
     arguments = [*STATEFUL, f"hydra.run.dir={folder}"]
     if how:
-        arguments += ["+callbacks.stop._target_=stopper.Stop", f"+callbacks.stop.at={how.at}", *how.options]
-        arguments += [f"+callbacks.stop.name={how.name}", f"+callbacks.stop.mark={base / folder}.mark"]
-    return run_command("run", *arguments, folder=base, env=environment(base / "modules"))
+        arguments += [trouble(how.name, how.at, mark=base / f"{folder}.mark"), *how.options]
+    return run_command("run", *arguments, folder=base)
 
 
 @pytest.fixture(scope="module")
@@ -131,8 +112,7 @@ def stopped(request: pytest.FixtureRequest, base: Path) -> Stopped:
     folder = base / f"{how.name}_{how.at}"
     first = run_to(base, folder.name, how)
     between = record_of(folder).status
-    env = environment(base / "modules")
-    second = run_command("run", f"resume={folder.name}", folder=base, env=env)
+    second = run_command("run", f"resume={folder.name}", folder=base)
     return Stopped(how, folder, first, between, second, record_of(folder))
 
 
@@ -177,7 +157,7 @@ def test_law_8_a_resumed_run_has_the_bits_of_one_never_stopped(never_stopped: Pa
     one, other = load(never_stopped / last), load(stopped.folder / last)
     for content in (one, other):
         del content["config"], content["run"], content["progress"]["seconds"]
-        content["callbacks"].pop("stop", None)
+        content["callbacks"].pop("trouble", None)
     assert {"model", "optimizer", "scheduler", "callbacks", "random", "progress", "evaluated"} <= one.keys()
     assert one["callbacks"]["ema"]["n_averaged"] == UPDATES
     assert differences(one, other) == []

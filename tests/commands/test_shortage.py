@@ -20,6 +20,7 @@ from ..support.command import journal, record_of, run_command
 from ..support.experiments import Memory, composed, trainer_of, weights
 from ..support.launched import SMALL, STATEFUL
 from ..support.short import Starved
+from ..support.trouble import trouble
 
 OPTIONS = [
     *("model.dropout=0.3", "optimizer=adamw", "trainer.clip_norm=0.5", "data.batch_size=100"),
@@ -177,7 +178,7 @@ def test_law_8_stop_and_resume_after_out_of_memory_give_the_same_bits(tmp_path: 
     assert record.tags["accumexp.out_of_memory"] == line
     assert record.points["accum/steps"] == [(5, 4)]
     assert "32 of 128" not in record.tags["accumexp.unequal"]
-    stop = "+callbacks.stop={_target_: tests.support.short.Stopped, at: 8}"
+    stop = trouble("SIGTERM", 8)
     assert run_command("run", *options, stop, "hydra.run.dir=halves", folder=tmp_path).code == 143
     assert run_command("run", "resume=halves", folder=tmp_path).code == 0
     one, other = (load(find(tmp_path / name)) for name in ("whole", "halves"))

@@ -17,7 +17,6 @@ from accumexp.sweeps.sweep import sweep_runs
 from ..support.command import (
     Done,
     Record,
-    environment,
     journal,
     left_behind,
     only_sweep,
@@ -25,7 +24,9 @@ from ..support.command import (
     run_command,
 )
 from ..support.experiments import composed
+from ..support.trouble import trouble
 
+pytestmark = pytest.mark.xdist_group("sweep")
 SMALL = ["model=mlp", "trainer.epochs=2", "tracking.system_metrics=false"]
 
 
@@ -39,9 +40,9 @@ class Swept:
     children: list[Record]
 
 
-def swept(base: Path, *arguments: str, env: dict[str, str] | None = None) -> Swept:
+def swept(base: Path, *arguments: str) -> Swept:
     """`python -m accumexp.run -m <arguments>` in `base`."""
-    done = run_command("run", "-m", *arguments, folder=base, env=env)
+    done = run_command("run", "-m", *arguments, folder=base)
     folder, found = only_sweep(base), records(base)
     parents = [record for record in found if "mlflow.parentRunId" not in record.tags]
     assert len(parents) == 1, parents
@@ -120,24 +121,8 @@ def test_a_typo_in_a_sweep_leaves_no_parent_and_no_folder(tmp_path: Path) -> Non
     assert left_behind(tmp_path) == []
 
 
-STOPPER = """
-import os
-import signal
-from accumexp.callbacks import Callback
-
-class Stop(Callback):
-    def update_end(self, trainer):
-        if trainer.window.steps == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
-"""
-
-
 def test_sigterm_kills_the_job_and_the_parent_and_starts_no_other(tmp_path: Path) -> None:
-    (tmp_path / "modules").mkdir()
-    (tmp_path / "modules" / "stopper.py").write_text(STOPPER)
-    stop = "+callbacks.stop._target_=stopper.Stop"
-    env = environment(tmp_path / "modules")
-    sweep = swept(tmp_path, "accum.steps=1,2,4", "seed=0", stop, *SMALL, env=env)
+    sweep = swept(tmp_path, "accum.steps=1,2,4", "seed=0", trouble("SIGTERM", 1, steps=2), *SMALL)
     assert sweep.done.code == 143, sweep.done
     assert sweep.parent.status == "KILLED"
     ended = {child.params["accum.steps"]: child.status for child in sweep.children}

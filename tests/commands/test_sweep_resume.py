@@ -36,8 +36,9 @@ from accumexp.tracking.json_file import write_json
 from accumexp.training.checkpoint import find, load, save
 
 from ..support.command import Record, environment, journal, only_sweep, records, run_command
+from ..support.trouble import trouble
 from ..unit.test_live import multirun
-from .test_resume import STATEFUL, STOPPER
+from .test_resume import STATEFUL
 
 SMALL = ["model=mlp", "trainer.epochs=20", "tracking.system_metrics=false", "trainer.log_every=4"]
 # Each ends after 4 of 20 epochs, of its own will.
@@ -120,20 +121,16 @@ def once_each(children: list[Record]) -> set[tuple[str, str]]:
 
 
 def test_law_8_a_killed_job_goes_on_to_the_bits_of_its_undisturbed_twin(tmp_path: Path) -> None:
-    (tmp_path / "modules").mkdir()
-    (tmp_path / "modules" / "stopper.py").write_text(STOPPER)
-    mark = tmp_path / "mark"
-    stop = f"+callbacks.stop={{_target_: stopper.Stop, at: 18, name: SIGKILL, mark: '{mark}'}}"
-    env = environment(tmp_path / "modules")
+    stop = trouble("SIGKILL", 18, mark=tmp_path / "mark")
     overrides = [*STATEFUL, "callbacks.checkpoint.every_updates=5", stop, "seed=7"]
     # Two trainings that are alike but for their names, of which one is killed.
-    first = run_command("run", "-m", "tracking.run_name=killed,twin", *overrides, folder=tmp_path, env=env)
+    first = run_command("run", "-m", "tracking.run_name=killed,twin", *overrides, folder=tmp_path)
     assert first.code == -signal.SIGKILL, first
     sweep = only_sweep(tmp_path)
     (between,) = sweep_runs(sweep)
 
     more = "tracking.run_name=new,killed,twin"
-    second = run_command("run", "-m", more, *overrides, f"sweep.resume={sweep}", folder=tmp_path, env=env)
+    second = run_command("run", "-m", more, *overrides, f"sweep.resume={sweep}", folder=tmp_path)
     assert second.code == 0, second
     jobs = {job.overrides[0].partition("=")[2]: job for job in sweep_runs(sweep)}
     assert [Path(jobs[name].folder).name[0] for name in ("killed", "new", "twin")] == ["0", "1", "2"]

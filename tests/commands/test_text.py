@@ -29,9 +29,10 @@ from accumexp.training.noise_scale import GradientNoise
 
 from ..support.command import environment, journal, only_run, record_of, run_command
 from ..support.experiments import composed, trainer_of
-from ..support.launched import saved_weights, trouble, troubled
+from ..support.launched import saved_weights
 from ..support.ranks import on_ranks
 from ..support.reference import gradients, larger_batch_gradient, relative_error
+from ..support.trouble import trouble
 
 SAMPLES = 23  # a prime: nothing divides it
 LENGTH = 32
@@ -472,10 +473,9 @@ def test_law_8_a_run_on_text_goes_on_bit_for_bit_and_is_evaluated(tmp_path: Path
     run = [*SMALL, "callbacks=ema", "trainer.epochs=2"]
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     assert run_command("run", *run, folder=whole).code == 0
-    env = troubled(stopped)
-    first = run_command("run", *run, trouble(stopped, "SIGTERM", 3), folder=stopped, env=env)
+    first = run_command("run", *run, trouble("SIGTERM", 3), folder=stopped)
     assert first.code == 143, first
-    again = run_command("run", f"resume={only_run(stopped)}", folder=stopped, env=env)
+    again = run_command("run", f"resume={only_run(stopped)}", folder=stopped)
     assert again.code == 0 and not again.stderr, again
     found, expected = saved_weights(only_run(stopped)), saved_weights(only_run(whole))
     assert all(torch.equal(found[name], value) for name, value in expected.items())

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ..support.ranks import on_ranks
@@ -31,7 +31,7 @@ def configurations(draw: st.DrawFn) -> Configuration:
     return configuration(lambda options: draw(st.sampled_from(options)))
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
+@settings(max_examples=settings().max_examples // 4)
 @given(configurations())
 def test_right_windows_are_proved(config: Configuration) -> None:
     assert alarm(config, certified(config, updates=4)) == ""

@@ -121,17 +121,14 @@ def _run_all(asked: Path, answered: Path) -> None:
 
 
 def _run_here(case: Case) -> Done:
-    """Runs `case` in this process as `__main__` of its module would."""
-    from runpy import run_module
-
+    """Runs `case` in this process."""
     Path(case.folder).mkdir(parents=True, exist_ok=True)
     os.chdir(case.folder)
-    sys.argv = [f"accumexp.{case.command}", *case.arguments]
     stdout, stderr = io.StringIO(), io.StringIO()
     code: Any = None
     with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
         try:
-            run_module(f"accumexp.{case.command}", run_name="__main__")
+            as_main(f"accumexp.{case.command}", case.arguments)
         except SystemExit as end:
             code = end.code
     return Done(code, stdout.getvalue(), stderr.getvalue())

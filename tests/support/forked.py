@@ -1,7 +1,6 @@
 """Processes forked from one that has imported what commands need: they start in milliseconds, not in seconds.
 
-Each worker of the tests has one such process, which has done nothing but import libraries; of this package it
-knows `accumexp.accum` alone.
+Each worker of the tests has one such process, which has done nothing but what `preload` does.
 """
 
 from __future__ import annotations
@@ -19,9 +18,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(
-    ["torch", "torchvision", "torchmetrics.classification", "mlflow", "sklearn.datasets", "accumexp.accum"]
-)
+CONTEXT.set_forkserver_preload(["tests.support.preload"])
 
 
 def forked(

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import random
-import signal
 import weakref
 from collections.abc import Collection
 from typing import Any
@@ -75,17 +73,6 @@ class Starved(Callback):
         if call == self.micro_batch:
             self._failed += 1
             raise torch.OutOfMemoryError(WORDS)
-
-
-class Stopped(Callback):
-    """SIGTERM after update `at`."""
-
-    def __init__(self, at: int) -> None:
-        self.at = at
-
-    def update_end(self, trainer: Trainer) -> None:
-        if trainer.progress.update == self.at:
-            os.kill(os.getpid(), signal.SIGTERM)
 
 
 def stateful(short: Short, classes: int = 5) -> nn.Module:

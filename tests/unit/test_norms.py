@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -239,7 +239,6 @@ def test_a_norm_loads_what_torchs_batch_norm_has_learned() -> None:
 # What the certificate of exactness says --------------------------------------------------------------
 
 
-@settings(max_examples=60, deadline=None)
 @given(st.integers(2, 40), st.integers(2, 6), st.integers(1, 20))
 def test_law_10_ghost_is_named_where_its_groups_differ_and_only_there(
     samples: int, steps: int, ghost_size: int

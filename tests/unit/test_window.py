@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -22,7 +22,6 @@ CLASS_WEIGHTS = torch.tensor([0.2, 1.0, 3.0, 0.5, 2.0], dtype=torch.float64)
 
 
 @given(samples=st.integers(1, 40), data=st.data())
-@settings(max_examples=60, deadline=None)
 def test_law_1_any_split_gives_the_larger_batchs_gradient(samples: int, data: st.DataObject) -> None:
     steps = data.draw(st.integers(1, samples))
     model, (inputs, targets) = small_model(), classification(samples)
