@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from accumexp.environment.device import MIB
+from accumexp.errors import UsageError
 from accumexp.training.trainer import FIRST_UPDATES
 
 from .contenders import (
@@ -168,6 +169,8 @@ def checked(
             errors[kind.name] = relative_error(kind.name, gradient, reference)
         except ModuleNotFoundError as error:
             left_out[kind.name] = not_installed(error)
+        except UsageError as error:
+            left_out[kind.name] = str(error)
         except WrongGradient as error:
             refused[kind.name] = str(error)
     gc.collect()

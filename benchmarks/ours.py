@@ -6,6 +6,7 @@ import tempfile
 from functools import cache
 from pathlib import Path
 from time import perf_counter
+from typing import ClassVar
 
 from omegaconf import open_dict
 
@@ -37,6 +38,9 @@ class Accumexp(Contender):
     """The Trainer that `accumexp.run` builds, with its metrics, its journal and its MLflow run."""
 
     name = "accumexp"
+    # Overrides beyond those of every contender.
+    overrides: ClassVar[tuple[str, ...]] = ()
+    tracked: ClassVar[bool] = True
 
     def __init__(self, task: Task) -> None:
         from hydra import compose, initialize_config_dir
@@ -62,14 +66,20 @@ class Accumexp(Contender):
             "trainer.epochs=1000000",
             "trainer.eval_every=1000000",
             f"trainer.deterministic={str(task.deterministic).lower()}",
-            f"tracking.uri=sqlite:///{_store().name}/mlflow.db",
-            # Its thread would run in every contender's epochs.
-            "tracking.system_metrics=false",
-            # Others' time must not count towards the next flush: `flush` is told this one's.
-            "tracking.flush_seconds=1000000",
             f"device={task.device}",
             f"seed={SEED}",
+            *self.overrides,
         ]
+        if self.tracked:
+            overrides += [
+                f"tracking.uri=sqlite:///{_store().name}/mlflow.db",
+                # Its thread would run in every contender's epochs.
+                "tracking.system_metrics=false",
+                # The time of other contenders must not count towards the next flush; `flush` gets this one's.
+                "tracking.flush_seconds=1000000",
+            ]
+        else:
+            overrides.append("tracking=none")
         with initialize_config_dir(conf_dir(), version_base="1.3"):
             cfg = compose("config", overrides)
         samples = {"_target_": "benchmarks.tasks.Samples", "model": task.model, "samples": task.samples}
@@ -79,11 +89,16 @@ class Accumexp(Contender):
         config = from_hydra(cfg)
         parts = build_parts(config)
         self.record = RunRecord(folder)
-        self.trainer = build_trainer(config, parts, self.record)
+        try:
+            self.trainer = build_trainer(config, parts, self.record)
+        except BaseException:
+            self.close("FAILED")
+            raise
         self.model, self.optimizer = parts.model, self.trainer.optimizer
         write_config(folder, config)
         order = RunSpec(config, folder, None, None, "python -m benchmarks.window")
-        self.record.tracker = open_tracker(order, Store(config.tracking), parts, {}, None, None)
+        store = Store(config.tracking) if self.tracked else None
+        self.record.tracker = open_tracker(order, store, parts, {}, None, None)
         stop = self.trainer.callbacks["stop"]
         assert isinstance(stop, StopAtUpdate)
         self.stop = stop
@@ -106,6 +121,20 @@ class Accumexp(Contender):
         self.record.flush()
         return perf_counter() - start
 
-    def close(self) -> None:
-        self.record.close("FINISHED")
+    def close(self, status: str = "FINISHED") -> None:
+        self.record.close(status)
         self._folder.cleanup()
+
+
+class Untracked(Accumexp):
+    """The same without MLflow: metrics and journal only."""
+
+    name = "accumexp, tracking=none"
+    tracked = False
+
+
+class Graphed(Untracked):
+    """The same with its windows and steps replayed as CUDA graphs."""
+
+    name = "accumexp, trainer.graph=true"
+    overrides = ("trainer.graph=true",)
