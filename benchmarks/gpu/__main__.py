@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 # Imports neither torch nor another part of accumexp: `--help` answers at once, and every part runs in a
-# process of its own, so that one that crashes, hangs or breaks the CUDA context leaves the others alone.
+# process of its own, so that a crash, a hang or a broken CUDA context does not stop the others.
 ROOT = Path(__file__).resolve().parents[2]
 LAST_LINES = 12
 NEEDS = """\
@@ -74,7 +74,7 @@ def limit_of(name: str, following: Sequence[str], left: float) -> float:
 def run_limited(command: Sequence[str], folder: Path, log: Path, limit: float) -> int | None:
     """Exit code of `command`, started in `folder`, its output in `log`; None if the time limit ended it.
 
-    It runs in a session of its own, which is killed as a whole: a part starts further processes.
+    It runs in a new session, which is killed as a whole, because a part starts further processes.
     """
     paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     env = {**os.environ, "PYTHONPATH": paths, "PYTHONUNBUFFERED": "1"}
@@ -156,7 +156,7 @@ def show(report: Mapping[str, Any]) -> None:
 
     console = Console()
     if not console.is_terminal:
-        console = Console(width=130)  # a pipe or a file has no width of its own
+        console = Console(width=130)  # a pipe or a file has no width
     title = f"{report['device']}, torch {report['torch']}, {report['seconds']:.0f} s"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for heading in ("part", "status", "s", "result"):
@@ -208,14 +208,14 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
 def main(given: list[str] | None = None) -> None:
     start = time.monotonic()
     chosen = arguments(given)
-    found = probe(chosen.device)
-    if found["device"] is None:
+    versions = probe(chosen.device)
+    if versions["device"] is None:
         wrong_usage(
             "no GPU (torch.cuda.is_available() is false); --device cpu --quick runs the parts on a CPU"
         )
     out: Path = chosen.out
     out.mkdir(parents=True, exist_ok=True)
-    report: dict[str, Any] = {**found, "python": sys.version.split()[0], "quick": chosen.quick}
+    report: dict[str, Any] = {**versions, "python": sys.version.split()[0], "quick": chosen.quick}
     report |= {"minutes": chosen.minutes, "seconds": 0.0, "parts": {}}
     options = ["--device", chosen.device, *["--quick"] * chosen.quick]
     if chosen.data_root:

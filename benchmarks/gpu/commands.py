@@ -47,7 +47,7 @@ class Done:
 
 
 def run_commands(session: Session, commands: Mapping[str, Sequence[str]]) -> Iterator[tuple[str, Done]]:
-    """Runs Python with each list of arguments, all at once, each in a folder of its own.
+    """Runs Python with each list of arguments, all at the same time, each in a new folder.
 
     Yields name and result of each as soon as it has ended, and passes its output on.
     """
@@ -158,8 +158,8 @@ def update_times(folder: Path) -> list[float]:
     times: list[float] = []
     for path in sorted(folder.rglob("metrics.jsonl")):
         rows = [json.loads(line) for line in path.read_text().splitlines()]
-        own = [row["perf/update_ms"] for row in rows if "perf/update_ms" in row]
-        times += own[1:] or own
+        times_of = [row["perf/update_ms"] for row in rows if "perf/update_ms" in row]
+        times += times_of[1:] or times_of
     return times
 
 

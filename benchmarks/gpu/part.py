@@ -1,4 +1,4 @@
-"""One part of `benchmarks.gpu`, in a process of its own."""
+"""Runs one part of `benchmarks.gpu`, which starts a process for each."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from .session import Session
 def function_of(name: str) -> Callable[[Session], None]:
     """The part's function; only parts that train in this process import torch."""
     if name in ("window", "memory"):
-        from . import loops
+        from . import updates
 
-        return getattr(loops, name)
+        return getattr(updates, name)
     from . import commands
 
     return getattr(commands, name)

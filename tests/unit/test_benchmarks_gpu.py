@@ -1,4 +1,4 @@
-"""`benchmarks.gpu`: that it survives whatever a part does, and every part but the tests on a CPU."""
+"""`benchmarks.gpu`: failing parts do not stop it, and every part but the tests runs on a CPU."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from benchmarks.gpu import __main__ as gpu
-from benchmarks.gpu import commands, loops
+from benchmarks.gpu import commands, updates
 from benchmarks.gpu.session import Session
 
 HELP = """
@@ -68,7 +68,7 @@ print("before")
         ("sys.exit('it broke')", "failed", "it broke"),
         ("raise ValueError('wrong')", "failed", "ValueError: wrong"),
         ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "failed", "before"),
-        # A process of its own, which holds the output open, is ended too.
+        # The process that it started is killed too.
         ("subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])", "timeout", "before"),
     ],
 )
@@ -111,14 +111,14 @@ def test_goes_on_after_a_part_that_failed(
 
 def test_window_and_memory_on_the_cpu(tmp_path: Path) -> None:
     session = Session("cpu", True, tmp_path)
-    loops.window(session)
-    loops.memory(session)
+    updates.window(session)
+    updates.memory(session)
     assert not session.problems
     written = json.loads((tmp_path / "part.json").read_text())["figures"]
-    (cell,) = [figures for figures in written.values() if "contenders" in figures]
-    names = [kind.name for kind in loops.KINDS]
-    assert list(cell["contenders"]) == names[:3] and "need a GPU" in cell["left_out"][names[3]]
-    for row in cell["contenders"].values():
+    (cell,) = [figures for figures in written.values() if "loops" in figures]
+    names = [kind.name for kind in updates.KINDS]
+    assert list(cell["loops"]) == names[:3] and "need a GPU" in cell["left_out"][names[3]]
+    for row in cell["loops"].values():
         assert len(row["seconds"]) == cell["rounds"] and row["gradient_error"] < 1e-12
     assert written["lenet5, hand-written"]["ratio"] < 0.5
 

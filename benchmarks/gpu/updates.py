@@ -11,15 +11,15 @@ import torch
 
 from accumexp.environment.device import MIB, peak_memory_mib
 
+from ..accumexp_loop import Graphed, Untracked
 from ..cell import Label, checked, summary, timings
-from ..contenders import Contender, Fused, HandWritten, built, timed
+from ..loops import Fused, HandWritten, Loop, built, timed
 from ..measure import prepare
 from ..memory import tensor_peak
-from ..ours import Graphed, Untracked
 from ..tasks import Task
 from .session import Session
 
-KINDS: tuple[type[Contender], ...] = (HandWritten, Fused, Untracked, Graphed)
+KINDS: tuple[type[Loop], ...] = (HandWritten, Fused, Untracked, Graphed)
 LEAST_ROUNDS, MOST_ROUNDS = 7, 51
 # Updates before timing. With graphs also the third logged update, of every hundred, has been recorded.
 WARM_UP, WARM_UP_GRAPHED = 100, 300
@@ -31,7 +31,7 @@ class Size:
 
     Attributes:
         updates: in a round.
-        seconds: for all rounds of all contenders.
+        seconds: for all rounds of all loops.
     """
 
     model: str
@@ -52,7 +52,7 @@ def window(session: Session) -> None:
         name = f"{size.model} {size.steps}x{size.micro_batch}"
         with session.guarded(name):
             figures = cell(size, torch.device(session.device), KINDS)
-            rows = figures["contenders"]
+            rows = figures["loops"]
             lines = [f"{name}: by hand {rows[HandWritten.name]['median_ms']:.3f} ms"]
             for kind in KINDS[1:]:
                 if row := rows.get(kind.name):
@@ -66,7 +66,7 @@ def window(session: Session) -> None:
         gc.collect()
 
 
-def cell(size: Size, device: torch.device, kinds: Sequence[type[Contender]]) -> dict[str, Any]:
+def cell(size: Size, device: torch.device, kinds: Sequence[type[Loop]]) -> dict[str, Any]:
     """Figures of all `kinds` that compute the first one's gradient, by name.
 
     A round is an epoch of `size.updates` updates, with a wait for the device before and after it.
@@ -74,24 +74,22 @@ def cell(size: Size, device: torch.device, kinds: Sequence[type[Contender]]) -> 
     task = Task(size.model, device, size.micro_batch, size.steps, size.micro_batch * size.steps)
     errors, left_out, refused = checked(kinds, task)
     whole = replace(task, samples=size.updates * task.batch)
-    contenders: dict[Label, Contender] = {
-        (0, kind.name): built(kind, whole) for kind in kinds if kind.name in errors
-    }
+    loops: dict[Label, Loop] = {(0, kind.name): built(kind, whole) for kind in kinds if kind.name in errors}
     round_seconds = 0.0
-    for contender in contenders.values():
-        updates = WARM_UP_GRAPHED if isinstance(contender, Graphed) else WARM_UP
+    for loop in loops.values():
+        updates = WARM_UP_GRAPHED if isinstance(loop, Graphed) else WARM_UP
         for _ in range(-(-updates // size.updates) if size.updates >= 10 else 1):
-            timed(contender)
-        round_seconds += timed(contender)
+            timed(loop)
+        round_seconds += timed(loop)
     rounds = max(LEAST_ROUNDS, min(MOST_ROUNDS, int(size.seconds / round_seconds)))
-    times = timings(contenders, rounds, 1, warm_up=0)
+    times = timings(loops, rounds, 1, warm_up=0)
     rows: dict[str, dict[str, Any]] = {}
-    for label, contender in contenders.items():
+    for label, loop in loops.items():
         rows[label[1]] = summary(label, times, size.updates, kinds[0].name)
         rows[label[1]] |= {"gradient_error": errors[label[1]], "seconds": times.seconds[label]}
-        contender.close()
+        loop.close()
     figures = {"model": size.model, "micro_batch": size.micro_batch, "steps": size.steps}
-    figures |= {"updates": size.updates, "rounds": rounds, "contenders": rows}
+    figures |= {"updates": size.updates, "rounds": rounds, "loops": rows}
     return figures | {"left_out": left_out, "refused": refused}
 
 
@@ -110,14 +108,14 @@ def memory(session: Session) -> None:
             with session.guarded(name):
                 figures: dict[str, Any] = {"batch": batch}
                 for steps in (1, 8):
-                    contender = built(kind, Task(model, device, batch // steps, steps, batch))
-                    timed(contender)
-                    peak = tensor_peak(device, contender.epoch) / MIB
+                    loop = built(kind, Task(model, device, batch // steps, steps, batch))
+                    timed(loop)
+                    peak = tensor_peak(device, loop.epoch) / MIB
                     figures[str(steps)] = {"peak_mib": peak}
                     if device.type == "cuda":
                         figures[str(steps)]["allocated_mib"] = peak_memory_mib(device)
-                    contender.close()
-                    del contender
+                    loop.close()
+                    del loop
                     gc.collect()
                 one, eight = (figures[steps]["peak_mib"] for steps in ("1", "8"))
                 figures["ratio"] = eight / one

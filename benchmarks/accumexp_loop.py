@@ -1,4 +1,4 @@
-"""accumexp as a contender: the Trainer that `accumexp.run` builds, with all that a run records."""
+"""accumexp's own training loop: the Trainer that `accumexp.run` builds, with all that a run records."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from omegaconf import open_dict
 from accumexp.training.callbacks import Callback
 from accumexp.training.trainer import Trainer
 
-from .contenders import Contender
+from .loops import Loop
 from .tasks import SEED, Task
 
 
 class StopAtUpdate(Callback):
-    """Ends `fit` as a signal does, so that the same Trainer goes on with the next epoch."""
+    """Stops `fit` after an update, as a signal does; the same Trainer then continues with the next epoch."""
 
     def __init__(self) -> None:
         self.update = 0
@@ -30,15 +30,15 @@ class StopAtUpdate(Callback):
 
 @cache
 def _store() -> tempfile.TemporaryDirectory[str]:
-    """Where this process's runs are recorded; making a database takes seconds, so all have one."""
+    """The folder of the database of all runs of this process: creating one takes seconds."""
     return tempfile.TemporaryDirectory()
 
 
-class Accumexp(Contender):
+class Accumexp(Loop):
     """The Trainer that `accumexp.run` builds, with its metrics, its journal and its MLflow run."""
 
     name = "accumexp"
-    # Overrides beyond those of every contender.
+    # Overrides beyond those of every loop.
     overrides: ClassVar[tuple[str, ...]] = ()
     tracked: ClassVar[bool] = True
 
@@ -62,7 +62,7 @@ class Accumexp(Contender):
             f"accum.steps={task.steps}",
             "data.eval_fraction=0",
             "callbacks=none",
-            "+callbacks.stop._target_=benchmarks.ours.StopAtUpdate",
+            "+callbacks.stop._target_=benchmarks.accumexp_loop.StopAtUpdate",
             "trainer.epochs=1000000",
             "trainer.eval_every=1000000",
             f"trainer.deterministic={str(task.deterministic).lower()}",
@@ -73,9 +73,9 @@ class Accumexp(Contender):
         if self.tracked:
             overrides += [
                 f"tracking.uri=sqlite:///{_store().name}/mlflow.db",
-                # Its thread would run in every contender's epochs.
+                # Its thread would run in every loop's epochs.
                 "tracking.system_metrics=false",
-                # The time of other contenders must not count towards the next flush; `flush` gets this one's.
+                # By the clock of this loop alone, see `flush`.
                 "tracking.flush_seconds=1000000",
             ]
         else:
@@ -114,8 +114,8 @@ class Accumexp(Contender):
         self.trainer.go_on()
         self.trainer.fit()
 
-    def flush(self, own_seconds: float) -> float:
-        if own_seconds < self._flush_seconds:
+    def flush(self, training_seconds: float) -> float:
+        if training_seconds < self._flush_seconds:
             return 0.0
         start = perf_counter()
         self.record.flush()
