@@ -53,25 +53,10 @@ def commands(options: argparse.Namespace) -> dict[str, list[str]]:
     run = [sys.executable, "-m", "accumexp.run", "-m", f"accum.steps={steps}"]
     run += [f"trainer.epochs={options.epochs}", f"data.batch_size={BATCH}", "device=cpu"]
     parallel = ["hydra/launcher=joblib", f"hydra.launcher.n_jobs={options.jobs}"]
-    peer = [
-        sys.executable,
-        "-m",
-        "benchmarks.lightning_runs",
-        "--steps",
-        steps,
-        "--seeds",
-        str(options.seeds),
-    ]
+    peer = [sys.executable, "-m", "benchmarks.lightning_runs", f"--steps={steps}"]
+    peer += [f"--seeds={options.seeds}", f"--epochs={options.epochs}", f"--batch={BATCH}"]
     return {
-        "lightning": [
-            *peer,
-            "--seeds",
-            str(options.seeds),
-            "--epochs",
-            str(options.epochs),
-            "--batch",
-            str(BATCH),
-        ],
+        "lightning": peer,
         "accumexp": [*run, f"seed={seeds}"],
         "accumexp joblib": [*run, f"seed={seeds}", *parallel],
         "accumexp replicas": [*run, f"replicas={options.seeds}"],
