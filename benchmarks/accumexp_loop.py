@@ -50,7 +50,7 @@ class Accumexp(Loop):
         from accumexp.run.record import RunRecord, open_tracker, write_config
         from accumexp.run.spec import RunSpec
         from accumexp.tracking import Store
-        from accumexp.training.experiment import build_parts, build_trainer
+        from accumexp.training.experiment import Experiment
 
         self.task = task
         self._folder = tempfile.TemporaryDirectory()
@@ -87,18 +87,18 @@ class Accumexp(Loop):
             cfg.data.train, cfg.data.eval = samples, None
             cfg.data.test = samples | {"samples": 1}
         config = from_hydra(cfg)
-        parts = build_parts(config)
+        experiment = Experiment.build(config)
         self.record = RunRecord(folder)
         try:
-            self.trainer = build_trainer(config, parts, self.record)
+            self.trainer = experiment.trainer(self.record)
         except BaseException:
             self.close("FAILED")
             raise
-        self.model, self.optimizer = parts.model, self.trainer.optimizer
+        self.model, self.optimizer = experiment.model, self.trainer.optimizer
         write_config(folder, config)
-        order = RunSpec(config, folder, None, None, "python -m benchmarks.window")
+        spec = RunSpec(config, folder, None, None, "python -m benchmarks.window")
         store = Store(config.tracking) if self.tracked else None
-        self.record.tracker = open_tracker(order, store, parts, {}, None, None)
+        self.record.tracker = open_tracker(spec, store, experiment, {}, None, None)
         stop = self.trainer.callbacks["stop"]
         assert isinstance(stop, StopAtUpdate)
         self.stop = stop
