@@ -1,4 +1,4 @@
-"""Cells of a benchmark: contenders on one task, checked against each other, then timed in turns."""
+"""A cell of a benchmark: training loops on one task, their gradients compared, then timed in turns."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from accumexp.environment.device import MIB
+from accumexp.errors import UsageError
 from accumexp.training.trainer import FIRST_UPDATES
 
-from .contenders import (
-    Contender,
+from .loops import (
     HandWritten,
+    Loop,
     SingleBatch,
     WrongGradient,
     built,
@@ -27,9 +28,9 @@ from .contenders import (
     timed,
 )
 from .measure import Rows, in_turns, not_installed, ratio_of
-from .tasks import Task, own_samples
+from .tasks import Task, distinct_samples
 
-Label = tuple[int, str]  # of a contender in a cell: the cell's number, the contender's name
+Label = tuple[int, str]  # (number of the cell, name of the loop)
 TURN_SECONDS, FEWEST_ROUNDS, MOST_ROUNDS = 0.1, 5, 201
 FREE_SHARE = 0.5
 WARM_UP_SECONDS = 0.5
@@ -37,7 +38,7 @@ WARM_UP_SECONDS = 0.5
 
 @dataclass(frozen=True)
 class Plan:
-    """How a cell is timed: `rounds` of `epochs` turns of `updates` updates each, for every contender."""
+    """How a cell is timed: `rounds` of `epochs` turns of `updates` updates each, of every loop."""
 
     rounds: int
     epochs: int
@@ -46,7 +47,7 @@ class Plan:
 
 @dataclass
 class Timings:
-    """By contender: seconds of each round, its updates that were logged, seconds of what is in no round."""
+    """By loop: seconds and logged updates of each round, and seconds of the flushes between rounds."""
 
     seconds: dict[Label, list[float]] = field(default_factory=dict)
     logged: dict[Label, list[int]] = field(default_factory=dict)
@@ -55,61 +56,63 @@ class Timings:
 
 @dataclass(frozen=True)
 class OneMicroBatch:
-    """An update of one micro-batch in the hand-written loop: its seconds, and bytes saved for backward."""
+    """Seconds and bytes saved for backward of one micro-batch in the hand-written loop."""
 
     seconds: float
     saved: int
 
 
 def one_micro_batch(task: Task) -> OneMicroBatch:
-    contender = built(HandWritten, replace(task, steps=1, samples=task.micro_batch))
-    saved = saved_bytes(contender)
-    return OneMicroBatch(min(timed(contender) for _ in range(2)), saved)
+    loop = built(HandWritten, replace(task, steps=1, samples=task.micro_batch))
+    saved = saved_bytes(loop)
+    return OneMicroBatch(min(timed(loop) for _ in range(2)), saved)
 
 
 def planned(
     task: Task, update: float, seconds: float, rounds: int | None = None, updates: int | None = None
 ) -> Plan:
-    """How to spend `seconds` on each contender of a cell whose update takes `update` seconds.
+    """How to spend `seconds` on each loop of a cell whose update takes `update` seconds.
 
-    A round is a turn of about a tenth of a second, and of one update at least: short, so that a contender and
-    the reference meet the same moods of the machine, and many, so that their median is worth something.
-    `updates` are those of a round, up to whole turns.
+    A round is one turn of about 0.1 s and at least one update. Short rounds expose a loop and the reference
+    to the same changes of the machine's speed; many rounds make their median precise.
+
+    Args:
+        rounds: the number of rounds, instead of as many as fit.
+        updates: in a round, rounded up to whole epochs of the model's samples.
     """
-    own = max(1, own_samples(task.model) // task.batch)
+    epoch = max(1, distinct_samples(task.model) // task.batch)
     if updates is not None:
-        epochs = -(-updates // own)
-        return Plan(rounds or 3 * FEWEST_ROUNDS, epochs, own)
-    most = max(1.0, min(own, TURN_SECONDS / update))
+        epochs = -(-updates // epoch)
+        return Plan(rounds or 3 * FEWEST_ROUNDS, epochs, epoch)
+    most = max(1.0, min(epoch, TURN_SECONDS / update))
     turn = max(size for size in (1, 2, 5, 10, 25, 50, 100) if size <= most)
-    found = rounds or min(MOST_ROUNDS, max(FEWEST_ROUNDS, int(seconds / (turn * update))))
-    return Plan(found, 1, turn)
+    rounds = rounds or min(MOST_ROUNDS, max(FEWEST_ROUNDS, int(seconds / (turn * update))))
+    return Plan(rounds, 1, turn)
 
 
 def timings(
-    contenders: Mapping[Label, Contender], rounds: int, epochs: int, warm_up: float = WARM_UP_SECONDS
+    loops: Mapping[Label, Loop], rounds: int, epochs: int, warm_up: float = WARM_UP_SECONDS
 ) -> Timings:
-    """Times of all contenders, who take turns epoch by epoch, so many in a round.
+    """Times of all loops, which take turns epoch by epoch; a round is `epochs` turns of each.
 
-    What a contender does every few seconds, not in every round, is done when its own time has come, and
-    once at the end.
+    A loop flushes after so many seconds of its own training, and once at the end.
     """
-    found = Timings()
+    times = Timings()
     since: dict[Label, float] = {}
-    for label, contender in contenders.items():
-        found.seconds[label], found.logged[label] = [0.0] * rounds, [0] * rounds
-        found.flushes[label] = since[label] = 0.0
-        warm(contender, warm_up)
+    for label, loop in loops.items():
+        times.seconds[label], times.logged[label] = [0.0] * rounds, [0] * rounds
+        times.flushes[label] = since[label] = 0.0
+        warm(loop, warm_up)
 
     def take(label: Label, turn: int) -> None:
-        contender, number = contenders[label], turn // epochs
-        logged = contender.logged
-        spent = timed(contender)
-        found.seconds[label][number] += spent
-        found.logged[label][number] += contender.logged - logged
+        loop, number = loops[label], turn // epochs
+        logged = loop.logged
+        spent = timed(loop)
+        times.seconds[label][number] += spent
+        times.logged[label][number] += loop.logged - logged
         since[label] += spent
-        if flush := contender.flush(since[label]):
-            found.flushes[label] += flush
+        if flush := loop.flush(since[label]):
+            times.flushes[label] += flush
             since[label] = 0.0
 
     def every() -> Iterable[int]:
@@ -118,47 +121,47 @@ def timings(
                 gc.collect()
             yield turn
 
-    in_turns(list(contenders), every(), take)
-    for label, contender in contenders.items():
-        found.flushes[label] += contender.flush(float("inf"))
-    return found
+    in_turns(list(loops), every(), take)
+    for label, loop in loops.items():
+        times.flushes[label] += loop.flush(float("inf"))
+    return times
 
 
-def warm(contender: Contender, seconds: float) -> None:
-    """Trains as long as a run is special, whose first hundred updates are all logged; at most `seconds`."""
+def warm(loop: Loop, seconds: float) -> None:
+    """Trains for the first hundred updates, which a run logs one by one, or for `seconds`."""
     spent, updates = 0.0, 0
     while not updates or (updates < FIRST_UPDATES and spent < seconds):
-        spent += timed(contender)
-        updates += contender.task.updates
-    contender.flush(float("inf"))
+        spent += timed(loop)
+        updates += loop.task.updates
+    loop.flush(float("inf"))
 
 
-def summary(label: Label, found: Timings, updates: int, reference: str) -> dict[str, Any]:
-    """A contender's figures; its flushes are spread over its rounds by their length."""
-    own = found.seconds[label]
-    share = 1 + found.flushes[label] / sum(own)
-    spread = [seconds * share for seconds in own]
+def summary(label: Label, times: Timings, updates: int, reference: str) -> dict[str, Any]:
+    """A loop's figures; the time of its flushes is added to its rounds in proportion to their length."""
+    seconds = times.seconds[label]
+    factor = 1 + times.flushes[label] / sum(seconds)
+    spread = [factor * value for value in seconds]
     row: dict[str, Any] = {
         "median_ms": 1e3 * statistics.median(spread) / updates,
         "min_ms": 1e3 * min(spread) / updates,
     }
-    row |= ratio_of(spread, found.seconds[label[0], reference], found.logged[label])
-    return row | {"flush_share": share - 1}
+    row |= ratio_of(spread, times.seconds[label[0], reference], times.logged[label])
+    return row | {"flush_share": factor - 1}
 
 
 def checked(
-    kinds: Iterable[type[Contender]], task: Task, saved: int = 0
+    kinds: Iterable[type[Loop]], task: Task, saved: int = 0
 ) -> tuple[dict[str, float], dict[str, str], dict[str, str]]:
-    """By contender: the error of its first gradient; why it is left out; or why it is refused.
+    """The error of each loop's first gradient, why others are left out, and why others are refused; by name.
 
-    The first of `kinds` is the reference. `saved` are the bytes that a micro-batch keeps for backward.
+    The first of `kinds` is the reference. `saved` is the bytes that a micro-batch saves for backward.
     """
     reference: list[Tensor] = []
     errors: dict[str, float] = {}
     left_out: dict[str, str] = {}
     refused: dict[str, str] = {}
     for kind in kinds:
-        # Twice: in float64.
+        # The gradient is computed in float64, of twice the bytes.
         if kind is SingleBatch and (reason := _too_large(task, 2 * task.steps * saved)):
             left_out[kind.name] = reason
             continue
@@ -168,6 +171,8 @@ def checked(
             errors[kind.name] = relative_error(kind.name, gradient, reference)
         except ModuleNotFoundError as error:
             left_out[kind.name] = not_installed(error)
+        except UsageError as error:
+            left_out[kind.name] = str(error)
         except WrongGradient as error:
             refused[kind.name] = str(error)
     gc.collect()
@@ -185,37 +190,37 @@ def _too_large(task: Task, needed: int) -> str | None:
 
 
 def measured(
-    kinds: Sequence[type[Contender]],
+    kinds: Sequence[type[Loop]],
     task: Task,
     seconds: float,
     one: OneMicroBatch,
     rounds: int | None = None,
     updates: int | None = None,
 ) -> dict[str, Any]:
-    """The figures of all contenders on `task`, the first of whom is what the others are held against."""
+    """The figures of all loops on `task`; the first one is the reference."""
     return measured_together(kinds, [(task, one)], seconds, rounds, updates)[0]
 
 
 def measured_together(
-    kinds: Sequence[type[Contender]],
+    kinds: Sequence[type[Loop]],
     tasks: Sequence[tuple[Task, OneMicroBatch]],
     seconds: float,
     rounds: int | None = None,
     updates: int | None = None,
 ) -> Rows:
-    """The figures of all contenders on every task, a cell each.
+    """The figures of all loops on every task, one cell a task.
 
-    All take turns with all, so that the times of one task can be held against those of another: `times` is
-    the median over rounds of an update's time over that of the first task's.
+    All loops on all tasks take turns, so that times of different tasks can be compared: `times` is the
+    median over rounds of an update's time divided by that of the first task.
     """
     checks = [checked(kinds, task, one.saved) for task, one in tasks]
     plans = [planned(task, task.steps * one.seconds, seconds, rounds, updates) for task, one in tasks]
-    contenders: dict[Label, Contender] = {}
+    loops: dict[Label, Loop] = {}
     for number, ((task, _), plan, (errors, _, _)) in enumerate(zip(tasks, plans, checks, strict=True)):
         whole = replace(task, samples=plan.updates * task.batch)
-        contenders |= {(number, kind.name): built(kind, whole) for kind in kinds if kind.name in errors}
+        loops |= {(number, kind.name): built(kind, whole) for kind in kinds if kind.name in errors}
     most = min(plan.rounds for plan in plans)
-    found = timings(contenders, most, max(plan.epochs for plan in plans), min(WARM_UP_SECONDS, seconds))
+    times = timings(loops, most, max(plan.epochs for plan in plans), min(WARM_UP_SECONDS, seconds))
     cells: Rows = []
     for number, ((task, _), plan, (errors, left_out, refused)) in enumerate(
         zip(tasks, plans, checks, strict=True)
@@ -223,16 +228,16 @@ def measured_together(
         count = plan.epochs * plan.updates
         rows: dict[str, dict[str, Any]] = {}
         for name in errors:
-            label, contender = (number, name), contenders.pop((number, name))
-            rows[name] = summary(label, found, count, kinds[0].name)
-            if first := found.seconds.get((0, name)):
+            label, loop = (number, name), loops.pop((number, name))
+            rows[name] = summary(label, times, count, kinds[0].name)
+            if first := times.seconds.get((0, name)):
                 shorter = plans[0].epochs * plans[0].updates / count
-                rows[name]["times"] = shorter * ratio_of(found.seconds[label], first)["ratio"]
-            rows[name] |= {"saved_mib": saved_bytes(contender) / MIB, "gradient_error": errors[name]}
-            rows[name] |= {"seconds": found.seconds[label]}
-            contender.close()
+                rows[name]["times"] = shorter * ratio_of(times.seconds[label], first)["ratio"]
+            rows[name] |= {"saved_mib": saved_bytes(loop) / MIB, "gradient_error": errors[name]}
+            rows[name] |= {"seconds": times.seconds[label]}
+            loop.close()
         cells.append({"model": task.model, "micro_batch": task.micro_batch, "steps": task.steps})
         cells[-1] |= {"updates": count, "rounds": most, "turns": plan.epochs}
-        cells[-1] |= {"contenders": rows, "skipped": left_out, "refused": refused}
+        cells[-1] |= {"loops": rows, "skipped": left_out, "refused": refused}
     gc.collect()
     return cells

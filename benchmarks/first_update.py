@@ -10,7 +10,7 @@ import os
 import time
 from pathlib import Path
 
-MARK = "ACCUMEXP_BENCHMARK_MARK"  # the file that is told when the first update is done
+MARK = "ACCUMEXP_BENCHMARK_MARK"  # names the file to write when the first update is done
 
 
 def mark() -> None:
@@ -21,18 +21,18 @@ def mark() -> None:
 def main() -> None:
     import torch
 
-    from .contenders import Contender, HandWritten, built, timed
+    from .loops import HandWritten, Loop, built, timed
     from .peers import PEERS
     from .tasks import Task
 
-    kinds: dict[str, type[Contender]] = {kind.name: kind for kind in (HandWritten, *PEERS)}
+    kinds: dict[str, type[Loop]] = {kind.name: kind for kind in (HandWritten, *PEERS)}
     parser = argparse.ArgumentParser(prog="python -m benchmarks.first_update", description=__doc__)
-    parser.add_argument("contender", choices=list(kinds))
-    asked = parser.parse_args()
-    contender = built(kinds[asked.contender], Task("lenet5", torch.device("cpu"), 32, 4, 128))
-    timed(contender)
+    parser.add_argument("loop", choices=list(kinds))
+    options = parser.parse_args()
+    loop = built(kinds[options.loop], Task("lenet5", torch.device("cpu"), 32, 4, 128))
+    timed(loop)
     mark()
-    contender.close()
+    loop.close()
 
 
 if __name__ == "__main__":

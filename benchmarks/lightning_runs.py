@@ -87,8 +87,8 @@ def train(steps: int, seed: int, epochs: int, batch: int, folder: Path) -> dict[
     )
     module = Module()
     trainer.fit(module, training, evaluation)
-    (found,) = trainer.test(module, DataLoader(test, batch_size=256), verbose=False)
-    final = {"accuracy": found["test/accuracy"], "updates": trainer.global_step}
+    (tested,) = trainer.test(module, DataLoader(test, batch_size=256), verbose=False)
+    final = {"accuracy": tested["test/accuracy"], "updates": trainer.global_step}
     return {"overrides": [f"accum.steps={steps}", f"seed={seed}"], "final": final}
 
 
@@ -98,16 +98,16 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, required=True)
     parser.add_argument("--epochs", type=int, required=True)
     parser.add_argument("--batch", type=int, required=True, help="samples an update")
-    asked = parser.parse_args()
+    options = parser.parse_args()
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     warnings.simplefilter("ignore")
     for name in ("lightning.pytorch", "mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    for steps in asked.steps:
-        for seed in range(asked.seeds):
+    for steps in options.steps:
+        for seed in range(options.seeds):
             folder = Path("runs", f"steps={steps},seed={seed}")
             folder.mkdir(parents=True)
-            write_json(folder / "summary.json", train(steps, seed, asked.epochs, asked.batch, folder))
+            write_json(folder / "summary.json", train(steps, seed, options.epochs, options.batch, folder))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Tells `benchmarks.startup` of a run's first update. Imports nothing that the run has not imported."""
+"""Reports a run's first update to `benchmarks.startup`; imports only what the run has imported anyway."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the benchmarks share: taking turns, ratios and their quartiles, the environment, tables, reports."""
+"""Shared by the benchmarks: turns, ratios and quartiles, the environment, tables, reports, options."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ from accumexp.environment.device import device_name
 
 Rows = list[dict[str, Any]]
 T = TypeVar("T")
-ORDERS = 0  # seed of the orders in which contenders take turns
+ORDERS = 0  # seed of the orders in which loops take turns
 console = Console()
 if not console.is_terminal:
-    console = Console(width=110)  # a pipe or a file has no width of its own
+    console = Console(width=110)  # a pipe or a file has no width
 
 
-def in_turns(contenders: Sequence[T], turns: Iterable[Any], take: Callable[[T, Any], None]) -> None:
-    """Calls `take(contender, turn)` of every contender in every turn, in a new random order each time.
+def in_turns(loops: Sequence[T], turns: Iterable[Any], take: Callable[[T, Any], None]) -> None:
+    """Calls `take(loop, turn)` of every loop in every turn, in a new random order each time.
 
-    A machine whose speed drifts is then alike to all. The orders are the same in every process.
+    All are then affected alike by a machine whose speed changes. Every process uses the same orders.
     """
     orders = random.Random(ORDERS)
     for turn in turns:
-        for contender in orders.sample(contenders, len(contenders)):
-            take(contender, turn)
+        for loop in orders.sample(loops, len(loops)):
+            take(loop, turn)
 
 
 def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
@@ -47,15 +47,14 @@ def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
 
 
 def ratio_of(
-    own: Sequence[float], reference: Sequence[float], kinds: Sequence[int] | None = None
+    seconds: Sequence[float], reference: Sequence[float], kinds: Sequence[int] | None = None
 ) -> dict[str, float]:
-    """Median and quartiles of `own` over `reference`, round by round.
+    """Median and quartiles of `seconds` divided by `reference`, round by round.
 
-    `kinds` says which rounds are alike. Where they differ, because only some hold an update that is logged,
-    the median of all would leave out what is rare: the ratio is then the mean of the kinds' medians,
-    weighted by how many rounds are of each.
+    Rounds may be of several `kinds`, of which only some hold a logged update. The median of all rounds would
+    ignore a rare kind, so the ratio is the mean of the kinds' medians, weighted by their numbers of rounds.
     """
-    ratios = [mine / other for mine, other in zip(own, reference, strict=True)]
+    ratios = [value / other for value, other in zip(seconds, reference, strict=True)]
     low, _, high = quartiles(ratios)
     kinds = kinds or [0] * len(ratios)
     median = sum(
@@ -66,19 +65,19 @@ def ratio_of(
 
 
 def environment(device: torch.device, *packages: str) -> dict[str, Any]:
-    """Where it was measured; versions of `packages` that are installed."""
-    found: dict[str, Any] = {"torch": torch.__version__, "python": platform.python_version()}
-    found |= {"device": device_name(device), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
-    # What else ran here: above the number of cores, the figures are of a machine that was shared.
-    found["load"] = round(os.getloadavg()[0], 2)
+    """The machine that was measured on, and the versions of `packages` that are installed."""
+    values: dict[str, Any] = {"torch": torch.__version__, "python": platform.python_version()}
+    values |= {"device": device_name(device), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    # Above the number of cores, other programs ran at the same time.
+    values["load"] = round(os.getloadavg()[0], 2)
     for package in packages:
         with contextlib.suppress(PackageNotFoundError):
-            found[package] = version(package)
-    return found
+            values[package] = version(package)
+    return values
 
 
-def table_of(title: str, headings: str, left: str = "contender") -> Table:
-    """A table of numbers; `headings` and those of them that stand on the `left` are separated by commas."""
+def table_of(title: str, headings: str, left: str = "loop") -> Table:
+    """A table of numbers. `headings`, and those that are `left`-aligned, are separated by commas."""
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     table.collapse_padding = True
     for heading in headings.split(","):
@@ -88,7 +87,7 @@ def table_of(title: str, headings: str, left: str = "contender") -> Table:
 
 
 def say(text: str) -> None:
-    """A line of output as it is."""
+    """Prints a line without markup or wrapping."""
     console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
@@ -114,11 +113,13 @@ def words(text: str) -> list[str]:
     return [word.strip() for word in text.split(",")]
 
 
-def known(parser: argparse.ArgumentParser, option: str, asked: Iterable[str], there: Iterable[str]) -> None:
-    """Ends the command with a line about names that are not there."""
-    there = list(there)
-    if unknown := [name for name in asked if name not in there]:
-        parser.error(f"{option}: no {', '.join(unknown)}; {', '.join(there)}")
+def check_names(
+    parser: argparse.ArgumentParser, option: str, names: Iterable[str], choices: Iterable[str]
+) -> None:
+    """Ends the command with an error of one line if `names` are not all `choices`."""
+    choices = list(choices)
+    if unknown := [name for name in names if name not in choices]:
+        parser.error(f"{option}: no {', '.join(unknown)}; {', '.join(choices)}")
 
 
 def at_least_1(parser: argparse.ArgumentParser, values: Iterable[float | None]) -> None:
@@ -131,27 +132,28 @@ def not_installed(error: ModuleNotFoundError) -> str:
 
 
 def output_options(parser: argparse.ArgumentParser, picture: bool = False) -> None:
-    parser.add_argument("--json", type=Path, metavar="PATH", help="write all figures there")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="write all figures to this file")
     if picture:
-        parser.add_argument("--picture", type=Path, metavar="PATH", help="draw them there, png or svg")
+        parser.add_argument("--picture", type=Path, metavar="PATH", help="draw them to this file, png or svg")
 
 
 def device_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    parser.add_argument("--threads", type=int, help="torch's own choice if left out")
+    parser.add_argument("--threads", type=int, help="without it torch chooses")
 
 
 def prepare(threads: int | None) -> None:
-    """Threads and switches of this process, alike for all contenders."""
+    """Sets the threads and switches of this process, the same for all loops."""
     if threads:
         torch.set_num_threads(threads)
-    # TF32 would make the gradients of two kernels differ more than the two definitions might.
+    # TF32 rounds so much that equal definitions computed by two kernels would differ.
     torch.backends.cudnn.allow_tf32 = False
 
 
 def with_medians(rows: Mapping[str, Sequence[float]], reference: str) -> dict[str, dict[str, Any]]:
-    """Median, ratio to `reference` and all seconds of each contender, whose rounds were taken in turns."""
+    """Median, ratio to `reference` and all seconds of each row, whose rounds were taken in turns."""
     return {
-        name: {"median_s": statistics.median(own), **ratio_of(own, rows[reference]), "seconds": list(own)}
-        for name, own in rows.items()
+        name: {"median_s": statistics.median(values), **ratio_of(values, rows[reference])}
+        | {"seconds": list(values)}
+        for name, values in rows.items()
     }

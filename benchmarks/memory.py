@@ -1,4 +1,4 @@
-"""The peak of memory in an update of a fixed batch, by steps: against the prediction, and the peers'.
+"""Peak memory of an update of a fixed batch, by steps, beside its prediction and the peers' peaks.
 
 python -m benchmarks.memory --model lenet5,resnet18 --batch 256 --steps 1,2,4,8,16 --json memory.json
 """
@@ -20,15 +20,15 @@ from rich.table import Table
 
 from accumexp.environment.device import MIB, pick_device, reset_peak_memory, wait_for
 
-from .contenders import built, saved_bytes, timed
+from .loops import built, saved_bytes, timed
 from .measure import (
     Rows,
     at_least_1,
+    check_names,
     console,
     device_options,
     environment,
     finish,
-    known,
     not_installed,
     numbers,
     output_options,
@@ -39,14 +39,14 @@ from .measure import (
 )
 from .prediction import predicted
 from .tasks import MODELS, Task
-from .window import CONTENDERS, PACKAGES
+from .window import LOOPS, PACKAGES
 
 COMPARED = ("hand-written", "accelerate", "fabric", "lightning", "transformers", "accumexp")
 UPDATES = 2  # the first makes gradients and momentum, the second holds them while it computes
 
 
 def tensor_peak(device: torch.device, work: Callable[[], None]) -> int:
-    """Bytes of tensors at the peak during `work`, beyond those that were there before."""
+    """Peak bytes of tensors during `work`, beyond those that were allocated before."""
     gc.collect()
     if device.type == "cuda":
         wait_for(device)
@@ -69,16 +69,16 @@ def tensor_peak(device: torch.device, work: Callable[[], None]) -> int:
 
 
 def measure_here(name: str, task: Task, threads: int | None) -> dict[str, Any]:
-    """A contender's figures in bytes, in a process that has done nothing before; or why it has none.
+    """A loop's figures in bytes, measured in a new process; or why it was skipped.
 
-    The process's own peak comes first: it is before the profiler, which has memory of its own.
+    The process's resident memory is measured first, without the profiler, which needs memory too.
     """
     prepare(threads)
-    kind = CONTENDERS[name]
+    kind = LOOPS[name]
     try:
         made = built(
             kind, Task(task.model, task.device, 1, 1, 1)
-        )  # imports, and what libraries allocate once
+        )  # for the imports, and for what libraries allocate once
         timed(made)
         made.close()
         del made
@@ -86,17 +86,17 @@ def measure_here(name: str, task: Task, threads: int | None) -> dict[str, Any]:
         gc.collect()
         reset_peak_memory(torch.device("cpu"))
         before, started = _status("VmRSS"), _status("VmHWM")
-        contender = built(kind, task)
+        loop = built(kind, task)
         for _ in range(UPDATES):
-            timed(contender)
+            timed(loop)
         highest = _status("VmHWM")
         resident = None
-        # A peak that could not be started anew is that of the imports.
+        # A peak that could not be reset is that of the imports.
         if before and started and highest and started <= 1.02 * before:
             resident = highest - before
-        saved = saved_bytes(contender)
-        contender.close()
-        del contender
+        saved = saved_bytes(loop)
+        loop.close()
+        del loop
         kept: list[Any] = []
 
         def work() -> None:
@@ -112,31 +112,31 @@ def measure_here(name: str, task: Task, threads: int | None) -> dict[str, Any]:
 
 
 def _status(key: str) -> int | None:
-    """Bytes of this process by Linux's own count (proc(5), status), None elsewhere.
+    """Bytes of this process in Linux's proc(5) status; None on other systems.
 
-    Not getrusage's: its peak begins with that of the process which started this one.
+    getrusage's peak is inherited from the process that started this one.
     """
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:
         return None
-    found = [line.split()[1] for line in lines if line.startswith(f"{key}:")]
-    return 1024 * int(found[0]) if found else None
+    kibibytes = [int(line.split()[1]) for line in lines if line.startswith(f"{key}:")]
+    return 1024 * kibibytes[0] if kibibytes else None
 
 
 def alone(name: str, task: Task, threads: int | None) -> dict[str, Any]:
-    """`measure_here` in a process of its own."""
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler tells of every GPU that is not there
+    """`measure_here` in a new process."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler logs every missing GPU
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context) as pool:
         return pool.submit(measure_here, name, task, threads).result()
 
 
 def show(report: dict[str, Any]) -> list[Table]:
-    headings = "model,steps,contender,saved\nMiB,peak of\ntensors MiB,"
+    headings = "model,steps,loop,saved\nMiB,peak of\ntensors MiB,"
     headings += "predicted\nMiB,peak over\npredicted,process\nMiB"
     table = table_of(
-        f"peak of memory, {report['settings']['batch']} samples an update", headings, "contender,model"
+        f"peak of memory, {report['settings']['batch']} samples an update", headings, "loop,model"
     )
     rows = report["rows"]
     for row, following in zip(rows, [*rows[1:], None], strict=True):
@@ -144,7 +144,7 @@ def show(report: dict[str, Any]) -> list[Table]:
         cells += [f"{row['peak_mib'] / row['predicted_mib']:.3f}"]
         cells += ["-" if row["process_mib"] is None else f"{row['process_mib']:.1f}"]
         last = following is None or following["steps"] != row["steps"]
-        table.add_row(row["model"], str(row["steps"]), row["contender"], *cells, end_section=last)
+        table.add_row(row["model"], str(row["steps"]), row["loop"], *cells, end_section=last)
     return [table]
 
 
@@ -158,55 +158,55 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
         "--steps", type=numbers, default="1,2,4,8,16", help="that divide the batch; %(default)s"
     )
     device_options(parser)
-    parser.add_argument("--only", type=words, default=",".join(COMPARED), help="contenders; %(default)s")
+    parser.add_argument("--only", type=words, default=",".join(COMPARED), help="loops; %(default)s")
     output_options(parser, picture=True)
-    asked = parser.parse_args(given)
-    known(parser, "--only", asked.only, CONTENDERS)
-    known(parser, "--model", asked.model, MODELS)
-    at_least_1(parser, (asked.batch, *asked.steps, asked.threads))
-    if uneven := [steps for steps in asked.steps if asked.batch % steps]:
-        parser.error(f"--steps: {', '.join(map(str, uneven))} do not divide {asked.batch}")
-    return asked
+    options = parser.parse_args(given)
+    check_names(parser, "--only", options.only, LOOPS)
+    check_names(parser, "--model", options.model, MODELS)
+    at_least_1(parser, (options.batch, *options.steps, options.threads))
+    if uneven := [steps for steps in options.steps if options.batch % steps]:
+        parser.error(f"--steps: {', '.join(map(str, uneven))} do not divide {options.batch}")
+    return options
 
 
-def report_of(asked: argparse.Namespace) -> dict[str, Any]:
-    device = pick_device(asked.device)
+def report_of(options: argparse.Namespace) -> dict[str, Any]:
+    device = pick_device(options.device)
     rows: Rows = []
     skipped: dict[str, str] = {}
-    sizes = [(model, steps) for model in asked.model for steps in asked.steps]
+    sizes = [(model, steps) for model in options.model for steps in options.steps]
     for model, steps in track(sizes, "training", console=console, transient=True):
-        task = Task(model, device, asked.batch // steps, steps, asked.batch)
+        task = Task(model, device, options.batch // steps, steps, options.batch)
         expected = predicted(task)
-        for name in asked.only:
-            found: dict[str, Any] = {"skipped": skipped.get(name)}
+        for name in options.only:
+            measured: dict[str, Any] = {"skipped": skipped.get(name)}
             if name not in skipped:
-                found = alone(name, task, asked.threads)
-            if "skipped" in found:
+                measured = alone(name, task, options.threads)
+            if "skipped" in measured:
                 if name not in skipped:
-                    say(f"{name} skipped: {found['skipped']}")
-                skipped[name] = found["skipped"]
+                    say(f"{name} skipped: {measured['skipped']}")
+                skipped[name] = measured["skipped"]
                 continue
-            row = {"model": model, "steps": steps, "micro_batch": task.micro_batch, "contender": name}
-            row |= {"saved_mib": found["saved"] / MIB, "peak_mib": found["peak"] / MIB}
+            row = {"model": model, "steps": steps, "micro_batch": task.micro_batch, "loop": name}
+            row |= {"saved_mib": measured["saved"] / MIB, "peak_mib": measured["peak"] / MIB}
             row |= {"predicted_mib": expected.total / MIB, "predicted_bytes": vars(expected)}
-            row |= {"process_mib": None if found["resident"] is None else found["resident"] / MIB}
+            row |= {"process_mib": None if measured["resident"] is None else measured["resident"] / MIB}
             rows.append(row)
-    settings = {"model": asked.model, "batch": asked.batch, "steps": asked.steps, "updates": UPDATES}
+    settings = {"model": options.model, "batch": options.batch, "steps": options.steps, "updates": UPDATES}
     here = environment(device, *PACKAGES)
     return {"environment": here, "settings": settings, "rows": rows, "skipped": skipped}
 
 
 def main(given: list[str] | None = None) -> None:
-    asked = arguments(given)
-    prepare(asked.threads)
-    report = report_of(asked)
+    options = arguments(given)
+    prepare(options.threads)
+    report = report_of(options)
     if not report["rows"]:
-        raise SystemExit("error: nobody was measured")
-    finish(report, show(report), asked.json)
-    if asked.picture:
+        raise SystemExit("error: no loop was measured")
+    finish(report, show(report), options.json)
+    if options.picture:
         from .pictures import memory_picture
 
-        memory_picture(report, asked.picture)
+        memory_picture(report, options.picture)
 
 
 if __name__ == "__main__":

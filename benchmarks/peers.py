@@ -1,4 +1,4 @@
-"""Contenders under other frameworks, each as its own guide to gradient accumulation shows it."""
+"""Training loops of other frameworks, as their guides to gradient accumulation show them."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from torch.utils.data import Dataset
 
 from accumexp.environment.device import wait_for
 
-from .contenders import Contender
+from .loops import Loop
 from .tasks import SEED, Samples, Task
 
 
-class OnAccelerate(Contender):
-    """A contender of two that use Accelerate, whose state is one for the whole process: each has its own."""
+class OnAccelerate(Loop):
+    """Keeps the global state of Accelerate apart, which two of the loops use in one process."""
 
     def __init__(self, task: Task) -> None:
         super().__init__(task)
@@ -34,7 +34,7 @@ class OnAccelerate(Contender):
 
     @contextlib.contextmanager
     def state(self) -> Iterator[None]:
-        """Puts Accelerate's state of this contender in the place of whatever is there."""
+        """Inside, Accelerate's global state is this loop's."""
         from accelerate.state import AcceleratorState, GradientState, PartialState
 
         shared: list[Any] = [kind._shared_state for kind in (PartialState, AcceleratorState, GradientState)]
@@ -48,16 +48,16 @@ class OnAccelerate(Contender):
 
     def seconds(self) -> float:
         with self.state():
-            return self.own_seconds()
+            return self.epoch_seconds()
 
-    def own_seconds(self) -> float:
+    def epoch_seconds(self) -> float:
         return super().seconds()
 
 
 def _exchange(shared: list[Any], values: list[dict[str, Any]]) -> None:
-    for state, own in zip(shared, values, strict=True):
+    for state, value in zip(shared, values, strict=True):
         state.clear()
-        state.update(own)
+        state.update(value)
 
 
 class Accelerate(OnAccelerate):
@@ -85,7 +85,7 @@ class Accelerate(OnAccelerate):
                 optimizer.zero_grad()
 
 
-class Fabric(Contender):
+class Fabric(Loop):
     """The loop of Fabric's guide to efficient gradient accumulation."""
 
     name = "fabric"
@@ -110,8 +110,8 @@ class Fabric(Contender):
                 optimizer.zero_grad()
 
 
-class LightningTrainer(Contender):
-    """A Trainer an epoch; its clock goes from the first batch's start to the last one's end."""
+class LightningTrainer(Loop):
+    """A new Trainer every epoch, timed from the start of its first batch to the end of its last."""
 
     name = "lightning"
 
@@ -169,7 +169,7 @@ class LightningTrainer(Contender):
 
 
 class Named(Dataset[dict[str, Tensor]]):
-    """Samples as transformers' Trainer takes them: by the names of the model's arguments."""
+    """Samples for transformers' Trainer: dicts by the names of the model's arguments."""
 
     def __init__(self, samples: Samples) -> None:
         self.samples = samples
@@ -183,7 +183,7 @@ class Named(Dataset[dict[str, Tensor]]):
 
 
 class WithLoss(nn.Module):
-    """A model that returns its loss where it is given labels, as transformers' models do."""
+    """A model that returns its loss if it gets labels, as transformers' models do."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -197,7 +197,7 @@ class WithLoss(nn.Module):
 
 
 class TransformersTrainer(OnAccelerate):
-    """transformers' Trainer, one an epoch; its clock goes from the epoch's begin to the last update's end."""
+    """A new Trainer of transformers every epoch, timed from its begin to the end of the last update."""
 
     name = "transformers"
 
@@ -247,7 +247,7 @@ class TransformersTrainer(OnAccelerate):
 
         self.clock, self.trainer = Clock, trainer
 
-    def own_seconds(self) -> float:
+    def epoch_seconds(self) -> float:
         clock = self.clock()
         self.trainer(clock).train()
         assert clock.end > clock.start > 0
@@ -259,8 +259,8 @@ class TransformersTrainer(OnAccelerate):
 
 def lightning_options(task: Task) -> dict[str, Any]:
     kind = task.device.type
-    # The model's own precision: "64-true" would round Fabric's outputs to float32.
+    # Keeps the model's precision: "64-true" would round Fabric's outputs to float32.
     return {"accelerator": "gpu" if kind == "cuda" else kind, "devices": 1, "precision": "32-true"}
 
 
-PEERS: tuple[type[Contender], ...] = (Accelerate, Fabric, LightningTrainer, TransformersTrainer)
+PEERS: tuple[type[Loop], ...] = (Accelerate, Fabric, LightningTrainer, TransformersTrainer)

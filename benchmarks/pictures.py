@@ -1,4 +1,4 @@
-"""What the benchmarks measured, drawn."""
+"""The pictures of the benchmarks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
 
-OWN, REFERENCE = "accumexp", "hand-written"
+OURS, REFERENCE = "accumexp", "hand-written"
 COLOURS = {
     "accumexp": "#d62728",
     "hand-written": "#222222",
@@ -39,24 +39,24 @@ def window_picture(report: dict[str, Any], path: Path) -> None:
     )
     drawn: dict[str, Any] = {}
     for row, model in zip(grid, models, strict=True):
-        own = [cell for cell in cells if cell["model"] == model]
+        cells_of = [cell for cell in cells if cell["model"] == model]
         for axes, micro in zip(row, micros, strict=False):
-            these = [cell for cell in own if cell["micro_batch"] == micro]
-            for name in dict.fromkeys(name for cell in these for name in cell["contenders"]):
-                there = [cell for cell in these if name in cell["contenders"]]
-                ratios = [cell["contenders"][name]["ratio"] for cell in there]
+            these = [cell for cell in cells_of if cell["micro_batch"] == micro]
+            for name in dict.fromkeys(name for cell in these for name in cell["loops"]):
+                there = [cell for cell in these if name in cell["loops"]]
+                ratios = [cell["loops"][name]["ratio"] for cell in there]
                 (line,) = axes.plot([c["steps"] for c in there], ratios, **_style(name))
                 drawn[name] = line
             axes.axhline(1.02, color="#d62728", linewidth=0.8, linestyle=":")
-            _steps_axis(axes, [cell["steps"] for cell in own])
+            _steps_axis(axes, [cell["steps"] for cell in cells_of])
             axes.set_title(f"{model}, micro-batch {micro}", fontsize=9)
             axes.set_ylabel("time / hand-written", fontsize=8)
-        for name, dashes in ((OWN, "-"), (REFERENCE, "--")):
+        for name, dashes in ((OURS, "-"), (REFERENCE, "--")):
             for micro in micros:
                 there = sorted(
-                    (cell["steps"], cell["contenders"][name]["median_ms"])
-                    for cell in own
-                    if cell["micro_batch"] == micro and name in cell["contenders"]
+                    (cell["steps"], cell["loops"][name]["median_ms"])
+                    for cell in cells_of
+                    if cell["micro_batch"] == micro and name in cell["loops"]
                 )
                 if there:
                     row[-1].plot(
@@ -64,7 +64,7 @@ def window_picture(report: dict[str, Any], path: Path) -> None:
                     )
                     through_one(row[-1], there)
         row[-1].set_yscale("log")
-        _steps_axis(row[-1], [cell["steps"] for cell in own])
+        _steps_axis(row[-1], [cell["steps"] for cell in cells_of])
         row[-1].set_title(f"{model}: a window, line through t(1)", fontsize=9)
         row[-1].set_ylabel("ms", fontsize=8)
     figure.legend(drawn.values(), drawn.keys(), loc="outside lower center", ncols=5, fontsize=8)
@@ -73,13 +73,13 @@ def window_picture(report: dict[str, Any], path: Path) -> None:
 
 
 def through_one(axes: Axes, points: list[tuple[float, float]]) -> None:
-    """The line that a cost proportional to what is on the x axis would follow from the first point on."""
+    """Draws the line of a cost proportional to x, through the first of `points`."""
     (x, y), (last, _) = points[0], points[-1]
     axes.plot([x, last], [y, y * last / x], color="#aaaaaa", linewidth=0.8, zorder=0)
 
 
 def growth_picture(report: dict[str, Any], path: Path) -> None:
-    """A panel for each of steps, parameters, ranks and logged points that was measured: how cost grows."""
+    """How cost grows: a panel for each of steps, parameters, ranks and points that was measured."""
     draws = {"steps": _by_steps, "parameters": _by_parameters, "ranks": _by_ranks, "points": _by_points}
     there = [panel for panel in draws if report.get(panel)]
     across = min(2, len(there))
@@ -96,8 +96,8 @@ def growth_picture(report: dict[str, Any], path: Path) -> None:
 
 
 def _by_steps(axes: Axes, rows: list[dict[str, Any]]) -> None:
-    for name in (REFERENCE, OWN):
-        there = [(row["steps"], row["contenders"][name]["median_ms"]) for row in rows]
+    for name in (REFERENCE, OURS):
+        there = [(row["steps"], row["loops"][name]["median_ms"]) for row in rows]
         axes.plot(*zip(*there, strict=True), **_style(name), label=name)
         through_one(axes, there)
     axes.set_yscale("log")
@@ -108,13 +108,13 @@ def _by_steps(axes: Axes, rows: list[dict[str, Any]]) -> None:
 
 
 def _by_parameters(axes: Axes, rows: list[dict[str, Any]]) -> None:
-    for name in (REFERENCE, OWN):
-        there = [(row["parameters"], row["contenders"][name]["median_ms"]) for row in rows]
+    for name in (REFERENCE, OURS):
+        there = [(row["parameters"], row["loops"][name]["median_ms"]) for row in rows]
         axes.plot(*zip(*there, strict=True), **_style(name), label=name)
     for row in rows:
-        own = row["contenders"][OWN]
-        place = (row["parameters"], own["median_ms"])
-        axes.annotate(f"{own['ratio']:.3f}", place, fontsize=7, ha="right", va="bottom")
+        ours = row["loops"][OURS]
+        place = (row["parameters"], ours["median_ms"])
+        axes.annotate(f"{ours['ratio']:.3f}", place, fontsize=7, ha="right", va="bottom")
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlabel("parameters")
@@ -124,9 +124,9 @@ def _by_parameters(axes: Axes, rows: list[dict[str, Any]]) -> None:
 
 
 def _by_ranks(axes: Axes, rows: list[dict[str, Any]]) -> None:
-    for name in dict.fromkeys(row["contender"] for row in rows):
-        own = [(row["ranks"], row["median_ms"]) for row in rows if row["contender"] == name]
-        axes.plot(*zip(*own, strict=True), **_style(name), label=name)
+    for name in dict.fromkeys(row["loop"] for row in rows):
+        points = [(row["ranks"], row["median_ms"]) for row in rows if row["loop"] == name]
+        axes.plot(*zip(*points, strict=True), **_style(name), label=name)
     axes.set_xticks(sorted({row["ranks"] for row in rows}))
     axes.set_ylim(bottom=0)
     axes.set_xlabel("ranks on this machine")
@@ -136,7 +136,7 @@ def _by_ranks(axes: Axes, rows: list[dict[str, Any]]) -> None:
 
 
 def _by_points(axes: Axes, rows: list[dict[str, Any]]) -> None:
-    axes.plot([row["points"] for row in rows], [row["ms_a_point"] for row in rows], **_style(OWN))
+    axes.plot([row["points"] for row in rows], [row["ms_a_point"] for row in rows], **_style(OURS))
     axes.axhline(0.15, color="#d62728", linewidth=0.8, linestyle=":")
     axes.set_xscale("log")
     axes.set_ylim(bottom=0)
@@ -146,16 +146,16 @@ def _by_points(axes: Axes, rows: list[dict[str, Any]]) -> None:
 
 
 def memory_picture(report: dict[str, Any], path: Path) -> None:
-    """A panel a model: peak of tensors over steps for each contender, and the prediction."""
+    """A panel a model: peak of tensors over steps for each loop, and the prediction."""
     models = list(dict.fromkeys(row["model"] for row in report["rows"]))
     figure, grid = plt.subplots(
         1, len(models), figsize=(5 * len(models), 4), squeeze=False, layout="constrained"
     )
     for axes, model in zip(grid[0], models, strict=True):
         rows = [row for row in report["rows"] if row["model"] == model]
-        for name in dict.fromkeys(row["contender"] for row in rows):
-            own = [(row["steps"], row["peak_mib"]) for row in rows if row["contender"] == name]
-            axes.plot(*zip(*own, strict=True), **_style(name), label=name)
+        for name in dict.fromkeys(row["loop"] for row in rows):
+            points = [(row["steps"], row["peak_mib"]) for row in rows if row["loop"] == name]
+            axes.plot(*zip(*points, strict=True), **_style(name), label=name)
         predicted = sorted({(row["steps"], row["predicted_mib"]) for row in rows})
         axes.plot(*zip(*predicted, strict=True), "k:", label="predicted")
         axes.set_yscale("log")
@@ -168,13 +168,13 @@ def memory_picture(report: dict[str, Any], path: Path) -> None:
 
 
 def _style(name: str) -> dict[str, Any]:
-    own = name == OWN
+    ours = name == OURS
     return {
         "color": COLOURS.get(name, "#8c564b"),
-        "linewidth": 2.0 if own else 1.0,
-        "zorder": 3 if own else 2,
+        "linewidth": 2.0 if ours else 1.0,
+        "zorder": 3 if ours else 2,
         "marker": "o",
-        "markersize": 4 if own else 3,
+        "markersize": 4 if ours else 3,
     }
 
 

@@ -1,4 +1,4 @@
-"""Times a window on several ranks and counts its all-reduces, beside loops written by hand, interleaved.
+"""Times a window on several ranks and counts its all-reduces, in turns with loops written by hand.
 
 python -m benchmarks.ranks --ranks 1,2 --steps 1,2,4,8 --json ranks.json
 """
@@ -53,7 +53,7 @@ TOLERANCE = 1e-5
 
 @dataclass(frozen=True)
 class Task:
-    """What every contender does: windows of `steps` micro-batches on each of `ranks` ranks."""
+    """The work of every loop: windows of `steps` micro-batches on each of `ranks` ranks."""
 
     device: torch.device
     ranks: int
@@ -78,8 +78,8 @@ Measured = Callable[[Task, int, int], Rows]
 
 
 @dataclass(frozen=True)
-class Contender:
-    """A way to do a window and to step on it; `window` is there if it is this package's."""
+class Loop:
+    """A window and a step; `window` is set if they are accumexp's."""
 
     model: nn.Module
     accumulate: Callable[[], object]
@@ -87,16 +87,16 @@ class Contender:
     window: Window | None = None
 
 
-def hand_written(task: Task, counted: bool = False, reduce_always: bool = False) -> Contender:
-    """DDP with no_sync around all but the last micro-batch; `counted`: all-reduces go through Python."""
+def hand_written(task: Task, counted: bool = False, reduce_always: bool = False) -> Loop:
+    """DDP, no_sync around all but the last micro-batch; if `counted`, all-reduces go through Python."""
     images, labels = task.batch(dist.get_rank())
     model = DistributedDataParallel(task.model(), gradient_as_bucket_view=True)
     optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9)
-    if counted:  # the same all-reduces as without a hook, where DDP starts them in C++
+    if counted:  # the all-reduces that DDP starts in C++ without a hook
         model.register_comm_hook(None, allreduce_hook)
 
     def accumulate() -> None:
-        # Gradients live in DDP's buckets: it would have to copy others there.
+        # In place, as gradients are views of DDP's buckets.
         optimizer.zero_grad(set_to_none=False)
         parts = zip(images.split(task.micro_batch), labels.split(task.micro_batch), strict=True)
         for k, (x, y) in enumerate(parts, 1):
@@ -105,11 +105,11 @@ def hand_written(task: Task, counted: bool = False, reduce_always: bool = False)
                 # Over the samples of all ranks, and DDP divides by the number of ranks.
                 (loss * (task.ranks / (task.ranks * len(images)))).backward()
 
-    return Contender(model, accumulate, optimizer.step)
+    return Loop(model, accumulate, optimizer.step)
 
 
-def windowed(task: Task, model: nn.Module, reduce_always: bool = False) -> Contender:
-    """This package's window and step, on a `model` that is wrapped for several ranks."""
+def windowed(task: Task, model: nn.Module, reduce_always: bool = False) -> Loop:
+    """accumexp's window and step, on a `model` that is wrapped for several ranks."""
     images, labels = task.batch(dist.get_rank())
     optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9)
     loss = nn.CrossEntropyLoss()
@@ -119,21 +119,21 @@ def windowed(task: Task, model: nn.Module, reduce_always: bool = False) -> Conte
         optimizer.zero_grad(set_to_none=not window.sync.keeps_gradients)
         window.backward(images, labels)
 
-    return Contender(model, accumulate, OptimizerStep(window, optimizer), window)
+    return Loop(model, accumulate, OptimizerStep(window, optimizer), window)
 
 
-def accumexp(task: Task, counted: bool = False) -> Contender:
-    return windowed(task, data_parallel(task.model()))  # its hook is in Python, counted or not
+def accumexp(task: Task, counted: bool = False) -> Loop:
+    return windowed(task, data_parallel(task.model()))  # its hook is always in Python
 
 
-CONTENDERS: dict[str, Callable[[Task, bool], Contender]] = {
+LOOPS: dict[str, Callable[[Task, bool], Loop]] = {
     "hand-written": hand_written,
     "no no_sync": partial(hand_written, reduce_always=True),
     "accumexp": accumexp,
 }
 
 
-def gradient_error(contender: Contender, task: Task) -> float:
+def gradient_error(loop: Loop, task: Task) -> float:
     """The largest of the parameters' errors, each relative to its gradient's norm.
 
     The reference is the gradient of all ranks' samples in one batch, in one process.
@@ -141,30 +141,31 @@ def gradient_error(contender: Contender, task: Task) -> float:
     Raises:
         AssertionError: if it is above the tolerance.
     """
-    contender.accumulate()
+    loop.accumulate()
     reference = task.model()
     images, labels = (torch.cat(t) for t in zip(*map(task.batch, range(task.ranks)), strict=True))
     cross_entropy(reference(images), labels).backward()
     error = 0.0
-    for own, wanted in zip(contender.model.parameters(), reference.parameters(), strict=True):
-        assert own.grad is not None and wanted.grad is not None
-        whole = own.grad.full_tensor() if isinstance(own.grad, DTensor) else own.grad
+    for parameter, wanted in zip(loop.model.parameters(), reference.parameters(), strict=True):
+        gradient = parameter.grad
+        assert gradient is not None and wanted.grad is not None
+        whole = gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
         error = max(error, float((whole - wanted.grad).norm() / wanted.grad.norm()))
     assert error <= TOLERANCE, f"the gradient is off by {error:.1e} of its norm"
     return error
 
 
-def traffic(build: Callable[[Task, bool], Contender], task: Task) -> dict[str, int]:
-    """One window's all-reduces on this rank: the gradients' (one a bucket), the others', bytes of both.
+def traffic(build: Callable[[Task, bool], Loop], task: Task) -> dict[str, int]:
+    """One window's all-reduces on this rank: of gradients (one a bucket), others, and the bytes of both.
 
-    Gradients' are counted by a communication hook around the contender's own, all of them by a function
-    in the place of `torch.distributed.all_reduce`.
+    Those of gradients are counted by a communication hook around the loop's, all of them by a function that
+    replaces `torch.distributed.all_reduce`.
     """
     count = {"gradient_all_reduces": 0, "all_reduces": 0, "bytes": 0}
     register, all_reduce = DistributedDataParallel.register_comm_hook, dist.all_reduce
 
     def counting_register(model: DistributedDataParallel, state: object, hook: Any) -> None:
-        def counting_hook(state: Any, bucket):  # DDP refuses annotations that are strings, as they are here
+        def counting_hook(state: Any, bucket):  # DDP refuses a hook with annotations that are strings
             count["gradient_all_reduces"] += 1
             return hook(state, bucket)
 
@@ -177,90 +178,92 @@ def traffic(build: Callable[[Task, bool], Contender], task: Task) -> dict[str, i
 
     hooks = patch.object(DistributedDataParallel, "register_comm_hook", counting_register)
     with hooks, patch.object(dist, "all_reduce", counting_all_reduce):
-        contender = build(task, True)
-        contender.accumulate()  # DDP arranges its buckets anew after its first backward
+        loop = build(task, True)
+        loop.accumulate()  # DDP rebuilds its buckets after its first backward
         count.update(dict.fromkeys(count, 0))
-        contender.accumulate()
+        loop.accumulate()
     count["other_all_reduces"] = count.pop("all_reduces") - count["gradient_all_reduces"]
     return count
 
 
-def milliseconds(contender: Contender, device: torch.device, updates: int) -> float:
+def milliseconds(loop: Loop, device: torch.device, updates: int) -> float:
     dist.barrier()
     wait_for(device)
     start = perf_counter()
     for _ in range(updates):
-        contender.accumulate()
-        contender.step()
+        loop.accumulate()
+        loop.step()
     wait_for(device)
     return 1e3 * (perf_counter() - start) / updates
 
 
-def timings(contenders: list[Contender], task: Task, updates: int, repeats: int) -> Rows:
-    """Times of an update in ms and their ratios to the first contender's, for each contender.
+def timings(loops: list[Loop], task: Task, updates: int, repeats: int) -> Rows:
+    """Times of an update in ms and their ratios to the first loop's, for each loop.
 
-    They take turns, in a new random order each time, alike on all ranks.
+    They take turns, in a new random order each time, the same on all ranks.
     """
-    for contender in contenders:
-        milliseconds(contender, task.device, updates)
-    times = torch.zeros(len(contenders), repeats, dtype=torch.float64)
+    for loop in loops:
+        milliseconds(loop, task.device, updates)
+    times = torch.zeros(len(loops), repeats, dtype=torch.float64)
 
     def take(k: int, repeat: int) -> None:
-        times[k, repeat] = milliseconds(contenders[k], task.device, updates)
+        times[k, repeat] = milliseconds(loops[k], task.device, updates)
 
-    in_turns(range(len(contenders)), range(repeats), take)
+    in_turns(range(len(loops)), range(repeats), take)
     slowest = times.to(task.device)
-    dist.all_reduce(slowest, dist.ReduceOp.MAX)  # an update lasts until its last rank is done
-    reference, *_ = found = slowest.tolist()
-    return [{"median_ms": statistics.median(own), **ratio_of(own, reference), "ms": own} for own in found]
+    dist.all_reduce(slowest, dist.ReduceOp.MAX)  # an update ends with its last rank
+    rows = slowest.tolist()
+    return [{"median_ms": statistics.median(row), **ratio_of(row, rows[0]), "ms": row} for row in rows]
 
 
 def measured(task: Task, updates: int, repeats: int) -> Rows:
-    """A row for each contender."""
-    contenders = [build(task, False) for build in CONTENDERS.values()]
+    """A row for each loop."""
+    loops = [build(task, False) for build in LOOPS.values()]
     rows: Rows = []
-    for contender, (name, build) in zip(contenders, CONTENDERS.items(), strict=True):
-        row = {"ranks": task.ranks, "steps": task.steps, "contender": name} | traffic(build, task)
-        rows.append(row | {"gradient_error": gradient_error(contender, task)})
-    times = timings(contenders, task, updates, repeats)
-    return [row | found for row, found in zip(rows, times, strict=True)]
+    for loop, (name, build) in zip(loops, LOOPS.items(), strict=True):
+        row = {"ranks": task.ranks, "steps": task.steps, "loop": name} | traffic(build, task)
+        rows.append(row | {"gradient_error": gradient_error(loop, task)})
+    times = timings(loops, task, updates, repeats)
+    return [row | time for row, time in zip(rows, times, strict=True)]
 
 
-def measure_rank(rank: int, ranks: int, asked: argparse.Namespace, folder: Path, measured: Measured) -> None:
-    """One rank: joins the others and measures; the first one writes the rows."""
-    torch.set_num_threads(asked.threads)
-    # TF32 would make the gradients of two kernels differ more than the two definitions might.
+def measure_rank(
+    rank: int, ranks: int, options: argparse.Namespace, folder: Path, measured: Measured
+) -> None:
+    """Measures on one rank; the first one writes the rows."""
+    torch.set_num_threads(options.threads)
+    # TF32 rounds so much that equal definitions computed by two kernels would differ.
     torch.backends.cudnn.allow_tf32 = False
-    options: dict[str, Any] = {"backend": "gloo", "timeout": timedelta(minutes=5)}
-    device = torch.device(asked.device)
-    if asked.device == "cuda":
+    group: dict[str, Any] = {"backend": "gloo", "timeout": timedelta(minutes=5)}
+    device = torch.device(options.device)
+    if options.device == "cuda":
         device = torch.device("cuda", rank)
         torch.cuda.set_device(device)
-        options.update(backend="nccl", device_id=device)
+        group.update(backend="nccl", device_id=device)
     store = dist.FileStore(str(folder / "store"), ranks)  # pyright: ignore[reportPrivateImportUsage]
-    dist.init_process_group(**options, store=store, rank=rank, world_size=ranks)
-    width = asked.width if asked.model == "mlp" else None
-    tasks = [Task(device, ranks, steps, asked.micro_batch, width) for steps in asked.steps]
-    rows = [row for task in tasks for row in measured(task, asked.updates, asked.repeats)]
+    dist.init_process_group(**group, store=store, rank=rank, world_size=ranks)
+    width = options.width if options.model == "mlp" else None
+    tasks = [Task(device, ranks, steps, options.micro_batch, width) for steps in options.steps]
+    rows = [row for task in tasks for row in measured(task, options.updates, options.repeats)]
     if rank == 0:
         (folder / "rows.json").write_text(json.dumps(rows))
     dist.destroy_process_group()
     sys.stdout.flush()
-    os._exit(0)  # without tearing down what threads of the group may still use: that aborts now and then
+    os._exit(0)  # interpreter shutdown sometimes aborts while threads of the group run
 
 
 def times_of(row: dict[str, Any]) -> list[str]:
-    """The cells of a row that all tables of times end with."""
+    """The last cells of a row in a table of times."""
     quartiles = f"{row['ratio_low']:.3f} to {row['ratio_high']:.3f}"
     return [f"{row['median_ms']:.3f}", f"{row['ratio']:.3f}", quartiles, f"{row['gradient_error']:.1e}"]
 
 
 def show(report: dict[str, Any]) -> list[Table]:
-    headings = "ranks,steps,contender,gradient\nreduces,other\nreduces,bytes,median\nms,ratio,quartiles"
+    headings = "ranks,steps,loop,gradient\nreduces,other\nreduces,bytes,median\nms,ratio,quartiles"
     table = table_of("one window", f"{headings},gradient\noff by")
     for row in report["rows"]:
-        names = ("ranks", "steps", "contender", "gradient_all_reduces", "other_all_reduces", "bytes")
-        last = row["contender"] == list(CONTENDERS)[-1]
+        names = ("ranks", "steps", "loop", "gradient_all_reduces", "other_all_reduces", "bytes")
+        last = row["loop"] == list(LOOPS)[-1]
         table.add_row(*(str(row[name]) for name in names), *times_of(row), end_section=last)
     return [table]
 
@@ -275,39 +278,43 @@ def parser_of(prog: str, description: str | None, ranks: str) -> argparse.Argume
     parser.add_argument("--updates", type=int, default=10, help="in a repeat; %(default)s")
     parser.add_argument("--repeats", type=int, default=30)
     parser.add_argument("--threads", type=int, default=1, help="of each rank; %(default)s")
-    parser.add_argument("--device", choices=["auto", "cpu"], default="auto", help="a GPU a rank if there is")
+    parser.add_argument(
+        "--device", choices=["auto", "cpu"], default="auto", help="auto: a GPU a rank if there are as many"
+    )
     output_options(parser)
     return parser
 
 
 def arguments(parser: argparse.ArgumentParser, given: list[str] | None = None) -> argparse.Namespace:
-    asked = parser.parse_args(given)
-    sizes = (asked.micro_batch, asked.width, asked.updates, asked.repeats, asked.threads)
-    at_least_1(parser, (*asked.ranks, *asked.steps, *sizes))
-    if asked.device == "auto":
-        asked.device = "cuda" if torch.cuda.device_count() >= max(asked.ranks) else "cpu"
-    return asked
+    options = parser.parse_args(given)
+    sizes = (options.micro_batch, options.width, options.updates, options.repeats, options.threads)
+    at_least_1(parser, (*options.ranks, *options.steps, *sizes))
+    if options.device == "auto":
+        options.device = "cuda" if torch.cuda.device_count() >= max(options.ranks) else "cpu"
+    return options
 
 
-def run_rows(asked: argparse.Namespace, measured: Measured) -> Rows:
-    """The rows of all numbers of ranks, each measured by processes of its own."""
+def run_rows(options: argparse.Namespace, measured: Measured) -> Rows:
+    """The rows of all numbers of ranks, each measured in new processes."""
     rows: Rows = []
-    for ranks in asked.ranks:
+    for ranks in options.ranks:
         with tempfile.TemporaryDirectory() as temporary:
-            spawn(measure_rank, (ranks, asked, Path(temporary), measured), ranks)
+            spawn(measure_rank, (ranks, options, Path(temporary), measured), ranks)
             rows += json.loads(Path(temporary, "rows.json").read_text())
     return rows
 
 
-def run(asked: argparse.Namespace, measured: Measured, show: Callable[[dict[str, Any]], list[Table]]) -> None:
-    """Measures on all numbers of ranks, prints the tables and, if asked for, writes the report as JSON."""
-    rows = run_rows(asked, measured)
+def run(
+    options: argparse.Namespace, measured: Measured, show: Callable[[dict[str, Any]], list[Table]]
+) -> None:
+    """Measures on all numbers of ranks, prints the tables, and writes the report if `--json` is given."""
+    rows = run_rows(options, measured)
     names = ["model", "micro_batch", "updates", "repeats", "threads"]
-    settings = {name: getattr(asked, name) for name in names + ["width"] * (asked.model == "mlp")}
-    here = environment(torch.device(asked.device)) | {"threads": asked.threads}
-    here["backend"] = "nccl" if asked.device == "cuda" else "gloo"
+    settings = {name: getattr(options, name) for name in names + ["width"] * (options.model == "mlp")}
+    here = environment(torch.device(options.device)) | {"threads": options.threads}
+    here["backend"] = "nccl" if options.device == "cuda" else "gloo"
     report = {"environment": here, "settings": settings, "rows": rows}
-    finish(report, show(report), asked.json)
+    finish(report, show(report), options.json)
 
 
 def main() -> None:

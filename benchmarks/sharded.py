@@ -1,4 +1,4 @@
-"""What a fully sharded window moves, keeps and takes: reduced once, or in every micro-batch; and DDP.
+"""Communication, memory and time of a fully sharded window, reduced once or in every micro-batch, and of DDP.
 
 python -m benchmarks.sharded --ranks 2 --steps 1,2,4,8 --json sharded.json
 """
@@ -23,7 +23,7 @@ from accumexp.environment.device import MIB, reset_peak_memory, wait_for
 
 from .measure import Rows, table_of
 from .ranks import (
-    Contender,
+    Loop,
     Task,
     arguments,
     gradient_error,
@@ -35,17 +35,17 @@ from .ranks import (
 )
 
 
-def sharded(task: Task, reduce_always: bool) -> Contender:
+def sharded(task: Task, reduce_always: bool) -> Loop:
     return windowed(task, fully_sharded(task.model(), task.device), reduce_always)
 
 
-CONTENDERS: dict[str, Callable[[Task], Contender]] = {
+LOOPS: dict[str, Callable[[Task], Loop]] = {
     "once a window": lambda task: sharded(task, reduce_always=False),
     "every micro-batch": lambda task: sharded(task, reduce_always=True),
     "DDP": lambda task: windowed(task, data_parallel(task.model())),
 }
-# Each with its names in torch, of which a release has one or both, and the place of its whole tensor: what
-# is gathered is whole afterwards, what is scattered was whole before.
+# By kind: its names in torch, of which a release has one or both; position and keywords of the argument
+# that is the whole tensor, which is the output of a gather and the input of a scatter.
 COLLECTIVES = {
     "reduce_scatter": (("reduce_scatter_single", "reduce_scatter_tensor"), 1, ("input", "input_tensor")),
     "all_gather": (("all_gather_single", "all_gather_into_tensor"), 0, ("output_tensor",)),
@@ -54,7 +54,7 @@ COLLECTIVES = {
 
 
 class Collectives:
-    """This rank's collectives: how many, the bytes of their whole tensors, and which of these still live."""
+    """Numbers of this rank's collectives, bytes of their whole tensors, and which of these are alive."""
 
     def __init__(self) -> None:
         self.count = dict.fromkeys(COLLECTIVES, 0)
@@ -63,7 +63,7 @@ class Collectives:
 
     @contextlib.contextmanager
     def counting(self) -> Iterator[None]:
-        """Counts in functions in the place of torch.distributed's, where `fully_shard` looks them up."""
+        """Inside, the functions of torch.distributed that `fully_shard` calls are counted."""
         with contextlib.ExitStack() as stack:
             for kind, (names, place, keywords) in COLLECTIVES.items():
                 for name in names:
@@ -88,7 +88,7 @@ class Collectives:
         return counted
 
     def alive(self, kind: str) -> int:
-        """Bytes of the whole tensors that somebody still keeps."""
+        """Bytes of the whole tensors that are still referenced."""
         self._buffers[kind] = [held for held in self._buffers[kind] if not held[0].expired()]
         return sum(size for _, size in self._buffers[kind])
 
@@ -96,15 +96,15 @@ class Collectives:
 def held(collectives: Collectives) -> tuple[int, int]:
     """Bytes that this rank holds of (parameters, gradients), in shards or whole.
 
-    They are those of all parameters in this process, which include the whole ones that `fully_shard` keeps
-    empty while they are not needed, and what was gathered or is being scattered and not yet let go.
+    Counts all parameters in this process, among them the whole ones that `fully_shard` empties while they are
+    not needed, and the buffers of gathers and scatters that are still alive.
     """
     parameters: dict[int, int] = {}
     gradients: dict[int, int] = {}
-    for found in gc.get_objects():
-        # By its type: an instance may answer for its class, with a warning.
-        if issubclass(type(found), Tensor) and isinstance(found, nn.Parameter):
-            for tensor, kind in ((found, parameters), (found.grad, gradients)):
+    for candidate in gc.get_objects():
+        # By its type, as some objects warn when `__class__` is read.
+        if issubclass(type(candidate), Tensor) and isinstance(candidate, nn.Parameter):
+            for tensor, kind in ((candidate, parameters), (candidate.grad, gradients)):
                 if tensor is not None:
                     local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
                     storage = local.detach().untyped_storage()
@@ -115,37 +115,37 @@ def held(collectives: Collectives) -> tuple[int, int]:
     )
 
 
-def traffic(build: Callable[[Task], Contender], task: Task) -> dict[str, Any]:
-    """One window's collectives on this rank and the bytes held, of a contender that is alone in its process.
+def traffic(build: Callable[[Task], Loop], task: Task) -> dict[str, Any]:
+    """One window's collectives on this rank and the bytes held; no other loop may be in the process.
 
     "between" is the most before any micro-batch but the first, None in a window of one; "at rest" is
-    before the window; the peak is what torch allocated on a GPU during the window, None elsewhere.
+    before the window; the peak is what torch allocated on a GPU during the window, None on a CPU.
     """
     gc.collect()
     collectives = Collectives()
     with collectives.counting():
-        contender = build(task)
-        contender.accumulate()  # DDP arranges its buckets anew after its first backward
-        contender.step()
-        contender.model.zero_grad()
+        loop = build(task)
+        loop.accumulate()  # DDP rebuilds its buckets after its first backward
+        loop.step()
+        loop.model.zero_grad()
         wait_for(task.device)
         at_rest, _ = held(collectives)
-        assert contender.window is not None
-        sync = contender.window.sync
+        assert loop.window is not None
+        sync = loop.window.sync
         micro_batch = sync.micro_batch
         between: list[tuple[int, int]] = []
 
-        def looking(last: bool) -> contextlib.AbstractContextManager[Any]:
+        def measuring(last: bool) -> contextlib.AbstractContextManager[Any]:
             wait_for(task.device)
             between.append(held(collectives))
             return micro_batch(last)
 
-        with patch.object(sync, "micro_batch", looking):
-            contender.accumulate()
+        with patch.object(sync, "micro_batch", measuring):
+            loop.accumulate()
         counts = dict.fromkeys(COLLECTIVES, 0)
         collectives.count, collectives.bytes = counts, dict(counts)
         reset_peak_memory(task.device)
-        contender.accumulate()
+        loop.accumulate()
         wait_for(task.device)
     row: dict[str, Any] = {}
     for kind in COLLECTIVES:
@@ -158,16 +158,16 @@ def traffic(build: Callable[[Task], Contender], task: Task) -> dict[str, Any]:
 
 
 def measured(task: Task, updates: int, repeats: int) -> Rows:
-    """A row for each contender."""
+    """A row for each loop."""
     rows = [
-        {"ranks": task.ranks, "steps": task.steps, "contender": name} | traffic(build, task)
-        for name, build in CONTENDERS.items()
+        {"ranks": task.ranks, "steps": task.steps, "loop": name} | traffic(build, task)
+        for name, build in LOOPS.items()
     ]
-    contenders = [build(task) for build in CONTENDERS.values()]
-    for row, contender in zip(rows, contenders, strict=True):
-        row["gradient_error"] = gradient_error(contender, task)
-    times = timings(contenders, task, updates, repeats)
-    return [row | found for row, found in zip(rows, times, strict=True)]
+    loops = [build(task) for build in LOOPS.values()]
+    for row, loop in zip(rows, loops, strict=True):
+        row["gradient_error"] = gradient_error(loop, task)
+    times = timings(loops, task, updates, repeats)
+    return [row | time for row, time in zip(rows, times, strict=True)]
 
 
 def show(report: dict[str, Any]) -> list[Table]:
@@ -176,14 +176,14 @@ def show(report: dict[str, Any]) -> list[Table]:
     kept = "gradient\nbetween,weights\nat rest"
     if report["environment"]["backend"] == "nccl":
         names, kept = (*names, "peak_bytes"), f"{kept},peak"
-    window = table_of("one window: collectives, MiB held", f"ranks,steps,contender,{moved},{kept}")
-    update = table_of("an update", "ranks,steps,contender,median\nms,ratio,quartiles,gradient\noff by")
+    window = table_of("one window: collectives, MiB held", f"ranks,steps,loop,{moved},{kept}")
+    update = table_of("an update", "ranks,steps,loop,median\nms,ratio,quartiles,gradient\noff by")
     for row in report["rows"]:
-        first = [str(row[name]) for name in ("ranks", "steps", "contender")]
+        first = [str(row[name]) for name in ("ranks", "steps", "loop")]
         reduced = row["reduce_scatter_bytes"] + row["all_reduce_bytes"]
         cells = [str(row["reduce_scatters"]), str(row["all_reduces"]), _mib(reduced)]
         cells += [str(row["all_gathers"]), _mib(row["all_gather_bytes"])]
-        last = row["contender"] == list(CONTENDERS)[-1]
+        last = row["loop"] == list(LOOPS)[-1]
         window.add_row(*first, *cells, *(_mib(row[name]) for name in names), end_section=last)
         update.add_row(*first, *times_of(row), end_section=last)
     return [window, update]
@@ -196,10 +196,10 @@ def _mib(size: int | None) -> str:
 def main() -> None:
     parser = parser_of("benchmarks.sharded", __doc__, ranks="2")
     parser.set_defaults(model="mlp")
-    asked = arguments(parser)
-    if min(asked.ranks) < 2:
-        parser.error("--ranks: at least 2, one has nothing to share")
-    run(asked, measured, show)
+    options = arguments(parser)
+    if min(options.ranks) < 2:
+        parser.error("--ranks: at least 2")
+    run(options, measured, show)
 
 
 if __name__ == "__main__":

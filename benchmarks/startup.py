@@ -1,4 +1,4 @@
-"""How long a command takes to answer, to refuse, to import, and to its first update; whole processes.
+"""Times whole processes: to help, to a refused key, to an import, and to a run's first update.
 
 python -m benchmarks.startup --repeat 11 --json startup.json
 """
@@ -22,11 +22,11 @@ from rich.table import Table
 from .first_update import MARK
 from .measure import (
     at_least_1,
+    check_names,
     console,
     environment,
     finish,
     in_turns,
-    known,
     output_options,
     say,
     table_of,
@@ -40,7 +40,14 @@ PACKAGES = ("accelerate", "lightning", "transformers", "mlflow", "hydra-core")
 
 @dataclass(frozen=True)
 class Case:
-    """A command; `reference` is the case that it is compared with, `needs` the package that it imports."""
+    """A command.
+
+    Attributes:
+        reference: the case that it is compared with.
+        code: its exit code.
+        needs: a package that has to be installed.
+        marks: whether it reports its first update.
+    """
 
     words: tuple[str, ...]
     reference: str
@@ -118,17 +125,17 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--repeat", type=int, default=11, help="%(default)s, after one that is not counted")
     parser.add_argument("--only", type=words, help="the kinds of cases: accumexp.run, import, first update")
     output_options(parser)
-    asked = parser.parse_args(given)
+    options = parser.parse_args(given)
     kinds = ("accumexp.run", "import", "first update")
-    known(parser, "--only", asked.only or (), kinds)
-    at_least_1(parser, (asked.repeat,))
-    return asked
+    check_names(parser, "--only", options.only or (), kinds)
+    at_least_1(parser, (options.repeat,))
+    return options
 
 
-def report_of(asked: argparse.Namespace) -> dict[str, Any]:
+def report_of(options: argparse.Namespace) -> dict[str, Any]:
     import torch
 
-    chosen = {n: c for n, c in CASES.items() if not asked.only or n.startswith(tuple(asked.only))}
+    chosen = {n: c for n, c in CASES.items() if not options.only or n.startswith(tuple(options.only))}
     chosen = {case.reference: CASES[case.reference] for case in chosen.values()} | chosen
     skipped = {
         n: f"{c.needs} is not installed" for n, c in chosen.items() if c.needs and not find_spec(c.needs)
@@ -139,28 +146,28 @@ def report_of(asked: argparse.Namespace) -> dict[str, Any]:
     seconds: dict[str, list[float]] = {name: [] for name in cases}
     exits: dict[str, list[float]] = {name: [] for name in cases}
     for name, case in cases.items():
-        timed(name, case)  # files come into the machine's memory, and Python's compiled modules onto its disk
+        timed(name, case)  # not counted: reads files from the disk and compiles modules
 
     def take(name: str, _: int) -> None:
         first, whole = timed(name, cases[name])
         seconds[name].append(first)
         exits[name].append(whole)
 
-    in_turns(list(cases), track(range(asked.repeat), "starting", console=console, transient=True), take)
+    in_turns(list(cases), track(range(options.repeat), "starting", console=console, transient=True), take)
     rows: dict[str, Any] = {}
     for name, case in cases.items():
         pair = with_medians({case.reference: seconds[case.reference], name: seconds[name]}, case.reference)
         whole = sorted(exits[name])[len(exits[name]) // 2]
         rows[name] = pair[name] | {"exit_s": whole, "exits": exits[name], "reference": case.reference}
-    settings = {"repeat": asked.repeat}
+    settings = {"repeat": options.repeat}
     here = environment(torch.device("cpu"), *PACKAGES)
     return {"environment": here, "settings": settings, "cases": rows, "skipped": skipped}
 
 
 def main(given: list[str] | None = None) -> None:
-    asked = arguments(given)
-    report = report_of(asked)
-    finish(report, show(report), asked.json)
+    options = arguments(given)
+    report = report_of(options)
+    finish(report, show(report), options.json)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Times twenty runs as whole commands: a sweep of accumexp, and the same in Lightning, one after the other.
+"""Times twenty runs as whole commands: a sweep of accumexp, and the same runs in Lightning.
 
 python -m benchmarks.sweep --repeat 3 --json sweep.json
 """
@@ -27,11 +27,11 @@ from accumexp.tracking.json_file import read_json
 
 from .measure import (
     at_least_1,
+    check_names,
     console,
     environment,
     finish,
     in_turns,
-    known,
     numbers,
     output_options,
     say,
@@ -47,23 +47,24 @@ BATCH = 128
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def commands(asked: argparse.Namespace) -> dict[str, list[str]]:
-    """The command of each contender, to be run in a folder of its own."""
-    steps, seeds = (",".join(map(str, values)) for values in (asked.steps, range(asked.seeds)))
+def commands(options: argparse.Namespace) -> dict[str, list[str]]:
+    """The commands, by name."""
+    steps, seeds = (",".join(map(str, values)) for values in (options.steps, range(options.seeds)))
     run = [sys.executable, "-m", "accumexp.run", "-m", f"accum.steps={steps}"]
-    run += [f"trainer.epochs={asked.epochs}", f"data.batch_size={BATCH}", "device=cpu"]
-    parallel = ["hydra/launcher=joblib", f"hydra.launcher.n_jobs={asked.jobs}"]
-    peer = [sys.executable, "-m", "benchmarks.lightning_runs", "--steps", steps, "--seeds", str(asked.seeds)]
+    run += [f"trainer.epochs={options.epochs}", f"data.batch_size={BATCH}", "device=cpu"]
+    parallel = ["hydra/launcher=joblib", f"hydra.launcher.n_jobs={options.jobs}"]
+    peer = [sys.executable, "-m", "benchmarks.lightning_runs", f"--steps={steps}"]
+    peer += [f"--seeds={options.seeds}", f"--epochs={options.epochs}", f"--batch={BATCH}"]
     return {
-        "lightning": [*peer, "--epochs", str(asked.epochs), "--batch", str(BATCH)],
+        "lightning": peer,
         "accumexp": [*run, f"seed={seeds}"],
         "accumexp joblib": [*run, f"seed={seeds}", *parallel],
-        "accumexp replicas": [*run, f"replicas={asked.seeds}"],
+        "accumexp replicas": [*run, f"replicas={options.seeds}"],
     }
 
 
 def why_not(name: str) -> str | None:
-    """Why a contender cannot be measured here, or None."""
+    """Why a command cannot be measured here, or None."""
     if name == "lightning" and find_spec("lightning") is None:
         return "lightning is not installed: pip install 'accumexp[bench]'"
     if name == "accumexp replicas" and "replicas" not in Config.__dataclass_fields__:
@@ -91,30 +92,30 @@ def timed(name: str, command: list[str]) -> tuple[float, dict[str, list[float]]]
 
 def accuracies(folder: Path) -> dict[str, list[float]]:
     """Test accuracies of the runs below `folder`, by accum.steps, from their `summary.json`."""
-    found: dict[str, list[float]] = {}
+    values: dict[str, list[float]] = {}
     for path in sorted(folder.rglob("summary.json")):
-        told = read_json(path)
-        given = dict(override.split("=", 1) for override in told.get("overrides", []))
-        if "replicas" in told:  # a joint job's own, which is their mean
+        end = read_json(path)
+        overrides = dict(override.split("=", 1) for override in end.get("overrides", []))
+        if end.get("replicas"):  # the mean of a job of replicas, each of which has its own
             continue
-        if "accuracy" in (final := told.get("final") or {}):
-            found.setdefault(given.get("accum.steps", "?"), []).append(final["accuracy"])
-    return dict(sorted(found.items()))
+        if "accuracy" in (final := end.get("final") or {}):
+            values.setdefault(overrides.get("accum.steps", "?"), []).append(final["accuracy"])
+    return dict(sorted(values.items()))
 
 
 def show(report: dict[str, Any]) -> list[Table]:
     table = table_of(
         f"{report['settings']['runs']} runs, whole commands",
-        "contender,median\ns,ratio,quartiles,runs,test accuracy (%)\nby accum.steps",
-        left="contender,test accuracy (%)\nby accum.steps",
+        "command,median\ns,ratio,quartiles,runs,test accuracy (%)\nby accum.steps",
+        left="command,test accuracy (%)\nby accum.steps",
     )
-    for name, row in report["contenders"].items():
-        told = ", ".join(
+    for name, row in report["commands"].items():
+        accuracy = ", ".join(
             f"{steps}: {100 * statistics.mean(values):.1f}" for steps, values in row["accuracy"].items()
         )
         spread = f"{row['ratio_low']:.3f} to {row['ratio_high']:.3f}"
         runs = str(sum(map(len, row["accuracy"].values())))
-        table.add_row(name, f"{row['median_s']:.1f}", f"{row['ratio']:.3f}", spread, runs, told)
+        table.add_row(name, f"{row['median_s']:.1f}", f"{row['ratio']:.3f}", spread, runs, accuracy)
     return [table]
 
 
@@ -128,25 +129,25 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
         "--jobs", type=int, default=cores(), help="at once with joblib; the cores: %(default)s"
     )
     parser.add_argument("--repeat", type=int, default=3, help="%(default)s")
-    parser.add_argument("--only", type=words, default=",".join(names), help="contenders; %(default)s")
+    parser.add_argument("--only", type=words, default=",".join(names), help="commands; %(default)s")
     output_options(parser)
-    asked = parser.parse_args(given)
-    known(parser, "--only", asked.only, names)
-    at_least_1(parser, (*asked.steps, asked.seeds, asked.epochs, asked.jobs, asked.repeat))
-    if uneven := [steps for steps in asked.steps if BATCH % steps]:
+    options = parser.parse_args(given)
+    check_names(parser, "--only", options.only, names)
+    at_least_1(parser, (*options.steps, options.seeds, options.epochs, options.jobs, options.repeat))
+    if uneven := [steps for steps in options.steps if BATCH % steps]:
         parser.error(f"--steps: {shown(uneven)} do not divide the {BATCH} samples of an update")
-    return asked
+    return options
 
 
 def report_of(
-    asked: argparse.Namespace,
+    options: argparse.Namespace,
     timed: Callable[[str, list[str]], tuple[float, dict[str, list[float]]]] = timed,
 ) -> dict[str, Any]:
-    every = commands(asked)
-    skipped = {name: reason for name in asked.only if (reason := why_not(name))}
+    every = commands(options)
+    skipped = {name: reason for name in options.only if (reason := why_not(name))}
     for name, reason in skipped.items():
         say(f"{name} skipped: {reason}")
-    names = [name for name in asked.only if name not in skipped]
+    names = [name for name in options.only if name not in skipped]
     seconds: dict[str, list[float]] = {name: [] for name in names}
     accuracy: dict[str, dict[str, list[float]]] = {}
 
@@ -154,24 +155,24 @@ def report_of(
         spent, accuracy[name] = timed(name, every[name])
         seconds[name].append(spent)
 
-    in_turns(names, track(range(asked.repeat), "training", console=console, transient=True), take)
+    in_turns(names, track(range(options.repeat), "training", console=console, transient=True), take)
     reference = REFERENCE if REFERENCE in names else names[0]
     rows = with_medians(seconds, reference)
     for name, row in rows.items():
         row |= {"accuracy": accuracy[name], "command": " ".join(every[name][1:])}
-    runs = len(asked.steps) * asked.seeds
-    settings = {"runs": runs, "steps": asked.steps, "seeds": asked.seeds, "epochs": asked.epochs}
-    settings |= {"batch": BATCH, "jobs": asked.jobs, "repeat": asked.repeat, "reference": reference}
+    runs = len(options.steps) * options.seeds
+    settings = {"runs": runs, "steps": options.steps, "seeds": options.seeds, "epochs": options.epochs}
+    settings |= {"batch": BATCH, "jobs": options.jobs, "repeat": options.repeat, "reference": reference}
     here = environment(torch.device("cpu"), *PACKAGES)
-    return {"environment": here, "settings": settings, "contenders": rows, "skipped": skipped}
+    return {"environment": here, "settings": settings, "commands": rows, "skipped": skipped}
 
 
 def main(given: list[str] | None = None) -> None:
-    asked = arguments(given)
-    if all(why_not(name) for name in asked.only):
+    options = arguments(given)
+    if all(why_not(name) for name in options.only):
         raise SystemExit("error: none of these can be measured here")
-    report = report_of(asked)
-    finish(report, show(report), asked.json)
+    report = report_of(options)
+    finish(report, show(report), options.json)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What contenders train: a model and its samples, as many as a cell of a benchmark asks for."""
+"""What the loops train: a model and its samples."""
 
 from __future__ import annotations
 
@@ -14,40 +14,40 @@ from accumexp.models import MLP, Bert, LeNet5, resnet18
 
 SEED = 0
 MODELS = ("lenet5", "resnet18", "bert", "mlp")
-# What `accumexp.run` would be told; data.train is put in by the contender.
+# Overrides of `accumexp.run`; the loop sets data.train.
 OVERRIDES = {
     "lenet5": ["model=lenet5"],
     "resnet18": ["model=resnet18", "model.norm=group", "data.channels=3"],
     "bert": ["data=text", "model=bert"],
     "mlp": ["model=mlp"],
 }
-TEXT_LENGTH, TEXT_VOCABULARY, TO_GUESS = 64, 258, 9
+TEXT_LENGTH, TEXT_VOCABULARY, MASKED = 64, 258, 9
 
 
 class Samples(TensorDataset):
-    """`samples` samples of what `model` is trained on; its own ones come again as often as it takes.
+    """`samples` samples for `model`; its distinct samples are repeated as often as necessary.
 
     lenet5, mlp: digits, (1, 32, 32). resnet18: the same in 3 channels. bert: bytes of Python's sources,
-    input_ids and attention_mask (64,), of 57 to 63 bytes, in each of which 9 are to be guessed: the mean of
+    input_ids and attention_mask (64,), of 57 to 63 bytes, 9 of which are masked in every sample: the mean of
     micro-batch means is then the window's mean, so that loops which compute the former can be compared.
     """
 
     def __init__(self, model: str, samples: int, dtype: torch.dtype = torch.float32) -> None:
-        own = _own(model)
-        chosen = torch.arange(samples) % len(own[0])
-        super().__init__(*(t[chosen].to(dtype) if t.is_floating_point() else t[chosen] for t in own))
+        distinct = _distinct(model)
+        chosen = torch.arange(samples) % len(distinct[0])
+        super().__init__(*(t[chosen].to(dtype) if t.is_floating_point() else t[chosen] for t in distinct))
 
 
 @cache
-def _own(model: str) -> tuple[Tensor, ...]:
+def _distinct(model: str) -> tuple[Tensor, ...]:
     if model == "bert":
         from accumexp.data import PythonSources
 
         text = PythonSources("train", samples=4000, length=TEXT_LENGTH, min_length=57)
         assert isinstance(text.inputs, dict) and isinstance(text.targets, Tensor)
-        alike = (text.targets != -100).sum(1) == TO_GUESS
+        chosen = (text.targets != -100).sum(1) == MASKED
         return tuple(
-            t[alike] for t in (text.inputs["input_ids"], text.inputs["attention_mask"], text.targets)
+            t[chosen] for t in (text.inputs["input_ids"], text.inputs["attention_mask"], text.targets)
         )
     from accumexp.data import Digits
 
@@ -55,14 +55,14 @@ def _own(model: str) -> tuple[Tensor, ...]:
     return images.expand(-1, 3 if model == "resnet18" else 1, -1, -1).contiguous(), labels
 
 
-def own_samples(model: str) -> int:
-    """How many samples `model` has before they come again."""
-    return len(_own(model)[0])
+def distinct_samples(model: str) -> int:
+    """The number of distinct samples for `model`."""
+    return len(_distinct(model)[0])
 
 
 @dataclass(frozen=True)
 class Task:
-    """What every contender does: updates of `steps` micro-batches on `samples` samples, over and over.
+    """The work of every loop: epochs of updates of `steps` micro-batches.
 
     Attributes:
         samples: in an epoch, a whole number of updates.
@@ -95,7 +95,7 @@ class Task:
         return DataLoader(self.dataset(), batch_size=self.micro_batch, shuffle=True)
 
     def build(self) -> nn.Module:
-        """The model as the choice of that name in `conf/` has it, except for BatchNorm."""
+        """The model of that name in `conf/`, without BatchNorm."""
         if self.model == "lenet5":
             made: nn.Module = LeNet5()
         elif self.model == "resnet18":

@@ -71,7 +71,7 @@ class Store:
         return f"{self.base}/#/experiments/{self.experiment_id}/runs/{run_id}"
 
     def sweep_address(self, parent_id: str) -> str:
-        """The page of the parent's children as `arrange_sweep` shows them; MLflow's default view hides them."""
+        """The page of the parent's children, which MLflow's default view hides."""
         return (
             f"{self.base}/#/experiments/{self.experiment_id}/runs?workflowType=machine_learning"
             f"&viewStateShareKey={parent_id}"

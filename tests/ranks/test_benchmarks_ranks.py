@@ -1,4 +1,4 @@
-"""What `benchmarks.ranks` and `.sharded` count on two real processes, and the reports that they write."""
+"""`benchmarks.ranks` and `benchmarks.sharded` on two processes: their counts and reports."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ def test_law_5_the_benchmark_counts_one_gradient_all_reduce_a_window(tmp_path: P
     report, stdout = report_of("ranks", tmp_path, "--steps=1,3")
     assert report["settings"]["micro_batch"] == 4
     assert report["environment"]["backend"] == "gloo"
-    found = {
-        (row["contender"], row["steps"]): (row["gradient_all_reduces"], row["other_all_reduces"])
+    counts = {
+        (row["loop"], row["steps"]): (row["gradient_all_reduces"], row["other_all_reduces"])
         for row in report["rows"]
     }
-    assert found == {
+    assert counts == {
         ("hand-written", 1): (1, 0),
         ("hand-written", 3): (1, 0),
         ("no no_sync", 1): (1, 0),
@@ -52,7 +52,7 @@ def test_law_5_the_benchmark_counts_one_gradient_all_reduce_a_window(tmp_path: P
     for row in report["rows"]:
         assert row["gradient_error"] <= 1e-5
         assert len(row["ms"]) == 2 and min(row["ms"]) > 0
-    for heading in ("contender", "ratio", "environment: torch"):
+    for heading in ("loop", "ratio", "environment: torch"):
         assert heading in stdout
 
 
@@ -60,7 +60,7 @@ def test_law_5_the_benchmark_counts_one_gradient_all_reduce_a_window(tmp_path: P
 def test_a_sharded_module_is_reduced_once_a_window_or_once_a_micro_batch(tmp_path: Path) -> None:
     report, stdout = report_of("sharded", tmp_path, "--steps=1,3", "--width=16")
     linears = 3
-    rows = {(row["contender"], row["steps"]): row for row in report["rows"]}
+    rows = {(row["loop"], row["steps"]): row for row in report["rows"]}
     assert {key: (row["reduce_scatters"], row["all_reduces"]) for key, row in rows.items()} == {
         ("once a window", 1): (linears, 1),  # the all-reduce is the window's weight
         ("once a window", 3): (linears, 1),
@@ -83,5 +83,5 @@ def test_a_sharded_module_is_reduced_once_a_window_or_once_a_micro_batch(tmp_pat
     for row in report["rows"]:
         assert row["gradient_error"] <= 1e-5
         assert len(row["ms"]) == 2 and min(row["ms"]) > 0
-    for heading in ("contender", "gathered", "quartiles", "environment: torch"):
+    for heading in ("loop", "gathered", "quartiles", "environment: torch"):
         assert heading in stdout

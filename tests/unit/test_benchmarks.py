@@ -1,4 +1,4 @@
-"""The benchmarks at their smallest: what they report, and that they refuse who computes another gradient."""
+"""The benchmarks at their smallest sizes: their reports, and that a loop with another gradient is refused."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from benchmarks import growth, memory, startup, sweep, window
+from benchmarks.accumexp_loop import Accumexp
 from benchmarks.cell import checked, measured_together, one_micro_batch, planned
-from benchmarks.contenders import HandWritten, SingleBatch
+from benchmarks.loops import HandWritten, SingleBatch
 from benchmarks.measure import ratio_of
-from benchmarks.ours import Accumexp
 from benchmarks.pictures import growth_picture
 from benchmarks.prediction import predicted
-from benchmarks.tasks import TO_GUESS, Samples, Task
+from benchmarks.tasks import MASKED, Samples, Task
 
 CPU = torch.device("cpu")
 FIGURES = {
@@ -55,16 +55,16 @@ def test_window_measures_every_contender_in_every_cell(
     there = [name for name in names if name not in peers or find_spec(peers[name])]
     assert [(cell["micro_batch"], cell["steps"]) for cell in report["cells"]] == [(4, 1), (4, 3)]
     for cell in report["cells"]:
-        assert list(cell["contenders"]) == there and not cell["refused"]
+        assert list(cell["loops"]) == there and not cell["refused"]
         assert sorted(cell["skipped"]) == sorted(set(names) - set(there))
-        for row in cell["contenders"].values():
+        for row in cell["loops"].values():
             assert FIGURES <= row.keys() and row["gradient_error"] < 1e-12
             assert len(row["seconds"]) == 2 and min(row["seconds"]) > 0
-        assert cell["contenders"]["hand-written"]["ratio"] == 1
+        assert cell["loops"]["hand-written"]["ratio"] == 1
         assert cell["misses"] == window.flags(cell)
-    first, last = (cell["contenders"]["accumexp"] for cell in report["cells"])
+    first, last = (cell["loops"]["accumexp"] for cell in report["cells"])
     assert first["saved_mib"] == pytest.approx(last["saved_mib"])  # of a micro-batch, whatever the steps
-    assert {row["contender"] for row in report["growth"]} == {"hand-written", "accumexp"}
+    assert {row["loop"] for row in report["growth"]} == {"hand-written", "accumexp"}
     assert (tmp_path / "window.png").stat().st_size
     assert "accum-" in capsys.readouterr().out
 
@@ -90,7 +90,7 @@ class NotDivided(HandWritten):
 
 
 class LastWeighsMore(HandWritten):
-    """Weighs the last micro-batch by a millionth more than the others."""
+    """Weighs the last micro-batch a millionth more than the others."""
 
     name = "last weighs more"
 
@@ -105,23 +105,23 @@ def test_another_gradient_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for kind in (NotDivided, LastWeighsMore):
-        monkeypatch.setitem(window.CONTENDERS, kind.name, kind)
+        monkeypatch.setitem(window.LOOPS, kind.name, kind)
     options = ["--micro-batch=4", "--steps=2", "--seconds=0.01", "--rounds=1", "--device=cpu"]
-    with pytest.raises(SystemExit, match="a contender was refused"):
+    with pytest.raises(SystemExit, match="a loop was refused"):
         report_of(window.main, tmp_path, *options, "--only=not divided,last weighs more,single-batch")
     (cell,) = json.loads((tmp_path / "report.json").read_text())["cells"]
-    assert list(cell["contenders"]) == ["hand-written", "single-batch"]
+    assert list(cell["loops"]) == ["hand-written", "single-batch"]
     assert list(cell["refused"]) == ["not divided", "last weighs more"]
     assert "off by 1.0e+00 of its norm" in cell["refused"]["not divided"]
     assert "refused not divided" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("model", ["resnet18", "bert"])
-def test_other_models_have_one_gradient_too(model: str) -> None:
+def test_the_gradients_of_other_models_are_equal_too(model: str) -> None:
     if model == "bert":
         pytest.importorskip("transformers")
         *_, targets = Samples("bert", 3000).tensors
-        assert set((targets != -100).sum(1).tolist()) == {TO_GUESS}
+        assert set((targets != -100).sum(1).tolist()) == {MASKED}
     errors, left_out, refused = checked([HandWritten, SingleBatch, Accumexp], Task(model, CPU, 2, 2, 4))
     assert max(errors.values()) < 1e-12 and len(errors) == 3
     assert not left_out and not refused
@@ -133,8 +133,8 @@ def test_a_cell_is_timed_in_many_short_rounds() -> None:
     assert (short.rounds, short.epochs, short.updates) == (133, 1, 5)
     long = planned(task, update=4.0, seconds=10)
     assert (long.epochs, long.updates) == (1, 1) and long.rounds == 5
-    asked = planned(task, update=0.01, seconds=10, rounds=15, updates=220)
-    assert (asked.rounds, asked.epochs, asked.updates) == (15, 20, 11)
+    given = planned(task, update=0.01, seconds=10, rounds=15, updates=220)
+    assert (given.rounds, given.epochs, given.updates) == (15, 20, 11)
 
 
 def test_times_of_different_windows_are_compared_round_by_round() -> None:
@@ -142,16 +142,16 @@ def test_times_of_different_windows_are_compared_round_by_round() -> None:
     one = one_micro_batch(tasks[0])
     first, last = measured_together([HandWritten, Accumexp], [(task, one) for task in tasks], 0.05)
     for name in ("hand-written", "accumexp"):
-        short, long = first["contenders"][name], last["contenders"][name]
+        short, long = first["loops"][name], last["loops"][name]
         assert short["times"] == 1 and len(short["seconds"]) == len(long["seconds"]) == first["rounds"]
         ratios = [a / b for a, b in zip(long["seconds"], short["seconds"], strict=True)]
         each = first["updates"] / last["updates"]
         assert long["times"] == pytest.approx(each * statistics.median(ratios)) and long["times"] > 1
 
 
-def test_peers_that_were_not_measured_are_not_claimed() -> None:
+def test_the_conclusion_names_only_measured_peers() -> None:
     rows = {"hand-written": {"ratio": 1.0}, "accumexp": {"ratio": 1.01}}
-    cell: dict[str, Any] = {"contenders": rows, "misses": []}
+    cell: dict[str, Any] = {"loops": rows, "misses": []}
     report = {"cells": [cell], "left_out": []}
     assert window.conclude(report).endswith("at most 1.02 in 1 of 1 cells")
     rows["fabric"] = {"ratio": 1.1}
@@ -165,19 +165,19 @@ def test_a_sweep_of_uneven_steps_is_refused(capsys: pytest.CaptureFixture[str]) 
 
 
 @pytest.mark.parametrize("panel", ["ranks", "points"])
-def test_growth_draws_the_panels_that_there_are(panel: str, tmp_path: Path) -> None:
+def test_growth_draws_only_the_measured_panels(panel: str, tmp_path: Path) -> None:
     rows = {
-        "ranks": [{"ranks": n, "contender": "accumexp", "median_ms": 1.0 * n} for n in (1, 2)],
+        "ranks": [{"ranks": n, "loop": "accumexp", "median_ms": 1.0 * n} for n in (1, 2)],
         "points": [{"points": 10**n, "ms_a_point": 0.1} for n in (3, 4)],
     }
     growth_picture({panel: rows[panel]}, tmp_path / "one.png")
     assert (tmp_path / "one.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_rare_rounds_count_in_a_ratio() -> None:
-    own, reference = [1.0] * 9 + [2.0], [1.0] * 10
-    assert ratio_of(own, reference)["ratio"] == 1
-    assert ratio_of(own, reference, [0] * 9 + [1])["ratio"] == pytest.approx(1.1)
+def test_a_ratio_includes_rare_rounds() -> None:
+    seconds, reference = [1.0] * 9 + [2.0], [1.0] * 10
+    assert ratio_of(seconds, reference)["ratio"] == 1
+    assert ratio_of(seconds, reference, [0] * 9 + [1])["ratio"] == pytest.approx(1.1)
 
 
 def test_memory_is_that_of_a_micro_batch(tmp_path: Path) -> None:
@@ -200,17 +200,17 @@ def test_memory_is_that_of_a_micro_batch(tmp_path: Path) -> None:
 def test_sweep_times_whole_commands_and_reads_what_they_reached(tmp_path: Path) -> None:
     options = ["--steps=4", "--seeds=1", "--epochs=1", "--repeat=1", "--only=accumexp"]
     report = report_of(sweep.main, tmp_path, *options)
-    row = report["contenders"]["accumexp"]
+    row = report["commands"]["accumexp"]
     assert report["settings"]["runs"] == 1 and len(row["accuracy"]["4"]) == 1
     assert len(row["seconds"]) == 1 and row["ratio"] == 1
 
 
-def test_sweep_says_whom_it_cannot_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sweep_skips_what_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sweep, "find_spec", lambda name: None)
-    asked = sweep.arguments(["--only=accumexp,lightning", "--repeat=3"])
-    report = sweep.report_of(asked, timed=lambda name, command: (2.0, {"1": [0.5]}))
+    options = sweep.arguments(["--only=accumexp,lightning", "--repeat=3"])
+    report = sweep.report_of(options, timed=lambda name, command: (2.0, {"1": [0.5]}))
     assert list(report["skipped"]) == ["lightning"]
-    assert report["contenders"]["accumexp"]["seconds"] == [2.0] * 3
+    assert report["commands"]["accumexp"]["seconds"] == [2.0] * 3
 
 
 @pytest.mark.slow

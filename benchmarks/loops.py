@@ -1,4 +1,4 @@
-"""A way to train, an epoch at a time: the base of all contenders, and those written by hand."""
+"""Training loops that are timed: their base class, and those written by hand."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ TOLERANCE = 1e-9
 
 
 class WrongGradient(AssertionError):
-    """A contender computes another gradient than the one it is held against."""
+    """A loop computes another gradient than the reference."""
 
 
-class Contender:
-    """A way to train, an epoch at a time."""
+class Loop:
+    """A training loop that is run an epoch at a time."""
 
     name: ClassVar[str]
     fused: ClassVar[bool | None] = None
@@ -41,7 +41,7 @@ class Contender:
         )
 
     def seconds(self) -> float:
-        """Trains for an epoch and returns the seconds that took, the device's included."""
+        """Trains for an epoch; its seconds, until the device has finished."""
         wait_for(self.task.device)
         start = perf_counter()
         self.epoch()
@@ -50,11 +50,11 @@ class Contender:
 
     @property
     def logged(self) -> int:
-        """Updates so far that did more than the others: metrics, a read of the device, points."""
+        """The number of updates so far that computed metrics, read the device and wrote points."""
         return 0
 
-    def flush(self, own_seconds: float) -> float:
-        """Seconds of what is due after `own_seconds` of training since it was last done."""
+    def flush(self, training_seconds: float) -> float:
+        """Writes what waits, if it is due `training_seconds` after the last flush; the seconds that takes."""
         return 0.0
 
     def epoch(self) -> None:
@@ -63,7 +63,7 @@ class Contender:
     def close(self) -> None: ...
 
 
-class HandWritten(Contender):
+class HandWritten(Loop):
     name = "hand-written"
 
     def __init__(self, task: Task) -> None:
@@ -82,7 +82,7 @@ class HandWritten(Contender):
 
 
 class Fused(HandWritten):
-    """The same loop with torch's fused optimizer, so that its gain is not taken for the window's."""
+    """The same loop with torch's fused optimizer, to separate its gain from the window's."""
 
     name = "hand-written fused"
     fused = True
@@ -95,7 +95,7 @@ class SingleBatch(HandWritten):
         super().__init__(replace(task, micro_batch=task.batch, steps=1))
 
 
-class HandWrittenLoader(Contender):
+class HandWrittenLoader(Loop):
     name = "dataloader"
 
     def __init__(self, task: Task) -> None:
@@ -114,14 +114,14 @@ class HandWrittenLoader(Contender):
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Drops the warnings and advice of whoever is at work."""
+    """Ignores warnings."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
 
 
-def built(kind: type[Contender], task: Task) -> Contender:
-    """A contender with the same initial weights and the same kernels as every other.
+def built(kind: type[Loop], task: Task) -> Loop:
+    """A loop, with the same initial weights and kernels for all kinds.
 
     Raises:
         ModuleNotFoundError: if the peer is not installed.
@@ -134,35 +134,35 @@ def built(kind: type[Contender], task: Task) -> Contender:
     return made
 
 
-def timed(contender: Contender) -> float:
-    """Seconds of one epoch, with the global switches that a peer may have turned put back before it."""
-    seed_everything(SEED, contender.task.deterministic)
+def timed(loop: Loop) -> float:
+    """Seconds of one epoch; before it, global switches that a peer may have changed are set again."""
+    seed_everything(SEED, loop.task.deterministic)
     with quiet():
-        return contender.seconds()
+        return loop.seconds()
 
 
-def first_gradient(kind: type[Contender], task: Task) -> list[Tensor]:
-    """The gradient of the first update of `task`, in float64: rounding is then no excuse for a difference."""
-    contender = built(kind, replace(task, samples=task.batch, dtype=torch.float64))
-    timed(contender)
-    # What momentum starts from, so that it does not matter when a loop zeroes `.grad`.
-    state = contender.optimizer.state
-    gradient = [state[p]["momentum_buffer"].cpu().clone() for p in contender.model.parameters()]
-    contender.close()
+def first_gradient(kind: type[Loop], task: Task) -> list[Tensor]:
+    """The gradient of the first update of `task`, in float64, where rounding cannot explain a difference."""
+    loop = built(kind, replace(task, samples=task.batch, dtype=torch.float64))
+    timed(loop)
+    # Momentum starts as the gradient; loops zero `.grad` at different times.
+    state = loop.optimizer.state
+    gradient = [state[p]["momentum_buffer"].cpu().clone() for p in loop.model.parameters()]
+    loop.close()
     return gradient
 
 
-def saved_bytes(contender: Contender) -> int:
-    """Peak bytes saved for backward in an epoch's updates, without parameters and inputs."""
-    fed: list[Any] = []  # alive to the end, or an activation could get a batch's address
-    with measure_activations(contender.model, []) as saved:
+def saved_bytes(loop: Loop) -> int:
+    """Peak bytes saved for backward in an epoch, without parameters and inputs."""
+    fed: list[Any] = []  # kept, or an activation could get the address of a freed batch
+    with measure_activations(loop.model, []) as saved:
 
         def exclude(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             fed.append(inputs)
             saved.exclude(inputs)
 
-        handle = contender.model.register_forward_pre_hook(exclude)
-        timed(contender)
+        handle = loop.model.register_forward_pre_hook(exclude)
+        timed(loop)
         handle.remove()
     return saved.peak_bytes
 
@@ -170,15 +170,17 @@ def saved_bytes(contender: Contender) -> int:
 def relative_error(name: str, gradient: list[Tensor], reference: list[Tensor]) -> float:
     """The largest of the parameters' errors, each relative to its gradient's norm.
 
-    A gradient that is nothing beside the whole one (below a thousandth of its norm) is held against that
-    thousandth: of attention's key biases it is zero but for rounding.
+    The norm is taken as at least a thousandth of the whole gradient's: the gradient of attention's key
+    biases, for example, is zero up to rounding.
 
     Raises:
         WrongGradient: if it is above the tolerance.
     """
     least = 1e-3 * float(torch.stack([wanted.norm() for wanted in reference]).norm())
     pairs = zip(gradient, reference, strict=True)
-    error = max(float((found - wanted).norm()) / max(float(wanted.norm()), least) for found, wanted in pairs)
+    error = max(
+        float((computed - wanted).norm()) / max(float(wanted.norm()), least) for computed, wanted in pairs
+    )
     if not error <= TOLERANCE:
         raise WrongGradient(f"{name}: the gradient is off by {error:.1e} of its norm")
     return error

@@ -1,4 +1,4 @@
-"""accumexp as a contender: the Trainer that `accumexp.run` builds, with all that a run records."""
+"""accumexp's own training loop: the Trainer that `accumexp.run` builds, with all that a run records."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import tempfile
 from functools import cache
 from pathlib import Path
 from time import perf_counter
+from typing import ClassVar
 
 from omegaconf import open_dict
 
@@ -13,12 +14,12 @@ from accumexp.tracking.folder import RunStatus
 from accumexp.training.callbacks import Callback
 from accumexp.training.trainer import Trainer
 
-from .contenders import Contender
+from .loops import Loop
 from .tasks import SEED, Task
 
 
 class StopAtUpdate(Callback):
-    """Ends `fit` as a signal does, so that the same Trainer goes on with the next epoch."""
+    """Stops `fit` after an update, as a signal does; the same Trainer then continues with the next epoch."""
 
     def __init__(self) -> None:
         self.update = 0
@@ -30,14 +31,17 @@ class StopAtUpdate(Callback):
 
 @cache
 def _store() -> tempfile.TemporaryDirectory[str]:
-    """Where this process's runs are recorded; making a database takes seconds, so all have one."""
+    """The folder of the database of all runs of this process: creating one takes seconds."""
     return tempfile.TemporaryDirectory()
 
 
-class Accumexp(Contender):
+class Accumexp(Loop):
     """The Trainer that `accumexp.run` builds, with its metrics, its journal and its MLflow run."""
 
     name = "accumexp"
+    # Overrides beyond those of every loop.
+    overrides: ClassVar[tuple[str, ...]] = ()
+    tracked: ClassVar[bool] = True
 
     def __init__(self, task: Task) -> None:
         from hydra import compose, initialize_config_dir
@@ -60,18 +64,24 @@ class Accumexp(Contender):
             f"accum.steps={task.steps}",
             "data.eval_fraction=0",
             "callbacks=none",
-            "+callbacks.stop._target_=benchmarks.ours.StopAtUpdate",
+            "+callbacks.stop._target_=benchmarks.accumexp_loop.StopAtUpdate",
             "trainer.epochs=1000000",
             "trainer.eval_every=1000000",
             f"trainer.deterministic={str(task.deterministic).lower()}",
-            f"tracking.uri=sqlite:///{_store().name}/mlflow.db",
-            # Its thread would run in every contender's epochs.
-            "tracking.system_metrics=false",
-            # Others' time must not count towards the next flush: `flush` is told this one's.
-            "tracking.flush_seconds=1000000",
             f"device={task.device}",
             f"seed={SEED}",
+            *self.overrides,
         ]
+        if self.tracked:
+            overrides += [
+                f"tracking.uri=sqlite:///{_store().name}/mlflow.db",
+                # Its thread would run in every loop's epochs.
+                "tracking.system_metrics=false",
+                # By the clock of this loop alone, see `flush`.
+                "tracking.flush_seconds=1000000",
+            ]
+        else:
+            overrides.append("tracking=none")
         with initialize_config_dir(conf_dir(), version_base="1.3"):
             cfg = compose("config", overrides)
         samples = {"_target_": "benchmarks.tasks.Samples", "model": task.model, "samples": task.samples}
@@ -82,13 +92,17 @@ class Accumexp(Contender):
         experiment = Experiment.build(config)
         run_folder = RunFolder(folder)
         self.record = RunRecord(run_folder)
-        self.trainer = experiment.trainer(self.record)
+        try:
+            self.trainer = experiment.trainer(self.record)
+        except BaseException:
+            self.close(RunStatus.FAILED)
+            raise
         self.model, self.optimizer = experiment.model, self.trainer.optimizer
         run_folder.write_config(config)
         self.record.tracker = create_tracker(
             config,
             run_folder,
-            Store(config.tracking),
+            Store(config.tracking) if self.tracked else None,
             name="benchmark",
             command="python -m benchmarks.window",
             tags={},
@@ -109,13 +123,27 @@ class Accumexp(Contender):
         self.trainer.go_on()
         self.trainer.fit()
 
-    def flush(self, own_seconds: float) -> float:
-        if own_seconds < self._flush_seconds:
+    def flush(self, training_seconds: float) -> float:
+        if training_seconds < self._flush_seconds:
             return 0.0
         start = perf_counter()
         self.record.flush()
         return perf_counter() - start
 
-    def close(self) -> None:
-        self.record.close(RunStatus.FINISHED)
+    def close(self, status: RunStatus = RunStatus.FINISHED) -> None:
+        self.record.close(status)
         self._folder.cleanup()
+
+
+class Untracked(Accumexp):
+    """The same without MLflow: metrics and journal only."""
+
+    name = "accumexp, tracking=none"
+    tracked = False
+
+
+class Graphed(Untracked):
+    """The same with its windows and steps replayed as CUDA graphs."""
+
+    name = "accumexp, trainer.graph=true"
+    overrides = ("trainer.graph=true",)
