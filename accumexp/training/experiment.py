@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 from torchmetrics import Metric, MetricCollection
 
@@ -20,10 +20,9 @@ from ..accum import (
     fully_sharded,
     window_loss,
 )
-from ..accum.loss import ClassIndexLoss
 from ..config.instantiate import build
 from ..config.schema import AccumConfig, Config, LossScaling, Precision, Strategy
-from ..data import Placement, ResidentBatches, Share, Splits, build_splits
+from ..data import Placement, Share, Splits, build_splits
 from ..environment.device import pick_device
 from ..environment.random_state import derive_seed, seed_everything
 from ..environment.ranks import RankInfo, device_of, first_here
@@ -101,11 +100,7 @@ def build_parts(config: Config, rank_info: RankInfo = ALONE, splits: Splits | No
     criterion = build(config.loss, "loss")
     if isinstance(criterion, nn.Module):
         criterion = criterion.to(device, dtype)
-    loss, train = window_loss(criterion), splits.train
-    # Of a class of its own nobody knows what its targets weigh.
-    if type(loss) is ClassIndexLoss and isinstance(train, ResidentBatches):
-        if isinstance(train.targets, Tensor):
-            train.weigh(loss.sample_weight(train.targets, train.indices), lambda: loss.basis)
+    loss = window_loss(criterion)
     evaluator = Evaluator(loss, build_metrics(config, device), autocast, ranks)
     model = model.to(device, dtype)
     if rank_info.rank:
