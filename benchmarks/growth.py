@@ -12,13 +12,13 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from accumexp.run.record import RunRecord
 from rich.progress import track
 from rich.table import Table
 
 from accumexp.config.schema import TrackingConfig
 from accumexp.environment.device import pick_device
 from accumexp.tracking import MLflowTracker, Store
+from accumexp.tracking.record import RunRecord
 
 from . import ranks
 from .accumexp_loop import Accumexp

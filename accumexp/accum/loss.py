@@ -1,9 +1,9 @@
-"""What a window needs to know of a loss: the sum over a micro-batch's items, and the items' weight.
+"""Losses as two sums that can be accumulated: of the items' weighted losses, and of their weights.
 
 The larger batch's loss is a weighted mean, `sum_i w_i l_i / sum_i w_i`, over items that are samples,
-pixels or valid tokens. A mean cannot be accumulated: a mean of micro-batch means weighs every
-micro-batch alike, whatever it holds. Its two sums can, and the lower one needs only the targets, so it
-is known before the first backward.
+pixels or valid tokens. A mean of micro-batch means differs from it, because it weights all micro-batches
+alike. The two sums add up, and the denominator needs only the targets, so it is computed before the first
+backward.
 """
 
 from __future__ import annotations
@@ -19,30 +19,29 @@ from .batch import Nested, batch_size
 
 @runtime_checkable
 class WindowLoss(Protocol):
-    """A loss as its two sums. Implement it where `window_loss` cannot know what your mean divides by.
+    """A loss as two sums. Implement it for a mean over anything else than samples.
 
-    Weights are added over micro-batches and ranks; a class attribute `counts = False` says that the weight
-    is no count and stays as it is.
+    Weights are added over micro-batches and ranks, unless a class attribute `counts = False` declares that
+    the weight is a constant.
     """
 
     def weight(self, targets: Any, /) -> Tensor | float:
-        """Total weight of the items in `targets`: a number, or a tensor of shape ()."""
+        """The total weight of the items in `targets`: a number, or a tensor of shape ()."""
         ...
 
     def total(self, outputs: Any, targets: Any, /) -> Tensor:
-        """Weighted sum of the items' losses, shape (): `weight(targets)` times the batch's loss."""
+        """The weighted sum of the items' losses, shape (): `weight(targets)` times the batch's loss."""
         ...
 
 
 class MeanOverSamples(nn.Module):
-    """A criterion that is a mean over samples, or over elements of which every sample has as many.
+    """A criterion that is a mean over samples, or over elements if all samples have equally many.
 
-    That is every elementwise criterion of torch (MSE, L1, smooth L1, BCE, ...) and every function
-    whose value on a batch is the plain mean of its values on the samples. A criterion with
-    `reduction="none"` is averaged here.
+    These are torch's elementwise criteria (MSE, L1, smooth L1, BCE, ...) and every function whose value on
+    a batch is the mean of its values on the samples. A criterion with `reduction="none"` is averaged here.
     """
 
-    # Said here, because a module that lacks an attribute takes long to say so.
+    # Defined here because looking up a missing attribute of a module is slow.
     counts = True
 
     def __init__(self, criterion: Callable[[Any, Any], Tensor]) -> None:
@@ -58,10 +57,7 @@ class MeanOverSamples(nn.Module):
 
 
 class SumOverSamples(nn.Module):
-    """A criterion that is a sum over samples (`reduction="sum"`): nothing is divided, by anything.
-
-    Its weight is no count: it is 1 on any number of ranks.
-    """
+    """A criterion that is a sum over samples (`reduction="sum"`). Its weight is 1 on any number of ranks."""
 
     counts = False
 
@@ -81,7 +77,7 @@ class ClassIndexLoss(nn.Module):
 
     With `reduction="mean"` torch divides by the summed class weights of the targets that are not
     ignored, and for targets that are probabilities by their number (torch.nn.CrossEntropyLoss).
-    A batch whose every target is ignored weighs nothing and has no gradient, where torch says nan.
+    A batch whose targets are all ignored has weight 0 and gradient 0, where torch returns nan.
 
     Shapes: outputs (n, classes, ...), targets (n, ...) of class indices or (n, classes, ...) of
     probabilities.
@@ -92,23 +88,6 @@ class ClassIndexLoss(nn.Module):
     def __init__(self, criterion: nn.CrossEntropyLoss | nn.NLLLoss) -> None:
         super().__init__()
         self.criterion = criterion
-
-    @property
-    def basis(self) -> tuple[bool, int]:
-        """What of the criterion decides what a target weighs: whether classes do, and `ignore_index`."""
-        criterion = self.criterion
-        return criterion.weight is None, criterion.ignore_index
-
-    def sample_weight(self, targets: Tensor, chosen: Tensor) -> float | None:
-        """What each of the samples `chosen` of `targets` weighs, or None where they differ.
-
-        Waits for the device once.
-        """
-        if self.criterion.weight is not None or targets.is_floating_point() or not len(chosen):
-            return None
-        valid = (targets != self.criterion.ignore_index).reshape(len(targets), -1).sum(1)
-        least, most = torch.stack(valid[chosen.to(valid.device)].aminmax()).tolist()
-        return float(least) if least == most else None
 
     def weight(self, targets: Nested) -> Tensor | float:
         targets = cast(Tensor, targets)
@@ -123,7 +102,7 @@ class ClassIndexLoss(nn.Module):
         return self.losses(outputs, targets, "sum")
 
     def losses(self, outputs: Any, targets: Nested, reduction: str) -> Tensor:
-        """The items' weighted losses, (n, ...) or with `reduction="sum"` their sum."""
+        """The items' weighted losses, shape (n, ...), or with `reduction="sum"` their sum, shape ()."""
         criterion, outputs, targets = self.criterion, _widened(outputs), cast(Tensor, targets)
         if isinstance(criterion, nn.NLLLoss):
             return nn.functional.nll_loss(
@@ -140,11 +119,11 @@ class ClassIndexLoss(nn.Module):
 
 
 def window_loss(criterion: Callable[..., Any] | WindowLoss) -> WindowLoss:
-    """`criterion` as its two sums.
+    """Converts `criterion` to a `WindowLoss`.
 
-    Knows torch's criteria by what their mean divides by. Any other callable is taken as a mean over
-    samples, which is wrong for a mean over items of which samples have different numbers (tokens):
-    give such a loss `weight` and `total` methods (`WindowLoss`).
+    torch's criteria are recognised by type and `reduction`. Any other callable is treated as a mean over
+    samples. A mean over items whose number differs between samples (tokens) is not one: implement the
+    methods `weight` and `total` of `WindowLoss` for it.
     """
     if isinstance(criterion, WindowLoss):
         return criterion
@@ -157,7 +136,7 @@ def window_loss(criterion: Callable[..., Any] | WindowLoss) -> WindowLoss:
 
 
 def _widened(outputs: Any) -> Any:
-    """bf16 and fp16 outputs in fp32: a sum over items in 8 bits of mantissa is not a sum."""
+    """Casts bf16 and fp16 outputs to fp32: their mantissa is too short for a sum over items."""
     if isinstance(outputs, Tensor) and outputs.dtype in (torch.bfloat16, torch.float16):
         return outputs.float()
     return outputs

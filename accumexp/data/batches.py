@@ -6,9 +6,9 @@ update, which is what lets a resumed run see exactly the samples that an undistu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,9 +35,6 @@ class Batch:
         samples: how many of them count; 0 where the rank has none, and the one it holds is padding.
         total: samples of the update on all ranks.
         steps: micro-batches of the update's window.
-        weight: of the update's samples in the loss, where one process knows it without a look at them.
-            `known_weight` is what to use.
-        holds: whether the loss still makes of a target what it did when the batch was made.
     """
 
     inputs: Nested
@@ -46,15 +43,6 @@ class Batch:
     samples: int
     total: int
     steps: int
-    weight: float | None = None
-    holds: Callable[[], bool] | None = None
-
-    @property
-    def known_weight(self) -> float | None:
-        """`weight`, as long as nobody has written to the targets or changed the loss."""
-        if self.weight is None or getattr(self.targets, "_version", None) != 0:
-            return None
-        return self.weight if self.holds is None or self.holds() else None
 
 
 class _Chosen(NamedTuple):
@@ -144,34 +132,6 @@ class Batches:
         return map_tensors(lambda images: augment(images, draws), inputs)
 
 
-@dataclass(frozen=True)
-class _Weighed:
-    """What each sample weighs, and of what that was said."""
-
-    weight: float
-    targets: Tensor
-    indices: Tensor
-    versions: tuple[int, int]
-    basis: Callable[[], object]
-    based_on: object
-
-    @classmethod
-    def of(cls, batches: ResidentBatches, weight: float, basis: Callable[[], object]) -> _Weighed:
-        targets, indices = cast(Tensor, batches.targets), batches.indices
-        return cls(weight, targets, indices, (targets._version, indices._version), basis, basis())
-
-    def of_these(self, batches: ResidentBatches) -> bool:
-        return (
-            batches.targets is self.targets
-            and batches.indices is self.indices
-            and (self.targets._version, self.indices._version) == self.versions
-        )
-
-    def holds(self) -> bool:
-        """Whether the loss still makes of a target what it did then."""
-        return self.basis() == self.based_on
-
-
 class ResidentBatches(Batches):
     """All samples on the training device: an update's batch is gathered there, nothing is copied to it.
 
@@ -184,32 +144,6 @@ class ResidentBatches(Batches):
         super().__init__(indices, batch_size, **options)
         self.inputs = inputs
         self.targets = targets
-        self._weighed: _Weighed | None = None
-
-    @property
-    def sample_weight(self) -> float | None:
-        """What each sample weighs in the loss, where all weigh the same and `weigh` was told so.
-
-        None again as soon as somebody writes to the targets or the indices, takes others, or changes what
-        the loss makes of them.
-        """
-        known = self._weighed
-        return known.weight if known is not None and known.of_these(self) and known.holds() else None
-
-    def weigh(self, weight: float | None, basis: Callable[[], object] = lambda: None) -> None:
-        """Says what each sample weighs in the loss, as long as `basis` returns what it does now.
-
-        None if they differ or nobody knows.
-        """
-        self._weighed = None
-        if weight is not None and isinstance(self.targets, Tensor):
-            self._weighed = _Weighed.of(self, weight, basis)
-
-    def choose(self, indices: Tensor) -> None:
-        """Takes only `indices`, all of which are of this split: what they weigh stays known."""
-        weight, known = self.sample_weight, self._weighed
-        self.indices = indices
-        self._weighed = None if weight is None or known is None else _Weighed.of(self, weight, known.basis)
 
     def placed(self, epoch: int, start: int) -> Iterator[tuple[_Chosen, Tensor]]:
         """The samples of the batches of `epoch` from `start` on, with their indices on the device."""
@@ -227,12 +161,4 @@ class ResidentBatches(Batches):
 
             inputs = self._augmented(map_tensors(gather, self.inputs), indices, epoch)
             targets = map_tensors(gather, self.targets)
-            known, total = self._weighed, chosen.total
-            # On several ranks one may write to its targets and another not, so all of them count.
-            if known is None or self.share.ranks > 1 or not known.of_these(self):
-                yield Batch(inputs, targets, indices, chosen.samples, total, chosen.steps)
-            else:
-                weight = total * known.weight
-                yield Batch(
-                    inputs, targets, indices, chosen.samples, total, chosen.steps, weight, known.holds
-                )
+            yield Batch(inputs, targets, indices, chosen.samples, chosen.total, chosen.steps)

@@ -6,14 +6,13 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from ..accum import GraphedStep, Ranks, Window, WindowLoss, data_parallel, fully_sharded, window_loss
-from ..accum.loss import ClassIndexLoss
 from ..config.instantiate import build
 from ..config.schema import Config, Strategy
-from ..data import ResidentBatches, Share, Splits, build_splits
+from ..data import Share, Splits, build_splits
 from ..environment.random_state import derive_seed, seed_everything
 from ..environment.ranks import RankInfo, first_here
 from ..errors import UsageError
@@ -86,11 +85,7 @@ class Experiment:
         criterion = build(config.loss, "loss")
         if isinstance(criterion, nn.Module):
             criterion = criterion.to(device, dtype)
-        loss, train = window_loss(criterion), splits.train
-        # A subclass may weigh its targets differently.
-        if type(loss) is ClassIndexLoss and isinstance(train, ResidentBatches):
-            if isinstance(train.targets, Tensor):
-                train.weigh(loss.sample_weight(train.targets, train.indices), lambda: loss.basis)
+        loss = window_loss(criterion)
         evaluator = Evaluator(loss, build_metrics(config, device), autocast, ranks)
         model = model.to(device, dtype)
         if rank_info.rank:

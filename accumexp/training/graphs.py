@@ -114,12 +114,7 @@ def _both(window: Window, batches: list[Batch], record: Record) -> tuple[list[Te
     def gradients(batch: Batch) -> list[Tensor]:
         restore_random_state(start)
         model.zero_grad(set_to_none=False)
-        options: dict[str, Any] = {
-            "steps": batch.steps,
-            "samples": batch.samples,
-            "weight": batch.known_weight,
-        }
-        graphed.backward(batch.inputs, batch.targets, **options)
+        graphed.backward(batch.inputs, batch.targets, steps=batch.steps, samples=batch.samples)
         return [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
     first, second = batches

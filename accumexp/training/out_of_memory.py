@@ -61,7 +61,6 @@ class OutOfMemoryHandler:
                 batch.targets,
                 steps=batch.steps,
                 samples=batch.samples,
-                weight=batch.known_weight,
                 observe=observe,
             )
         except Exception as error:

@@ -16,7 +16,7 @@ from torchmetrics import MetricCollection
 
 from accumexp.accum import Window, window_loss
 from accumexp.accum.loss import ClassIndexLoss
-from accumexp.data import ResidentBatches, Share
+from accumexp.data import ResidentBatches
 from accumexp.errors import TrainingError, UsageError
 from accumexp.training.callbacks import EMA, Callback, EarlyStopping, LossMonitor
 from accumexp.training.deferred_metrics import DeferredMetrics
@@ -62,78 +62,6 @@ def test_law_3_an_epoch_of_any_steps_ends_at_the_larger_batchs_weights(steps: in
     assert trainer.progress.update == len(trainer.splits.train) == len(memory.series("train/loss"))
 
 
-def test_only_a_run_whose_samples_differ_counts_what_they_weigh() -> None:
-    alike, _ = trainer_of("accum.steps=2")
-    differ, _ = trainer_of("data=text", "model=bert", "model.layers=1", "model.hidden=32", "accum.steps=2")
-    for trainer, expected in ((alike, 128.0), (differ, None)):
-        train = trainer.splits.train
-        assert next(iter(train.epoch(0))).known_weight == expected
-        train.share = Share(rank=1, ranks=2)
-        assert next(iter(train.epoch(0))).known_weight is None, "another rank may have written to its targets"
-
-
-class Ignoring(Callback):
-    """Marks samples of the batch as ignored, or of the whole data set before a later epoch."""
-
-    def __init__(self, whole: bool) -> None:
-        self.whole = whole
-
-    def update_begin(self, trainer: Trainer) -> None:
-        if not self.whole and trainer.progress.update == 2:
-            assert trainer.batch is not None and isinstance(trainer.batch.targets, Tensor)
-            trainer.batch.targets[:100] = -100
-
-    def epoch_end(self, trainer: Trainer) -> None:
-        if self.whole:
-            trainer.splits.train.targets[:700] = -100  # pyright: ignore[reportAttributeAccessIssue]
-
-
-def counted_as_the_run_that_counts(change: Callback) -> bool | None:
-    """Two runs that `change` takes part in: the weights of one that always counts, and of one that knows.
-
-    Returns:
-        Whether the latter ends without knowing what its samples weigh.
-    """
-    found, unknown = [], None
-    for counts in (True, False):
-        trainer, _ = trainer_of("accum.steps=3", "trainer.epochs=2")
-        trainer.callbacks["change"] = change
-        train = trainer.splits.train
-        assert isinstance(train, ResidentBatches) and train.sample_weight == 1.0
-        if counts:
-            train.weigh(None)
-        trainer.fit()
-        unknown = train.sample_weight is None
-        found.append(weights(trainer))
-    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
-    return unknown
-
-
-@pytest.mark.parametrize("whole", [False, True])
-def test_law_2_targets_that_a_callback_writes_to_are_counted_anew(whole: bool) -> None:
-    assert counted_as_the_run_that_counts(Ignoring(whole)) == whole
-
-
-class Reweighing(Callback):
-    """Changes what the loss makes of its targets, in the middle of the run."""
-
-    def __init__(self, change: str) -> None:
-        self.change = change
-
-    def update_begin(self, trainer: Trainer) -> None:
-        if trainer.progress.update == 2:
-            criterion: Any = trainer.window.loss
-            if self.change == "ignored":
-                criterion.criterion.ignore_index = 3
-            else:
-                criterion.criterion.weight = torch.arange(1.0, 11.0, dtype=torch.float64)
-
-
-@pytest.mark.parametrize("change", ["ignored", "weights"])
-def test_law_2_a_loss_that_a_callback_changes_is_counted_anew(change: str) -> None:
-    assert counted_as_the_run_that_counts(Reweighing(change))
-
-
 class Halved(ClassIndexLoss):
     """Says of itself what its targets weigh."""
 
@@ -152,19 +80,6 @@ def test_law_2_a_loss_of_ones_own_is_asked_what_its_targets_weigh() -> None:
         one.fit()
     ((_, loss),), ((_, wanted),) = memory.series("train/loss"), expected.series("train/loss")
     assert loss == pytest.approx(2 * wanted, rel=1e-12)
-
-
-def test_law_2_what_samples_weigh_is_known_of_those_that_were_looked_at() -> None:
-    targets = torch.arange(6)
-    batches = ResidentBatches(torch.zeros(6, 1), targets, torch.arange(4), 2)
-    batches.weigh(1.0)
-    batches.choose(torch.tensor([3, 1, 1, 0]))
-    assert batches.sample_weight == 1.0
-    batches.indices[0] = 5
-    assert batches.sample_weight is None
-    batches.weigh(1.0)
-    batches.indices = torch.tensor([4, 5])
-    assert batches.sample_weight is None
 
 
 def test_losses_are_read_as_they_were_however_many_wait() -> None:

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from accumexp.accum import Window, WindowLoss, measure_activations, window_loss
-from accumexp.accum.loss import ClassIndexLoss
 from accumexp.models import LeNet5
 
 from ..support.reference import classification, gradients, larger_batch_gradient, relative_error, small_model
@@ -297,34 +296,6 @@ def test_autocast_keeps_fp32_gradients_close_to_fp32s() -> None:
     found = gradients(model)
     assert all(gradient.dtype is torch.float32 for gradient in found.values())
     assert 1e-6 < relative_error(found, expected) < 0.05
-
-
-TARGETS = {
-    "all count": (torch.tensor([0, 1, 2, 3]), 1.0),
-    "tokens, as many each": (torch.tensor([[0, -100, 2], [-100, 1, 3]]), 2.0),
-    "tokens, none": (torch.full((3, 2), -100), 0.0),
-    "one is ignored": (torch.tensor([0, 1, -100, 3]), None),
-    "tokens, not as many each": (torch.tensor([[0, -100, 2], [0, 1, 3]]), None),
-    "probabilities": (torch.eye(5, dtype=torch.float64), None),
-    "none at all": (torch.tensor([], dtype=torch.int64), None),
-}
-
-
-@pytest.mark.parametrize("name", TARGETS)
-def test_law_2_what_samples_weigh_is_known_where_they_all_weigh_the_same(name: str) -> None:
-    targets, expected = TARGETS[name]
-    loss, every = ClassIndexLoss(nn.CrossEntropyLoss()), torch.arange(len(targets))
-    found = loss.sample_weight(targets, every)
-    assert found == expected
-    if found is not None:
-        assert float(loss.weight(targets[:2])) == 2 * found
-    assert ClassIndexLoss(nn.CrossEntropyLoss(weight=CLASS_WEIGHTS)).sample_weight(targets, every) is None
-
-
-def test_law_2_samples_that_are_not_trained_on_may_weigh_something_else() -> None:
-    targets, loss = torch.tensor([0, -100, 2]), ClassIndexLoss(nn.CrossEntropyLoss())
-    assert loss.sample_weight(targets, torch.tensor([2, 0])) == 1.0
-    assert loss.sample_weight(targets, torch.tensor([2, 1])) is None
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
