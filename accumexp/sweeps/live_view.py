@@ -18,7 +18,7 @@ from typing import Any
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
-from rich.progress import BarColumn, Progress, Task, TextColumn
+from rich.progress import Progress, ProgressColumn, Task, TextColumn
 from rich.progress_bar import ProgressBar
 from rich.table import Column
 from rich.text import Text
@@ -162,11 +162,13 @@ class ViewedSweep:
         return " ".join(varied or every)
 
 
-class _BarOnceBegun(BarColumn):
-    """A bar, and nothing for a job that has made no update."""
+class _Bar(ProgressColumn):
+    """A bar; nothing for a job that has made no update."""
 
-    def render(self, task: Task) -> ProgressBar:
-        return super().render(task) if task.fields["updates"] else ProgressBar(width=0)
+    def render(self, task: Task) -> RenderableType:
+        if not task.fields["updates"]:
+            return ""
+        return ProgressBar(total=task.total, completed=task.completed, width=20)
 
 
 def render(sweep: ViewedSweep, now: float, height: int) -> RenderableType:
@@ -175,12 +177,12 @@ def render(sweep: ViewedSweep, now: float, height: int) -> RenderableType:
     room = max(1, height - OTHER_LINES)
     one_line = Column(no_wrap=True, overflow="ellipsis")
     table = Progress(
-        TextColumn("{task.fields[number]} ", justify="right"),
-        TextColumn("{task.description} ", markup=False, table_column=copy(one_line)),
-        _BarOnceBegun(20),
-        TextColumn(" {task.fields[updates]} ", justify="right"),
-        TextColumn("{task.fields[loss]} ", justify="right"),
-        TextColumn("{task.fields[values]}", markup=False, table_column=one_line),
+        TextColumn("{task.fields[number]}", justify="right"),
+        TextColumn(" {task.description} ", markup=False, table_column=copy(one_line)),
+        _Bar(Column(width=20)),
+        TextColumn(" {task.fields[updates]}", justify="right"),
+        TextColumn(" {task.fields[loss]}"),
+        TextColumn(" {task.fields[values]}", markup=False, table_column=one_line),
     )
     for job in running[:room]:
         fields = {"updates": "", "loss": "", "values": "starting", **_task_fields(sweep, job, now)}
