@@ -1,7 +1,7 @@
 """Processes forked from one that has imported what commands need: they start in milliseconds, not in seconds.
 
 Each worker of the tests has one such process, which has done nothing but what `preload` does. The ranks that
-a forked command launches are forked from it too; with FRESH_RANKS in its environment they start as a user's do.
+a forked command launches are forked from it too; with FRESH_RANKS in its environment they start as users' do.
 """
 
 from __future__ import annotations
