@@ -17,6 +17,7 @@ import torch
 from accumexp.training.checkpoint import find
 
 from ..support.command import environment, journal, only_run, records, run_command
+from ..support.forked import FRESH_RANKS
 from ..support.launched import EXACT, SMALL, STATEFUL, ranks_alive, saved_weights, until
 from ..support.reference import relative_error
 from ..support.trouble import trouble
@@ -82,9 +83,8 @@ def sharded_and_stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_killed_rank_ends_its_job_and_the_sweep_goes_on(tmp_path: Path) -> None:
     options = [*SMALL, "accum=ddp", "accum.processes=2", "trainer.max_updates=8", "seed=0,1"]
     began = time.monotonic()
-    done = run_command(
-        "run", "-m", *options, trouble("SIGKILL", 5, rank=1, mark=tmp_path / "mark"), folder=tmp_path
-    )
+    killer, env = trouble("SIGKILL", 5, rank=1, mark=tmp_path / "mark"), environment(**FRESH_RANKS)
+    done = run_command("run", "-m", *options, killer, folder=tmp_path, env=env)
     assert done.code == 1 and time.monotonic() - began < 120
     (error,) = [line for line in done.stderr.splitlines() if line.startswith("  job ")]
     assert "seed=0" in error and "rank 1 (process" in error and "SIGKILL" in error
@@ -94,7 +94,8 @@ def test_a_killed_rank_ends_its_job_and_the_sweep_goes_on(tmp_path: Path) -> Non
 
 def test_the_first_rank_killed_leaves_a_failed_run(tmp_path: Path) -> None:
     killer = trouble("SIGKILL", 5, rank=0, mark=tmp_path / "mark")
-    done = run_command("run", *SMALL, "accum=ddp", "accum.processes=2", killer, folder=tmp_path)
+    line, env = [*SMALL, "accum=ddp", "accum.processes=2", killer], environment(**FRESH_RANKS)
+    done = run_command("run", *line, folder=tmp_path, env=env)
     assert done.code == 1 and done.stderr.startswith("error: rank 0 (process"), done
     (record,) = records(tmp_path)
     assert record.status == "FAILED"
@@ -104,7 +105,8 @@ def test_the_first_rank_killed_leaves_a_failed_run(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_bug_on_one_rank_ends_the_run_with_its_traceback(tmp_path: Path) -> None:
     bug = trouble("ERROR", 5, rank=1, mark=tmp_path / "mark")
-    done = run_command("run", *SMALL, "accum=ddp", "accum.processes=2", bug, folder=tmp_path)
+    line, env = [*SMALL, "accum=ddp", "accum.processes=2", bug], environment(**FRESH_RANKS)
+    done = run_command("run", *line, folder=tmp_path, env=env)
     assert done.code == 1
     assert "rank 1" in done.stderr and "ZeroDivisionError: one rank's own bug" in done.stderr, done
     (record,) = records(tmp_path)

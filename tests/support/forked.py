@@ -1,6 +1,7 @@
 """Processes forked from one that has imported what commands need: they start in milliseconds, not in seconds.
 
-Each worker of the tests has one such process, which has done nothing but what `preload` does.
+Each worker of the tests has one such process, which has done nothing but what `preload` does. The ranks that
+a forked command launches are forked from it too; with FRESH_RANKS in its environment they start as users' do.
 """
 
 from __future__ import annotations
@@ -9,14 +10,18 @@ import atexit
 import multiprocessing
 import os
 import runpy
+import subprocess
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Mapping
+from multiprocessing import forkserver
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+FRESH_RANKS = {"ACCUMEXP_TEST_RANKS": "fresh"}
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.support.preload"])
 
@@ -57,8 +62,9 @@ def _process(
     os.environ.update(env)
     sys.path[:0] = [str(folder), *env["PYTHONPATH"].split(os.pathsep)]
     os.chdir(folder)
+    _fork_ranks(outputs)
     for number, path in enumerate(outputs, 1):
-        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     sys.stdout, sys.stderr = (open(number, "w", closefd=False) for number in (1, 2))
     code: Any = 0
     try:
@@ -73,3 +79,54 @@ def _process(
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code if isinstance(code, int) else 1)
+
+
+class _Rank:
+    """A forked `python -m <module> <arguments>`, with what torch's launcher uses of a `subprocess.Popen`."""
+
+    def __init__(self, line: tuple[str, ...], env: dict[str, str], outputs: list[Path]) -> None:
+        module, *arguments = line[2:]
+        rank = (as_main, (module, arguments), Path.cwd(), env, outputs)
+        self.process = CONTEXT.Process(target=_leader, args=rank)
+        main, sys.modules["__main__"] = sys.modules["__main__"], sys.modules[__name__]
+        try:
+            self.process.start()
+        finally:
+            sys.modules["__main__"] = main
+        assert self.process.pid is not None
+        self.pid = self.process.pid
+        while self.process.exitcode is None and os.getpgid(self.pid) != self.pid:
+            time.sleep(0.001)
+
+    def poll(self) -> int | None:
+        return self.process.exitcode
+
+    def wait(self, timeout: float | None = None) -> int:
+        self.process.join(timeout)
+        if self.process.exitcode is None:
+            raise subprocess.TimeoutExpired("rank", timeout or 0)
+        return self.process.exitcode
+
+
+def _leader(*arguments: Any) -> None:
+    """A process that leads a group of its own, which the launcher sends signals to."""
+    os.setsid()
+    _process(*arguments)
+
+
+def _fork_ranks(outputs: list[Path]) -> None:
+    """Makes torch's launcher fork the ranks of this process's run, with its streams."""
+    from torch.distributed.elastic.multiprocessing.subprocess_handler.subprocess_handler import (
+        SubprocessHandler,
+    )
+
+    started = SubprocessHandler._popen
+
+    def popen(self: Any, args: tuple[str, ...], env: dict[str, str]) -> Any:
+        own = args[1:3] == ("-m", "accumexp.run.rank") and not FRESH_RANKS.keys() & env.keys()
+        return _Rank(args, env, outputs) if own else started(self, args, env)
+
+    SubprocessHandler._popen = popen
+    # A forked process knows the address of the server that it comes from, not that this still runs.
+    server: Any = getattr(forkserver, "_forkserver")  # noqa: B009
+    server.ensure_running = lambda: None

@@ -23,6 +23,7 @@ with warnings.catch_warnings():
     import mlflow.store.tracking.sqlalchemy_store  # noqa: F401
     import sklearn.datasets  # noqa: F401
     import sqlalchemy.orm
+    import torch.distributed.launcher.api  # noqa: F401
     import torchmetrics.classification  # noqa: F401
     import torchvision  # noqa: F401
     from hydra.core.plugins import Plugins
