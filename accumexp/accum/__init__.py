@@ -1,4 +1,4 @@
-"""Exact gradient accumulation for any PyTorch loop. Needs torch alone.
+"""Exact gradient accumulation for any PyTorch loop. Depends on torch only.
 
 from accumexp.accum import Window
 
@@ -11,7 +11,7 @@ for inputs, targets in loader:             # the whole batch of the update
 
 from .batch import batch_size, map_tensors, rank_share, split, split_sizes, steps_for, tensors
 from .exactness import Inequality, inequalities
-from .graph import CudaGraphs, GraphedStep, GraphedWindow, Record, rates_as_numbers
+from .graph import CudaGraphs, GraphedStep, GraphedWindow, GraphRecorder, rates_as_numbers
 from .loss import WindowLoss, window_loss
 from .memory import SavedActivations, is_out_of_memory, measure_activations
 from .peak import Peak, extrapolated, held_bytes, measure_peak
@@ -22,9 +22,12 @@ from .step import OptimizerStep, StepResult
 from .sync import Sync, data_parallel, fully_sharded
 from .window import MicroBatch, Reduction, Window, WindowResult, call
 
+Record = GraphRecorder  # its former name
+
 __all__ = [
     "Agreement",
     "CudaGraphs",
+    "GraphRecorder",
     "GraphedStep",
     "GraphedWindow",
     "Inequality",
@@ -34,7 +37,6 @@ __all__ = [
     "OutOfMemory",
     "Peak",
     "Ranks",
-    "Record",
     "Recovery",
     "Reduction",
     "SavedActivations",

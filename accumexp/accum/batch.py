@@ -1,7 +1,7 @@
-"""Splitting the batch of one update into the micro-batches of its window.
+"""Splits the batch of one update into the micro-batches of its window.
 
 A batch is a tensor whose first dimension is the sample, or any nesting of tuples, lists and dicts of
-such tensors. Splitting makes views: no data is copied.
+such tensors. Splitting returns views: no data is copied.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ Nested = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
 
 
 def batch_size(batch: Nested) -> int:
-    """Number of samples: the first dimension, which all tensors of `batch` share.
+    """The number of samples: the first dimension, which all tensors of `batch` share.
 
     Raises:
-        ValueError: if there is no tensor, or two tensors disagree.
+        ValueError: if `batch` holds no tensor, or its tensors differ in their first dimension.
     """
     sizes = [tensor.shape[0] if tensor.dim() else 0 for tensor in tensors(batch)]
     if not sizes or sizes.count(sizes[0]) != len(sizes):
-        found = f"first dimensions {sorted(set(sizes))}" if sizes else "no tensor"
-        raise ValueError(f"a batch needs tensors that share their first dimension, found {found}")
+        problem = f"first dimensions {sorted(set(sizes))}" if sizes else "no tensor"
+        raise ValueError(f"a batch needs tensors that share their first dimension, found {problem}")
     return sizes[0]
 
 
@@ -31,7 +31,7 @@ def tensors(batch: Nested) -> list[Tensor]:
     """The tensors of a nested batch, left to right."""
     if isinstance(batch, Tensor):
         return [batch]
-    # Mapping last: to know one takes longer than all the rest.
+    # Mapping last: its isinstance check is the slowest.
     if isinstance(batch, tuple | list):
         return [tensor for value in batch for tensor in tensors(value)]
     if isinstance(batch, Mapping):
@@ -40,7 +40,7 @@ def tensors(batch: Nested) -> list[Tensor]:
 
 
 def map_tensors(function: Callable[[Tensor], Any], batch: Nested) -> Any:
-    """`batch` with every tensor replaced by `function` of it."""
+    """`batch` with `function` applied to every tensor."""
     if isinstance(batch, Tensor):
         return function(batch)
     if isinstance(batch, Mapping):
@@ -49,10 +49,13 @@ def map_tensors(function: Callable[[Tensor], Any], batch: Nested) -> Any:
 
 
 def split_sizes(samples: int, steps: int, *, empty: bool = False) -> list[int]:
-    """Sizes of `steps` micro-batches that differ by one at most, the larger ones first.
+    """The sizes of `steps` micro-batches, which differ by at most one, the larger ones first.
+
+    Args:
+        empty: allow more micro-batches than samples; the rest have size 0.
 
     Raises:
-        ValueError: unless 1 <= steps <= samples; `empty` allows micro-batches of no samples.
+        ValueError: unless 1 <= steps <= samples (1 <= steps with `empty`).
     """
     if steps < 1 or steps > samples and not empty:
         raise ValueError(f"{samples} samples cannot be split into {steps} micro-batches")
@@ -60,40 +63,40 @@ def split_sizes(samples: int, steps: int, *, empty: bool = False) -> list[int]:
     return [smaller + 1] * larger + [smaller] * (steps - larger)
 
 
-def split(batch: Nested, sizes: list[int]) -> list[Nested]:
-    """`batch` cut along its first dimension into pieces of `sizes` samples, each nested as `batch` is."""
+def split(batch: Nested, sizes: list[int], dim: int = 0) -> list[Nested]:
+    """Splits the tensors of `batch` along `dim` into parts of `sizes` samples, nested as `batch` is."""
     if len(sizes) == 1:
         return [batch]
     if isinstance(batch, Tensor):
-        return list(batch.split(sizes))
+        return list(batch.split(sizes, dim))
     if isinstance(batch, Mapping):
-        columns = {key: split(value, sizes) for key, value in batch.items()}
+        columns = {key: split(value, sizes, dim) for key, value in batch.items()}
         return [{key: column[k] for key, column in columns.items()} for k in range(len(sizes))]
-    rows = zip(*(split(value, sizes) for value in batch), strict=True)
+    rows = zip(*(split(value, sizes, dim) for value in batch), strict=True)
     return [type(batch)(row) for row in rows]
 
 
 def steps_for(samples: int, full_batch: int, full_steps: int) -> int:
-    """Micro-batches of a window of `samples` when `full_batch` samples are split into `full_steps`.
+    """The number of micro-batches for a window of `samples`, where `full_batch` takes `full_steps`.
 
-    A full batch takes exactly `full_steps`; the last, smaller batch of an epoch takes as many as keep
-    its micro-batches no larger than a full window's: ceil(samples * full_steps / full_batch).
+    The last, smaller batch of an epoch takes ceil(samples * full_steps / full_batch), so that its
+    micro-batches are no larger than a full window's.
     """
     return max(1, -(-samples * full_steps // full_batch))
 
 
 def rank_share(samples: int, steps: int, rank: int, ranks: int) -> list[range]:
-    """The samples of a batch that `rank` takes, one range for each of its `steps` micro-batches.
+    """The samples of a batch that `rank` computes, one range for each of its `steps` micro-batches.
 
-    The batch is cut into micro-batches as one process would cut it, and each of them over the ranks, so
-    that the k-th micro-batch of all ranks together holds the same samples at any number of ranks. Ranges
-    are empty where there are fewer samples than ranks.
+    The batch is split into micro-batches as on one process, and each micro-batch over the ranks. So the
+    union of the ranks' k-th micro-batches holds the same samples at any number of ranks. A range is empty
+    if a micro-batch has fewer samples than ranks.
     """
     shares = []
     begin = 0
     for size in split_sizes(samples, steps, empty=True):
         parts = split_sizes(size, ranks, empty=True)
-        own = begin + sum(parts[:rank])
-        shares.append(range(own, own + parts[rank]))
+        first = begin + sum(parts[:rank])
+        shares.append(range(first, first + parts[rank]))
         begin += size
     return shares

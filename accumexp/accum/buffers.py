@@ -1,8 +1,8 @@
 """fp32 accumulation for parameters of lower precision.
 
 Adding N bf16 gradients in bf16 loses up to N/2 units in the last of 8 bits; adding them in fp32 and
-rounding once loses half a unit at any N. It costs one fp32 buffer per low-precision parameter, so it
-happens only where it was asked for.
+rounding once loses half a unit at any N. It costs one fp32 buffer per low-precision parameter, so it is
+off by default.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ LOW_PRECISION = (torch.bfloat16, torch.float16)
 
 
 class Fp32Buffers:
-    """Collects the gradients of low-precision parameters in fp32 while a window is open.
+    """Accumulates the gradients of low-precision parameters in fp32 while a window is open.
 
-    Each micro-batch's gradient moves from `.grad` into the buffer as soon as autograd has finished it;
-    `close` adds the sums of all ranks, rounds them into `.grad` once and frees the buffers.
+    A hook moves each micro-batch's gradient from `.grad` into the buffer as soon as autograd has finished
+    it. `close` adds the sums over the ranks, rounds them once into `.grad` and frees the buffers.
     """
 
     def __init__(self, parameters: Iterable[torch.nn.Parameter]) -> None:
@@ -37,7 +37,7 @@ class Fp32Buffers:
         self._open = True
 
     def drop(self) -> None:
-        """Ends a window that came to nothing."""
+        """Discards the open window's gradients."""
         self._open = False
         self._sums.clear()
 
@@ -47,7 +47,7 @@ class Fp32Buffers:
             if not parameter.requires_grad:
                 continue
             total = self._sums.get(parameter, parameter.grad)
-            if total is None:  # not used on this rank, but perhaps on another
+            if total is None:  # unused on this rank, possibly used on another
                 low = parameter.dtype in LOW_PRECISION
                 total = torch.zeros_like(parameter, dtype=torch.float32 if low else None)
             self._sums[parameter] = ranks.sum(total)

@@ -1,4 +1,4 @@
-"""Where a window cannot equal the larger batch, told by module and reason."""
+"""Modules because of which a window cannot equal the larger batch, with the reason."""
 
 from __future__ import annotations
 
@@ -15,7 +15,13 @@ from .batch import split_sizes, steps_for
 
 @dataclass(frozen=True)
 class Inequality:
-    """One source of true inequality: `module` is its dotted name, `kind` its class, `reason` a phrase."""
+    """A module that makes the window differ from the larger batch.
+
+    Attributes:
+        module: its dotted name.
+        kind: its class.
+        reason: a phrase that says why.
+    """
 
     module: str
     kind: str
@@ -27,46 +33,43 @@ def inequalities(
 ) -> list[Inequality]:
     """Modules of `model` whose training depends on how `samples` are split into micro-batches.
 
-    Finds what a module's type tells: batch statistics and random draws. It cannot see a loss or a
-    forward function that couples samples. Empty for one micro-batch, which is the larger batch.
+    Detects batch statistics and random draws by a module's type. It does not detect a loss or a forward
+    function that couples samples. Empty for one micro-batch, which is the larger batch.
 
-    A BatchNorm that takes its statistics over groups of samples says so by a method
-    `statistics_groups(samples)`: the sizes of the groups that it cuts a batch into, in the order of its
-    samples. It is one of them only where the micro-batches have other groups than the whole batch.
+    A BatchNorm that takes its statistics over groups of samples declares them with a method
+    `statistics_groups(samples)`, which returns the sizes of the groups of a batch, in the order of its
+    samples. It is reported only if the micro-batches have other groups than the whole batch.
 
     Args:
-        samples: in an update, on all ranks.
-        steps: micro-batches in its window, on each of `ranks`.
-        last: samples in an epoch's last batch, if it is smaller.
+        samples: samples in an update, on all ranks.
+        steps: micro-batches in its window, on each rank.
+        ranks: number of ranks.
+        last: samples in an epoch's last batch if it is smaller, else 0.
     """
     if steps * ranks == 1:
         return []
     batches = [(samples, steps)]
     if last:
         batches.append((last, steps_for(last, samples, steps)))
-    cuts = [_micro_batches(size, own, ranks) for size, own in batches]
-    found = []
-    for name, module in model.named_modules():
-        reason = _reason(module, cuts, ranks)
-        if reason:
-            found.append(Inequality(name or "(model)", type(module).__name__, reason))
-    return found
+    splits = [_micro_batches(size, count, ranks) for size, count in batches]
+    reasons = [(name, module, _reason(module, splits, ranks)) for name, module in model.named_modules()]
+    return [Inequality(name or "(model)", type(module).__name__, why) for name, module, why in reasons if why]
 
 
 def _micro_batches(samples: int, steps: int, ranks: int) -> list[int]:
-    """Sizes of all ranks' micro-batches, in the order of the batch's samples; as `rank_share` cuts."""
+    """Sizes of all ranks' micro-batches, split as by `rank_share`, in the order of the batch's samples."""
     sizes = split_sizes(samples, steps, empty=True)
     return [part for size in sizes for part in split_sizes(size, ranks, empty=True) if part]
 
 
-def _reason(module: nn.Module, cuts: list[list[int]], ranks: int) -> str | None:
+def _reason(module: nn.Module, splits: list[list[int]], ranks: int) -> str | None:
     if not module.training:
         return None
     groups = getattr(module, "statistics_groups", None)
     if groups is not None:
-        return _grouped(groups, cuts, ranks)
+        return _grouped(groups, splits, ranks)
     if isinstance(module, _BatchNorm):
-        return f"batch statistics over {max(cuts[0])} of {sum(cuts[0])} samples"
+        return f"batch statistics over {max(splits[0])} of {sum(splits[0])} samples"
     if isinstance(module, _InstanceNorm) and module.track_running_stats:
         return "running statistics updated once a micro-batch"
     draws = "random draws depend on the split"
@@ -79,8 +82,8 @@ def _reason(module: nn.Module, cuts: list[list[int]], ranks: int) -> str | None:
     return None
 
 
-def _grouped(groups: Callable[[int], list[int]], cuts: list[list[int]], ranks: int) -> str | None:
-    for sizes in cuts:
+def _grouped(groups: Callable[[int], list[int]], splits: list[list[int]], ranks: int) -> str | None:
+    for sizes in splits:
         whole = sum(sizes)
         if [group for size in sizes for group in groups(size)] != groups(whole):
             return f"other groups of statistics in micro-batches of {max(sizes)} than in all {whole} samples"

@@ -1,10 +1,10 @@
-"""The window as one CUDA graph: recorded once, replayed without the host's part of every kernel.
+"""Windows and optimizer steps as CUDA graphs: captured once, then replayed with one launch each.
 
-A small model's kernels end sooner than the host can launch them. A recorded window (all its micro-batches,
-forward and backward) and a recorded step (unscale, clip, optimizer, loss scale) are one launch each. They
-compute what the same calls compute without a graph (but for learning rates, which a tensor holds in fp32), on
-tensors that stay where they were when recorded. Hooks of modules, tensors and optimizers are not called by a
-replay.
+A small model's kernels end sooner than the host can launch them. A graph of the window holds the forward
+and backward passes of all its micro-batches; a graph of the step holds unscaling, clipping, the optimizer
+and the loss scale. A replay computes what the same calls compute without a graph, except that learning rates
+are fp32 tensors, and works on the memory that was captured. It does not call the hooks of modules, tensors
+and optimizers.
 """
 
 from __future__ import annotations
@@ -22,44 +22,44 @@ from .batch import Nested, map_tensors, tensors
 from .step import OptimizerStep, StepResult
 from .window import Observer, Window, WindowResult
 
-# Calls of a kind that are carried out before one is recorded: kernels are chosen and loaded, and optimizer
-# state is made, in the first ones.
+# Eager calls of a kind before its capture: the first ones select and load kernels and create optimizer state.
 FIRST = 2
-# Kinds of window, by sizes and shapes, that are kept.
+# Recorded kinds of window (sizes and shapes) that are kept.
 MOST = 16
 
-# Windows in a row that are computed because something moved, after which that is said.
+# Consecutive eager windows because of moved tensors after which `MOVED` is warned about.
 IN_A_ROW = 2 * FIRST
 MOVED = (
     "windows are computed, not replayed: gradients, parameters, buffers or modes are others than the window "
     "before has left; zero gradients in place, with zero_grad(set_to_none=False)"
 )
 
-Record = Callable[[Callable[[], Any]], Callable[[], Any]]
+# Records a function without arguments and returns a function that replays it.
+GraphRecorder = Callable[[Callable[[], Any]], Callable[[], Any]]
 
 
 class CudaGraphs:
-    """Records what is called, on a stream of its own and in memory that all its graphs share.
+    """A `GraphRecorder` that captures CUDA graphs on its own stream and in one memory pool.
 
-    A graph may use the memory of another because nothing of a replay is read after the next one: its results
-    are copied at once.
+    The graphs may share memory because no result of a replay is read after the next replay: results are
+    copied at once.
     """
 
     def __init__(self, device: torch.device | str = "cuda") -> None:
         self._device = torch.device(device)
         self._stream = torch.cuda.Stream(self._device)
         self._pool: Any = torch.cuda.graph_pool_handle()
-        # Once no graph of a pool is left, nothing more is recorded into it while a tensor there is alive.
+        # Keeps the pool in use: torch does not capture into a pool that has tensors but no graph any more.
         self._first = self(lambda: torch.zeros((), device=self._device))
 
     def __call__(self, function: Callable[[], Any]) -> Callable[[], Any]:
-        """A replay of `function`, which returns the tensors that `function` returned, filled anew.
+        """Captures `function`. The replay returns the tensors that `function` returned, filled again.
 
         Raises:
-            RuntimeError: for work that no graph can hold, such as a copy that the host waits for.
+            RuntimeError: for work that cannot be captured, such as a copy that the host waits for.
         """
         graph = torch.cuda.CUDAGraph()
-        # Threads of others, such as those that watch the machine, do not disturb it.
+        # "thread_local": calls of other threads, such as hardware monitors, do not invalidate the capture.
         with (
             torch.cuda.device(self._device),
             torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"),
@@ -75,8 +75,8 @@ class CudaGraphs:
 
 
 @dataclass(frozen=True)
-class _Kept:
-    """A recorded window, and the tensors that a batch is copied into before it is replayed."""
+class _Recording:
+    """A recorded window: the tensors that hold its batch, and its replay."""
 
     inputs: Nested
     targets: Nested
@@ -84,40 +84,40 @@ class _Kept:
 
 
 class GraphedWindow:
-    """`Window.backward`, replayed where it was recorded before.
+    """`Window.backward` that replays a recording where there is one.
 
-    The first windows of a kind (samples, steps, shapes) are computed as they are, the next is recorded.
-    Windows that somebody looks into (`Window.after_micro_batch`) and kinds beyond the first 16 always are
-    computed. So is a window before which a gradient, parameter or buffer was replaced or a module changed its
-    mode: nothing recorded before it is replayed again. Zero gradients in place, with
-    `zero_grad(set_to_none=False)`, or there is nothing to replay, which a warning says.
+    The first windows of a kind (samples, steps, shapes) run eagerly, the next is recorded. Windows with
+    `Window.after_micro_batch` hooks and kinds beyond the first 16 always run eagerly. So does a window before
+    which a gradient, parameter or buffer was replaced or a module changed its mode, and all recordings are
+    then discarded. Zero gradients in place, with `zero_grad(set_to_none=False)`: otherwise no window is
+    replayed, and a warning says so.
 
-    The memory of the largest recorded window is not given back, so both a recorded window and one that is
-    computed as it is need room.
+    The memory of the largest recorded window is not released, so recorded and eager windows need memory for
+    both.
 
     Args:
         window: of one process, on a GPU, without fp32 buffers.
-        record: of both this and the `GraphedStep`.
+        recorder: the same for this and for the `GraphedStep`.
 
     Raises:
         ValueError: for a window that cannot be recorded.
     """
 
-    def __init__(self, window: Window, record: Record) -> None:
+    def __init__(self, window: Window, recorder: GraphRecorder) -> None:
         if window.sync.ranks.size > 1 or window.sync.sharded or window.fp32_buffers:
             raise ValueError("a window of one process, without fp32 buffers, is recorded")
         self.window = window
-        self.record = record
+        self.recorder = recorder
         window.sync.keeps_gradients = True
-        self._seen: dict[Hashable, int] = {}
-        self._kept: dict[Hashable, _Kept] = {}
+        self._counts: dict[Hashable, int] = {}
+        self._recordings: dict[Hashable, _Recording] = {}
         parts = [part for part in (window.model, window.loss) if isinstance(part, nn.Module)]
         self._modules = [module for part in parts for module in part.modules()]
-        self._weighted = [*window.loss.parameters()] if isinstance(window.loss, nn.Module) else []
-        # What all that is kept was recorded with, and what the last window that was computed has left.
-        self._recorded_with: Hashable = None
-        self._left: Hashable = None
-        self._moved = 0
+        self._loss_parameters = [*window.loss.parameters()] if isinstance(window.loss, nn.Module) else []
+        # `_state` at the recording, and after the last eager window.
+        self._recorded_state: Hashable = None
+        self._eager_state: Hashable = None
+        self._moved_in_a_row = 0
 
     def backward(
         self,
@@ -129,127 +129,124 @@ class GraphedWindow:
         weight: float | None = None,
         observe: Observer | None = None,
     ) -> WindowResult:
-        """As `Window.backward`. The next window overwrites nothing of the result, nor what `observe` got."""
+        """As `Window.backward`. Later windows overwrite neither the result nor what `observe` was given."""
         window = self.window
         steps = window.steps if steps is None else steps
         options: dict[str, Any] = {"steps": steps, "samples": samples, "weight": weight}
         if window.after_micro_batch:
             return window.backward(inputs, targets, **options, observe=observe)
-        kind = (steps, samples, weight, observe is not None, _form(inputs), _form(targets))
-        found = self._surroundings()
-        if found != self._recorded_with:
-            self._kept.clear()
-        kept = self._kept.get(kind)
-        if kept is None:
-            seen = self._seen[kind] = self._seen.get(kind, 0) + 1
-            moved = found != self._left
-            if seen <= FIRST or len(self._kept) >= MOST or moved:
-                self._moved = self._moved + 1 if moved else 0
-                if self._moved == IN_A_ROW:
+        kind = (*options.values(), observe is not None, _signature(inputs), _signature(targets))
+        state = self._state()
+        if state != self._recorded_state:
+            self._recordings.clear()
+        recording = self._recordings.get(kind)
+        if recording is None:
+            count = self._counts[kind] = self._counts.get(kind, 0) + 1
+            moved = state != self._eager_state
+            if count <= FIRST or len(self._recordings) >= MOST or moved:
+                self._moved_in_a_row = self._moved_in_a_row + 1 if moved else 0
+                if self._moved_in_a_row == IN_A_ROW:
                     warnings.warn(MOVED, stacklevel=2)
                 result = window.backward(inputs, targets, **options, observe=observe)
-                self._left = self._surroundings()
+                self._eager_state = self._state()
                 return result
-            kept = self._kept[kind] = self._recorded(inputs, targets, options, observe is not None)
-            self._recorded_with = found
-        _copy(inputs, kept.inputs)
-        _copy(targets, kept.targets)
-        result, seen_outputs = kept.replay()
-        for outputs, targets_k in seen_outputs if observe is not None else ():
-            assert observe is not None
-            observe(_cloned(outputs), _cloned(targets_k))
-        counted = result.weight
-        return replace(
-            result,
-            loss=result.loss.clone(),
-            weight=counted.clone() if isinstance(counted, Tensor) else counted,
-        )
+            recording = self._recordings[kind] = self._record(inputs, targets, options, observe is not None)
+            self._recorded_state = state
+        for given, held in ((inputs, recording.inputs), (targets, recording.targets)):
+            for source, target in zip(tensors(given), tensors(held), strict=True):
+                target.copy_(source)
+        result, observed = recording.replay()
+        if observe is not None:
+            for outputs, targets_k in observed:
+                observe(*_map_outputs(torch.clone, (outputs, targets_k)))
+        total = result.weight.clone() if isinstance(result.weight, Tensor) else result.weight
+        return replace(result, loss=result.loss.clone(), weight=total)
 
-    def _recorded(self, inputs: Nested, targets: Nested, options: dict[str, Any], observed: bool) -> _Kept:
+    def _record(self, inputs: Nested, targets: Nested, options: dict[str, Any], observe: bool) -> _Recording:
         inputs, targets = map_tensors(torch.clone, inputs), map_tensors(torch.clone, targets)
 
         def window() -> tuple[WindowResult, list[tuple[Any, Nested]]]:
-            seen: list[tuple[Any, Nested]] = []
+            observed: list[tuple[Any, Nested]] = []
 
-            def observe(outputs: Any, targets_k: Nested) -> None:
-                seen.append((_mapped(torch.Tensor.detach, outputs), targets_k))
+            def keep(outputs: Any, targets_k: Nested) -> None:
+                observed.append((_map_outputs(torch.Tensor.detach, outputs), targets_k))
 
-            result = self.window.backward(inputs, targets, **options, observe=observe if observed else None)
-            return result, seen
+            result = self.window.backward(inputs, targets, **options, observe=keep if observe else None)
+            return result, observed
 
-        before = self._surroundings()
-        held = [(m._buffers, name, buffer) for m in self._modules for name, buffer in m._buffers.items()]
+        before = self._state()
+        buffers = [(m._buffers, name, buffer) for m in self._modules for name, buffer in m._buffers.items()]
         try:
-            replay = self.record(window)
+            replay = self.recorder(window)
         finally:
-            moved = self._surroundings() != before
-            for buffers, name, buffer in held if moved else ():
-                buffers[name] = buffer
+            moved = self._state() != before
+            for module_buffers, name, buffer in buffers if moved else ():
+                module_buffers[name] = buffer
         if moved:
             raise RuntimeError("a forward pass replaces a buffer, and a graph works on the one it began with")
-        return _Kept(inputs, targets, replay)
+        return _Recording(inputs, targets, replay)
 
-    def _surroundings(self) -> Hashable:
-        """Where everything is that a recorded window works on, and in which mode each module is."""
+    def _state(self) -> Hashable:
+        """The addresses of all tensors that a recorded window works on, and the mode of each module."""
         return (
-            places(self.window),
-            tuple([p.data_ptr() for p in self._weighted]),
+            parameter_addresses(self.window),
+            tuple([p.data_ptr() for p in self._loss_parameters]),
             tuple([b.data_ptr() for m in self._modules for b in m._buffers.values() if b is not None]),
             tuple([m.training for m in self._modules]),
         )
 
 
 class GraphedStep:
-    """`OptimizerStep`, replayed where it was recorded before.
+    """`OptimizerStep` that replays a recording where there is one.
 
-    Learning rates become tensors on the device, which a schedule fills. An optimizer that cannot be recorded
-    (none of torch's fused ones, or without `capturable` where it has that) steps as it is, once an update.
+    Learning rates become tensors on the device, which schedules fill. An optimizer that cannot be recorded
+    (`can_be_recorded`) steps eagerly.
 
     Args:
-        record: as that of the `GraphedWindow`, whose gradients are stepped on.
+        recorder: that of the `GraphedWindow` whose gradients are stepped on.
     """
 
-    def __init__(self, step: OptimizerStep, record: Record) -> None:
+    def __init__(self, step: OptimizerStep, recorder: GraphRecorder) -> None:
         self.step = step
-        self.record = record
-        self._seen = 0
-        self._known: Hashable = None
+        self.recorder = recorder
+        self._count = 0
+        self._settings: Hashable = None
         self._state: Any = None
         self._rates: list[Tensor] = []
-        self._kept: dict[bool, Callable[[], StepResult]] = {}
+        self._recordings: dict[bool, Callable[[], StepResult]] = {}
 
     def __call__(self, want_norm: bool = False) -> StepResult:
-        """As `OptimizerStep`. Nothing of the result is overwritten by the next step."""
+        """As `OptimizerStep`. The next step does not overwrite the result."""
         if not can_be_recorded(self.step):
             return self.step(want_norm)
         optimizer = self.step.optimizer
         rates = rates_to_device(optimizer)
-        known = places(self.step.window), settings(optimizer)
-        # Compared as objects: a state that was loaded is another one, whatever is in it.
+        settings = parameter_addresses(self.step.window), optimizer_settings(optimizer)
+        # By identity: `load_state_dict` makes a new state, even of equal values.
         same = optimizer.state is self._state and [id(r) for r in rates] == [id(r) for r in self._rates]
-        if not same or known != self._known:
-            self._kept.clear()
-            self._known, self._state, self._rates, self._seen = known, optimizer.state, rates, 0
-        self._seen += 1
-        if self._seen <= FIRST:
+        if not same or settings != self._settings:
+            self._recordings.clear()
+            self._settings, self._state, self._rates, self._count = settings, optimizer.state, rates, 0
+        self._count += 1
+        if self._count <= FIRST:
             return self.step(want_norm)
-        replay = self._kept.get(want_norm)
+        replay = self._recordings.get(want_norm)
         if replay is None:
-            replay = self._kept[want_norm] = self.record(lambda: self.step(want_norm))
-        found = replay()
-        return StepResult(*(None if t is None else t.clone() for t in (found.norm, found.overflow)))
+            replay = self._recordings[want_norm] = self.recorder(lambda: self.step(want_norm))
+        result = replay()
+        return StepResult(*(None if t is None else t.clone() for t in (result.norm, result.overflow)))
 
 
-def places(window: Window) -> tuple[Hashable, ...]:
-    """Where parameters and gradients are: a graph works on the memory that it was recorded with."""
+def parameter_addresses(window: Window) -> tuple[Hashable, ...]:
+    """The addresses of parameters and gradients, and which parameters are trained."""
     return tuple(
         (p.data_ptr(), p.requires_grad, 0 if p.grad is None else p.grad.data_ptr())
         for p in window.model.parameters()
     )
 
 
-def settings(optimizer: torch.optim.Optimizer) -> tuple[Hashable, ...]:
-    """What a recorded step has of its optimizer once and for all: everything but the learning rates."""
+def optimizer_settings(optimizer: torch.optim.Optimizer) -> tuple[Hashable, ...]:
+    """What a recorded step cannot change of its optimizer: all settings but the learning rates."""
     return tuple(
         (key, id(value) if isinstance(value, Tensor) else value)
         for group in optimizer.param_groups
@@ -259,34 +256,33 @@ def settings(optimizer: torch.optim.Optimizer) -> tuple[Hashable, ...]:
 
 
 def can_be_recorded(step: OptimizerStep) -> bool:
-    """Whether all of the step happens on the device, whatever the gradient."""
-    optimizer = step.optimizer
+    """Whether all of the step happens on the device, whatever the gradient.
+
+    True for torch's fused optimizers, with `capturable` if they have it, on parameters below fp64.
+    """
     if step.window.loss_scale is not None and not step.skips_on_device:
         return False
-    groups = optimizer.param_groups
-    # A fused kernel takes the learning rate from a tensor of fp32, which is another rate in fp64.
+    # A fused kernel takes the learning rate from an fp32 tensor, which rounds the rate of an fp64 update.
     return all(
         group.get("fused")
         and group.get("capturable", True)
         and all(p.dtype is not torch.float64 for p in group["params"])
-        for group in groups
+        for group in step.optimizer.param_groups
     )
 
 
 def rates_to_device(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    """Makes every learning rate that is a number a tensor beside its parameters; all of them."""
-    found: list[Tensor] = []
+    """Replaces learning rates that are numbers by fp32 tensors of shape (), and returns all rates."""
     for group in optimizer.param_groups:
         device = group["params"][0].device
         rate = group["lr"]
         if not isinstance(rate, Tensor) or rate.device != device:
             group["lr"] = torch.full((), float(rate), dtype=torch.float32, device=device)
-        found.append(group["lr"])
-    return found
+    return [group["lr"] for group in optimizer.param_groups]
 
 
 def rates_as_numbers(state: dict[str, Any]) -> dict[str, Any]:
-    """An optimizer's `state_dict` with numbers for the learning rates that `rates_to_device` made tensors."""
+    """A copy of an optimizer's `state_dict` in which learning rates are numbers, not tensors."""
     groups = [
         {key: float(value) if key == "lr" else value for key, value in group.items()}
         for group in state["param_groups"]
@@ -294,19 +290,10 @@ def rates_as_numbers(state: dict[str, Any]) -> dict[str, Any]:
     return {**state, "param_groups": groups}
 
 
-def _mapped(function: Callable[[Tensor], Any], outputs: Any) -> Any:
-    """What a model returned, of the same types, with `function` of its tensors as far as torch finds them."""
+def _map_outputs(function: Callable[[Tensor], Any], outputs: Any) -> Any:
+    """Applies `function` to the tensors that torch's pytree finds in a model's outputs."""
     return pytree.tree_map_only(Tensor, function, outputs)
 
 
-def _cloned(outputs: Any) -> Any:
-    return _mapped(torch.clone, outputs)
-
-
-def _form(batch: Nested) -> tuple[Hashable, ...]:
+def _signature(batch: Nested) -> tuple[Hashable, ...]:
     return tuple((tuple(t.shape), t.dtype, t.device) for t in tensors(batch))
-
-
-def _copy(batch: Nested, kept: Nested) -> None:
-    for source, target in zip(tensors(batch), tensors(kept), strict=True):
-        target.copy_(source)

@@ -136,7 +136,7 @@ def window_loss(criterion: Callable[..., Any] | WindowLoss) -> WindowLoss:
 
 
 def _widened(outputs: Any) -> Any:
-    """Casts bf16 and fp16 outputs to fp32: their mantissa is too short for a sum over items."""
+    """Casts bf16 and fp16 outputs to fp32, because a sum over items needs more bits than theirs."""
     if isinstance(outputs, Tensor) and outputs.dtype in (torch.bfloat16, torch.float16):
         return outputs.float()
     return outputs

@@ -1,4 +1,4 @@
-"""How many bytes a forward pass keeps for its backward, and whether an error says there was no room."""
+"""Measures the bytes saved for backward, and recognises out-of-memory errors."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .sync import plain
 
-# How allocators below torch say it, in errors that have no class of their own.
+# Messages of allocators below torch, whose errors have no class of their own.
 _SHORT = (
     "can't allocate memory",
     "not enough memory",
@@ -20,7 +20,7 @@ _SHORT = (
     "CUSOLVER_STATUS_ALLOC_FAILED",
     "CUFFT_ALLOC_FAILED",
     "MPS backend out of memory",
-    # What cuDNN says when no algorithm's workspace fits.
+    # cuDNN, when no algorithm's workspace fits.
     "unable to find an engine to execute this computation",
     "Triton Error [CUDA]: out of memory",
     "std::bad_alloc",
@@ -28,17 +28,20 @@ _SHORT = (
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether `error` says that there was no memory, on the device or on the host."""
+    """Whether `error` is an out-of-memory error of the device or the host."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and any(words in str(error) for words in _SHORT)
 
 
 class SavedActivations:
-    """The peak of bytes saved for backward while `measure_activations` is active.
+    """The peak of bytes saved for backward while `measure_activations` is active, on any device.
 
-    Counts what autograd keeps between forward and backward, each storage once, without parameters,
-    buffers and the batch itself. On any device; it knows nothing of the allocator.
+    Counts the storages that autograd keeps between forward and backward, each once, without parameters,
+    buffers and the batch itself.
+
+    Attributes:
+        peak_bytes: the largest sum of storages alive at once, in bytes.
     """
 
     def __init__(self) -> None:
@@ -54,8 +57,8 @@ class SavedActivations:
         return _Saved(self, tensor)
 
     def add(self, tensor: Tensor) -> int | None:
-        """Counts `tensor`; the key to `drop` it by, or None where it is not an activation."""
-        # A fully sharded parameter is whole only now, in memory that was not there before.
+        """Counts `tensor` and returns the key to `drop` it by, or None if it is no activation."""
+        # By its type: a fully sharded parameter is gathered into memory that `exclude` could not see.
         origin = tensor._base if tensor._is_view() else tensor
         storage = tensor.untyped_storage().data_ptr()
         if isinstance(origin, nn.Parameter) or storage in self._owned:
@@ -68,7 +71,7 @@ class SavedActivations:
         return storage
 
     def start_anew(self) -> None:
-        """Forgets the peak so far, of what came to nothing."""
+        """Resets the peak to the bytes alive now, after a discarded window."""
         self.peak_bytes = self._live_bytes
 
     def drop(self, storage: int) -> None:
@@ -80,10 +83,10 @@ class SavedActivations:
 
 
 class _Saved:
-    """A saved tensor that tells when autograd lets go of it."""
+    """A saved tensor that is no longer counted once autograd releases it."""
 
     def __init__(self, saved: SavedActivations, tensor: Tensor) -> None:
-        # Its graph would hold it and it the graph, for ever where no backward goes through it.
+        # Without its graph: a cycle with it would never be freed if no backward runs.
         self.tensor = tensor.detach()
         self._saved = saved
         self._storage = saved.add(tensor)
@@ -95,7 +98,7 @@ class _Saved:
 
 @contextmanager
 def measure_activations(model: nn.Module, batch: Iterable[Tensor]) -> Iterator[SavedActivations]:
-    """Measures, in bytes, the activations that forward passes of `model` on `batch` keep for backward.
+    """Measures the activations, in bytes, that forward passes of `model` on `batch` save for backward.
 
     Costs a Python call per saved tensor: use it for a window, not for a run.
     """

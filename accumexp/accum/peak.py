@@ -1,4 +1,4 @@
-"""How many bytes of tensors are alive on a device at once, as torch's own allocator counts them."""
+"""Measures the peak memory of tensors on a device, as counted by torch's allocator."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from torch.profiler import ProfilerActivity, profile
 
 from .sync import plain
 
-# Told before its first use, or torch's profiler says in its log that it starts and stops.
+# Silences the profiler's log of its start and stop; read at its first use.
 QUIET = ("KINETO_LOG_LEVEL", "99")
 
 
 class Peak:
-    """What `measure_peak` found; complete when it has ended.
+    """The result of `measure_peak`, complete at its end.
 
     Attributes:
         start: bytes alive at the beginning.
-        peak: the most bytes that were alive at once.
-        changes: bytes allocated (above 0) and freed (below 0), one after the other.
+        peak: the largest number of bytes alive at once.
+        changes: bytes allocated (above 0) and freed (below 0), in order.
     """
 
     def __init__(self, start: int) -> None:
@@ -46,36 +46,38 @@ class Peak:
 
 @contextmanager
 def measure_peak(device: torch.device, before: int = 0) -> Iterator[Peak]:
-    """Measures the peak of the bytes of tensors on `device`, as its allocator counts them.
+    """Measures the peak bytes of tensors on `device`, as counted by its allocator.
 
-    That is all that torch allocates, what operators need while they run included. On a GPU it is
-    `torch.cuda.max_memory_allocated`, which knows what was there before. On a CPU torch counts only while
-    it is profiled, and `before` are the bytes that were there already (`held_bytes`). What other processes
-    and libraries take, and the workers of a DataLoader, is not in it.
+    Includes the temporary memory of operators; excludes other processes, other libraries and DataLoader
+    workers. On a GPU the peak is `torch.cuda.max_memory_allocated`. On a CPU torch counts only while it is
+    profiled.
 
-    One at a time, and not inside a profiler of torch. Costs as much as profiling does: use it for a few
-    updates, not for a run.
+    Cannot be nested, nor used inside a torch profiler. Costs as much as profiling: use it for a few updates,
+    not for a run.
+
+    Args:
+        before: on a CPU, the bytes that are alive at the beginning (`held_bytes`).
     """
-    gc.collect()  # what is left of others would be freed inside, and not counted
+    gc.collect()  # garbage freed inside would be counted as a decrease
     counts = device.type == "cuda"
     if counts:
         torch.cuda.empty_cache()
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
-    found = Peak(torch.cuda.memory_allocated(device) if counts else before)
+    measured = Peak(torch.cuda.memory_allocated(device) if counts else before)
     os.environ.setdefault(*QUIET)
     profiler = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
     try:
         with profiler:
-            yield found
+            yield measured
     finally:
         kind = DeviceType.CUDA if counts else DeviceType.CPU
-        found.changes = _changes(profiler, kind)
-        found.peak = torch.cuda.max_memory_allocated(device) if counts else max(found.alive)
+        measured.changes = _changes(profiler, kind)
+        measured.peak = torch.cuda.max_memory_allocated(device) if counts else max(measured.alive)
 
 
 def held_bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes in memory behind `tensors`, each storage once."""
+    """The bytes of the storages of `tensors`, each storage counted once."""
     storages = {}
     for tensor in tensors:
         storage = plain(tensor).untyped_storage()
@@ -84,16 +86,15 @@ def held_bytes(tensors: Iterable[Tensor]) -> int:
 
 
 def extrapolated(small: tuple[int, Peak], large: tuple[int, Peak], size: int, beside: int = 0) -> int:
-    """The peak in bytes at `size`, from those of the same work at two other sizes.
+    """The peak in bytes at `size`, extrapolated from measurements of the same work at two other sizes.
 
-    The bytes of every tensor are linear in the size of a micro-batch, so those that are alive are, at every
-    place of the work; the peak is the maximum over the places, which need not be the same at all sizes.
-    Where the allocator was not asked for the same things in the same order, it is the line through the two
-    peaks.
+    The bytes of every tensor are linear in the micro-batch's size, and so is their sum after each
+    allocation. The peak is the maximum over these lines, which may be a different one at each size. If the
+    two measurements differ in their sequence of allocations, it is the line through the two peaks.
 
     Args:
-        small, large: (size, what was measured) at two different sizes.
-        beside: bytes at `size` that are no part of what was measured.
+        small, large: (size, measurement) at two different sizes.
+        beside: bytes at `size` that the measurements do not include, added to the result.
     """
     (a, first), (b, second) = small, large
     pairs = zip(first.alive, second.alive, strict=True) if alike(first, second) else ()
@@ -102,7 +103,7 @@ def extrapolated(small: tuple[int, Peak], large: tuple[int, Peak], size: int, be
 
 
 def alike(first: Peak, second: Peak) -> bool:
-    """Whether the allocator was asked for the same things in the same order."""
+    """Whether two measurements have the same sequence of allocations and frees."""
     return len(first.changes) == len(second.changes) and all(
         (p > 0) == (q > 0) for p, q in zip(first.changes, second.changes, strict=True)
     )

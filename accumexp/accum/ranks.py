@@ -1,4 +1,4 @@
-"""The processes that share a window, and what they tell each other besides gradients."""
+"""The processes that share a window, and their collectives besides the gradients' reduction."""
 
 from __future__ import annotations
 
@@ -13,8 +13,12 @@ from torch import Tensor
 class Ranks:
     """The ranks of a process group, or this process alone.
 
-    Sums and maxima are in place, on the tensor's own device; on a GPU the host does not wait for them.
-    All ranks must ask for the same things in the same order.
+    Reductions work in place on the tensor's device; on a GPU the host does not wait for them. As with any
+    collective, all ranks must make the same calls in the same order.
+
+    Args:
+        group: the process group, by default torch's default group.
+        alone: one process, without torch.distributed.
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None, *, alone: bool = False) -> None:
@@ -29,7 +33,7 @@ class Ranks:
         return tensor
 
     def sum_soon(self, tensor: Tensor) -> Callable[[], None]:
-        """Starts `sum`; the result is there when what is returned has been called."""
+        """Starts `sum` asynchronously. Returns a function that waits for it."""
         work: Any = dist.all_reduce(tensor, dist.ReduceOp.SUM, self.group, async_op=True)
         return work.wait
 
@@ -42,26 +46,26 @@ class Ranks:
         return raised > 0
 
     def largest(self, numbers: list[int]) -> list[int]:
-        """The largest of each number over the ranks.
+        """The elementwise maximum over the ranks.
 
-        The host waits for the other hosts, and not for its device, where the group has a backend for the CPU.
+        The host waits for the other hosts, but not for its device if the group has a CPU backend.
         """
         if self.size == 1:
             return numbers
         device = "cpu" if "cpu:" in dist.get_backend_config(self.group) else "cuda"
-        found = torch.tensor(numbers, dtype=torch.int64, device=device)
-        dist.all_reduce(found, dist.ReduceOp.MAX, self.group)
-        return found.tolist()
+        maxima = torch.tensor(numbers, dtype=torch.int64, device=device)
+        dist.all_reduce(maxima, dist.ReduceOp.MAX, self.group)
+        return maxima.tolist()
 
 
 ALONE = Ranks(alone=True)
 
 
 class Agreement:
-    """Lets every rank know of a wish of any rank at the same update, without waiting for the device.
+    """Spreads a request of any rank to all ranks at the same update, without waiting for the device.
 
-    A wish is a number, 0 for none; of several the largest counts. The wishes of one update travel while
-    the next is computed, so that all ranks know of them an update later. One process knows at once.
+    A request is a number, 0 for none; the largest counts. The all-reduce of one update's requests overlaps
+    with the next update, so all ranks get the result an update later; a single process gets it at once.
     """
 
     def __init__(self, ranks: Ranks) -> None:
@@ -69,19 +73,19 @@ class Agreement:
         self._largest = torch.zeros((), dtype=torch.int32)
         self._under_way: Any = None
 
-    def soon(self, wish: int) -> int:
-        """Sends `wish` and returns the largest that was sent when this was last called."""
+    def soon(self, request: int) -> int:
+        """Starts the reduction of `request` and returns the result of the previous call's reduction."""
         if self.ranks.size == 1:
-            return wish
+            return request
         arrived = self._arrived()
-        self._largest.fill_(wish)
+        self._largest.fill_(request)
         self._under_way = dist.all_reduce(self._largest, dist.ReduceOp.MAX, self.ranks.group, async_op=True)
         return arrived
 
-    def now(self, wish: int) -> int:
-        """The largest wish of all ranks, now or when `soon` was last called. Waits for all ranks."""
-        self.soon(max(wish, self._arrived()))
-        return wish if self.ranks.size == 1 else self._arrived()
+    def now(self, request: int) -> int:
+        """The largest request of all ranks, of this call and of the last `soon`. Waits for all ranks."""
+        self.soon(max(request, self._arrived()))
+        return request if self.ranks.size == 1 else self._arrived()
 
     def _arrived(self) -> int:
         if self._under_way is not None:

@@ -1,4 +1,4 @@
-"""Out of memory is not the end: back to the window's start, and the same samples in more micro-batches."""
+"""Recovers from out of memory: restores the window's start and repeats it in smaller micro-batches."""
 
 from __future__ import annotations
 
@@ -17,18 +17,19 @@ from .batch import Nested, batch_size
 from .memory import is_out_of_memory
 from .window import Observer, Window, WindowResult
 
-# Windows in a row that leave Python's `random` alone, after which its state, slow to copy, is not kept.
+# Consecutive windows without a draw from Python's `random` after which its state, slow to copy, is not saved.
 QUIET = 3
 
 
 @dataclass(frozen=True)
 class OutOfMemory:
-    """A window that ran out of memory and begins again, finer.
+    """A window that ran out of memory and is repeated in smaller micro-batches.
 
     Attributes:
-        rank: that failed, the first of several.
-        micro_batch: that it failed in, from 0, of `steps`.
-        at_most: samples that a micro-batch of any rank has from now on.
+        rank: the rank that failed, the first of several.
+        micro_batch: the index of the micro-batch that failed, from 0.
+        steps: micro-batches in the window.
+        at_most: the largest number of samples in a micro-batch on a rank from now on.
     """
 
     rank: int
@@ -38,33 +39,31 @@ class OutOfMemory:
 
 
 class Recovery:
-    """`Window.backward` for a device whose memory may run out.
+    """`Window.backward` that recovers from out of memory.
 
-    Where it does, in any micro-batch on any rank, all ranks go back to the window's start (gradients, buffers
-    of model and loss, the generators of torch, and Python's `random` if the first windows draw from it; not
-    NumPy's) and make the same update in micro-batches half as large, until there is memory. Later windows are
-    split as fine, in as many micro-batches as were asked for at least. What results is to the bit what a
-    window of that many micro-batches gives.
+    If any micro-batch on any rank runs out of memory, all ranks restore the window's start (gradients,
+    buffers of model and loss, torch's generators, and Python's `random` if the first windows draw from it;
+    not NumPy's) and repeat the update in micro-batches half as large, until it succeeds. Later windows keep
+    this limit. The result has the bits of a window of that many micro-batches.
 
-    Gradients are not copied: going back is `None`, or zeros in place on several ranks, so they must be so
-    when the window begins. One process that finds `.grad` tensors there (`zero_grad(set_to_none=False)`) does
-    not know whether they are zeros, and lets the error pass.
+    Gradients are not copied. They are reset to `None`, or on several ranks to zeros in place, and must be so
+    when a window begins. On one process `.grad` tensors that exist then (`zero_grad(set_to_none=False)`) may
+    not be zeros, so the error is raised.
 
-    On several ranks no micro-batch waits for another rank: the ranks agree when each has done its own, on
-    the host, and gradients are added then. So no reduction hides behind the last backward.
+    On several ranks the micro-batches do not communicate: after the last one the ranks exchange their status
+    on the host and then reduce gradients. So the reduction does not overlap with the last backward.
 
-    The memory to go back from is taken here, not in a window, where a rank without it would leave the
-    others waiting.
+    The memory of the restored state is allocated here: a rank that could not allocate it in a window would
+    leave the others waiting.
 
     Args:
-        tell: called on all ranks with each `OutOfMemory`, before the window begins again.
+        notify: called on all ranks with each `OutOfMemory`, before the window is repeated.
 
     Attributes:
-        at_most: samples that a micro-batch may have on a rank, or None as long as nothing failed.
+        at_most: the largest number of samples in a micro-batch on a rank, or None before the first failure.
 
     Raises:
-        ValueError: for a window that cannot be split finer by a rank alone, or not without a change of the
-            update: `refusal` says which.
+        ValueError: for a window that cannot be repeated, with the reason that `refusal` gives.
     """
 
     def __init__(self, window: Window, notify: Callable[[OutOfMemory], None] | None = None) -> None:
@@ -74,7 +73,7 @@ class Recovery:
         self.window = window
         self.notify = notify
         self.at_most: int | None = None
-        # A wrapper's backward that fails in its reduction cannot be begun again, even on a single rank.
+        # DDP's backward cannot be repeated once it failed in its reduction, even on a single rank.
         self._alone = not window.sync.keeps_gradients
         self._start = _Start(window)
         self._largest = 0  # samples in a micro-batch of this rank
@@ -82,7 +81,7 @@ class Recovery:
 
     @staticmethod
     def refusal(window: Window) -> str | None:
-        """Why `window` cannot be made again in more micro-batches, or None."""
+        """Why `window` cannot be repeated in more micro-batches, or None if it can."""
         if window.sync.sharded:
             return "a fully sharded model waits for all ranks in every forward: none goes back alone"
         if window.reduction == "sum":
@@ -103,35 +102,35 @@ class Recovery:
         weight: float | None = None,
         observe: Observer | None = None,
     ) -> WindowResult:
-        """As `Window.backward`; the result's `steps` are those that were made.
+        """As `Window.backward`; the result's `steps` are those of the repetition that succeeded.
 
-        What is called in between (`observe`, `Window.after_micro_batch`) sees a window that failed too, and
-        `Window.on_discard` tells it so.
+        `observe` and `Window.after_micro_batch` are called for a failed window too; `Window.on_discard` is
+        called when it is discarded.
 
         Raises:
-            torch.OutOfMemoryError: on all ranks, if one sample in a micro-batch is too much for one of them,
-                or if it happens where they work together: when DDP, before the first micro-batch, shares
-                buffers and once makes its buckets anew, and when the gradients of the ranks are added.
+            torch.OutOfMemoryError: on all ranks, if a micro-batch of one sample is too large for one of them,
+                or if a collective runs out of memory: DDP's broadcast of buffers and its rebuilding of
+                buckets, before the first micro-batch, and the reduction of gradients.
         """
         window = self.window
-        own = batch_size((inputs, targets)) if samples is None else samples
-        asked = window.steps if steps is None else steps
-        steps = asked if self.at_most is None else self._steps(own, asked)
+        count = batch_size((inputs, targets)) if samples is None else samples
+        requested = window.steps if steps is None else steps
+        steps = requested if self.at_most is None else self._steps(count, requested)
         if not self._alone:
             window.sync.begin_without_sync()
-        self._start.remember()
+        self._start.save()
         agree = None if self._alone else self._agree
         while True:
             self._agreed = False
-            self._largest = -(-own // steps) if steps > 0 else 0
+            self._largest = -(-count // steps) if steps > 0 else 0
             failure: _Failure | None = None
             reason = ""
             try:
                 return window.backward(
                     inputs, targets, steps=steps, samples=samples, weight=weight, observe=observe, agree=agree
                 )
-            except _Elsewhere as elsewhere:
-                failure = elsewhere.failure
+            except _OtherRankFailed as error:
+                failure = error.failure
             except Exception as error:
                 if self._agreed or not is_out_of_memory(error):
                     raise
@@ -139,8 +138,8 @@ class Recovery:
                     error.add_note("there were gradients before this window, so it cannot begin again")
                     raise
                 reason = str(error).partition("\n")[0]
-                _let_go(error)
-            failure = failure or self._failure(failed=True)
+                _clear_frames(error)
+            failure = failure or self._exchange(failed=True)
             assert failure is not None
             self._start.restore()
             if failure.too_large < 2:
@@ -149,7 +148,7 @@ class Recovery:
             self.at_most = -(-failure.largest // 2)
             if self.notify is not None:
                 self.notify(OutOfMemory(failure.rank, failure.micro_batch, steps, self.at_most))
-            steps = self._steps(own, asked)
+            steps = self._steps(count, requested)
 
     def state_dict(self) -> dict[str, Any]:
         return {"at_most": self.at_most}
@@ -157,23 +156,23 @@ class Recovery:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.at_most = state["at_most"]
 
-    def _steps(self, own: int, asked: int) -> int:
-        """`asked`, or as many micro-batches as are needed since one was too large, on all ranks alike."""
+    def _steps(self, samples: int, requested: int) -> int:
+        """The micro-batches on all ranks: `requested`, or more if a rank's would be larger than `at_most`."""
         assert self.at_most is not None
-        return self.window.sync.ranks.largest([max(asked, -(-own // self.at_most))])[0]
+        return self.window.sync.ranks.largest([max(requested, -(-samples // self.at_most))])[0]
 
     def _agree(self) -> None:
-        failure = self._failure(failed=False)
+        failure = self._exchange(failed=False)
         if failure is not None:
-            raise _Elsewhere(failure)
+            raise _OtherRankFailed(failure)
         self._agreed = True
 
-    def _failure(self, failed: bool) -> _Failure | None:
-        """What happened in the window on all ranks, who must all ask."""
+    def _exchange(self, failed: bool) -> _Failure | None:
+        """The first failure in the window on any rank. A collective."""
         ranks = self.window.sync.ranks
+        # The maximum is the first rank that failed, with the micro-batch in the lower 32 bits.
         place = ((ranks.size - ranks.rank) << 32 | self.window.under_way) if failed else 0
-        found = ranks.largest([place, self._largest, self._largest if failed else 0])
-        place, largest, too_large = found
+        place, largest, too_large = ranks.largest([place, self._largest, self._largest if failed else 0])
         if not place:
             return None
         return _Failure(ranks.size - (place >> 32), place & 0xFFFFFFFF, largest, too_large)
@@ -181,7 +180,7 @@ class Recovery:
 
 @dataclass(frozen=True)
 class _Failure:
-    """Where a window failed, and the most samples in a micro-batch of all ranks and of those that failed."""
+    """Where a window failed, and the largest micro-batch of all ranks and of those that failed."""
 
     rank: int
     micro_batch: int
@@ -189,8 +188,8 @@ class _Failure:
     too_large: int
 
 
-class _Elsewhere(Exception):
-    """Another rank has no memory for this window."""
+class _OtherRankFailed(Exception):
+    """Another rank ran out of memory in this window."""
 
     def __init__(self, failure: _Failure) -> None:
         super().__init__("out of memory on another rank")
@@ -198,26 +197,27 @@ class _Elsewhere(Exception):
 
 
 class _Start:
-    """What a window changes, as it was when the window began."""
+    """The state that a window changes, as it was when the window began."""
 
     def __init__(self, window: Window) -> None:
         self.window = window
         parts = [window.model, window.loss]
-        # What holds the buffers of each module: one may get its first at any time.
+        # The dicts of the modules' buffers: a module may get its first buffer later.
         self._held = [m._buffers for part in parts if isinstance(part, nn.Module) for m in part.modules()]
         self._parameters = list(window.model.parameters())
         self._absent: list[nn.Parameter] = []
         self._buffers: list[tuple[dict[str, Tensor | None], str, Tensor | None]] = []
-        # Those of them that have been made, and what was in them.
-        self._made: list[Tensor] = []
-        self._kept: list[Tensor] = []
+        # Those that are not lazy, and copies of them.
+        self._initialised: list[Tensor] = []
+        self._copies: list[Tensor] = []
         self._torch = self._python = self._device = None
         self._quiet = 0
-        self.clean = True
-        self._make_room([buffer for buffer in self._present() if not is_lazy(buffer)])
+        self.clean = True  # whether gradients can be restored without a copy
+        present = [buffer for held in self._held for buffer in held.values() if buffer is not None]
+        self._allocate([buffer for buffer in present if not is_lazy(buffer)])
 
-    def remember(self) -> None:
-        """Nothing here waits for the device, and gradients are not copied."""
+    def save(self) -> None:
+        """Saves the state, without waiting for the device."""
         self._absent = [p for p in self._parameters if p.grad is None]
         self.clean = self.window.sync.keeps_gradients or len(self._absent) == len(self._parameters)
         self._torch = torch.default_generator.get_state()
@@ -229,14 +229,14 @@ class _Start:
         if self._parameters[0].is_cuda:
             self._device = torch.cuda.get_rng_state(self._parameters[0].device)
         self._buffers = [(held, name, buffer) for held in self._held if held for name, buffer in held.items()]
-        self._made = [b for _, _, b in self._buffers if b is not None and not is_lazy(b)]
-        if self._made:
+        self._initialised = [b for _, _, b in self._buffers if b is not None and not is_lazy(b)]
+        if self._initialised:
             with torch.no_grad():  # a buffer may carry a graph
-                self._make_room(self._made)
-                torch._foreach_copy_(self._kept, self._made)  # pyright: ignore[reportPrivateImportUsage]
+                self._allocate(self._initialised)
+                torch._foreach_copy_(self._copies, self._initialised)  # pyright: ignore[reportPrivateImportUsage]
 
     def restore(self) -> None:
-        gc.collect()  # what failed may be in cycles
+        gc.collect()  # tensors of the failed window may be in reference cycles
         self.window.discard()
         for parameter in self._absent:
             parameter.grad = None
@@ -246,8 +246,8 @@ class _Start:
                     parameter.grad.zero_()
             for held, name, buffer in self._buffers:
                 held[name] = buffer
-            if self._made:
-                torch._foreach_copy_(self._made, self._kept)  # pyright: ignore[reportPrivateImportUsage]
+            if self._initialised:
+                torch._foreach_copy_(self._initialised, self._copies)  # pyright: ignore[reportPrivateImportUsage]
         assert self._torch is not None
         torch.set_rng_state(self._torch)
         if self._python is not None:
@@ -258,16 +258,13 @@ class _Start:
         if device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _present(self) -> list[Tensor]:
-        return [buffer for held in self._held for buffer in held.values() if buffer is not None]
-
-    def _make_room(self, buffers: list[Tensor]) -> None:
-        if len(buffers) != len(self._kept) or not all(map(_alike, buffers, self._kept)):
-            self._kept = [torch.empty_like(buffer) for buffer in buffers]
+    def _allocate(self, buffers: list[Tensor]) -> None:
+        if len(buffers) != len(self._copies) or not all(map(_alike, buffers, self._copies)):
+            self._copies = [torch.empty_like(buffer) for buffer in buffers]
 
 
-def _let_go(error: BaseException | None) -> None:
-    """Empties the frames that `error` has come through, of what failed: whoever keeps it keeps no tensor."""
+def _clear_frames(error: BaseException | None) -> None:
+    """Clears the frames of `error`'s traceback, so that the error keeps no tensor alive."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:  # an error may be its own cause
         seen.add(id(error))

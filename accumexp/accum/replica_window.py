@@ -1,16 +1,14 @@
-"""Many windows as one: equal models with weights of their own, each on a batch of its own, at once.
+"""The windows of several replicas as one: models of one architecture, each with its own weights and batch.
 
-R models of one shape are one function of R stacked parameters (`torch.func.stack_module_state`), and a
-micro-batch of all of them is one `torch.func.vmap`ped forward and loss and one backward. What a window does
-(its weight, its split, its shares) is done for each of the models alone, so that each gets the gradient that
-it would have had by itself.
+The parameters of R models are stacked, as by `torch.func.stack_module_state`, and a micro-batch of all of
+them is one forward and loss under `torch.func.vmap` and one backward. Weights, splits and shares are those of
+each replica, so that each gets the gradient of its own window.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -18,7 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.utils import _pytree as pytree
 
-from .batch import Nested, batch_size, map_tensors, split_sizes
+from .batch import Nested, batch_size, map_tensors, split, split_sizes
 from .buffers import LOW_PRECISION
 from .loss import ClassIndexLoss, MeanOverSamples, SumOverSamples, WindowLoss
 from .weights import share_of
@@ -26,18 +24,18 @@ from .window import MicroBatch, Observer, Window, WindowResult
 
 
 class ReplicaWindow:
-    """The windows of R replicas, accumulated together.
+    """The windows of R replicas, accumulated at once.
 
     The models' parameters and buffers become views into stacks whose first dimension is the replica, and
-    their gradients views into the stacks' gradients. Each model stays what it was: it can be evaluated,
-    saved and stepped alone.
+    their gradients views into the stacks' gradients. Each model can still be evaluated, saved and stepped
+    by itself.
 
     Args:
-        windows: over models that differ in the values of their parameters and buffers alone, on one process.
+        windows: on one process, over models that differ only in the values of their parameters and buffers.
 
     Attributes:
         parameters: the stacked parameters, (R, ...) each, in the order of the models' own, tied ones once.
-            What the last window added nothing to has `.grad` None.
+            A parameter that the last window did not reach has `.grad` None.
     """
 
     def __init__(self, windows: Sequence[Window]) -> None:
@@ -45,12 +43,14 @@ class ReplicaWindow:
         self.parameters: list[Tensor] = []
         self._names: list[str] = []
         self._tied = False
+        # For each parameter: the replicas' own, the stacked gradient, its views, and the sum that is
+        # accumulated, in fp32 if asked for and else the gradient itself.
+        self._of_replicas: list[list[nn.Parameter]] = []
         self._gradients: list[Tensor] = []
-        self._parts: list[list[Tensor]] = []
+        self._views: list[list[Tensor]] = []
         self._sums: list[Tensor] = []
-        self._own: list[list[nn.Parameter]] = []
         self._buffers: dict[str, Tensor] = {}
-        self._seen: set[int] = set()  # the parameters that this window's micro-batches have reached
+        self._reached: set[int] = set()  # indices of the parameters with a gradient in this window
         self._stack()
 
     @property
@@ -59,13 +59,13 @@ class ReplicaWindow:
         return list(self._buffers.values())
 
     def stacks(self) -> dict[nn.Parameter, Tensor]:
-        """The stack that each of the first replica's parameters is in."""
-        return {own[0]: stack for own, stack in zip(self._own, self.parameters, strict=True)}
+        """The stack of each of the first replica's parameters."""
+        return {members[0]: stack for members, stack in zip(self._of_replicas, self.parameters, strict=True)}
 
     def keep(self, which: Sequence[int]) -> None:
-        """Goes on with the replicas `which` alone; the models of the others get memory of their own."""
+        """Keeps only the replicas `which`; the models of the others are copied out of the stacks."""
         for r in set(range(len(self.windows))) - set(which):
-            _leave(self.windows[r].model)
+            _unstack(self.windows[r].model)
         self.windows = [self.windows[r] for r in which]
         if self.windows:
             self._stack()
@@ -75,32 +75,31 @@ class ReplicaWindow:
         models = [window.model for window in self.windows]
         named = [dict(model.named_parameters()) for model in models]
         self._names = list(named[0])
-        self._tied = _ties(models[0])
-        self._own = [[each[name] for each in named] for name in self._names]
-        self.parameters, self._gradients, self._parts = [], [], []
-        for own in self._own:
-            stack = torch.stack([p.detach() for p in own])
-            gradient = torch.zeros_like(stack)
-            for r, parameter in enumerate(own):
-                parameter.data, parameter.grad = stack[r], None
-            self.parameters.append(stack.requires_grad_(own[0].requires_grad))
-            self._gradients.append(gradient)
-            self._parts.append(list(gradient.unbind()))
+        self._tied = _has_ties(models[0])
+        self._of_replicas = [[each[name] for each in named] for name in self._names]
+        self.parameters = []
+        for members in self._of_replicas:
+            stack = torch.stack([p.detach() for p in members])
+            for parameter, part in zip(members, stack.unbind(), strict=True):
+                parameter.data, parameter.grad = part, None
+            self.parameters.append(stack.requires_grad_(members[0].requires_grad))
+        self._gradients = [torch.zeros_like(stack) for stack in self.parameters]
+        self._views = [list(gradient.unbind()) for gradient in self._gradients]
         self._sums = [
             gradient.float() if self.windows[0].fp32_buffers and gradient.dtype in LOW_PRECISION else gradient
             for gradient in self._gradients
         ]
         self._buffers = {}
-        every = [dict(model.named_buffers()) for model in models]
-        for name in every[0]:
-            self._buffers[name] = stack = torch.stack([each[name] for each in every])
-            for r, each in enumerate(every):
-                each[name].data = stack[r]
+        buffers = [dict(model.named_buffers()) for model in models]
+        for name in buffers[0]:
+            self._buffers[name] = stack = torch.stack([each[name] for each in buffers])
+            for each, part in zip(buffers, stack.unbind(), strict=True):
+                each[name].data = part
 
     def backward(
         self, inputs: Nested, targets: Nested, *, steps: int, observe: Sequence[Observer | None] = ()
     ) -> list[WindowResult]:
-        """Forward and backward of every micro-batch of all replicas; gradients replace those of before.
+        """Forward and backward of every micro-batch of all replicas; replaces earlier gradients.
 
         Nothing here waits for the device.
 
@@ -108,37 +107,37 @@ class ReplicaWindow:
             inputs: the replicas' batches of the update, (R, n, ...).
             targets: their targets, (R, n, ...).
             steps: micro-batches in the window.
-            observe: for each replica None, or what is called with each micro-batch's detached outputs and
-                its targets.
+            observe: for each replica None, or a function called with each micro-batch's detached outputs
+                and its targets.
 
         Returns:
-            Of each replica what its window did.
+            Each replica's result.
 
         Raises:
-            ValueError: if the batches have fewer samples than `steps`, or a parameter is frozen in some of
-                the replicas alone.
+            ValueError: if the batches have fewer samples than `steps`, or a parameter is frozen in some but
+                not all replicas.
         """
         first = self.windows[0]
-        self._freeze()
+        self._update_frozen()
         samples = batch_size(_of((inputs, targets), 0))
         sizes = split_sizes(samples, steps)
-        parts = list(zip(_split(inputs, sizes), _split(targets, sizes), strict=True))
+        parts = list(zip(split(inputs, sizes, dim=1), split(targets, sizes, dim=1), strict=True))
         by_step = first.reduction == "sum"
         weights = [_weights(first, part) for part in ([t for _, t in parts] if by_step else [targets])]
-        share: Tensor | None = None  # of an item in each replica's loss, (R,)
+        share: Tensor | None = None  # 1 / weight of each replica, (R,)
         total: Tensor | None = None
-        self._seen = set()
+        self._reached = set()
         for k, (inputs_k, targets_k) in enumerate(parts):
             with first._precision():
                 outputs, loss_sum = self._forward(inputs_k, targets_k)
             if share is None or by_step:
                 share = share_of(weights[k if by_step else 0], loss_sum).expand_as(loss_sum)
-            learning = [p for p in self.parameters if p.requires_grad]
-            self._add(torch.autograd.grad(loss_sum, learning, self._seed(share), allow_unused=True))
+            trained = [p for p in self.parameters if p.requires_grad]
+            self._add(torch.autograd.grad(loss_sum, trained, self._seed(share), allow_unused=True))
             detached = loss_sum.detach()
             total = detached if total is None else total + detached
-            self._tell(MicroBatch(k, k == steps - 1, sizes[k], targets_k, share), outputs, observe)
-            # Outputs must not live through the next forward, as in a window of one.
+            self._notify(MicroBatch(k, k == steps - 1, sizes[k], targets_k, share), outputs, observe)
+            # Freed before the next forward, as in Window.
             del outputs, loss_sum
         self._close()
         assert share is not None and total is not None
@@ -148,87 +147,83 @@ class ReplicaWindow:
         each = weight.unbind() if isinstance(weight, Tensor) else [weight] * len(mean)
         return [WindowResult(m, w, samples, steps) for m, w in zip(mean.unbind(), each, strict=True)]
 
-    def _freeze(self) -> None:
-        """Takes over which parameters learn: callbacks may change it between windows."""
-        for name, stack, own in zip(self._names, self.parameters, self._own, strict=True):
-            learns = {parameter.requires_grad for parameter in own}
-            if len(learns) > 1:
+    def _update_frozen(self) -> None:
+        """Copies `requires_grad` from the replicas, where callbacks may change it between windows."""
+        for name, stack, members in zip(self._names, self.parameters, self._of_replicas, strict=True):
+            trained = {parameter.requires_grad for parameter in members}
+            if len(trained) > 1:
                 raise ValueError(f"{name} is frozen in some replicas and not in others: they cannot be one")
-            stack.requires_grad_(learns.pop())
+            stack.requires_grad_(trained.pop())
 
     def _forward(self, inputs: Nested, targets: Nested) -> tuple[Any, Tensor]:
-        """Outputs and summed losses of all replicas, (R, ...) and (R,)."""
+        """The outputs, (R, n, ...), and summed losses, (R,), of all replicas."""
         first = self.windows[0]
         parameters = dict(zip(self._names, self.parameters, strict=True))
 
         def one(parameters: Any, buffers: Any, inputs: Nested) -> Any:
-            return _called(first.model, (parameters, buffers), inputs, self._tied)
+            return _functional_call(first.model, (parameters, buffers), inputs, self._tied)
 
         outputs = vmap(one)(parameters, self._buffers, inputs)
         return outputs, _totals(first.loss, outputs, targets)
 
     def _seed(self, share: Tensor) -> Tensor:
-        """What autograd starts from, (R,): each replica's share, times its loss scale."""
+        """The gradient that backward starts from, (R,): each replica's share, times its loss scale."""
         if self.windows[0].loss_scale is None:
             return share
         scales = [window.loss_scale.scale for window in self.windows if window.loss_scale is not None]
         return (share * torch.stack(scales)).to(share.dtype)
 
     @torch.no_grad()
-    def _add(self, found: Sequence[Tensor | None]) -> None:
-        """Adds a micro-batch's gradients; `found` has one for each parameter that learns."""
-        learning = [k for k, p in enumerate(self.parameters) if p.requires_grad]
-        new = {k: g for k, g in zip(learning, found, strict=True) if g is not None}
-        first = [k for k in new if k not in self._seen]
-        later = [k for k in new if k in self._seen]
+    def _add(self, gradients: Sequence[Tensor | None]) -> None:
+        """Accumulates a micro-batch's gradients, one for each trained parameter."""
+        trained = [k for k, p in enumerate(self.parameters) if p.requires_grad]
+        new = {k: g for k, g in zip(trained, gradients, strict=True) if g is not None}
+        first = [k for k in new if k not in self._reached]
+        later = [k for k in new if k in self._reached]
         if first:
             torch._foreach_copy_([self._sums[k] for k in first], [new[k] for k in first])  # pyright: ignore[reportPrivateImportUsage]
         if later:
             wide = [new[k].to(self._sums[k].dtype) for k in later]
             torch._foreach_add_([self._sums[k] for k in later], wide)  # pyright: ignore[reportPrivateImportUsage]
-        self._seen.update(first)
+        self._reached.update(first)
         for k in first:
-            self._show(k)
-
-    def _show(self, k: int) -> None:
-        """Makes the gradient of parameter `k` seen, in the stack and by every replica."""
-        self.parameters[k].grad = self._gradients[k]
-        for parameter, part in zip(self._own[k], self._parts[k], strict=True):
-            if parameter.grad is not part:  # as in the first window, or after other hands have been at it
-                parameter.grad = part
+            self.parameters[k].grad = self._gradients[k]
+            for parameter, view in zip(self._of_replicas[k], self._views[k], strict=True):
+                if parameter.grad is not view:  # in the first window, or if replaced since
+                    parameter.grad = view
 
     def _close(self) -> None:
         for k, (gradient, total) in enumerate(zip(self._gradients, self._sums, strict=True)):
-            if k not in self._seen:  # as after set_to_none, an optimizer leaves it out
-                for parameter in (self.parameters[k], *self._own[k]):
+            if k not in self._reached:  # None, so that optimizers skip the parameter
+                for parameter in (self.parameters[k], *self._of_replicas[k]):
                     parameter.grad = None
             elif total is not gradient:
                 gradient.copy_(total)
 
-    def _tell(self, micro: MicroBatch, outputs: Any, observe: Sequence[Observer | None]) -> None:
-        """Tells those who look at a replica's micro-batch or at its outputs."""
+    def _notify(self, micro: MicroBatch, outputs: Any, observe: Sequence[Observer | None]) -> None:
+        """Calls each replica's `after_micro_batch` functions and observer."""
         for r, window in enumerate(self.windows):
-            look = observe[r] if observe else None
-            if not window.after_micro_batch and look is None:
+            observer = observe[r] if observe else None
+            if not window.after_micro_batch and observer is None:
                 continue
             targets = _of(micro.targets, r)
             for after in window.after_micro_batch:
                 after(replace(micro, targets=targets, share=micro.share[r]))
-            if look is not None:
-                look(pytree.tree_map(lambda t, r=r: t[r].detach(), outputs), targets)
+            if observer is not None:
+                observer(pytree.tree_map(lambda t, r=r: t[r].detach(), outputs), targets)
 
 
 def _totals(loss: WindowLoss, outputs: Any, targets: Any) -> Tensor:
     """The summed losses of each replica, (R,)."""
     if type(loss) is not ClassIndexLoss or not isinstance(outputs, Tensor):
         return vmap(loss.total)(outputs, targets)
-    # The same, without the dozen small operations that vmap makes of torch's own.
+    # The same with fewer operations: vmap decomposes torch's cross entropy.
     losses = loss.losses(outputs.flatten(0, 1), targets.flatten(0, 1), "none")
     return losses.view(len(outputs), -1).sum(1)
 
 
 def _weights(window: Window, targets: Any) -> Tensor | float:
-    """What each replica's `targets` weigh, (R,), or the number that they all do."""
+    """The weight of each replica's `targets`, (R,), or a number if it is the same for all."""
     loss = window.loss
     if type(loss) in (MeanOverSamples, SumOverSamples):
         return loss.weight(_of(targets, 0))
@@ -240,43 +235,34 @@ def _weights(window: Window, targets: Any) -> Tensor | float:
         weight = loss.weight(targets)
         if isinstance(weight, Tensor):
             return weight
-        numbers.append(weight)  # known without a look at the targets, so it is everyone's
+        numbers.append(weight)  # a number cannot depend on the targets' values, so all replicas share it
         return torch.zeros(())
 
-    found = vmap(weigh)(targets)
-    return numbers[0] if numbers else found
+    weights = vmap(weigh)(targets)
+    return numbers[0] if numbers else weights
 
 
-def _called(model: nn.Module, state: Any, inputs: Nested, tied: bool) -> Any:
-    """`call` with other parameters and buffers."""
+def _functional_call(model: nn.Module, state: Any, inputs: Nested, tied: bool) -> Any:
+    """As `window.call`, with the parameters and buffers of `state`."""
     if isinstance(inputs, Mapping):
         return functional_call(model, state, (), dict(inputs), tie_weights=tied)
-    given = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
-    return functional_call(model, state, given, tie_weights=tied)
-
-
-def _split(batch: Nested, sizes: list[int]) -> list[Nested]:
-    """`batch`, (R, n, ...), cut along its second dimension."""
-    ends = list(accumulate(sizes))
-    return [
-        map_tensors(lambda t, end=end, size=size: t[:, end - size : end], batch)
-        for end, size in zip(ends, sizes, strict=True)
-    ]
+    arguments = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
+    return functional_call(model, state, arguments, tie_weights=tied)
 
 
 def _of(batch: Nested, replica: int) -> Nested:
     return map_tensors(lambda t: t[replica], batch)
 
 
-def _ties(model: nn.Module) -> bool:
-    """Whether a parameter or buffer has several names, which takes a walk through the modules to respect."""
+def _has_ties(model: nn.Module) -> bool:
+    """Whether a parameter or buffer has several names, which `functional_call` handles slowly."""
     names = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     return len(names) > len({id(tensor) for _, tensor in names})
 
 
 @torch.no_grad()
-def _leave(model: nn.Module) -> None:
-    """Gives a model that was part of a stack memory of its own."""
+def _unstack(model: nn.Module) -> None:
+    """Copies a model's tensors out of the stacks."""
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.data = tensor.data.clone()
         if tensor.grad is not None:

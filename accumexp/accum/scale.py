@@ -1,8 +1,8 @@
 """Loss scaling for fp16: a factor that keeps small gradients above fp16's smallest number.
 
-The algorithm is that of Micikevicius et al., "Mixed Precision Training" (arXiv 1710.03740, 3.2), in its
-dynamic form: an overflow skips the update and lowers the scale; a run of good updates raises it. Once
-a window, never once a micro-batch.
+The algorithm is dynamic loss scaling (Micikevicius et al., "Mixed Precision Training", arXiv 1710.03740,
+3.2): an overflow skips the update and lowers the scale; a series of updates without overflow raises it. The
+scale changes at most once a window.
 """
 
 from __future__ import annotations
@@ -14,17 +14,23 @@ from torch import Tensor
 
 
 class LossScale:
-    """The scale and its history, all on the device: nothing here waits for it.
+    """The scale and its counters, all on the device: no method waits for it, but for `state_dict`.
 
     Args:
-        init_scale: the first scale; a power of two changes no bit of a gradient.
-        dynamic: False keeps the scale as it is, windows that overflow are skipped all the same.
+        init_scale: the initial scale; scaling by a power of two is exact.
+        dynamic: whether the scale changes; windows that overflow are skipped in any case.
         growth_factor: multiplies the scale after `growth_interval` updates without an overflow.
-        backoff_factor: multiplies it after a window that overflowed.
-        min_scale: the scale never falls below.
+        backoff_factor: multiplies the scale after a window that overflowed.
+        min_scale: the smallest scale.
+
+    Attributes:
+        scale: shape (), fp32.
+        good: updates since the last change of the scale or overflow.
+        skipped: windows that overflowed.
+        in_vain: windows that overflowed at the smallest scale since the last one without overflow.
 
     Raises:
-        ValueError: for a factor or interval that cannot work.
+        ValueError: for a value out of range.
     """
 
     def __init__(
@@ -59,14 +65,10 @@ class LossScale:
         self.in_vain = torch.zeros_like(self.good)
 
     def update(self, overflow: Tensor) -> None:
-        """Ends a window: changes the scale once, by its flag (bool of shape ()).
-
-        `good` counts updates since the last change of the scale, `skipped` all windows that overflowed,
-        `in_vain` those since the last good one that did at the smallest scale.
-        """
-        at_the_end = overflow & (self.scale <= self.min_scale)
-        # In place: a recorded step finds them where they were.
-        self.in_vain.copy_(torch.where(overflow, self.in_vain + at_the_end, 0))
+        """Updates the scale and the counters after a window; `overflow` is a bool of shape ()."""
+        at_min_scale = overflow & (self.scale <= self.min_scale)
+        # In place, because a recorded step works on these addresses.
+        self.in_vain.copy_(torch.where(overflow, self.in_vain + at_min_scale, 0))
         self.skipped.add_(overflow)
         if not self.dynamic:
             return
@@ -79,7 +81,7 @@ class LossScale:
         self.good.copy_(torch.where(grows, 0, good))
 
     def counters(self) -> Tensor:
-        """(scale, skipped, in_vain) as float64 of shape (3,), to be read together."""
+        """(scale, skipped, in_vain) in fp64, shape (3,), which can be read in one transfer."""
         return torch.stack([self.scale.double(), self.skipped.double(), self.in_vain.double()])
 
     def state_dict(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What happens between the window's backward and the next window, once: unscale, clip, step or skip."""
+"""The optimizer step after a window: unscales, clips, and steps or skips."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from .window import Window
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step did; tensors stay on the device.
+    """The result of a step. Tensors stay on the device.
 
     Attributes:
-        norm: the gradient's 2-norm before clipping, unscaled, shape (), or None if nobody asked.
+        norm: the 2-norm of the unscaled gradient before clipping, shape (), or None if it was not needed.
         overflow: whether the window was skipped, bool of shape (), or None without a loss scale.
     """
 
@@ -25,15 +25,15 @@ class StepResult:
     overflow: Tensor | None
 
 
-NOTHING_SAID = StepResult(None, None)
+EMPTY_RESULT = StepResult(None, None)
 
 
 class OptimizerStep:
     """Steps `optimizer` on the gradient that `window` accumulated.
 
-    With a loss scale the gradient is first divided by it; a window in which any micro-batch on any rank
-    overflowed changes neither weights nor optimizer, and the scale moves once. A fused optimizer is told
-    on the device to skip. Any other is skipped by the host, which waits for the device once an update.
+    With a loss scale the gradient is first divided by it. A window in which any micro-batch on any rank
+    overflowed changes neither weights nor optimizer state, and the scale is updated once. A fused optimizer
+    skips on the device; for any other the host waits for the device once an update.
 
     Args:
         clip_norm: the 2-norm that the update's gradient is clipped to, or None.
@@ -43,7 +43,7 @@ class OptimizerStep:
         self.window = window
         self.optimizer = optimizer
         self.clip_norm = clip_norm
-        # The state in which every parameter has its momentum, and how many there were.
+        # The optimizer state in which every parameter has its momentum buffer, and its size.
         self._complete: Any = None
         self._count = 0
 
@@ -52,7 +52,7 @@ class OptimizerStep:
         self._give_momentum()
         if scale is None and self.clip_norm is None and not want_norm:
             self.optimizer.step()
-            return NOTHING_SAID
+            return EMPTY_RESULT
         overflow = None if scale is None else sync.overflow()
         unscale = None if scale is None else scale.scale.double().reciprocal()
         norm = sync.norm() if want_norm or self.clip_norm is not None else None
@@ -60,7 +60,7 @@ class OptimizerStep:
             norm = norm * unscale
         factor = unscale
         if self.clip_norm is not None and norm is not None:
-            # As torch.nn.utils.clip_grads_with_norm_ has it.
+            # As in torch.nn.utils.clip_grads_with_norm_.
             clip = (self.clip_norm / (norm + 1e-6)).clamp(max=1.0)
             factor = clip if factor is None else factor * clip
         if factor is not None:
@@ -73,7 +73,7 @@ class OptimizerStep:
         return StepResult(norm, overflow)
 
     def _give_momentum(self) -> None:
-        """`give_momentum`, until every parameter has its own; anew for another state or more parameters."""
+        """Calls `give_momentum` until all have a buffer, and again for a new state or other parameters."""
         groups, state = self.optimizer.param_groups, self.optimizer.state
         count = sum([len(group["params"]) for group in groups])
         if self._complete is not state or not count == len(state) == self._count:
@@ -94,21 +94,21 @@ class OptimizerStep:
 
     @property
     def skips_on_device(self) -> bool:
-        """Whether the optimizer itself can leave an update out, as torch's fused ones can."""
+        """Whether the optimizer can skip an update on the device, as torch's fused ones can."""
         groups = self.optimizer.param_groups
         able = getattr(self.optimizer, "_step_supports_amp_scaling", False) and not self.window.sync.sharded
-        # A checkpoint may have brought groups that are not fused.
+        # Groups of a loaded checkpoint may not be fused.
         return bool(able) and all(group.get("fused") and not _dampened(group) for group in groups)
 
 
 def give_momentum(optimizer: Optimizer) -> bool:
-    """Gives fused SGD the momentum buffers that it has not made yet, for parameters that have a gradient.
+    """Creates the missing momentum buffers of fused SGD, as zeros, for parameters that have a gradient.
 
-    It makes them for all at once in its first step, leaves them uninitialised if that is skipped, and
-    fails where a parameter has its first gradient later. Zeros make a parameter's first step as it should be.
+    Fused SGD creates all buffers in its first step, leaves them uninitialised if that step is skipped, and
+    fails if a parameter gets its first gradient later. From a buffer of zeros the first step is the same.
 
     Returns:
-        Whether all parameters of all groups have one now.
+        Whether all parameters of all groups have a buffer.
     """
     if not isinstance(optimizer, SGD):
         return False
@@ -129,7 +129,7 @@ def give_momentum(optimizer: Optimizer) -> bool:
 
 
 def _dampened(group: dict[str, Any]) -> bool:
-    """Whether the group's first step is another, of which a fused kernel knows nothing."""
+    """Whether the group's first step differs from the later ones, which a fused kernel does not support."""
     return bool(group.get("momentum") and group.get("dampening"))
 
 
@@ -138,5 +138,5 @@ def _multiply(gradients: list[Tensor], factor: Tensor) -> None:
     by_dtype: dict[torch.dtype, list[Tensor]] = {}
     for gradient in gradients:
         by_dtype.setdefault(gradient.dtype, []).append(gradient)
-    for dtype, alike in by_dtype.items():
-        torch._foreach_mul_(alike, factor.to(dtype))  # pyright: ignore[reportPrivateImportUsage]
+    for dtype, group in by_dtype.items():
+        torch._foreach_mul_(group, factor.to(dtype))  # pyright: ignore[reportPrivateImportUsage]

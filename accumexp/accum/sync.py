@@ -1,7 +1,8 @@
-"""How the gradients of several ranks become one: never, once a window, or once a micro-batch.
+"""Synchronises the gradients of several ranks: never, once a window, or once a micro-batch.
 
-A window adds sums, so ranks must add too. `data_parallel` and `fully_sharded` prepare a model that way;
-a model wrapped by other hands averages, as torch does by default, and its window makes up for it.
+A window's gradient is a sum, so gradients are summed over the ranks. `data_parallel` and `fully_sharded`
+wrap a model that way. Any other wrapper averages, torch's default, and the window multiplies by the number
+of ranks.
 """
 
 from __future__ import annotations
@@ -20,18 +21,20 @@ from .ranks import ALONE, Ranks
 
 NOTHING = nullcontext()
 SUMS = "sums_gradients"
+LISTS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
 class Sync:
-    """One process: there is nothing to synchronise.
+    """A model on one process: nothing is synchronised. Base of the others.
 
     Attributes:
-        module: the model itself, without what wraps it.
-        forward: what is called.
+        module: the model without its wrapper.
+        forward: the callable of the forward pass, with the wrapper.
         ranks: the processes that share the window.
-        factor: what a gradient must be multiplied by beforehand to be a sum over the ranks afterwards.
-        keeps_gradients: zero `.grad` in place between windows; it lives in the buffers of the collective.
-        sharded: parameters and gradients are spread over the ranks.
+        factor: the factor of the loss with which the reduced gradient is the sum over the ranks.
+        keeps_gradients: whether `.grad` must be zeroed in place between windows, because it is a view of the
+            collective's buffers.
+        sharded: whether parameters and gradients are sharded over the ranks.
     """
 
     keeps_gradients = False
@@ -44,47 +47,48 @@ class Sync:
         self.factor = 1
 
     def micro_batch(self, last: bool) -> AbstractContextManager[Any]:
-        """Around forward and backward of a micro-batch, the `last` of its window or not."""
+        """The context of a micro-batch's forward and backward; `last` is the window's last one."""
         return NOTHING
 
     def begin_without_sync(self) -> None:
-        """Before a window in whose micro-batches no rank waits for another: `reduce_gradients` ends it."""
+        """Prepares a window whose micro-batches do not communicate; `reduce_gradients` ends it."""
 
     def reduce_gradients(self) -> None:
-        """Adds the gradients that a window has left on each rank over the ranks."""
+        """Adds the ranks' gradients after a window whose micro-batches did not communicate."""
 
     def gradients(self) -> list[Tensor]:
-        """The gradients that this process holds, as plain tensors that share their memory."""
+        """This process's gradients, or shards of them, as plain tensors that share their memory."""
         return [plain(p.grad) for p in self.module.parameters() if p.grad is not None]
 
     def norm(self) -> Tensor:
         """The 2-norm of the whole gradient, shape ()."""
-        own = get_total_norm(self.gradients())
-        return self.ranks.sum(own.square()).sqrt() if self.sharded else own
+        local = get_total_norm(self.gradients())
+        return self.ranks.sum(local.square()).sqrt() if self.sharded else local
 
     def share_buffers(self, module: nn.Module | None = None) -> None:
-        """Gives every rank the first one's buffers (BatchNorm's statistics), as the next window will.
+        """Broadcasts the first rank's buffers (BatchNorm's statistics), as the next window does.
 
-        Those of `module` instead of the model's, where it is given.
+        Args:
+            module: whose buffers, by default the model's.
         """
         for buffer in (module or self.module).buffers() if self.ranks.size > 1 else ():
             dist.broadcast(plain(buffer), group=self.ranks.group, group_src=0)
 
     def overflow(self) -> Tensor:
-        """Whether the gradient has an inf or nan anywhere, on any rank; bool of shape ().
+        """Whether the gradient has an inf or nan on any rank; bool of shape ().
 
-        Addition keeps both, so this sees what any micro-batch of the window produced. After an
-        all-reduce every rank sees it; shards have to ask each other.
+        Addition preserves both, so an overflow in any micro-batch is detected. An all-reduced gradient is
+        the same on all ranks; the flags of shards are reduced.
         """
         held = [gradient for gradient in self.gradients() if gradient.numel()]  # a shard may be empty
         device = next(self.module.parameters()).device
         largest = get_total_norm(held, norm_type=math.inf) if held else torch.zeros((), device=device)
-        found = largest.isfinite().logical_not()
-        return self.ranks.any(found) if self.sharded else found
+        overflow = largest.isfinite().logical_not()
+        return self.ranks.any(overflow) if self.sharded else overflow
 
 
 class DataParallelSync(Sync):
-    """DistributedDataParallel: one all-reduce a bucket, in the backward of the window's last micro-batch."""
+    """DistributedDataParallel: one all-reduce per bucket, in the backward of the last micro-batch."""
 
     keeps_gradients = True
 
@@ -99,8 +103,8 @@ class DataParallelSync(Sync):
         return NOTHING if last else self.wrapper.no_sync()
 
     def begin_without_sync(self) -> None:
-        # What DDP's forward would do with the other ranks at some time in the window. Not every window ends
-        # in `reduce_gradients`: with fp32 buffers, none does.
+        # The communication of DDP's forward. `require_forward_param_sync` is set first, because it is still
+        # False after a window that did not call `reduce_gradients`, as with fp32 buffers.
         self.wrapper.require_forward_param_sync = True
         self.wrapper.reducer._rebuild_buckets()
         if self.wrapper.will_sync_module_buffers():
@@ -108,19 +112,19 @@ class DataParallelSync(Sync):
         self.wrapper.require_forward_param_sync = False
 
     def reduce_gradients(self) -> None:
-        """DDP's own reduction, bucket by bucket and in its memory, in a backward that adds nothing."""
+        """Runs DDP's reduction, bucket by bucket and in its memory, by a backward that adds -0.0."""
         held = [p for p in self.module.parameters() if p.requires_grad and p.grad is not None]
-        nothing = _Nothing.apply(*held)
+        zero = _AddNegativeZero.apply(*held)
         reducer = self.wrapper.reducer
         reducer.prepare_for_forward()
-        # What is not reached from here was not used on this rank, which DDP must know or else refuses.
-        reducer.prepare_for_backward([nothing] if self.wrapper.find_unused_parameters else [])
-        nothing.backward()
+        # DDP searches this graph for the parameters that this rank did not use.
+        reducer.prepare_for_backward([zero] if self.wrapper.find_unused_parameters else [])
+        zero.backward()
         self.wrapper.require_forward_param_sync = True
 
 
-class _Nothing(torch.autograd.Function):
-    """A function of parameters whose backward adds -0.0 to each gradient, which changes not even its sign."""
+class _AddNegativeZero(torch.autograd.Function):
+    """A function of parameters whose backward adds -0.0 to each gradient, which leaves even a 0's sign."""
 
     @staticmethod
     def forward(ctx: Any, *parameters: Tensor) -> Tensor:
@@ -130,18 +134,18 @@ class _Nothing(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         zeros: dict[tuple[torch.dtype, torch.device], Tensor] = {}
-        found: list[Tensor | None] = []
+        added: list[Tensor | None] = []
         for p in ctx.parameters:
             kind = p.dtype, p.device
             if kind not in zeros:
                 zeros[kind] = p.new_full((), -0.0)
             # A dense gradient would make a sparse one dense.
-            found.append(None if p.grad.is_sparse else zeros[kind].expand_as(p))
-        return tuple(found)
+            added.append(None if p.grad.is_sparse else zeros[kind].expand_as(p))
+        return tuple(added)
 
 
 class FullyShardedSync(Sync):
-    """`fully_shard`: a reduce-scatter for each sharded module, once a window or once a micro-batch."""
+    """`fully_shard`: a reduce-scatter per sharded module, once a window or once a micro-batch."""
 
     sharded = True
 
@@ -157,14 +161,14 @@ class FullyShardedSync(Sync):
         self.factor = 1 if getattr(model, SUMS, False) else self.ranks.size
 
     def micro_batch(self, last: bool) -> AbstractContextManager[Any]:
-        # Every backward is left marked as the last: otherwise torch keeps the whole gradient of the block
-        # it reduced last, and gathers one block for nothing.
+        # Without `set_is_last_backward(False)`: with it torch would keep the unsharded gradient of the block
+        # that it reduced last, and gather one block too many.
         self.wrapper.set_requires_gradient_sync(last or self.every)
         return NOTHING
 
 
 def sync_of(model: nn.Module, reduce_every_micro_batch: bool = False) -> Sync:
-    """How the gradients of `model` are synchronised, by what it is wrapped in."""
+    """The synchronisation of `model`, chosen by its wrapper."""
     if isinstance(model, DistributedDataParallel):
         return DataParallelSync(model)
     # By its method, not its class: importing torch.distributed.fsdp takes as long as half of torch.
@@ -176,11 +180,11 @@ def sync_of(model: nn.Module, reduce_every_micro_batch: bool = False) -> Sync:
 def data_parallel(
     model: nn.Module, *, find_unused_parameters: bool = False, group: dist.ProcessGroup | None = None
 ) -> DistributedDataParallel:
-    """`model` in a DistributedDataParallel that adds gradients over the ranks, in their own memory.
+    """Wraps `model` in a DistributedDataParallel that sums gradients over the ranks, in their own memory.
 
-    Adding instead of averaging leaves every rank with the values that one process would have: an fp16
-    backward overflows where the larger batch's does, at any number of ranks. It is made for `Window`: in a
-    loop of other hands, every backward outside `no_sync` adds what was accumulated before once more.
+    With sums instead of averages every rank has the values that one process would have, so an fp16 backward
+    overflows where the larger batch's does, at any number of ranks. For use with `Window` only: each backward
+    outside of `no_sync` would sum again what was accumulated and summed before.
     """
     wrapped = DistributedDataParallel(
         model,
@@ -194,10 +198,10 @@ def data_parallel(
 
 
 def fully_sharded(model: nn.Module, device: torch.device, *, group: dist.ProcessGroup | None = None) -> Any:
-    """`model` with its parameters spread over the ranks, each block for itself, gradients added.
+    """Shards the parameters of `model` over the ranks, block by block, with summed gradients.
 
-    A block is a direct child of the model, or an item of a direct child that is a list of layers. While
-    one block computes, the others exist only in shards.
+    A block is a direct child of the model, or an item of a direct child that is a list of layers. Parameters
+    of a block are gathered only while it computes.
     """
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.fsdp import fully_shard
@@ -206,7 +210,7 @@ def fully_sharded(model: nn.Module, device: torch.device, *, group: dist.Process
     blocks = [
         item
         for child in model.children()
-        for item in _items(child)
+        for item in (child.children() if isinstance(child, LISTS) else [child])
         if any(p.requires_grad for p in item.parameters())
     ]
     for module in [*blocks, model]:
@@ -217,16 +221,9 @@ def fully_sharded(model: nn.Module, device: torch.device, *, group: dist.Process
     return model
 
 
-def _items(child: nn.Module) -> list[nn.Module]:
-    return list(child.children()) if isinstance(child, _LISTS) else [child]
-
-
-_LISTS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
-
-
 def plain(tensor: Tensor) -> Tensor:
-    """This process's part of `tensor`: its shard, or all of it."""
-    to_local = getattr(tensor, "to_local", None)  # of a DTensor
+    """This process's shard of `tensor` if it is a DTensor, else `tensor`."""
+    to_local = getattr(tensor, "to_local", None)
     return tensor if to_local is None else to_local()
 
 
@@ -237,6 +234,6 @@ def _world() -> dist.ProcessGroup:
 
 
 def _add(group: Any, bucket):  # DDP refuses a hook whose annotations are strings, as they are here
-    """DDP's communication hook: one all-reduce of the bucket, added and not averaged."""
+    """DDP's communication hook: one all-reduce of the bucket, summed instead of averaged."""
     work: Any = dist.all_reduce(bucket.buffer(), dist.ReduceOp.SUM, group, async_op=True)
     return work.get_future().then(lambda done: done.value()[0])

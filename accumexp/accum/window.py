@@ -1,4 +1,4 @@
-"""The window: the micro-batches of one update, accumulated into the gradient of the larger batch."""
+"""The window: accumulates the micro-batches of one update into the gradient of the larger batch."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ Observer = Callable[[Any, Nested], None]
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What is known of a micro-batch right after its backward, on this rank.
+    """A micro-batch of this rank, right after its backward.
 
-    `.grad` has then grown by its part of the gradient: the sum of its items' weighted losses, times `share`,
-    times `Window.loss_scale` and `Window.sync.factor` where there are any. After the `last` one of several
-    ranks it holds the sum over all of them instead.
+    The backward has added to `.grad` the gradient of the sum of its items' weighted losses, times `share`,
+    and times `Window.loss_scale` and `Window.sync.factor` if there are any. On several ranks, after the
+    `last` one, `.grad` holds the sum over the ranks instead.
 
     Attributes:
-        number: from 0.
-        last: whether the window ends with it.
-        samples: this rank's samples in it; 0 where it was padding, whose gradient is 0.
-        targets: theirs; `Window.loss.weight(targets)` is what they weigh.
-        share: of a unit of weight in the loss, shape (): 1 / the window's weight, or with
-            `reduction="sum"` 1 / the micro-batch's.
+        number: its index in the window, from 0.
+        last: whether it is the window's last.
+        samples: this rank's samples in it; 0 for padding, whose gradient is 0.
+        targets: the samples' targets; their weight is `Window.loss.weight(targets)`.
+        share: the factor of the sum, shape (): 1 / the window's weight, or with `reduction="sum"`
+            1 / the micro-batch's.
     """
 
     number: int
@@ -47,14 +47,14 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class WindowResult:
-    """What one window did. Tensors stay on the device: reading them is the caller's decision.
+    """The result of one window. Tensors stay on the device; reading them makes the host wait.
 
     Attributes:
-        loss: mean loss over the window's items, on all ranks, shape (), detached; with `local_loss`
-            this rank's part of it, and the parts of all ranks add up to the mean.
+        loss: the mean loss over the window's items on all ranks, shape (), detached; with `local_loss`
+            this rank's part, and the parts of all ranks add up to the mean.
         weight: the window's total weight (samples, or the sum of valid items' weights), over all ranks.
-        samples: number of this rank's samples in the window.
-        steps: number of micro-batches in the window.
+        samples: this rank's samples in the window.
+        steps: micro-batches in the window.
     """
 
     loss: Tensor
@@ -67,15 +67,14 @@ class Window:
     """Adds to `.grad` the gradient of one large batch, one micro-batch at a time.
 
     With `reduction="mean"` the gradient is that of `sum_i w_i l_i / sum_i w_i` over all items of the
-    window, however it is split: the denominator is counted over the whole window first and every
-    micro-batch divides its own sum by it. With `reduction="sum"` it is the sum of the micro-batch
-    means, which is about `steps` times larger and exact only for that definition; a micro-batch's mean
-    is then over its parts on all ranks.
+    window, for every split: the denominator is counted over the whole window first, and every micro-batch's
+    sum is divided by it. With `reduction="sum"` it is the gradient of the sum of the micro-batch means,
+    which is about `steps` times larger and depends on the split; a micro-batch's mean is over all ranks.
 
-    A model that was wrapped for several ranks (`data_parallel`, `fully_sharded`, torch's own
-    DistributedDataParallel and `fully_shard`) makes one window of all ranks' samples: each rank calls
-    `backward` with its own, weights are counted over the ranks before the first backward, and gradients
-    are added over the ranks in the last micro-batch alone.
+    With a model wrapped for several ranks (`data_parallel`, `fully_sharded`, torch's
+    DistributedDataParallel and `fully_shard`) the window holds the samples of all ranks: each rank calls
+    `backward` with its own, weights are counted over the ranks before the first backward, and gradients are
+    reduced in the last micro-batch only.
 
     Args:
         model: called as `model(x)` with a tensor, `model(*xs)` with a tuple or list, `model(**xs)`
@@ -83,22 +82,22 @@ class Window:
         loss: a criterion of torch, a function of (outputs, targets), or a `WindowLoss`.
         steps: micro-batches in a window, on each rank.
         reduction: "mean" or "sum", as above.
-        autocast: dtype of `torch.autocast` around forward and loss, or None.
+        autocast: the dtype of `torch.autocast` around forward and loss, or None.
         fp32_buffers: accumulate the gradients of bf16 and fp16 parameters in fp32.
         loss_scale: multiplies the loss before each backward; `OptimizerStep` divides the gradient by it.
-        reduce_every_micro_batch: of a fully sharded model, reduce-scatter in every micro-batch: more
-            communication, and no unsharded gradient is kept between micro-batches.
-        local_loss: leave the loss of the other ranks out of the result, and save a collective.
+        reduce_every_micro_batch: for a fully sharded model, reduce-scatter in every micro-batch: more
+            communication, but no unsharded gradient is kept between micro-batches.
+        local_loss: do not add the other ranks' loss to the result, which saves a collective.
 
     Attributes:
-        model: the model without what wraps it.
-        sync: how the ranks become one.
-        after_micro_batch: called with a `MicroBatch` right after each one's backward, in this order.
-            Gradients are there to be looked at, unless fp32 buffers or shards keep them elsewhere. What
-            is called must neither change them nor wait for the device.
-        forgotten: called when a window that was under way is given up, to begin again: what was observed of
-            it has not happened.
-        under_way: the number of the micro-batch that is computing, or was the last.
+        model: the model without its wrapper.
+        sync: the synchronisation of the ranks' gradients.
+        after_micro_batch: functions called, in order, with a `MicroBatch` right after its backward. They
+            may read `.grad`, which is incomplete with fp32 buffers or shards, but must neither change it nor
+            wait for the device.
+        on_discard: functions called when a window that has begun is discarded and will be repeated: what
+            was observed of it does not count.
+        under_way: the index of the current micro-batch, or of the last one that ran.
 
     Raises:
         ValueError: for `steps` below 1, an unknown reduction, or fp32 buffers of a fully sharded model.
@@ -154,21 +153,21 @@ class Window:
         Nothing here waits for the device.
 
         Args:
-            inputs: the update's whole batch on this rank, samples first.
-            targets: its targets, samples first.
-            steps: micro-batches for this window alone, for example for the last one of an epoch; the
-                same on all ranks.
-            samples: how many of the batch's samples count, the first ones. What follows is padding: on
-                several ranks a rank without a sample of its own gives one and `samples=0`.
-            weight: what the window's samples weigh on all ranks together, if it is known, and on all of them:
-                it is then not counted. A sum of micro-batch means counts each one's.
+            inputs: the update's whole batch on this rank, (n, ...).
+            targets: its targets, (n, ...).
+            steps: micro-batches of this window, for example the last one of an epoch; the same on all
+                ranks. Default: `Window.steps`.
+            samples: the first `samples` of the batch count, the others are padding. On several ranks a rank
+                without samples passes one sample as padding and `samples=0`.
+            weight: the window's total weight over all ranks; it is then not counted. It must be given on
+                all ranks or on none. Ignored with `reduction="sum"`.
             observe: called with each micro-batch's detached outputs and its targets.
-            agree: for `Recovery`. No rank then waits for another in a micro-batch; this is called when all
-                are done, to ask the others, and what it raises ends the window before gradients are added.
+            agree: used by `Recovery`: no micro-batch communicates; `agree` is called after the last one, and
+                an error that it raises ends the window before gradients are reduced.
 
         Raises:
-            ValueError: if the batch has fewer samples than `steps` (on several ranks: none at all), its
-                tensors disagree in size, or `samples` are not in it.
+            ValueError: if the batch has fewer samples than `steps` (on several ranks: no sample), its
+                tensors differ in their first dimension, or it has fewer than `samples`.
         """
         steps = self.steps if steps is None else steps
         held = batch_size((inputs, targets))
@@ -181,8 +180,10 @@ class Window:
             inputs, targets = (map_tensors(lambda t: t[:samples], batch) for batch in (inputs, targets))
         parts = list(zip(split(inputs, sizes), split(targets, sizes), strict=True))
         self.under_way = 0
-        weights = self._weights = Weights(self, targets, [targets_k for _, targets_k in parts], weight)
-        share: Tensor | None = None  # of an item in the loss: 1 / weight
+        by_step = self.reduction == "sum"
+        counted = [targets_k for _, targets_k in parts] if by_step else [targets]
+        weights = self._weights = Weights(self.loss, self.sync, counted, None if by_step else weight)
+        share: Tensor | None = None  # 1 / weight, the factor of an item's loss
         total: Tensor | None = None
         done: MicroBatch | None = None
         if self._buffers:
@@ -196,20 +197,20 @@ class Window:
                 with self._precision():
                     outputs = call(self.sync.forward, inputs_k)
                     loss_sum = self.loss.total(outputs, targets_k)
-                if share is None or self.reduction == "sum":
+                if share is None or by_step:
                     share = share_of(weights.of(k), loss_sum)
-                # The gradient of loss_sum / weight, without a division to record and to go back through.
+                # The gradient of loss_sum / weight, without a division in the graph.
                 loss_sum.backward(self._seed(share) if sizes[k] else torch.zeros_like(share))
             if self.after_micro_batch:
                 done = MicroBatch(k, last, sizes[k], targets_k, share)
                 if agree is None or not last:
-                    self._tell(done)
+                    self._notify(done)
             if sizes[k]:
                 detached = loss_sum.detach()
                 total = detached if total is None else total + detached
                 if observe is not None:
                     observe(outputs.detach() if isinstance(outputs, Tensor) else outputs, targets_k)
-            # Outputs must not live through the next forward: for a language model they are the peak.
+            # Freed before the next forward: a language model's outputs are its peak memory.
             del outputs, loss_sum
         assert share is not None
         if agree is not None:
@@ -217,30 +218,30 @@ class Window:
             if not self._buffers:
                 self.sync.reduce_gradients()
             if done is not None:
-                self._tell(done)
+                self._notify(done)
         if self._buffers:
             self._buffers.close(self.sync.ranks)
         total = torch.zeros_like(share) if total is None else total
-        mean = total * (share if self.reduction == "mean" else share_of(weights.total, total))
+        mean = total * (share_of(weights.total, total) if by_step else share)
         if not self.local_loss:
             self.sync.ranks.sum(mean)
         return WindowResult(mean, weights.total, samples, steps)
 
     def discard(self) -> None:
-        """Gives up a window that has failed on this rank or another. Gradients are left as they are."""
+        """Ends a window that has failed on this rank or another. Gradients are not changed."""
         if self._weights is not None:
-            self._weights.arrive()
+            self._weights.wait()
         if self._buffers:
             self._buffers.drop()
         for discard in self.on_discard:
             discard()
 
-    def _tell(self, micro_batch: MicroBatch) -> None:
+    def _notify(self, micro_batch: MicroBatch) -> None:
         for after in self.after_micro_batch:
             after(micro_batch)
 
     def _seed(self, share: Tensor) -> Tensor:
-        """What autograd starts from: the share, times what the optimizer's step and the ranks undo."""
+        """The gradient that backward starts from: the share, times the loss scale and the ranks' factor."""
         if self.loss_scale is not None:
             share = (share * self.loss_scale.scale).to(share.dtype)
         return share if self.sync.factor == 1 else share * self.sync.factor
@@ -252,7 +253,7 @@ class Window:
 
 
 def call(model: nn.Module, inputs: Nested) -> Any:
-    """`model` on a tensor, on the items of a tuple or list, or on the named values of a dict."""
+    """Calls `model` with a tensor, the items of a tuple or list, or the named values of a dict."""
     if isinstance(inputs, Tensor):
         return model(inputs)
     return model(**inputs) if isinstance(inputs, Mapping) else model(*inputs)

@@ -1,4 +1,4 @@
-"""The samples: data sets, their splits, and the batches of an epoch."""
+"""Data sets, their splits, and the batches of an epoch."""
 
 from .batches import Batch, Batches, ResidentBatches, Share
 from .digits import Digits

@@ -1,7 +1,7 @@
-"""The batches of an epoch: one for each update, in an order that is a function of seed and epoch.
+"""The batches of an epoch, one for each update, in an order that is a function of seed and epoch.
 
-The order does not depend on how a batch is split afterwards, and any epoch can be entered at any
-update, which is what lets a resumed run see exactly the samples that an undisturbed one would.
+The order does not depend on how batches are split into micro-batches, and an epoch can start at any update,
+so a resumed run gets the samples of an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .transforms import BatchAugment, keyed_uniforms
 
 @dataclass(frozen=True)
 class Share:
-    """Which samples of which ranks: this process is `rank` of `ranks`, each of `steps` micro-batches."""
+    """The part of every batch that this process reads: `rank`'s of `ranks`, in `steps` micro-batches."""
 
     rank: int = 0
     ranks: int = 1
@@ -32,7 +32,7 @@ class Batch:
     """This rank's samples of one update on the training device, and their indices (n,) in the data set.
 
     Attributes:
-        samples: how many of them count; 0 where the rank has none, and the one it holds is padding.
+        samples: how many of them count; 0 if the rank has none, and its one sample is padding.
         total: samples of the update on all ranks.
         steps: micro-batches of the update's window.
     """
@@ -45,7 +45,9 @@ class Batch:
     steps: int
 
 
-class _Chosen(NamedTuple):
+class _BatchIndices(NamedTuple):
+    """A `Batch` before its samples are read; its fields are those of `Batch`."""
+
     indices: Tensor
     samples: int
     total: int
@@ -53,15 +55,15 @@ class _Chosen(NamedTuple):
 
 
 class Batches:
-    """Base of both feeds: who comes when. `len` is the number of updates in an epoch.
+    """Base of the batches: their order. `len` is the number of updates in an epoch.
 
     Args:
-        indices: the samples, as indices into the data set, shape (samples,), on the CPU.
+        indices: the split's samples, as indices into the data set, shape (samples,), on the CPU.
         batch_size: samples in one update; the last batch of an epoch may be smaller.
-        shuffle: the run's seed for a new order each epoch, or None to keep the order of `indices`.
+        shuffle: the run's seed, for a new order each epoch, or None to keep the order of `indices`.
         drop_last: leave out the last, smaller batch.
-        augment: applied to the inputs on the device, keyed by seed, epoch and sample.
-        share: the part of every batch that this rank takes; the others never read it.
+        augment: applied to the inputs on the device, with draws keyed by seed, epoch and sample.
+        share: the part of every batch that this rank reads.
     """
 
     def __init__(
@@ -90,16 +92,16 @@ class Batches:
         return len(self.indices)
 
     def choose(self, indices: Tensor) -> None:
-        """Takes only `indices`, all of which are of this split."""
+        """Restricts the split to `indices`."""
         self.indices = indices
 
     @property
     def last(self) -> int:
-        """Samples in an epoch's last batch where it is smaller than the others, else 0."""
+        """The samples in an epoch's last batch if it is smaller than the others, else 0."""
         return 0 if self.drop_last else self.samples % self.batch_size
 
     def order(self, epoch: int) -> Tensor:
-        """The indices in the order of `epoch`, shape (samples,), without what is dropped."""
+        """The indices in the order of `epoch`, without the dropped ones, shape (samples,)."""
         if self.shuffle is None:
             order = self.indices
         else:
@@ -108,20 +110,20 @@ class Batches:
         return order[: len(self) * self.batch_size]
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """The batches of `epoch` from its update number `start` on."""
+        """The batches of `epoch`, from update `start` on."""
         raise NotImplementedError
 
-    def chosen(self, epoch: int, start: int) -> Iterator[_Chosen]:
-        """This rank's samples in the batches of `epoch` from `start` on."""
+    def batch_indices(self, epoch: int, start: int) -> Iterator[_BatchIndices]:
+        """This rank's samples in the batches of `epoch`, from update `start` on."""
         for batch in self.order(epoch).split(self.batch_size)[start:]:
             total = len(batch)
             steps = steps_for(total, self.batch_size, self.share.steps)
-            own, samples = batch, total
+            local = batch
             if self.share.ranks > 1:
                 parts = rank_share(total, steps, self.share.rank, self.share.ranks)
-                own = torch.cat([batch[part.start : part.stop] for part in parts])
-                samples = len(own)
-            yield _Chosen(own if samples else batch[:1], samples, total, steps)
+                local = torch.cat([batch[part.start : part.stop] for part in parts])
+            samples = len(local)
+            yield _BatchIndices(local if samples else batch[:1], samples, total, steps)
 
     def _augmented(self, inputs: Nested, indices: Tensor, epoch: int) -> Nested:
         if self.augment is None:
@@ -133,9 +135,13 @@ class Batches:
 
 
 class ResidentBatches(Batches):
-    """All samples on the training device: an update's batch is gathered there, nothing is copied to it.
+    """Batches gathered on the training device, which holds the whole data set.
 
-    `inputs` and `targets` hold the whole data set; `indices` says which of it belong to this split.
+    Args:
+        inputs: of the whole data set, (samples, ...).
+        targets: its targets, (samples, ...).
+        indices: the samples of this split.
+        options: those of `Batches`.
     """
 
     def __init__(
@@ -145,20 +151,20 @@ class ResidentBatches(Batches):
         self.inputs = inputs
         self.targets = targets
 
-    def placed(self, epoch: int, start: int) -> Iterator[tuple[_Chosen, Tensor]]:
-        """The samples of the batches of `epoch` from `start` on, with their indices on the device."""
-        plan = list(self.chosen(epoch, start))
+    def batch_indices(self, epoch: int, start: int) -> Iterator[_BatchIndices]:
+        """As `Batches.batch_indices`, with the indices on the device."""
+        batches = list(super().batch_indices(epoch, start))
         # One copy to the device an epoch, not one an update.
-        every = torch.cat([chosen.indices for chosen in plan]) if plan else self.indices[:0]
-        placed = every.to(tensors(self.targets)[0].device).split([len(chosen.indices) for chosen in plan])
-        return zip(plan, placed, strict=True)
+        indices = torch.cat([batch.indices for batch in batches]) if batches else self.indices[:0]
+        indices = indices.to(tensors(self.targets)[0].device)
+        for batch, part in zip(batches, indices.split([len(b.indices) for b in batches]), strict=True):
+            yield batch._replace(indices=part)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        for chosen, indices in self.placed(epoch, start):
+        for batch in self.batch_indices(epoch, start):
 
-            def gather(tensor: Tensor, indices: Tensor = indices) -> Tensor:
+            def gather(tensor: Tensor, indices: Tensor = batch.indices) -> Tensor:
                 return tensor.index_select(0, indices)
 
-            inputs = self._augmented(map_tensors(gather, self.inputs), indices, epoch)
-            targets = map_tensors(gather, self.targets)
-            yield Batch(inputs, targets, indices, chosen.samples, chosen.total, chosen.steps)
+            inputs = self._augmented(map_tensors(gather, self.inputs), batch.indices, epoch)
+            yield Batch(inputs, map_tensors(gather, self.targets), *batch)

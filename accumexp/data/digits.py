@@ -1,4 +1,4 @@
-"""The embedded data set: real handwritten digits that come with scikit-learn."""
+"""The embedded data set: real handwritten digits, shipped with scikit-learn."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Digits(TensorDataset):
     """1,797 handwritten digits of 8x8 pixels, resized and normalised: 1,437 to train on, 360 to test.
 
     Source: E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UCI, 1998, as
-    `sklearn.datasets.load_digits`. Which samples are the test's is fixed.
+    `sklearn.datasets.load_digits`. The test samples are the same in every run.
 
     Samples: images (1, image_size, image_size) float32 of about zero mean and unit variance; labels int64.
     """
@@ -28,14 +28,14 @@ class Digits(TensorDataset):
         if image_size != 8:
             images = torch.nn.functional.interpolate(images, size=image_size, mode="bilinear")
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(1998))
-        chosen = order[TEST_SAMPLES:] if train else order[:TEST_SAMPLES]
-        super().__init__((images[chosen] - 0.305) / 0.376, torch.from_numpy(labels)[chosen].long())
+        indices = order[TEST_SAMPLES:] if train else order[:TEST_SAMPLES]
+        super().__init__((images[indices] - 0.305) / 0.376, torch.from_numpy(labels)[indices].long())
 
 
 def _table() -> tuple[Any, Any]:
-    """Pixels from 0 to 16, shape (1797, 64), and labels, as `sklearn.datasets.load_digits` gives them.
+    """Pixels from 0 to 16, shape (1797, 64), and labels, as in `sklearn.datasets.load_digits`.
 
-    Its file is read without importing scikit-learn, which takes as long as a small run.
+    Reads the file without importing scikit-learn, which takes as long as a small run.
     """
     package = importlib.util.find_spec("sklearn")
     for folder in package.submodule_search_locations or () if package else ():

@@ -1,4 +1,4 @@
-"""Samples that are tensors already."""
+"""Data sets that are tensors in memory."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ from ..accum.batch import Nested, batch_size, map_tensors
 
 
 class InMemory(Dataset[Any]):
-    """A whole data set as one batch: `inputs` and `targets` are nested as a model and a loss take them.
+    """A data set of nested tensors: torch's TensorDataset for models that take a dict or several tensors.
 
-    torch's TensorDataset, for models that are called with names (a dict) or with several tensors. It is
-    made resident without being read sample by sample.
+    It is made resident without being read sample by sample.
+
+    Args:
+        inputs, targets: those of all samples, (samples, ...), nested as the model and the loss take them.
 
     Raises:
-        ValueError: if the tensors disagree in their first dimension.
+        ValueError: if the tensors differ in their first dimension.
     """
 
     def __init__(self, inputs: Nested, targets: Nested) -> None:

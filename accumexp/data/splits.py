@@ -1,4 +1,4 @@
-"""From configuration to the three splits: what to train on, what to choose by, what to report."""
+"""Builds the train, eval and test splits from the configuration."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ TRANSFORM_CHUNK = 4096
 
 @dataclass(frozen=True)
 class Splits:
-    """The batches to train on, the ones to evaluate on each epoch, and the ones to test on at the end."""
+    """The batches of training, of the evaluation at each epoch's end, and of the final test."""
 
     train: Batches
     eval: Batches
@@ -37,30 +37,38 @@ class Splits:
 
 @dataclass(frozen=True)
 class Placement:
-    """Where and as what batches are trained on: inputs have the parameters' dtype, targets at least fp32."""
+    """Moves batches to the training device and casts floats: inputs to `dtype`, targets to fp32 or more.
+
+    Attributes:
+        device: the training device.
+        dtype: the dtype of the model's parameters.
+    """
 
     device: torch.device
     dtype: torch.dtype
 
     def __call__(self, inputs: Nested, targets: Nested) -> tuple[Nested, Nested]:
         wide = torch.promote_types(self.dtype, torch.float32)
-        return self._placed(inputs, self.dtype), self._placed(targets, wide)
 
-    def _placed(self, batch: Nested, dtype: torch.dtype) -> Nested:
-        def place(tensor: Tensor) -> Tensor:
-            to = dtype if tensor.is_floating_point() else tensor.dtype
-            return tensor.to(self.device, to, non_blocking=True)
+        def place(batch: Nested, dtype: torch.dtype) -> Nested:
+            return map_tensors(
+                lambda t: t.to(self.device, dtype if t.is_floating_point() else t.dtype, non_blocking=True),
+                batch,
+            )
 
-        return map_tensors(place, batch)
+        return place(inputs, self.dtype), place(targets, wide)
 
 
 def build_splits(config: DataConfig, seed: int, place: Placement, share: Share | None = None) -> Splits:
-    """The splits that `config` describes, resident on the device or streamed to it.
+    """Builds the splits, resident on the device or streamed to it.
 
-    Of each batch, this process gets the part that `share` says.
+    Args:
+        seed: the seed of the training order and augmentation.
+        place: moves batches to the device.
+        share: the part of every batch that this process reads; None for all of it.
 
     Raises:
-        UsageError: if a data set is not there, cannot be downloaded, or has nothing to train on.
+        UsageError: if a data set is missing, cannot be downloaded, or has too few samples to train on.
     """
     train_set = _dataset(config, config.train, "data.train")
     test_set = _dataset(config, config.test, "data.test")
@@ -83,7 +91,7 @@ def build_splits(config: DataConfig, seed: int, place: Placement, share: Share |
 
     transform = build(config.transform, "data.transform") if config.transform else None
     augment = build(config.augment, "data.augment") if config.augment else None
-    feed = _Feed(config, transform, place)
+    feed = _BatchesFactory(config, transform, place)
     batch_size = cast(int, config.batch_size)
     share = share or Share()
     whole = replace(share, steps=1)
@@ -102,8 +110,8 @@ def build_splits(config: DataConfig, seed: int, place: Placement, share: Share |
     )
 
 
-class _Feed:
-    """Decides for each split between resident and streamed; reads every data set once."""
+class _BatchesFactory:
+    """Makes the batches of each split, resident or streamed; reads every resident data set once."""
 
     def __init__(self, config: DataConfig, transform: Callable[[Any], Any] | None, place: Placement) -> None:
         self.config = config
@@ -150,7 +158,7 @@ class _Feed:
         return bytes_each * _length(dataset, "data") <= RESIDENT_SHARE * _free_bytes(self.place.device)
 
     def _tensors(self, dataset: Dataset[Any]) -> tuple[Nested, Nested]:
-        """The whole data set, transformed and on the device, in the order of its indices."""
+        """The whole data set, transformed and on the device."""
         key = id(dataset)
         if key not in self._read:
             raw = _raw_tensors(dataset)
@@ -164,14 +172,9 @@ class _Feed:
 
     def _check_labels(self, targets: Nested) -> None:
         classes = self.config.num_classes
-        if (
-            not isinstance(targets, Tensor)
-            or targets.is_floating_point()
-            or targets.dim() > 1
-            or classes == 1
-        ):
+        if not isinstance(targets, Tensor) or targets.is_floating_point() or targets.dim() > 1:
             return
-        if len(targets) and int(targets.max()) >= classes:
+        if classes != 1 and len(targets) and int(targets.max()) >= classes:
             raise UsageError(f"data.num_classes={classes}: the labels go up to {int(targets.max())}")
 
     def _transformed(self, inputs: Nested) -> Nested:
@@ -200,10 +203,10 @@ class _Feed:
 
 
 def _raw_tensors(dataset: Dataset[Any]) -> tuple[Nested, Nested] | None:
-    """(inputs, targets) of a data set that already holds them as tensors, or None.
+    """(inputs, targets) of a data set that holds them as tensors, or None.
 
-    Known are InMemory, TensorDataset and those of torchvision that keep uint8 images in `.data`, all only
-    where indexing adds nothing of the user's own.
+    Supports InMemory, TensorDataset and torchvision's data sets with uint8 images in `.data`, unless a
+    subclass or transform changes what indexing returns.
     """
     kind = type(dataset)
     if isinstance(dataset, InMemory) and kind.__getitem__ is InMemory.__getitem__:

@@ -1,9 +1,10 @@
-"""Batches whose samples are read while the device computes."""
+"""Batches that DataLoader workers read while the device computes."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,14 +17,16 @@ from .batches import Batch, Batches
 
 
 class StreamedBatches(Batches):
-    """Samples read by DataLoader workers ahead of their use, through pinned memory to the device.
+    """Batches read ahead by DataLoader workers and copied to the device.
 
     Args:
         dataset: map-style; a sample is a pair (inputs, targets).
         transform: applied to a sample's inputs.
-        sample_augment: then applied in training; it, and anything random in the data set itself, draws
-            from the run's seed, the epoch and the sample's index.
+        sample_augment: applied to a sample's inputs before `transform`. Its random draws, and those of the
+            data set itself, are a function of the run's seed, the epoch and the sample's index.
         place: moves a batch's inputs and targets to the device and dtype of training.
+        workers, prefetch, pin_memory: as in `torch.utils.data.DataLoader`.
+        options: those of `Batches`.
     """
 
     def __init__(
@@ -51,54 +54,51 @@ class StreamedBatches(Batches):
             persistent_workers=workers > 0,
             pin_memory=pin_memory,
             worker_init_fn=_leave_group,
-            # A generator of its own, or starting an iterator would draw from the run's.
+            # By default, starting an iterator draws from torch's global generator, which is the run's.
             generator=torch.Generator(),
         )
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         self._sampler.epoch, self._sampler.start = epoch, start
-        for (inputs, targets, indices), chosen in zip(self._loader, self.chosen(epoch, start), strict=True):
+        loaded = zip(self._loader, self.batch_indices(epoch, start), strict=True)
+        for (inputs, targets, indices), batch in loaded:
             inputs, targets = self.place(inputs, targets)
             if self.augment is not None:
                 indices = indices.to(tensors(inputs)[0].device)
             inputs = self._augmented(inputs, indices, epoch)
-            yield Batch(inputs, targets, indices, chosen.samples, chosen.total, chosen.steps)
+            yield Batch(inputs, targets, indices, batch.samples, batch.total, batch.steps)
 
 
 def _leave_group(worker: int) -> None:
-    """Out of the process group that a stop signal is sent to: it is for the run to stop its workers."""
+    """Leaves the process group, so that stop signals reach the run only, which stops its workers."""
     if hasattr(os, "setsid"):
         os.setsid()
 
 
+@dataclass
 class _EpochSampler:
-    """The batches of one epoch as lists of (epoch, index): workers learn the epoch with each sample."""
+    """The batches of one epoch as lists of (epoch, index): workers need the epoch for their draws."""
 
-    def __init__(self, batches: Batches) -> None:
-        self.batches = batches
-        self.epoch = 0
-        self.start = 0
+    batches: Batches
+    epoch: int = 0
+    start: int = 0
 
     def __len__(self) -> int:
         return len(self.batches) - self.start
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        for chosen in self.batches.chosen(self.epoch, self.start):
-            yield [(self.epoch, index) for index in chosen.indices.tolist()]
+        for batch in self.batches.batch_indices(self.epoch, self.start):
+            yield [(self.epoch, index) for index in batch.indices.tolist()]
 
 
+@dataclass
 class _Samples(Dataset[Any]):
-    def __init__(
-        self,
-        dataset: Dataset[Any],
-        transform: Callable[[Any], Any] | None,
-        augment: Callable[[Any], Any] | None,
-        seed: int,
-    ) -> None:
-        self.dataset = dataset
-        self.transform = transform
-        self.augment = augment
-        self.seed = seed
+    """Augmented and transformed samples, by (epoch, index)."""
+
+    dataset: Dataset[Any]
+    transform: Callable[[Any], Any] | None
+    augment: Callable[[Any], Any] | None
+    seed: int
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Any, Any, int]:
         epoch, index = key

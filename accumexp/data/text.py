@@ -1,4 +1,4 @@
-"""The embedded text: sources that come with every Python, as bytes, for masked language modelling."""
+"""The embedded text: the sources of Python's standard library, for masked language modelling of bytes."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ VOCABULARY = FIRST_BYTE + 256
 IGNORED = -100  # torch.nn.CrossEntropyLoss's ignore_index
 
 MASKED_SHARE = 0.15
-# Of ten files in a row, eight are trained on.
+# The position of a split's files among ten consecutive ones.
 FILES_OF = {"train": range(8), "eval": (8,), "test": (9,)}
-# Installed beside the library, left out by some distributions of Python, or written when it was built.
+# Installed beside the library, not part of every distribution of Python, or written when it was built.
 LEFT_OUT = {
     *("__pycache__", "dist-packages", "distutils", "ensurepip", "idlelib", "lib-dynload", "lib2to3"),
     *("pydoc_data", "site-packages", "test", "tests", "tkinter", "turtledemo", "venv"),
@@ -33,32 +33,33 @@ BUILT = ("_sysconfigdata", "sitecustomize", "usercustomize")
 
 
 class PythonSources(InMemory):
-    """Paragraphs of Python files as bytes, some of which a model is to guess.
+    """Paragraphs of Python files as bytes, some of which are masked for the model to predict.
 
-    A sample is a run of whole lines of one file, up to a blank line or to `length` bytes; runs below
-    `min_length` bytes are left out, and what a line has beyond `length` bytes too. Files come in the order
-    of their paths, and no more are read than `samples` need. Of ten files eight are for training and one each
-    for eval and test, so splits share none. For one version of Python the samples are always the same.
+    A sample is a series of whole lines of one file, up to a blank line or `length` bytes. Samples below
+    `min_length` bytes are left out, and lines are truncated to `length` bytes. Files are read in the order of
+    their paths, no more than `samples` need. Of ten files eight are for train and one each for eval and test,
+    so the splits share no file. The samples depend only on the version of Python.
 
-    Tokens are PAD (0), MASK (1) and the bytes, 2 to 257. Masking is that of Devlin et al. (arXiv
-    1810.04805, section 3.1): of a sample's n bytes max(1, round(0.15 n)) are to be guessed; of these 80 %
-    are replaced by MASK, 10 % by a random byte, and 10 % stay. As there it is drawn once: a function of
-    `mask_seed`, the split and the sample's index, alike in every epoch, batch, worker and rank, and for
-    every seed of a run. Every sample has a byte to guess, so none has weight 0.
+    Tokens are PAD (0), MASK (1) and the bytes, 2 to 257. Masking follows Devlin et al. (arXiv 1810.04805,
+    section 3.1): of a sample's n bytes max(1, round(0.15 n)) are predicted; of these 80 % are replaced by
+    MASK, 10 % by a random byte, and 10 % are unchanged. It is drawn once, as a function of `mask_seed`, the
+    split and the sample's index, and is the same in every epoch and for every seed of a run. Every sample
+    has a predicted byte, so none has weight 0.
 
     Samples: inputs {"input_ids", "attention_mask"}, both (length,) int64, the mask 1 on bytes and 0 on
-    padding; targets (length,) int64, the byte's token where it is to be guessed and -100 elsewhere.
+    padding; targets (length,) int64, the byte's token where it is predicted and -100 elsewhere.
 
     Args:
         split: "train", "eval" or "test".
-        samples: how many.
+        samples: number of samples.
         length: tokens in a sample, padding included.
         min_length: bytes in the shortest sample.
-        folder: whose .py files are read, below it too; null for the standard library's.
+        mask_seed: seed of the masking.
+        folder: read the .py files in and below this folder; None for the standard library's.
 
     Raises:
-        UsageError: if there are no sources, or not enough of them.
-        ValueError: for an unknown split, or lengths that do not fit each other.
+        UsageError: if there are no sources, or fewer than `samples`.
+        ValueError: for an unknown split, or unless 1 <= min_length <= length and 1 <= samples.
     """
 
     def __init__(
@@ -89,32 +90,32 @@ class PythonSources(InMemory):
 
 
 def source_files(folder: str | None, split: str) -> list[Path]:
-    """The split's share of the .py files below `folder`, or of the standard library's, sorted by path.
+    """The split's .py files below `folder`, or of the standard library, sorted by path.
 
     Raises:
         UsageError: if there is none.
     """
     root = Path(folder or sysconfig.get_paths()["stdlib"])
-    found: list[str] = []
+    paths: list[str] = []
     for parent, folders, names in os.walk(root):
         if folder is None:
             folders[:] = [name for name in folders if name not in LEFT_OUT and not name.startswith("config-")]
             names = [name for name in names if not name.startswith(BUILT)]
-        own = Path(parent).relative_to(root)
-        found += [(own / name).as_posix() for name in names if name.endswith(".py")]
-    chosen = [root / name for k, name in enumerate(sorted(found)) if k % 10 in FILES_OF[split]]
-    if not chosen:
+        relative = Path(parent).relative_to(root)
+        paths += [(relative / name).as_posix() for name in names if name.endswith(".py")]
+    files = [root / path for k, path in enumerate(sorted(paths)) if k % 10 in FILES_OF[split]]
+    if not files:
         right = (
             "give a folder of at least 10 .py files"
             if folder
             else "take a Python that comes with its library's sources, or give data.train.folder=<sources>"
         )
         raise UsageError(f"folder={root}: no .py files there for the {split} split; {right}")
-    return chosen
+    return files
 
 
 def _chunks(files: list[Path], length: int, min_length: int) -> Iterator[bytearray]:
-    """The samples' bytes, `min_length` to `length` each, file by file."""
+    """The samples' bytes, `min_length` to `length` of them each, file by file."""
     for path in files:
         run = bytearray()
         for line in [*path.read_bytes().splitlines(keepends=True), b""]:
@@ -127,18 +128,19 @@ def _chunks(files: list[Path], length: int, min_length: int) -> Iterator[bytearr
 
 
 def masked(tokens: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-    """`tokens` (n, length) with some bytes hidden, and the targets (n, length): those bytes, -100 elsewhere.
+    """Masks bytes of `tokens` (n, length), by draws that are a function of `seed` and the row's number.
 
-    The draws of a row are a function of `seed` and the row's number.
+    Returns:
+        The masked tokens, and the targets: the predicted bytes' tokens, -100 elsewhere; both (n, length).
     """
     samples, length = tokens.shape
     draws = keyed_uniforms(torch.arange(samples), 3 * length, seed).view(samples, 3, length)
     order, action, byte = draws.unbind(1)
     real = tokens != PAD
     count = (MASKED_SHARE * real.sum(1, keepdim=True)).round().long().clamp(min=1)
-    # The bytes of the `count` lowest draws; ties go to the first, so that there are never more.
-    place = order.masked_fill(~real, 2.0).argsort(dim=1, stable=True).argsort(dim=1)
-    guessed = place < count
+    # The bytes of the `count` lowest draws; a stable sort, so that ties do not make more of them.
+    rank = order.masked_fill(~real, 2.0).argsort(dim=1, stable=True).argsort(dim=1)
+    predicted = rank < count
     other = torch.where(action < 0.9, FIRST_BYTE + (256 * byte).long(), tokens)
-    shown = torch.where(action < 0.8, MASK, other)
-    return torch.where(guessed, shown, tokens), torch.where(guessed, tokens, IGNORED)
+    replaced = torch.where(action < 0.8, MASK, other)
+    return torch.where(predicted, replaced, tokens), torch.where(predicted, tokens, IGNORED)

@@ -1,4 +1,4 @@
-"""Transforms of images: what every sample gets once, and what training draws anew each epoch."""
+"""Transforms of images: fixed ones, and random augmentations that are drawn again each epoch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class Scale:
-    """uint8 images of shape (..., channels, height, width) to floats: `(x / 255 - mean) / std`."""
+    """Converts uint8 images (..., channels, height, width) to float32: `(x / 255 - mean) / std`."""
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
         self.mean = torch.tensor(mean).view(-1, 1, 1)
@@ -24,8 +24,11 @@ class Scale:
 class BatchAugment(Protocol):
     """A random transform of a whole batch on its device.
 
-    `uniforms` numbers a sample, drawn from the run's seed, the epoch and the sample's own index, so
-    that a sample is augmented alike in whatever batch or micro-batch it comes.
+    The draws are a function of the run's seed, the epoch and the sample's index, so that a sample's
+    augmentation does not depend on its batch or micro-batch.
+
+    Attributes:
+        uniforms: the number of draws for a sample.
     """
 
     uniforms: int
@@ -36,7 +39,7 @@ class BatchAugment(Protocol):
 
 
 class ShiftAndFlip:
-    """Shifts by up to `shift` pixels each way, filling with zeros, and flips half of the images.
+    """Shifts by up to `shift` pixels each way, padding with zeros, and flips half of the images.
 
     Shapes: images (n, channels, height, width), draws (n, 3).
     """
@@ -61,10 +64,12 @@ class ShiftAndFlip:
 
 
 def keyed_uniforms(indices: Tensor, count: int, seed: int) -> Tensor:
-    """`count` numbers in [0, 1) for each of `indices` (n,): a function of index and seed alone.
+    """`count` uniform numbers in [0, 1) for each of `indices` (n,), a function of index and seed alone.
 
-    The finaliser of SplitMix64 (Steele, Lea, Flood, OOPSLA 2014) over a counter, on the indices'
-    device; 24 bits a number, shape (n, count), float32.
+    The finaliser of SplitMix64 (Steele, Lea, Flood, OOPSLA 2014) over a counter, with 24 bits a number.
+
+    Returns:
+        float32 on the indices' device, shape (n, count).
     """
     counter = indices.view(-1, 1) * count + torch.arange(count, device=indices.device) + 1
     state = counter * _signed(0x9E3779B97F4A7C15) + _signed(seed)
@@ -79,5 +84,5 @@ def _signed(word: int) -> int:
 
 
 def _shifted(state: Tensor, bits: int) -> Tensor:
-    """Logical right shift of int64, which torch has only as an arithmetic one."""
+    """Logical right shift of int64; torch's is arithmetic."""
     return (state >> bits) & ((1 << (64 - bits)) - 1)

@@ -1,4 +1,4 @@
-"""Models of our own; any other class is a `model._target_` away."""
+"""The models of the config group `model`; `model._target_` accepts any other class."""
 
 from .bert import Bert
 from .lenet5 import LeNet5

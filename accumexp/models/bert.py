@@ -1,4 +1,4 @@
-"""BERT for masked language modelling, from transformers, small and with random weights."""
+"""BERT for masked language modelling, from transformers, with random weights."""
 
 from __future__ import annotations
 
@@ -11,24 +11,26 @@ from ..errors import UsageError
 
 
 class Bert(nn.Module):
-    """transformers' BertForMaskedLM (Devlin et al., arXiv 1810.04805) with the loss left to the window.
+    """transformers' BertForMaskedLM (Devlin et al., arXiv 1810.04805) without its loss.
 
-    transformers' own loss is a micro-batch's mean, which cannot be accumulated where token counts differ.
-    Nothing is downloaded.
+    transformers' loss is the mean over a micro-batch, which is wrong to accumulate if token counts differ;
+    the window computes the loss. Nothing is downloaded.
 
     Shapes: input_ids and attention_mask (n, length), 1 on tokens and 0 on padding, to logits
     (n, vocabulary, length), as torch.nn.CrossEntropyLoss takes them with targets (n, length).
 
     Args:
-        vocabulary: number of tokens; 0 is padding.
+        vocabulary: number of tokens; token 0 is padding.
         length: tokens in the longest sample.
-        hidden, layers, heads: width, and depth, and heads of attention.
-        dropout: of hidden layers and of attention; transformers' default is 0.1.
-        attention: "eager" or "sdpa", which needs less memory; on GPUs its backward adds in no fixed order.
+        hidden: width of the hidden layers.
+        layers: number of layers.
+        heads: attention heads in a layer.
+        dropout: of hidden layers and attention; transformers' default is 0.1.
+        attention: "eager", or "sdpa", which needs less memory but is not deterministic in backward on GPUs.
 
     Raises:
         UsageError: if transformers is not installed.
-        ValueError: for sizes that do not fit each other.
+        ValueError: if `hidden` is no multiple of `heads`.
     """
 
     def __init__(
@@ -64,10 +66,10 @@ class Bert(nn.Module):
         self.bert = BertForMaskedLM(BertConfig(**config))
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        # A mask (n, length) would be read on the host once a micro-batch, to see if it can be left out.
+        # transformers reads a mask (n, length) on the host in every forward, to see if it is needed.
         dtype = self.bert.dtype
         hidden = (attention_mask == 0)[:, None, None, :]
         mask = torch.zeros_like(hidden, dtype=dtype).masked_fill(hidden, torch.finfo(dtype).min)
         logits = self.bert(input_ids=input_ids, attention_mask=mask).logits
-        # The loss would copy them all the same, and FSDP warns of a view.
+        # Contiguous, because FSDP warns of a view and the loss would copy it anyway.
         return logits.transpose(1, 2).contiguous()

@@ -1,4 +1,4 @@
-"""LeNet-5 as the tutorial writes it."""
+"""LeNet-5, as in the tutorial."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ class LeNet5(nn.Module):
     Args:
         num_classes: number of outputs.
         channels: channels of the image.
-        image_size: its height and width in pixels, 32 in the original; at least 16.
+        image_size: height and width of the image in pixels, at least 16; 32 in the original.
 
     Shapes: (n, channels, image_size, image_size) to (n, num_classes).
 
     Raises:
-        ValueError: if the image is too small for two 5x5 convolutions, each pooled by 2.
+        ValueError: if `image_size` is below 16.
     """
 
     def __init__(self, num_classes: int = 10, channels: int = 1, image_size: int = 32) -> None:

@@ -1,4 +1,4 @@
-"""A multi-layer perceptron, the smallest model worth comparing with."""
+"""A multi-layer perceptron."""
 
 from __future__ import annotations
 
@@ -8,9 +8,15 @@ from torch import Tensor, nn
 
 
 class MLP(nn.Module):
-    """Linear layers with ReLU between them and, if asked for, dropout.
+    """Linear layers with ReLU and optional dropout between them.
 
-    Shapes: (n, ...) with `inputs` numbers a sample to (n, num_classes).
+    Args:
+        inputs: numbers in a sample.
+        num_classes: number of outputs.
+        hidden: widths of the hidden layers.
+        dropout: probability of dropout after each hidden layer.
+
+    Shapes: (n, ...) to (n, num_classes).
     """
 
     def __init__(

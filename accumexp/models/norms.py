@@ -1,8 +1,8 @@
-"""Four norms for models that were written with BatchNorm, and what each makes of a batch that is split.
+"""Norms for models that were written with BatchNorm.
 
-`batch` takes its statistics from the samples of one forward, and so depends on how a batch is split; the
-other three give every split the whole batch's gradient: `frozen` takes no statistics, `group` takes them
-from one sample, `ghost` from groups of samples that are the same however the batch is split.
+The statistics of `batch` are over the samples of one forward, so its gradient depends on how a batch is split
+into micro-batches. With the other three it does not: `frozen` computes no statistics, `group` computes them
+over one sample, and `ghost` over groups of samples that are the same for every split.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ NORMS = ("batch", "frozen", "group", "ghost")
 
 
 def matched_momentum(momentum: float, times: int) -> float:
-    """The momentum of each of `times` updates of running statistics that together are one of `momentum`.
+    """The momentum of `times` updates of running statistics that equal one update with `momentum` in decay.
 
-    An update with momentum m' is r <- (1 - m') r + m' s. After N of them r keeps the weight (1 - m')^N, and
-    one update with momentum m leaves it 1 - m. So (1 - m')^N = 1 - m, or m' = 1 - (1 - m)^(1/N): whatever N,
-    the statistics forget at the same pace per optimizer update. The weight m then lies on the statistics of
-    the N micro-batches, m' (1 - m')^(N - k) on those of the k-th. The last, smaller window of an epoch has
-    fewer micro-batches and moves them the less.
+    An update with momentum m' is r <- (1 - m') r + m' s. After N of them r has the weight (1 - m')^N, after
+    one update with momentum m the weight 1 - m. So m' = 1 - (1 - m)^(1/N) gives the same decay per optimizer
+    update for any N. The statistics of the k-th of the N micro-batches then have the weight
+    m' (1 - m')^(N - k), in sum m. The last, smaller window of an epoch has fewer micro-batches and so less
+    decay.
 
     Raises:
         ValueError: unless 0 <= momentum <= 1 and 1 <= times.
@@ -38,10 +38,10 @@ def matched_momentum(momentum: float, times: int) -> float:
 
 
 class FrozenBatchNorm2d(nn.BatchNorm2d):
-    """BatchNorm by its running statistics, in training too: they never change, weight and bias are trained.
+    """BatchNorm with fixed running statistics, in training too; weight and bias are trained.
 
-    For weights that were trained elsewhere. Until some are loaded the statistics are mean 0 and variance 1,
-    and what is left is a scale and a shift. `training` is always false.
+    For pretrained weights. Before they are loaded the statistics are mean 0 and variance 1, and the module
+    is a scale and a shift. `training` is always False.
 
     Shapes: (n, channels, height, width) to the same.
     """
@@ -51,26 +51,27 @@ class FrozenBatchNorm2d(nn.BatchNorm2d):
         self.eval()
 
     def train(self, mode: bool = True) -> FrozenBatchNorm2d:
-        """Stays as it is: what trains the model around it must not start to move the statistics."""
+        """Has no effect, so that `model.train()` does not make the statistics change."""
         return super().train(False)
 
 
 class GhostBatchNorm2d(nn.BatchNorm2d):
     """BatchNorm over groups of at most `ghost_size` samples (Hoffer et al. 2017, arXiv:1705.08741).
 
-    n samples are cut into ceil(n / ghost_size) groups in their order, of sizes that differ by one at most,
-    the larger ones first, which is how a window is cut into micro-batches. So micro-batches of `ghost_size`
-    samples are groups themselves, and the large batch in one piece has the same groups. The running
-    statistics take one group after the other, as torch does with one batch after the other.
+    n samples are split into ceil(n / ghost_size) groups as a window is split into micro-batches: in order,
+    with sizes that differ by at most one, the larger ones first. So a micro-batch of `ghost_size` samples is
+    one group, and the whole batch has the same groups. Each group updates the running statistics, in order.
 
     Args:
+        num_features: channels.
         ghost_size: samples in a group.
+        eps: added to the variance.
         momentum: of the running statistics, for each group.
 
     Shapes: (n, channels, height, width) to the same.
 
     Raises:
-        ValueError: for a `ghost_size` below 1; in `forward` for a group of a single value a channel.
+        ValueError: for a `ghost_size` below 1; in `forward` for a group with one value per channel.
     """
 
     def __init__(self, num_features: int, ghost_size: int, eps: float = 1e-5, momentum: float = 0.1) -> None:
@@ -80,7 +81,7 @@ class GhostBatchNorm2d(nn.BatchNorm2d):
         self.ghost_size = ghost_size
 
     def statistics_groups(self, samples: int) -> list[int]:
-        """Sizes of the groups that a batch of `samples` is cut into; `accum.inequalities` asks for them."""
+        """The sizes of the groups of a batch of `samples`; used by `accum.inequalities`."""
         return split_sizes(samples, -(-samples // self.ghost_size))
 
     def forward(self, input: Tensor) -> Tensor:
@@ -88,14 +89,14 @@ class GhostBatchNorm2d(nn.BatchNorm2d):
         if len(sizes) == 1:
             return super().forward(input)
         if sizes[0] == sizes[-1]:
-            return self._forward_alike(input, len(sizes))
+            return self._forward_equal(input, len(sizes))
         return torch.cat([super(GhostBatchNorm2d, self).forward(part) for part in input.split(sizes)])
 
-    def _forward_alike(self, input: Tensor, groups: int) -> Tensor:
-        """All groups at once: each group's channels are channels of their own, of ghost_size samples.
+    def _forward_equal(self, input: Tensor, groups: int) -> Tensor:
+        """The forward of groups of equal size, in one batch norm over groups * channels channels.
 
-        With g groups of statistics s_1 ... s_g, one update after the other ends at
-        (1 - m)^g r + sum_k m (1 - m)^(g - k) s_k.
+        With statistics s_1 ... s_g of the groups, the running statistics r become
+        (1 - m)^g r + sum_k m (1 - m)^(g - k) s_k, as by one update after the other.
         """
         assert self.running_mean is not None and self.running_var is not None
         assert self.num_batches_tracked is not None and self.momentum is not None
@@ -112,15 +113,15 @@ class GhostBatchNorm2d(nn.BatchNorm2d):
             self.weight.repeat(groups),
             self.bias.repeat(groups),
             training=True,
-            momentum=1.0,  # what comes back is the groups' own statistics
+            momentum=1.0,  # so that `means` and `variances` become the groups' statistics
             eps=self.eps,
         )
         with torch.no_grad():
             kept = 1 - self.momentum
             later = torch.arange(groups - 1, -1, -1, device=input.device, dtype=means.dtype)
             shares = self.momentum * kept**later
-            for running, own in ((self.running_mean, means), (self.running_var, variances)):
-                running.mul_(kept**groups).add_(shares @ own.view(groups, channels))
+            for running, new in ((self.running_mean, means), (self.running_var, variances)):
+                running.mul_(kept**groups).add_(shares @ new.view(groups, channels))
             self.num_batches_tracked.add_(groups)
         return normed.view(size, groups, channels, *area).transpose(0, 1).reshape(input.shape)
 
@@ -137,18 +138,19 @@ def norm_layer(
     window_steps: int = 1,
     micro_batch_size: int | None = None,
 ) -> Callable[[int], nn.Module]:
-    """The norm for a number of channels, as one of `NORMS`.
+    """A function that makes the norm for a number of channels.
 
     Args:
-        momentum: of running statistics for each optimizer update, whatever its window is cut into.
-        groups: of channels, for `group`; all channels where there are fewer.
-        ghost_size: samples in a group of `ghost`; a micro-batch if None.
+        norm: one of `NORMS`.
+        momentum: of running statistics, for each optimizer update (`matched_momentum`).
+        groups: groups of channels, for `group`; at most the number of channels.
+        ghost_size: samples in a group of `ghost`, by default `micro_batch_size`.
         window_steps: micro-batches in a window, on each rank.
-        micro_batch_size: samples in each; needed by `ghost`, and `ghost_size` stands in for it.
+        micro_batch_size: samples in a micro-batch on each rank, for `ghost`; by default `ghost_size`.
 
     Raises:
-        ValueError: for an unknown norm or a value out of range; from what is returned, for `groups` that do
-            not divide the channels.
+        ValueError: for an unknown norm or a value out of range. The returned function raises it for `groups`
+            that do not divide the channels.
     """
     if norm not in NORMS:
         raise ValueError(f"norm={norm}: one of {', '.join(NORMS)}")
@@ -164,7 +166,7 @@ def norm_layer(
     ghost = micro_batch_size if ghost_size is None else ghost_size
     if not isinstance(ghost, int) or ghost < 1:
         raise ValueError(f"ghost_size={ghost}: samples in a group of statistics, at least 1")
-    # Groups of this rank in an update: as many as its micro-batches are cut into.
+    # The groups of this rank in an update: those of its micro-batches.
     each = matched_momentum(momentum, window_steps * -(-(micro_batch_size or ghost) // ghost))
     return lambda channels: GhostBatchNorm2d(channels, ghost, momentum=each)
 

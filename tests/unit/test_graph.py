@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from accumexp.accum import GraphedWindow, OptimizerStep, Record, Window
+from accumexp.accum import GraphedWindow, GraphRecorder, OptimizerStep, Window
 from accumexp.accum.graph import FIRST, GraphedStep, can_be_recorded
 from accumexp.environment.random_state import random_state
 from accumexp.errors import TrainingError, UsageError
@@ -66,11 +66,11 @@ def graphed_trainer(
 ) -> tuple[Trainer, Memory, list[Again | Tape]]:
     made: list[Again | Tape] = []
 
-    def recorder() -> Record:
+    def recorder() -> GraphRecorder:
         made.append(kind())
         return made[-1]
 
-    def on_the_cpu(window: Window, train: Any, device: torch.device) -> Record:
+    def on_the_cpu(window: Window, train: Any, device: torch.device) -> GraphRecorder:
         return graphs.tried(window, train, recorder)
 
     monkeypatch.setattr(assembly, "graphs", on_the_cpu)

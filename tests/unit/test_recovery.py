@@ -178,7 +178,7 @@ def test_it_keeps_no_copy_of_the_gradients() -> None:
     recovery = Recovery(Window(model, nn.MSELoss(), 4))
     recovery.backward(torch.randn(8, 37), torch.randn(8, 41))
     assert not [t for t in vars(recovery._start).values() if isinstance(t, Tensor) and t.shape == (41, 37)]
-    assert recovery._start._kept == []
+    assert recovery._start._copies == []
 
 
 class Moving(nn.Module):
@@ -223,8 +223,8 @@ def test_a_copy_of_a_buffer_is_part_of_no_graph() -> None:
     recovery = Recovery(Window(Remembering(), nn.CrossEntropyLoss(), 2))
     for _ in range(2):
         recovery.backward(*classification(SAMPLES))
-    recovery._start.remember()
-    assert [kept.requires_grad for kept in recovery._start._kept] == [False]
+    recovery._start.save()
+    assert [kept.requires_grad for kept in recovery._start._copies] == [False]
 
 
 def test_buffers_that_are_not_made_yet_are_no_hindrance() -> None:
@@ -276,9 +276,9 @@ def test_an_error_that_is_its_own_cause_is_let_go() -> None:
 
 def test_the_room_to_go_back_is_taken_before_any_window() -> None:
     recovery = Recovery(Window(stateful(Short()), nn.CrossEntropyLoss(), 2))
-    before = [kept.data_ptr() for kept in recovery._start._kept]
+    before = [kept.data_ptr() for kept in recovery._start._copies]
     recovery.backward(*classification(SAMPLES))
-    assert before and before == [kept.data_ptr() for kept in recovery._start._kept]
+    assert before and before == [kept.data_ptr() for kept in recovery._start._copies]
 
 
 def test_what_was_seen_of_a_window_that_failed_is_forgotten() -> None:
