@@ -40,23 +40,16 @@ def main() -> None:
             changes[key] = value
         else:
             raise UsageError(f"{key}: no such key, a report has {', '.join([*options, *SETTINGS])}")
-    report(options["sweep"], options["tracking.uri"], options["folder"], changes)
 
-
-def report(sweep: str, uri: str, folder: str, changes: dict[str, str]) -> None:
-    """Makes, prints and writes the report of a sweep.
-
-    Raises:
-        UsageError: if there is no such sweep, or a setting is wrong.
-    """
+    # Imported after --help has been answered: these load MLflow, scipy and matplotlib.
     from ..environment.console import console
     from .find import find_sweep
     from .publish import publish
 
-    past_sweep = find_sweep(sweep, uri)
-    publish(past_sweep, changes, Path(folder) if folder else None)
-    if past_sweep.store and past_sweep.run_id:
-        lines = past_sweep.store.sweep_lines(past_sweep.run_id)
+    sweep = find_sweep(options["sweep"], options["tracking.uri"])
+    publish(sweep, changes, Path(options["folder"]) if options["folder"] else None)
+    if sweep.store and sweep.run_id:
+        lines = sweep.store.sweep_lines(sweep.run_id)
         console.print("\n".join(lines), highlight=False, soft_wrap=True, markup=False)
 
 

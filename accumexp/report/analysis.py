@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -12,16 +11,7 @@ from ..errors import UsageError
 from .groups import Group, group_jobs, reference_groups
 from .jobs import Curve, Job, Sweep
 from .noise import NoiseScale, noise_scales
-from .statistics import (
-    Decision,
-    Difference,
-    Summary,
-    Verdict,
-    decide,
-    paired_difference,
-    seeds_needed,
-    summarize,
-)
+from .statistics import Decision, Difference, Summary, Verdict, compare_pairs, decide, seeds_needed, summarize
 from .trajectory import COMPARED_UPDATES, LOSS, Trajectory, compare_losses
 
 MAX_POINTS = 2000
@@ -102,25 +92,6 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Cost:
-    """The cost of a group's updates: medians over its jobs, None if no job measured the value.
-
-    Attributes:
-        update_ms: milliseconds per update.
-        samples_per_second: samples trained per second.
-        activation_mib: MiB saved for backward, of one micro-batch at a time.
-        peak_mib: peak memory in MiB, of the device; on a CPU of the whole process.
-        seconds: training time of a run.
-    """
-
-    update_ms: float | None
-    samples_per_second: float | None
-    activation_mib: float | None
-    peak_mib: float | None
-    seconds: float | None
-
-
-@dataclass(frozen=True)
 class Report:
     """The results that the pictures, the page and the tables show.
 
@@ -156,17 +127,6 @@ class Report:
             verdicts.add(Verdict.undecided)
         order = (Verdict.different, Verdict.undecided, Verdict.equivalent)
         return next((verdict for verdict in order if verdict in verdicts), None)
-
-
-def median_cost(group: Group) -> Cost:
-    """Medians over the group's jobs."""
-
-    def median(key: str) -> float | None:
-        values = group.finals(key)
-        return statistics.median(values) if values else None
-
-    keys = ("update_ms", "samples_per_second", "activation_mib", "peak_memory_mib", "seconds")
-    return Cost(*map(median, keys))
 
 
 def make_report(
@@ -225,7 +185,7 @@ def _compare(
     for group, reference in compared:
         values, baseline = _values(group, metric), _values(reference, metric)
         steps = [values[seed] - baseline[seed] for seed in sorted(values.keys() & baseline.keys())]
-        differences.append(paired_difference(steps, margin, config.confidence, _resolution(group, metric)))
+        differences.append(compare_pairs(steps, margin, config.confidence, _resolution(group, metric)))
     decisions = decide(differences, config.confidence)
     comparisons = {}
     for (group, reference), difference, decision in zip(compared, differences, decisions, strict=True):

@@ -19,10 +19,8 @@ def find_sweep(sweep: str, uri: str = "") -> Sweep:
     """Reads a sweep.
 
     Args:
-        sweep: its folder, or the id of its parent run or of one of its jobs; empty for the newest in the
-            store.
-        uri: of the store; empty for the one that the sweep's folder names, else `mlflow.db` in the current
-            folder.
+        sweep: its folder, or the id of its parent run or of a job; empty for the newest in the store.
+        uri: of the store; empty for that of the sweep's folder, else `mlflow.db` in the current folder.
 
     Raises:
         UsageError: if there is no such sweep.

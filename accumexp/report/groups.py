@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +12,16 @@ from .jobs import Job
 STEPS = "accum.steps"
 # Keys that change how an update is split into micro-batches and ranks, but not the update itself.
 SPLIT_KEYS = (STEPS, "accum.micro_batch_size", "accum", "accum.strategy", "accum.processes")
+
+# The key of `final/*` for each cost of a run. `activation_mib` is saved for backward, of one micro-batch at a
+# time; `peak_mib` is of the device, on a CPU of the whole process; `seconds` is the training time.
+COSTS = {
+    "update_ms": "update_ms",
+    "samples_per_second": "samples_per_second",
+    "activation_mib": "activation_mib",
+    "peak_mib": "peak_memory_mib",
+    "seconds": "seconds",
+}
 
 
 @dataclass(frozen=True)
@@ -53,6 +64,11 @@ class Group:
     def finals(self, key: str) -> list[float]:
         """`final/<key>` of the jobs that have it."""
         return [job.final[key] for job in self.jobs.values() if key in job.final]
+
+    def costs(self) -> dict[str, float | None]:
+        """The medians of `COSTS` over the jobs; None for what no job measured."""
+        values = {name: self.finals(key) for name, key in COSTS.items()}
+        return {name: statistics.median(costs) if costs else None for name, costs in values.items()}
 
 
 def varied_keys(jobs: Sequence[Job]) -> list[str]:

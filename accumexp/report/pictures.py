@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-from .analysis import Report, Row, median_cost
+from .analysis import Report, Row
 from .noise import critical_batch_size
 from .statistics import Verdict
 from .trajectory import precision_epsilon
@@ -134,23 +134,22 @@ def loss_figure(report: Report) -> Figure | None:
 
 
 def _draw_losses(axes: Axes, report: Report) -> None:
-    rows = [row for row in report.rows if any(report.curves[id(row.group)].values())]
-    by_samples = len({row.group.batch_size for row in rows}) > 1
+    by_samples = len({row.group.batch_size for row in report.rows}) > 1
     positive = True
     for index, row in enumerate(report.rows):
-        curves = [curve for curve in report.curves[id(row.group)].values() if curve]
+        curves = [dict(curve) for curve in report.curves[id(row.group)].values() if curve]
         if not curves:
             continue
-        positive &= all(value > 0 for curve in curves for _, value in curve)
-        updates = sorted(set.intersection(*[{update for update, _ in curve} for curve in curves]))
-        table = np.array([[values[update] for update in updates] for values in map(dict, curves)])
+        positive &= all(value > 0 for curve in curves for value in curve.values())
+        updates = sorted(set.intersection(*map(set, curves)))
+        table = np.array([[curve[update] for update in updates] for curve in curves])
         x = np.array(updates) * (row.group.samples_per_update if by_samples else 1)
         _draw_band(axes, index, row.group.label, x, np.median(table, axis=0), table.min(0), table.max(0))
     if positive:
         axes.set_yscale("log")
     axes.set(xlabel="samples seen" if by_samples else "update", ylabel="training loss of the window")
     axes.set_title("median and range over the seeds")
-    _legend(axes, len(rows))
+    _legend(axes)
 
 
 def _draw_loss_differences(axes: Axes, report: Report) -> None:
@@ -178,31 +177,32 @@ def _draw_loss_differences(axes: Axes, report: Report) -> None:
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.set_ylim(bottom=floor / 2)
     axes.set_title("rounding grows smoothly; a bug jumps")
-    _legend(axes, len(compared), loc="upper left")
+    _legend(axes, loc="upper left")
 
 
 def cost_figure(report: Report) -> Figure | None:
     """Time, speed and memory of the groups' updates: medians over the jobs, on axes from zero."""
-    rows = [row for row in report.rows if median_cost(row.group).update_ms is not None]
+    rows = [row for row in report.rows if row.group.finals("update_ms")]
     if not rows:
         return None
-    costs = [median_cost(row.group) for row in rows]
     device = rows[0].group.first.tags.get("accumexp.device", "")
     scope = "of the process" if "cores" in device or not device else "on the device"
-    quantities = [
-        ("time an update", "ms", [cost.update_ms for cost in costs]),
-        ("speed", "samples/s", [cost.samples_per_second for cost in costs]),
-        ("activations saved for backward", "MiB", [cost.activation_mib for cost in costs]),
-        ("peak memory", f"MiB, {scope}", [cost.peak_mib for cost in costs]),
-    ]
-    quantities = [quantity for quantity in quantities if None not in quantity[2]]
+    headings = {
+        "update_ms": ("time an update", "ms"),
+        "samples_per_second": ("speed", "samples/s"),
+        "activation_mib": ("activations saved for backward", "MiB"),
+        "peak_mib": ("peak memory", f"MiB, {scope}"),
+    }
+    costs = [row.group.costs() for row in rows]
+    quantities = [name for name in headings if all(cost[name] is not None for cost in costs)]
     width = 2.45 * len(quantities) * max(1.0, len(rows) / MANY_GROUPS)
     figure, panels = _panels(len(quantities), width, 3.2)
-    for axes, (title, unit, values) in zip(panels, quantities, strict=True):
-        numbers = [value for value in values if value is not None]
-        bars = axes.bar(range(len(rows)), numbers, color="#56B4E9", edgecolor="#1f4e66", width=0.65)
-        labels = [f"{value:.3g}" if value < 1000 else f"{value:,.0f}" for value in numbers]
+    for axes, name in zip(panels, quantities, strict=True):
+        values = [cost[name] or 0.0 for cost in costs]
+        bars = axes.bar(range(len(rows)), values, color="#56B4E9", edgecolor="#1f4e66", width=0.65)
+        labels = [f"{value:.3g}" if value < 1000 else f"{value:,.0f}" for value in values]
         axes.bar_label(bars, labels, fontsize=8, padding=2)
+        title, unit = headings[name]
         axes.set(title=title, ylabel=unit)
         axes.margins(y=0.12)
         axes.grid(axis="x", visible=False)
@@ -230,7 +230,7 @@ def noise_figure(report: Report) -> Figure | None:
     _annotate(axes, text, (0.0, limit), (3, 4), xycoords=("axes fraction", "data"))
     axes.set(yscale="log", xlabel="samples seen", ylabel="gradient noise scale (samples)")
     axes.set_title("batches below the noise scale are worth enlarging")
-    _legend(axes, len(report.noise))
+    _legend(axes)
     return figure
 
 
@@ -274,7 +274,8 @@ def _label_groups(axes: Axes, rows: Sequence[Row]) -> None:
         axes.tick_params(axis="x", rotation=60, labelsize=7)
 
 
-def _legend(axes: Axes, groups: int, **options: Any) -> None:
+def _legend(axes: Axes, **options: Any) -> None:
+    groups = len(axes.get_legend_handles_labels()[1])
     if groups <= MAX_LEGEND:
         axes.legend(fontsize=8 if groups <= MANY_GROUPS else 6, **options)
 

@@ -5,43 +5,25 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..config.report import report_from
 from ..environment.console import console, steps
-from .analysis import Report, make_report, median_cost
+from .analysis import Report, make_report
 from .groups import varied_params
 from .jobs import Sweep
 from .page import page
 from .pictures import draw
 from .statistics import Verdict
-from .tables import (
-    cost_table,
-    group_rows,
-    job_rows,
-    print_tables,
-    result_table,
-    terminal_tables,
-    write_csv,
-)
+from .tables import cost_table, group_rows, job_rows, print_tables, result_table, terminal_tables, write_csv
 from .wording import conclusion, noise_conclusion, reason
 
 FOLDER = "report"
 PAGE = "report.html"
 # Below MLflow's limits: 8,000 characters of a tag, 250 of a metric's name.
 MAX_TAG, MAX_NAME = 7500, 200
-
-
-@dataclass(frozen=True)
-class ReportFiles:
-    """The files of a report; `files` includes the page."""
-
-    folder: Path
-    page: Path
-    files: list[Path]
 
 
 def publish(
@@ -62,23 +44,24 @@ def publish(
     print_report(report)
     if files and (config.write or changes or folder):
         default = (sweep.folder or Path.cwd() / f"report-{sweep.run_id}") / FOLDER
-        written = write(report, folder or default)
-        console.print(f"report  {written.page}", highlight=False, soft_wrap=True, markup=False)
-        log_to_parent_run(report, written)
+        paths = write(report, folder or default)
+        console.print(f"report  {paths[0]}", highlight=False, soft_wrap=True, markup=False)
+        log_to_parent_run(report, paths)
     return report
 
 
-def write(report: Report, folder: Path) -> ReportFiles:
-    """Writes page, pictures and CSV files into `folder`, which is created if necessary."""
+def write(report: Report, folder: Path) -> list[Path]:
+    """Writes page, pictures and CSV files into `folder`, which is created if necessary.
+
+    Returns:
+        The paths of the files, the page first.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     pictures = draw(report, folder)
-    html = folder / PAGE
-    html.write_text(page(report, pictures), encoding="utf-8")
-    tables = [
-        write_csv(folder / "groups.csv", group_rows(report)),
-        write_csv(folder / "jobs.csv", job_rows(report)),
-    ]
-    return ReportFiles(folder, html, [html, *pictures.values(), *tables])
+    (folder / PAGE).write_text(page(report, pictures), encoding="utf-8")
+    write_csv(folder / "groups.csv", group_rows(report))
+    write_csv(folder / "jobs.csv", job_rows(report))
+    return [folder / PAGE, *pictures.values(), folder / "groups.csv", folder / "jobs.csv"]
 
 
 def print_report(report: Report) -> None:
@@ -100,12 +83,12 @@ def print_report(report: Report) -> None:
         write_line(f"  left out: {job.overrides_text}: {job.status}{error}", "yellow")
 
 
-def log_to_parent_run(report: Report, written: ReportFiles) -> None:
-    """Logs the report as artifacts, metrics, tags and note of the sweep's parent run, if there is one."""
+def log_to_parent_run(report: Report, paths: Sequence[Path]) -> None:
+    """Logs the files as artifacts, and metrics, tags and note, of the sweep's parent run, if there is one."""
     store, run_id = report.sweep.store, report.sweep.run_id
     if store is None or run_id is None:
         return
-    for path in written.files:
+    for path in paths:
         store.client.log_artifact(run_id, str(path), FOLDER)
     store.log_once(run_id, metrics(report))
     for key, value in tags(report).items():
@@ -122,8 +105,8 @@ def metrics(report: Report) -> dict[str, float]:
         name = re.sub(r"[^\w.\- ]+", " ", row.group.label)[:MAX_NAME].strip(" .")
         name += f" - {number}" if name in names else ""
         names.add(name)
-        values = {key: row.value.mean / factor, f"{key}_std": row.value.std / factor}
-        values.update(vars(median_cost(row.group)))
+        values: dict[str, float | None] = {key: row.value.mean / factor, f"{key}_std": row.value.std / factor}
+        values |= row.group.costs()
         if row.comparison:
             values[f"{key}_difference"] = row.comparison.difference.mean / factor
         for metric, value in values.items():
@@ -157,18 +140,12 @@ def tags(report: Report) -> dict[str, str]:
 
 def note(report: Report) -> str:
     """The report as markdown, of at most the length of a tag."""
-    parts = [f"**{conclusion(report)}**"]
-    if report.rows:
-        parts += [result_table(report).markdown(), cost_table(report).markdown()]
-    noise = noise_conclusion(report)
-    if noise:
-        parts.append(noise)
-    if report.sweep.unfinished:
-        lines = [
-            f"- left out: `{job.overrides_text}`: {job.status} {job.error or ''}"
-            for job in report.sweep.unfinished
-        ]
-        parts.append("\n".join(lines))
-    parts.append(f"The whole report, with pictures: artifact `{FOLDER}/{PAGE}`.")
-    text = "\n\n".join(parts)
+    tables = [result_table(report).markdown(), cost_table(report).markdown()] if report.rows else []
+    left_out = [
+        f"- left out: `{job.overrides_text}`: {job.status} {job.error or ''}"
+        for job in report.sweep.unfinished
+    ]
+    footer = f"The whole report, with pictures: artifact `{FOLDER}/{PAGE}`."
+    parts = [f"**{conclusion(report)}**", *tables, noise_conclusion(report), "\n".join(left_out), footer]
+    text = "\n\n".join(part for part in parts if part)
     return text if len(text) <= MAX_TAG else text[:MAX_TAG] + "\n\n... cut here; the page has it all"

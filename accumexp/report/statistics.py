@@ -27,9 +27,9 @@ class Verdict(Enum):
 
 @dataclass(frozen=True)
 class Summary:
-    """Number, mean and standard deviation of a group's values, with the confidence interval of the mean.
+    """Number, mean and standard deviation of values, with the confidence interval of the mean.
 
-    `std`, `low` and `high` are nan for a single value.
+    `std`, `low` and `high` are nan for fewer than two values, and if a value is not finite.
     """
 
     count: int
@@ -40,22 +40,14 @@ class Summary:
 
 
 @dataclass(frozen=True)
-class Difference:
-    """The difference of a group to its reference, paired by seed, in the unit of the values.
+class Difference(Summary):
+    """The differences of a group to its reference, paired by seed, and their tests.
 
     Attributes:
-        pairs: number of seeds that both groups have.
-        mean, std: of the paired differences (group minus reference).
-        low, high: the confidence interval of the mean difference; nan for a single pair.
         p_different: p-value of the two-sided paired t-test of a zero difference.
         p_equivalent: p-value of the two one-sided paired t-tests of a difference of at least the margin.
     """
 
-    pairs: int
-    mean: float
-    std: float
-    low: float
-    high: float
     p_different: float
     p_equivalent: float
 
@@ -69,17 +61,18 @@ class Decision:
     p_equivalent: float
 
 
-def summarize(values: Sequence[float], confidence: float = 0.95) -> Summary:
+def summarize(values: Sequence[float] | np.ndarray, confidence: float = 0.95) -> Summary:
     """Mean, standard deviation (n - 1) and Student's t interval of the mean."""
     array = np.asarray(values, dtype=float)
-    mean = float(array.mean())
-    if array.size < 2:
+    mean = float(array.mean()) if array.size else math.nan
+    if array.size < 2 or not np.isfinite(array).all():
         return Summary(array.size, mean, math.nan, math.nan, math.nan)
     std = float(array.std(ddof=1))
-    return Summary(array.size, mean, std, *_interval(mean, std, array.size, confidence))
+    half = float(stats.t.ppf((1 + confidence) / 2, array.size - 1)) * std / math.sqrt(array.size)
+    return Summary(array.size, mean, std, mean - half, mean + half)
 
 
-def paired_difference(
+def compare_pairs(
     differences: Sequence[float] | np.ndarray,
     margin: float | None,
     confidence: float = 0.95,
@@ -98,31 +91,27 @@ def paired_difference(
         margin: the largest difference that does not matter, above 0; None if it is not known.
         resolution: the smallest step of a value; for an accuracy, one sample of the test split.
     """
-    array = np.asarray(differences, dtype=float)
-    count = array.size
-    mean = float(array.mean()) if count else math.nan
-    if count < 2 or not np.isfinite(array).all():
-        return Difference(count, mean, math.nan, math.nan, math.nan, 1.0, 1.0)
-    std = float(array.std(ddof=1))
-    low, high = _interval(mean, std, count, confidence)
-    constant = std <= 1e-12 * float(np.abs(array).max())
-    if constant and not resolution:
-        sign = 0.5**count
-        inside = margin is not None and abs(mean) < margin
-        return Difference(count, mean, std, low, high, 2 * sign if mean else 1.0, sign if inside else 1.0)
-    error = (resolution if constant else std) / math.sqrt(count)
-    p_different, p_equivalent = 2 * float(stats.t.sf(abs(mean) / error, count - 1)), 1.0
-    if margin is not None:
-        p_equivalent = float(stats.t.sf((margin - abs(mean)) / error, count - 1))
-    return Difference(count, mean, std, low, high, p_different, p_equivalent)
+    summary = summarize(differences, confidence)
+    count, distance, std = summary.count, abs(summary.mean), summary.std
+    p_different = p_equivalent = 1.0
+    if not math.isnan(std):
+        constant = std <= 1e-12 * float(np.abs(differences).max())
+        if constant and not resolution:
+            p_different = 2 * 0.5**count if distance else 1.0
+            p_equivalent = 0.5**count if margin is not None and distance < margin else 1.0
+        else:
+            error = (resolution if constant else std) / math.sqrt(count)
+            p_different = 2 * float(stats.t.sf(distance / error, count - 1))
+            if margin is not None:
+                p_equivalent = float(stats.t.sf((margin - distance) / error, count - 1))
+    return Difference(**vars(summary), p_different=p_different, p_equivalent=p_equivalent)
 
 
 def decide(differences: Sequence[Difference], confidence: float = 0.95) -> list[Decision]:
     """Verdicts on all comparisons of a sweep; each kind of test is corrected by Holm's method.
 
     Equivalent: the difference is shown to be inside the margin, whether it is zero or not. Different: there
-    is a
-    difference, and it is not shown to be inside the margin (Lakens 2017, doi:10.1177/1948550617697177).
+    is a difference, and it is not shown to be inside the margin (Lakens 2017, doi:10.1177/1948550617697177).
     Undecided: neither is shown.
     """
     alpha = 1 - confidence
@@ -178,8 +167,3 @@ def seeds_needed(std: float, margin: float, alpha: float = 0.05, power: float = 
     pairs = range(2, MAX_SEEDS + 1)
     index = bisect_left(pairs, power, key=lambda count: equivalence_power(count, std, margin, alpha))
     return pairs[index] if index < len(pairs) else None
-
-
-def _interval(mean: float, std: float, count: int, confidence: float) -> tuple[float, float]:
-    half = float(stats.t.ppf((1 + confidence) / 2, count - 1)) * std / math.sqrt(count)
-    return mean - half, mean + half

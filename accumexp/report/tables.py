@@ -15,7 +15,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from ..environment.console import console
-from .analysis import Comparison, Report, Row, median_cost
+from .analysis import Comparison, Report, Row
 from .certificates import certificate_cell, has_certificates
 from .wording import mean_and_std, p_value, reason, signed_interval
 
@@ -74,20 +74,22 @@ def cost_table(report: Report) -> Table:
 
 
 def _cost_cells(row: Row) -> list[str]:
-    cost = median_cost(row.group)
-    reference = median_cost(row.comparison.reference) if row.comparison else None
+    costs = row.group.costs()
+    reference_costs = row.comparison.reference.costs() if row.comparison else {}
 
-    def cell(value: float | None, unit: str, digits: int, base: float | None = None) -> str:
-        if value is None:
+    def cell(name: str, unit: str, digits: int, ratio: bool = False) -> str:
+        cost, reference_cost = costs[name], reference_costs.get(name)
+        if cost is None:
             return "-"
-        return f"{value:,.{digits}f}{unit}" + (f" (x{value / base:.2f})" if base else "")
+        text = f"{cost:,.{digits}f}{unit}"
+        return f"{text} (x{cost / reference_cost:.2f})" if ratio and reference_cost else text
 
     return [
-        cell(cost.update_ms, "", 2, reference and reference.update_ms),
-        cell(cost.samples_per_second, "", 0, reference and reference.samples_per_second),
-        cell(cost.activation_mib, " MiB", 2, reference and reference.activation_mib),
-        cell(cost.peak_mib, " MiB", 0),
-        cell(cost.seconds, " s", 1),
+        cell("update_ms", "", 2, ratio=True),
+        cell("samples_per_second", "", 0, ratio=True),
+        cell("activation_mib", " MiB", 2, ratio=True),
+        cell("peak_mib", " MiB", 0),
+        cell("seconds", " s", 1),
     ]
 
 
@@ -99,13 +101,12 @@ def terminal_tables(report: Report, width: int | None = None) -> list[RichTable]
     """
     if not report.rows:
         return []
-    table, dropped = result_table(report), list[str]()
+    table = result_table(report)
     results = _rich_table(table)
-    for heading in OPTIONAL_COLUMNS if width is not None else ():
-        if _width(results) <= (width or 0):
+    for dropped in range(1, len(OPTIONAL_COLUMNS) + 1):
+        if width is None or _width(results) <= width:
             break
-        dropped.append(heading)
-        results = _rich_table(table, dropped)
+        results = _rich_table(table, OPTIONAL_COLUMNS[:dropped])
     return [results, _rich_table(cost_table(report))]
 
 
@@ -147,16 +148,13 @@ def group_rows(report: Report) -> list[dict[str, Any]]:
         values: dict[str, Any] = {
             **row.group.values,
             "seeds": row.value.count,
-            f"{key}_mean": row.value.mean,
-            f"{key}_std": row.value.std,
-            f"{key}_low": row.value.low,
-            f"{key}_high": row.value.high,
+            **{f"{key}_{name}": getattr(row.value, name) for name in ("mean", "std", "low", "high")},
         }
         if comparison:
             difference, decision = comparison.difference, comparison.decision
             values.update(
                 reference=comparison.reference.label,
-                pairs=difference.pairs,
+                pairs=difference.count,
                 difference=difference.mean,
                 difference_std=difference.std,
                 difference_low=difference.low,
@@ -175,7 +173,7 @@ def group_rows(report: Report) -> list[dict[str, Any]]:
             values["because"] = reason(comparison, report)
         if has_certificates(report):
             values["certificate"] = certificate_cell(row.group)
-        rows.append({**values, **vars(median_cost(row.group))})
+        rows.append({**values, **row.group.costs()})
     return rows
 
 
@@ -196,16 +194,13 @@ def job_rows(report: Report) -> list[dict[str, Any]]:
     ]
 
 
-def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
+def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """Writes `rows` with a column per key; missing values, None and nan are empty."""
     columns = list({key: None for row in rows for key in row})
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         for row in rows:
-            writer.writerow({key: "" if _is_missing(value) else value for key, value in row.items()})
-    return path
-
-
-def _is_missing(value: Any) -> bool:
-    return value is None or (isinstance(value, float) and math.isnan(value))
+            # csv writes None as an empty cell, but nan as text.
+            is_nan = {key: isinstance(value, float) and math.isnan(value) for key, value in row.items()}
+            writer.writerow({key: None if is_nan[key] else value for key, value in row.items()})

@@ -90,10 +90,9 @@ def compare_losses(group: Group, reference: Group, curves: Mapping[int, Mapping[
     if group.batch_size != reference.batch_size:
         pairs = []
     updates = sorted(set.intersection(*map(set, pairs))) if pairs else []
-    table = np.array([[pair[update] for update in updates] for pair in pairs]).reshape(
-        len(pairs), len(updates)
-    )
-    comparable = leading_updates(updates[:COMPARED_UPDATES]) if bound < MAX_BOUND else 0
+    table = np.array([[pair[update] for update in updates] for pair in pairs])
+    first_gap = next((index for index, update in enumerate(updates) if update != index + 1), len(updates))
+    comparable = min(first_gap, COMPARED_UPDATES) if bound < MAX_BOUND else 0
     departs_at, agree_until, departs_by = None, 0, math.nan
     if comparable > 1 and not declared:  # the first loss does not depend on any update
         departures = [departure(row[:comparable], bound, precision_epsilon(reference)) for row in table]
@@ -177,14 +176,6 @@ def departure(
             return (update if departs else None), update - 1
         largest = max(largest, value)
     return None, len(differences)
-
-
-def leading_updates(updates: Sequence[int]) -> int:
-    """The number of consecutive updates from the first."""
-    count = 0
-    while count < len(updates) and updates[count] == count + 1:
-        count += 1
-    return count
 
 
 def _relative_difference(curve: Curve, reference: Curve) -> dict[int, float]:

@@ -24,7 +24,7 @@ def mean_and_std(value: Summary, metric: Metric) -> str:
 def signed_interval(difference: Difference, metric: Metric) -> str:
     """The mean difference and its interval, for example +0.12 [-0.30, +0.54]."""
     digits = 2 if metric.unit else 4
-    if difference.pairs == 0:
+    if difference.count == 0:
         return "no common seed"
     text = f"{difference.mean:+.{digits}f}"
     if math.isnan(difference.low):
@@ -51,16 +51,16 @@ def reason(comparison: Comparison, report: Report) -> str:
     if decision.verdict is Verdict.different:
         side = "higher" if difference.mean > 0 else "lower"
         return f"{side} by {metric.with_unit(round(abs(difference.mean), 4))}"
-    if difference.pairs < 2:
-        return f"{difference.pairs or 'no'} pair of seeds cannot decide; run more"
+    if difference.count < 2:
+        return f"{difference.count or 'no'} pair of seeds cannot decide; run more"
     if not math.isfinite(difference.mean):
         return "a run of it has no finite value"
     if report.margin is None:
         return f"report.margin=... is needed, the largest difference of {metric.key} that does not matter"
     if comparison.seeds_needed is None:
         return "the spread over seeds is too large for this margin"
-    needed = max(comparison.seeds_needed, difference.pairs + 1)
-    return f"{difference.pairs} seeds do not tell; about {needed} would, if there is no difference"
+    needed = max(comparison.seeds_needed, difference.count + 1)
+    return f"{difference.count} seeds do not tell; about {needed} would, if there is no difference"
 
 
 def conclusion(report: Report) -> str:
@@ -153,10 +153,8 @@ def _batch_size_results(report: Report) -> str:
 
 def _two_digits(value: float) -> str:
     """A number of samples, rounded to two significant digits."""
-    if value <= 0 or not math.isfinite(value):
-        return f"{value:.0f}"
-    digits = 1 - math.floor(math.log10(value))
-    return f"{round(value, digits):,.0f}" if digits <= 0 else f"{round(value, digits):g}"
+    rounded = float(f"{value:.2g}")
+    return f"{rounded:,.0f}" if abs(rounded) >= 10 else f"{rounded:g}"
 
 
 def _labels(groups: Sequence[Group]) -> str:

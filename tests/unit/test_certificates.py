@@ -74,8 +74,8 @@ def test_the_column_stands_before_the_verdict_and_only_where_there_are_certifica
     assert result_table(single).rows[0][-1] == "proved"
     bare = reported(swept())
     assert "certificate" not in result_table(bare).columns and len(result_table(bare).rows[1]) == 7
-    written = write(bare, tmp_path)
-    assert "ertificate" not in written.page.read_text()
+    page, *_ = write(bare, tmp_path)
+    assert "ertificate" not in page.read_text()
     assert "certificate" not in (tmp_path / "jobs.csv").read_text() + (tmp_path / "groups.csv").read_text()
 
 
@@ -107,7 +107,7 @@ def test_a_pipe_gets_the_whole_table(capsys: pytest.CaptureFixture[str]) -> None
 
 
 def test_the_page_has_every_line_whole_and_as_text(tmp_path: Path) -> None:
-    html = write(reported(swept(s2=["proved"] * 5, s4=[NOT] * 4)), tmp_path).page.read_text()
+    html = write(reported(swept(s2=["proved"] * 5, s4=[NOT] * 4)), tmp_path)[0].read_text()
     below = html.partition("</table>")[2].partition("<img")[0]
     assert "certificate of accum.steps=2 (5 of 5): <b>proved</b>" in below
     whole = "not proved: bn1 (BatchNorm2d) &lt;batch statistics over 32 of 128 samples&gt;; bn2 &amp; 18 more"

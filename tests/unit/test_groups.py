@@ -272,7 +272,7 @@ def test_pairs_are_of_the_same_seed_and_seeds_of_one_group_alone_do_not_count() 
     jobs = over_steps(lambda k, seed: 0.9 + 0.01 * seed, steps=(1, 2), seeds=6).jobs
     jobs = [one for one in jobs if one.overrides not in ({"accum.steps": "1", "seed": "5"},)]
     (comparison,) = reported(sweep(*jobs)).comparisons
-    assert comparison.difference.pairs == 5
+    assert comparison.difference.count == 5
     assert comparison.difference.mean == pytest.approx(0, abs=1e-12)
 
 

@@ -52,7 +52,7 @@ def test_what_goes_to_mlflow_is_of_a_size_and_form_it_takes(crowd: Report) -> No
 
 def test_many_groups_with_long_names_are_drawn(crowd: Report, tmp_path: Path) -> None:
     written = write(crowd, tmp_path / "deep" / "folder")
-    assert {path.name for path in written.files} == {
+    assert {path.name for path in written} == {
         *("report.html", "groups.csv", "jobs.csv", "accuracy.png", "cost.png"),
     }
 
@@ -82,8 +82,8 @@ def test_what_users_write_is_text_on_the_page_and_whole_in_the_csv(tmp_path: Pat
     shown = Seen()
     shown.feed(page(report, {}))
     assert "script" not in shown.tags and STRANGE in shown.text
-    written = write(report, tmp_path)
-    with (written.folder / "groups.csv").open(newline="") as file:
+    write(report, tmp_path)
+    with (tmp_path / "groups.csv").open(newline="") as file:
         assert {row["tracking.tags.x"] for row in csv.DictReader(file)} == {STRANGE, "plain"}
     assert "é\\|ü" in note(report)
 

@@ -11,10 +11,10 @@ from statsmodels.stats.weightstats import DescrStatsW, ttost_paired
 
 from accumexp.report.statistics import (
     Verdict,
+    compare_pairs,
     decide,
     equivalence_power,
     holm,
-    paired_difference,
     seeds_needed,
     summarize,
 )
@@ -27,7 +27,7 @@ def test_the_paired_equivalence_test_is_that_of_statsmodels() -> None:
         reference = generator.normal(96, 1, count)
         mine = reference + generator.normal(0.2, 0.6, count)
         margin = float(generator.uniform(0.1, 2))
-        found = paired_difference(mine - reference, margin)
+        found = compare_pairs(mine - reference, margin)
         expected, *_ = ttost_paired(mine, reference, -margin, margin)
         assert found.p_equivalent == pytest.approx(expected, abs=1e-9)
         described = DescrStatsW(mine - reference)
@@ -62,7 +62,7 @@ def test_at_the_margin_a_sweep_is_falsely_equivalent_no_more_often_than_promised
     for _ in range(sweeps):
         reference = generator.normal(97, 0.3, 5)
         groups = 97 + margin + generator.normal(0, 0.3, (3, 5))
-        judged = decide([paired_difference(group - reference, margin) for group in groups])
+        judged = decide([compare_pairs(group - reference, margin) for group in groups])
         false += any(one.verdict is Verdict.equivalent for one in judged)
     assert false / sweeps <= 0.065
     assert false > 0  # a test that never finds anything equivalent would pass, too
@@ -73,7 +73,7 @@ def test_equal_groups_are_falsely_different_no_more_often_than_promised() -> Non
     false = 0
     for _ in range(1000):
         groups = generator.normal(97, 1.0, (4, 5))
-        judged = decide([paired_difference(group - groups[0], 0.5) for group in groups[1:]])
+        judged = decide([compare_pairs(group - groups[0], 0.5) for group in groups[1:]])
         false += any(one.verdict is Verdict.different for one in judged)
     assert 0 < false / 1000 <= 0.071  # 5 % and three standard errors
 
@@ -83,7 +83,7 @@ def test_the_power_is_that_of_simulated_sweeps(true: float) -> None:
     generator = np.random.default_rng(4)
     pairs, std, margin = 12, 0.6, 0.6
     draws = generator.normal(true, std, (1500, pairs))
-    found = np.mean([paired_difference(row, margin).p_equivalent < 0.05 for row in draws])
+    found = np.mean([compare_pairs(row, margin).p_equivalent < 0.05 for row in draws])
     assert equivalence_power(pairs, std, margin, 0.05, true) == pytest.approx(found, abs=0.04)
 
 
@@ -97,7 +97,7 @@ def test_the_seeds_needed_are_the_fewest_that_have_the_power() -> None:
 
 
 def verdict(differences: list[float], margin: float = 0.5) -> Verdict:
-    return decide([paired_difference(differences, margin)])[0].verdict
+    return decide([compare_pairs(differences, margin)])[0].verdict
 
 
 def test_there_are_three_verdicts() -> None:
@@ -116,8 +116,8 @@ def test_one_pair_or_none_decides_nothing() -> None:
 
 
 def test_a_run_that_diverged_leaves_nothing_to_test_and_the_others_their_verdicts() -> None:
-    lost = paired_difference([0.1, float("nan"), 0.2], 0.5)
-    good = paired_difference([0.1, -0.1, 0.05, -0.02, 0.0], 0.5)
+    lost = compare_pairs([0.1, float("nan"), 0.2], 0.5)
+    good = compare_pairs([0.1, -0.1, 0.05, -0.02, 0.0], 0.5)
     assert [one.verdict for one in decide([lost, good, lost])] == [
         Verdict.undecided,
         Verdict.equivalent,
@@ -135,7 +135,7 @@ def test_pairs_without_spread_count_by_the_smallest_step_or_as_signs() -> None:
         (3, 1.0, Verdict.undecided),
         (2, 0.28, Verdict.undecided),
     ):
-        assert decide([paired_difference([0.0] * count, 0.5, resolution=step)])[0].verdict is expected
+        assert decide([compare_pairs([0.0] * count, 0.5, resolution=step)])[0].verdict is expected
 
 
 def test_accuracies_of_few_samples_are_falsely_equivalent_no_more_often_than_promised() -> None:
@@ -145,20 +145,20 @@ def test_accuracies_of_few_samples_are_falsely_equivalent_no_more_often_than_pro
     for _ in range(sweeps):
         reference = 100 * generator.binomial(samples, 0.98, 3) / samples
         mine = 100 * generator.binomial(samples, 0.97, 3) / samples
-        found = paired_difference(mine - reference, margin, resolution=100 / samples)
+        found = compare_pairs(mine - reference, margin, resolution=100 / samples)
         false += decide([found])[0].verdict is Verdict.equivalent
     assert 0 < false / sweeps <= 0.065
 
 
 def test_without_a_margin_nothing_is_equivalent() -> None:
-    assert paired_difference([0.0] * 9, None).p_equivalent == 1.0
-    assert paired_difference([0.01, -0.01, 0.0, 0.02], None).p_equivalent == 1.0
+    assert compare_pairs([0.0] * 9, None).p_equivalent == 1.0
+    assert compare_pairs([0.01, -0.01, 0.0, 0.02], None).p_equivalent == 1.0
 
 
 def test_many_comparisons_need_more_evidence_than_one() -> None:
     border = [0.3, -0.2, 0.33, 0.1, -0.2, 0.3]
-    alone = paired_difference(border, 0.4)
+    alone = compare_pairs(border, 0.4)
     assert 0.0125 < alone.p_equivalent < 0.05
     assert decide([alone])[0].verdict is Verdict.equivalent
-    crowd = [paired_difference([1.0, -1.0, 0.5, 2.0, -0.7, -1.2], 0.4)] * 3
+    crowd = [compare_pairs([1.0, -1.0, 0.5, 2.0, -0.7, -1.2], 0.4)] * 3
     assert decide([alone, *crowd])[0].verdict is Verdict.undecided
