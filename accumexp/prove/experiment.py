@@ -20,13 +20,13 @@ from ..environment.device import code_version
 from ..environment.ranks import RankInfo
 from ..errors import UsageError
 from ..proof import Cause, Certificate, Scaling
-from ..proof.certify import FOLLOWED, Proof, undisturbed
+from ..proof.certify import REPLAYED, Proof, preserved_random_state
 from ..proof.environment import precision_name
-from ..proof.gradients import DOUBLE, TRIES, gradient_check
+from ..proof.float64 import DOUBLE
+from ..proof.gradients import MAX_SKIPPED, compare_window
 from ..proof.larger_batch import norm
-from ..proof.problem import Problem
-from ..proof.problem import cast as in_dtype
-from ..proof.rounding import in_precision, narrowed
+from ..proof.problem import Problem, copy_in
+from ..proof.rounding import larger_batch_of
 from ..training.experiment import Parts, build_optimizer, build_parts, build_scheduler, for_ranks, updates_of
 from .first_updates import FirstUpdates, as_it_is, small, whole_batch
 from .trainer_loop import TrainerLoop
@@ -50,12 +50,12 @@ def prove_experiment(
     problem = problem_of(config, parts, rank_info)
     proof = Proof(problem, stage, problem.steps if config.accum.reduce_every_micro_batch else 1)
     try:
-        with undisturbed(problem):
-            proof.draws()
-            proof.windows(alone=False)
+        with preserved_random_state(problem):
+            proof.fix_draws()
+            proof.check_windows(replay=False)
             _clipping(proof, config, parts, rank_info)
             _follow(proof, config, parts, rank_info)
-            proof.diagnosis()
+            proof.find_causes()
     except torch.OutOfMemoryError as error:
         raise UsageError(
             f"data.batch_size={config.data.batch_size}: the proof computes the larger batch in one piece, in "
@@ -99,7 +99,7 @@ def problem_of(config: Config, parts: Parts, rank_info: RankInfo) -> Problem:
         parts.autocast,
         _scaling(config),
         config.seed,
-        ignores=True,
+        try_ignored_targets=True,
     )
 
 
@@ -118,13 +118,13 @@ def _clipping(proof: Proof, config: Config, parts: Parts, rank_info: RankInfo) -
         return
     proof.progress("clipping")
     problem, batch = proof.problem, proof.batch(0)
-    exact = in_precision(problem, narrowed(problem.model, DOUBLE), in_dtype(batch, DOUBLE), DOUBLE)
+    exact = larger_batch_of(problem, copy_in(problem.model, DOUBLE), batch)
     half = norm(exact.gradient) / 2
     if not half > 0 or not math.isfinite(half):
         return
     loop = TrainerLoop(config, parts, rank_info, parts.splits.train.batch_size, clip_norm=half)
     clipping = replace(problem, train_window=loop, clip_norm=half)
-    proof.add(gradient_check("gradient, clipped", clipping, batch, "to half its norm")[0])
+    proof.add(compare_window(clipping, batch)[0].as_check("gradient, clipped", "to half its norm"))
 
 
 def _follow(proof: Proof, config: Config, parts: Parts, rank_info: RankInfo) -> None:
@@ -150,12 +150,12 @@ def _follow(proof: Proof, config: Config, parts: Parts, rank_info: RankInfo) -> 
 def _follow_as_it_is(proof: Proof, config: Config, rank_info: RankInfo, schedule: int) -> None:
     """A few updates of the real run in its own precision, its own batches and with its own callbacks."""
     name = precision_name(proof.problem)
-    proof.progress(f"{FOLLOWED} updates of the run in {name}")
+    proof.progress(f"{REPLAYED} updates of the run in {name}")
     # A loss scale may have to fall first.
-    most = FOLLOWED + (TRIES if proof.problem.scaling is not None else 0)
+    most = REPLAYED + (MAX_SKIPPED if proof.problem.scaling is not None else 0)
     followed = FirstUpdates(as_it_is(config, most), rank_info, most, schedule, proof.progress, epoch=1)
     problem = replace(proof.problem, model=copy.deepcopy(followed.parts.model), loss=followed.parts.criterion)
-    proof.add(*followed.own_precision(problem, name, FOLLOWED))
+    proof.add(*followed.own_precision(problem, name, REPLAYED))
 
 
 def _in_our_words(cause: Cause, config: Config) -> Cause:

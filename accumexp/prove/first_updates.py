@@ -21,13 +21,13 @@ from ..data import Batch
 from ..environment.random_state import random_state, restore_random_state
 from ..environment.ranks import RankInfo, first_says
 from ..proof.certificate import Check
-from ..proof.gradients import DOUBLE
-from ..proof.observation import Observation, watching
-from ..proof.own_precision import OwnPrecisionReplay
-from ..proof.problem import Batch as Whole
-from ..proof.problem import Problem, Start
+from ..proof.float64 import DOUBLE
+from ..proof.observation import Observation, observing
+from ..proof.problem import Problem, TrainingState, WholeBatch
 from ..proof.ranks import all_gather
-from ..proof.replay import BITS, Replay, states
+from ..proof.replay import BITS, tensors_of
+from ..proof.replay_float64 import Float64Replay
+from ..proof.replay_own_precision import OwnPrecisionReplay
 from ..training.callbacks import Callback, LossMonitor
 from ..training.checkpoint import Checkpoints, load, restore
 from ..training.experiment import build_parts, build_trainer
@@ -129,17 +129,17 @@ class FirstUpdates:
         assert isinstance(follower.course, OwnPrecisionReplay)
         return follower.course.checks(name)
 
-    def checks(self, problem: Problem) -> tuple[list[Check], Replay]:
+    def checks(self, problem: Problem) -> tuple[list[Check], Float64Replay]:
         """What following the run in fp64 shows, and what a stop and a resume do to it."""
-        follower = UpdateObserver(problem, self, Replay)
+        follower = UpdateObserver(problem, self, Float64Replay)
         trainer = self.trainer({"follower": follower})
         follower.attach(trainer)
         trainer.fit()
         course = follower.course
-        assert isinstance(course, Replay)
+        assert isinstance(course, Float64Replay)
         for update, values in points(trainer):
             if "train/loss" in values:
-                course.logged(update, values["train/loss"])
+                course.compare_loss(update, values["train/loss"])
         checks = [*course.checks(), follower.samples_check()]
         self.stage("a stop in the middle, and the rest from the checkpoint")
         checks.append(self._resume())
@@ -219,7 +219,7 @@ class UpdateObserver(Callback):
         self,
         problem: Problem,
         run: FirstUpdates,
-        kind: type[Replay] | type[OwnPrecisionReplay],
+        kind: type[Float64Replay] | type[OwnPrecisionReplay],
         updates: int | None = None,
     ) -> None:
         self.problem = problem
@@ -230,8 +230,8 @@ class UpdateObserver(Callback):
         self._open = ExitStack()
 
     def attach(self, trainer: Trainer) -> None:
-        dtype = DOUBLE if self.kind is Replay else self.problem.dtype
-        self.start = Start(self.problem, dtype, trainer.model, trainer.optimizer)
+        dtype = DOUBLE if self.kind is Float64Replay else self.problem.dtype
+        self.start = TrainingState(self.problem, dtype, trainer.model, trainer.optimizer)
         self.course = self.kind(self.problem, self.start)
 
     def update_begin(self, trainer: Trainer) -> None:
@@ -240,11 +240,11 @@ class UpdateObserver(Callback):
         self.batch, numbers = whole_batch(batch)
         self.epochs.setdefault(trainer.progress.epoch, []).extend(numbers)
         arrivals = self.kind is OwnPrecisionReplay or self.problem.scaling is not None
-        self.seen: Observation = self._open.enter_context(watching(self.start, self.batch, arrivals))
+        self.seen: Observation = self._open.enter_context(observing(self.start, self.batch, arrivals))
 
     def update_end(self, trainer: Trainer) -> None:
         self._open.close()
-        self.course.follow(self.batch, self.seen)
+        self.course.compare(self.batch, self.seen)
         if self.updates and self.course.updates >= self.updates:
             Trainer.stop(trainer, "seen enough")
         self.run.stage(f"update {trainer.progress.update} of {self.run.updates} beside the larger batch's")
@@ -274,7 +274,7 @@ class UpdateObserver(Callback):
         )
 
 
-def whole_batch(batch: Batch) -> tuple[Whole, list[int]]:
+def whole_batch(batch: Batch) -> tuple[WholeBatch, list[int]]:
     """The update's batch over all ranks, and its samples' indices; all ranks must ask."""
     own = batch.samples
     device = tensors(batch.targets)[0].device
@@ -301,7 +301,7 @@ def _differing(one: Trainer, other: Trainer) -> list[bool]:
     """For every tensor of model and optimizer, and the schedule, whether it is not the same to the bit."""
     mine, theirs = one.model.state_dict(), other.model.state_dict()
     found = [not torch.equal(plain(value), plain(theirs[name])) for name, value in mine.items()]
-    own, others = states(one.optimizer), states(other.optimizer)
+    own, others = tensors_of(one.optimizer), tensors_of(other.optimizer)
     found.append(own.keys() != others.keys())
     found += [not torch.equal(plain(v), plain(others[k])) for k, v in own.items() if k in others]
     found.append(one.scheduler.state_dict() != other.scheduler.state_dict())

@@ -14,7 +14,7 @@ from ..accum.batch import batch_size, map_tensors, rank_share, steps_for
 from ..config.schema import Config
 from ..data import Batch
 from ..environment.ranks import RankInfo
-from ..proof.problem import Batch as Whole
+from ..proof.problem import WholeBatch
 from ..training.experiment import Parts, build_window
 from ..training.trainer import Trainer
 
@@ -42,7 +42,7 @@ class TrainerLoop:
         self._model: nn.Module | None = None
 
     def __call__(
-        self, model: nn.Module, optimizer: Optimizer, batch: Whole, steps: int, schedule: Any
+        self, model: nn.Module, optimizer: Optimizer, batch: WholeBatch, steps: int, schedule: Any
     ) -> float | None:
         """One update; the loss that is logged of it."""
         if self._newest is None or self._model is not model:
@@ -74,7 +74,7 @@ class TrainerLoop:
         trainer.total_updates = 2**62
         return trainer
 
-    def _share(self, batch: Whole, steps: int) -> Batch:
+    def _share(self, batch: WholeBatch, steps: int) -> Batch:
         total = batch_size(batch)
         steps = steps_for(total, self.full, steps)
         parts = rank_share(total, steps, self.rank_info.rank, self.rank_info.size)
