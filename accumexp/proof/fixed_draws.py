@@ -55,7 +55,8 @@ class ModuleTracker:
             inputs = [item for item in [*arguments, *keywords.values()] if item is not None]
             numbers = self._ids.find(inputs, self._counts)
             if numbers is None:
-                size = _first_dimension(inputs)
+                first = next(iter(tensors(inputs)), None)
+                size = first.shape[0] if first is not None and first.dim() else 0
                 numbers = list(range(self._next_unknown, self._next_unknown + size))
                 self._next_unknown += size
             # Equal samples draw alike, because ranks cannot agree on which of them each has.
@@ -144,10 +145,10 @@ class FixedDraws(TorchDispatchMode):
             return tensor.copy_(uniform < (options[0] if options else kwargs.get("p", 0.5)))
         if name == "exponential_":
             return tensor.copy_(-uniform.log() / (options[0] if options else kwargs.get("lambd", 1.0)))
-        one, other = (options + [0.0, 1.0][len(options) :])[:2]
+        a, b = (options + [0.0, 1.0][len(options) :])[:2]
         if name == "uniform_":
-            return tensor.copy_(one + (other - one) * uniform)
-        return tensor.copy_(one + other * torch.special.ndtri(uniform))  # mean and standard deviation
+            return tensor.copy_(a + (b - a) * uniform)
+        return tensor.copy_(a + b * torch.special.ndtri(uniform))  # normal_: mean a, standard deviation b
 
     def _uniform(self, shape: torch.Size, device: torch.device) -> Tensor:
         """Numbers in (0, 1), fp64, of `shape`: by sample along the dimension that indexes samples."""
@@ -176,16 +177,14 @@ def _likely_sample_dim(shape: torch.Size, samples: int) -> int | None:
     return dim
 
 
-def sample_dims(one: Mapping[str, torch.Size], other: Mapping[str, torch.Size]) -> dict[str, int | None]:
-    """The dimension, by position, in which the draws of passes over different numbers of samples differ."""
-    return {
-        position: next(
-            (d for d, sizes in enumerate(zip(shape, other[position], strict=True)) if sizes[0] != sizes[1]),
-            None,
-        )
-        for position, shape in one.items()
-        if position in other and len(other[position]) == len(shape)
-    }
+def sample_dims(shapes: Mapping[str, torch.Size], fewer: Mapping[str, torch.Size]) -> dict[str, int | None]:
+    """The first dimension, by position, in which draws differ from those of a pass over fewer samples."""
+    dims = {}
+    for position, shape in shapes.items():
+        if position in fewer and len(fewer[position]) == len(shape):
+            sizes = zip(shape, fewer[position], strict=True)
+            dims[position] = next((d for d, (size, less) in enumerate(sizes) if size != less), None)
+    return dims
 
 
 @contextmanager
@@ -220,11 +219,6 @@ def seeded_draws(
         if problem.fixed_draws:
             stack.enter_context(fixed_draws(model, batch, problem.seed, numbers, problem.sample_dims))
         yield
-
-
-def _first_dimension(inputs: list[Any]) -> int:
-    found = tensors(inputs)
-    return found[0].shape[0] if found and found[0].dim() else 0
 
 
 def _keyed(ids: list[int], shape: torch.Size, salt: int, device: torch.device) -> Tensor:

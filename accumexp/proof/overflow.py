@@ -21,6 +21,9 @@ from .ranks import all_gather, rank, world_size
 from .replay import tensors_of
 from .rounding import larger_batch_of
 
+SKIPPED = "a window that overflows changes no weight and no optimizer state"
+MOVES_ONCE = "it moves once a window, whatever overflowed; measured by the next window's gradient"
+
 
 def overflow_checks(problem: Problem, batch: WholeBatch) -> list[Check]:
     """Checks an overflow in each micro-batch of each rank, and in all at once, in the run's precision."""
@@ -42,25 +45,13 @@ def overflow_checks(problem: Problem, batch: WholeBatch) -> list[Check]:
         scales.append((off, where, ratio))
     changed, where = max(all_gather(max(changes)))
     off, place, ratio = max(max(each) for each in all_gather(scales))
+    detail = f"something changed after {where}" if changed else f"{len(places)} places and all at once"
+    factor = f"times {ratio:.3g} after {place}, {scaling.backoff_factor:g} is right"
     precision = str(problem.autocast or problem.dtype).removeprefix("torch.")
+    once = f"{MOVES_ONCE} in {precision}, so within 10 %"
     return [
-        Check(
-            "overflow in each micro-batch",
-            changed,
-            0.0,
-            "count",
-            "a window that overflows changes no weight and no optimizer state",
-            f"something changed after {where}" if changed else f"{len(places)} places and all at once",
-        ),
-        Check(
-            "loss scale after an overflow",
-            off,
-            0.1,
-            "log ratio",
-            "it moves once a window, whatever overflowed; measured by the next window's gradient in "
-            f"{precision}, so within 10 %",
-            f"times {ratio:.3g} after {place}, {scaling.backoff_factor:g} is right",
-        ),
+        Check("overflow in each micro-batch", changed, 0.0, "count", SKIPPED, detail),
+        Check("loss scale after an overflow", off, 0.1, "log ratio", once, factor),
     ]
 
 

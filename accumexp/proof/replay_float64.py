@@ -24,6 +24,8 @@ from .sample_ids import SampleIds
 LARGE = 2_000_000
 EVERY_UNTIL = 10
 SELDOM = 10
+SCHEDULED = "the schedule is stepped once an update"
+SEEN = "every sample of the batch is seen in its window"
 LOGGED = "fp64 rounding of the larger batch's mean loss, and of one that is added up in fp32: (N+1) u of it"
 
 
@@ -110,15 +112,12 @@ class Float64Replay(Replay):
             self._gradient_check(over),
             self._check(f"parameters, {over}", "parameters", self._bit_bound, BITS),
             self._check(f"optimizer state, {over}", "optimizer state", self._bit_bound, BITS),
-            self._check(
-                f"learning rate, {over}", "learning rate", 0.0, "the schedule is stepped once an update"
-            ),
+            self._check(f"learning rate, {over}", "learning rate", 0.0, SCHEDULED),
         ]
         if self._loss is not None:
             checks.append(replace(worst_check(all_gather(self._loss)), name=f"logged loss, {over}"))
         checks.append(self._check("number of updates", "number of updates", 0.0, ONE_STEP, "count"))
-        seen = "every sample of the batch is seen in its window"
-        checks.append(self._check("samples", "samples", 0.0, seen, "count"))
+        checks.append(self._check("samples", "samples", 0.0, SEEN, "count"))
         if self.problem.scaling is not None and self._scales:
             checks.append(self._scale_check())
         return checks
@@ -150,12 +149,7 @@ class Float64Replay(Replay):
         error, update, ratio = max(errors, key=lambda item: item[0])
         if error <= 0.01:
             _, update, ratio = errors[-1]
-        return Check(
-            "loss scale by update",
-            error,
-            0.01,
-            "log ratio",
-            f"it grows {scaling.growth_factor:g}-fold after {scaling.growth_interval} windows without an "
-            "overflow",
-            f"{ratio:g} times the first in update {update}",
-        )
+        interval = f"{scaling.growth_interval} windows without an overflow"
+        grows = f"it grows {scaling.growth_factor:g}-fold after {interval}"
+        detail = f"{ratio:g} times the first in update {update}"
+        return Check("loss scale by update", error, 0.01, "log ratio", grows, detail)

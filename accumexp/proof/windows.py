@@ -20,8 +20,14 @@ from .larger_batch import call, larger_batch, relative_error
 from .observation import Observation, observe
 from .problem import Problem, TrainingState, WholeBatch, cast, copy_in, rows
 from .ranks import all_gather, world_size, worst
-from .replay import BITS, SHARDED, tensors_of
+from .replay import SHARDED, tensors_of
 from .rounding import U64
+
+STATISTICS = "fp64 rounding of statistics over the samples: 8 n u"
+ONE_GRAPH = "a window keeps one micro-batch's graph; a second one alive would make it twice as much"
+LOADED = "state saved between two windows and loaded again: not a bit may differ"
+ONE_GRADIENT = "one gradient is reduced for all ranks: not a bit may differ between them"
+REDUCED = "the numbers that reducing collectives carry, over the parameters': each reduction adds 1"
 
 
 def ragged(problem: Problem, batch: WholeBatch) -> list[tuple[str, WholeBatch]]:
@@ -82,14 +88,8 @@ def buffers_check(problem: Problem, state: TrainingState, expected: dict[str, Te
     errors = {name: relative_error(buffers[name], buffer) for name, buffer in expected.items()}
     name = max(errors, key=lambda key: excess(errors[key], 1.0))
     figure = worst(all_gather(errors[name]))
-    return Check(
-        "buffers",
-        figure,
-        8 * problem.samples * U64,
-        "relative",
-        "fp64 rounding of statistics over the samples: 8 n u",
-        f"worst at {name}" if figure else "no difference",
-    )
+    at = f"worst at {name}" if figure else "no difference"
+    return Check("buffers", figure, 8 * problem.samples * U64, "relative", STATISTICS, at)
 
 
 def activations_check(problem: Problem, batch: WholeBatch) -> Check | None:
@@ -106,14 +106,9 @@ def activations_check(problem: Problem, batch: WholeBatch) -> Check | None:
     # The loop's copy of its targets cannot be told from an activation.
     copied = sum(t.numel() * t.element_size() for t in tensors(micro_batch[1]))
     share = max(all_gather((_saved_bytes(problem, model, micro_batch) + copied) / larger))
-    return Check(
-        "saved activations",
-        max(all_gather(observation.saved_bytes / larger)),
-        1.5 * share,
-        "ratio",
-        "a window keeps one micro-batch's graph; a second one alive would make it twice as much",
-        f"of the larger batch's {larger / 2**20:.2f} MiB in fp64; a micro-batch and its targets: {share:.3g}",
-    )
+    figure = max(all_gather(observation.saved_bytes / larger))
+    of = f"of the larger batch's {larger / 2**20:.2f} MiB in fp64; a micro-batch and its targets: {share:.3g}"
+    return Check("saved activations", figure, 1.5 * share, "ratio", ONE_GRAPH, of)
 
 
 def _saved_bytes(problem: Problem, model: nn.Module, batch: WholeBatch) -> int:
@@ -144,14 +139,9 @@ def resume_check(problem: Problem, batches: list[WholeBatch]) -> Check:
     else:
         errors.append((math.inf, "optimizer"))
     figure, name = max(all_gather(max(errors)))
-    return Check(
-        "resume",
-        figure,
-        SHARDED * U64 if world_size() > 1 else 0.0,
-        "relative",
-        "state saved between two windows and loaded again: " + BITS.partition(": ")[2],
-        f"worst at {name}" if figure else "no difference after a window",
-    )
+    bound = SHARDED * U64 if world_size() > 1 else 0.0
+    at = f"worst at {name}" if figure else "no difference after a window"
+    return Check("resume", figure, bound, "relative", LOADED, at)
 
 
 def _parts(state: TrainingState) -> dict[str, Any]:
@@ -177,14 +167,8 @@ def agreement_check(observation: Observation) -> Check | None:
         dist.all_reduce(low, dist.ReduceOp.MIN)
         dist.all_reduce(high, dist.ReduceOp.MAX)
         figure = worst(all_gather(float((high - low).norm()) / (float(flat.norm()) or 1.0)))
-    return Check(
-        "ranks agree",
-        figure,
-        0.0,
-        "relative",
-        "one gradient is reduced for all ranks: not a bit may differ between them",
-        "no difference" if not figure else "gradients differ between ranks",
-    )
+    detail = "gradients differ between ranks" if figure else "no difference"
+    return Check("ranks agree", figure, 0.0, "relative", ONE_GRADIENT, detail)
 
 
 class Reductions(TorchDispatchMode):
@@ -218,11 +202,6 @@ def collectives_check(problem: Problem, batch: WholeBatch, most: int = 1) -> Che
     with Reductions() as reductions:
         observe(state, batch)
     numbers = sum(p.numel() for p in problem.model.parameters() if p.requires_grad)
-    return Check(
-        "gradient reductions a window",
-        max(all_gather(reductions.numbers / numbers)),
-        most + 0.5,
-        "count",
-        "the numbers that reducing collectives carry, over the parameters': each reduction adds 1",
-        f"{problem.steps} micro-batches on each of {world_size()} ranks",
-    )
+    figure = max(all_gather(reductions.numbers / numbers))
+    detail = f"{problem.steps} micro-batches on each of {world_size()} ranks"
+    return Check("gradient reductions a window", figure, most + 0.5, "count", REDUCED, detail)
