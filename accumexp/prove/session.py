@@ -1,4 +1,4 @@
-"""An order for a certificate, carried out: the proof, what is shown and kept of it, and the verdict."""
+"""One certificate from its configuration to MLflow: the proof, what is shown and what is kept."""
 
 from __future__ import annotations
 
@@ -24,26 +24,26 @@ from .table import show
 
 @dataclass
 class ProofSession:
-    """A proof about to happen, in this process: the whole of it, or one rank's part."""
+    """The proof of one experiment in this process, which may be one rank of several."""
 
     spec: RunSpec
     rank_info: RankInfo
 
     def execute(self) -> bool:
-        """Whether the window is proved."""
+        """Proves, shows and keeps the certificate; returns whether the window is proved."""
         config, rank_info = self.spec.config, self.rank_info
         if not rank_info.first:
             console.quiet = True
         with _joined(config, rank_info):
             folder = Path(first_says(str(self.spec.folder), rank_info))
             no_store = config.tracking.backend is Backend.none or not rank_info.first
-            # A store that cannot be reached is said before the work, not after it.
+            # Opened before the proof, so that a store that cannot be reached fails early.
             store = None if no_store else Store(config.tracking)
             self.spec, known = planned(self.spec, rank_info)
             config = self.spec.config
             console.print(described_problem(config, rank_info), highlight=False, soft_wrap=True)
             with stages() as stage:
-                certificate, parts = prove_experiment(config, rank_info, stage)
+                certificate, experiment = prove_experiment(config, rank_info, stage)
         if rank_info.first:
             path = write(certificate, folder)
             config_path = write_config(folder, config)
@@ -52,8 +52,8 @@ class ProofSession:
             if store is not None:
                 quiet = replace(config.tracking, system_metrics=False)
                 spec = replace(self.spec, config=replace(config, tracking=quiet))
-                tags = {**described(parts, []), **known, **tags_of(certificate)}
-                tracker = open_tracker(spec, store, parts, tags, "certificate", None)
+                tags = {**described(experiment, []), **known, **tags_of(certificate)}
+                tracker = open_tracker(spec, store, experiment, tags, "certificate", None)
                 try:
                     tracker.tag(
                         {"mlflow.note.content": markdown(certificate), "mlflow.source.name": "accumexp.prove"}
@@ -73,9 +73,12 @@ class ProofSession:
 
 
 def certified(config: Config, rank_info: RankInfo, folder: Path) -> dict[str, str]:
-    """Proves the window of a run that is about to begin; the tags that say what came of it.
+    """Proves the window of a run before it begins, and writes the certificate into `folder`.
 
-    The certificate is written into `folder`. All ranks call.
+    Collective: all ranks must call.
+
+    Returns:
+        the run's tags that hold the verdict.
     """
     with stages() as stage:
         certificate, _ = prove_experiment(config, rank_info, stage)
@@ -124,7 +127,7 @@ def markdown(certificate: Certificate) -> str:
 
 @contextmanager
 def stages() -> Iterator[Callable[[str], None]]:
-    """A line on a terminal that says what is under way; elsewhere nothing."""
+    """Shows the current stage on a terminal; elsewhere nothing."""
     if not console.is_terminal or console.quiet:
         yield lambda stage: None
         return
