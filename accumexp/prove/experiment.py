@@ -24,8 +24,9 @@ from ..proof.larger_batch import norm
 from ..proof.problem import Problem, copy_in
 from ..proof.rounding import larger_batch_of
 from ..training.experiment import Experiment
-from .first_updates import FirstUpdates, fp64_config, gathered_batch, own_precision_config
+from .first_updates import FirstUpdates, fp64_config, own_precision_config
 from .trainer_loop import TrainerLoop
+from .update_observer import gathered_batch
 
 # Batches for the checks of single windows.
 BATCHES = 5
@@ -125,9 +126,8 @@ def _replay_float64(proof: Proof, experiment: Experiment) -> None:
     whole = any(hasattr(module, "statistics_groups") for module in experiment.model.modules())
     config = fp64_config(experiment.config, experiment.rank_info, updates, whole)
     proof.progress(f"{updates} updates of the run, one by one")
-    first_updates = FirstUpdates(
-        Experiment.build(config, experiment.rank_info), updates, experiment.updates, proof.progress
-    )
+    small = Experiment.build(config, experiment.rank_info)
+    first_updates = FirstUpdates(small, experiment.updates, proof.progress)
     problem = replace(first_updates.problem(proof.problem), scaling=_scaling(config))
     checks, causes = first_updates.replay_float64(problem)
     proof.add(*checks)
@@ -140,9 +140,8 @@ def _replay_own_precision(proof: Proof, experiment: Experiment) -> None:
     proof.progress(f"{REPLAYED} updates of the run in {name}")
     most = REPLAYED + (MAX_SKIPPED if proof.problem.scaling is not None else 0)
     config = own_precision_config(experiment.config, most)
-    first_updates = FirstUpdates(
-        Experiment.build(config, experiment.rank_info), most, experiment.updates, proof.progress, epoch=1
-    )
+    variant = Experiment.build(config, experiment.rank_info)
+    first_updates = FirstUpdates(variant, experiment.updates, proof.progress, epoch=1)
     problem = first_updates.problem(proof.problem)
     proof.add(*first_updates.replay_own_precision(problem, name, REPLAYED))
 

@@ -6,26 +6,21 @@ import copy
 import math
 import tempfile
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor
 
-from ..accum.batch import map_tensors, tensors
 from ..accum.sync import plain
 from ..config.schema import Config, Precision, check
-from ..data import Batch
 from ..environment.random_state import random_state, restore_random_state
 from ..environment.ranks import RankInfo, first_says
 from ..proof import Cause
 from ..proof.certificate import Check
-from ..proof.observation import Observation, observing
-from ..proof.problem import Problem, TrainingState, WholeBatch
-from ..proof.ranks import all_gather, world_size
-from ..proof.replay import Replay, tensors_of
+from ..proof.problem import Problem
+from ..proof.ranks import all_gather
+from ..proof.replay import tensors_of
 from ..proof.replay_float64 import Float64Replay
 from ..proof.replay_own_precision import OwnPrecisionReplay
 from ..training.callbacks import Callback, LossMonitor
@@ -33,6 +28,7 @@ from ..training.checkpoint import Checkpoints, load, restore
 from ..training.experiment import Experiment
 from ..training.progress_display import Progress
 from ..training.trainer import Trainer
+from .update_observer import UpdateObserver
 
 # Updates in an epoch of the replayed run, before its last and smaller one: three epochs in 100 updates.
 EPOCH = 33
@@ -74,8 +70,7 @@ class FirstUpdates:
     """The first updates of a run.
 
     Args:
-        experiment: whose data is cut down to short epochs.
-        updates: how many.
+        experiment: of as many updates; its data is cut down to short epochs.
         schedule: updates in the run's whole schedule.
         stage: called with a description of the progress.
         epoch: updates in an epoch before its last, smaller one.
@@ -84,13 +79,11 @@ class FirstUpdates:
     def __init__(
         self,
         experiment: Experiment,
-        updates: int,
         schedule: int,
         stage: Callable[[str], None],
         epoch: int = EPOCH,
     ) -> None:
         self.experiment = experiment
-        self.updates = updates
         self.schedule = schedule
         self.stage = stage
         self._random = random_state()
@@ -106,7 +99,7 @@ class FirstUpdates:
         return replace(problem, model=copy.deepcopy(self.experiment.model), loss=self.experiment.criterion)
 
     def trainer(self, extra: Mapping[str, Callback]) -> Trainer:
-        """The run's trainer at its beginning, with its callbacks except those that save or print, and `extra`.
+        """The run's trainer at its beginning, with `extra` and its callbacks except those that save or print.
 
         Only `StopAt` stops it early.
         """
@@ -124,28 +117,32 @@ class FirstUpdates:
 
     def replay_own_precision(self, problem: Problem, name: str, updates: int) -> list[Check]:
         """The checks of `updates` that are not skipped, in the run's own precision, `name`."""
-        observer = UpdateObserver(self, problem, OwnPrecisionReplay, updates)
-        observer.fit()
-        assert isinstance(observer.replay, OwnPrecisionReplay)
+        observer = UpdateObserver(problem, OwnPrecisionReplay, self.stage, updates)
+        self._fit(observer)
         return observer.replay.checks(name)
 
     def replay_float64(self, problem: Problem) -> tuple[list[Check], list[Cause]]:
         """The checks of all updates in fp64 and of resuming the run, and the causes of wrong rates."""
-        observer = UpdateObserver(self, problem, Float64Replay)
-        trainer = observer.fit()
+        observer = UpdateObserver(problem, Float64Replay, self.stage)
+        trainer = self._fit(observer)
         replay = observer.replay
-        assert isinstance(replay, Float64Replay)
         for update, values in _rows(trainer):
             if "train/loss" in values:
                 replay.compare_loss(update, values["train/loss"])
-        checks = [*replay.checks(), observer.samples_check()]
+        checks = [*replay.checks(), observer.samples_check(trainer)]
         self.stage("a stop in the middle, and the rest from the checkpoint")
         checks.append(self._resume_check())
         return checks, replay.causes()
 
+    def _fit(self, observer: UpdateObserver[Any]) -> Trainer:
+        trainer = self.trainer({"observer": observer})
+        observer.attach(trainer)
+        trainer.fit()
+        return trainer
+
     def _resume_check(self) -> Check:
         """Compares the run that is stopped midway and resumed with the run without a stop."""
-        updates = min(self.updates, RESUMED)
+        updates = min(cast(int, self.experiment.config.trainer.max_updates), RESUMED)
         half = max(1, updates // 2)
         undisturbed = self.trainer({"end": StopAt(updates)})
         undisturbed.fit()
@@ -202,97 +199,6 @@ class StopAt(Callback):
     def update_end(self, trainer: Trainer) -> None:
         if trainer.progress.update == self.update:
             Trainer.stop(trainer, "stopped to be resumed")
-
-
-class UpdateObserver(Callback):
-    """Compares every update of the trainer with the larger batch's, in a replay of `kind`.
-
-    Args:
-        updates: compared updates after which the run stops; all by default.
-    """
-
-    order = -1000
-
-    def __init__(
-        self,
-        run: FirstUpdates,
-        problem: Problem,
-        kind: type[Float64Replay] | type[OwnPrecisionReplay],
-        updates: int | None = None,
-    ) -> None:
-        self.run = run
-        self.problem = problem
-        self.kind = kind
-        self.updates = updates
-        self.epochs: dict[int, list[int]] = {}
-        self._observing = ExitStack()
-
-    def fit(self) -> Trainer:
-        """Trains a fresh trainer of the run under observation."""
-        trainer = self.run.trainer({"observer": self})
-        dtype = next(trainer.model.parameters()).dtype
-        self.state = TrainingState(self.problem, dtype, trainer.model, trainer.optimizer)
-        self.replay: Replay = self.kind(self.problem, self.state)
-        trainer.fit()
-        return trainer
-
-    def update_begin(self, trainer: Trainer) -> None:
-        assert trainer.batch is not None
-        self.batch, indices = gathered_batch(trainer.batch)
-        self.epochs.setdefault(trainer.progress.epoch, []).extend(indices)
-        arrivals = self.kind is OwnPrecisionReplay or self.problem.scaling is not None
-        self.observation: Observation = self._observing.enter_context(
-            observing(self.state, self.batch, arrivals)
-        )
-
-    def update_end(self, trainer: Trainer) -> None:
-        self._observing.close()
-        self.replay.compare(self.batch, self.observation)
-        if self.updates and self.replay.updates >= self.updates:
-            Trainer.stop(trainer, "seen enough")
-        self.run.stage(f"update {trainer.progress.update} of {self.run.updates} beside the larger batch's")
-
-    def run_end(self, trainer: Trainer) -> None:
-        self._observing.close()
-
-    def samples_check(self) -> Check:
-        """Checks that every sample of the split came once in each complete epoch."""
-        train = self.run.experiment.splits.train
-        count, expected = len(train.order(0)), set(train.indices.tolist())
-        wrong, complete = 0, 0
-        for epoch, indices in self.epochs.items():
-            if epoch + 1 in self.epochs or len(indices) == count:
-                complete += 1
-                distinct = set(indices)
-                wrong += len(distinct - expected) + len(indices) - len(distinct) + abs(count - len(indices))
-        return Check(
-            "samples of an epoch",
-            float(wrong),
-            0.0,
-            "count",
-            "every sample of the training split comes once an epoch",
-            f"{count} samples in each of {complete} epochs",
-            decided=complete > 0,
-        )
-
-
-def gathered_batch(batch: Batch) -> tuple[WholeBatch, list[int]]:
-    """The update's batch over all ranks, and its samples' indices. A collective call."""
-    device = tensors(batch.targets)[0].device
-
-    def without_padding(tensor: Tensor) -> Tensor:
-        return tensor[: batch.samples].cpu()
-
-    if world_size() == 1:
-        return (batch.inputs, batch.targets), batch.indices.tolist()
-    parts = all_gather(map_tensors(without_padding, (batch.inputs, batch.targets, batch.indices)))
-    inputs, targets = (_joined([part[k] for part in parts], device) for k in range(2))
-    return (inputs, targets), [index for part in parts for index in part[2].tolist()]
-
-
-def _joined(parts: list[Any], device: torch.device) -> Any:
-    columns = iter(zip(*(tensors(part) for part in parts), strict=True))
-    return map_tensors(lambda _: torch.cat(next(columns)).to(device), parts[0])
 
 
 def _differences(one: Trainer, other: Trainer) -> int:
