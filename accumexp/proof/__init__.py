@@ -1,9 +1,9 @@
-"""Is this window the larger batch? The proof, for any loop. Needs torch alone.
+"""Certificates of gradient accumulation for any training loop. Needs torch alone.
 
 from accumexp.proof import certify
 
 certificate = certify(train_window, model, loss, (inputs, targets), steps=4)
-print(certificate)                         # proved, or not and why
+print(certificate)                         # proved, or not proved and why
 """
 
 from .certificate import Cause, Certificate, Check

@@ -1,4 +1,4 @@
-"""What `certify` is given, looked at before anything is computed: a clear word where it cannot be proved."""
+"""Validation of the arguments of `certify`, before anything is computed."""
 
 from __future__ import annotations
 
@@ -12,49 +12,50 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from ..accum.batch import batch_size, tensors
-from .problem import Batch
+from .problem import WholeBatch
 
 
-def batches_of(given: Any) -> list[Batch]:
-    """The batches in `given`: one pair (inputs, targets), or a tuple or list of them.
+def batches_of(argument: Any) -> list[WholeBatch]:
+    """The batches of `argument`: one pair (inputs, targets), or a tuple or list of such pairs.
 
-    Two pairs of tensors are two batches; one batch whose inputs and targets are both pairs has to be in a
-    list, `[(inputs, targets)]`.
+    Two pairs of tensors are two batches. A batch whose inputs and targets are both pairs must be in a list,
+    `[(inputs, targets)]`.
 
     Raises:
-        ValueError: if it is neither, or tensors of a batch differ in their first dimension.
+        ValueError: for anything else, or if tensors of a batch differ in their first dimension.
     """
-    one = _pair(given) and (isinstance(given[1], Tensor | Mapping) or not all(map(_pair, given)))
-    pairs: list[Any] = [given] if one else list(given) if isinstance(given, tuple | list) else []
-    if not pairs or not all(map(_pair, pairs)):
-        raise ValueError(
-            f"batch: one (inputs, targets) or a list of such pairs, samples first, not {_described(given)}"
-        )
+    single = _is_pair(argument) and (
+        isinstance(argument[1], Tensor | Mapping) or not all(map(_is_pair, argument))
+    )
+    pairs: list[Any] = [argument] if single else list(argument) if isinstance(argument, tuple | list) else []
+    if not pairs or not all(map(_is_pair, pairs)):
+        wrong = _description(argument)
+        raise ValueError(f"batch: one (inputs, targets) or a list of such pairs, samples first, not {wrong}")
     for pair in pairs:
         batch_size(pair)
     return [(inputs, targets) for inputs, targets in pairs]
 
 
-def _pair(given: Any) -> bool:
-    if not isinstance(given, tuple | list) or len(given) != 2:
+def _is_pair(value: Any) -> bool:
+    if not isinstance(value, tuple | list) or len(value) != 2:
         return False
     try:
-        return all(tensors(part) for part in given)
+        return all(tensors(part) for part in value)
     except ValueError:
         return False
 
 
-def _described(given: Any) -> str:
-    kind = type(given).__name__
-    if not isinstance(given, tuple | list):
+def _description(value: Any) -> str:
+    kind = type(value).__name__
+    if not isinstance(value, tuple | list):
         return f"a {kind}"
-    return (
-        f"a {kind} of {', '.join(type(one).__name__ for one in given[:4])}" if given else f"an empty {kind}"
-    )
+    if not value:
+        return f"an empty {kind}"
+    return f"a {kind} of {', '.join(type(item).__name__ for item in value[:4])}"
 
 
 def check_model(model: nn.Module) -> None:
-    """Raises a ValueError if there is no gradient of `model` to be compared."""
+    """Raises a ValueError if `model` has no gradient to compare."""
     parameters = dict(model.named_parameters())
     if not parameters:
         raise ValueError("model: it has no parameters, so there is no gradient to be compared")
@@ -72,7 +73,7 @@ def check_schedule(
     optimizer: Callable[[list[nn.Parameter]], Optimizer],
     scheduler: Callable[[Optimizer], Any] | None,
 ) -> None:
-    """Raises a ValueError if a schedule's `step()` cannot be called without arguments."""
+    """Raises a ValueError if the schedule's `step()` cannot be called without arguments."""
     if scheduler is None:
         return
     schedule = scheduler(optimizer(list(copy.deepcopy(model).parameters())))

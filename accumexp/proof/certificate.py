@@ -1,10 +1,10 @@
-"""What a proof says: checks with figures and bounds, causes where equality fails, and a verdict."""
+"""Certificates: checks with figures and bounds, causes of failed checks, and a verdict."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -16,13 +16,13 @@ class Check:
     """One comparison.
 
     Attributes:
-        name: what was compared.
-        figure: what was found, in `unit`; inf where it could not even be compared.
-        bound: what it may be at most.
-        unit: "relative" (to the 2-norm of what it is compared with), "count", "ratio".
-        why: one sentence, where the bound comes from.
-        detail: what the figure is of: the worst parameter, the update, the window.
-        decided: False where there was nothing to compare; such a check neither passes nor fails.
+        name: what is compared.
+        figure: the difference, in `unit`; inf if the comparison was impossible.
+        bound: the largest figure that passes.
+        unit: "relative" (to the 2-norm of the expected value), "count", "ratio", "loss", "log ratio".
+        why: one sentence that derives the bound.
+        detail: where the figure occurred: the worst parameter, the update, the window.
+        decided: False if there was nothing to compare; such a check neither passes nor fails.
     """
 
     name: str
@@ -37,8 +37,24 @@ class Check:
     def passed(self) -> bool:
         if not self.decided:
             return True
-        # What the larger batch itself has no number for bounds nothing; nan is above every bound.
+        # A bound that is not finite comes from a larger batch that diverges; nan is above every bound.
         return math.isfinite(self.bound) and self.figure <= self.bound
+
+    @property
+    def excess(self) -> float:
+        return excess(self.figure, self.bound)
+
+
+def worst_check(checks: Iterable[Check]) -> Check:
+    return max(checks, key=lambda check: check.excess)
+
+
+def excess(figure: float, bound: float) -> float:
+    """`figure` over `bound`, to order figures by; inf for nan, and for anything over a bound of 0."""
+    if figure == 0 and not math.isnan(bound):
+        return 0.0
+    ratio = figure / bound if bound else math.inf
+    return math.inf if math.isnan(ratio) else ratio
 
 
 @dataclass(frozen=True)
@@ -47,13 +63,13 @@ class Cause:
 
     Attributes:
         source: the kind of cause, such as "dropout draws" or "wrong denominator".
-        where: the modules or the part of the loop, "" if it is all of it.
+        where: the modules or the part of the loop; "" for all of it.
         reason: a phrase with figures.
-        effect: the gradient's relative error that it makes, or nan where it is not of the gradient.
+        effect: the relative error of the gradient that it makes; nan if it does not concern the gradient.
         shown: the experiment: what was changed, and what became of the error.
         advice: what to do.
-        excused: whether the rest is proved once this source is held fixed: a window may differ from the
-            larger batch by it as two runs of the larger batch differ from each other.
+        excused: whether everything else is proved once this source is held fixed: a window may differ from
+            the larger batch by it as two runs of the larger batch differ from each other.
     """
 
     source: str
@@ -71,10 +87,10 @@ class Cause:
 
 @dataclass(frozen=True)
 class Certificate:
-    """The proof's result.
+    """The result of a proof.
 
     Attributes:
-        subject: what was examined: samples, steps, precision, ranks.
+        subject: what was certified: samples, steps, precision, ranks.
         environment: versions, device, code.
         config: the experiment's resolved configuration, where there is one.
     """
@@ -97,22 +113,25 @@ class Certificate:
 
     @property
     def proved(self) -> bool:
-        """Whether the window is the larger batch, up to sources that are named."""
+        """Whether the window is the larger batch, up to the sources that the verdict names."""
         return self.verdict != "not proved"
 
     def __str__(self) -> str:
-        """The verdict in a line."""
+        """The verdict in one line."""
         if self.verdict == "proved":
             return "proved"
         if self.verdict == "proved up to":
             sources = "; ".join(f"{c.source} ({c.where})" if c.where else c.source for c in self.causes)
             return f"proved up to {sources}"
         causes = [cause.line for cause in self.causes if not cause.excused]
-        reasons = causes or [f"{check.name}: {_fails(check)}" for check in self.failed]
+        reasons = causes or [
+            f"{check.name}: {number(check.figure)} instead of at most {number(check.bound)}"
+            for check in self.failed
+        ]
         return f"not proved: {'; '.join(reasons)}"
 
     def as_dict(self) -> dict[str, Any]:
-        """Everything, as dicts, lists, strings and finite numbers."""
+        """All fields as dicts, lists, strings and finite numbers; other floats become strings."""
         checks = [{**asdict(check), "passed": check.passed} for check in self.checks]
         return _finite(
             {
@@ -130,12 +149,8 @@ class Certificate:
         return json.dumps(self.as_dict(), indent=2, allow_nan=False) + "\n"
 
 
-def _fails(check: Check) -> str:
-    return f"{number(check.figure)} instead of at most {number(check.bound)}"
-
-
 def number(value: float) -> str:
-    """A figure as a table shows it."""
+    """`value` formatted for a table."""
     if not math.isfinite(value):
         return "-" if math.isnan(value) else "inf"
     if value == round(value) and abs(value) < 1e6:

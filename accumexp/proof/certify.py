@@ -1,10 +1,11 @@
-"""The proof from its start to its certificate."""
+"""`certify`, and the proof as a sequence of checks."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -12,18 +13,26 @@ from torch import nn
 from torch.optim import SGD, Optimizer
 
 from .arguments import batches_of, check_model, check_schedule
-from .certificate import Cause, Certificate, Check
-from .diagnosis import carried, diagnose, never_clipped, of_buffers, of_precision
+from .certificate import Cause, Certificate, Check, worst_check
+from .diagnosis import (
+    buffers_cause,
+    diagnose,
+    gradient_carried_over,
+    low_precision_causes,
+    never_clipped_cause,
+)
 from .environment import environment, precision_name
-from .gradients import DOUBLE, TRIES, gradient_check, precision_checks
+from .float64 import DOUBLE
+from .gradients import MAX_SKIPPED, compare_window
 from .observation import observe
 from .overflow import overflow_checks
-from .own_precision import OwnPrecisionReplay
-from .problem import Batch, Problem, Scaling, Start, TrainWindow, cast
-from .randomness import drawing_modules, unheld, why_draws
-from .ranks import all_gather, ranks
-from .replay import Replay
-from .rounding import in_precision, narrowed
+from .own_precision import precision_checks
+from .problem import Problem, Scaling, TrainingState, TrainWindow, WholeBatch, cast, copy_in
+from .randomness import find_draws, fix_draws, unfixed_draws_cause
+from .ranks import all_gather, world_size
+from .replay_float64 import Float64Replay
+from .replay_own_precision import OwnPrecisionReplay
+from .rounding import larger_batch_of
 from .windows import (
     activations_check,
     agreement_check,
@@ -34,16 +43,15 @@ from .windows import (
     weighted,
 )
 
-Stage = Callable[[str], None]
-# Updates in the run's own precision: four whole and three smaller windows.
-FOLLOWED = 7
+# Updates that are replayed in the run's own precision: four whole and three smaller windows.
+REPLAYED = 7
 
 
 def certify(
     train_window: TrainWindow,
     model: nn.Module,
     loss: Callable[..., Any],
-    batch: Batch | Sequence[Batch],
+    batch: WholeBatch | Sequence[WholeBatch],
     steps: int,
     *,
     optimizer: Callable[[list[nn.Parameter]], Optimizer] | None = None,
@@ -55,49 +63,49 @@ def certify(
     loss_scale: Scaling | None = None,
     updates: int = 100,
     seed: int = 0,
-    progress: Stage | None = None,
+    progress: Callable[[str], None] | None = None,
 ) -> Certificate:
-    """Is what `train_window` does one update of the larger batch?
+    """Certifies that `train_window` makes the update of the larger batch, or says why it does not.
 
-    The loop is run on copies of `model`, in fp64 and in its own precision, and watched through hooks; what
-    it should have done is computed beside it on the whole batch in one piece. Under torch.distributed all
-    ranks call alike, each with the whole batch, of which their loop takes its share.
+    The loop runs on copies of `model`, in fp64 and in its own precision, and is observed through hooks.
+    The larger batch's update is computed beside it, on the whole batch in one piece. Under
+    torch.distributed every rank calls with the whole batch, of which its loop takes its share.
 
     Args:
         train_window: called as `train_window(model, optimizer, batch, steps)`, with the schedule as a
             fifth argument where there is one. Makes one update of `model` on `batch`, (inputs, targets) of
-            all its samples, in `steps` micro-batches (fewer where the batch has fewer samples than usual:
-            the last window of an epoch), clips, steps, zeroes. May return the loss that it would log.
-        model: in the mode it is trained in. Stays as it is.
+            all its samples, in `steps` micro-batches (fewer for a batch of fewer samples than usual: the
+            last window of an epoch), clips, steps and zeroes. May return the loss that it would log.
+        model: in the mode it is trained in. It is not changed.
         loss: the larger batch's: a function of (outputs, targets) to a mean, of shape (); or an object with
-            `weight(targets)` and `total(outputs, targets)`, whose quotient is the mean. If it has numbers of
-            its own (class weights), the loop's criterion should be this very object: it is moved to fp64
-            and back with the model.
-        batch: of one update, (inputs, targets), samples first; or a list of several such pairs, of which
-            the first is whole. Where inputs and targets are both pairs, one batch is given in a list.
+            `weight(targets)` and `total(outputs, targets)`, whose quotient is the mean. If it has tensors of
+            its own (class weights), the loop's criterion should be the same object: it is moved to fp64 and
+            back with the model.
+        batch: (inputs, targets) of one update, samples first; or a list of several such pairs, of which the
+            first is a whole batch. A single batch whose inputs and targets are both pairs must be in a list.
         steps: micro-batches in a full window, on each rank.
-        optimizer: makes the loop's optimizer from parameters; SGD with momentum if left out.
+        optimizer: makes the loop's optimizer from parameters; SGD with momentum by default.
         scheduler: makes the schedule from an optimizer; the loop steps it once an update.
-        clip_norm: the 2-norm that the loop clips the update's gradient to.
-        prepare: what a copy of the model is put into before its optimizer is made (DistributedDataParallel,
+        clip_norm: the 2-norm to which the loop clips the update's gradient.
+        prepare: wraps a copy of the model before its optimizer is made (DistributedDataParallel,
             fully_shard); its result is the loop's `model`.
         precision: dtype of the parameters in the loop's own precision.
         autocast: dtype of its `torch.autocast`, which the loop itself enters.
         loss_scale: the settings of its loss scale, if it has a dynamic one.
-        updates: that are followed one after the other, at least 1.
-        seed: of torch's draws in every window.
-        progress: told each stage when it begins.
+        updates: number of updates that are replayed in fp64, at least 1.
+        seed: of torch's generators in every window.
+        progress: called with a description when a stage begins.
 
     Raises:
         ValueError: for a batch that cannot be split into `steps`, a larger batch without a finite gradient,
-            no updates, a model without trainable parameters or with lazy ones, a schedule whose `step()`
-            needs arguments.
+            `updates` below 1, a model without trainable parameters or with lazy ones, a schedule whose
+            `step()` needs arguments.
     """
     if updates < 1:
         raise ValueError(f"updates={updates}: without an update that is followed there is nothing to certify")
     batches = batches_of(batch)
     check_model(model)
-    optimizer = optimizer or _momentum
+    optimizer = optimizer or partial(SGD, lr=0.1, momentum=0.9)
     problem = Problem(
         train_window,
         model,
@@ -113,23 +121,23 @@ def certify(
         loss_scale,
         seed,
     )
-    if steps < 1 or problem.samples < steps * ranks():
+    if steps < 1 or problem.samples < steps * world_size():
         raise ValueError(f"steps={steps}: a batch of {problem.samples} samples cannot be split into them")
-    with undisturbed(problem):
+    with preserved_random_state(problem):
         check_schedule(model, optimizer, scheduler)
-    return Proof(problem, progress or _silent).certificate(updates)
+    return Proof(problem, progress or (lambda stage: None)).certificate(updates)
 
 
 class Proof:
-    """The checks of one problem, and where they fail the search for the cause.
+    """The checks of one problem, and the search for causes where they fail.
 
     Attributes:
-        checks, causes: what was found so far.
-        reductions: how often the ranks' gradients may be reduced in a window.
-        problem: with its random draws held fixed, once they were found.
+        checks, causes: so far.
+        problem: with its random draws held fixed, after `fix_draws`.
+        reductions: how often the ranks may reduce the gradient in a window.
     """
 
-    def __init__(self, problem: Problem, progress: Stage, reductions: int = 1) -> None:
+    def __init__(self, problem: Problem, progress: Callable[[str], None], reductions: int = 1) -> None:
         self.problem = problem
         self.reductions = reductions
         self.progress = progress
@@ -137,138 +145,147 @@ class Proof:
         self.causes: list[Cause] = []
 
     def certificate(self, updates: int) -> Certificate:
-        with undisturbed(self.problem):
-            self.draws()
-            self.windows()
+        """Makes all checks, with `updates` replayed in fp64, and finds causes."""
+        with preserved_random_state(self.problem):
+            self.fix_draws()
+            self.check_windows()
             self.progress(f"{updates} updates, one by one")
-            self.course(updates)
+            self.replay_float64(updates)
             self.progress("a stop between two windows")
             self.checks.append(resume_check(self.problem, [self.batch(0), self.batch(1)]))
-            self.diagnosis()
+            self.find_causes()
         return self.result()
 
-    def batch(self, number: int) -> Batch:
+    def batch(self, number: int) -> WholeBatch:
         return self.problem.batches[number % len(self.problem.batches)]
+
+    @cached_property
+    def ragged(self) -> list[tuple[str, WholeBatch]]:
+        """Descriptions and batches of smaller windows, see `ragged`."""
+        return ragged(self.problem, self.batch(0))
+
+    def gradient_check(self, name: str, batch: WholeBatch, detail: str) -> Check:
+        """Checks every parameter's gradient on `batch` in fp64."""
+        return compare_window(self.problem, batch)[0].as_check(name, detail)
 
     def add(self, *checks: Check | None) -> None:
         self.checks.extend(check for check in checks if check is not None)
 
-    def draws(self) -> None:
-        """Finds what the model draws, and holds it fixed from here on."""
+    def fix_draws(self) -> None:
+        """Finds what the model draws, and holds it fixed from here on.
+
+        Raises:
+            ValueError: if the larger batch's gradient is not finite.
+        """
         self.progress("what the model draws")
-        model = narrowed(self.problem.model, DOUBLE)
-        exact = in_precision(self.problem, model, cast(self.batch(0), DOUBLE), DOUBLE)
+        problem, batch = self.problem, self.batch(0)
+        exact = larger_batch_of(problem, copy_in(problem.model, DOUBLE), batch)
         finite = all(bool(g.isfinite().all()) for g in exact.gradient.values())
         if not all(all_gather(finite)):
             raise ValueError("the larger batch's own gradient is not finite: there is nothing to be equal to")
-        drawn, unknown, dims = drawing_modules(self.problem, self.batch(0))
-        if drawn:
-            self.problem, causes = why_draws(self.problem, self.batch(0), drawn, dims)
+        draws = find_draws(problem, batch)
+        if draws.operators:
+            self.problem, causes = fix_draws(problem, batch, draws)
             self.causes.extend(causes)
-        if unknown:
-            self.causes.append(unheld(drawn, unknown))
+        if draws.unfixed:
+            self.causes.append(unfixed_draws_cause(draws))
 
-    def windows(self, alone: bool = True) -> None:
-        """The checks of single windows, and if `alone` of some in a row in the run's own precision."""
+    def check_windows(self, replay: bool = True) -> None:
+        """Checks single windows, and if `replay` some updates in the run's own precision."""
         problem, batch = self.problem, self.batch(0)
         self.progress("the gradient of every parameter, fp64")
-        start = Start(problem, DOUBLE)
-        check, seen, right = gradient_check("gradient, fp64", problem, batch, start=start)
-        self.add(check)
+        state = TrainingState(problem, DOUBLE)
+        comparison, self.first, expected = compare_window(problem, batch, state)
+        self.add(comparison.as_check("gradient, fp64"))
         self.progress("ragged and weighted windows")
-        parts = [
-            gradient_check("gradient, ragged last window", problem, part, detail)[0]
-            for detail, part in ragged(problem, batch)
-        ]
-        if parts:
-            self.add(max(parts, key=_severity))
+        if self.ragged:
+            name = "gradient, ragged last window"
+            self.add(worst_check(self.gradient_check(name, part, detail) for detail, part in self.ragged))
         uneven = weighted(problem, batch)
         if uneven is not None:
-            self.add(gradient_check("gradient, weighted items", problem, uneven, "with ignored targets")[0])
-        self.add(buffers_check(problem, start, right.larger.buffers))
+            self.add(self.gradient_check("gradient, weighted items", uneven, "with ignored targets"))
+        self.add(buffers_check(problem, state, expected.larger.buffers))
         name = precision_name(problem)
         if problem.dtype is not DOUBLE:
             self.progress(f"the gradient in {name}")
             self.add(*precision_checks(problem, name))
-            if alone:
+            if replay:
                 self.progress(f"windows one after the other in {name}")
-                self.add(*self.following(name))
+                self.add(*self._replay_own_precision(name))
         self.progress("memory, ranks and overflow")
         self.add(activations_check(problem, batch))
-        self.add(agreement_check(seen), collectives_check(problem, batch, self.reductions))
+        self.add(agreement_check(self.first), collectives_check(problem, batch, self.reductions))
         self.add(*overflow_checks(problem, batch))
-        self.first = seen
 
-    def following(self, name: str) -> list[Check]:
-        """Some updates in the run's own precision, smaller ones among them."""
+    def _replay_own_precision(self, name: str) -> list[Check]:
         problem = self.problem
-        start = Start(problem, problem.dtype)
-        following = OwnPrecisionReplay(problem, start)
-        parts = [part for _, part in ragged(problem, self.batch(0))]
-        tries = TRIES if problem.scaling is not None else 0
-        for number in range(FOLLOWED):
-            batch = parts[number // 2 % len(parts)] if parts and number % 2 else self.batch(number)
-            given = cast(batch, problem.dtype)
-            seen = observe(start, given, arrivals=True)
-            while tries and not max(all_gather(seen.steps)):
-                following.follow(given, seen)
-                seen, tries = observe(start, given, arrivals=True), tries - 1
-            following.follow(given, seen)
-        return following.checks(name)
+        state = TrainingState(problem, problem.dtype)
+        replay = OwnPrecisionReplay(problem, state)
+        skips_left = MAX_SKIPPED if problem.scaling is not None else 0
+        for number in range(REPLAYED):
+            batch = self.batch(number)
+            if self.ragged and number % 2:
+                _, batch = self.ragged[number // 2 % len(self.ragged)]
+            batch = cast(batch, problem.dtype)
+            while True:
+                observation = observe(state, batch, arrivals=True)
+                replay.compare(batch, observation)
+                if not skips_left or max(all_gather(observation.steps)):
+                    break
+                skips_left -= 1
+        return replay.checks(name)
 
-    def course(self, updates: int) -> None:
-        """Update after update from one start, with a smaller window now and then."""
+    def replay_float64(self, updates: int) -> None:
+        """Checks updates from one start, every third of them a smaller window."""
         problem = self.problem
-        start = Start(problem, DOUBLE)
-        course = Replay(problem, start)
-        parts = [part for _, part in ragged(problem, self.batch(0))]
+        state = TrainingState(problem, DOUBLE)
+        replay = Float64Replay(problem, state)
         for number in range(updates):
             batch = self.batch(number)
-            if parts and number % 3 == 2:
-                batch = parts[number // 3 % len(parts)]
+            if self.ragged and number % 3 == 2:
+                _, batch = self.ragged[number // 3 % len(self.ragged)]
             batch = cast(batch, DOUBLE)
-            seen = observe(start, batch, arrivals=problem.scaling is not None)
-            course.follow(batch, seen)
-            if seen.loss is not None and not course.diverged:
-                course.logged(course.updates, seen.loss)
-        self.checks.extend(course.checks())
-        self.causes.extend(course.causes())
-        if problem.clip_norm is not None and not course.acted:
-            self.causes.append(never_clipped(problem.clip_norm))
+            observation = observe(state, batch, arrivals=problem.scaling is not None)
+            replay.compare(batch, observation)
+            if observation.loss is not None and not replay.diverged:
+                replay.compare_loss(replay.updates, observation.loss)
+        self.checks.extend(replay.checks())
+        self.causes.extend(replay.causes())
+        if problem.clip_norm is not None and not replay.clipped:
+            self.causes.append(never_clipped_cause(problem.clip_norm))
 
-    def diagnosis(self) -> None:
-        """Finds the causes of what failed; the checks stand even where the search itself fails."""
+    def find_causes(self) -> None:
+        """Finds the causes of failed checks, which stand even if the search itself fails."""
         failed = [check for check in self.checks if not check.passed]
         if not failed:
             return
         self.progress("why")
         try:
-            self._search(failed)
+            self._find_causes(failed)
         except Exception as error:
             text = f"the search for the cause failed: {type(error).__name__}: {' '.join(str(error).split())}"
             advice = "the checks that failed stand without it"
             self.causes.append(Cause("unknown", "", text, math.nan, "", advice))
 
-    def _search(self, failed: list[Check]) -> None:
+    def _find_causes(self, failed: list[Check]) -> None:
         problem, batch = self.problem, self.batch(0)
         uneven = weighted(problem, batch)
-        others = [part for _, part in ragged(problem, batch)]
-        others += [uneven] if uneven is not None else []
-        causes = diagnose(problem, failed, batch, others)
+        others = [smaller for _, smaller in self.ragged] + ([] if uneven is None else [uneven])
+        causes = diagnose(problem, batch, others)
         if not causes and any(check.name.startswith("gradient") for check in failed):
-            causes = carried(problem, [batch, self.batch(1)])
+            causes = gradient_carried_over(problem, [batch, self.batch(1)])
         self.causes.extend(causes)
         buffers = next((check for check in failed if check.name == "buffers"), None)
         if buffers is not None:
-            self.causes.append(of_buffers(problem, buffers, len(self.first.sizes)))
-        self.causes.extend(of_precision(problem, failed))
+            self.causes.append(buffers_cause(problem, buffers, len(self.first.sizes)))
+        self.causes.extend(low_precision_causes(problem, failed))
 
     def result(self) -> Certificate:
         problem = self.problem
         subject = {
             "samples": problem.samples,
             "steps": problem.steps,
-            "ranks": ranks(),
+            "ranks": world_size(),
             "micro_batch_size": max(self.first.sizes, default=0),
             "precision": precision_name(problem),
             "parameters": sum(p.numel() for p in problem.model.parameters()),
@@ -278,22 +295,9 @@ class Proof:
         return Certificate(self.checks, self.causes, subject, environment(problem))
 
 
-def _severity(check: Check) -> float:
-    if check.figure != check.figure:
-        return float("inf")
-    return check.figure / check.bound if check.bound else check.figure * 1e300
-
-
 @contextmanager
-def undisturbed(problem: Problem) -> Iterator[None]:
-    """Afterwards torch's random state is as before."""
+def preserved_random_state(problem: Problem) -> Iterator[None]:
+    """Restores torch's random state afterwards."""
     devices = [problem.device] if problem.device.type == "cuda" else []
     with torch.random.fork_rng(devices), torch.enable_grad():
         yield
-
-
-def _momentum(parameters: list[nn.Parameter]) -> Optimizer:
-    return SGD(parameters, lr=0.1, momentum=0.9)
-
-
-def _silent(stage: str) -> None: ...

@@ -1,4 +1,4 @@
-"""What makes one sample's result depend on the others in its batch: modules and losses, by experiment."""
+"""Experiments that find modules and losses in which a sample's result depends on the others in its batch."""
 
 from __future__ import annotations
 
@@ -8,116 +8,126 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ..accum.batch import Nested, map_tensors, tensors
 from .fixed_draws import fixed_draws
-from .float64 import computing
-from .gradients import DOUBLE
+from .float64 import DOUBLE, keep_float64
 from .larger_batch import call, mean_loss
-from .problem import Batch, Problem, cast
-from .rounding import in_precision, narrowed
+from .problem import Problem, WholeBatch, cast, copy_in
+from .rounding import larger_batch_of
 
-# In fp64 a sample's result moves by less than this where only the other samples change.
-NOTHING = 1e-8
+# Relative change in fp64 below which a result does not depend on the other samples.
+NEGLIGIBLE = 1e-8
 
 
 @dataclass(frozen=True)
 class Coupling:
-    """A module whose output on half a batch differs by `effect` from that half of its output on all of it."""
+    """A module that couples samples.
+
+    Attributes:
+        effect: the relative difference between its output on half a batch and that half of its output on
+            all of it.
+    """
 
     name: str
     kind: str
     effect: float
 
 
-def coupling_modules(problem: Problem, batch: Batch) -> list[Coupling]:
-    """The smallest modules that couple samples: those of which no part does."""
-    model = narrowed(problem.model, DOUBLE)
+def coupling_modules(problem: Problem, batch: WholeBatch) -> list[Coupling]:
+    """The smallest modules that couple samples: those without a submodule that does."""
+    model = copy_in(problem.model, DOUBLE)
     inputs, _ = cast(batch, DOUBLE)
-    found: dict[str, Coupling] = {}
-    names = {module: name for name, module in model.named_modules()}
-    # What a parametrization is given are weights, whatever their first dimension is.
-    names = {module: name for module, name in names.items() if "parametrizations" not in name.split(".")}
-    before: dict[nn.Module, dict[str, Tensor]] = {}
+    couplings: dict[str, Coupling] = {}
+    # The inputs of a parametrization are weights, whatever their first dimension is.
+    names = {
+        module: name for name, module in model.named_modules() if "parametrizations" not in name.split(".")
+    }
+    buffers_before: dict[nn.Module, dict[str, Tensor]] = {}
     samples = tensors(inputs)[0].shape[0]
     half = samples // 2
-    trying = [False]
+    in_experiment = False
 
-    def entered(module: nn.Module, arguments: Any, keywords: Any) -> None:
-        if not trying[0]:
-            before[module] = _buffers(module)
+    def before_forward(module: nn.Module, arguments: Any, keywords: Any) -> None:
+        if not in_experiment:
+            buffers_before[module] = _buffers(module)
 
-    def tried(module: nn.Module, arguments: Any, keywords: Any, outputs: Any) -> None:
+    def repeated(module: nn.Module, arguments: Any, keywords: Any, count: int) -> Any:
+        """Calls `module` as before, on the first `count` samples."""
+        _restore(module, buffers_before[module])
+        with draws.modules.repeated(names[module] or "(model)", count):
+            return module(*_first(arguments, count), **_first(keywords, count))
+
+    def after_forward(module: nn.Module, arguments: Any, keywords: Any, outputs: Any) -> None:
+        nonlocal in_experiment
         name = names[module]
-        inner = any(other.startswith(f"{name}." if name else "") for other in found)
-        if trying[0] or inner or not _by_sample([arguments, keywords, outputs], samples):
+        inner = any(other.startswith(f"{name}." if name else "") for other in couplings)
+        by_sample = [t.dim() > 0 and len(t) == samples for t in _tensors([arguments, keywords, outputs])]
+        if in_experiment or inner or not by_sample or not all(by_sample):
             return
-        trying[0] = True
-        after = _buffers(module)
+        in_experiment = True
+        buffers_after = _buffers(module)
         try:
-            # The whole once more, from where the module began: what is not the same then is so for reasons
-            # of its own (a count in Python, a generator outside torch), and need not couple samples.
-            _put(module, before[module])
-            with draws.modules.again(name or "(model)", samples):
-                same = module(*_first(arguments, samples), **_first(keywords, samples))
-            if not _apart(same, outputs, samples) <= NOTHING:
+            # A module that differs on the whole batch too does so for other reasons (a counter in Python, a
+            # generator outside torch) and need not couple samples.
+            whole = repeated(module, arguments, keywords, samples)
+            if not _difference(whole, outputs, samples) <= NEGLIGIBLE:
                 return
-            _put(module, before[module])
-            with draws.modules.again(name or "(model)", half):
-                part = module(*_first(arguments, half), **_first(keywords, half))
-            effect = _apart(part, outputs, half)
+            effect = _difference(repeated(module, arguments, keywords, half), outputs, half)
         except Exception:
             return  # a module that cannot take half a batch is judged by the one around it
         finally:
-            trying[0] = False
-            _put(module, after)
-        if effect > NOTHING:
-            found[name] = Coupling(name or "(model)", type(module).__name__, effect)
+            in_experiment = False
+            _restore(module, buffers_after)
+        if effect > NEGLIGIBLE:
+            couplings[name] = Coupling(name or "(model)", type(module).__name__, effect)
 
-    handles = [module.register_forward_pre_hook(entered, with_kwargs=True) for module in names]
-    handles += [module.register_forward_hook(tried, with_kwargs=True) for module in names]
+    handles = [module.register_forward_pre_hook(before_forward, with_kwargs=True) for module in names]
+    handles += [module.register_forward_hook(after_forward, with_kwargs=True) for module in names]
     try:
         with (
             torch.no_grad(),
-            computing(DOUBLE),
-            fixed_draws(model, cast(batch, DOUBLE), problem.seed, dims=problem.dims) as draws,
+            keep_float64(DOUBLE),
+            fixed_draws(model, cast(batch, DOUBLE), problem.seed, sample_dims=problem.sample_dims) as draws,
         ):
             call(model, inputs)
     finally:
         for handle in handles:
             handle.remove()
-    return list(found.values())
+    return list(couplings.values())
 
 
 def _buffers(module: nn.Module) -> dict[str, Tensor]:
     return {name: buffer.clone() for name, buffer in module.named_buffers()}
 
 
-def _put(module: nn.Module, buffers: dict[str, Tensor]) -> None:
+def _restore(module: nn.Module, buffers: dict[str, Tensor]) -> None:
     for name, buffer in module.named_buffers():
         if name in buffers and buffer.shape == buffers[name].shape:
             buffer.copy_(buffers[name])
 
 
-def _apart(part: Any, outputs: Any, rows: int) -> float:
-    """How far the first `rows` of `outputs` are from those of `part`, relative; 0 of integers alone."""
+def _difference(part: Any, outputs: Any, rows: int) -> float:
+    """The relative difference of `part` from the first `rows` of `outputs`; 0 for integers alone."""
     pairs = zip(_floats(part), _floats(outputs), strict=True)
-    apart = (float((p - w[:rows]).norm() / w[:rows].norm().clamp_min(1e-300)) for p, w in pairs)
-    return max(apart, default=0.0)
+    return max(
+        (float((p - w[:rows]).norm() / w[:rows].norm().clamp_min(1e-300)) for p, w in pairs), default=0.0
+    )
 
 
-def loss_couples(problem: Problem, batch: Batch) -> float:
-    """How much the gradient at one half's outputs moves when the other half's outputs change, relative.
+def loss_couples(problem: Problem, batch: WholeBatch) -> float:
+    """The relative change of the gradient at one half's outputs when the other half's outputs change.
 
     0 for every weighted mean of the samples' own losses.
     """
     batch = cast(batch, DOUBLE)
-    outputs = in_precision(problem, narrowed(problem.model, DOUBLE), batch, DOUBLE).outputs
-    given = [t for t in tensors(outputs) if t.is_floating_point()]
-    if not given or given[0].dim() == 0:
+    outputs = larger_batch_of(problem, copy_in(problem.model, DOUBLE), batch).outputs
+    floats = [t for t in tensors(outputs) if t.is_floating_point()]
+    if not floats or floats[0].dim() == 0:
         return 0.0
-    half = given[0].shape[0] // 2
-    generator = torch.Generator(given[0].device).manual_seed(problem.seed)
+    half = floats[0].shape[0] // 2
+    generator = torch.Generator(floats[0].device).manual_seed(problem.seed)
 
     def changed(tensor: Tensor) -> Tensor:
         if not tensor.is_floating_point() or not tensor.dim():
@@ -127,15 +137,16 @@ def loss_couples(problem: Problem, batch: Batch) -> float:
         moved[half:] += noise[half:] * tensor.detach().std().clamp_min(1e-3)
         return moved
 
-    with problem.loss_in(DOUBLE) as loss, computing(DOUBLE):
-        one = _gradient_of(loss, outputs, batch[1])
-        other = _gradient_of(loss, map_tensors(changed, outputs), batch[1])
-    top = sum(float((b[:half] - a[:half]).square().sum()) for a, b in zip(one, other, strict=True))
-    below = sum(float(a[:half].square().sum()) for a in one)
-    return (top / below) ** 0.5 if below else 0.0
+    with problem.loss_in(DOUBLE) as loss, keep_float64(DOUBLE):
+        original = _gradient_at(loss, outputs, batch[1])
+        moved = _gradient_at(loss, map_tensors(changed, outputs), batch[1])
+    change = sum(float((b[:half] - a[:half]).square().sum()) for a, b in zip(original, moved, strict=True))
+    size = sum(float(a[:half].square().sum()) for a in original)
+    return (change / size) ** 0.5 if size else 0.0
 
 
-def _gradient_of(loss: Callable[..., Any], outputs: Nested, targets: Any) -> list[Tensor]:
+def _gradient_at(loss: Callable[..., Any], outputs: Nested, targets: Any) -> list[Tensor]:
+    """The gradient of the mean loss with respect to every floating point tensor in `outputs`."""
     leaves: list[Tensor] = []
 
     def leaf(tensor: Tensor) -> Tensor:
@@ -145,34 +156,19 @@ def _gradient_of(loss: Callable[..., Any], outputs: Nested, targets: Any) -> lis
         return leaves[-1]
 
     value = mean_loss(loss, map_tensors(leaf, outputs), targets)
-    found = torch.autograd.grad(value, leaves, allow_unused=True)
-    return [torch.zeros_like(x) if g is None else g for x, g in zip(leaves, found, strict=True)]
+    gradients = torch.autograd.grad(value, leaves, allow_unused=True)
+    return [torch.zeros_like(x) if g is None else g for x, g in zip(leaves, gradients, strict=True)]
 
 
-def _by_sample(values: Any, samples: int) -> bool:
-    """Whether every tensor in `values` has the samples as its first dimension, and there is one."""
-    found = _all(values)
-    return bool(found) and all(t.dim() > 0 and t.shape[0] == samples for t in found)
-
-
-def _all(values: Any) -> list[Tensor]:
-    if isinstance(values, Tensor):
-        return [values]
-    if isinstance(values, dict):
-        return [t for value in values.values() for t in _all(value)]
-    return [t for value in values for t in _all(value)] if isinstance(values, tuple | list) else []
+def _tensors(values: Any) -> list[Tensor]:
+    """The tensors in `values`; unlike `tensors`, skips everything else."""
+    return [value for value in tree_leaves(values) if isinstance(value, Tensor)]
 
 
 def _floats(values: Any) -> list[Tensor]:
-    return [t.detach() for t in _all(values) if t.is_floating_point()]
+    return [t.detach() for t in _tensors(values) if t.is_floating_point()]
 
 
 def _first(values: Any, rows: int) -> Any:
-    """`values` with the first `rows` of every tensor, copied: a module may write into what it is given."""
-    if isinstance(values, Tensor):
-        return values[:rows].clone()
-    if isinstance(values, dict):
-        return {key: _first(value, rows) for key, value in values.items()}
-    if isinstance(values, tuple | list):
-        return type(values)(_first(value, rows) for value in values)
-    return values
+    """`values` with copies, which a module may write into, of the first `rows` of every tensor."""
+    return tree_map_only(Tensor, lambda tensor: tensor[:rows].clone(), values)

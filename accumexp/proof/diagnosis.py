@@ -1,4 +1,4 @@
-"""Why a window is not the larger batch: one suspect changed at a time, and what becomes of the error."""
+"""Causes of failed checks, by experiments that change one suspect at a time and measure the error again."""
 
 from __future__ import annotations
 
@@ -10,210 +10,190 @@ from dataclasses import replace
 import torch
 
 from .certificate import Cause, Check
-from .coupling import NOTHING, Coupling, coupling_modules, loss_couples
-from .gradients import DOUBLE, compare
+from .coupling import NEGLIGIBLE, coupling_modules, loss_couples
+from .float64 import DOUBLE
+from .gradients import Comparison, compare, compare_window
 from .larger_batch import norm
-from .mixture import mixture, reading
-from .observation import observe
-from .problem import Batch, Problem, Start, cast, whole
-from .randomness import Trial, trial
-from .ranks import all_gather, ranks
-from .rounding import expected, narrowed
+from .mixture import TOLERANCE, explanation, mixture
+from .observation import Observation, observe
+from .problem import Problem, TrainingState, WholeBatch, cast, copy_in
+from .ranks import all_gather, world_size
+from .rounding import ExpectedUpdate, expected_update
 
-ADVICE = {
-    "statistics": "take a norm without statistics over samples (GroupNorm), or over groups that both share "
-    "(ghost batch norm), or freeze the statistics",
-    "loss": "compute the loss on all outputs of the window at once, then go back through the micro-batches "
-    "(Gao et al., arXiv 2101.06983)",
-}
-
-
-def evaluating(problem: Problem, names: Sequence[str]) -> Problem:
-    """`problem` with the named modules in eval mode."""
-    model = copy.deepcopy(problem.model)
-    for name in names:
-        model.get_submodule("" if name == "(model)" else name).eval()
-    return replace(problem, model=model)
+WITHOUT_STATISTICS = (
+    "take a norm without statistics over samples (GroupNorm), or over groups that both share "
+    "(ghost batch norm), or freeze the statistics"
+)
+WHOLE_WINDOW_LOSS = (
+    "compute the loss on all outputs of the window at once, then go back through the micro-batches "
+    "(Gao et al., arXiv 2101.06983)"
+)
+Window = tuple[Comparison, Observation, ExpectedUpdate]
 
 
-def diagnose(problem: Problem, failed: Sequence[Check], batch: Batch, ragged: Sequence[Batch]) -> list[Cause]:
-    """The causes of what failed in fp64, by experiment; empty if none was found."""
-    seen = trial(problem, batch)
-    repeated = trial(problem, batch)
-    causes: list[Cause] = []
-    if not seen.found.equal:
-        unstable = abs(repeated.error - seen.error)
-        if unstable > 1e-3 * seen.error:
-            causes.extend(_unstable(problem, batch, seen))
-        causes.extend(_coupled(problem, batch, seen))
-        causes.extend(_loss(problem, batch, seen))
-        if not causes:
-            causes.extend(_mixed(problem, batch, seen))
-    for other in ragged if not causes else ():
-        found = trial(problem, other)
-        if not found.found.equal:
-            causes.extend(_mixed(problem, other, found))
-        if causes:
-            break
-    return causes
+def diagnose(problem: Problem, batch: WholeBatch, others: Sequence[WholeBatch]) -> list[Cause]:
+    """The causes of gradient errors in fp64, on `batch` or else on `others`; empty if none is found."""
+    window = compare_window(problem, batch)
+    comparison = window[0]
+    if not comparison.equal:
+        causes: list[Cause] = []
+        repeated, _, _ = compare_window(problem, batch)
+        if abs(repeated.error - comparison.error) > 1e-3 * comparison.error:
+            causes.append(_unrepeatable(problem, batch, comparison.error))
+        causes.extend(_coupled(problem, batch, window))
+        causes.extend(_coupling_loss(problem, batch, comparison.error))
+        if causes := causes or _denominators(problem, batch, window):
+            return causes
+    for other in others:
+        window = compare_window(problem, other)
+        if not window[0].equal and (causes := _denominators(problem, other, window)):
+            return causes
+    return []
 
 
-def _coupled(problem: Problem, batch: Batch, seen: Trial) -> list[Cause]:
-    coupling = coupling_modules(problem, batch)
-    if not coupling:
+def _coupled(problem: Problem, batch: WholeBatch, window: Window) -> list[Cause]:
+    couplings = coupling_modules(problem, batch)
+    if not couplings:
         return []
-    still = trial(evaluating(problem, [c.name for c in coupling]), batch)
-    samples = problem.samples
-    most = max((size for sizes in all_gather(seen.seen.sizes) for size in sizes), default=0)
-    rest = f"in eval mode the gradient's error falls from {seen.error:.2g} to {still.error:.2g}"
-    if not still.found.equal:
-        rest = f"in eval mode an error of {still.error:.2g} is left of {seen.error:.2g}"
-    reason = f"statistics over {most} of {samples} samples"
+    model = copy.deepcopy(problem.model)
+    for coupling in couplings:
+        model.get_submodule("" if coupling.name == "(model)" else coupling.name).eval()
+    in_eval, _, _ = compare_window(replace(problem, model=model), batch)
+    error = window[0].error
+    effect = f"in eval mode the gradient's error falls from {error:.2g} to {in_eval.error:.2g}"
+    if not in_eval.equal:
+        effect = f"in eval mode an error of {in_eval.error:.2g} is left of {error:.2g}"
+    most = max((size for sizes in all_gather(window[1].sizes) for size in sizes), default=0)
     causes = []
-    for kind in dict.fromkeys(c.kind for c in coupling):
-        alike = [c for c in coupling if c.kind == kind]
+    for kind in dict.fromkeys(coupling.kind for coupling in couplings):
+        same_kind = [coupling for coupling in couplings if coupling.kind == kind]
+        names = [coupling.name for coupling in same_kind]
+        shown = ", ".join(names)
+        if len(names) > 3:
+            shown = f"{names[0]}, {names[1]}, ... {names[-1]}: {len(names)} modules"
         causes.append(
             Cause(
                 "batch statistics",
-                f"{_names(alike)} ({kind})",
-                reason,
-                seen.error,
-                f"its output on half the batch is off by {max(c.effect for c in alike):.2g}; {rest}",
-                ADVICE["statistics"],
+                f"{shown} ({kind})",
+                f"statistics over {most} of {problem.samples} samples",
+                error,
+                f"its output on half the batch is off by {max(c.effect for c in same_kind):.2g}; {effect}",
+                WITHOUT_STATISTICS,
             )
         )
     return causes
 
 
-def _names(alike: list[Coupling]) -> str:
-    names = [c.name for c in alike]
-    if len(names) <= 3:
-        return ", ".join(names)
-    return f"{names[0]}, {names[1]}, ... {names[-1]}: {len(names)} modules"
-
-
-def _loss(problem: Problem, batch: Batch, seen: Trial) -> list[Cause]:
+def _coupling_loss(problem: Problem, batch: WholeBatch, error: float) -> list[Cause]:
     effect = loss_couples(problem, batch)
-    if not effect > NOTHING:
+    if not effect > NEGLIGIBLE:
         return []
-    kind = getattr(problem.loss, "__name__", type(problem.loss).__name__)
+    name = getattr(problem.loss, "__name__", type(problem.loss).__name__)
     return [
         Cause(
             "coupling loss",
-            f"loss ({kind})",
+            f"loss ({name})",
             "couples samples: a sample's term depends on the other samples of its micro-batch",
-            seen.error,
+            error,
             f"the gradient at one half's outputs moves by {effect:.2g} when only the other half's change",
-            ADVICE["loss"],
+            WHOLE_WINDOW_LOSS,
         )
     ]
 
 
-def _mixed(problem: Problem, batch: Batch, seen: Trial) -> list[Cause]:
-    found = seen.seen.gradient
-    if not all(all_gather(found is not None)):
-        return [_cause("no update", "the optimizer was not stepped in the window", seen, "", "step it once")]
-    assert found is not None
-    model = narrowed(problem.model, DOUBLE)
-    right = expected(problem, cast(batch, DOUBLE), model)
-    if problem.clip_norm is not None and right.size > problem.clip_norm:
-        factor = problem.clip_norm / (right.size + 1e-6)
-        found = {name: g / factor for name, g in found.items()}
-    mixed = mixture(problem, batch, model, found, seen.seen.micro_batches)
+def _denominators(problem: Problem, batch: WholeBatch, window: Window) -> list[Cause]:
+    comparison, observation, expected = window
+    gradient = observation.gradient
+    if not all(all_gather(gradient is not None)):
+        reason = "the optimizer was not stepped in the window"
+        return [Cause("no update", "", reason, comparison.error, "", "step it once")]
+    assert gradient is not None
+    if problem.clip_norm is not None and expected.size > problem.clip_norm:
+        factor = problem.clip_norm / (expected.size + 1e-6)
+        gradient = {name: g / factor for name, g in gradient.items()}
+    model = copy_in(problem.model, DOUBLE)
+    mixed = mixture(problem, batch, model, gradient, observation.micro_batches)
     causes = []
-    if mixed is not None and mixed.explains and not mixed.right:
-        reason, advice = reading(problem, mixed, ranks())
-        shown = f"the micro-batches' own gradients times those counts leave {mixed.left:.1g} of it"
-        causes.append(_cause("wrong denominator", reason, seen, shown, advice))
-    # Ranks whose gradients differ would read them differently, and wait for each other for ever.
+    if mixed is not None and mixed.explains and not mixed.correct:
+        reason, advice = explanation(problem, mixed, world_size())
+        shown = f"the micro-batches' own gradients times those counts leave {mixed.residual:.1g} of it"
+        causes.append(Cause("wrong denominator", "", reason, comparison.error, shown, advice))
+    # The first rank's causes for all: ranks with different gradients would read them differently, and then
+    # wait for each other forever.
     return all_gather(causes)[0]
 
 
-def carried(problem: Problem, batches: Sequence[Batch]) -> list[Cause]:
-    """Whether a second window has the first one's gradient in it."""
-    start = Start(problem, DOUBLE)
-    first = observe(start, cast(batches[0], DOUBLE))
-    model = narrowed(problem.model, DOUBLE)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(whole(start.parameters()[name]))
-    second = observe(start, cast(batches[1], DOUBLE))
+def gradient_carried_over(problem: Problem, batches: Sequence[WholeBatch]) -> list[Cause]:
+    """The cause if a second window's gradient contains the first one's."""
+    state = TrainingState(problem, DOUBLE)
+    first = observe(state, cast(batches[0], DOUBLE))
+    model = state.model_in(DOUBLE)
+    second = observe(state, cast(batches[1], DOUBLE))
     if not all(all_gather(first.gradient is not None and second.gradient is not None)):
         return []
     assert first.gradient is not None and second.gradient is not None
-    right = expected(problem, cast(batches[1], DOUBLE), model, problem.clip_norm)
-    if compare(second.gradient, right).equal:
+    expected = expected_update(problem, batches[1], model, problem.clip_norm)
+    if compare(second.gradient, expected).equal:
         return []
     mixed = mixture(problem, batches[1], model, second.gradient, second.micro_batches, first.gradient)
-    if mixed is None or not mixed.explains or (mixed.alike and abs(mixed.before) <= 1e-6):
+    if mixed is None or not mixed.explains or (mixed.uniform and abs(mixed.previous) <= TOLERANCE):
         return []
-    reason, advice = reading(problem, mixed, ranks())
-    error = norm(first.gradient) * abs(mixed.before) / (norm(second.gradient) or 1.0)
-    return [Cause("wrong denominator", "", reason, error, f"the mixture leaves {mixed.left:.1g}", advice)]
+    reason, advice = explanation(problem, mixed, world_size())
+    error = norm(first.gradient) * abs(mixed.previous) / (norm(second.gradient) or 1.0)
+    shown = f"the mixture leaves {mixed.residual:.1g}"
+    return [Cause("wrong denominator", "", reason, error, shown, advice)]
 
 
-def _cause(source: str, reason: str, seen: Trial, shown: str, advice: str) -> Cause:
-    return Cause(source, "", reason, seen.error, shown, advice)
-
-
-def _unstable(problem: Problem, batch: Batch, seen: Trial) -> list[Cause]:
-    """Kernels that give another result each time: shown by forbidding them."""
+def _unrepeatable(problem: Problem, batch: WholeBatch, error: float) -> Cause:
+    """Whether deterministic kernels make the window repeatable."""
     before = (
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),
     )
     try:
         torch.use_deterministic_algorithms(True, warn_only=True)
-        still = trial(problem, batch)
+        deterministic, _, _ = compare_window(problem, batch)
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-    if not still.found.equal:
-        return [
-            Cause(
-                "unrepeatable",
-                "",
-                "the same window gives another gradient each time",
-                seen.error,
-                "with deterministic kernels too: something draws that is not of torch",
-                "draw with torch, whose generators can be seeded",
-            )
-        ]
-    return [
-        Cause(
-            "non-deterministic kernels",
-            "",
-            "the same window gives another gradient each time",
-            seen.error,
-            f"with deterministic kernels the error falls from {seen.error:.2g} to {still.error:.2g}",
-            "torch.use_deterministic_algorithms(True), or accept what two runs of the larger batch differ by",
-            excused=True,
-        )
-    ]
+    reason = "the same window gives another gradient each time"
+    if not deterministic.equal:
+        shown = "with deterministic kernels too: something draws that is not of torch"
+        advice = "draw with torch, whose generators can be seeded"
+        return Cause("unrepeatable", "", reason, error, shown, advice)
+    return Cause(
+        "non-deterministic kernels",
+        "",
+        reason,
+        error,
+        f"with deterministic kernels the error falls from {error:.2g} to {deterministic.error:.2g}",
+        "torch.use_deterministic_algorithms(True), or accept what two runs of the larger batch differ by",
+        excused=True,
+    )
 
 
-def of_buffers(problem: Problem, check: Check, updates: int) -> Cause:
-    """Buffers that a window of `updates` micro-batches moved that often."""
-    name = check.detail.removeprefix("worst at ")
-    module = problem.model.get_submodule(name.rpartition(".")[0])
+def buffers_cause(problem: Problem, check: Check, micro_batches: int) -> Cause:
+    """The cause of a failed buffers check: each of `micro_batches` updates the buffers."""
+    module_name, _, buffer = check.detail.removeprefix("worst at ").rpartition(".")
+    module = problem.model.get_submodule(module_name)
     momentum = getattr(module, "momentum", None)
     advice = "use buffers that do not follow the batch"
-    if isinstance(momentum, float) and updates > 1:
-        matching = 1 - (1 - momentum) ** (1 / updates)
+    if isinstance(momentum, float) and micro_batches > 1:
+        matching = 1 - (1 - momentum) ** (1 / micro_batches)
         advice = f"momentum {matching:.4g} instead of {momentum:g} forgets at the same pace"
     return Cause(
         "buffers",
-        f"{name.rpartition('.')[0] or '(model)'} ({type(module).__name__})",
-        f"running statistics updated {updates} times an update",
+        f"{module_name or '(model)'} ({type(module).__name__})",
+        f"running statistics updated {micro_batches} times an update",
         math.nan,
-        f"after one window {name.rpartition('.')[2]} is off by {check.figure:.2g}",
+        f"after one window {buffer} is off by {check.figure:.2g}",
         advice,
     )
 
 
-def of_precision(problem: Problem, checks: Sequence[Check]) -> list[Cause]:
-    """Gradients that were added in too low a precision, where fp64 adds the same ones right."""
-    added = next((c for c in checks if c.name.startswith("addition") and not c.passed), None)
-    if added is None or any(c.name == "gradient, fp64" and not c.passed for c in checks):
+def low_precision_causes(problem: Problem, failed: Sequence[Check]) -> list[Cause]:
+    """The cause of a failed addition check, if the same gradients are added correctly in fp64."""
+    addition = next((check for check in failed if check.name.startswith("addition")), None)
+    if addition is None or any(check.name == "gradient, fp64" for check in failed):
         return []
     name = str(problem.dtype).removeprefix("torch.")
     low = torch.finfo(problem.dtype).eps > torch.finfo(torch.float32).eps
@@ -222,21 +202,21 @@ def of_precision(problem: Problem, checks: Sequence[Check]) -> list[Cause]:
         Cause(
             "low-precision accumulation",
             "",
-            f"{problem.steps} gradients are {kept}, off by {added.figure:.2g} where rounding the "
-            f"sum once gives {added.bound:.2g}",
-            added.figure,
+            f"{problem.steps} gradients are {kept}, off by {addition.figure:.2g} where rounding the "
+            f"sum once gives {addition.bound:.2g}",
+            addition.figure,
             "in fp64 the same window is the larger batch",
             "add in fp32 and round once: accum.fp32_buffers=true",
         )
     ]
 
 
-def never_clipped(most: float) -> Cause:
-    """What is said of clipping that no window was long enough for."""
+def never_clipped_cause(clip_norm: float) -> Cause:
+    """The excused cause if no gradient was long enough to be clipped."""
     return Cause(
         "clipping, which never acted",
         "",
-        f"no gradient was longer than clip_norm={most:g}",
+        f"no gradient was longer than clip_norm={clip_norm:g}",
         math.nan,
         "",
         "give certify a clip_norm, and a loop that clips to it, below the gradient's norm",

@@ -1,7 +1,7 @@
-"""fp64 all the way: what a loop, a loss or a model narrows to fp32 by itself stays fp64.
+"""Computation in fp64 throughout: casts to fp32 within a loop, a loss or a model are undone.
 
-`criterion(model(x).float(), y)` and sums kept in fp32 are right in a loop's own precision. In fp64 they
-would round to 2^-24 what is compared to 2^-53, and a right window would look wrong.
+`criterion(model(x).float(), y)` and sums kept in fp32 are correct in a loop's own precision. In an fp64
+comparison they would round to 2^-24 what is compared to 2^-53, and a correct window would fail.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+DOUBLE = torch.float64
 NARROW = (torch.float32, torch.bfloat16, torch.float16)
-MAKING = {
+FACTORIES = {
     f"{prefix}{kind}{suffix}"
     for kind in ("empty", "zeros", "ones", "full")
     for prefix, suffix in (("", ""), ("", "_like"), ("new_", ""))
@@ -23,9 +24,9 @@ MAKING = {
 
 
 class Float64(TorchDispatchMode):
-    """Active, an fp64 tensor is not narrowed, and a new one that would be narrower is fp64.
+    """While active, casts of fp64 tensors to narrower dtypes and narrower new tensors give fp64.
 
-    Numbers of shape () that no gradient goes through are left alone: loss scales, losses to be logged.
+    Tensors of shape () without a gradient are exempt: loss scales, and losses for the log.
     """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -33,27 +34,27 @@ class Float64(TorchDispatchMode):
         if kwargs.get("dtype") not in NARROW:
             return func(*args, **kwargs)
         name = func.__name__.partition(".")[0]
-        wide = {**kwargs, "dtype": torch.float64}
+        wide = {**kwargs, "dtype": DOUBLE}
         if name == "_to_copy":
-            given: Tensor = args[0]
-            if given.dtype is torch.float64 and (given.dim() or given.requires_grad):
+            source: Tensor = args[0]
+            if source.dtype is DOUBLE and (source.dim() or source.requires_grad):
                 return func(*args, **wide)
-        elif name in MAKING:
+        elif name in FACTORIES:
             made = func(*args, **kwargs)
             return func(*args, **wide) if made.dim() else made
         return func(*args, **kwargs)
 
 
 @contextmanager
-def computing(dtype: torch.dtype) -> Iterator[None]:
-    """Inside, with fp64, nothing narrower is made of it; any other dtype changes nothing."""
-    if dtype is not torch.float64:
+def keep_float64(dtype: torch.dtype) -> Iterator[None]:
+    """Activates `Float64`, with fp64 as the default dtype, if `dtype` is fp64; else changes nothing."""
+    if dtype is not DOUBLE:
         yield
         return
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(DOUBLE)
     try:
         with Float64():
             yield
     finally:
-        torch.set_default_dtype(before)
+        torch.set_default_dtype(default)

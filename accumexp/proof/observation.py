@@ -1,4 +1,4 @@
-"""What a loop does in one window, seen from outside: by hooks on its model, parameters and optimizer."""
+"""What a loop does in one window, recorded by hooks on its model, parameters and optimizer."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from torch import Tensor
 
 from ..accum.batch import batch_size, tensors
 from ..accum.memory import SavedActivations, measure_activations
-from .fixed_draws import drawing
-from .float64 import computing
+from .fixed_draws import seeded_draws
+from .float64 import keep_float64
 from .larger_batch import Gradient
-from .problem import Batch, Ids, Start, whole
+from .problem import TrainingState, WholeBatch, unsharded
+from .sample_ids import SampleIds
 
 
 @dataclass
@@ -24,30 +25,30 @@ class Observation:
     """One window of a loop.
 
     Attributes:
-        gradient: what the optimizer was given in its first step, or None if it took no step.
-        absent: parameters that had no gradient then, which are zeros in `gradient`.
-        steps: how often the optimizer stepped.
-        rates: the learning rate of every parameter group in the first step.
-        micro_batches: the samples of each forward pass in the update's batch; None of one whose rows were
-            not recognised.
-        sizes: how many samples each forward pass saw.
-        random: the state of torch's generators at each forward pass, as a hash.
-        divided: the optimizer was to divide the gradient itself, as a fused one can; `gradient` is divided.
-        arrived: the sum of the gradients that autograd delivered, in fp64, before any was rounded into
-            `.grad`; `arrived_norms` the sums of their norms.
-        arrivals: how often a gradient arrived at a parameter, at most.
+        gradient: what `.grad` held at the optimizer's first step, by parameter name; None without a step.
+        absent: parameters without a gradient then; `gradient` has zeros for them.
+        unscaled_by_optimizer: whether the optimizer divides the gradient by the loss scale itself, as fused
+            ones can; `gradient` is divided.
+        steps: number of optimizer steps.
+        rates: learning rate of every parameter group in the first step.
+        micro_batches: sample numbers of each forward pass; None for one with rows that are not in the batch.
+        sizes: number of samples in each forward pass.
+        random_states: hash of torch's generator states before each forward pass.
+        arrived: sum in fp64 of the gradients that autograd delivered, before rounding into `.grad`.
+        arrived_norms: sums of their 2-norms.
+        arrivals: how often gradients arrived at a parameter, at most.
         loss: what the loop returned, as a number, or None.
-        saved_bytes: the peak of what autograd kept for backward.
+        saved_bytes: peak of what autograd saved for backward.
     """
 
     gradient: Gradient | None = None
     absent: set[str] = field(default_factory=set)
+    unscaled_by_optimizer: bool = False
     steps: int = 0
     rates: list[float] = field(default_factory=list)
     micro_batches: list[list[int] | None] = field(default_factory=list)
     sizes: list[int] = field(default_factory=list)
-    random: list[bytes] = field(default_factory=list)
-    divided: bool = False
+    random_states: list[bytes] = field(default_factory=list)
     arrived: Gradient = field(default_factory=dict)
     arrived_norms: dict[str, float] = field(default_factory=dict)
     arrivals: int = 0
@@ -55,132 +56,134 @@ class Observation:
     saved_bytes: int = 0
 
 
-def observe(start: Start, batch: Batch, *, measure: bool = False, arrivals: bool = False) -> Observation:
-    """Lets the loop make its update on `batch` and tells what it did.
+def observe(
+    state: TrainingState, batch: WholeBatch, *, measure: bool = False, arrivals: bool = False
+) -> Observation:
+    """Calls the loop for its update on `batch`.
 
-    `measure` counts bytes kept for backward, `arrivals` sums what autograd delivers.
+    Args:
+        measure: record `saved_bytes`.
+        arrivals: record `arrived`, `arrived_norms` and `arrivals`.
     """
-    problem = start.problem
     with ExitStack() as stack:
-        # A criterion's class weights are not in bf16 because the model's are.
-        stack.enter_context(problem.loss_in(torch.promote_types(start.dtype, torch.float32)))
+        # A criterion's class weights are in fp32 even where the model's parameters are in bf16.
+        stack.enter_context(state.problem.loss_in(torch.promote_types(state.dtype, torch.float32)))
         saved = None
         if measure:
-            inside = [*tensors(batch[0]), *tensors(batch[1])]
-            saved = stack.enter_context(measure_activations(start.inner, inside))
-        seen = stack.enter_context(watching(start, batch, arrivals, saved))
-        returned = start.train(batch)
+            inputs = [*tensors(batch[0]), *tensors(batch[1])]
+            saved = stack.enter_context(measure_activations(state.inner, inputs))
+        observation = stack.enter_context(observing(state, batch, arrivals, saved))
+        returned = state.train(batch)
     if saved is not None:
-        seen.saved_bytes = saved.peak_bytes
-    seen.loss = as_number(returned)
-    return seen
-
-
-def as_number(returned: Any) -> float | None:
-    """The loss that a loop returned, or None."""
+        observation.saved_bytes = saved.peak_bytes
     if isinstance(returned, Tensor):
-        return float(whole(returned.detach())) if returned.numel() == 1 else None
-    return float(returned) if isinstance(returned, float | int) and not isinstance(returned, bool) else None
+        observation.loss = float(unsharded(returned.detach())) if returned.numel() == 1 else None
+    elif isinstance(returned, float | int) and not isinstance(returned, bool):
+        observation.loss = float(returned)
+    return observation
 
 
 @contextmanager
-def watching(
-    start: Start, batch: Batch, arrivals: bool = False, saved: SavedActivations | None = None
+def observing(
+    state: TrainingState, batch: WholeBatch, arrivals: bool = False, saved: SavedActivations | None = None
 ) -> Iterator[Observation]:
-    """Inside, hooks record what happens to the model, the parameters and the optimizer of `start`.
+    """Records what happens to the model, the parameters and the optimizer of `state`.
 
-    It draws as in every window of the proof, and fp64 stays fp64. What the model is given is no activation:
-    `saved` is told to leave it out.
+    Random draws are those of every window of the proof, and fp64 is kept. The model's inputs are excluded
+    from `saved`, since they are no activations.
     """
-    seen = Observation()
-    alive: list[Tensor] = []  # so that no activation gets the memory of an input
-    ids = Ids.of(batch[0])
-    taken: dict[bytes, int] = {}
+    observation = Observation()
+    inputs_alive: list[Tensor] = []  # so that no activation reuses the memory of an input
+    ids = SampleIds(batch[0])
+    counts: dict[bytes, int] = {}
 
-    def forward(module: Any, arguments: Any, keywords: Any) -> None:
+    def before_forward(module: Any, arguments: Any, keywords: Any) -> None:
         if not torch.is_grad_enabled():
             return
-        given = [item for item in [*arguments, *keywords.values()] if _has_tensors(item)]
+        inputs = [item for item in [*arguments, *keywords.values()] if _has_tensors(item)]
         try:
-            seen.sizes.append(batch_size(given))
+            observation.sizes.append(batch_size(inputs))
         except ValueError:
             return
-        seen.micro_batches.append(ids.find(given, taken))
-        seen.random.append(_random_state(start.problem.device))
+        observation.micro_batches.append(ids.find(inputs, counts))
+        observation.random_states.append(_random_state(state.problem.device))
         if saved is not None:
-            alive.extend(tensors(given))
-            saved.exclude(tensors(given))
+            inputs_alive.extend(tensors(inputs))
+            saved.exclude(tensors(inputs))
 
-    def used(optimizer: Any) -> None:
-        if seen.gradient is None:
+    def record_gradient(optimizer: Any) -> None:
+        if observation.gradient is None:
             scale = getattr(optimizer, "grad_scale", None)
-            seen.gradient, seen.divided = gradients(start, scale), scale is not None
-            seen.absent = {name for name, p in start.parameters().items() if p.grad is None}
-            seen.rates = [float(group["lr"]) for group in optimizer.param_groups]
+            observation.gradient = _gradient(state, scale)
+            observation.unscaled_by_optimizer = scale is not None
+            observation.absent = {name for name, p in state.parameters().items() if p.grad is None}
+            observation.rates = [float(group["lr"]) for group in optimizer.param_groups]
 
-    def step(optimizer: Any, arguments: Any, keywords: Any) -> Any:
-        found = getattr(optimizer, "found_inf", None)
-        if found is not None and bool(found):
-            return None  # a fused optimizer that is told to skip
-        seen.steps += 1
-        # Hooks get the optimizer itself before what the loop gave it.
+    def before_step(optimizer: Any, arguments: Any, keywords: Any) -> Any:
+        found_inf = getattr(optimizer, "found_inf", None)
+        if found_inf is not None and bool(found_inf):
+            return None  # a fused optimizer skips this step by itself
+        observation.steps += 1
+        # The hook's first argument is the optimizer itself, before the loop's arguments.
         itself, *rest = arguments
         closure = rest[0] if rest else keywords.get("closure")
         if closure is None:
-            used(optimizer)
+            record_gradient(optimizer)
             return None
 
-        def watched() -> Any:
+        def observed() -> Any:
             value = closure()
-            used(optimizer)
+            record_gradient(optimizer)
             return value
 
         if rest:
-            return (itself, watched, *rest[1:]), keywords
-        return arguments, {**keywords, "closure": watched}
+            return (itself, observed, *rest[1:]), keywords
+        return arguments, {**keywords, "closure": observed}
 
     handles = [
-        start.inner.register_forward_pre_hook(forward, with_kwargs=True),
-        start.optimizer.register_step_pre_hook(step),
+        state.inner.register_forward_pre_hook(before_forward, with_kwargs=True),
+        state.optimizer.register_step_pre_hook(before_step),
     ]
-    counts: dict[str, int] = {}
-    for name, parameter in start.parameters().items() if arrivals else ():
+    arrivals_by_name: dict[str, int] = {}
+    for name, parameter in state.parameters().items() if arrivals else ():
         if parameter.requires_grad:
-            handles.append(parameter.register_hook(_adds(seen, counts, name)))
+            handles.append(parameter.register_hook(_on_arrival(observation, arrivals_by_name, name)))
     try:
-        with computing(start.dtype), drawing(start.problem, start.inner, batch):
-            yield seen
+        with keep_float64(state.dtype), seeded_draws(state.problem, state.inner, batch):
+            yield observation
     finally:
-        seen.arrivals = max(counts.values(), default=0)
+        observation.arrivals = max(arrivals_by_name.values(), default=0)
         for handle in handles:
             handle.remove()
 
 
 def _random_state(device: torch.device) -> bytes:
-    found = hashlib.blake2b(torch.get_rng_state().numpy().tobytes(), digest_size=16)
+    digest = hashlib.blake2b(torch.get_rng_state().numpy().tobytes(), digest_size=16)
     if device.type == "cuda":
-        found.update(torch.cuda.get_rng_state(device).numpy().tobytes())
-    return found.digest()
+        digest.update(torch.cuda.get_rng_state(device).numpy().tobytes())
+    return digest.digest()
 
 
-def gradients(start: Start, scale: Tensor | None = None) -> Gradient:
-    """A copy of what is in `.grad`, whole, by parameter name; zeros where there is nothing."""
-    found = {}
-    for name, parameter in start.parameters().items():
-        if not parameter.requires_grad:
-            continue
-        gradient = parameter.grad
-        value = torch.zeros_like(whole(parameter)) if gradient is None else whole(gradient).detach().clone()
-        found[name] = value if scale is None else value / scale
-    return found
+def _gradient(state: TrainingState, scale: Tensor | None) -> Gradient:
+    """A copy of every `.grad`, unsharded and divided by `scale`; zeros for None."""
+    copies = {}
+    for name, parameter in state.parameters().items():
+        if parameter.requires_grad:
+            grad = parameter.grad
+            value = (
+                torch.zeros_like(unsharded(parameter)) if grad is None else unsharded(grad).detach().clone()
+            )
+            copies[name] = value if scale is None else value / scale
+    return copies
 
 
-def _adds(seen: Observation, counts: dict[str, int], name: str) -> Any:
+def _on_arrival(observation: Observation, counts: dict[str, int], name: str) -> Any:
     def arrived(gradient: Tensor) -> None:
-        found = whole(gradient).detach().double()
+        exact = unsharded(gradient).detach().double()
         counts[name] = counts.get(name, 0) + 1
-        seen.arrived[name] = seen.arrived[name] + found if name in seen.arrived else found.clone()
-        seen.arrived_norms[name] = seen.arrived_norms.get(name, 0.0) + float(found.norm())
+        total = observation.arrived.get(name)
+        observation.arrived[name] = exact.clone() if total is None else total + exact
+        observation.arrived_norms[name] = observation.arrived_norms.get(name, 0.0) + float(exact.norm())
 
     return arrived
 

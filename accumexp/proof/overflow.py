@@ -1,4 +1,4 @@
-"""A loss scale under overflow: infinities put into one micro-batch after the other."""
+"""The loss scale under overflow: infinities in the backward pass of one micro-batch after the other."""
 
 from __future__ import annotations
 
@@ -13,124 +13,89 @@ from torch import Tensor
 
 from ..accum.batch import tensors
 from .certificate import Check
-from .gradients import DOUBLE, first_update
-from .larger_batch import Gradient, norm
-from .observation import Observation, observe
-from .problem import Batch, Problem, Start, cast, whole
-from .ranks import all_gather, rank, ranks
-from .replay import states
-from .rounding import in_precision, narrowed
+from .float64 import DOUBLE
+from .gradients import first_update, measured_loss_scale
+from .observation import observe
+from .problem import Problem, TrainingState, WholeBatch, cast, unsharded
+from .ranks import all_gather, rank, world_size
+from .replay import tensors_of
+from .rounding import larger_batch_of
+
+SKIPPED = "a window that overflows changes no weight and no optimizer state"
+MOVES_ONCE = "it moves once a window, whatever overflowed; measured by the next window's gradient"
 
 
-def overflow_checks(problem: Problem, batch: Batch) -> list[Check]:
-    """An overflow in each micro-batch of each rank alone, and in all at once, in the run's precision."""
-    if problem.scaling is None:
+def overflow_checks(problem: Problem, batch: WholeBatch) -> list[Check]:
+    """Checks an overflow in each micro-batch of each rank, and in all at once, in the run's precision."""
+    scaling = problem.scaling
+    if scaling is None:
         return []
-    given = cast(batch, problem.dtype)
-    count = max(all_gather(len(first_update(Start(problem, problem.dtype), given).sizes)))
-    places = [(r, {k}) for r in range(ranks()) for k in range(count)]
-    kept, moved = [], []
-    for who, numbers in [*places, (None, set(range(count)))]:
-        where = "every micro-batch" if who is None else f"micro-batch {min(numbers)}" + _of(who)
-        changed, ratio = _window(problem, given, who, numbers)
-        kept.append((changed, where))
-        off = abs(math.log(max(ratio, 1e-300)) - math.log(problem.scaling.backoff_factor))
-        moved.append((off, where, ratio))
-    changed, where = max(all_gather(max(kept)))
-    off, place, ratio = max(max(every) for every in all_gather(moved))
+    batch = cast(batch, problem.dtype)
+    count = max(all_gather(len(first_update(TrainingState(problem, problem.dtype), batch).sizes)))
+    places = [(r, k) for r in range(world_size()) for k in range(count)]
+    changes, scales = [], []
+    for who, k in [*places, (None, None)]:
+        numbers = range(count) if k is None else (k,)
+        where = "every micro-batch" if k is None else f"micro-batch {k}"
+        if who is not None and world_size() > 1:
+            where += f" of rank {who}"
+        changed, ratio = _overflow(problem, batch, numbers if who in (None, rank()) else ())
+        changes.append((changed, where))
+        off = abs(math.log(max(ratio, 1e-300)) - math.log(scaling.backoff_factor))
+        scales.append((off, where, ratio))
+    changed, where = max(all_gather(max(changes)))
+    off, place, ratio = max(max(each) for each in all_gather(scales))
+    detail = f"something changed after {where}" if changed else f"{len(places)} places and all at once"
+    factor = f"times {ratio:.3g} after {place}, {scaling.backoff_factor:g} is right"
+    precision = str(problem.autocast or problem.dtype).removeprefix("torch.")
+    once = f"{MOVES_ONCE} in {precision}, so within 10 %"
     return [
-        Check(
-            "overflow in each micro-batch",
-            changed,
-            0.0,
-            "count",
-            "a window that overflows changes no weight and no optimizer state",
-            f"something changed after {where}" if changed else f"{len(places)} places and all at once",
-        ),
-        Check(
-            "loss scale after an overflow",
-            off,
-            0.1,
-            "log ratio",
-            "it moves once a window, whatever overflowed; measured by the next window's gradient in "
-            f"{_name(problem)}, so within 10 %",
-            f"times {ratio:.3g} after {place}, {problem.scaling.backoff_factor:g} is right",
-        ),
+        Check("overflow in each micro-batch", changed, 0.0, "count", SKIPPED, detail),
+        Check("loss scale after an overflow", off, 0.1, "log ratio", once, factor),
     ]
 
 
-def _of(who: int) -> str:
-    return f" of rank {who}" if ranks() > 1 else ""
+def _overflow(problem: Problem, batch: WholeBatch, numbers: Collection[int]) -> tuple[float, float]:
+    """(number of tensors that an overflow in `numbers` changed, factor by which the scale moved)."""
+    state = TrainingState(problem, problem.dtype)
+    exact = larger_batch_of(problem, state.model_in(DOUBLE), batch).gradient
+    before = measured_loss_scale(first_update(state, batch, arrivals=True), exact)
+    weights = {name: p.detach().clone() for name, p in state.parameters().items()}
+    optimizer_before = copy.deepcopy(tensors_of(state.optimizer))
+    with _overflowing(state, numbers):
+        observe(state, batch)
+    changed = sum(_differs(p.detach(), weights[name]) for name, p in state.parameters().items())
+    for key, value in tensors_of(state.optimizer).items():
+        if key in optimizer_before:
+            changed += _differs(value, optimizer_before[key])
+        else:  # a fused optimizer that skips may create its state, of zeros
+            changed += bool(unsharded(value).any())
+    exact = larger_batch_of(problem, state.model_in(DOUBLE), batch).gradient
+    after = measured_loss_scale(observe(state, batch, arrivals=True), exact)
+    return float(changed), after / before
 
 
-def _name(problem: Problem) -> str:
-    return str(problem.autocast or problem.dtype).removeprefix("torch.")
-
-
-def _window(problem: Problem, batch: Batch, who: int | None, numbers: Collection[int]) -> tuple[float, float]:
-    """(what an overflow in `numbers` of rank `who` changed, the factor by which the scale moved)."""
-    start = Start(problem, problem.dtype)
-    exact = _exact(problem, start, batch)
-    before = _scale(first_update(start, batch, arrivals=True), exact)
-    weights = {name: p.detach().clone() for name, p in start.parameters().items()}
-    state = copy.deepcopy(states(start.optimizer))
-    with _overflowing(start, numbers if who in (None, rank()) else ()):
-        observe(start, batch)
-    changed = sum(_differs(p.detach(), weights[name]) for name, p in start.parameters().items())
-    after = states(start.optimizer)
-    changed += sum(_differs(value, state[key]) for key, value in after.items() if key in state)
-    # A fused optimizer that is told to skip may make its state, of zeros.
-    changed += sum(bool(whole(after[key]).any()) for key in after.keys() - state.keys())
-    exact = _exact(problem, start, batch)
-    return float(changed), _scale(observe(start, batch, arrivals=True), exact) / before
-
-
-def _exact(problem: Problem, start: Start, batch: Batch) -> Gradient:
-    """The fp64 gradient of the larger batch at the weights that `start` has now."""
-    model = narrowed(problem.model, DOUBLE)
-    with torch.no_grad():
-        mine = start.parameters()
-        for name, parameter in model.named_parameters():
-            parameter.copy_(whole(mine[name]))
-    return in_precision(problem, model, cast(batch, DOUBLE), DOUBLE).gradient
-
-
-def _scale(seen: Observation, exact: Gradient) -> float:
-    """What the loop multiplies the gradient by, up to what ranks divide it by.
-
-    Read off those parameters whose gradient is finite on all ranks: a model that diverges may overflow by
-    itself.
-    """
-    short = {name for name, arrived in seen.arrived.items() if not arrived.isfinite().all()}
-    finite = {name: g for name, g in exact.items() if name not in set().union(*all_gather(short))}
-    top = sum(float((seen.arrived[name] * g).sum()) for name, g in finite.items() if name in seen.arrived)
-    return sum(all_gather(top)) / (norm(finite) ** 2 or 1.0)
-
-
-def _differs(found: Tensor, before: Tensor) -> bool:
-    return not torch.equal(whole(found), whole(before))
+def _differs(value: Tensor, before: Tensor) -> bool:
+    return not torch.equal(unsharded(value), unsharded(before))
 
 
 @contextmanager
-def _overflowing(start: Start, numbers: Collection[int]) -> Iterator[None]:
-    """Inside, the backward of those forward passes starts from infinities."""
-    passed = [0]
+def _overflowing(state: TrainingState, numbers: Collection[int]) -> Iterator[None]:
+    """Makes the backward pass of forward passes `numbers` start from infinities."""
+    passes = 0
 
-    def forward(module: Any, inputs: Any, outputs: Any) -> None:
+    def after_forward(module: Any, inputs: Any, outputs: Any) -> None:
+        nonlocal passes
         if not torch.is_grad_enabled():
             return
-        if passed[0] in numbers:
+        if passes in numbers:
             for tensor in tensors(outputs):
                 if tensor.requires_grad:
-                    tensor.register_hook(_infinite)
-        passed[0] += 1
+                    tensor.register_hook(lambda gradient: torch.full_like(gradient, math.inf))
+        passes += 1
 
-    handle = start.inner.register_forward_hook(forward)
+    handle = state.inner.register_forward_hook(after_forward)
     try:
         yield
     finally:
         handle.remove()
-
-
-def _infinite(gradient: Tensor) -> Tensor:
-    return torch.full_like(gradient, math.inf)

@@ -1,166 +1,161 @@
-"""Windows one after the other in the run's own precision: what fp64 cannot see of a loop that has buffers."""
+"""The window's gradient in the run's own precision, and the rounding errors that a correct one may have."""
 
 from __future__ import annotations
 
-import copy
 import math
-import warnings
-from collections import defaultdict
 
-import torch
-from torch import Tensor
-
-from ..accum.batch import batch_size
-from .certificate import Check
-from .gradients import DOUBLE, WHOLE, loss_scale_of, norms_of_errors, roundings
-from .larger_batch import clipped, norm
+from .certificate import Check, excess, worst_check
+from .float64 import DOUBLE
+from .gradients import WHOLE, first_update, measured_loss_scale, norms_of_errors
+from .larger_batch import Gradient, clipped, dot, norm
 from .observation import Observation
-from .problem import Batch, Problem, Start, whole
-from .ranks import all_gather, worst
-from .replay import BITS, SHARDED, states
-from .rounding import LAMBDA, clipping, in_precision, narrowed, rough_in_precision, roundoff
+from .problem import Problem, TrainingState, WholeBatch, cast, copy_in
+from .ranks import all_gather, world_size, worst
+from .rounding import (
+    LARGER_BATCHES,
+    U32,
+    WINDOWS,
+    clipping_error,
+    larger_batch_of,
+    part_gradient,
+    roundoff,
+    scaled_larger_batch,
+    shuffled,
+)
 
-COARSE = (
-    f"{LAMBDA:g} times what the larger batch loses in this precision and rounding the micro-batches' parts "
-    "adds, the nearest of each kind of window, because a single rounding may switch a unit"
+NEAREST = (
+    f"the larger batch's own distance from its fp64 gradient: the window's nearest of {WINDOWS} against the "
+    f"larger batch's farthest of {LARGER_BATCHES}, and what its micro-batches lose by themselves"
+)
+ONCE = (
+    "adding in fp32 what autograd delivers, and rounding the sum once: (N-1) u of the terms' norms, and the "
+    "rounding itself"
 )
 
 
-class OwnPrecisionReplay:
-    """Follows a loop in its own precision, every update by itself, from the weights the loop had.
+def precision_checks(problem: Problem, name: str) -> list[Check]:
+    """Checks the gradient and its accumulation in the run's own precision, `name`."""
+    # By parameter and of the whole gradient, an entry for each pass.
+    window_errors: dict[str, list[float]] = {}
+    larger_errors: dict[str, list[float]] = {}
+    additions: list[Check] = []
+    parts: dict[str, float] = {}
+    shares: dict[str, float] = {}
+    for number in range(WINDOWS):
+        batch, _ = shuffled(problem.batches[number % len(problem.batches)], number)
+        exact = larger_batch_of(problem, copy_in(problem.model, DOUBLE), batch).gradient
+        size = norm(exact) or 1.0
+        state = TrainingState(problem, problem.dtype)
+        observation = first_update(state, cast(batch, problem.dtype), arrivals=True)
+        if not all(all_gather(observation.gradient is not None)):
+            return [Check(f"gradient, {name}", math.inf, 0.0, "relative", NEAREST, "no update was made")]
+        assert observation.gradient is not None
+        expected = clipped(exact, problem.clip_norm)
+        factor = (norm(expected) or 1.0) / size
+        _append(window_errors, norms_of_errors(observation.gradient, expected), 1 / (size * factor))
+        if world_size() == 1 and observation.arrived:
+            additions.append(_addition_check(problem, observation, name))
+        rounded = rounding_of_parts(problem, observation)
+        scale = loss_scale_of(problem, observation, exact)
+        if not number:
+            parts = _losses_of_parts(problem, batch, observation, scale)
+        for order, numbers in ((batch, None), shuffled(batch, 100 + number)):
+            model = copy_in(problem.model, problem.dtype)
+            larger = scaled_larger_batch(problem, model, order, scale, numbers)
+            _append(larger_errors, norms_of_errors(larger.gradient, exact), 1 / size)
+        # Added: what rounding and clipping N parts adds to the single rounding of the larger batch.
+        clip = clipping_error(problem.clip_norm, exact, problem.dtype)
+        for key, errors in larger_errors.items():
+            length = size if key == WHOLE else float(exact[key].norm())
+            if factor < 1:
+                shares[key] = max(shares.get(key, 0.0), length / size)
+            errors[-1] += (rounded.get(key, 0.0) / factor + parts.get(key, 0.0) + clip * length) / size
+    nearest = {key: worst(all_gather(_nearest(errors))) for key, errors in window_errors.items()}
+    farthest = {
+        key: max(errors) if all(map(math.isfinite, errors)) else -1.0 for key, errors in larger_errors.items()
+    }
+    # The norm that clips is off by no more than the gradient is, and every parameter's part with it.
+    bounds = {key: bound + shares.get(key, 0.0) * farthest[WHOLE] for key, bound in farthest.items()}
+    at = max(nearest, key=lambda key: excess(nearest[key], bounds[key]))
+    checks = [Check(f"gradient, {name}", nearest[at], bounds[at], "relative", NEAREST, f"worst at {at}")]
+    return [*checks, worst_check(additions)] if additions else checks
 
-    Args:
-        problem: what the loop should do.
-        start: the loop's model and optimizer, as they are before the first update.
 
-    Attributes:
-        updates: how many were followed.
-        diverged: the larger batch itself left the precision's range, and no more updates are followed.
+def _append(lists: dict[str, list[float]], values: dict[str, float], factor: float) -> None:
+    for key, value in values.items():
+        lists.setdefault(key, []).append(value * factor)
+
+
+def _nearest(errors: list[float]) -> float:
+    return min((error for error in errors if not math.isnan(error)), default=math.nan)
+
+
+def loss_scale_of(problem: Problem, observation: Observation, exact: Gradient) -> float:
+    """A power of two near the loop's loss scale; 1 without one."""
+    if problem.scaling is None or not all(all_gather(bool(observation.arrived))):
+        return 1.0
+    scale = measured_loss_scale(observation, exact)
+    return 2.0 ** round(math.log2(scale)) if scale > 0 else 1.0
+
+
+def _losses_of_parts(
+    problem: Problem, batch: WholeBatch, observation: Observation, scale: float
+) -> dict[str, float]:
+    """The sums of what a window's micro-batches lose by themselves in the run's precision, by parameter."""
+    micro_batches = [numbers for each in all_gather(observation.micro_batches) for numbers in each]
+    if any(numbers is None for numbers in micro_batches):
+        return {}
+    coarse, fine = copy_in(problem.model, problem.dtype), copy_in(problem.model, DOUBLE)
+    losses: dict[str, float] = {}
+    for numbers in micro_batches:
+        if numbers:
+            gradient, _ = part_gradient(problem, coarse, batch, numbers, problem.autocast, scale)
+            exact, _ = part_gradient(problem, fine, batch, numbers)
+            for key, error in norms_of_errors(gradient, exact).items():
+                losses[key] = losses.get(key, 0.0) + error
+    return losses
+
+
+def rounding_of_parts(problem: Problem, observation: Observation) -> dict[str, float]:
+    """Bounds of what rounding each micro-batch's part on each rank, and adding the parts, adds, by parameter.
+
+    Parts are added in fp32 on a rank, and over the ranks in the gradient's dtype. Empty for sharded
+    parameters, at which no gradient arrives.
     """
-
-    def __init__(self, problem: Problem, start: Start) -> None:
-        self.problem = problem
-        self.start = start
-        self.model = copy.deepcopy(problem.model).to(problem.dtype)
-        self.optimizer = problem.optimizer(list(self.model.parameters()))
-        self.schedule = problem.scheduler(self.optimizer) if problem.scheduler else None
-        self.updates = 0
-        self.diverged = False
-        self._full = 0
-        self._found: dict[str, list[tuple[float, float, int]]] = defaultdict(list)
-        self._stepped = 0
-        self._bits: tuple[float, int, str] = (0.0, 0, "")
-
-    def follow(self, batch: Batch, seen: Observation) -> None:
-        """Compares the update that the loop has just made on the whole `batch`."""
-        if self.diverged:
-            return
-        if self.problem.scaling is not None and not max(all_gather(seen.steps)):
-            self._step_schedule()  # skipped: there is nothing to compare
-            return
-        self.updates += 1
-        self._full = max(self._full, batch_size(batch))
-        kind = "first" if self.updates == 1 else "following"
-        kind = "smaller" if batch_size(batch) < self._full else kind
-        self._stepped = max(self._stepped, abs(seen.steps - 1))
-        if all(all_gather(seen.gradient is not None)):
-            error, bound = self._distance(batch, seen)
-            if not math.isfinite(bound):  # the larger batch itself has left this precision's range
-                self.diverged = True
-                self.updates -= 1
-                return
-            self._found[kind].append((error, bound, self.updates))
-        self._step(seen)
-
-    def _distance(self, batch: Batch, seen: Observation) -> tuple[float, float]:
-        """(the window's error, its bound), of the whole gradient, relative to it."""
-        problem = self.problem
-        assert seen.gradient is not None
-        exact = in_precision(problem, narrowed(self.model, DOUBLE), batch, DOUBLE).gradient
-        scale = loss_scale_of(problem, seen, exact)
-        rough = rough_in_precision(problem, self.model, batch, scale).gradient
-        size, right = norm(exact) or 1.0, clipped(exact, problem.clip_norm)
-        length = norm(right) or 1.0
-        error = norms_of_errors(seen.gradient, right)[WHOLE] / length
-        lost = norms_of_errors(rough, exact)[WHOLE] / size + roundings(problem, seen).get(WHOLE, 0.0) / length
-        u = roundoff(problem.autocast or problem.dtype)
-        bound = LAMBDA * (lost + u) + clipping(problem.clip_norm, exact, problem.dtype)
-        return worst(all_gather(error)), max(all_gather(bound))
-
-    def _step(self, seen: Observation) -> None:
-        """Torch's optimizer on the gradient that the loop's was given."""
-        with torch.no_grad():
-            for name, parameter in self.model.named_parameters():
-                given = None if seen.gradient is None or name in seen.absent else seen.gradient.get(name)
-                parameter.grad = given if given is None else given.to(parameter)
-        if seen.gradient is not None:
-            self.optimizer.step()
-        self._step_schedule()
-        loops = self.start.parameters()
-        for name, parameter in self.model.named_parameters():
-            self._compare(name, loops[name], parameter, seen)
-        own, other = states(self.optimizer), states(self.start.optimizer)
-        for key in own.keys() & other.keys():
-            self._compare(f"optimizer {key}", other[key], own[key], seen)
-        with torch.no_grad():
-            theirs = dict(self.start.inner.named_buffers())
-            for name, buffer in self.model.named_buffers():
-                buffer.copy_(whole(theirs[name]))
-
-    def _compare(self, name: str, found: Tensor, right: Tensor, seen: Observation) -> None:
-        found = whole(found.detach())
-        if torch.equal(found, right):
-            return
-        # A fused optimizer that unscales by itself rounds in another place.
-        if not seen.divided:
-            size = float(right.detach().double().norm()) or 1.0
-            figure = float((found.double() - right.detach().double()).norm()) / size
-            if not figure <= self._bits[0]:
-                self._bits = (figure, self.updates, name)
-        with torch.no_grad():
-            right.copy_(found)
-
-    def _step_schedule(self) -> None:
-        if self.schedule is not None:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")  # if skipped
-                self.schedule.step()
-
-    def checks(self, name: str) -> list[Check]:
-        """What was found. All ranks must ask."""
-        over = f"{self.updates} updates, {name}"
-        if not self._found and self.diverged:
-            return []
-        if not self._found:
-            return [Check(f"gradient, {over}", math.inf, 0.0, "relative", COARSE, "no update was made")]
-        nearest = [(min(found, key=_ratio), kind) for kind, found in self._found.items()]
-        (error, bound, update), kind = max(nearest, key=lambda item: _ratio(item[0]))
-        figure, number, where = max(all_gather(self._bits))
-        sharded = any(hasattr(p, "full_tensor") for p in self.start.parameters().values())
-        limit = SHARDED * 2.0**53 * roundoff(self.problem.dtype) if sharded else 0.0
-        at = f"update {update}, nearest of the {kind} windows"
-        steps = float(max(all_gather(self._stepped)))
-        return [
-            Check(f"gradient, {over}", error, bound, "relative", COARSE, at),
-            Check(
-                f"optimizer, {over}",
-                figure,
-                limit,
-                "relative",
-                BITS,
-                f"off in update {number} at {where}" if figure else "no difference",
-            ),
-            Check(
-                f"number of updates, {name}",
-                steps,
-                0.0,
-                "count",
-                "one step of the optimizer a window",
-                "no difference" if not steps else "too many in a window",
-            ),
-        ]
+    gradient = observation.gradient
+    if not all(all_gather(bool(observation.arrived) and gradient is not None)):
+        return {}
+    assert gradient is not None
+    product = sum(all_gather(dot(observation.arrived, gradient)))
+    factor = abs(norm(gradient) ** 2 / product) if product else 0.0
+    added = max(0, observation.arrivals - 1) * U32 + (world_size() - 1) * roundoff(problem.dtype)
+    factor *= roundoff(problem.autocast or problem.dtype) + added
+    norms = all_gather(observation.arrived_norms)
+    bounds = {name: factor * sum(each.get(name, 0.0) for each in norms) for name in gradient}
+    return {**bounds, WHOLE: math.hypot(*bounds.values())}
 
 
-def _ratio(found: tuple[float, float, int]) -> float:
-    error, bound, _ = found
-    return math.inf if math.isnan(error) or not math.isfinite(bound) else error / bound
+def _addition_check(problem: Problem, observation: Observation, precision: str) -> Check:
+    """Checks `.grad` against the sum of what autograd delivered; figures relative to the whole gradient."""
+    gradient, arrived = observation.gradient, observation.arrived
+    assert gradient is not None
+    # The gradient over what arrived: 1, or what unscaling and clipping made of it.
+    square = dot(arrived, arrived)
+    factor = dot(arrived, gradient) / square if square else 1.0
+    size = norm(gradient) or 1.0
+    rounded_again = problem.clip_norm is not None or problem.scaling is not None
+    errors, bounds, sizes = {}, {}, {}
+    for name, exact in arrived.items():
+        dtype = gradient[name].dtype
+        sizes[name] = abs(factor) * float(exact.norm())
+        errors[name] = float((gradient[name].double() - exact * factor).norm())
+        once = abs(factor) * float((exact.to(dtype).double() - exact).norm())
+        terms = abs(factor) * observation.arrived_norms[name]
+        added = max(0, observation.arrivals - 1) * U32 * terms
+        bounds[name] = once + added + rounded_again * roundoff(dtype) * sizes[name]
+    # The factor follows from rounded numbers: by Cauchy and Schwarz it is off by their error at most.
+    slack = math.sqrt(sum(b * b for b in bounds.values()) / (sum(s * s for s in sizes.values()) or 1.0))
+    bounds = {name: bound + slack * sizes[name] for name, bound in bounds.items()}
+    name = max(errors, key=lambda key: excess(errors[key], bounds[key]))
+    error, bound = errors[name] / size, bounds[name] / size
+    return Check(f"addition, {precision}", error, bound, "relative", ONCE, f"worst at {name}")

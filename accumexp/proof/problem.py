@@ -1,4 +1,4 @@
-"""What is to be proved: a loop, and all that says which update it is to make."""
+"""The problem that a proof decides: a loop and the update it should make."""
 
 from __future__ import annotations
 
@@ -12,18 +12,19 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..accum.batch import Nested, batch_size, map_tensors, tensors
+from ..accum.batch import Nested, batch_size, map_tensors
 
 TrainWindow = Callable[..., Any]
-Batch = tuple[Nested, Nested]
+# (inputs, targets) of all samples of an update.
+WholeBatch = tuple[Nested, Nested]
 
 
 @dataclass(frozen=True)
 class Scaling:
-    """The settings of a loop's dynamic loss scale, which predict the scale of every update.
+    """The settings of a loop's dynamic loss scale, from which the scale of every update follows.
 
-    A window that overflows multiplies it by `backoff_factor`, `growth_interval` windows in a row without
-    an overflow by `growth_factor`. Of a static scale `backoff_factor` and `growth_factor` are 1.
+    A window that overflows multiplies the scale by `backoff_factor`; `growth_interval` windows in a row
+    without an overflow multiply it by `growth_factor`. Both factors are 1 for a static scale.
     """
 
     growth_factor: float = 2.0
@@ -37,17 +38,18 @@ class Problem:
 
     Attributes:
         dtype: of the parameters in the run.
-        autocast: of the loop's `torch.autocast` in the run, or None.
-        fixed: whether random draws are held fixed by sample (`draws`).
-        ignores: whether targets that the loss ignores are tried where the batches have none.
-        dims: by place in the forward pass, the dimension of a draw that has the samples; None of one that
-            all samples share.
+        autocast: dtype of the loop's `torch.autocast` in the run, or None.
+        fixed_draws: whether random draws are a function of the sample, see `fixed_draws.py`.
+        sample_dims: by position in the forward pass, the dimension of a draw that indexes samples; None for
+            a draw that all samples share.
+        try_ignored_targets: whether windows with targets that the loss ignores are checked although no
+            batch has any.
     """
 
     train_window: TrainWindow
     model: nn.Module
     loss: Callable[..., Any]
-    batches: Sequence[Batch]
+    batches: Sequence[WholeBatch]
     steps: int
     optimizer: Callable[[list[nn.Parameter]], Optimizer]
     scheduler: Callable[[Optimizer], Any] | None = None
@@ -57,9 +59,9 @@ class Problem:
     autocast: torch.dtype | None = None
     scaling: Scaling | None = None
     seed: int = 0
-    fixed: bool = False
-    ignores: bool = False
-    dims: Mapping[str, int | None] = field(default_factory=dict)
+    fixed_draws: bool = False
+    sample_dims: Mapping[str, int | None] = field(default_factory=dict)
+    try_ignored_targets: bool = False
 
     @property
     def device(self) -> torch.device:
@@ -67,35 +69,38 @@ class Problem:
 
     @property
     def samples(self) -> int:
-        """Samples of the first, whole batch."""
+        """Samples of the first batch, which is a whole one."""
         return batch_size(self.batches[0])
 
     @property
-    def micro_batch(self) -> int:
+    def micro_batch_size(self) -> int:
         """Samples of a full window's largest micro-batch, over all ranks."""
         return -(-self.samples // self.steps)
 
     @contextmanager
     def loss_in(self, dtype: torch.dtype) -> Iterator[Callable[..., Any]]:
-        """The loss with its own numbers (class weights) in `dtype`; the loop's is the same object."""
+        """Casts the loss's own tensors (class weights) to `dtype` and restores them afterwards.
+
+        The loop's criterion may be the same object.
+        """
         if not isinstance(self.loss, nn.Module):
             yield self.loss
             return
-        kept = {name: value.data for name, value in _numbers(self.loss)}
+        original = {name: value.data for name, value in _tensors_of(self.loss)}
         self.loss.to(dtype)
         try:
             yield self.loss
         finally:
-            for name, value in _numbers(self.loss):
-                value.data = kept[name]
+            for name, value in _tensors_of(self.loss):
+                value.data = original[name]
 
 
-def _numbers(module: nn.Module) -> list[tuple[str, Tensor]]:
+def _tensors_of(module: nn.Module) -> list[tuple[str, Tensor]]:
     return [*module.named_parameters(), *module.named_buffers()]
 
 
-def cast(batch: Batch, dtype: torch.dtype) -> Batch:
-    """`batch` with its floating numbers in `dtype`; targets in fp32 at least."""
+def cast(batch: WholeBatch, dtype: torch.dtype) -> WholeBatch:
+    """`batch` with its floating point tensors in `dtype`; targets in fp32 at least."""
     inputs, targets = batch
     return _cast(inputs, dtype), _cast(targets, torch.promote_types(dtype, torch.float32))
 
@@ -104,17 +109,21 @@ def _cast(batch: Nested, dtype: torch.dtype) -> Nested:
     return map_tensors(lambda t: t.to(dtype) if t.is_floating_point() else t, batch)
 
 
-def rows(batch: Batch, chosen: Tensor | slice) -> Batch:
-    """The samples of `batch` that `chosen`, indices or a slice, names."""
+def rows(batch: WholeBatch, chosen: Tensor | slice) -> WholeBatch:
+    """The samples of `batch` at `chosen`, indices or a slice."""
     inputs, targets = batch
     return map_tensors(lambda t: t[chosen], inputs), map_tensors(lambda t: t[chosen], targets)
 
 
-class Start:
-    """A model with an optimizer and a schedule of its own: what a loop trains.
+class TrainingState:
+    """What a loop trains: a model with an optimizer and a schedule.
 
-    A fresh copy of the problem's model in `dtype`, prepared for the loop; or `inner`, which a loop of its
-    own trains with `optimizer`.
+    A fresh copy of the problem's model in `dtype`, prepared for the loop; or `inner` with `optimizer`,
+    which a trainer has built and steps.
+
+    Attributes:
+        inner: the module whose parameter names the proof uses.
+        model: `inner` as the loop receives it, after `Problem.prepare`.
     """
 
     def __init__(
@@ -126,7 +135,7 @@ class Start:
     ) -> None:
         self.problem = problem
         self.dtype = dtype
-        self.inner = copy.deepcopy(problem.model).to(dtype) if inner is None else inner
+        self.inner = copy_in(problem.model, dtype) if inner is None else inner
         self.schedule: Any = None
         if optimizer is not None:
             self.model, self.optimizer = self.inner, optimizer
@@ -139,81 +148,43 @@ class Start:
     def parameters(self) -> dict[str, nn.Parameter]:
         return dict(self.inner.named_parameters())
 
-    def train(self, batch: Batch) -> Any:
-        """The loop's update on `batch`; what it returns."""
-        # A loop may change its batch in place; nobody else shall see that.
-        own = tuple(map_tensors(torch.clone, part) for part in batch)
-        arguments: list[Any] = [self.model, self.optimizer, own, self.problem.steps]
+    def buffers(self) -> dict[str, Tensor]:
+        return dict(self.inner.named_buffers())
+
+    def train(self, batch: WholeBatch) -> Any:
+        """Calls the loop for its update on `batch`; returns what it returns."""
+        # Cloned, because a loop may change its batch in place.
+        copied = tuple(map_tensors(torch.clone, part) for part in batch)
+        arguments: list[Any] = [self.model, self.optimizer, copied, self.problem.steps]
         if self.schedule is not None:
             arguments.append(self.schedule)
         return self.problem.train_window(*arguments)
 
+    def model_in(self, dtype: torch.dtype) -> nn.Module:
+        """A copy of the problem's model in `dtype` with the loop's weights. A collective call."""
+        model = copy_in(self.problem.model, dtype)
+        parameters = self.parameters()
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.copy_(unsharded(parameters[name]))
+        return model
+
+
+def copy_in(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A copy of `model` in `dtype`."""
+    return copy.deepcopy(model).to(dtype)
+
+
+def unsharded(tensor: Tensor) -> Tensor:
+    """`tensor`, gathered from all ranks if it is sharded. A collective call."""
+    full_tensor = getattr(tensor, "full_tensor", None)
+    return tensor if full_tensor is None else full_tensor()
+
 
 @contextmanager
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Inside, torch draws from `seed`; afterwards as if nothing had happened."""
+    """Seeds torch's generators, and restores their state afterwards."""
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices):
         torch.manual_seed(seed)
         yield
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """`tensor` in one piece, where it is spread over ranks; all of them must ask."""
-    full = getattr(tensor, "full_tensor", None)
-    return tensor if full is None else full()
-
-
-@dataclass
-class Ids:
-    """Which sample of the update's batch each row that a model sees is.
-
-    A row is known by its content, so that the order in which a loop brings samples does not matter.
-    """
-
-    known: dict[bytes, list[int]] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, inputs: Nested, numbers: Sequence[int] | None = None) -> Ids:
-        """Of the rows of `inputs`, which are samples 0, 1, 2, ... or those of `numbers`."""
-        ids = cls()
-        keys = _keys(inputs) or []
-        for number, key in zip(range(len(keys)) if numbers is None else numbers, keys, strict=True):
-            ids.known.setdefault(key, []).append(number)
-        return ids
-
-    def alike(self) -> dict[int, int]:
-        """Of every sample the first one that is equal to it."""
-        return {number: same[0] for same in self.known.values() for number in same}
-
-    def find(self, arguments: Any, taken: dict[bytes, int]) -> list[int] | None:
-        """The samples that a forward's `arguments` are, or None if any is unknown.
-
-        `taken` counts how often each row came before in this window: equal samples are told apart so.
-        """
-        keys = _keys(arguments)
-        if keys is None or any(key not in self.known for key in keys):
-            return None
-        found = []
-        for key in keys:
-            turn = taken.get(key, 0)
-            taken[key] = turn + 1
-            same = self.known[key]
-            found.append(same[turn % len(same)])
-        return found
-
-
-def _keys(batch: Any) -> list[bytes] | None:
-    """One key a row, of all tensors that have rows; None where there are none."""
-    try:
-        found = tensors(batch)
-        size = batch_size(batch)
-    except ValueError:
-        return None
-    if not size:
-        return []
-    columns = [t.detach().reshape(size, -1).double().cpu() for t in found]
-    widest = max(column.shape[1] for column in columns)
-    # The widest alone: what is given beside them (a label, lengths) may differ in form.
-    wide = [column for column in columns if column.shape[1] == widest]
-    return [b"".join(sorted(column[k].numpy().tobytes() for column in wide)) for k in range(size)]

@@ -1,122 +1,89 @@
-"""What a model draws at random: found, held fixed by sample, and named where that is not enough."""
+"""A model's random draws: finding them, and holding them fixed by sample."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 
 from ..accum.batch import batch_size
 from .certificate import Cause
-from .fixed_draws import dimensions, fixed_draws
-from .float64 import computing
-from .gradients import DOUBLE, Compared, compare
+from .fixed_draws import FixedDraws, fixed_draws, sample_dims
+from .float64 import DOUBLE, keep_float64
+from .gradients import compare_window
 from .larger_batch import call
-from .observation import Observation, observe
-from .problem import Batch, Problem, Start, cast, rows
-from .ranks import all_gather, ranks
-from .rounding import expected, narrowed
+from .problem import Problem, WholeBatch, cast, copy_in, rows
+from .ranks import all_gather, world_size
 
 ADVICE = "none needed: a window draws anew by micro-batch, as another run of the larger batch would"
 
 
-@dataclass(frozen=True)
-class Trial:
-    """One window of a problem beside the larger batch, in fp64."""
-
-    found: Compared
-    seen: Observation
-
-    @property
-    def error(self) -> float:
-        return self.found.error
-
-
-def trial(problem: Problem, batch: Batch) -> Trial:
+def find_draws(problem: Problem, batch: WholeBatch) -> FixedDraws:
+    """What draws in a forward pass on `batch`."""
+    model = copy_in(problem.model, DOUBLE)
     batch = cast(batch, DOUBLE)
-    start = Start(problem, DOUBLE)
-    right = expected(problem, batch, narrowed(problem.model, DOUBLE), problem.clip_norm)
-    seen = observe(start, batch)
-    return Trial(compare(seen.gradient, right), seen)
+    with torch.no_grad(), keep_float64(DOUBLE), fixed_draws(model, batch, problem.seed) as draws:
+        call(model, batch[0])
+    return draws
 
 
-def drawing_modules(
-    problem: Problem, batch: Batch
-) -> tuple[dict[str, set[str]], set[str], dict[str, int | None]]:
-    """What draws in a pass over `batch`: operators by module, those that cannot be held fixed, and `dims`.
+def fix_draws(problem: Problem, batch: WholeBatch, draws: FixedDraws) -> tuple[Problem, list[Cause]]:
+    """(the problem with its draws held fixed, the draws as causes).
 
-    A second pass with a sample less tells which dimension of a draw has the samples.
+    They are a cause even where a generator happens to give a window's micro-batches one after the other
+    what it gives the larger batch at once, as it may for a single layer on a CPU.
     """
-    drawn, unknown, shapes = _drawn(problem, batch)
     dims: dict[str, int | None] = {}
-    if drawn and (size := batch_size(batch)) > 2:
-        dims = dimensions(shapes, _drawn(problem, rows(batch, slice(0, size - 1)))[2])
-    return drawn, unknown, dims
-
-
-def _drawn(problem: Problem, batch: Batch) -> tuple[dict[str, set[str]], set[str], dict[str, torch.Size]]:
-    model = narrowed(problem.model, DOUBLE)
-    given = cast(batch, DOUBLE)
-    with torch.no_grad(), computing(DOUBLE), fixed_draws(model, given, problem.seed) as draws:
-        call(model, given[0])
-    return draws.drawn, draws.unknown, draws.shapes
-
-
-def why_draws(
-    problem: Problem, batch: Batch, drawn: dict[str, set[str]], dims: dict[str, int | None]
-) -> tuple[Problem, list[Cause]]:
-    """The problem with its draws held fixed, and the draws as a cause.
-
-    They are one even where a generator happens to give a window's micro-batches one after the other what
-    it gives the larger batch at once: one layer on a CPU may have that luck.
-    """
-    free = trial(problem, batch)
-    held = replace(problem, fixed=True, dims=dims)
-    if free.found.equal and problem.steps * ranks() == 1:
-        return held, []  # a window of one micro-batch draws what the larger batch draws
-    fixed = trial(held, batch)
-    kinds = {name: type(problem.model.get_submodule(name)).__name__ for name in drawn if name[0] != "("}
-    shown = sorted(drawn)
-    where = ", ".join(f"{name} ({kinds[name]})" if name in kinds else name for name in shown[:4])
-    if len(shown) > 4:
-        where += f" and {len(shown) - 4} more"
-    cause = Cause(
-        "dropout draws" if any("ropout" in kind for kind in kinds.values()) else "random draws",
-        where,
-        "random draws depend on how the batch is split",
-        free.error,
-        f"with the same draws for every sample the gradient's error falls from {free.error:.2g} "
-        f"to {fixed.error:.2g}",
-        ADVICE,
-        excused=True,
-    )
-    return held, [cause, *_repeated(free, where)]
-
-
-def _repeated(free: Trial, where: str) -> list[Cause]:
-    """Micro-batches that draw from the same state of the generator: the same masks once more."""
-    every = [len(seen) - len(set(seen)) for seen in all_gather(free.seen.random)]
-    if not max(every):
-        return []
-    return [
+    if (size := batch_size(batch)) > 2:
+        # A second pass with a sample less shows which dimension of a draw indexes samples.
+        dims = sample_dims(draws.shapes, find_draws(problem, rows(batch, slice(0, size - 1))).shapes)
+    fixed = replace(problem, fixed_draws=True, sample_dims=dims)
+    comparison, observation, _ = compare_window(problem, batch)
+    if comparison.equal and problem.steps * world_size() == 1:
+        return fixed, []  # a window of one micro-batch draws what the larger batch draws
+    error, error_fixed = comparison.error, compare_window(fixed, batch)[0].error
+    drawing = sorted(draws.operators)
+    kinds = {
+        name: type(problem.model.get_submodule(name)).__name__ for name in drawing if not name.startswith("(")
+    }
+    where = ", ".join(f"{name} ({kinds[name]})" if name in kinds else name for name in drawing[:4])
+    if len(drawing) > 4:
+        where += f" and {len(drawing) - 4} more"
+    causes = [
         Cause(
-            "repeated draws",
+            "dropout draws" if any("ropout" in kind for kind in kinds.values()) else "random draws",
             where,
-            f"{max(every)} micro-batches draw what another one of their window has drawn",
-            math.nan,
-            "torch's generator is in the same state when their forward passes begin",
-            "do not seed within a window",
+            "random draws depend on how the batch is split",
+            error,
+            f"with the same draws for every sample the gradient's error falls from {error:.2g} "
+            f"to {error_fixed:.2g}",
+            ADVICE,
+            excused=True,
         )
     ]
+    repeated = max(len(states) - len(set(states)) for states in all_gather(observation.random_states))
+    if repeated:
+        causes.append(
+            Cause(
+                "repeated draws",
+                where,
+                f"{repeated} micro-batches draw what another one of their window has drawn",
+                math.nan,
+                "torch's generator is in the same state when their forward passes begin",
+                "do not seed within a window",
+            )
+        )
+    return fixed, causes
 
 
-def unheld(drawn: dict[str, set[str]], unknown: set[str]) -> Cause:
-    """Draws that could not be held fixed: what else is wrong cannot be told from them."""
+def unfixed_draws_cause(draws: FixedDraws) -> Cause:
+    """The cause that stands for draws that cannot be held fixed, which may hide other errors."""
+    operators = ", ".join(sorted(draws.unfixed))
     return Cause(
         "random draws",
-        ", ".join(sorted(name for name, operators in drawn.items() if operators & unknown)),
-        f"draws of {', '.join(sorted(unknown))} cannot be held fixed by sample, so nothing is certified",
+        ", ".join(sorted(name for name, names in draws.operators.items() if names & draws.unfixed)),
+        f"draws of {operators} cannot be held fixed by sample, so nothing is certified",
         math.nan,
         "",
         "leave these draws out for the proof, or make them of rand, randn, bernoulli or exponential_",

@@ -1,4 +1,4 @@
-"""What all ranks know of each other's findings, so that all decide alike."""
+"""Process group queries and gathers, which also work where torch.distributed is not initialised."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ import torch.distributed as dist
 Value = TypeVar("Value")
 
 
-def ranks() -> int:
-    """How many processes take part; 1 where torch.distributed is not initialised."""
+def world_size() -> int:
+    """Number of ranks; 1 where torch.distributed is not initialised."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
-    return dist.get_rank() if ranks() > 1 else 0
+    return dist.get_rank() if world_size() > 1 else 0
 
 
 def all_gather(value: Value) -> list[Value]:
-    """`value` of every rank, in their order. All ranks must call."""
-    if ranks() == 1:
+    """`value` of every rank, in rank order. A collective call."""
+    if world_size() == 1:
         return [value]
-    values: list[Value | None] = [None] * ranks()
+    values: list[Value | None] = [None] * world_size()
     dist.all_gather_object(values, value)
     return values  # type: ignore[return-value]
 
 
 def worst(figures: Sequence[float]) -> float:
-    """The largest, where nan is larger than everything."""
+    """The largest figure; nan if any is nan."""
     return math.nan if any(map(math.isnan, figures)) else max(figures)

@@ -14,7 +14,7 @@ from ..errors import UsageError
 
 
 def task(cfg: Any) -> None:
-    """What Hydra calls; proof and its imports start here, not with `--help`."""
+    """Called by Hydra. Imports the proof only here, so that `--help` stays fast."""
     from .job import prove_job
 
     prove_job(cfg)

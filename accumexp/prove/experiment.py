@@ -1,8 +1,7 @@
-"""An experiment's certificate: the proof of its own loop, on its own data, and of its first updates."""
+"""An experiment's certificate: the proof of its own loop on its own data, and of its first updates."""
 
 from __future__ import annotations
 
-import copy
 import importlib.metadata
 import math
 from collections.abc import Callable
@@ -11,25 +10,25 @@ from itertools import islice
 from typing import Any, cast
 
 import torch
-from torch import nn
 
 from ..config.schema import Config, LossScaling, Reduction, Strategy, to_plain
 from ..environment.device import code_version
 from ..environment.ranks import RankInfo
 from ..errors import UsageError
 from ..proof import Cause, Certificate, Scaling
-from ..proof.certify import FOLLOWED, Proof, undisturbed
+from ..proof.certify import REPLAYED, Proof, preserved_random_state
 from ..proof.environment import precision_name
-from ..proof.gradients import DOUBLE, TRIES, gradient_check
+from ..proof.float64 import DOUBLE
+from ..proof.gradients import MAX_SKIPPED, compare_window
 from ..proof.larger_batch import norm
-from ..proof.problem import Problem
-from ..proof.problem import cast as in_dtype
-from ..proof.rounding import in_precision, narrowed
+from ..proof.problem import Problem, copy_in
+from ..proof.rounding import larger_batch_of
 from ..training.experiment import Experiment
-from .first_updates import FirstUpdates, as_it_is, small, whole_batch
+from .first_updates import FirstUpdates, fp64_config, own_precision_config
 from .trainer_loop import TrainerLoop
+from .update_observer import gathered_batch
 
-# Batches that single windows are tried on.
+# Batches for the checks of single windows.
 BATCHES = 5
 VERSIONS = ("accumexp", "torch", "torchvision", "numpy")
 
@@ -48,12 +47,14 @@ def prove_experiment(
     problem = problem_of(experiment)
     proof = Proof(problem, stage, problem.steps if config.accum.reduce_every_micro_batch else 1)
     try:
-        with undisturbed(problem):
-            proof.draws()
-            proof.windows(alone=False)
-            _clipping(proof, experiment)
-            _follow(proof, experiment)
-            proof.diagnosis()
+        with preserved_random_state(problem):
+            proof.fix_draws()
+            proof.check_windows(replay=False)
+            _check_clipping(proof, experiment)
+            _replay_float64(proof, experiment)
+            if problem.dtype is not DOUBLE:
+                _replay_own_precision(proof, experiment)
+            proof.find_causes()
     except torch.OutOfMemoryError as error:
         raise UsageError(
             f"data.batch_size={config.data.batch_size}: the proof computes the larger batch in one piece, in "
@@ -62,24 +63,26 @@ def prove_experiment(
         ) from error
     except ValueError as error:
         raise UsageError(f"prove: {error}") from error
-    found = proof.result()
-    found = replace(found, causes=[_in_our_words(cause, config) for cause in found.causes])
-    environment = {**found.environment, **_code()}
-    return replace(found, environment=environment, config=to_plain(config)), experiment
+    certificate = proof.result()
+    certificate = replace(
+        certificate,
+        causes=[_with_advice(cause, config) for cause in certificate.causes],
+        environment={**certificate.environment, **_code_versions()},
+        config=to_plain(config),
+    )
+    return certificate, experiment
 
 
 def problem_of(experiment: Experiment) -> Problem:
     """What the experiment's loop should do, on the first batches of its first epoch."""
     config, train = experiment.config, experiment.splits.train
-    found = [
-        whole_batch(batch)[0] for batch in islice(train.epoch(0), BATCHES) if batch.total == train.batch_size
-    ]
-    found = found or [whole_batch(batch)[0] for batch in islice(train.epoch(0), 1)]
+    first = [(gathered_batch(batch)[0], batch.total) for batch in islice(train.epoch(0), BATCHES)]
+    full = [batch for batch, total in first if total == train.batch_size]
     return Problem(
         TrainerLoop(experiment),
         experiment.model,
         experiment.criterion,
-        found,
+        full or [first[0][0]],
         cast(int, config.accum.steps),
         experiment.optimizer,
         experiment.schedule,
@@ -89,7 +92,7 @@ def problem_of(experiment: Experiment) -> Problem:
         experiment.autocast,
         _scaling(config),
         config.seed,
-        ignores=True,
+        try_ignored_targets=True,
     )
 
 
@@ -102,56 +105,49 @@ def _scaling(config: Config) -> Scaling | None:
     return Scaling(accum.growth_factor, accum.backoff_factor, accum.growth_interval)
 
 
-def _clipping(proof: Proof, experiment: Experiment) -> None:
-    """A window that is clipped for sure, where the configuration clips at all."""
+def _check_clipping(proof: Proof, experiment: Experiment) -> None:
+    """Checks a window that is clipped to half its norm, if the configuration clips at all."""
     if experiment.config.trainer.clip_norm is None:
         return
     proof.progress("clipping")
     problem, batch = proof.problem, proof.batch(0)
-    exact = in_precision(problem, narrowed(problem.model, DOUBLE), in_dtype(batch, DOUBLE), DOUBLE)
-    half = norm(exact.gradient) / 2
-    if not half > 0 or not math.isfinite(half):
-        return
-    loop = TrainerLoop(experiment, clip_norm=half)
-    clipping = replace(problem, train_window=loop, clip_norm=half)
-    proof.add(gradient_check("gradient, clipped", clipping, batch, "to half its norm")[0])
+    half = norm(larger_batch_of(problem, copy_in(problem.model, DOUBLE), batch).gradient) / 2
+    if half > 0 and math.isfinite(half):
+        loop = TrainerLoop(experiment, clip_norm=half)
+        clipping = replace(problem, train_window=loop, clip_norm=half)
+        comparison, _, _ = compare_window(clipping, batch)
+        proof.add(comparison.as_check("gradient, clipped", "to half its norm"))
 
 
-def _follow(proof: Proof, experiment: Experiment) -> None:
-    """The first updates of the real run."""
+def _replay_float64(proof: Proof, experiment: Experiment) -> None:
+    """Checks the run's first updates in fp64."""
     updates = min(experiment.config.proof.updates, experiment.updates)
-    changed = small(experiment.config, experiment.rank_info, _whole(experiment.model), updates)
+    # Modules with groups of a fixed size compute something else on a smaller batch.
+    whole = any(hasattr(module, "statistics_groups") for module in experiment.model.modules())
+    config = fp64_config(experiment.config, experiment.rank_info, updates, whole)
     proof.progress(f"{updates} updates of the run, one by one")
-    followed = FirstUpdates(
-        Experiment.build(changed, experiment.rank_info), updates, experiment.updates, proof.progress
-    )
-    problem = replace(
-        proof.problem,
-        model=copy.deepcopy(followed.experiment.model),
-        loss=followed.experiment.criterion,
-        scaling=_scaling(changed),
-    )
-    checks, course = followed.checks(problem)
+    small = Experiment.build(config, experiment.rank_info)
+    first_updates = FirstUpdates(small, experiment.updates, proof.progress)
+    problem = replace(first_updates.problem(proof.problem), scaling=_scaling(config))
+    checks, causes = first_updates.replay_float64(problem)
     proof.add(*checks)
-    proof.causes.extend(course.causes())
-    if proof.problem.dtype is not DOUBLE:
-        _follow_as_it_is(proof, experiment)
+    proof.causes.extend(causes)
 
 
-def _follow_as_it_is(proof: Proof, experiment: Experiment) -> None:
-    """A few updates of the real run in its own precision, its own batches and with its own callbacks."""
+def _replay_own_precision(proof: Proof, experiment: Experiment) -> None:
+    """Checks a few of the run's first updates as they are: its precision, its batches, its callbacks."""
     name = precision_name(proof.problem)
-    proof.progress(f"{FOLLOWED} updates of the run in {name}")
-    # A loss scale may have to fall first.
-    most = FOLLOWED + (TRIES if proof.problem.scaling is not None else 0)
-    unchanged = Experiment.build(as_it_is(experiment.config, most), experiment.rank_info)
-    followed = FirstUpdates(unchanged, most, experiment.updates, proof.progress, epoch=1)
-    problem = replace(proof.problem, model=copy.deepcopy(unchanged.model), loss=unchanged.criterion)
-    proof.add(*followed.own_precision(problem, name, FOLLOWED))
+    proof.progress(f"{REPLAYED} updates of the run in {name}")
+    most = REPLAYED + (MAX_SKIPPED if proof.problem.scaling is not None else 0)
+    config = own_precision_config(experiment.config, most)
+    variant = Experiment.build(config, experiment.rank_info)
+    first_updates = FirstUpdates(variant, experiment.updates, proof.progress, epoch=1)
+    problem = first_updates.problem(proof.problem)
+    proof.add(*first_updates.replay_own_precision(problem, name, REPLAYED))
 
 
-def _in_our_words(cause: Cause, config: Config) -> Cause:
-    """`cause` with what to do about it in this configuration's keys."""
+def _with_advice(cause: Cause, config: Config) -> Cause:
+    """`cause` with advice in this configuration's keys."""
     if cause.source == "buffers" and config.model.get("norm") == "batch" and "momentum" in config.model:
         advice = f"none needed for the pace: model.momentum={config.model['momentum']} is per update already"
         return replace(cause, advice=advice)
@@ -161,12 +157,7 @@ def _in_our_words(cause: Cause, config: Config) -> Cause:
     return replace(cause, advice=advice)
 
 
-def _whole(model: nn.Module) -> bool:
-    """Whether a smaller batch would not be the same computation: of modules with groups of a fixed size."""
-    return any(hasattr(module, "statistics_groups") for module in model.modules())
-
-
-def _code() -> dict[str, Any]:
+def _code_versions() -> dict[str, Any]:
     sha, diff = code_version()
     versions = {}
     for name in VERSIONS:

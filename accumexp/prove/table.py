@@ -13,7 +13,7 @@ STYLES = {"proved": "green", "proved up to": "yellow", "not proved": "red"}
 
 
 def show(certificate: Certificate) -> None:
-    """Prints what was checked, what was found and why, and the verdict last."""
+    """Prints the checks, the causes, and the verdict last."""
     table = Table(box=None, header_style="bold", padding=(0, 2, 0, 1), collapse_padding=True)
     table.add_column("check", overflow="fold")
     table.add_column("found", justify="right", no_wrap=True)

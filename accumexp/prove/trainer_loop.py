@@ -1,4 +1,4 @@
-"""The trainer's update as a proof takes any loop's: a function of model, optimizer, batch and steps."""
+"""The trainer's update as the function of model, optimizer, batch and steps that a proof calls."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from torchmetrics import MetricCollection
 
 from ..accum.batch import batch_size, map_tensors, rank_share, steps_for
 from ..data import Batch
-from ..proof.problem import Batch as Whole
+from ..proof.problem import WholeBatch
 from ..training.experiment import Experiment
 from ..training.trainer import Trainer
 
 
 class TrainerLoop:
-    """`Trainer.update` on whatever model and optimizer it is called with, on this rank's share.
+    """`Trainer.update` with any model and optimizer, on this rank's share of a batch.
 
-    Another model begins a new trainer, and the one before is forgotten, with its loss scale.
+    A call with another model builds a new trainer and releases the one before, with its loss scale.
 
     Args:
         clip_norm: instead of the configuration's.
@@ -29,24 +29,23 @@ class TrainerLoop:
     def __init__(self, experiment: Experiment, clip_norm: float | None = None) -> None:
         self.experiment = experiment
         self.clip_norm = clip_norm or experiment.config.trainer.clip_norm
-        # The newest alone: each has a model, gradients and optimizer state of its own.
-        self._newest: Trainer | None = None
+        # Only the newest is kept, because each holds a model, gradients and optimizer state.
+        self._trainer: Trainer | None = None
         self._model: nn.Module | None = None
 
     def __call__(
-        self, model: nn.Module, optimizer: Optimizer, batch: Whole, steps: int, schedule: Any
+        self, model: nn.Module, optimizer: Optimizer, batch: WholeBatch, steps: int, schedule: Any
     ) -> float | None:
-        """One update; the loss that is logged of it."""
-        if self._newest is None or self._model is not model:
-            self._newest, self._model = self._trainer(model, optimizer, schedule), model
-        trainer = self._newest
-        trainer.update(self._share(batch, steps))
-        trainer.read()
-        metrics_sink = trainer.metrics_sink
-        assert isinstance(metrics_sink, _Last)
+        """Makes one update; returns the loss that the trainer logs for it."""
+        if self._trainer is None or self._model is not model:
+            self._trainer, self._model = self._build(model, optimizer, schedule), model
+        self._trainer.update(self._share(batch, steps))
+        self._trainer.read()
+        metrics_sink = self._trainer.metrics_sink
+        assert isinstance(metrics_sink, _LastLoss)
         return metrics_sink.loss
 
-    def _trainer(self, model: nn.Module, optimizer: Optimizer, schedule: Any) -> Trainer:
+    def _build(self, model: nn.Module, optimizer: Optimizer, schedule: Any) -> Trainer:
         trainer = Trainer(
             self.experiment.window(model),
             optimizer,
@@ -54,7 +53,7 @@ class TrainerLoop:
             self.experiment.splits,
             self.experiment.evaluator,
             MetricCollection({}),
-            _Last(),
+            _LastLoss(),
             {},
             device=self.experiment.device,
             epochs=1,
@@ -66,24 +65,25 @@ class TrainerLoop:
         trainer.total_updates = 2**62
         return trainer
 
-    def _share(self, batch: Whole, steps: int) -> Batch:
+    def _share(self, batch: WholeBatch, steps: int) -> Batch:
         total = batch_size(batch)
         # A batch that is smaller than the run's has fewer micro-batches.
         steps = steps_for(total, self.experiment.splits.train.batch_size, steps)
         rank_info = self.experiment.rank_info
         parts = rank_share(total, steps, rank_info.rank, rank_info.size)
-        own = torch.cat([torch.arange(part.start, part.stop) for part in parts]).to(self.experiment.device)
-        held = own if len(own) else own.new_zeros(1)
+        share = torch.cat([torch.arange(part.start, part.stop) for part in parts])
+        # A rank without samples computes on one as padding.
+        indices = (share if len(share) else share.new_zeros(1)).to(self.experiment.device)
 
         def take(tensor: Tensor) -> Tensor:
-            return tensor[held]
+            return tensor[indices]
 
         inputs, targets = (map_tensors(take, part) for part in batch)
-        return Batch(inputs, targets, held, len(own), total, steps)
+        return Batch(inputs, targets, indices, len(share), total, steps)
 
 
-class _Last:
-    """A recorder of the newest loss alone."""
+class _LastLoss:
+    """A metrics sink that keeps the newest loss."""
 
     def __init__(self) -> None:
         self.loss: float | None = None

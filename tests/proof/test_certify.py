@@ -20,8 +20,8 @@ from accumexp.proof import Certificate, certify
 from accumexp.proof.arguments import batches_of
 from accumexp.proof.certify import Proof
 from accumexp.proof.coupling import coupling_modules
-from accumexp.proof.gradients import DOUBLE
-from accumexp.proof.problem import Problem, Start, cast
+from accumexp.proof.float64 import DOUBLE
+from accumexp.proof.problem import Problem, TrainingState, cast
 from accumexp.prove import session as certifying
 from accumexp.prove.experiment import problem_of, prove_experiment
 from accumexp.prove.job import ProofSpec
@@ -49,7 +49,7 @@ def test_only_the_newest_trainer_of_the_runs_own_loop_is_kept() -> None:
     assert isinstance(loop, TrainerLoop)
     models = []
     for _ in range(5):
-        start = Start(problem, DOUBLE)
+        start = TrainingState(problem, DOUBLE)
         models.append(weakref.ref(start.inner))
         for _ in range(2):
             start.train(cast(problem.batches[0], DOUBLE))

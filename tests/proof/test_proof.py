@@ -13,14 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from accumexp.proof import Cause, Certificate, Check, certify
-from accumexp.proof.coupling import NOTHING, coupling_modules, loss_couples
+from accumexp.proof.coupling import NEGLIGIBLE, coupling_modules, loss_couples
 from accumexp.proof.fixed_draws import fixed_draws
-from accumexp.proof.float64 import computing
-from accumexp.proof.gradients import DOUBLE
+from accumexp.proof.float64 import DOUBLE, keep_float64
 from accumexp.proof.larger_batch import call, larger_batch
-from accumexp.proof.mixture import Mixture, mixture, reading
-from accumexp.proof.problem import Problem, cast, rows
-from accumexp.proof.rounding import narrowed
+from accumexp.proof.mixture import Mixture, explanation, mixture
+from accumexp.proof.problem import Problem, cast, copy_in, rows
 
 from ..support.ranks import on_ranks
 from ..support.reference import classification, larger_batch_gradient, relative_error, small_model
@@ -90,7 +88,7 @@ def test_a_sample_draws_the_same_in_any_split_and_order(kind: str) -> None:
     batch = (inputs, inputs)
 
     def outputs(order: list[int], sizes: list[int], seed: int = 5) -> Tensor:
-        with computing(DOUBLE), fixed_draws(model, batch, seed):
+        with keep_float64(DOUBLE), fixed_draws(model, batch, seed):
             found = torch.cat([call(model, part) for part in inputs[order].split(sizes)])
         return found[torch.argsort(torch.tensor(order))]
 
@@ -156,7 +154,7 @@ def test_losses_that_couple_samples_are_found(loss: Any) -> None:
     [nn.CrossEntropyLoss(), nn.CrossEntropyLoss(torch.rand(5) + 0.1), nn.CrossEntropyLoss(reduction="sum")],
 )
 def test_means_and_sums_do_not_couple_samples(loss: nn.Module) -> None:
-    assert loss_couples(problem_of(classifier(), loss, samples()), samples()) <= NOTHING
+    assert loss_couples(problem_of(classifier(), loss, samples()), samples()) <= NEGLIGIBLE
 
 
 def test_a_coupling_loss_and_batch_norm_are_named_in_the_verdict() -> None:
@@ -176,7 +174,7 @@ def test_a_coupling_loss_and_batch_norm_are_named_in_the_verdict() -> None:
 
 
 def parts_of(problem: Problem, micro: list[list[int]]) -> list[dict[str, Tensor]]:
-    model = narrowed(problem.model, DOUBLE)
+    model = copy_in(problem.model, DOUBLE)
     batch = cast(problem.batches[0], DOUBLE)
     return [
         larger_batch(model, problem.loss, rows(batch, torch.tensor(m)), weight=16.0).gradient for m in micro
@@ -192,13 +190,13 @@ def test_a_mixture_reads_planted_counts_back(counts: tuple[float, ...]) -> None:
     parts = parts_of(problem, micro)
     before = {name: torch.randn_like(value) for name, value in parts[0].items()}
     planted = {name: sum(c * p[name] for c, p in zip(counts, parts, strict=True)) for name in parts[0]}
-    found = mixture(problem, problem.batches[0], narrowed(problem.model, DOUBLE), planted, micro)  # type: ignore[arg-type]
+    found = mixture(problem, problem.batches[0], copy_in(problem.model, DOUBLE), planted, micro)  # type: ignore[arg-type]
     assert found is not None and found.explains
     assert found.counts == pytest.approx(counts, abs=1e-7)
-    assert found.right == (counts == (1.0,) * 4)
+    assert found.correct == (counts == (1.0,) * 4)
     left = {name: planted[name] + 0.5 * before[name] for name in planted}
-    found = mixture(problem, problem.batches[0], narrowed(problem.model, DOUBLE), left, micro, before)  # type: ignore[arg-type]
-    assert found is not None and found.explains and found.before == pytest.approx(0.5)
+    found = mixture(problem, problem.batches[0], copy_in(problem.model, DOUBLE), left, micro, before)  # type: ignore[arg-type]
+    assert found is not None and found.explains and found.previous == pytest.approx(0.5)
 
 
 def test_a_mixture_of_more_micro_batches_than_parameters_still_reads_a_factor() -> None:
@@ -208,7 +206,7 @@ def test_a_mixture_of_more_micro_batches_than_parameters_still_reads_a_factor() 
     micro = [[k] for k in range(16)]
     parts = parts_of(problem, micro)
     planted = {name: torch.stack([3.0 * p[name] for p in parts]).sum(0) for name in parts[0]}
-    found = mixture(problem, batch, narrowed(problem.model, DOUBLE), planted, micro)  # type: ignore[arg-type]
+    found = mixture(problem, batch, copy_in(problem.model, DOUBLE), planted, micro)  # type: ignore[arg-type]
     assert found is not None and found.counts == pytest.approx([3.0] * 16)
 
 
@@ -216,16 +214,16 @@ def test_noise_is_no_mixture() -> None:
     problem = problem_of(classifier(), nn.CrossEntropyLoss(), samples())
     micro = [list(range(k, k + 4)) for k in range(0, 16, 4)]
     noise = {name: torch.randn_like(value) for name, value in parts_of(problem, micro)[0].items()}
-    found = mixture(problem, problem.batches[0], narrowed(problem.model, DOUBLE), noise, micro)  # type: ignore[arg-type]
+    found = mixture(problem, problem.batches[0], copy_in(problem.model, DOUBLE), noise, micro)  # type: ignore[arg-type]
     assert found is not None and not found.explains
 
 
 def test_samples_that_are_missing_or_doubled_are_named() -> None:
     problem = problem_of(classifier(), nn.CrossEntropyLoss(), samples())
-    missing = Mixture([1.0, 1.0], [4.0, 4.0], [4, 4], [8, 9], [], 0.0, 0.0)
-    assert reading(problem, missing, 1)[0] == "of the batch's samples 8, 9 are never seen"
-    doubled = Mixture([1.0, 1.0], [4.0, 4.0], [4, 4], [], [3], 0.0, 0.0)
-    assert reading(problem, doubled, 1)[0] == "of the batch's samples 3 is counted more than once"
+    missing = Mixture([1.0, 1.0], [4.0, 4.0], [8, 9], [], 0.0, 0.0)
+    assert explanation(problem, missing, 1)[0] == "of the batch's samples 8, 9 are never seen"
+    doubled = Mixture([1.0, 1.0], [4.0, 4.0], [], [3], 0.0, 0.0)
+    assert explanation(problem, doubled, 1)[0] == "of the batch's samples 3 is counted more than once"
 
 
 def check(figure: float, bound: float = 1.0, decided: bool = True) -> Check:

@@ -1,0 +1,155 @@
+"""The replay of updates in fp64: gradients, losses, samples, learning rates, optimizer and loss scale."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import replace
+from itertools import chain
+
+from ..accum.batch import batch_size
+from .certificate import Cause, Check, worst_check
+from .float64 import DOUBLE
+from .gradients import Comparison, compare, measured_loss_scale
+from .learning_rates import LearningRates
+from .observation import Observation
+from .problem import Problem, TrainingState, WholeBatch
+from .ranks import all_gather, worst
+from .replay import BITS, ONE_STEP, Replay, tensors_of
+from .rounding import U32, ExpectedUpdate, expected_update
+from .sample_ids import SampleIds
+
+# For a model with more than LARGE parameters the larger batch is computed in the first EVERY_UNTIL updates,
+# for every window that is smaller than usual, and for every SELDOM-th; the rest is compared in all.
+LARGE = 2_000_000
+EVERY_UNTIL = 10
+SELDOM = 10
+SCHEDULED = "the schedule is stepped once an update"
+SEEN = "every sample of the batch is seen in its window"
+LOGGED = "fp64 rounding of the larger batch's mean loss, and of one that is added up in fp32: (N+1) u of it"
+
+
+class Float64Replay(Replay):
+    """Compares a loop's updates in fp64.
+
+    Attributes:
+        clipped: number of updates whose gradient was longer than `clip_norm`.
+        losses: the larger batch's loss, and the bound of its error, by update.
+    """
+
+    def __init__(self, problem: Problem, state: TrainingState) -> None:
+        super().__init__(problem, state, DOUBLE)
+        self.clipped = 0
+        self.losses: dict[int, tuple[float, float]] = {}
+        self._gradient: tuple[int, Comparison] = (0, Comparison(0.0, 0.0, "", 0.0, 0.0))
+        self._loss: Check | None = None
+        self._rates = LearningRates(problem)
+        self._scales: list[tuple[int, float]] = []
+        large = sum(p.numel() for p in self.model.parameters()) > LARGE
+        self._interval = SELDOM if large else 1
+
+    def compare(self, batch: WholeBatch, observation: Observation) -> None:
+        if self.diverged:
+            return
+        number = self.updates + 1
+        smaller = self._is_smaller(batch)
+        if number <= EVERY_UNTIL or number % self._interval == 0 or smaller:
+            expected = expected_update(self.problem, batch, self.model, self.problem.clip_norm)
+            figures = [expected.size, expected.loss, expected.loss_bound, *expected.bounds.values()]
+            if not all(all_gather(all(map(math.isfinite, figures)))):
+                self.diverged = True
+                return
+            self._compare_gradient(number, observation, expected)
+        self.updates = number
+        self._record("samples", self._missing_samples(batch, observation))
+        self._record("number of updates", abs(observation.steps - 1))
+        self._record("learning rate", self._rates.compare(observation.rates, self.optimizer))
+        self._step_optimizer(observation)
+        if observation.gradient is not None:
+            self._step_schedule()
+        same = tensors_of(self.optimizer).keys() == tensors_of(self.state.optimizer).keys()
+        parameters, optimizer = self._take_over()
+        self._record("parameters", worst(list(parameters.values())))
+        self._record("optimizer state", worst([0.0, *optimizer.values()]) if same else math.inf)
+
+    def _compare_gradient(self, number: int, observation: Observation, expected: ExpectedUpdate) -> None:
+        self.clipped += self.problem.clip_norm is not None and expected.size > self.problem.clip_norm
+        comparison = compare(observation.gradient, expected)
+        if comparison.ratio > self._gradient[1].ratio:
+            self._gradient = (number, comparison)
+        # The logged loss is added up in fp32 and rounded once more.
+        rounding = (len(observation.sizes) + 1) * U32 * abs(expected.loss)
+        self.losses[number] = (expected.loss, expected.loss_bound + rounding)
+        scaled = self.problem.scaling is not None and any(all_gather(bool(observation.arrived)))
+        if scaled and expected.size:  # a gradient of zeros does not show the scale
+            scale = measured_loss_scale(observation, expected.larger.gradient)
+            self._scales.append((number, scale))
+
+    def compare_loss(self, update: int, loss: float) -> None:
+        """Compares the loss that the loop logged for `update`, if that update's gradient was compared."""
+        if update in self.losses:
+            expected, bound = self.losses[update]
+            error = abs(loss - expected)
+            at = f"worst at update {update}" if error else "no difference"
+            check = Check("logged loss", error, bound, "loss", LOGGED, at)
+            self._loss = check if self._loss is None else worst_check([self._loss, check])
+
+    def _missing_samples(self, batch: WholeBatch, observation: Observation) -> int:
+        seen = all_gather((observation.micro_batches, observation.sizes))
+        if any(numbers is None for micro_batches, _ in seen for numbers in micro_batches):
+            return abs(batch_size(batch) - sum(sum(sizes) for _, sizes in seen))
+        # Ranks cannot tell equal samples apart, so these are counted together.
+        first = SampleIds(batch[0]).first_equal()
+        every = chain.from_iterable(numbers or () for micro_batches, _ in seen for numbers in micro_batches)
+        counts = Counter(first[number] for number in every)
+        # Doubled samples show in the gradient; a rank without samples computes on another's as padding.
+        return (Counter(first.values()) - counts).total()
+
+    def checks(self) -> list[Check]:
+        """The worst figures over all updates that were compared. A collective call."""
+        over = f"{self.updates} updates"
+        checks = [
+            self._gradient_check(over),
+            self._check(f"parameters, {over}", "parameters", self._bit_bound, BITS),
+            self._check(f"optimizer state, {over}", "optimizer state", self._bit_bound, BITS),
+            self._check(f"learning rate, {over}", "learning rate", 0.0, SCHEDULED),
+        ]
+        if self._loss is not None:
+            checks.append(replace(worst_check(all_gather(self._loss)), name=f"logged loss, {over}"))
+        checks.append(self._check("number of updates", "number of updates", 0.0, ONE_STEP, "count"))
+        checks.append(self._check("samples", "samples", 0.0, SEEN, "count"))
+        if self.problem.scaling is not None and self._scales:
+            checks.append(self._scale_check())
+        return checks
+
+    def causes(self) -> list[Cause]:
+        """Why learning rates are wrong."""
+        error, update, _ = self._worst.get("learning rate", (0.0, 0, ""))
+        return self._rates.causes(update) if error else []
+
+    def _gradient_check(self, over: str) -> Check:
+        number, comparison = self._gradient
+        detail = f"update {number}" if number else over
+        if len(self.losses) < self.updates:
+            detail += f", {len(self.losses)} of them compared"
+        if self.problem.clip_norm is not None:
+            detail += f", clipped in {self.clipped}"
+        if self.diverged:
+            detail += ", after which the larger batch itself diverges"
+        return comparison.as_check(f"gradient, {over}", detail)
+
+    def _scale_check(self) -> Check:
+        scaling, first = self.problem.scaling, self._scales[0][1]
+        assert scaling is not None
+        errors = []
+        for update, scale in self._scales:
+            growths = (update - 1) // scaling.growth_interval
+            error = abs(math.log(max(scale / first, 1e-300)) - growths * math.log(scaling.growth_factor))
+            errors.append((error, update, scale / first))
+        error, update, ratio = max(errors, key=lambda item: item[0])
+        if error <= 0.01:
+            _, update, ratio = errors[-1]
+        interval = f"{scaling.growth_interval} windows without an overflow"
+        grows = f"it grows {scaling.growth_factor:g}-fold after {interval}"
+        detail = f"{ratio:g} times the first in update {update}"
+        return Check("loss scale by update", error, 0.01, "log ratio", grows, detail)
