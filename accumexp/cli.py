@@ -27,7 +27,7 @@ from .config.schema import Config, Strategy, explain_omegaconf
 from .config.sizes import AUTO, batch_sizes, processes
 from .environment.launch import RankError
 from .environment.ranks import RankInfo, abandon, end_now
-from .errors import TrainingError, UsageError, unknown_key
+from .errors import TrainingError, UsageError, fail, unknown_key
 from .sweeps.job_folders import job_folder_name, slug
 
 # Read before `hydra_app` sets it for Hydra, and handed on to the processes in which a launcher runs jobs.
@@ -188,12 +188,6 @@ def command(main: Callable[[], None]) -> NoReturn:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
     sys.exit(0)
-
-
-def fail(error: Exception, speaker: str = "") -> int:
-    """Prints the error's line and gives the exit code it stands for."""
-    print(f"{speaker}error: {error}", file=sys.stderr)
-    return 2 if isinstance(error, UsageError) else 1
 
 
 def log_error(error: Exception) -> None:

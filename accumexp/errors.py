@@ -1,5 +1,9 @@
 """What a command reports in one line: two kinds of error. Anything else is a bug and keeps its traceback."""
 
+from __future__ import annotations
+
+import sys
+
 
 class UsageError(Exception):
     """Bad input: names the key or path and what would be right. Commands print it and exit with 2."""
@@ -27,3 +31,9 @@ def of_the_compiler(error: Exception) -> TrainingError | None:
         return None
     reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
     return TrainingError(f"trainer.compile=true: the model cannot be compiled: {reason}; leave it out")
+
+
+def fail(error: Exception, speaker: str = "") -> int:
+    """Prints the error's line and gives the exit code it stands for."""
+    print(f"{speaker}error: {error}", file=sys.stderr)
+    return 2 if isinstance(error, UsageError) else 1

@@ -118,3 +118,10 @@ def code_version() -> tuple[str, str]:
     if sha is None:
         return __version__, ""
     return sha.strip(), git(package, "diff", "HEAD") or ""
+
+
+def cores() -> int:
+    """Cores that this process may use: of the machine, its affinity and its control group."""
+    from joblib import cpu_count
+
+    return cpu_count()

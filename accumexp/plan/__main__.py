@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ..cli import WANTS_TRACEBACK, command, fail, hydra_app
-from ..errors import UsageError
+from ..cli import WANTS_TRACEBACK, command, hydra_app
+from ..errors import UsageError, fail
 from ..tracking.folder import RunFolder
 
 

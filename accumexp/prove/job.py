@@ -3,27 +3,18 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
 from ..cli import exit_with_error, log_error
-from ..config.schema import Config, from_hydra
+from ..config.schema import from_hydra
 from ..environment.launch import launch
 from ..environment.ranks import RankInfo, launched_rank
 from ..errors import UsageError
 from ..sweeps.hydra_sweep import command_line
 from ..tracking.folder import RunFolder
-
-
-@dataclass(frozen=True)
-class ProofSpec:
-    """A certificate to make: of which experiment, in which folder, by which command line."""
-
-    config: Config
-    folder: RunFolder
-    command: str = ""
+from .spec import ProofSpec
 
 
 def prove_job(cfg: DictConfig) -> None:

@@ -20,7 +20,7 @@ from ..tracking.record import create_tracker, describing_tags
 from ..training.experiment import Experiment
 from ..training.run_context import run_context
 from .experiment import prove_experiment
-from .job import ProofSpec
+from .spec import ProofSpec
 from .table import show
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, read_write
 
-from ..errors import UsageError
+from ..errors import UsageError, fail
 from ..tracking.folder import RunFolder, Summary
 from .hydra_sweep import LAUNCH, command_line, count_jobs, runs_in_parallel
 from .job_folders import Launch, begin_launch, number_of
@@ -82,8 +82,6 @@ class SweepFolder(Callback):
         try:
             self.launch = launched_sweep.begin(config)
         except UsageError as error:  # Hydra would turn it into a warning
-            from ..cli import fail
-
             raise SystemExit(fail(error)) from error
         if self.launch:
             with read_write(config):  # the launcher composes its jobs' configuration from these

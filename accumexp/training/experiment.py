@@ -13,10 +13,10 @@ from ..accum import GraphedStep, Ranks, Window, WindowLoss, data_parallel, fully
 from ..config.instantiate import build
 from ..config.schema import Config, Strategy
 from ..data import Share, Splits, build_splits
+from ..environment.device import cores
 from ..environment.random_state import derive_seed, seed_everything
 from ..environment.ranks import RankInfo, first_here
 from ..errors import UsageError
-from ..sweeps.cores import cores
 from .components import (
     autocast_dtype,
     build_callbacks,

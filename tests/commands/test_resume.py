@@ -18,10 +18,11 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
 from accumexp.cli import conf_dir
+from accumexp.config.overrides import changed
 from accumexp.config.schema import from_hydra, to_plain
 from accumexp.errors import UsageError
 from accumexp.run.arguments import resume_arguments
-from accumexp.run.resume import changed, resumed
+from accumexp.run.resume import resumed
 from accumexp.tracking.journal import Journal
 from accumexp.training.checkpoint import find, load, save
 

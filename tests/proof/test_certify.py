@@ -24,8 +24,8 @@ from accumexp.proof.float64 import DOUBLE
 from accumexp.proof.problem import Problem, TrainingState, cast
 from accumexp.prove import session as certifying
 from accumexp.prove.experiment import problem_of, prove_experiment
-from accumexp.prove.job import ProofSpec
 from accumexp.prove.session import ProofSession
+from accumexp.prove.spec import ProofSpec
 from accumexp.prove.trainer_loop import TrainerLoop
 from accumexp.run import session as runner
 from accumexp.run.session import Run

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from accumexp.accum import Window, inequalities, split_sizes, steps_for
+from accumexp.config.overrides import changed
 from accumexp.config.schema import Config, to_plain
 from accumexp.errors import UsageError
 from accumexp.models import (
@@ -27,7 +28,6 @@ from accumexp.models import (
 from accumexp.report.groups import Group
 from accumexp.report.jobs import Job
 from accumexp.report.trajectory import declared_differences
-from accumexp.run.resume import changed
 from accumexp.training.experiment import Experiment
 
 from ..support.command import run_command
