@@ -23,7 +23,8 @@ from typing import Any
 
 FRESH_RANKS = {"ACCUMEXP_TEST_RANKS": "fresh"}
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["tests.support.preload"])
+PRELOAD = "tests.support.preload"
+CONTEXT.set_forkserver_preload([PRELOAD])
 
 
 def forked(
@@ -68,6 +69,8 @@ def _process(
     sys.stdout, sys.stderr = (open(number, "w", closefd=False) for number in (1, 2))
     code: Any = 0
     try:
+        # An import that fails in the server is passed over in silence.
+        assert PRELOAD in sys.modules, f"{PRELOAD} cannot be imported"
         target(*arguments)
     except SystemExit as end:
         code = end.code or 0
