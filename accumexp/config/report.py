@@ -1,4 +1,4 @@
-"""What a sweep's report compares, and how strictly: `report.*`."""
+"""The settings of a sweep's report: `report.*`."""
 
 from __future__ import annotations
 
@@ -14,24 +14,28 @@ from ..errors import UsageError, unknown_key
 
 @dataclass
 class ReportConfig:
-    """What the report of a sweep compares, and how strictly. Best fixed before the sweep runs."""
+    """The metric and the statistical tests of a sweep's report. Set them before the sweep runs."""
 
-    # Page, pictures and CSV at the end of every sweep; without, the tables in the terminal alone.
+    # Whether the end of a sweep writes page, pictures and CSV; if not, it only prints the tables.
     write: bool = True
-    # A key of final/*. Null: accuracy where the runs have it, else loss.
+    # A key of final/*. Null: accuracy if the runs have it, else loss.
     metric: str | None = None
     # The largest difference that does not matter, in points (hundredths) of accuracy or in the metric's unit.
-    # Null: half a point of an accuracy; of another metric nobody but you knows, and none is equivalent.
+    # Null: half a point for an accuracy; for another metric there is no default and nothing is equivalent.
     margin: float | None = None
-    # Of all intervals; all claims of a kind (equivalent, different) together err with a chance of
-    # 1 - confidence at most.
+    # Of all intervals. 1 - confidence bounds the probability that any of the claims of a kind (equivalent,
+    # different) is wrong.
     confidence: float = 0.95
-    # With which the number of seeds that would settle an undecided comparison is planned.
+    # For the number of seeds that would decide an undecided comparison.
     power: float = 0.8
 
 
 def check_report(report: ReportConfig) -> ReportConfig:
-    """`report`, or a `UsageError` that names the key."""
+    """Returns `report`.
+
+    Raises:
+        UsageError: if a value is out of range; names the key.
+    """
     if report.margin is not None and not report.margin > 0:
         raise UsageError(f"report.margin={report.margin}: a difference above 0")
     for key, value in (("confidence", report.confidence), ("power", report.power)):
@@ -41,17 +45,20 @@ def check_report(report: ReportConfig) -> ReportConfig:
 
 
 def report_from(params: Mapping[str, str], changes: Mapping[str, str]) -> ReportConfig:
-    """The report that a run's `params` ask for (dotted keys, values as text), with `changes` on top.
+    """The report settings of a run, replaced by those in `changes`.
+
+    Args:
+        params: the run's configuration, dotted keys, values as text. Unknown keys are ignored.
+        changes: keys `report.*`, values as text.
 
     Raises:
-        UsageError: naming the key, for an unknown one or a bad value.
+        UsageError: if a key of `changes` is unknown or a value is invalid; names the key.
     """
-    known = {field.name for field in dataclasses.fields(ReportConfig)}
-    texts = {key.removeprefix("report."): value for key, value in params.items() if key.startswith("report.")}
-    texts = {key: value for key, value in texts.items() if key in known}
+    names = [field.name for field in dataclasses.fields(ReportConfig)]
+    texts = {name: params[f"report.{name}"] for name in names if f"report.{name}" in params}
     for key, value in changes.items():
-        if key.removeprefix("report.") not in known:
-            raise UsageError(unknown_key(key, sorted(known)))
+        if key.removeprefix("report.") not in names:
+            raise UsageError(unknown_key(key, sorted(names)))
         texts[key.removeprefix("report.")] = value
     cfg = OmegaConf.structured(ReportConfig)
     for key, value in texts.items():

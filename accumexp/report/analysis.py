@@ -155,8 +155,7 @@ def make_report(
         for group, _ in pairs
         if (values := _values(group, metric))
     ]
-    with_row = {id(row.group) for row in rows}
-    missing = [group for group in groups if id(group) not in with_row]
+    missing = [group for group in groups if id(group) not in {id(row.group) for row in rows}]
     noise = noise_scales([group for group, _ in pairs])
     return Report(sweep, config, metric, margin, rows, missing, curves, noise)
 

@@ -1,7 +1,6 @@
 """The certificates of a sweep's runs, by group: whether a run's window is the larger batch.
 
-A certificate is one line: `proved`, `proved up to <sources>` or `not proved: <causes>`. The accuracy has no
-influence on it.
+A certificate is one line: `proved`, `proved up to <sources>` or `not proved: <causes>`.
 """
 
 from __future__ import annotations

@@ -134,9 +134,7 @@ def varied_params(groups: Sequence[Group]) -> list[str]:
     params = [group.first.params for group in groups]
     names: list[str] = []
     for key in groups[0].values if groups else ():
-        if any(key in one for one in params):
-            names.append(key)
-            continue
         below = sorted({name for one in params for name in one if name.startswith(f"{key}.")})
-        names += [name for name in below if len({one.get(name) for one in params}) > 1]
+        varied = [name for name in below if len({one.get(name) for one in params}) > 1]
+        names += [key] if any(key in one for one in params) else varied
     return names or [STEPS]

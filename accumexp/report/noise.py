@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .groups import Group
-from .jobs import Curve
 
 NOISE_SCALE = "train/noise_scale"
 
@@ -34,8 +33,9 @@ def noise_scales(groups: Sequence[Group]) -> list[NoiseScale]:
         curves = [curve for job in group.jobs.values() if len(curve := job.curve(NOISE_SCALE)) >= 3]
         if not curves:
             continue
-        early = statistics.median(_median(curve[: len(curve) // 3]) for curve in curves)
-        late = statistics.median(_median(curve[-(len(curve) // 3) :]) for curve in curves)
+        scale = [[value for _, value in curve] for curve in curves]
+        early = statistics.median(statistics.median(values[: len(values) // 3]) for values in scale)
+        late = statistics.median(statistics.median(values[-(len(values) // 3) :]) for values in scale)
         by_update: dict[int, list[float]] = {}
         for curve in curves:
             for update, value in curve:
@@ -47,10 +47,6 @@ def noise_scales(groups: Sequence[Group]) -> list[NoiseScale]:
         ]
         scales.append(NoiseScale(group, early, late, points))
     return scales
-
-
-def _median(points: Curve) -> float:
-    return statistics.median(value for _, value in points)
 
 
 def critical_batch_size(scales: Sequence[NoiseScale]) -> float:

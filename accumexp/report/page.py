@@ -16,8 +16,6 @@ from .tables import cost_table, result_table
 from .trajectory import EARLY_UPDATES, JUMP_FACTOR
 from .wording import conclusion, noise_conclusion, reason
 
-TEMPLATE = "page.html.j2"
-
 
 def page(report: Report, pictures: Mapping[str, Path]) -> str:
     """Renders the page.
@@ -33,7 +31,7 @@ def page(report: Report, pictures: Mapping[str, Path]) -> str:
         lstrip_blocks=True,
     )
     config, metric = report.config, report.metric
-    return environment.get_template(TEMPLATE).render(
+    return environment.get_template("page.html.j2").render(
         report=report,
         verdict=report.verdict.value if report.verdict else "undecided",
         facts=_facts(report),

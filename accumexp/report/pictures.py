@@ -31,6 +31,7 @@ MANY_GROUPS = 8  # with more, labels are rotated, figures are wider and legends 
 MAX_LEGEND = 20  # groups; a larger legend would hide the curves
 MAX_LABEL = 24  # characters of a group's name on an axis; in a legend twice as many
 DPI = 110
+FRACTION = ("axes fraction", "data")  # matplotlib's coordinates: x from 0 to 1 over the axes, y a value
 STYLE: dict[Any, Any] = {
     "font.size": 10,
     "axes.titlesize": 10,
@@ -169,10 +170,8 @@ def _draw_loss_differences(axes: Axes, report: Report) -> None:
             _annotate(axes, f"leaves at update {path.departs_at}", point, (9, -3), color=colour)
     bound = max(comparison.trajectory.bound for comparison in compared.values())
     axes.axhspan(floor / 2, bound, color="#777777", alpha=0.13, lw=0)
-    _annotate(
-        axes, "what rounding explains", (0.98, bound), (0, -10), xycoords=("axes fraction", "data"),
-        ha="right", color="#555555",
-    )  # fmt: skip
+    style = {"ha": "right", "color": "#555555"}
+    _annotate(axes, "what rounding explains", (0.98, bound), (0, -10), xycoords=FRACTION, **style)
     axes.set(xscale="log", yscale="log", xlabel="update", ylabel="|loss - reference's| / largest so far")
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.set_ylim(bottom=floor / 2)
@@ -217,17 +216,14 @@ def noise_figure(report: Report) -> Figure | None:
     figure, (axes,) = _panels(1, 5.6, 3.9)
     for size in sorted({row.group.batch_size for row in report.rows}):
         axes.axhline(size, color="#b0b0b0", lw=0.8)
-        _annotate(
-            axes, f"batch {size}", (1.0, size), (-2, 2), xycoords=("axes fraction", "data"),
-            ha="right", fontsize=7, color="#666666",
-        )  # fmt: skip
+        style = {"ha": "right", "fontsize": 7, "color": "#666666"}
+        _annotate(axes, f"batch {size}", (1.0, size), (-2, 2), xycoords=FRACTION, **style)
     for index, scale in enumerate(report.noise):
         x, y = zip(*scale.points, strict=True)
         axes.plot(x, y, label=_shorten(scale.group.label, 2 * MAX_LABEL), **_line_style(index))
     limit = critical_batch_size(report.noise)
     axes.axhline(limit, color="#E69F00", lw=3.5, alpha=0.8)
-    text = f"worth it up to here: {limit:.0f}"
-    _annotate(axes, text, (0.0, limit), (3, 4), xycoords=("axes fraction", "data"))
+    _annotate(axes, f"worth it up to here: {limit:.0f}", (0.0, limit), (3, 4), xycoords=FRACTION)
     axes.set(yscale="log", xlabel="samples seen", ylabel="gradient noise scale (samples)")
     axes.set_title("batches below the noise scale are worth enlarging")
     _legend(axes)
@@ -251,11 +247,8 @@ def _draw_band(
 
 
 def _line_style(index: int) -> dict[str, Any]:
-    return {
-        "color": COLOURS[index % len(COLOURS)],
-        "ls": DASHES[(index + index // len(DASHES)) % len(DASHES)],
-        "lw": 1.5,
-    }
+    colour, dashes = COLOURS[index % len(COLOURS)], DASHES[(index + index // len(DASHES)) % len(DASHES)]
+    return {"color": colour, "ls": dashes, "lw": 1.5}
 
 
 def _annotate(

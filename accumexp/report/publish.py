@@ -7,7 +7,6 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from ..config.report import report_from
 from ..environment.console import console, steps
@@ -126,7 +125,7 @@ def tags(report: Report) -> dict[str, str]:
         values["accumexp.verdicts"] = json.dumps(dict(verdicts))
         if report.margin is not None:
             values["accumexp.margin"] = report.metric.with_unit(report.margin)
-    refused: list[dict[str, Any]] = [
+    refused = [
         {"overrides": [f"{key}={value}" for key, value in job.overrides.items()], "error": job.error}
         for job in report.sweep.jobs
         if job.run_id is None

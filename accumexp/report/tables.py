@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -167,10 +166,11 @@ def group_rows(report: Report) -> list[dict[str, Any]]:
                 seeds_needed=comparison.seeds_needed,
                 same_training=comparison.trajectory.same,
                 leaves_at_update=comparison.trajectory.departs_at,
+                verdict=row.verdict,
+                because=reason(comparison, report),
             )
-        values["verdict"] = row.verdict
-        if comparison:
-            values["because"] = reason(comparison, report)
+        else:
+            values["verdict"] = row.verdict
         if has_certificates(report):
             values["certificate"] = certificate_cell(row.group)
         rows.append({**values, **row.group.costs()})
@@ -201,6 +201,5 @@ def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         for row in rows:
-            # csv writes None as an empty cell, but nan as text.
-            is_nan = {key: isinstance(value, float) and math.isnan(value) for key, value in row.items()}
-            writer.writerow({key: None if is_nan[key] else value for key, value in row.items()})
+            # None becomes an empty cell, but nan, the value that is not equal to itself, the text "nan".
+            writer.writerow({key: value if value == value else None for key, value in row.items()})

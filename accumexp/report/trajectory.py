@@ -87,8 +87,7 @@ def compare_losses(group: Group, reference: Group, curves: Mapping[int, Mapping[
     declared = declared_differences(group, reference)
     bound = max(rounding_bound(group), rounding_bound(reference))
     pairs = [_relative_difference(curves[id(group)][seed], curves[id(reference)][seed]) for seed in seeds]
-    if group.batch_size != reference.batch_size:
-        pairs = []
+    pairs = pairs if group.batch_size == reference.batch_size else []
     updates = sorted(set.intersection(*map(set, pairs))) if pairs else []
     table = np.array([[pair[update] for update in updates] for pair in pairs])
     first_gap = next((index for index, update in enumerate(updates) if update != index + 1), len(updates))

@@ -124,9 +124,9 @@ def noise_conclusion(report: Report) -> str | None:
     )
     if len(sizes) < 2:
         return text
-    verb = "lies" if len(below) == 1 else "lie"
+    lie = "lies" if len(below) == 1 else "lie"
     text += (
-        f" Of the batches tried, {_list(below)} {verb} below." if below else " All batches tried lie above."
+        f" Of the batches tried, {_list(below)} {lie} below." if below else " All batches tried lie above."
     )
     return f"{text} {_batch_size_results(report)}".strip()
 
