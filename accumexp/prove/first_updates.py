@@ -28,10 +28,10 @@ from ..proof.problem import Batch as Whole
 from ..proof.problem import Problem, Start
 from ..proof.ranks import all_gather
 from ..proof.replay import BITS, Replay, states
-from ..training.callbacks import Callback, LossMonitor
+from ..training.callbacks import Callback, without_output
 from ..training.checkpoint import Checkpoints, load, restore
 from ..training.experiment import Experiment
-from ..training.progress_display import Progress
+from ..training.metrics_sink import MemoryMetricsSink
 from ..training.trainer import Trainer
 
 # Updates in an epoch of a followed run, before its last and smaller one: three epochs in 100 updates.
@@ -102,20 +102,15 @@ class FirstUpdates:
             split.indices = split.indices[:size]
 
     def trainer(self, extra: Mapping[str, Callback]) -> Trainer:
-        """The real one from its beginning, with the run's own callbacks, but those that speak or save.
+        """The run's own trainer at its beginning, with its callbacks but for those that show or save.
 
-        Nothing but `StopAt` stops it early.
+        A callback of the run may request a stop, but the proof follows all updates: only a forced one counts.
         """
         restore_random_state(self._random)
         experiment = replace(self.experiment, model=copy.deepcopy(self.experiment.model))
-        trainer = experiment.trainer(Points(), self.schedule)
-        kept = {
-            name: callback
-            for name, callback in trainer.callbacks.items()
-            if not isinstance(callback, Checkpoints | Progress | LossMonitor)
-        }
-        trainer.callbacks = {**kept, **extra}
-        trainer.stop = _not_now
+        options = replace(experiment.options, may_stop=False)
+        trainer = experiment.trainer(MemoryMetricsSink(), self.schedule, options)
+        trainer.callbacks = {**without_output(trainer.callbacks), **extra}
         return trainer
 
     def own_precision(self, problem: Problem, name: str, updates: int) -> list[Check]:
@@ -176,27 +171,13 @@ class FirstUpdates:
         )
 
 
-class Points:
-    """A recorder that keeps what it is given."""
-
-    def __init__(self) -> None:
-        self.rows: list[tuple[int, dict[str, float]]] = []
-
-    def record(self, update: int, values: Mapping[str, float], publish: bool) -> None:
-        self.rows.append((update, dict(values)))
-
-
 def points(trainer: Trainer) -> list[tuple[int, dict[str, float]]]:
-    assert isinstance(trainer.metrics_sink, Points)
-    return trainer.metrics_sink.rows
-
-
-def _not_now(reason: str, code: int = 1) -> None:
-    """Instead of `Trainer.stop`: a callback may end the run, but not the proof of its updates."""
+    assert isinstance(trainer.log.sink, MemoryMetricsSink)
+    return [(update, values) for update, values, _ in trainer.log.sink.rows]
 
 
 class StopAt(Callback):
-    """Stops after an update, also where callbacks cannot."""
+    """Stops after an update, also where `LoopOptions.may_stop` is false."""
 
     order = 2
 
@@ -205,7 +186,7 @@ class StopAt(Callback):
 
     def update_end(self, trainer: Trainer) -> None:
         if trainer.progress.update == self.update:
-            Trainer.stop(trainer, "stopped to be resumed")
+            trainer.stop("stopped to be resumed", force=True)
 
 
 class UpdateObserver(Callback):
@@ -244,7 +225,7 @@ class UpdateObserver(Callback):
         self._open.close()
         self.course.follow(self.batch, self.seen)
         if self.updates and self.course.updates >= self.updates:
-            Trainer.stop(trainer, "seen enough")
+            trainer.stop("seen enough", force=True)
         self.run.stage(f"update {trainer.progress.update} of {self.run.updates} beside the larger batch's")
 
     def run_end(self, trainer: Trainer) -> None:
