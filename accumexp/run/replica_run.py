@@ -20,10 +20,9 @@ from ..errors import TrainingError
 from ..sweeps.job_status import job_status
 from ..tracking.folder import RunFolder, RunStatus, Summary
 from ..tracking.journal import ProgressFile
-from ..training.callbacks import Callback, LossMonitor
+from ..training.callbacks import Callback
 from ..training.checkpoint import Checkpoints
-from ..training.experiment import placement
-from ..training.progress_display import Progress
+from ..training.components import placement
 from ..training.replica_check import check_replicable, shared_splits
 from ..training.replica_trainer import ReplicaTrainer, mean
 from ..training.trainer import Trainer
@@ -117,6 +116,8 @@ class ReplicaRun:
                     callback.random_state = lambda state=state: state
         trainers = [run.trainer for run in runs]
         together = ReplicaTrainer(trainers, self._displays(trainers))
+        if self.job.jobs and self.job.jobs > 1:
+            together.title = f"job {self.job.turn} of {self.job.jobs}, "
         check_replicable(together, self.key)
         running = {run.trainer: run for run in runs}
 
@@ -162,17 +163,13 @@ class ReplicaRun:
         """Takes the callbacks that show progress from every trainer; those of the first show all of them."""
         displays: list[Callback] = []
         for trainer in trainers:
-            shown = {n: c for n, c in trainer.callbacks.items() if isinstance(c, Progress | LossMonitor)}
+            shown = {name: callback for name, callback in trainer.callbacks.items() if callback.shows}
             for name in shown:
                 del trainer.callbacks[name]
             displays = displays or list(shown.values())
-        for display in displays:
-            if isinstance(display, Progress) and self.job.jobs and self.job.jobs > 1:
-                display.title = f"job {self.job.turn} of {self.job.jobs}, "
         if self.job.parallel:
-            displays.append(
-                _WriteProgress(ProgressFile(self.spec.folder.progress, trainers[0].total_updates))
-            )
+            file = ProgressFile(self.spec.folder.progress, trainers[0].total_updates)
+            displays.append(_WriteProgress(file))
         return displays
 
     def _summarise(

@@ -34,7 +34,6 @@ from ..tracking.record import (
 )
 from ..training.checkpoint import Checkpoints, load, restore, saved_updates
 from ..training.experiment import Experiment
-from ..training.progress_display import Progress
 from ..training.run_context import run_context
 from ..training.shards import folder_of
 from .spec import RunSpec
@@ -146,7 +145,7 @@ class Run:
         if not self.rank_info.first:
             return
         resume_from = self.spec.resume_from
-        self.record = trainer.metrics_sink = RunRecord(self.folder, resume_from.update if resume_from else 0)
+        self.record = trainer.log.sink = RunRecord(self.folder, resume_from.update if resume_from else 0)
         self.record.tags = {**describing_tags(self.experiment.device, self.unequal), **tags}
         self._open_tracker()
         self._summarise(RunStatus.RUNNING)
@@ -180,16 +179,16 @@ class Run:
             record.tracker.artifact(self.folder.certificate)
 
     def attach(self) -> None:
-        """Connects the callbacks that save or show with the run's folder and record."""
+        """Connects the callbacks that save with the run's folder and record."""
         job, trainer = self.job, self.trainer
+        if job and job.jobs:
+            trainer.title = f"job {job.turn} of {job.jobs}, "
         identity = {"config": to_plain(self.spec.config), "run": self.record.tracker.identity()}
         for callback in trainer.callbacks.values():
             if isinstance(callback, Checkpoints):
                 callback.attach(self.folder.path, identity, self.record.flush)
                 if self.spec.resume_from and self.spec.resume_from.ended_by:
                     callback.know_saved(trainer)
-            if isinstance(callback, Progress) and job and job.jobs:
-                callback.title = f"job {job.turn} of {job.jobs}, "
 
     def finish(self) -> dict[str, float]:
         """Evaluates on the test split, uploads and closes the record.
