@@ -43,6 +43,7 @@ from .measure import (
     in_turns,
     numbers,
     output_options,
+    prepare,
     ratio_of,
     table_of,
 )
@@ -75,6 +76,7 @@ class Task:
 
 
 Measured = Callable[[Task, int, int], Rows]
+Show = Callable[[dict[str, Any]], list[Table]]
 
 
 @dataclass(frozen=True)
@@ -122,14 +124,11 @@ def windowed(task: Task, model: nn.Module, reduce_always: bool = False) -> Loop:
     return Loop(model, accumulate, OptimizerStep(window, optimizer), window)
 
 
-def accumexp(task: Task, counted: bool = False) -> Loop:
-    return windowed(task, data_parallel(task.model()))  # its hook is always in Python
-
-
 LOOPS: dict[str, Callable[[Task, bool], Loop]] = {
     "hand-written": hand_written,
     "no no_sync": partial(hand_written, reduce_always=True),
-    "accumexp": accumexp,
+    # Its hook is always in Python.
+    "accumexp": lambda task, counted: windowed(task, data_parallel(task.model())),
 }
 
 
@@ -231,9 +230,7 @@ def measure_rank(
     rank: int, ranks: int, options: argparse.Namespace, folder: Path, measured: Measured
 ) -> None:
     """Measures on one rank; the first one writes the rows."""
-    torch.set_num_threads(options.threads)
-    # TF32 rounds so much that equal definitions computed by two kernels would differ.
-    torch.backends.cudnn.allow_tf32 = False
+    prepare(options.threads)
     group: dict[str, Any] = {"backend": "gloo", "timeout": timedelta(minutes=5)}
     device = torch.device(options.device)
     if options.device == "cuda":
@@ -278,9 +275,7 @@ def parser_of(prog: str, description: str | None, ranks: str) -> argparse.Argume
     parser.add_argument("--updates", type=int, default=10, help="in a repeat; %(default)s")
     parser.add_argument("--repeats", type=int, default=30)
     parser.add_argument("--threads", type=int, default=1, help="of each rank; %(default)s")
-    parser.add_argument(
-        "--device", choices=["auto", "cpu"], default="auto", help="auto: a GPU a rank if there are as many"
-    )
+    parser.add_argument("--device", choices=["auto", "cpu"], default="auto", help="auto: GPUs, if enough")
     output_options(parser)
     return parser
 
@@ -304,9 +299,7 @@ def run_rows(options: argparse.Namespace, measured: Measured) -> Rows:
     return rows
 
 
-def run(
-    options: argparse.Namespace, measured: Measured, show: Callable[[dict[str, Any]], list[Table]]
-) -> None:
+def run(options: argparse.Namespace, measured: Measured, show: Show) -> None:
     """Measures on all numbers of ranks, prints the tables, and writes the report if `--json` is given."""
     rows = run_rows(options, measured)
     names = ["model", "micro_batch", "updates", "repeats", "threads"]
