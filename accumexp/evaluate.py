@@ -60,22 +60,22 @@ def evaluate(checkpoint: str, split: str, overrides: list[str], as_json: bool) -
     # One process evaluates, whatever has trained.
     config = changed(content["config"], ["accum.strategy=standalone", "accum.processes=1", *overrides])
 
-    from .training.experiment import build_parts
+    from .training.experiment import Experiment
     from .training.progress_display import show_values
     from .training.shards import folder_of, load_model
 
-    parts = build_parts(config)
+    experiment = Experiment.build(config)
     split_up = folder_of(path, content)
     try:
         if split_up is None:
-            parts.model.load_state_dict(content["model"])
+            experiment.model.load_state_dict(content["model"])
         else:
-            load_model(parts.model, split_up)
+            load_model(experiment.model, split_up)
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:300]
         raise UsageError(f"checkpoint {path}: does not fit this configuration: {reason}") from error
-    batches = parts.splits.test if split == "test" else parts.splits.eval
-    values = parts.evaluator(parts.model, batches)
+    batches = experiment.splits.test if split == "test" else experiment.splits.eval
+    values = experiment.evaluator(experiment.model, batches)
     if as_json:
         print(json.dumps({"checkpoint": str(path), "split": split, "samples": batches.samples, **values}))
     else:

@@ -46,7 +46,7 @@ class Accumexp(Contender):
         from accumexp.run.record import RunRecord, open_tracker, write_config
         from accumexp.run.spec import RunSpec
         from accumexp.tracking import Store
-        from accumexp.training.experiment import build_parts, build_trainer
+        from accumexp.training.experiment import Experiment
 
         self.task = task
         self._folder = tempfile.TemporaryDirectory()
@@ -77,13 +77,13 @@ class Accumexp(Contender):
             cfg.data.train, cfg.data.eval = samples, None
             cfg.data.test = samples | {"samples": 1}
         config = from_hydra(cfg)
-        parts = build_parts(config)
+        experiment = Experiment.build(config)
         self.record = RunRecord(folder)
-        self.trainer = build_trainer(config, parts, self.record)
-        self.model, self.optimizer = parts.model, self.trainer.optimizer
+        self.trainer = experiment.trainer(self.record)
+        self.model, self.optimizer = experiment.model, self.trainer.optimizer
         write_config(folder, config)
         order = RunSpec(config, folder, None, None, "python -m benchmarks.window")
-        self.record.tracker = open_tracker(order, Store(config.tracking), parts, {}, None, None)
+        self.record.tracker = open_tracker(order, Store(config.tracking), experiment, {}, None, None)
         stop = self.trainer.callbacks["stop"]
         assert isinstance(stop, StopAtUpdate)
         self.stop = stop

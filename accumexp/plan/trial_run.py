@@ -1,4 +1,4 @@
-"""A run in miniature: its own loop for two updates, on parts that are thrown away, under measurement."""
+"""A run in miniature: its own loop for two updates under measurement, on an experiment built for it alone."""
 
 from __future__ import annotations
 
@@ -22,8 +22,9 @@ from ..environment.ranks import RankInfo, device_of, first_here
 from ..errors import UsageError
 from ..training.callbacks import Callback, LossMonitor
 from ..training.checkpoint import Checkpoints
+from ..training.components import build_metrics, build_model
 from ..training.evaluation import Evaluator
-from ..training.experiment import ALONE, build_metrics, build_model, build_parts, build_trainer, updates_of
+from ..training.experiment import ALONE, Experiment
 from ..training.progress_display import Progress
 from ..training.trainer import Trainer
 from .trial_data import UPDATES, TrialData
@@ -81,11 +82,10 @@ class Rehearsal:
         self._device = device_of(config.device, rank_info)
         first = self._of(1)
         with first_here(rank_info):
-            self.parts = build_parts(first)
-        self._model_of = first.model
-        self.device = self.parts.device
-        self.data = TrialData(self.parts.splits, self.rank, self.ranks, self.device)
-        self._length = updates_of(config, self.parts)
+            self.experiment = Experiment.build(first)
+        self.device = self.experiment.device
+        self.data = TrialData(self.experiment.splits, self.rank, self.ranks, self.device)
+        self._length = replace(self.experiment, config=config).updates
 
     def small(self, micro: int, steps: int) -> Rehearsed:
         """A window of `steps` micro-batches of `micro` samples, and an evaluation of as many."""
@@ -107,8 +107,8 @@ class Rehearsal:
         self.data.take_whole(steps)
         config = self._of(steps)
         config.trainer.epochs, config.trainer.log_every = updates + 2, 10 * updates
-        self._shape(config)
-        trainer = self._trainer(config, updates + 1)
+        self._take(config)
+        trainer = self._trainer(updates + 1)
         clock = _Clock(updates + 1)
         trainer.callbacks["clock"] = clock
         with self._cleared(trainer):
@@ -132,7 +132,8 @@ class Rehearsal:
     @property
     def held(self) -> list[Tensor]:
         """The tensors that are there before a run begins: model, loss and data."""
-        modules = [self.parts.model, *(m for m in [self.parts.criterion] if isinstance(m, nn.Module))]
+        experiment = self.experiment
+        modules = [m for m in (experiment.model, experiment.criterion) if isinstance(m, nn.Module)]
         found = [t for module in modules for t in chain(module.parameters(), module.buffers())]
         return [*(tensor for tensor in found if tensor.device.type == self.device.type), *self.data.held]
 
@@ -144,15 +145,15 @@ class Rehearsal:
         one and a new). With `accum=ddp`, buckets: in the first window gradients are beside them, in the
         second they are made anew, and the thread that reduced one of the old may still hold it.
         """
-        parts, accum = self.parts, self.config.accum
+        experiment, accum = self.experiment, self.config.accum
         found: dict[str, int] = {}
         if accum.recovers and not self.config.trainer.graph:
-            modules = [m for m in (parts.model, parts.criterion) if isinstance(m, nn.Module)]
+            modules = [m for m in (experiment.model, experiment.criterion) if isinstance(m, nn.Module)]
             copies = sum(buffer.nbytes for module in modules for buffer in module.buffers())
             host = 2 * torch.get_rng_state().nbytes if self.device.type == "cpu" else 0
             found[TO_GO_BACK] = copies + host
         if accum.strategy is Strategy.ddp:
-            sizes = [p.nbytes for p in parts.model.parameters() if p.requires_grad]
+            sizes = [p.nbytes for p in experiment.model.parameters() if p.requires_grad]
             found[BUCKETS] = sum(sizes)
             found[UNDER_WAY] = min(sum(sizes), FULL_BUCKET + max(sizes, default=0))
         return {name: size for name, size in found.items() if size}
@@ -164,12 +165,12 @@ class Rehearsal:
         return self.data.fed(held_bytes(self.held))
 
     def _rehearsed(self, config: Config, micro: int) -> Rehearsed:
-        self._shape(config)
+        self._take(config)
         fed = self._fed()
         with measure_peak(self.device, held_bytes(self.held)) as update:
             # Stands in for what this one process does not make, so that what does not fit fails here.
             beside = {name: self._room(size) for name, size in self.beside.items()}
-            trainer = self._trainer(config)
+            trainer = self._trainer()
             trainer.callbacks["end"] = _End(UPDATES)
             with self._cleared(trainer, but_at_the_end=True):
                 trainer.fit()
@@ -186,7 +187,7 @@ class Rehearsal:
         with measure_peak(self.device, end) as evaluation, self._cleared(trainer, but_at_the_end=True):
             trainer.evaluate("eval")
         beside.clear()
-        model = self.parts.model
+        model = self.experiment.model
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
         state = [
             value
@@ -218,22 +219,24 @@ class Rehearsal:
             if not done:
                 trainer.window.discard()
             if not (done and but_at_the_end):
-                self.parts.model.zero_grad(set_to_none=True)
+                self.experiment.model.zero_grad(set_to_none=True)
 
-    def _shape(self, config: Config) -> None:
-        """Makes the model anew where the split is in its configuration."""
-        if config.model != self._model_of:
-            like = next(self.parts.model.parameters())
-            self.parts = replace(self.parts, model=build_model(config).to(like.device, like.dtype))
-            self._model_of = config.model
+    def _take(self, config: Config) -> None:
+        """Makes `config` the experiment's, with a new model where its configuration contains the split."""
+        model = self.experiment.model
+        if config.model != self.experiment.config.model:
+            like = next(model.parameters())
+            model = build_model(config).to(like.device, like.dtype)
+        self.experiment = replace(self.experiment, config=config, model=model)
 
-    def _trainer(self, config: Config, updates: int = UPDATES) -> Trainer:
+    def _trainer(self, updates: int = UPDATES) -> Trainer:
         """The run's trainer; its schedule is the run's, and long enough for `updates`."""
-        parts = self.parts
+        experiment = self.experiment
         # Metrics of its own, or those that are there already would be freed under measurement.
-        fresh = Evaluator(parts.loss, build_metrics(config, parts.device), parts.autocast)
-        parts = replace(parts, evaluator=fresh)
-        trainer = build_trainer(config, parts, Unrecorded(), max(self._length, updates))
+        metrics = build_metrics(experiment.config, experiment.device)
+        fresh = Evaluator(experiment.loss, metrics, experiment.autocast)
+        experiment = replace(experiment, evaluator=fresh)
+        trainer = experiment.trainer(Unrecorded(), max(self._length, updates))
         trainer.callbacks = {
             name: callback
             for name, callback in trainer.callbacks.items()

@@ -7,13 +7,11 @@ import importlib.metadata
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from itertools import islice
 from typing import Any, cast
 
 import torch
 from torch import nn
-from torch.optim import Optimizer
 
 from ..config.schema import Config, LossScaling, Reduction, Strategy, to_plain
 from ..environment.device import code_version
@@ -27,7 +25,7 @@ from ..proof.larger_batch import norm
 from ..proof.problem import Problem
 from ..proof.problem import cast as in_dtype
 from ..proof.rounding import in_precision, narrowed
-from ..training.experiment import Parts, build_optimizer, build_parts, build_scheduler, for_ranks, updates_of
+from ..training.experiment import Experiment
 from .first_updates import FirstUpdates, as_it_is, small, whole_batch
 from .trainer_loop import TrainerLoop
 
@@ -38,65 +36,57 @@ VERSIONS = ("accumexp", "torch", "torchvision", "numpy")
 
 def prove_experiment(
     config: Config, rank_info: RankInfo, stage: Callable[[str], None]
-) -> tuple[Certificate, Parts]:
-    """The certificate of the experiment that `config` describes, and the parts that it was made with.
+) -> tuple[Certificate, Experiment]:
+    """The certificate of the experiment that `config` describes, and the experiment.
 
-    On several ranks all of them call. Neither the parts nor torch's random state are as they were.
+    Collective: all ranks must call. Changes the experiment's data and torch's random state.
 
     Raises:
         UsageError: naming the key that cannot be built, or if the larger batch does not fit the device.
     """
-    parts = build_parts(config, rank_info)
-    problem = problem_of(config, parts, rank_info)
+    experiment = Experiment.build(config, rank_info)
+    problem = problem_of(experiment)
     proof = Proof(problem, stage, problem.steps if config.accum.reduce_every_micro_batch else 1)
     try:
         with undisturbed(problem):
             proof.draws()
             proof.windows(alone=False)
-            _clipping(proof, config, parts, rank_info)
-            _follow(proof, config, parts, rank_info)
+            _clipping(proof, experiment)
+            _follow(proof, experiment)
             proof.diagnosis()
     except torch.OutOfMemoryError as error:
         raise UsageError(
             f"data.batch_size={config.data.batch_size}: the proof computes the larger batch in one piece, in "
-            f"fp64, and {parts.device} has no room for it; prove with device=cpu, or with a smaller batch "
-            "in as many accum.steps"
+            f"fp64, and {experiment.device} has no room for it; prove with device=cpu, or with a smaller "
+            "batch in as many accum.steps"
         ) from error
     except ValueError as error:
         raise UsageError(f"prove: {error}") from error
     found = proof.result()
     found = replace(found, causes=[_in_our_words(cause, config) for cause in found.causes])
     environment = {**found.environment, **_code()}
-    return replace(found, environment=environment, config=to_plain(config)), parts
+    return replace(found, environment=environment, config=to_plain(config)), experiment
 
 
-def problem_of(config: Config, parts: Parts, rank_info: RankInfo) -> Problem:
+def problem_of(experiment: Experiment) -> Problem:
     """What the experiment's loop should do, on the first batches of its first epoch."""
-    accum, train = config.accum, parts.splits.train
+    config, train = experiment.config, experiment.splits.train
     found = [
         whole_batch(batch)[0] for batch in islice(train.epoch(0), BATCHES) if batch.total == train.batch_size
     ]
     found = found or [whole_batch(batch)[0] for batch in islice(train.epoch(0), 1)]
-    updates = updates_of(config, parts)
-
-    def schedule(optimizer: Optimizer) -> Any:
-        return build_scheduler(config, optimizer, updates)
-
-    def prepare(model: nn.Module) -> nn.Module:
-        return for_ranks(accum, model, parts.device)
-
     return Problem(
-        TrainerLoop(config, parts, rank_info, train.batch_size),
-        parts.model,
-        parts.criterion,
+        TrainerLoop(experiment),
+        experiment.model,
+        experiment.criterion,
         found,
-        cast(int, accum.steps),
-        partial(build_optimizer, config, model=parts.model),
-        schedule,
+        cast(int, config.accum.steps),
+        experiment.optimizer,
+        experiment.schedule,
         config.trainer.clip_norm,
-        None if accum.strategy is Strategy.standalone else prepare,
-        next(parts.model.parameters()).dtype,
-        parts.autocast,
+        None if config.accum.strategy is Strategy.standalone else experiment.prepared_model,
+        next(experiment.model.parameters()).dtype,
+        experiment.autocast,
         _scaling(config),
         config.seed,
         ignores=True,
@@ -112,9 +102,9 @@ def _scaling(config: Config) -> Scaling | None:
     return Scaling(accum.growth_factor, accum.backoff_factor, accum.growth_interval)
 
 
-def _clipping(proof: Proof, config: Config, parts: Parts, rank_info: RankInfo) -> None:
+def _clipping(proof: Proof, experiment: Experiment) -> None:
     """A window that is clipped for sure, where the configuration clips at all."""
-    if config.trainer.clip_norm is None:
+    if experiment.config.trainer.clip_norm is None:
         return
     proof.progress("clipping")
     problem, batch = proof.problem, proof.batch(0)
@@ -122,39 +112,41 @@ def _clipping(proof: Proof, config: Config, parts: Parts, rank_info: RankInfo) -
     half = norm(exact.gradient) / 2
     if not half > 0 or not math.isfinite(half):
         return
-    loop = TrainerLoop(config, parts, rank_info, parts.splits.train.batch_size, clip_norm=half)
+    loop = TrainerLoop(experiment, clip_norm=half)
     clipping = replace(problem, train_window=loop, clip_norm=half)
     proof.add(gradient_check("gradient, clipped", clipping, batch, "to half its norm")[0])
 
 
-def _follow(proof: Proof, config: Config, parts: Parts, rank_info: RankInfo) -> None:
+def _follow(proof: Proof, experiment: Experiment) -> None:
     """The first updates of the real run."""
-    schedule = updates_of(config, parts)
-    updates = min(config.proof.updates, schedule)
-    changed = small(config, rank_info, _whole(parts.model), updates)
+    updates = min(experiment.config.proof.updates, experiment.updates)
+    changed = small(experiment.config, experiment.rank_info, _whole(experiment.model), updates)
     proof.progress(f"{updates} updates of the run, one by one")
-    followed = FirstUpdates(changed, rank_info, updates, schedule, proof.progress)
+    followed = FirstUpdates(
+        Experiment.build(changed, experiment.rank_info), updates, experiment.updates, proof.progress
+    )
     problem = replace(
         proof.problem,
-        model=copy.deepcopy(followed.parts.model),
-        loss=followed.parts.criterion,
+        model=copy.deepcopy(followed.experiment.model),
+        loss=followed.experiment.criterion,
         scaling=_scaling(changed),
     )
     checks, course = followed.checks(problem)
     proof.add(*checks)
     proof.causes.extend(course.causes())
     if proof.problem.dtype is not DOUBLE:
-        _follow_as_it_is(proof, config, rank_info, schedule)
+        _follow_as_it_is(proof, experiment)
 
 
-def _follow_as_it_is(proof: Proof, config: Config, rank_info: RankInfo, schedule: int) -> None:
+def _follow_as_it_is(proof: Proof, experiment: Experiment) -> None:
     """A few updates of the real run in its own precision, its own batches and with its own callbacks."""
     name = precision_name(proof.problem)
     proof.progress(f"{FOLLOWED} updates of the run in {name}")
     # A loss scale may have to fall first.
     most = FOLLOWED + (TRIES if proof.problem.scaling is not None else 0)
-    followed = FirstUpdates(as_it_is(config, most), rank_info, most, schedule, proof.progress, epoch=1)
-    problem = replace(proof.problem, model=copy.deepcopy(followed.parts.model), loss=followed.parts.criterion)
+    unchanged = Experiment.build(as_it_is(experiment.config, most), experiment.rank_info)
+    followed = FirstUpdates(unchanged, most, experiment.updates, proof.progress, epoch=1)
+    problem = replace(proof.problem, model=copy.deepcopy(unchanged.model), loss=unchanged.criterion)
     proof.add(*followed.own_precision(problem, name, FOLLOWED))
 
 

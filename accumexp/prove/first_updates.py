@@ -30,7 +30,7 @@ from ..proof.ranks import all_gather
 from ..proof.replay import BITS, Replay, states
 from ..training.callbacks import Callback, LossMonitor
 from ..training.checkpoint import Checkpoints, load, restore
-from ..training.experiment import build_parts, build_trainer
+from ..training.experiment import Experiment
 from ..training.progress_display import Progress
 from ..training.trainer import Trainer
 
@@ -72,7 +72,7 @@ def as_it_is(config: Config, updates: int) -> Config:
 
 
 class FirstUpdates:
-    """The first updates of the run that `config` describes.
+    """The first updates of a run.
 
     Args:
         updates: how many.
@@ -83,24 +83,22 @@ class FirstUpdates:
 
     def __init__(
         self,
-        config: Config,
-        rank_info: RankInfo,
+        experiment: Experiment,
         updates: int,
         schedule: int,
         stage: Callable[[str], None],
         epoch: int = EPOCH,
     ) -> None:
-        self.config = config
-        self.rank_info = rank_info
+        self.experiment = experiment
         self.updates = updates
         self.schedule = schedule
         self.stage = stage
-        self.parts = build_parts(config, rank_info)
         self._random = random_state()
-        size = self.parts.splits.train.batch_size
+        splits = experiment.splits
+        size = splits.train.batch_size
         # Epochs that end, and end in a smaller window, within the updates that are followed.
-        self.parts.splits.train.indices = self.parts.splits.train.indices[: epoch * size + size // 2 + 1]
-        for split in (self.parts.splits.eval, self.parts.splits.test):
+        splits.train.indices = splits.train.indices[: epoch * size + size // 2 + 1]
+        for split in (splits.eval, splits.test):
             split.indices = split.indices[:size]
 
     def trainer(self, extra: Mapping[str, Callback]) -> Trainer:
@@ -109,8 +107,8 @@ class FirstUpdates:
         Nothing but `StopAt` stops it early.
         """
         restore_random_state(self._random)
-        parts = replace(self.parts, model=copy.deepcopy(self.parts.model))
-        trainer = build_trainer(self.config, parts, Points(), self.schedule)
+        experiment = replace(self.experiment, model=copy.deepcopy(self.experiment.model))
+        trainer = experiment.trainer(Points(), self.schedule)
         kept = {
             name: callback
             for name, callback in trainer.callbacks.items()
@@ -153,7 +151,7 @@ class FirstUpdates:
         undisturbed.fit()
         first = self.trainer({})
         with tempfile.TemporaryDirectory(prefix="accumexp-proof-") as own:
-            folder = Path(first_says(own, self.rank_info))
+            folder = Path(first_says(own, self.experiment.rank_info))
             saving = Checkpoints(every_epochs=None, every_updates=half)
             saving.attach(folder, {}, lambda: None)
             first.callbacks = {**first.callbacks, "checkpoint": saving, "stop": StopAt(half)}
@@ -254,7 +252,7 @@ class UpdateObserver(Callback):
 
     def samples_check(self) -> Check:
         """Whether every sample of the split came once in each epoch that was ended."""
-        batches = self.run.parts.splits.train
+        batches = self.run.experiment.splits.train
         due = len(batches.order(0))
         wrong, ended = 0, 0
         for epoch, numbers in self.epochs.items():

@@ -43,7 +43,7 @@ class ProofSession:
             config = self.spec.config
             console.print(described_problem(config, rank_info), highlight=False, soft_wrap=True)
             with stages() as stage:
-                certificate, parts = prove_experiment(config, rank_info, stage)
+                certificate, experiment = prove_experiment(config, rank_info, stage)
         if rank_info.first:
             path = write(certificate, folder)
             config_path = write_config(folder, config)
@@ -52,8 +52,8 @@ class ProofSession:
             if store is not None:
                 quiet = replace(config.tracking, system_metrics=False)
                 spec = replace(self.spec, config=replace(config, tracking=quiet))
-                tags = {**described(parts, []), **known, **tags_of(certificate)}
-                tracker = open_tracker(spec, store, parts, tags, "certificate", None)
+                tags = {**described(experiment, []), **known, **tags_of(certificate)}
+                tracker = open_tracker(spec, store, experiment, tags, "certificate", None)
                 try:
                     tracker.tag(
                         {"mlflow.note.content": markdown(certificate), "mlflow.source.name": "accumexp.prove"}

@@ -11,11 +11,9 @@ from torch.optim import Optimizer
 from torchmetrics import MetricCollection
 
 from ..accum.batch import batch_size, map_tensors, rank_share, steps_for
-from ..config.schema import Config
 from ..data import Batch
-from ..environment.ranks import RankInfo
 from ..proof.problem import Batch as Whole
-from ..training.experiment import Parts, build_window
+from ..training.experiment import Experiment
 from ..training.trainer import Trainer
 
 
@@ -25,18 +23,12 @@ class TrainerLoop:
     Another model begins a new trainer, and the one before is forgotten, with its loss scale.
 
     Args:
-        full: samples in a whole batch; a smaller one has fewer micro-batches.
         clip_norm: instead of the configuration's.
     """
 
-    def __init__(
-        self, config: Config, parts: Parts, rank_info: RankInfo, full: int, clip_norm: float | None = None
-    ) -> None:
-        self.config = config
-        self.parts = parts
-        self.rank_info = rank_info
-        self.full = full
-        self.clip_norm = clip_norm or config.trainer.clip_norm
+    def __init__(self, experiment: Experiment, clip_norm: float | None = None) -> None:
+        self.experiment = experiment
+        self.clip_norm = clip_norm or experiment.config.trainer.clip_norm
         # The newest alone: each has a model, gradients and optimizer state of its own.
         self._newest: Trainer | None = None
         self._model: nn.Module | None = None
@@ -56,29 +48,31 @@ class TrainerLoop:
 
     def _trainer(self, model: nn.Module, optimizer: Optimizer, schedule: Any) -> Trainer:
         trainer = Trainer(
-            build_window(self.config.accum, model, self.parts),
+            self.experiment.window(model),
             optimizer,
             schedule,
-            self.parts.splits,
-            self.parts.evaluator,
+            self.experiment.splits,
+            self.experiment.evaluator,
             MetricCollection({}),
             _Last(),
             {},
-            device=self.parts.device,
+            device=self.experiment.device,
             epochs=1,
             log_every=2**62,
             clip_norm=self.clip_norm,
             check_finite=False,
-            recover=self.config.accum.recovers,
+            recover=self.experiment.config.accum.recovers,
         )
         trainer.total_updates = 2**62
         return trainer
 
     def _share(self, batch: Whole, steps: int) -> Batch:
         total = batch_size(batch)
-        steps = steps_for(total, self.full, steps)
-        parts = rank_share(total, steps, self.rank_info.rank, self.rank_info.size)
-        own = torch.cat([torch.arange(part.start, part.stop) for part in parts]).to(self.parts.device)
+        # A batch that is smaller than the run's has fewer micro-batches.
+        steps = steps_for(total, self.experiment.splits.train.batch_size, steps)
+        rank_info = self.experiment.rank_info
+        parts = rank_share(total, steps, rank_info.rank, rank_info.size)
+        own = torch.cat([torch.arange(part.start, part.stop) for part in parts]).to(self.experiment.device)
         held = own if len(own) else own.new_zeros(1)
 
         def take(tensor: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from ..environment.device import code_version, device_name, tf32
 from ..tracking import MLflowTracker, Store, Tracker
 from ..tracking.journal import METRICS, SUMMARY, Journal, ProgressFile, write_whole
 from ..training.checkpoint import BEST, FOLDER, load, saved_updates
-from ..training.experiment import Parts
+from ..training.experiment import Experiment
 from ..training.shards import folder_of
 from .spec import CONFIG, RunSpec
 
@@ -101,12 +101,12 @@ class SilentRecord(RunRecord):
     def close(self, status: str) -> None: ...
 
 
-def described(parts: Parts, unequal: list[Inequality]) -> dict[str, str]:
+def described(experiment: Experiment, unequal: list[Inequality]) -> dict[str, str]:
     """Tags of what a run is computed on, and of why its window cannot be the larger batch."""
     tags = {
-        "accumexp.device": device_name(parts.device),
+        "accumexp.device": device_name(experiment.device),
         "accumexp.torch": torch.__version__,
-        "accumexp.tf32": str(tf32(parts.device)).lower(),
+        "accumexp.tf32": str(tf32(experiment.device)).lower(),
     }
     return {**tags, **why_unequal(unequal)}
 
@@ -120,7 +120,7 @@ def why_unequal(unequal: list[Inequality]) -> dict[str, str]:
 def open_tracker(
     spec: RunSpec,
     store: Store | None,
-    parts: Parts,
+    experiment: Experiment,
     known: Mapping[str, str],
     name: str | None,
     parent: str | None,
@@ -151,9 +151,9 @@ def open_tracker(
         (folder / "code.diff").write_text(diff)
         tracker.artifact(folder / "code.diff")
     for context, node, batches in (
-        ("train", config.data.train, parts.splits.train),
-        ("eval", config.data.eval or config.data.train, parts.splits.eval),
-        ("test", config.data.test, parts.splits.test),
+        ("train", config.data.train, experiment.splits.train),
+        ("eval", config.data.eval or config.data.train, experiment.splits.eval),
+        ("test", config.data.test, experiment.splits.test),
     ):
         source = json.dumps(to_plain(node))
         profile = json.dumps({"samples": batches.samples})

@@ -22,7 +22,8 @@ from ..sweeps.job_status import clear, job_status
 from ..tracking.journal import SUMMARY, ProgressFile, read_whole, write_whole
 from ..training.callbacks import Callback, LossMonitor
 from ..training.checkpoint import Checkpoints, restore
-from ..training.experiment import build_parts, build_trainer, placement
+from ..training.components import placement
+from ..training.experiment import Experiment
 from ..training.progress_display import Progress
 from ..training.replica_check import check_replicable, shared_splits
 from ..training.replica_trainer import ReplicaTrainer, mean
@@ -44,8 +45,8 @@ class Replica(Run):
         config, resume_from = self.spec.config, self.spec.resume_from
         assert isinstance(splits.train, ResidentBatches)
         own = replace(splits, train=PlannedBatches(splits.train, config.seed))
-        self.parts = build_parts(config, self.rank_info, own)
-        self.trainer = build_trainer(config, self.parts, SilentRecord())
+        self.experiment = Experiment.build(config, self.rank_info, own)
+        self.trainer = self.experiment.trainer(SilentRecord())
         if resume_from:
             restore(self.trainer, resume_from.content, resume_from.path)
             self.trainer.latest.update(resume_from.content["evaluated"])
@@ -56,22 +57,22 @@ class Replica(Run):
 
     def begin(self, together: int) -> None:
         """Opens the run's folder and its record."""
-        config, resume_from, parts = self.spec.config, self.spec.resume_from, self.parts
+        experiment, resume_from = self.experiment, self.spec.resume_from
         self.folder.mkdir(parents=True, exist_ok=True)
         if not resume_from:
             clear(self.folder)
         self.record = self.trainer.metrics_sink = RunRecord(
             self.folder, upto=resume_from.update if resume_from else 0
         )
-        train = parts.splits.train
+        train = experiment.splits.train
         self.unequal = inequalities(
-            parts.model.train(), train.batch_size, self.trainer.window.steps, last=train.last
+            experiment.model.train(), train.batch_size, self.trainer.window.steps, last=train.last
         )
-        self._open(config, resume_from, parts, self.record, self.unequal, {})
+        self._open(experiment, self.record, self.unequal, {})
         self.record.tags[REPLICAS] = str(together)
         self.record.tracker.tag({REPLICAS: str(together)})
         self._summarise(self.record, "RUNNING", {})
-        self._attach(self.trainer, config, self.record)
+        self._attach(self.trainer, self.record)
         for callback in self.trainer.callbacks.values():
             if isinstance(callback, Checkpoints):
                 callback.random_state = lambda: self.random
@@ -163,7 +164,7 @@ class ReplicaRun:
 
     def _train(self, group: Sequence[Replica], signals: StopSignals) -> None:
         config = group[0].spec.config
-        splits = shared_splits(config, placement(config), self.key)
+        splits = shared_splits(config, placement(config, RankInfo()), self.key)
         for replica in group:
             replica.build(splits)
         trainers = [replica.trainer for replica in group]
@@ -177,8 +178,8 @@ class ReplicaRun:
             self._summarise("RUNNING")
             seeds = ", ".join(str(replica.spec.config.seed) for replica in group)
             console.print(f"{len(group)} runs together, of seeds {seeds}; each:", highlight=False)
-            announce(config, trainers[0], group[0].parts, group[0].unequal, RankInfo())
-            reset_peak_memory(group[0].parts.device)
+            announce(group[0].experiment, trainers[0], group[0].unequal)
+            reset_peak_memory(group[0].experiment.device)
             signals.trainer = together
 
             def ended(trainer: Trainer, error: TrainingError | None) -> None:

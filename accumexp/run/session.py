@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from ..accum import Inequality, inequalities
-from ..config.schema import Backend, Config, LossScaling, Strategy, to_plain
+from ..config.schema import Backend, LossScaling, Strategy, to_plain
 from ..environment.console import console, duration, result, show_values
 from ..environment.device import MIB, device_name, pick_device, reset_peak_memory
 from ..environment.ranks import RankInfo, device_of, first_says, joined, wait_for_all
@@ -23,11 +23,10 @@ from ..tracking import Store, reopen
 from ..tracking.certificates import CERTIFICATE, TAG
 from ..tracking.journal import ProgressFile
 from ..training.checkpoint import BEST, FOLDER, Checkpoints, restore, saved_updates
-from ..training.experiment import Parts, build_parts, build_trainer
+from ..training.experiment import Experiment
 from ..training.progress_display import Progress
 from ..training.trainer import Trainer
 from .record import RunRecord, SilentRecord, described, open_tracker, why_unequal, write_config
-from .resume import Resumed
 from .spec import RunSpec
 
 # Seconds that a rank may wait for others that are gone, after it was told to stop.
@@ -62,32 +61,34 @@ class Run:
                 gc.collect()
                 if torch.cuda.is_initialized():
                     torch.cuda.empty_cache()
-            parts = build_parts(config, rank_info)
+            experiment = Experiment.build(config, rank_info)
             record = (
                 RunRecord(self.folder, upto=resume_from.update if resume_from else 0)
                 if rank_info.first
                 else SilentRecord()
             )
-            trainer = build_trainer(config, parts, record)
+            trainer = experiment.trainer(record)
             if resume_from:
                 restore(trainer, resume_from.content, resume_from.path)
                 trainer.latest.update(resume_from.content["evaluated"])
             if self.job and self.job.parallel and rank_info.first:
                 record.progress = ProgressFile(self.folder, trainer.total_updates)
                 record.progress.tell(trainer.progress.update, trainer.latest)
-            train, steps = parts.splits.train, trainer.window.steps
+            train, steps = experiment.splits.train, trainer.window.steps
             unequal = inequalities(
-                parts.model.train(), train.batch_size, steps, ranks=rank_info.size, last=train.last
+                experiment.model.train(), train.batch_size, steps, ranks=rank_info.size, last=train.last
             )
             if rank_info.first:
-                self._open(config, resume_from, parts, record, unequal, {**how, **proved})
-                trainer.out_of_memory.listeners.append(lambda tags: split_finer(trainer, parts, record, tags))
+                self._open(experiment, record, unequal, {**how, **proved})
+                trainer.out_of_memory.listeners.append(
+                    lambda tags: split_finer(trainer, experiment, record, tags)
+                )
                 record.tag(trainer.out_of_memory.tags)
             status, final = "FAILED", {}
             try:
-                self._attach(trainer, config, record)
-                announce(config, trainer, parts, unequal, rank_info)
-                reset_peak_memory(parts.device)
+                self._attach(trainer, record)
+                announce(experiment, trainer, unequal)
+                reset_peak_memory(experiment.device)
                 if resume_from and resume_from.ended_by:
                     trainer.stop(resume_from.ended_by)
                 signals.trainer = trainer
@@ -133,14 +134,13 @@ class Run:
 
     def _open(
         self,
-        config: Config,
-        resume_from: Resumed | None,
-        parts: Parts,
+        experiment: Experiment,
         record: RunRecord,
         unequal: list[Inequality],
         known: dict[str, str],
     ) -> None:
-        record.tags = {**described(parts, unequal), **known}
+        config, resume_from = self.spec.config, self.spec.resume_from
+        record.tags = {**described(experiment, unequal), **known}
         if resume_from:
             record.tracker = reopen(config.tracking, resume_from.content["run"])
             record.tracker.tag(resume_from.tags())
@@ -154,13 +154,13 @@ class Run:
         parent = self.job.parent(store) if self.job else None
         # A name that MLflow makes is drawn from the run's seed: the same for all runs of a seed.
         name = self.job.name if self.job else self.folder.name
-        record.tracker = open_tracker(self.spec, store, parts, record.tags, name, parent)
+        record.tracker = open_tracker(self.spec, store, experiment, record.tags, name, parent)
         if TAG in known:
             record.tracker.artifact(self.folder / CERTIFICATE)
         self._summarise(record, "RUNNING", {})
 
-    def _attach(self, trainer: Trainer, config: Config, record: RunRecord) -> None:
-        identity = {"config": to_plain(config), "run": record.tracker.identity()}
+    def _attach(self, trainer: Trainer, record: RunRecord) -> None:
+        identity = {"config": to_plain(self.spec.config), "run": record.tracker.identity()}
         for callback in trainer.callbacks.values():
             if isinstance(callback, Checkpoints):
                 callback.attach(self.folder, identity, record.flush)
@@ -220,11 +220,10 @@ class Run:
         show_values("summary", values)
 
 
-def announce(
-    config: Config, trainer: Trainer, parts: Parts, unequal: list[Inequality], rank_info: RankInfo
-) -> None:
+def announce(experiment: Experiment, trainer: Trainer, unequal: list[Inequality]) -> None:
     """One line of what is about to happen, and a warning where the window cannot be the larger batch."""
-    steps, batch = trainer.window.steps, parts.splits.train.batch_size
+    config, rank_info = experiment.config, experiment.rank_info
+    steps, batch = trainer.window.steps, experiment.splits.train.batch_size
     window = f"{steps} micro-batches of {config.accum.micro_batch_size}" if steps > 1 else "one micro-batch"
     if rank_info.size > 1:
         window += f" on each of {rank_info.size} ranks"
@@ -232,9 +231,9 @@ def announce(
     if config.accum.loss_scale is not LossScaling.none:
         numbers = f"loss-scaled {numbers}"
     console.print(
-        f"{config.model['_target_'].rpartition('.')[2]} on {parts.splits.train.samples} samples, "
+        f"{config.model['_target_'].rpartition('.')[2]} on {experiment.splits.train.samples} samples, "
         f"{trainer.total_updates} updates of {batch} samples in {window}, {numbers} "
-        f"on {parts.device} ({device_name(parts.device)})",
+        f"on {experiment.device} ({device_name(experiment.device)})",
         highlight=False,
         soft_wrap=True,
     )
@@ -248,11 +247,11 @@ def warn(unequal: list[Inequality]) -> None:
         console.print(f"not the larger batch: and {len(unequal) - 3} more modules like these", style="yellow")
 
 
-def split_finer(trainer: Trainer, parts: Parts, record: RunRecord, tags: dict[str, str]) -> None:
+def split_finer(trainer: Trainer, experiment: Experiment, record: RunRecord, tags: dict[str, str]) -> None:
     """Tells the record of a window that ran out of memory, and whether what follows is the larger batch."""
-    train, ranks = parts.splits.train, trainer.window.sync.ranks.size
+    train, ranks = experiment.splits.train, trainer.window.sync.ranks.size
     steps = trainer.out_of_memory.steps_of(-(-train.batch_size // ranks))
-    unequal = inequalities(parts.model, train.batch_size, steps, ranks=ranks, last=train.last)
+    unequal = inequalities(experiment.model, train.batch_size, steps, ranks=ranks, last=train.last)
     warn(unequal)
     record.tag({**tags, **why_unequal(unequal)})
 

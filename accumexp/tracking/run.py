@@ -145,7 +145,7 @@ class MLflowTracker(Tracker):
                 self.store.experiment_id,
                 name=f"update-{update}",
                 source_run_id=self.run_id,
-                tags={"accumexp.training.checkpoint": f"checkpoints/{path.name}"},
+                tags={"accumexp.checkpoint": f"checkpoints/{path.name}"},
                 model_type="checkpoint",
             )
             client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)

@@ -34,7 +34,7 @@ from accumexp.plan.planner import Limit, Planner, Point, out_of_memory
 from accumexp.plan.trial_run import Rehearsal, rehearsing
 from accumexp.run.spec import RunSpec
 from accumexp.training.checkpoint import load, save
-from accumexp.training.experiment import build_parts, build_trainer
+from accumexp.training.experiment import Experiment
 
 from ..support.command import journal, only_run, record_of, run_command
 from ..support.experiments import Memory, composed
@@ -54,13 +54,14 @@ def taken_by(config: Config, path: Path, rank: RankInfo | None = None, updates: 
     """The most bytes of tensors that were alive in a run of `config`: of `updates` and their evaluation."""
     config.trainer.max_updates = config.trainer.log_every = updates
     config.callbacks.clear()
-    parts = build_parts(config) if rank is None else build_parts(config, rank)
-    every = [parts.splits.train, parts.splits.eval, parts.splits.test]
+    experiment = Experiment.build(config) if rank is None else Experiment.build(config, rank)
+    splits = experiment.splits
+    every = [splits.train, splits.eval, splits.test]
     data = [
         t for b in every if isinstance(b, ResidentBatches) for t in tensors((b.inputs, b.targets, b.indices))
     ]
-    held = held_bytes([*parts.model.parameters(), *parts.model.buffers(), *data])
-    return held + allocated(lambda: build_trainer(config, parts, Memory()).fit(), path)
+    held = held_bytes([*experiment.model.parameters(), *experiment.model.buffers(), *data])
+    return held + allocated(lambda: experiment.trainer(Memory()).fit(), path)
 
 
 def allocated(work: Callable[[], Any], path: Path) -> int:
@@ -130,7 +131,7 @@ def test_peaks_are_predicted_within_a_tenth_of_what_is_measured(overrides: list[
         assert activations[1] > 2 * activations[4]
         parts = planner.parts(planner.tried(1))
         assert parts["saved activations"] == pytest.approx(activations[1], rel=0.1)
-        weights = sum(p.numel() * p.element_size() for p in rehearsal.parts.model.parameters())
+        weights = sum(p.numel() * p.element_size() for p in rehearsal.experiment.model.parameters())
         assert parts["gradients"] == weights <= parts["parameters"]
 
 

@@ -20,11 +20,13 @@ from accumexp.accum.loss import MeanOverSamples
 from accumexp.accum.replica_window import ReplicaWindow
 from accumexp.data import ResidentBatches
 from accumexp.data.replica_batches import PlannedBatches
+from accumexp.environment.ranks import RankInfo
 from accumexp.errors import TrainingError
 from accumexp.sweeps.sweep import summaries
 from accumexp.training.callbacks import Callback
 from accumexp.training.checkpoint import save
-from accumexp.training.experiment import build_parts, build_trainer, placement
+from accumexp.training.components import placement
+from accumexp.training.experiment import Experiment
 from accumexp.training.replica_check import shared_splits
 from accumexp.training.replica_trainer import ReplicaTrainer
 from accumexp.training.trainer import Trainer
@@ -64,13 +66,13 @@ def built(overrides: list[str], joint: bool, act: Any = None) -> Runs:
     """A trainer on digits for each of `SEEDS`, in fp64 unless told otherwise; `act(seed, trainer)`."""
     found: Runs = []
     every = composed("device=cpu", "precision=fp64", "callbacks=none", *overrides)
-    shared = shared_splits(every, placement(every), "replicas") if joint else None
+    shared = shared_splits(every, placement(every, RankInfo()), "replicas") if joint else None
     for seed in SEEDS:
         config, memory, splits = replace(every, seed=seed), Memory(), shared
         if splits:
             assert isinstance(splits.train, ResidentBatches)
             splits = replace(splits, train=PlannedBatches(splits.train, seed))
-        trainer = build_trainer(config, build_parts(config, splits=splits), memory)
+        trainer = Experiment.build(config, splits=splits).trainer(memory)
         orders = Orders((lambda t, seed=seed: act(seed, t)) if act else lambda t: None)
         trainer.callbacks["orders"] = orders
         found.append((trainer, memory, orders))

@@ -374,7 +374,7 @@ def test_a_job_that_starts_anew_finds_nothing_of_the_old_one(tmp_path: Path) -> 
 
 HOLDER = """
 import sys, time, pathlib
-from accumexp.standing import alone_in
+from accumexp.sweeps.job_status import alone_in
 with alone_in(pathlib.Path(sys.argv[1]), ""):
     print("held", flush=True)
     time.sleep(60)

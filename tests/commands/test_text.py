@@ -23,7 +23,7 @@ from accumexp.data.splits import _raw_tensors
 from accumexp.data.text import FIRST_BYTE, IGNORED, MASK, PAD, VOCABULARY, masked, source_files
 from accumexp.errors import UsageError
 from accumexp.training.evaluation import WindowMetrics
-from accumexp.training.experiment import build_parts
+from accumexp.training.experiment import Experiment
 from accumexp.training.metrics import Accuracy
 from accumexp.training.noise_scale import GradientNoise
 
@@ -454,13 +454,14 @@ def test_the_noise_scale_of_text_is_estimated(noise: str) -> None:
 
 def test_the_accuracy_of_evaluation_counts_every_hidden_byte_once() -> None:
     pytest.importorskip("transformers")
-    parts = build_parts(composed(*SMALL, *FP64, "data.eval_batch_size=7"))
-    values = parts.evaluator(parts.model, parts.splits.test)
-    assert isinstance(parts.splits.test, ResidentBatches)
-    inputs, targets = parts.splits.test.inputs, parts.splits.test.targets
+    experiment = Experiment.build(composed(*SMALL, *FP64, "data.eval_batch_size=7"))
+    test = experiment.splits.test
+    values = experiment.evaluator(experiment.model, test)
+    assert isinstance(test, ResidentBatches)
+    inputs, targets = test.inputs, test.targets
     assert isinstance(inputs, dict) and isinstance(targets, Tensor)
     with torch.no_grad():
-        logits = parts.model.eval()(**inputs)
+        logits = experiment.model.eval()(**inputs)
     valid = targets != IGNORED
     assert values["loss"] == pytest.approx(nn.CrossEntropyLoss()(logits, targets).item(), rel=1e-12)
     assert values["accuracy"] == pytest.approx(float((logits.argmax(1) == targets)[valid].double().mean()))

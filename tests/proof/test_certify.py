@@ -31,7 +31,7 @@ from accumexp.run.session import Run
 from accumexp.run.spec import RunSpec
 from accumexp.tracking import MLflowTracker, Store
 from accumexp.training.callbacks import Callback
-from accumexp.training.experiment import build_parts
+from accumexp.training.experiment import Experiment
 from accumexp.training.trainer import Trainer
 
 from ..support.experiments import composed
@@ -42,8 +42,7 @@ SMALL = ("device=cpu", "model=mlp", "model.hidden=[8]", "data.image_size=8", "ac
 
 def test_only_the_newest_trainer_of_the_runs_own_loop_is_kept() -> None:
     config = composed(*SMALL)
-    rank_info = RankInfo()
-    problem = problem_of(config, build_parts(config, rank_info), rank_info)
+    problem = problem_of(Experiment.build(config))
     loop = problem.train_window
     assert isinstance(loop, TrainerLoop)
     models = []
@@ -73,7 +72,7 @@ def test_a_proofs_memory_is_released_before_the_run(tmp_path: Path, monkeypatch:
         raise Reached
 
     monkeypatch.setattr(certifying, "certified", certified)
-    monkeypatch.setattr(runner, "build_parts", reached)
+    monkeypatch.setattr(runner.Experiment, "build", reached)
     order = RunSpec(composed(*SMALL, "prove=true", "tracking=none"), tmp_path, None, None, "")
     gc.disable()
     try:
@@ -92,8 +91,8 @@ def test_a_certificate_that_cannot_be_kept_leaves_no_run_running(
 
     store = f"tracking.uri=sqlite:///{tmp_path / 'mlflow.db'}"
     config = composed(*SMALL, store, "proof.updates=1")
-    parts = build_parts(config, RankInfo())
-    monkeypatch.setattr(certifying, "prove_experiment", lambda *_: (Certificate([]), parts))
+    experiment = Experiment.build(config)
+    monkeypatch.setattr(certifying, "prove_experiment", lambda *_: (Certificate([]), experiment))
     monkeypatch.setattr(MLflowTracker, "artifact", full)
     with pytest.raises(OSError, match="disk is full"):
         ProofSession(RunSpec(config, tmp_path, None, None, ""), RankInfo()).execute()

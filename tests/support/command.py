@@ -122,9 +122,7 @@ def _run_all(asked: Path, answered: Path) -> None:
 
 def _run_here(case: Case) -> Done:
     """Runs `case` in this process as `__main__` of its module would."""
-    from importlib import import_module
-
-    from accumexp.cli import command
+    from runpy import run_module
 
     Path(case.folder).mkdir(parents=True, exist_ok=True)
     os.chdir(case.folder)
@@ -133,7 +131,7 @@ def _run_here(case: Case) -> Done:
     code: Any = None
     with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
         try:
-            command(import_module(f"accumexp.{case.command}").main)
+            run_module(f"accumexp.{case.command}", run_name="__main__")
         except SystemExit as end:
             code = end.code
     return Done(code, stdout.getvalue(), stderr.getvalue())

@@ -11,7 +11,7 @@ from hydra import compose, initialize_config_dir
 
 from accumexp.cli import conf_dir
 from accumexp.config.schema import Config, from_hydra
-from accumexp.training.experiment import build_parts, build_trainer
+from accumexp.training.experiment import Experiment
 from accumexp.training.trainer import Trainer
 
 
@@ -37,7 +37,7 @@ def trainer_of(*overrides: str) -> tuple[Trainer, Memory]:
     """A trainer on digits in fp64 on the CPU, unless told otherwise, and what it records."""
     config = composed("device=cpu", "precision=fp64", "model=mlp", "callbacks=none", *overrides)
     memory = Memory()
-    return build_trainer(config, build_parts(config), memory), memory
+    return Experiment.build(config).trainer(memory), memory
 
 
 def weights(trainer: Trainer) -> dict[str, torch.Tensor]:

@@ -61,10 +61,10 @@ def saved_weights(run: Path) -> dict[str, torch.Tensor]:
     if parts is None:
         return content["model"]
     from accumexp.run.resume import changed
-    from accumexp.training.experiment import build_parts
+    from accumexp.training.experiment import Experiment
 
     config = changed(content["config"], ["accum.strategy=standalone", "accum.processes=1"])
-    model = build_parts(config).model
+    model = Experiment.build(config).model
     load_model(model, parts)
     return model.state_dict()
 

@@ -32,7 +32,7 @@ from accumexp.plan.planner import Planner
 from accumexp.plan.trial_run import rehearsing
 from accumexp.proof import Scaling, certify
 from accumexp.training.checkpoint import load, restore, save
-from accumexp.training.experiment import build_parts, build_trainer
+from accumexp.training.experiment import Experiment
 from accumexp.training.noise_scale import NoiseScale
 
 from ..support.experiments import Memory, composed, trainer_of, weights
@@ -369,7 +369,7 @@ def test_auto_steps_stay_below_the_limit_on_the_gpu(share: float) -> None:
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     found.callbacks.clear()
-    build_trainer(found, build_parts(found), Memory()).fit()
+    Experiment.build(found).trainer(Memory()).fit()
     assert torch.cuda.max_memory_allocated() <= limit
 
 

@@ -28,7 +28,7 @@ from accumexp.report.groups import Group
 from accumexp.report.jobs import Job
 from accumexp.report.trajectory import declared
 from accumexp.run.resume import changed
-from accumexp.training.experiment import build_parts
+from accumexp.training.experiment import Experiment
 
 from ..support.command import run_command
 from ..support.experiments import composed, trainer_of, weights
@@ -299,7 +299,7 @@ def first_norm(*overrides: str) -> nn.Module:
 
 
 def built(config: Config) -> nn.Module:
-    return build_parts(config).model
+    return Experiment.build(config).model
 
 
 SMALL = ["optimizer.lr=0.001", "trainer.max_updates=2", "accum.steps=2", "data.batch_size=8"]

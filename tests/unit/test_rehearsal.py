@@ -61,7 +61,7 @@ def test_a_trial_that_fails_leaves_nothing_to_the_next(monkeypatch: pytest.Monke
             broken.setattr(torch.Tensor, "backward", fails)
             with pytest.raises(ValueError, match="more than 1 value"):
                 rehearsal.small(4, 2)
-        assert all(p.grad is None for p in rehearsal.parts.model.parameters())
+        assert all(p.grad is None for p in rehearsal.experiment.model.parameters())
         again = rehearsal.small(4, 2)
         assert again.update.peak == pytest.approx(expected.update.peak, rel=0.001)
         assert (again.gradients, again.state) == (expected.gradients, expected.state) and again.state > 0

@@ -160,7 +160,7 @@ def test_a_logged_model_is_ranked_by_its_evaluation_and_doubles_no_point(folder:
         [tracker.store.experiment_id], order_by=[{"field_name": "metrics.eval/accuracy", "ascending": False}]
     )
     assert [model.name for model in ranked] == ["update-20", "update-30", "update-10"]
-    assert ranked[0].tags["accumexp.training.checkpoint"] == "checkpoints/update-00000020.pt"
+    assert ranked[0].tags["accumexp.checkpoint"] == "checkpoints/update-00000020.pt"
     assert history(tracker, "eval/accuracy") == [(10, 0.7), (20, 0.9), (30, 0.8)]
 
 

@@ -1,0 +1,116 @@
+"""The objects that single nodes of a configuration name: model, metrics, callbacks, loss scale, device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torchmetrics import Metric, MetricCollection
+
+from ..accum import LossScale
+from ..config.instantiate import build
+from ..config.schema import AccumConfig, Config, LossScaling, Precision, Strategy
+from ..data import Placement
+from ..environment.device import pick_device
+from ..environment.ranks import RankInfo, device_of
+from ..errors import UsageError
+from .callbacks import EMA, Callback
+
+DTYPES = {
+    Precision.fp32: torch.float32,
+    Precision.bf16: torch.bfloat16,
+    Precision.fp16: torch.float16,
+    Precision.fp64: torch.float64,
+}
+
+
+def placement(config: Config, rank_info: RankInfo) -> Placement:
+    """The device of this rank and the dtype of parameters and inputs."""
+    precision = config.param_precision
+    if precision is None:
+        precision = Precision.fp64 if config.precision is Precision.fp64 else Precision.fp32
+    return Placement(pick_device(device_of(config.device, rank_info)), DTYPES[precision])
+
+
+def autocast_dtype(precision: Precision | None, parameters: torch.dtype) -> torch.dtype | None:
+    """The dtype of `torch.autocast`, None where the parameters have that of the computation."""
+    if precision not in (Precision.bf16, Precision.fp16) or parameters is DTYPES[precision]:
+        return None
+    return DTYPES[precision]
+
+
+def build_model(config: Config) -> nn.Module:
+    """The model, on the device and in the dtype that its class gives it.
+
+    Raises:
+        UsageError: naming the key that cannot be built.
+    """
+    split = {"window_steps": config.accum.steps, "micro_batch_size": config.accum.micro_batch_size}
+    model = build(config.model, "model", **split)
+    if not isinstance(model, nn.Module):
+        made = f"{config.model['_target_']} made a {type(model).__name__}"
+        raise UsageError(f"model: {made}, a torch.nn.Module is needed")
+    return model
+
+
+def build_metrics(config: Config, device: torch.device) -> MetricCollection:
+    """The torchmetrics of `metrics`, by their names there.
+
+    Raises:
+        UsageError: naming the key that cannot be built.
+    """
+    metrics: dict[str, Metric | MetricCollection] = {}
+    for name, node in config.metrics.items():
+        metric = build(node, f"metrics.{name}")
+        if not isinstance(metric, Metric):
+            raise UsageError(f"metrics.{name}: a torchmetrics Metric is needed, not {type(metric).__name__}")
+        metrics[name] = metric
+    return MetricCollection(metrics).to(device)
+
+
+def build_loss_scale(accum: AccumConfig, device: torch.device) -> LossScale | None:
+    """The loss scale of `accum`, or None.
+
+    Raises:
+        UsageError: naming the setting that cannot work.
+    """
+    if accum.loss_scale is LossScaling.none:
+        return None
+    try:
+        return LossScale(
+            accum.init_scale,
+            dynamic=accum.loss_scale is LossScaling.dynamic,
+            growth_factor=accum.growth_factor,
+            backoff_factor=accum.backoff_factor,
+            growth_interval=accum.growth_interval,
+            min_scale=accum.min_scale,
+            device=device,
+        )
+    except ValueError as error:
+        raise UsageError(f"accum.{error}") from error
+
+
+def build_callbacks(config: Config) -> dict[str, Callback]:
+    """The callbacks of `callbacks` that are not null, by their names there.
+
+    Raises:
+        UsageError: naming the key that cannot be built, or a `monitor` that is never evaluated.
+    """
+    evaluated = {"loss", *config.metrics}
+    monitored = config.monitor.removeprefix("eval/").removeprefix("ema_")
+    if monitored not in evaluated or "/" not in config.monitor:
+        choices = ", ".join(f"eval/{name}" for name in sorted(evaluated))
+        raise UsageError(f"monitor={config.monitor}: this run evaluates {choices}")
+    callbacks: dict[str, Any] = {}
+    for name, node in config.callbacks.items():
+        if node is None:
+            continue
+        callbacks[name] = build(node, f"callbacks.{name}")
+        if isinstance(callbacks[name], EMA) and config.accum.strategy is Strategy.fsdp:
+            raise UsageError(
+                f"callbacks.{name}: keeps a second whole model, which accum=fsdp has no room for"
+            )
+        if not isinstance(callbacks[name], Callback):
+            raise UsageError(f"callbacks.{name}: {node['_target_']} is no accumexp.callbacks.Callback")
+    return callbacks
