@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,12 +17,14 @@ from torchmetrics import MetricCollection
 
 from accumexp.accum import Window, window_loss
 from accumexp.accum.loss import ClassIndexLoss
+from accumexp.config.instantiate import build
 from accumexp.data import ResidentBatches
 from accumexp.errors import TrainingError, UsageError
 from accumexp.training.callbacks import EMA, Callback, EarlyStopping, LossMonitor
 from accumexp.training.deferred_metrics import DeferredMetrics
 from accumexp.training.evaluation import Evaluator
 from accumexp.training.progress import LoopOptions
+from accumexp.training.progress_display import ProgressBar
 from accumexp.training.schedules import constant
 from accumexp.training.trainer import Trainer
 
@@ -442,3 +445,25 @@ def test_what_cannot_be_built_is_named() -> None:
     ]:
         with pytest.raises(UsageError, match=named):
             trainer_of(*overrides)
+
+
+@pytest.mark.parametrize("path", ["accumexp.display.Progress", "accumexp.training.progress_display.Progress"])
+def test_the_progress_bar_of_earlier_configurations_is_still_found(path: str) -> None:
+    assert isinstance(build({"_target_": path, "show": False}, "callbacks.progress"), ProgressBar)
+
+
+def test_a_request_to_stop_counts_only_where_the_options_allow_it_or_it_is_forced() -> None:
+    trainer, _ = trainer_of("trainer.max_updates=6", "data.batch_size=500")
+    trainer.options = replace(trainer.options, may_stop=False)
+    trainer.callbacks.update(stopping=StopAt(2, force=False), forced=StopAt(4, force=True))
+    trainer.fit()
+    assert (trainer.progress.update, trainer.stop_reason) == (4, "stop at 4")
+
+
+class StopAt(Callback):
+    def __init__(self, update: int, force: bool) -> None:
+        self.update, self.force = update, force
+
+    def update_end(self, trainer: Trainer) -> None:
+        if trainer.progress.update == self.update:
+            trainer.stop(f"stop at {self.update}", force=self.force)
