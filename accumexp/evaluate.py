@@ -60,8 +60,8 @@ def evaluate(checkpoint: str, split: str, overrides: list[str], as_json: bool) -
     # One process evaluates, whatever has trained.
     config = changed(content["config"], ["accum.strategy=standalone", "accum.processes=1", *overrides])
 
+    from .environment.console import show_values
     from .training.experiment import Experiment
-    from .training.progress_display import show_values
     from .training.shards import folder_of, load_model
 
     experiment = Experiment.build(config)

@@ -88,7 +88,7 @@ class Accumexp(Contender):
         assert isinstance(stop, StopAtUpdate)
         self.stop = stop
         self._flush_seconds = TrackingConfig().flush_seconds
-        self._log_every = self.trainer.log_every
+        self._log_every = self.trainer.options.log_every
 
     @property
     def logged(self) -> int:
@@ -96,7 +96,7 @@ class Accumexp(Contender):
 
     def epoch(self) -> None:
         self.stop.update = self.trainer.progress.update + self.task.updates
-        self.trainer.go_on()
+        self.trainer.clear_stop()
         self.trainer.fit()
 
     def flush(self, own_seconds: float) -> float:

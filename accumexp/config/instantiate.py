@@ -9,7 +9,11 @@ from typing import Any
 
 from ..errors import UsageError
 
-# Modules whose classes are named in checkpoints and configurations of earlier versions.
+# Classes and modules named in checkpoints and configurations of earlier versions.
+MOVED_CLASSES = {
+    "accumexp.display.Progress": "accumexp.training.progress_display.ProgressBar",
+    "accumexp.training.progress_display.Progress": "accumexp.training.progress_display.ProgressBar",
+}
 MOVED_MODULES = {
     "accumexp.callbacks": "accumexp.training.callbacks",
     "accumexp.checkpoint": "accumexp.training.checkpoint",
@@ -23,11 +27,14 @@ MOVED_MODULES = {
 
 
 def moved(node: Any) -> Any:
-    """`node` with every `_target_` in a moved module replaced by its present path."""
+    """`node` with every `_target_` that has moved replaced by its present path."""
     if isinstance(node, Mapping):
         moved_node = {key: moved(value) for key, value in node.items()}
-        module, _, name = str(node.get("_target_", "")).rpartition(".")
-        if module in MOVED_MODULES:
+        target = str(node.get("_target_", ""))
+        module, _, name = target.rpartition(".")
+        if target in MOVED_CLASSES:
+            moved_node["_target_"] = MOVED_CLASSES[target]
+        elif module in MOVED_MODULES:
             moved_node["_target_"] = f"{MOVED_MODULES[module]}.{name}"
         return moved_node
     if isinstance(node, list | tuple):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -20,12 +20,11 @@ from ..config.sizes import AUTO, micro_batch
 from ..environment.device import wait_for
 from ..environment.ranks import RankInfo, device_of, first_here
 from ..errors import UsageError
-from ..training.callbacks import Callback, LossMonitor
-from ..training.checkpoint import Checkpoints
+from ..training.callbacks import Callback, without_output
 from ..training.components import build_metrics, build_model
 from ..training.evaluation import Evaluator
 from ..training.experiment import ALONE, Experiment
-from ..training.progress_display import Progress
+from ..training.metrics_sink import NullMetricsSink
 from ..training.trainer import Trainer
 from .trial_data import UPDATES, TrialData
 
@@ -179,7 +178,7 @@ class Rehearsal:
                 f"accum.steps={AUTO}: {trainer.stop_reason or 'the run'} ends after update "
                 f"{trainer.progress.update}, and {UPDATES} are needed to try a micro-batch; give accum.steps"
             )
-        trainer.go_on()
+        trainer.clear_stop()
         end = update.end
         if not config.accum.fp32_buffers:  # after a window the gradients are in the buckets
             end -= self.beside.get(BUCKETS, 0)
@@ -236,13 +235,9 @@ class Rehearsal:
         metrics = build_metrics(experiment.config, experiment.device)
         fresh = Evaluator(experiment.loss, metrics, experiment.autocast)
         experiment = replace(experiment, evaluator=fresh)
-        trainer = experiment.trainer(Unrecorded(), max(self._length, updates))
-        trainer.callbacks = {
-            name: callback
-            for name, callback in trainer.callbacks.items()
-            if not isinstance(callback, Checkpoints | Progress | LossMonitor)
-        }
-        for metric in (*fresh.metrics.values(), *trainer.train_metrics.metrics.values()):
+        trainer = experiment.trainer(NullMetricsSink(), max(self._length, updates))
+        trainer.callbacks = without_output(trainer.callbacks)
+        for metric in (*fresh.metrics.values(), *trainer.log.train_metrics.metrics.values()):
             # Metrics look for other ranks themselves, which may be at another trial, or have none.
             setattr(metric, "distributed_available_fn", _alone)  # noqa: B010
         if self.config.accum.strategy is Strategy.ddp:
@@ -279,13 +274,6 @@ def discard(device: torch.device) -> None:
 
 def _alone() -> bool:
     return False
-
-
-class Unrecorded:
-    """A recorder that keeps nothing."""
-
-    def record(self, update: int, values: Mapping[str, float], publish: bool) -> None:
-        pass
 
 
 class _End(Callback):

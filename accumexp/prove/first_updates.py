@@ -23,10 +23,10 @@ from ..proof.ranks import all_gather
 from ..proof.replay import tensors_of
 from ..proof.replay_float64 import Float64Replay
 from ..proof.replay_own_precision import OwnPrecisionReplay
-from ..training.callbacks import Callback, LossMonitor
+from ..training.callbacks import Callback, without_output
 from ..training.checkpoint import Checkpoints, load, restore
 from ..training.experiment import Experiment
-from ..training.progress_display import Progress
+from ..training.metrics_sink import MemoryMetricsSink
 from ..training.trainer import Trainer
 from .update_observer import UpdateObserver
 
@@ -99,20 +99,15 @@ class FirstUpdates:
         return replace(problem, model=copy.deepcopy(self.experiment.model), loss=self.experiment.criterion)
 
     def trainer(self, extra: Mapping[str, Callback]) -> Trainer:
-        """The run's trainer at its beginning, with `extra` and its callbacks except those that save or print.
+        """The run's trainer at its beginning, with `extra` and its callbacks except those that show or save.
 
-        Only `StopAt` stops it early.
+        Callbacks of the run may request a stop, but only a forced one ends it.
         """
         restore_random_state(self._random)
         experiment = replace(self.experiment, model=copy.deepcopy(self.experiment.model))
-        trainer = experiment.trainer(MetricsRows(), self.schedule)
-        kept = {
-            name: callback
-            for name, callback in trainer.callbacks.items()
-            if not isinstance(callback, Checkpoints | Progress | LossMonitor)
-        }
-        trainer.callbacks = {**kept, **extra}
-        trainer.stop = _not_now
+        options = replace(experiment.options, may_stop=False)
+        trainer = experiment.trainer(MemoryMetricsSink(), self.schedule, options)
+        trainer.callbacks = {**without_output(trainer.callbacks), **extra}
         return trainer
 
     def replay_own_precision(self, problem: Problem, name: str, updates: int) -> list[Check]:
@@ -169,27 +164,13 @@ class FirstUpdates:
         return Check("resume from the middle", figure, 0.0, "count", RESUME, at)
 
 
-class MetricsRows:
-    """A metrics sink that keeps every record in memory."""
-
-    def __init__(self) -> None:
-        self.rows: list[tuple[int, dict[str, float]]] = []
-
-    def record(self, update: int, values: Mapping[str, float], publish: bool) -> None:
-        self.rows.append((update, dict(values)))
-
-
 def _rows(trainer: Trainer) -> list[tuple[int, dict[str, float]]]:
-    assert isinstance(trainer.metrics_sink, MetricsRows)
-    return trainer.metrics_sink.rows
-
-
-def _not_now(reason: str, code: int = 1) -> None:
-    """Instead of `Trainer.stop`: a callback may end the run, but not the proof of its updates."""
+    assert isinstance(trainer.log.sink, MemoryMetricsSink)
+    return [(update, values) for update, values, _ in trainer.log.sink.rows]
 
 
 class StopAt(Callback):
-    """Stops after an update, also where callbacks cannot."""
+    """Stops after an update, also where `LoopOptions.may_stop` is false."""
 
     order = 2
 
@@ -198,7 +179,7 @@ class StopAt(Callback):
 
     def update_end(self, trainer: Trainer) -> None:
         if trainer.progress.update == self.update:
-            Trainer.stop(trainer, "stopped to be resumed")
+            trainer.stop("stopped to be resumed", force=True)
 
 
 def _differences(one: Trainer, other: Trainer) -> int:

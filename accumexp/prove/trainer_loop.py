@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,6 +13,8 @@ from ..accum.batch import batch_size, map_tensors, rank_share, steps_for
 from ..data import Batch
 from ..proof.problem import WholeBatch
 from ..training.experiment import Experiment
+from ..training.metrics_sink import MemoryMetricsSink
+from ..training.progress import LoopOptions
 from ..training.trainer import Trainer
 
 
@@ -41,29 +42,31 @@ class TrainerLoop:
             self._trainer, self._model = self._build(model, optimizer, schedule), model
         self._trainer.update(self._share(batch, steps))
         self._trainer.read()
-        metrics_sink = self._trainer.metrics_sink
-        assert isinstance(metrics_sink, _LastLoss)
-        return metrics_sink.loss
+        sink = self._trainer.log.sink
+        assert isinstance(sink, MemoryMetricsSink)
+        _, values, _ = sink.rows.pop()
+        return values.get("train/loss")
 
     def _build(self, model: nn.Module, optimizer: Optimizer, schedule: Any) -> Trainer:
-        trainer = Trainer(
+        # No update is the last one, and none is published.
+        options = LoopOptions(
+            epochs=2**62,
+            log_every=2**62,
+            clip_norm=self.clip_norm,
+            check_finite=False,
+            recover=self.experiment.config.accum.recovers,
+        )
+        return Trainer(
             self.experiment.window(model),
             optimizer,
             schedule,
             self.experiment.splits,
             self.experiment.evaluator,
             MetricCollection({}),
-            _LastLoss(),
+            MemoryMetricsSink(),
             {},
-            device=self.experiment.device,
-            epochs=1,
-            log_every=2**62,
-            clip_norm=self.clip_norm,
-            check_finite=False,
-            recover=self.experiment.config.accum.recovers,
+            options,
         )
-        trainer.total_updates = 2**62
-        return trainer
 
     def _share(self, batch: WholeBatch, steps: int) -> Batch:
         total = batch_size(batch)
@@ -80,13 +83,3 @@ class TrainerLoop:
 
         inputs, targets = (map_tensors(take, part) for part in batch)
         return Batch(inputs, targets, indices, len(share), total, steps)
-
-
-class _LastLoss:
-    """A metrics sink that keeps the newest loss."""
-
-    def __init__(self) -> None:
-        self.loss: float | None = None
-
-    def record(self, update: int, values: Mapping[str, float], publish: bool) -> None:
-        self.loss = values.get("train/loss", self.loss)

@@ -71,7 +71,7 @@ class UpdateObserver(Callback, Generic[AnyReplay]):
         self._observing.close()
         self.replay.compare(self._batch, self._observation)
         if self.updates and self.replay.updates >= self.updates:
-            Trainer.stop(trainer, "seen enough")
+            trainer.stop("seen enough", force=True)
         self.stage(f"update {trainer.progress.update} of {trainer.total_updates} beside the larger batch's")
 
     def run_end(self, trainer: Trainer) -> None:

@@ -20,11 +20,11 @@ from ..environment.signals import StopSignals
 from ..errors import TrainingError
 from ..sweeps.job_status import clear, job_status
 from ..tracking.journal import SUMMARY, ProgressFile, read_whole, write_whole
-from ..training.callbacks import Callback, LossMonitor
+from ..training.callbacks import Callback
 from ..training.checkpoint import Checkpoints, restore
 from ..training.components import placement
 from ..training.experiment import Experiment
-from ..training.progress_display import Progress
+from ..training.metrics_sink import NullMetricsSink
 from ..training.replica_check import check_replicable, shared_splits
 from ..training.replica_trainer import ReplicaTrainer, mean
 from ..training.trainer import Trainer
@@ -46,7 +46,7 @@ class Replica(Run):
         assert isinstance(splits.train, ResidentBatches)
         own = replace(splits, train=PlannedBatches(splits.train, config.seed))
         self.experiment = Experiment.build(config, self.rank_info, own)
-        self.trainer = self.experiment.trainer(SilentRecord())
+        self.trainer = self.experiment.trainer(NullMetricsSink())
         if resume_from:
             restore(self.trainer, resume_from.content, resume_from.path)
             self.trainer.latest.update(resume_from.content["evaluated"])
@@ -61,7 +61,7 @@ class Replica(Run):
         self.folder.mkdir(parents=True, exist_ok=True)
         if not resume_from:
             clear(self.folder)
-        self.record = self.trainer.metrics_sink = RunRecord(
+        self.record = self.trainer.log.sink = RunRecord(
             self.folder, upto=resume_from.update if resume_from else 0
         )
         train = experiment.splits.train
@@ -169,6 +169,8 @@ class ReplicaRun:
             replica.build(splits)
         trainers = [replica.trainer for replica in group]
         together = ReplicaTrainer(trainers, self._displays(trainers))
+        if self.job.jobs and self.job.jobs > 1:
+            together.title = f"job {self.job.turn} of {self.job.jobs}, "
         check_replicable(together, self.key)
         open_ones = {replica.trainer: replica for replica in group}
         status, failure = "FAILED", None
@@ -207,13 +209,10 @@ class ReplicaRun:
         """What shows a run's progress, taken from each to show all of them once."""
         found: list[Callback] = []
         for trainer in trainers:
-            own = {n: c for n, c in trainer.callbacks.items() if isinstance(c, Progress | LossMonitor)}
+            own = {name: c for name, c in trainer.callbacks.items() if c.shows}
             for name in own:
                 del trainer.callbacks[name]
             found = found or list(own.values())
-        for display in found:
-            if isinstance(display, Progress) and self.job.jobs and self.job.jobs > 1:
-                display.title = f"job {self.job.turn} of {self.job.jobs}, "
         if self.job.parallel:
             found.append(_Told(ProgressFile(self.spec.folder, trainers[0].total_updates)))
         return found

@@ -24,7 +24,6 @@ from ..tracking.certificates import CERTIFICATE, TAG
 from ..tracking.journal import ProgressFile
 from ..training.checkpoint import BEST, FOLDER, Checkpoints, restore, saved_updates
 from ..training.experiment import Experiment
-from ..training.progress_display import Progress
 from ..training.trainer import Trainer
 from .record import RunRecord, SilentRecord, described, open_tracker, why_unequal, write_config
 from .spec import RunSpec
@@ -160,14 +159,14 @@ class Run:
         self._summarise(record, "RUNNING", {})
 
     def _attach(self, trainer: Trainer, record: RunRecord) -> None:
+        if self.job and self.job.jobs:
+            trainer.title = f"job {self.job.turn} of {self.job.jobs}, "
         identity = {"config": to_plain(self.spec.config), "run": record.tracker.identity()}
         for callback in trainer.callbacks.values():
             if isinstance(callback, Checkpoints):
                 callback.attach(self.folder, identity, record.flush)
                 if self.spec.resume_from and self.spec.resume_from.ended_by:
                     callback.know_saved(trainer)
-            if isinstance(callback, Progress) and self.job and self.job.jobs:
-                callback.title = f"job {self.job.turn} of {self.job.jobs}, "
 
     def _summarise(
         self,

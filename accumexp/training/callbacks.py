@@ -1,17 +1,20 @@
-"""What may happen around the loop. A callback overrides the events it wants; the rest cost nothing.
+"""Callbacks of the training loop.
 
-Values handed to a callback are plain numbers that were read from the device already. A callback that
-reads the device itself in `update_begin` or `update_end` makes every update wait for it.
+A callback overrides the events it needs; events that none overrides cost nothing. Values passed to a
+callback are numbers on the host. A callback that reads the device in `update_begin` or `update_end` makes
+every update wait for it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from ..environment.console import console
 
 if TYPE_CHECKING:
     from .trainer import Trainer
@@ -34,14 +37,25 @@ class Callback:
 
     An event reaches callbacks of a smaller `order` first: those that add values (EMA) before those that
     act on them, and the one that saves the others' state (checkpoints) last.
+
+    Attributes:
+        shows: whether it shows the run on the terminal. Trials and proofs of a run leave it out, and many
+            runs in one loop share the first one's.
+        saves: whether it writes files. Trials and proofs of a run leave it out.
     """
 
     order = 0
+    shows = False
+    saves = False
 
     def check(self, trainer: Trainer, key: str) -> None:
-        """Before anything is opened or trained: raises `UsageError`, naming `key`, if it cannot work here.
+        """Called before the run is opened.
 
-        `key` is where the configuration has this callback, such as "callbacks.ema".
+        Args:
+            key: of this callback in the configuration, such as "callbacks.ema".
+
+        Raises:
+            UsageError: naming `key`, if the callback cannot work in this run.
         """
 
     def run_begin(self, trainer: Trainer) -> None: ...
@@ -49,37 +63,42 @@ class Callback:
     def epoch_begin(self, trainer: Trainer) -> None: ...
 
     def update_begin(self, trainer: Trainer) -> None:
-        """Before the window of `trainer.batch`; `trainer.publishes` says whether it will be measured."""
+        """Before the window of `trainer.batch`, which is published if `trainer.publishes`."""
 
     def measured(self, trainer: Trainer, values: dict[str, float]) -> None:
-        """After the optimizer's step of an update whose points are published, every `trainer.log_every`.
+        """After the optimizer's step of an update that is published, every `trainer.log_every` updates.
 
-        What is added to `values` is logged with them. The device may be read here.
+        Entries added to `values` are logged. The device may be read here.
         """
 
     def logged(self, trainer: Trainer, values: dict[str, float]) -> None:
-        """The points of this update were just read: every `trainer.log_every` updates."""
+        """After the metrics of a published update were read, every `trainer.log_every` updates."""
 
     def update_end(self, trainer: Trainer) -> None:
         """After the optimizer's step; `trainer.stop(reason)` ends the run after this update."""
 
     def evaluated(self, trainer: Trainer, split: str, values: dict[str, float]) -> None:
-        """`split` ("eval" or "test") was evaluated; what is added to `values` is logged with them."""
+        """After the evaluation of `split`, "eval" or "test"; entries added to `values` are logged."""
 
     def epoch_end(self, trainer: Trainer) -> None: ...
 
     def run_end(self, trainer: Trainer) -> None:
-        """The loop has ended: finished, stopped or failed."""
+        """After the loop: finished, stopped or failed."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs: numbers, strings, lists, dicts and tensors."""
+        """The state to save: numbers, strings, lists, dicts and tensors."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
+def without_output(callbacks: Mapping[str, Callback]) -> dict[str, Callback]:
+    """`callbacks` without those that show the run or save it."""
+    return {name: c for name, c in callbacks.items() if not (c.shows or c.saves)}
+
+
 def listeners(callbacks: Iterable[Callback]) -> dict[str, list[Callable[..., None]]]:
-    """By event, the methods of those who override it, those of a smaller `order` first."""
+    """By event, the methods that override it, those of a smaller `order` first."""
     ordered = sorted(callbacks, key=lambda callback: callback.order)
     return {
         event: [getattr(c, event) for c in ordered if getattr(type(c), event) is not getattr(Callback, event)]
@@ -88,7 +107,9 @@ def listeners(callbacks: Iterable[Callback]) -> dict[str, list[Callable[..., Non
 
 
 class LossMonitor(Callback):
-    """Prints a line of loss, metrics, learning rate and speed every `every` updates, when they are read."""
+    """Prints loss, metrics, learning rate and speed in one line every `every` updates."""
+
+    shows = True
 
     def __init__(self, every: int = 100) -> None:
         self.every = every
@@ -98,7 +119,7 @@ class LossMonitor(Callback):
         self._next = (trainer.progress.update // self.every + 1) * self.every if self.every else math.inf
 
     def logged(self, trainer: Trainer, values: dict[str, float]) -> None:
-        from .progress_display import console, line
+        from .progress_display import line
 
         update = trainer.progress.update
         if update >= self._next:
@@ -108,7 +129,7 @@ class LossMonitor(Callback):
 
 
 class Best:
-    """Whether a monitored value is the best so far."""
+    """Tracks the best value of `monitor`; `mode` is "max" or "min"."""
 
     def __init__(self, monitor: str, mode: str, min_delta: float = 0.0) -> None:
         self.monitor = monitor
@@ -151,9 +172,9 @@ class EarlyStopping(Callback):
 
 
 class EMA(Callback):
-    """Keeps an exponential moving average of the weights, moved once an update, and evaluates it too.
+    """Keeps an exponential moving average of the weights, updated once an update, and evaluates it.
 
-    Adds `ema_<metric>` to what is logged of each split.
+    Logs `ema_<metric>` of each split.
     """
 
     order = -1

@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not there, readable without running code, and enough to go on bit for bit."""
+"""Checkpoints: written atomically, read without running code, and sufficient to resume bit for bit."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ BEST = "best.pt"
 
 
 def save(path: Path, content: Mapping[str, Any]) -> None:
-    """Writes `content` beside `path` and moves it there in one step, on the disk before it has the name."""
+    """Writes `content` atomically: to a temporary file that is flushed to disk and then renamed to `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with partial.open("wb") as file:
-            torch.save({"format": FORMAT, **_own_memory(content)}, file)
+            torch.save({"format": FORMAT, **_without_views(content)}, file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
@@ -46,28 +46,28 @@ def save(path: Path, content: Mapping[str, Any]) -> None:
             os.close(folder)
 
 
-def _own_memory(content: Any) -> Any:
-    """`content` with tensors that are parts of larger ones copied: torch would save all of the larger one."""
+def _without_views(content: Any) -> Any:
+    """`content` with every view of a larger tensor copied: torch would save the larger tensor's storage."""
     if isinstance(content, torch.Tensor):
-        part = content.untyped_storage().nbytes() > content.numel() * content.element_size()
-        return content.clone() if part else content
+        is_view = content.untyped_storage().nbytes() > content.numel() * content.element_size()
+        return content.clone() if is_view else content
     if isinstance(content, dict):
-        found = copy.copy(content)  # a model's state is a dict that knows more
-        found.update({key: _own_memory(value) for key, value in content.items()})
-        return found
+        copied = copy.copy(content)  # the state_dict of a module has attributes too
+        copied.update({key: _without_views(value) for key, value in content.items()})
+        return copied
     if isinstance(content, list | tuple):
-        return type(content)(_own_memory(value) for value in content)
+        return type(content)(_without_views(value) for value in content)
     return content
 
 
 def load(path: Path, in_file: bool = False) -> dict[str, Any]:
     """The content of a checkpoint, tensors on the CPU. Runs no code from the file.
 
-    With `in_file` tensors stay in the file, which must then be there as long as they are: a look costs no
-    memory.
+    Args:
+        in_file: map the tensors from the file instead of reading them; the file must outlive them.
 
     Raises:
-        UsageError: if it is missing, damaged (every byte is checked against its CRC), or not ours.
+        UsageError: if it is missing, damaged (every byte is checked against its CRC), or no checkpoint.
     """
     if not path.is_file():
         raise UsageError(f"checkpoint {path}: no such file")
@@ -85,13 +85,13 @@ def load(path: Path, in_file: bool = False) -> dict[str, Any]:
         reason = str(error).splitlines()[0]
         raise UsageError(f"checkpoint {path}: not a checkpoint of accumexp ({reason})") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
-        found = content.get("format") if isinstance(content, dict) else type(content).__name__
-        raise UsageError(f"checkpoint {path}: of format {found!r}, not {FORMAT!r}")
+        kind = content.get("format") if isinstance(content, dict) else type(content).__name__
+        raise UsageError(f"checkpoint {path}: of format {kind!r}, not {FORMAT!r}")
     return content
 
 
 def find(where: str | Path, best: bool = False) -> Path:
-    """The checkpoint that `where` means: itself, or the newest (or best) in a run's folder.
+    """The checkpoint at `where`: the file itself, or the newest (or best) in a run's folder.
 
     Raises:
         UsageError: if there is none.
@@ -104,10 +104,10 @@ def find(where: str | Path, best: bool = False) -> Path:
     folder = path if path.name == FOLDER else path / FOLDER
     if best and (folder / BEST).is_file():
         return folder / BEST
-    found = saved_updates(folder)
-    if not found:
+    checkpoints = saved_updates(folder)
+    if not checkpoints:
         raise UsageError(f"checkpoint {path}: no checkpoint in {folder}")
-    return found[-1]
+    return checkpoints[-1]
 
 
 def saved_updates(folder: Path) -> list[Path]:
@@ -116,15 +116,16 @@ def saved_updates(folder: Path) -> list[Path]:
 
 
 class Checkpoints(Callback):
-    """Saves every so many epochs or updates and on a stop; keeps the last `keep_last` and the best.
+    """Saves at intervals and on a stop; keeps the newest `keep_last` checkpoints and the best.
 
     Args:
-        every_epochs, every_updates: how often, or None.
-        keep_last: how many of the newest are kept.
+        every_epochs, every_updates: the intervals, or None.
+        keep_last: number of the newest checkpoints that are kept.
         monitor, mode: the evaluated value, and whether "max" or "min", that makes `best.pt`.
     """
 
     order = 1
+    saves = True
 
     def __init__(
         self,
@@ -146,11 +147,11 @@ class Checkpoints(Callback):
         self.random_state: Callable[[], dict[str, Any]] = random_state
         self._evaluated: dict[str, float] = {}
         self._improved = False
-        self._proven = False
+        self._was_read = False
         self._saved_at: tuple[int, int] | None = None
 
     def attach(self, folder: Path, identity: dict[str, Any], before_save: Callable[[], None]) -> None:
-        """Where to save, what else to say of the run, and what must be done before a save."""
+        """Sets the run's folder, further content of its checkpoints, and what is called before a save."""
         self.folder = folder / FOLDER
         self.identity = identity
         self.before_save = before_save
@@ -175,7 +176,7 @@ class Checkpoints(Callback):
             self._save(trainer, {})
 
     def know_saved(self, trainer: Trainer) -> None:
-        """The state that `trainer` is in was saved before: it came from there."""
+        """Marks the present state of `trainer` as saved."""
         self._saved_at = (trainer.progress.update, trainer.progress.epoch)
 
     def _is_saved(self, trainer: Trainer) -> bool:
@@ -185,38 +186,34 @@ class Checkpoints(Callback):
         with trainer.off_the_clock():
             state = trainer.state_dict()
             ranks = trainer.window.sync.ranks
-            random, *others = everyone(self.random_state(), ranks)
+            random, *others = _all_gather(self.random_state(), ranks)
             improved, self._improved = self._improved, False
             self.know_saved(trainer)
             path = self.folder / f"update-{trainer.progress.update:08d}.pt"
-            parts = shards.save(trainer, path) if trainer.window.sync.sharded else None
+            shard_folder = shards.save(trainer, path) if trainer.window.sync.sharded else None
             if ranks.rank:
                 return
             self.before_save()
-            ended_by = trainer.stop_reason if trainer.stop_code == 1 else None  # and not by a signal
-            told = {"evaluated": evaluated, "ended_by": ended_by}
-            content = {**state, **self.identity, **told, "random": random}
-            save(path, {**content, "random_others": others, shards.KEY: parts})
-            if not self._proven:
-                load(
-                    path, in_file=True
-                )  # a custom class may have put into its state what cannot be read back
-                self._proven = True
+            ended_by = trainer.stop_reason if trainer.stop_code == 1 else None  # 1: not by a signal
+            content = {**state, **self.identity, "evaluated": evaluated, "ended_by": ended_by}
+            save(path, {**content, "random": random, "random_others": others, shards.KEY: shard_folder})
+            if not self._was_read:
+                load(path, in_file=True)  # fails if a user's class has state that cannot be read back
+                self._was_read = True
             if improved:
                 _link(path, self.folder / BEST)
             for old in saved_updates(self.folder)[: -self.keep_last]:
                 old.unlink(missing_ok=True)
-            self._drop_parts()
+            self._remove_unused_shards()
 
-    def _drop_parts(self) -> None:
-        """Removes the parts that no checkpoint, the best one included, belongs to any more."""
+    def _remove_unused_shards(self) -> None:
+        """Removes the shards to which no kept checkpoint refers."""
         best = self.folder / BEST
         kept = {path.stem for path in saved_updates(self.folder)}
         for folder in self.folder.glob(f"update-*{shards.SUFFIX}"):
-            if folder.stem not in kept and (
-                not best.exists() or load(best, True).get(shards.KEY) != folder.name
-            ):
-                shutil.rmtree(folder, ignore_errors=True)
+            if folder.stem in kept or best.exists() and load(best, True).get(shards.KEY) == folder.name:
+                continue
+            shutil.rmtree(folder, ignore_errors=True)
 
     def state_dict(self) -> dict[str, Any]:
         return {"best": self.best.value}
@@ -226,42 +223,42 @@ class Checkpoints(Callback):
 
 
 def restore(trainer: Trainer, content: Mapping[str, Any], path: Path) -> None:
-    """Puts trainer and random state back to where `content` was saved.
+    """Restores the trainer and the random state from `content`.
 
     Raises:
         UsageError: if the model or optimizer has another shape than the checkpoint's.
     """
-    parts = shards.folder_of(path, content)
-    if trainer.window.sync.sharded and parts is None:
+    shard_folder = shards.folder_of(path, content)
+    if trainer.window.sync.sharded and shard_folder is None:
         raise UsageError(
             f"checkpoint {path}: holds a whole model; accum=fsdp goes on from a checkpoint of accum=fsdp"
         )
     try:
-        if parts is not None:
-            shards.load(trainer, parts)
+        if shard_folder is not None:
+            shards.load(trainer, shard_folder)
         trainer.load_state_dict(content)
     except (RuntimeError, ValueError, KeyError, TypeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UsageError(f"checkpoint {path}: does not fit this configuration: {reason}") from error
     states = [content["random"], *content.get("random_others", [])]
     rank = trainer.window.sync.ranks.rank
-    if rank < len(states):  # a rank that was not there before keeps the draws of its own seed
+    if rank < len(states):  # an additional rank keeps the state that its seed gave it
         restore_random_state(states[rank])
 
 
-def everyone(state: Any, ranks: Ranks) -> list[Any]:
+def _all_gather(state: Any, ranks: Ranks) -> list[Any]:
     """`state` of every rank, by rank."""
     if ranks.size == 1:
         return [state]
     import torch.distributed as dist
 
-    found: list[Any] = [None] * ranks.size
-    dist.all_gather_object(found, state, ranks.group)
-    return found
+    states: list[Any] = [None] * ranks.size
+    dist.all_gather_object(states, state, ranks.group)
+    return states
 
 
 def _link(path: Path, name: Path) -> None:
-    """Gives `path` a second name in one step, by a copy where the file system has no links."""
+    """Links `name` to `path` atomically; copies where the file system has no links."""
     partial = name.with_name(f".{name.name}.{os.getpid()}.partial")
     partial.unlink(missing_ok=True)
     try:

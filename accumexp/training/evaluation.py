@@ -16,13 +16,13 @@ from ..data import Batches
 
 
 class Evaluator:
-    """Evaluates in eval mode and without gradients; the model's mode is put back afterwards.
+    """Evaluates in eval mode and without gradients; restores the model's mode afterwards.
 
     Args:
-        loss: as in training; the reported loss is its mean over all items of the split.
+        loss: that of the training; the reported loss is its mean over all items of the split.
         metrics: torchmetrics by name, on the device of the data.
         autocast: dtype of `torch.autocast` around the forward pass, or None.
-        ranks: the processes that share the split; all of them must call.
+        ranks: the processes among which the split is divided; all of them must call.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class Evaluator:
 
     @torch.no_grad()
     def __call__(self, model: nn.Module, batches: Batches) -> dict[str, float]:
-        """`loss` and every metric by name, over all ranks. Waits for the device once, at the end."""
+        """The loss and every metric by name, over all ranks. Waits for the device once, at the end."""
         was_training = model.training
         model.eval()
         self.metrics.reset()
@@ -53,12 +53,12 @@ class Evaluator:
                 with precision(self.autocast, device):
                     outputs = call(model, batch.inputs)
                     loss_sum = self.loss.total(outputs, batch.targets)
-                if batch.samples:  # padding is only there for a forward pass that needs every rank
+                if batch.samples:  # otherwise padding, for forward passes that need every rank
                     total = total + loss_sum
                     weight = weight + (self.loss.weight(batch.targets) if counts else 0.0)
                     self.metrics.update(outputs, batch.targets)
                 weight = weight + (0.0 if counts else 1 / self.ranks.size)
-                del batch, outputs, loss_sum  # or they would live through the next forward
+                del batch, outputs, loss_sum  # frees them before the next forward
             if self.ranks.size > 1:
                 sums = [
                     torch.as_tensor(value, dtype=torch.float64, device=device) for value in (total, weight)
@@ -75,8 +75,8 @@ class Evaluator:
 class WindowMetrics:
     """Metrics over the micro-batches of one window.
 
-    Small outputs are kept and counted together, because a metric's update costs as much for a
-    micro-batch as for a window; no more than `LARGEST` numbers are kept.
+    Collects outputs up to `LARGEST` numbers before it updates the metrics: one update costs as much for a
+    micro-batch as for a window.
     """
 
     LARGEST = 2**16
@@ -87,29 +87,29 @@ class WindowMetrics:
         self._size = 0
 
     def observe(self, outputs: Any, targets: Any) -> None:
-        """Takes a micro-batch's detached outputs and its targets."""
+        """Adds a micro-batch's detached outputs and its targets."""
         if not (isinstance(outputs, Tensor) and isinstance(targets, Tensor)):
             self.metrics.update(outputs, targets)
             return
         self._kept.append((outputs, targets))
         self._size += outputs.numel()
         if self._size > self.LARGEST:
-            self._count()
+            self._update()
 
     def discard(self) -> None:
-        """Forgets what was observed: it has not happened."""
+        """Drops all observations."""
         self._kept.clear()
         self._size = 0
         self.metrics.reset()
 
     def values(self) -> dict[str, float]:
-        """The metrics of what was observed, which is forgotten. Waits for the device."""
-        self._count()
+        """The metrics of all observations, which are then dropped. Waits for the device."""
+        self._update()
         values = plain_values(self.metrics)
         self.metrics.reset()
         return values
 
-    def _count(self) -> None:
+    def _update(self) -> None:
         if self._kept:
             outputs, targets = zip(*self._kept, strict=True)
             self.metrics.update(torch.cat(outputs), torch.cat(targets))
@@ -120,7 +120,7 @@ class WindowMetrics:
 def plain_values(metrics: MetricCollection) -> dict[str, float]:
     """The computed value of every metric that is one number, over all ranks."""
     with warnings.catch_warnings():
-        # A rank without samples has nothing to update, and the other ranks' counts to compute from.
+        # A rank without samples updates nothing, and computes from the other ranks' counts.
         warnings.filterwarnings("ignore", message=".*was called before the ``update`` method")
         computed: dict[str, Any] = metrics.compute() if len(metrics) else {}
     return {name: float(value) for name, value in computed.items() if torch.as_tensor(value).numel() == 1}

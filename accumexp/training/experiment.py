@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -27,8 +27,9 @@ from .components import (
     placement,
 )
 from .evaluation import Evaluator
-from .graphs import graphs, say_what_is_not
-from .progress import MetricsSink, total_updates, updates_between_reads
+from .graphs import graphs, warn_of_eager_step
+from .metrics_sink import MetricsSink
+from .progress import LoopOptions, default_log_every
 from .schedules import may_be_fused
 from .trainer import Trainer
 
@@ -100,8 +101,22 @@ class Experiment:
     @property
     def updates(self) -> int:
         """Updates in the run."""
-        trainer = self.config.trainer
-        return total_updates(len(self.splits.train), trainer.epochs, trainer.max_updates)
+        return self.options.total_updates(len(self.splits.train))
+
+    @property
+    def options(self) -> LoopOptions:
+        """What the loop of the configuration does, and how often."""
+        loop = self.config.trainer
+        options = LoopOptions(
+            loop.epochs,
+            loop.max_updates,
+            eval_every=loop.eval_every,
+            clip_norm=loop.clip_norm,
+            check_finite=loop.check_finite,
+            recover=self.config.accum.recovers and not loop.graph,
+        )
+        updates = options.total_updates(len(self.splits.train))
+        return replace(options, log_every=loop.log_every or default_log_every(updates))
 
     def prepared_model(self, model: nn.Module) -> nn.Module:
         """`model` as `accum.strategy` needs it: itself, wrapped for DDP, or sharded in place.
@@ -151,8 +166,12 @@ class Experiment:
         """The learning rate schedule over `updates`, those of the run by default."""
         return build(self.config.scheduler, "scheduler", optimizer, total_updates=updates or self.updates)
 
-    def trainer(self, metrics_sink: MetricsSink, updates: int | None = None) -> Trainer:
-        """The training loop; `updates` is the length of its schedule, that of the run by default.
+    def trainer(
+        self, metrics_sink: MetricsSink, updates: int | None = None, options: LoopOptions | None = None
+    ) -> Trainer:
+        """The training loop; `updates` is the length of its schedule.
+
+        The schedule's length and the options are those of the configuration by default.
 
         Raises:
             UsageError: naming the key that cannot be built.
@@ -171,18 +190,11 @@ class Experiment:
             build_metrics(config, self.device),
             metrics_sink,
             build_callbacks(config),
-            device=self.device,
-            epochs=loop.epochs,
-            max_updates=loop.max_updates,
-            log_every=loop.log_every or updates_between_reads(self.updates),
-            eval_every=loop.eval_every,
-            clip_norm=loop.clip_norm,
-            check_finite=loop.check_finite,
-            recover=config.accum.recovers and not loop.graph,
-            record=graphs(window, self.splits.train, self.device) if loop.graph else None,
+            options or self.options,
+            graphs(window, self.splits.train, self.device) if loop.graph else None,
         )
         if isinstance(trainer.step, GraphedStep):
-            say_what_is_not(trainer.step.step)
+            warn_of_eager_step(trainer.step.step)
         for name, callback in trainer.callbacks.items():
             callback.check(trainer, f"callbacks.{name}")
         return trainer

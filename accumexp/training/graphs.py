@@ -1,4 +1,4 @@
-"""`trainer.graph=true`: the recorder of a run's graphs, once it is known that its window can be recorded."""
+"""`trainer.graph=true`: builds the recorder of a run's graphs, and checks first that its window replays."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ..errors import UsageError
 
 log = logging.getLogger(__name__)
 
-# A replay launches the kernels of the window it was recorded from, so what differs is a sum's order.
+# A replay launches the same kernels as the recorded window: only the order of sums may differ.
 TOLERANCE = 1e-3
 TOLERANCE_16 = 3e-2
 
@@ -41,19 +41,19 @@ def graphs(window: Window, train: Batches, device: torch.device) -> Record:
     return tried(window, train, partial(CudaGraphs, device))
 
 
-def tried(window: Window, train: Batches, metrics_sink: Callable[[], Record]) -> Record:
-    """A recorder that was seen to replay a copy of `window`: recorded on one batch, right on another.
+def tried(window: Window, train: Batches, recorder: Callable[[], Record]) -> Record:
+    """A recorder, after a copy of `window` was recorded on one batch and replayed right on another.
 
-    Nothing of the run is changed by it.
+    The run itself does not change.
 
     Raises:
-        UsageError: with the reason, if it cannot be recorded or computes something else.
+        UsageError: with the reason, if the window cannot be recorded or a replay computes something else.
     """
     name = type(window.model).__name__
     before = random_state()
     try:
         batches = [next(iter(train.epoch(epoch))) for epoch in (0, 1)]
-        eager, replayed, drawn = _both(window, batches, metrics_sink())
+        eager, replayed, drawn = _both(window, batches, recorder())
     except RuntimeError as error:
         reason = str(error).partition("\n")[0]
         raise UsageError(f"trainer.graph=true: {name} cannot be recorded as a graph: {reason}") from error
@@ -64,36 +64,37 @@ def tried(window: Window, train: Batches, metrics_sink: Callable[[], Record]) ->
             f"trainer.graph=true: {name} draws random numbers on the host, which a graph would repeat"
         )
     low = window.autocast is not None or any(p.element_size() == 2 for p in window.model.parameters())
-    # A gradient that is zero in theory is all rounding: it is held against a part of the whole.
+    # A gradient that is zero in theory is rounding alone: compare it with a part of the whole norm.
     whole = float(torch.stack([wanted.double().norm() for wanted in eager]).norm())
-    every = [
-        float((found - wanted).double().norm()) / max(float(wanted.double().norm()), 1e-3 * whole, 1e-30)
-        for found, wanted in zip(replayed, eager, strict=True)
+    errors = [
+        float((result - wanted).double().norm()) / max(float(wanted.double().norm()), 1e-3 * whole, 1e-30)
+        for result, wanted in zip(replayed, eager, strict=True)
     ]
-    off = max(every) if all(map(math.isfinite, every)) else math.nan
+    off = max(errors) if all(map(math.isfinite, errors)) else math.nan
     if not off <= (TOLERANCE_16 if low else TOLERANCE):
         raise UsageError(
             f"trainer.graph=true: a replay of {name} is off by {off:.1e} of a gradient's norm: its "
             "forward does not launch the same kernels for every batch; leave it out"
         )
-    return metrics_sink()
+    return recorder()
 
 
-def say_what_is_not(step: OptimizerStep) -> None:
-    """Tells of an optimizer whose step is not recorded."""
+def warn_of_eager_step(step: OptimizerStep) -> None:
+    """Warns of an optimizer whose step is not recorded."""
     if not can_be_recorded(step):
         name = type(step.optimizer).__name__
         log.warning("trainer.graph: the step of %s is not recorded, only the window is", name)
 
 
 def _both(window: Window, batches: list[Batch], record: Record) -> tuple[list[Tensor], list[Tensor], bool]:
-    """Gradients of the second batch without a graph, and replayed from one recorded on the first.
+    """Gradients of the second batch, eager and replayed from a graph of the first batch.
 
-    And whether the first of these drew on the host.
+    Returns:
+        Eager and replayed gradients, and whether the eager window drew random numbers on the host.
     """
     model = copy.deepcopy(window.model)
     if getattr(window.model, "_compiled_call_impl", None) is not None:
-        model.compile()  # a copy is not
+        model.compile()  # a copy is not compiled
     if window.loss_scale is not None:
         scale = copy.deepcopy(window.loss_scale)
         scale.scale.fill_(1.0)
@@ -132,6 +133,6 @@ def _both(window: Window, batches: list[Batch], record: Record) -> tuple[list[Te
 
 
 def _host(model: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
-    """Of a random state what is the host's alone: not torch's generator where `model` draws from it."""
+    """The host's generators in `state`; torch's CPU generator only where `model` is on a GPU."""
     keys = ("python", "numpy", "torch") if next(model.parameters()).is_cuda else ("python", "numpy")
     return {key: state[key] for key in keys}

@@ -1,4 +1,4 @@
-"""Criteria that torch does not have in the form an experiment needs."""
+"""Criteria that torch lacks."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ class Regression(nn.Module):
     Shapes: outputs (n, ...) and targets of the same shape; or outputs (n, classes) and labels (n,).
 
     Raises:
-        ValueError: if the shapes differ otherwise. Broadcasting (n, 1) against (n,) would compare every
-            sample with every other.
+        ValueError: for other shapes. Broadcasting (n, 1) against (n,) would compare all pairs of samples.
     """
 
     def __init__(self, criterion: Callable[[Tensor, Tensor], Tensor]) -> None:
@@ -24,7 +23,7 @@ class Regression(nn.Module):
 
     def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
         if not targets.is_floating_point() and outputs.dim() == targets.dim() + 1:
-            # one_hot() would read the labels on the host, once a micro-batch.
+            # one_hot() would wait for the device in every micro-batch.
             targets = targets.unsqueeze(-1) == torch.arange(outputs.shape[-1], device=targets.device)
         if outputs.shape != targets.shape:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""Metrics that torchmetrics does not have in the form a window needs."""
+"""Metrics that never wait for the device."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from torchmetrics import Metric
 
 
 class Accuracy(Metric):
-    """The share of items whose most probable class is their target, over all items that are not ignored.
+    """The fraction of items whose most probable class is their target; ignored items do not count.
 
-    What torchmetrics' MulticlassAccuracy with average="micro" says, to the bit. That one takes the items
-    that are not ignored out of the batch, and waits for the device to tell how many there are.
+    Equals torchmetrics' MulticlassAccuracy with average="micro" to the bit. That one selects the items
+    that are not ignored, which waits for the device to count them.
 
     Shapes: outputs (n, classes, ...), targets (n, ...) of class indices.
 
     Args:
-        ignore_index: a target that is no class, as `torch.nn.CrossEntropyLoss` has it.
+        ignore_index: the target of ignored items, as in `torch.nn.CrossEntropyLoss`.
     """
 
     higher_is_better = True

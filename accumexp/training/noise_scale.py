@@ -1,12 +1,12 @@
-"""The gradient noise scale while training: how many samples an update is worth averaging over.
+"""The gradient noise scale: the batch size at which noise and gradient are of equal size.
 
 McCandlish et al., "An Empirical Model of Large-Batch Training" (arXiv 1812.06162): with G the gradient of the
 true loss and Sigma the covariance of one sample's gradient, a batch of B samples has the gradient G with a
-variance of tr(Sigma) / B, and tr(Sigma) / |G|^2, in samples, is where noise and gradient are of one size. Far
-below it a twice larger batch saves almost half of the updates; far above it saves none.
+variance of tr(Sigma) / B. The noise scale is tr(Sigma) / |G|^2, in samples. Far below it a twice larger batch
+saves almost half of the updates; far above it saves none.
 
 Both are estimated without bias from the gradients of parts of a batch (appendix A.1, here for parts of
-unequal weight), smoothed apart, and divided last: the mean of a ratio is not the ratio of the means.
+unequal weight), smoothed separately, and then divided: the mean of a ratio is not the ratio of the means.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ log = logging.getLogger(__name__)
 
 
 class GradientNoise(Callback):
-    """Base of both estimators: smooths what they find at published updates, and logs it.
+    """Base of both estimators: smooths their estimates at published updates, and logs them.
 
     `train/gradient_square` is |G|^2, `train/gradient_variance` tr(Sigma) of one sample, both averaged with
     weights that fall by `decay` from one estimate to the next (bias-corrected, as Adam's moments are), and
-    `train/noise_scale` is their ratio, in samples. An estimate may be negative, as one without bias of
-    something small must be. It is counted; while the average of |G|^2 is not above 0, or that of tr(Sigma)
+    `train/noise_scale` is their ratio, in samples. An unbiased estimate of a small value may be negative.
+    It counts in the average; while the average of |G|^2 is not above 0, or that of tr(Sigma)
     is below 0, no point is logged.
 
     Args:
@@ -60,7 +60,7 @@ class GradientNoise(Callback):
             raise UsageError(f"{key}: accum=fsdp has no whole gradients to estimate the noise from")
 
     def count(self, square: float, variance: float) -> dict[str, float]:
-        """Takes one estimate of |G|^2 and tr(Sigma); what there is to log then."""
+        """Adds one estimate of |G|^2 and tr(Sigma); returns the values to log."""
         if not (math.isfinite(square) and math.isfinite(variance)):
             return {}
         self.estimates += 1
@@ -86,18 +86,18 @@ class GradientNoise(Callback):
 
 
 class NoiseScale(GradientNoise):
-    """Estimates the noise from the gradients that the window's own micro-batches add, at no backward more.
+    """Estimates the noise from the gradients of the window's micro-batches, with no further backward.
 
     The K micro-batches have mean gradients m_k over weights W_k, and the window has T = sum_k a_k m_k. Where
     the variance of a mean falls with its weight, as s / W_k,
 
-        E sum_k W_k |m_k|^2 = (sum_k W_k) |G|^2 + K s        over the micro-batches that were seen alone,
+        E sum_k W_k |m_k|^2 = (sum_k W_k) |G|^2 + K s        over the micro-batches observed alone,
         E |T|^2 = (sum_k a_k)^2 |G|^2 + (sum_k a_k^2 / W_k) s        over all,
 
     two equations that are solved for |G|^2 and s. For equal micro-batches this is appendix A.1 of the paper.
 
-    A sample is the one that `data.batch_size` counts, and what is logged does not depend on what the loss
-    calls a weight: tr(Sigma) = s * samples / sum_k W_k, and G is the gradient of the mean over the items,
+    A sample is that of `data.batch_size`, and the logged values do not depend on the unit of the loss's
+    weight: tr(Sigma) = s * samples / sum_k W_k, and G is the gradient of the mean over the items,
     with `accum.reduction=sum` too. With class weights or valid tokens the noise of a sample is that of its
     part in the weighted mean; samples of unequal weight then leave a bias of order 1 / (samples in a
     micro-batch). Gradients are those before clipping, divided by the loss scale; a window that overflowed
@@ -128,7 +128,7 @@ class NoiseScale(GradientNoise):
             )
 
     def update_begin(self, trainer: Trainer) -> None:
-        # One of a single micro-batch too: it may be split, if there is no memory for it.
+        # Also a window of a single micro-batch, which may be split when it runs out of memory.
         if trainer.publishes:
             self.watch(trainer.window)
 
@@ -136,13 +136,13 @@ class NoiseScale(GradientNoise):
         """Observes the next window, without waiting for the device, up to `measured`."""
         self._window = window
         window.after_micro_batch.append(self._observe)
-        window.on_discard.append(self._forget)
+        window.on_discard.append(self._reset)
 
     def measured(self, trainer: Trainer, values: dict[str, float]) -> None:
         if self._window is None:
             return
         self._window.after_micro_batch.remove(self._observe)
-        self._window.on_discard.remove(self._forget)
+        self._window.on_discard.remove(self._reset)
         ranks, self._window = self._window.sync.ranks, None
         assert self._whole is not None
         own = torch.stack(self._seen).sum(0) if self._seen else self._whole.new_zeros(len(Sums._fields))
@@ -150,7 +150,7 @@ class NoiseScale(GradientNoise):
         self._seen.clear()
         values.update(self.count(*solved(Sums(*sums), whole)))
 
-    def _forget(self) -> None:
+    def _reset(self) -> None:
         self._before.clear()
         self._seen.clear()
         self._whole = None
@@ -163,7 +163,7 @@ class NoiseScale(GradientNoise):
         scale = 1.0 if window.loss_scale is None else window.loss_scale.scale.double()
         if micro.last:
             self._whole = _square(window.sync.gradients(), micro.share) / scale**2
-        part = None if added else self._grown(window, micro) / (scale * window.sync.factor) ** 2
+        part = None if added else self._added_square(window, micro) / (scale * window.sync.factor) ** 2
         if micro.last:
             self._before.clear()
         if micro.samples:
@@ -172,8 +172,8 @@ class NoiseScale(GradientNoise):
                 weight = window.loss.weight(micro.targets)
             self._seen.append(_row(part, weight, micro))
 
-    def _grown(self, window: Window, micro: MicroBatch) -> Tensor:
-        """|c|^2 of what this micro-batch has added to `.grad`, float64 of shape ()."""
+    def _added_square(self, window: Window, micro: MicroBatch) -> Tensor:
+        """|c|^2 of what this micro-batch added to `.grad`, float64 of shape ()."""
         parts = []
         for parameter in window.model.parameters():
             if parameter.grad is None:
@@ -192,12 +192,12 @@ class NoiseScale(GradientNoise):
 
 
 class Sums(NamedTuple):
-    """What `NoiseScale`'s two equations need of the micro-batches, over all ranks.
+    """The sums over micro-batches of all ranks in `NoiseScale`'s two equations.
 
     Attributes:
-        squares: of W_k |m_k|^2 over the micro-batches that were seen alone.
-        weight_seen, seen: of their W_k, and their number.
-        own, own_square: of a_k and of a_k^2 / W_k over all micro-batches.
+        squares: sum of W_k |m_k|^2 over the micro-batches observed alone.
+        weight_seen, seen: sum of their W_k, and their number.
+        own, own_square: sums of a_k and of a_k^2 / W_k over all micro-batches.
         weight, samples: of the window.
     """
 
@@ -211,7 +211,7 @@ class Sums(NamedTuple):
 
 
 def solved(sums: Sums, whole: float) -> tuple[float, float]:
-    """|G|^2 and tr(Sigma) from the sums and from `whole`, |T|^2; nan where they do not tell."""
+    """|G|^2 and tr(Sigma) from the sums and from `whole`, |T|^2; nan where these do not determine them."""
     determinant = sums.seen * sums.own**2 - sums.weight_seen * sums.own_square
     if not determinant > 1e-9 * sums.seen * sums.own**2:
         return math.nan, math.nan
@@ -221,9 +221,9 @@ def solved(sums: Sums, whole: float) -> tuple[float, float]:
 
 
 def _row(part: Tensor | None, weight: Tensor | float, micro: MicroBatch) -> Tensor:
-    """What a micro-batch adds to `Sums`, float64 of shape (7,).
+    """A micro-batch's terms of `Sums`, float64 of shape (7,); zeros where its weight is 0.
 
-    With c = a m = (W share) m it is W |m|^2 = |c|^2 / (W share^2). What weighs nothing adds nothing.
+    With c = a m = (W share) m, W |m|^2 = |c|^2 / (W share^2).
     """
     device = micro.share.device
     share = micro.share.double()
@@ -237,7 +237,7 @@ def _row(part: Tensor | None, weight: Tensor | float, micro: MicroBatch) -> Tens
 
 
 def number(value: Tensor | float, device: torch.device) -> Tensor:
-    """`value` as float64 of shape (), without a copy that the host would wait for."""
+    """`value` as float64 of shape (), without a copy that makes the host wait."""
     if isinstance(value, Tensor):
         return value.to(device, torch.float64)
     return torch.full((), value, dtype=torch.float64, device=device)

@@ -1,4 +1,4 @@
-"""What a run does when its device has no memory left: it splits finer and says so, or says what to change."""
+"""Out of memory in a run: split the window finer, or fail with an error that names a remedy."""
 
 from __future__ import annotations
 
@@ -12,35 +12,35 @@ from ..environment.console import console
 from ..errors import TrainingError
 
 _log = logging.getLogger(__name__)
-# The tag of a run in which a window was split finer.
+# MLflow tag of a run in which a window was split finer.
 OUT_OF_MEMORY = "accumexp.out_of_memory"
 
 
 class OutOfMemoryHandler:
-    """Runs windows, and keeps which of them ran out of memory.
+    """Runs windows and handles those that run out of memory.
 
     Args:
-        recover: split such a window finer, on all ranks, and all that follow; without it, or where
-            `Recovery.refusal` says that it cannot be, the run ends.
-        backward: in the place of `Window.backward`, where nothing is split finer.
+        recover: split such a window finer, on all ranks, and all that follow. Without it, or for a window
+            that `Recovery.refusal` refuses, the run fails.
+        backward: replaces `Window.backward`, of windows that cannot be split.
 
     Attributes:
-        lines: one for each time, of update, place and the new split.
-        listeners: called with `tags` when there is a new one.
-        steps: by update, the micro-batches of the windows that were split, until somebody takes them.
+        lines: a message for each split, with update, place and the new split.
+        listeners: called with `tags` after each split.
+        steps: by update, the micro-batches of the windows that were split; `MetricsLog` removes entries.
     """
 
     def __init__(
         self, window: Window, recover: bool, backward: Callable[..., WindowResult] | None = None
     ) -> None:
         self.window = window
-        self.plain = backward or window.backward
+        self._backward = backward or window.backward
         refusal = Recovery.refusal(window)
-        # What recorded windows cannot do either: they are replayed as they are.
-        self._may_recover = refusal is None and backward is None
+        # A recorded window cannot be split.
+        self._could_recover = refusal is None and backward is None
         if recover and refusal is not None:
             _log.info("a window that runs out of memory ends the run: %s", refusal)
-        self.recovery = Recovery(window, self._hear) if recover and refusal is None else None
+        self.recovery = Recovery(window, self._on_split) if recover and refusal is None else None
         self.lines: list[str] = []
         self.listeners: list[Callable[[dict[str, str]], None]] = []
         self.steps: dict[int, int] = {}
@@ -50,11 +50,11 @@ class OutOfMemoryHandler:
         """The window of `batch` in `update`.
 
         Raises:
-            TrainingError: if there is no memory, and no finer split that would help or may be made.
+            TrainingError: if there is no memory, and no finer split helps or is allowed.
         """
         self._update = update
-        known = len(self.lines)
-        backward = self.plain if self.recovery is None else self.recovery.backward
+        splits = len(self.lines)
+        backward = self._backward if self.recovery is None else self.recovery.backward
         try:
             result = backward(
                 batch.inputs,
@@ -66,41 +66,41 @@ class OutOfMemoryHandler:
             )
         except Exception as error:
             if is_out_of_memory(error):
-                raise TrainingError(self._without_hope(error)) from error
+                raise TrainingError(self._failure(error)) from error
             raise
-        if len(self.lines) > known:
+        if len(self.lines) > splits:
             self.steps[update] = result.steps
         return result
 
     @property
     def tags(self) -> dict[str, str]:
-        """What the run's record is to say of it."""
+        """The tags that describe all splits."""
         return {OUT_OF_MEMORY: "; ".join(self.lines)[:5000]} if self.lines else {}
 
-    def _hear(self, what: OutOfMemory) -> None:
-        rank = f" on rank {what.rank}" if self.window.sync.ranks.size > 1 else ""
-        place = f"micro-batch {what.micro_batch + 1} of {what.steps}{rank}"
+    def _on_split(self, event: OutOfMemory) -> None:
+        rank = f" on rank {event.rank}" if self.window.sync.ranks.size > 1 else ""
+        place = f"micro-batch {event.micro_batch + 1} of {event.steps}{rank}"
         self.lines.append(
             f"update {self._update}: out of memory in {place}; "
-            f"from here on micro-batches of {what.at_most} samples at most"
+            f"from here on micro-batches of {event.at_most} samples at most"
         )
         console.print(self.lines[-1], style="yellow", highlight=False, soft_wrap=True)
         for listener in self.listeners:
             listener(self.tags)
 
     def steps_of(self, samples: int) -> int:
-        """Micro-batches of a whole window in which a rank has `samples` at most."""
+        """Micro-batches of a window of which a rank has at most `samples`."""
         at_most = self.recovery.at_most if self.recovery else None
         return self.window.steps if at_most is None else max(self.window.steps, -(-samples // at_most))
 
-    def _without_hope(self, error: Exception) -> str:
+    def _failure(self, error: Exception) -> str:
         window = self.window
         rank = f" on rank {window.sync.ranks.rank}" if window.sync.ranks.size > 1 else ""
         text = f"update {self._update}: out of memory{rank} ({first_line(error)})"
         if self.recovery is not None:
             return f"{text}; no finer split helps: take a smaller model, precision=bf16 or accum=fsdp"
         halves = f"{text}: accum.steps={2 * window.steps} halves the micro-batches"
-        return f"{halves}, and accum.recover=true does it by itself" if self._may_recover else halves
+        return f"{halves}, and accum.recover=true does it by itself" if self._could_recover else halves
 
     def state_dict(self) -> dict[str, Any]:
         return {"lines": list(self.lines), "recovery": self.recovery.state_dict() if self.recovery else {}}
@@ -112,12 +112,10 @@ class OutOfMemoryHandler:
 
 
 class NoMemoryFor:
-    """A context in which out of memory, where no split helps, becomes one line that says what to change.
-
-    It can be entered any number of times.
+    """A reusable context that turns out of memory in `what` into an error with `advice`.
 
     Raises:
-        TrainingError: in place of the error.
+        TrainingError: in place of the original error.
     """
 
     def __init__(self, what: str, advice: str) -> None:

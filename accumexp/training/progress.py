@@ -1,29 +1,48 @@
-"""How far a run is, how long it is, and where its points go."""
+"""How far a run is, how long it is, and what its loop does when."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
 
 
-class MetricsSink(Protocol):
-    """Where points go."""
+@dataclass(frozen=True)
+class LoopOptions:
+    """What a `Trainer` does, and how often.
 
-    def record(self, update: int, values: Mapping[str, float], publish: bool) -> None:
-        """Keeps `values` of `update`; with `publish`, the tracker gets them too."""
-        ...
+    Attributes:
+        epochs, max_updates: the run ends at whichever comes first.
+        log_every: updates between two reads of the device.
+        eval_every: epochs between two evaluations; the last is always evaluated.
+        clip_norm: the 2-norm that an update's gradient is clipped to, or None.
+        check_finite: fail on a loss that is inf or nan.
+        recover: split a window that runs out of memory into smaller micro-batches, and all that follow.
+        may_stop: whether `Trainer.stop` ends the run early when it is not forced.
+    """
+
+    epochs: int
+    max_updates: int | None = None
+    log_every: int = 10
+    eval_every: int = 1
+    clip_norm: float | None = None
+    check_finite: bool = True
+    recover: bool = False
+    may_stop: bool = True
+
+    def total_updates(self, updates_per_epoch: int) -> int:
+        """Updates in the run."""
+        updates = updates_per_epoch * self.epochs
+        return updates if self.max_updates is None else min(updates, self.max_updates)
 
 
 @dataclass
 class Progress:
-    """How far a run is. All counts are of finished things.
+    """How far a run is.
 
     Attributes:
-        epoch: epochs, and with it the one that the next update belongs to.
+        epoch: finished epochs, which is also the number of the present one, from 0.
         update: updates since the run began.
         epoch_update: updates in the present epoch.
-        samples: samples seen.
+        samples: samples of all updates.
         seconds: time spent in the loop, without evaluation and checkpoints.
         activation_bytes: peak bytes saved for backward in the window that was measured, the first one or the
             first of a finer split; 0 before it.
@@ -37,12 +56,6 @@ class Progress:
     activation_bytes: int = 0
 
 
-def total_updates(updates_per_epoch: int, epochs: int, max_updates: int | None) -> int:
-    """Updates in a run."""
-    every = updates_per_epoch * epochs
-    return every if max_updates is None else min(every, max_updates)
-
-
-def updates_between_reads(updates: int) -> int:
-    """`log_every` of a run of `updates`, where nobody chose: enough points for a curve, at little cost."""
+def default_log_every(updates: int) -> int:
+    """`log_every` of a run of `updates`: a hundredth of the run, from 10 to 100 updates."""
     return max(10, min(100, updates // 100))

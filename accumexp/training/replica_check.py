@@ -1,4 +1,4 @@
-"""Whether the runs of several seeds can be trained as one: found out before any of them begins."""
+"""Checks, before they begin, that the runs of several seeds can be trained as one."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..environment.random_state import random_state, restore_random_state, same_
 from ..errors import UsageError
 from .replica_trainer import ReplicaTrainer
 
-# Samples of each replica that are tried: two micro-batches with statistics of their own.
+# Samples of each replica in the trial window.
 SAMPLES = 16
 
 
@@ -25,10 +25,10 @@ def shared_splits(config: Config, place: Placement, key: str) -> Splits:
     """The data of all replicas, built once.
 
     Args:
-        key: what asks for replicas, for the error.
+        key: the setting that requests replicas, for the error.
 
     Raises:
-        UsageError: if another seed would have other data, or it is not on the training device.
+        UsageError: if the data depends on the seed, or is not on the training device.
     """
     seed_everything(config.seed, config.trainer.deterministic)
     before = random_state()
@@ -46,33 +46,33 @@ def shared_splits(config: Config, place: Placement, key: str) -> Splits:
 
 
 def check_replicable(replicas: ReplicaTrainer, key: str) -> None:
-    """Tries a window of a few samples, with each replica alone and with all together, and undoes it.
+    """Compares a window of a few samples, of each replica alone and of all together; restores all state.
 
     Raises:
-        UsageError: if a model draws random numbers in training, cannot be run by `torch.func.vmap`, or gets
+        UsageError: if a model draws random numbers in training, cannot be run by `torch.func.vmap`, or has
             other gradients or buffers than alone.
     """
-    joint = replicas.window
-    buffers = [(buffer, buffer.clone()) for buffer in joint.buffers]
+    window = replicas.window
+    buffers = [(buffer, buffer.clone()) for buffer in window.buffers]
     modes = [trainer.model.training for trainer in replicas.trainers]
     state = random_state()
-    inputs, targets = _few(replicas)
+    inputs, targets = _first_samples(replicas)
     try:
         alone = []
         for r, trainer in enumerate(replicas.trainers):
             trainer.model.train()
-            own = [map_tensors(lambda t, r=r: t[r], batch) for batch in (inputs, targets)]
+            batch = [map_tensors(lambda t, r=r: t[r], part) for part in (inputs, targets)]
             trainer.model.zero_grad()
-            trainer.window.backward(*own, steps=1)
+            trainer.window.backward(*batch, steps=1)
             if not same_state(state, random_state()):
                 raise UsageError(
-                    f"{key}: {_drawing(trainer.window, *own)} draws random numbers in training, which would "
-                    "not be those of the run alone"
+                    f"{key}: {_drawing_module(trainer.window, *batch)} draws random numbers in training, "
+                    "which would not be those of the run alone"
                 )
-            alone.append(_found(trainer.window))
-        _put_back(buffers)
+            alone.append(_gradients_and_buffers(trainer.window))
+        _restore(buffers)
         try:
-            joint.backward(inputs, targets, steps=1)
+            window.backward(inputs, targets, steps=1)
         except Exception as error:
             lines = [line.strip() for line in str(error).splitlines() if line.strip()]
             reason = (lines or [type(error).__name__])[0][:300]
@@ -82,14 +82,14 @@ def check_replicable(replicas: ReplicaTrainer, key: str) -> None:
         for trainer, expected in zip(replicas.trainers, alone, strict=True):
             _compare(trainer.window, expected, key)
     finally:
-        _put_back(buffers)
+        _restore(buffers)
         restore_random_state(state)
         for trainer, mode in zip(replicas.trainers, modes, strict=True):
             trainer.model.train(mode)
             trainer.model.zero_grad()
 
 
-def _few(replicas: ReplicaTrainer) -> tuple[Nested, Nested]:
+def _first_samples(replicas: ReplicaTrainer) -> tuple[Nested, Nested]:
     """The first samples of every replica's first batch, (R, n, ...)."""
     feeds = replicas.feeds(replicas.trainers)
     planned = [next(iter(feed.epoch(0))) for feed in feeds]
@@ -99,7 +99,7 @@ def _few(replicas: ReplicaTrainer) -> tuple[Nested, Nested]:
     return few[0], few[1]
 
 
-def _found(window: Window) -> dict[str, Tensor | None]:
+def _gradients_and_buffers(window: Window) -> dict[str, Tensor | None]:
     """Gradients and buffers by name, copied."""
     model = window.model
     grads = {name: None if p.grad is None else p.grad.clone() for name, p in model.named_parameters()}
@@ -107,13 +107,13 @@ def _found(window: Window) -> dict[str, Tensor | None]:
 
 
 def _compare(window: Window, expected: dict[str, Tensor | None], key: str) -> None:
-    """Holds what a model got among all against what it got alone, up to rounding."""
+    """Compares the results of a model among all with `expected`, those alone, up to rounding."""
     device = next(window.model.parameters()).device
-    found = _found(window)
+    together = _gradients_and_buffers(window)
     names = {name for name, _ in window.model.named_parameters()}
     whole = sum(_size(value) ** 2 for name, value in expected.items() if name in names) ** 0.5
     for name, value in expected.items():
-        other = found[name]
+        other = together[name]
         if value is None or other is None:
             wrong = value is not other
         elif not value.is_floating_point():
@@ -122,7 +122,7 @@ def _compare(window: Window, expected: dict[str, Tensor | None], key: str) -> No
             coarse = torch.finfo(window.autocast or value.dtype).eps
             if tf32(device) and value.dtype == torch.float32:
                 coarse = max(coarse, 2.0**-10)
-            # What is 0 but for rounding has no size of its own to be compared with.
+            # A value that is rounding alone is compared with a part of the whole norm.
             scale = _size(value) + 0.01 * (whole if name in names else 1.0)
             difference = _size(value.double() - other.double())
             wrong = bool(value.isfinite().all()) and not difference <= coarse**0.5 * scale
@@ -139,14 +139,14 @@ def _size(value: Tensor | None) -> float:
 
 
 @torch.no_grad()
-def _put_back(buffers: list[tuple[Tensor, Tensor]]) -> None:
+def _restore(buffers: list[tuple[Tensor, Tensor]]) -> None:
     for buffer, before in buffers:
         buffer.copy_(before)
 
 
-def _drawing(window: Window, inputs: Nested, targets: Nested) -> str:
-    """The innermost module that draws."""
-    found: list[str] = []
+def _drawing_module(window: Window, inputs: Nested, targets: Nested) -> str:
+    """The innermost module that draws random numbers."""
+    drawing: list[str] = []
     before: dict[nn.Module, Any] = {}
     handles = []
     for name, module in window.model.named_modules():
@@ -156,7 +156,7 @@ def _drawing(window: Window, inputs: Nested, targets: Nested) -> str:
 
         def leave(module: nn.Module, arguments: Any, outputs: Any, name: str = name) -> None:
             if not same_state(before[module], random_state()):
-                found.append(f"{name or 'the model'} ({type(module).__name__})")
+                drawing.append(f"{name or 'the model'} ({type(module).__name__})")
 
         handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
     try:
@@ -164,4 +164,4 @@ def _drawing(window: Window, inputs: Nested, targets: Nested) -> str:
     finally:
         for handle in handles:
             handle.remove()
-    return found[0] if found else "the loss"
+    return drawing[0] if drawing else "the loss"

@@ -1,9 +1,9 @@
-"""Many seeds in one loop: each replica is a trainer of its own, and their updates are made together.
+"""Many seeds in one loop: each replica has its own trainer, and all make their updates together.
 
 for every update:
-    each replica: whatever its run has between two updates (evaluation, checkpoints), then its next batch
-    all: one window over the stacked models, one step
-    each replica: its schedule, its readings, its record
+    each replica: what its run does between updates (evaluation, checkpoints), then its next batch
+    all: one window over the stacked models, one optimizer step
+    each replica: its schedule and its metrics
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ Ended = Callable[[Trainer, TrainingError | None], None]
 
 
 class ReplicaTrainer:
-    """Trains R replicas update by update; each is to the end what its trainer would have made alone.
+    """Trains R replicas update by update; each gets the result that its trainer alone would get.
 
-    A replica that ends before the others (its callback stops it, its loss is not finite) leaves the stack,
-    and they go on. `stop` ends all of them after the present update.
+    A replica that ends before the others (a callback stops it, its loss is not finite) leaves the stack, and
+    the others go on. `stop` ends all of them after the present update.
 
     Args:
         trainers: of equal experiments but for the seed, none of which has begun, at the same update; their
             training data are `PlannedBatches` of the same samples.
-        displays: callbacks that show the mean of the replicas; this object is the trainer they are told of.
+        displays: callbacks that show the mean of the replicas; they get this object as their trainer.
 
     Attributes:
         running: the trainers that have not ended, in the order of the stack.
-        latest: the means over them of what was logged last.
+        latest: the means over them of the newest metrics.
     """
 
     def __init__(self, trainers: Sequence[Trainer], displays: Sequence[Callback] = ()) -> None:
@@ -47,14 +47,15 @@ class ReplicaTrainer:
         self.window = ReplicaWindow([trainer.window for trainer in trainers])
         self.step = ReplicaStep(self.window, [cast(OptimizerStep, trainer.step) for trainer in trainers])
         self.displays = list(displays)
-        self.epochs = trainers[0].epochs
+        self.options = trainers[0].options
+        self.title = ""
         self.total_updates = trainers[0].total_updates
         self.latest: dict[str, float] = {}
-        self._courses: dict[Trainer, Generator[Batch]] = {}
+        self._batches: dict[Trainer, Generator[Batch]] = {}
 
     @property
     def progress(self) -> Progress:
-        """Of the replica that has come furthest."""
+        """That of the replica with the most updates."""
         return max((trainer.progress for trainer in self.trainers), key=lambda progress: progress.update)
 
     @staticmethod
@@ -62,13 +63,13 @@ class ReplicaTrainer:
         return [cast(PlannedBatches, trainer.splits.train) for trainer in trainers]
 
     def stop(self, reason: str, code: int = 1) -> None:
-        """Asks every replica to end."""
+        """Requests every replica to end."""
         for trainer in self.running:
             trainer.stop(reason, code)
 
     def fit(self, ended: Ended) -> None:
-        """Trains until the last replica has ended; tells `ended` of each, and of the error it failed with."""
-        self._courses = {trainer: trainer.course() for trainer in self.running}
+        """Trains until the last replica has ended; calls `ended` with each, and the error it failed with."""
+        self._batches = {trainer: trainer.batches() for trainer in self.running}
         self._show("run_begin")
         try:
             while self.running:
@@ -76,25 +77,25 @@ class ReplicaTrainer:
                 if self.running:
                     self._update(batches, ended)
         finally:
-            for course in self._courses.values():
-                course.close()
+            for batches in self._batches.values():
+                batches.close()
             self._show("run_end")
 
     def _next(self, ended: Ended) -> list[Batch]:
-        """The next batch of each replica that has one; the others have ended."""
-        found = []
+        """The next batch of each replica that has one; ends the others."""
+        batches = []
         for trainer in tuple(self.running):
             trainer.in_step = self.running
             try:
-                found.append(next(self._courses[trainer]))
+                batches.append(next(self._batches[trainer]))
             except StopIteration:
                 self._end(trainer, None, ended)
             except TrainingError as error:
                 self._end(trainer, error, ended)
-        return found
+        return batches
 
     def _end(self, trainer: Trainer, error: TrainingError | None, ended: Ended) -> None:
-        with trainer.off_the_clock():  # of those that go on, too
+        with trainer.off_the_clock():  # nor on that of the other replicas
             ended(trainer, error)
         self.running.remove(trainer)
 
@@ -102,10 +103,10 @@ class ReplicaTrainer:
         """One update of all that run."""
         running = tuple(self.running)
         if len(running) < len(self.window.windows):
-            own = [trainer.window for trainer in running]
-            which = [r for r, window in enumerate(self.window.windows) if window in own]
-            self.window.keep(which)
-            self.step.keep(which)
+            kept = [trainer.window for trainer in running]
+            rows = [r for r, window in enumerate(self.window.windows) if window in kept]
+            self.window.keep(rows)
+            self.step.keep(rows)
         if running[0].progress.epoch_update == 0:
             self._show("epoch_begin")
         publishes = running[0].publishes
@@ -126,7 +127,7 @@ class ReplicaTrainer:
 
     def _fail(self, trainer: Trainer, error: TrainingError, ended: Ended) -> None:
         try:
-            self._courses[trainer].throw(error)
+            self._batches[trainer].throw(error)
         except TrainingError:
             self._end(trainer, error, ended)
 
@@ -147,6 +148,6 @@ class ReplicaTrainer:
 
 
 def mean(values: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """The mean of every value that all have."""
-    shared = [key for key in values[0] if all(key in one for one in values)] if values else []
-    return {key: sum(one[key] for one in values) / len(values) for key in shared}
+    """The mean of every metric that all have."""
+    keys = [key for key in values[0] if all(key in metrics for metrics in values)] if values else []
+    return {key: sum(metrics[key] for metrics in values) / len(values) for key in keys}

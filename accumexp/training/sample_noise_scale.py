@@ -25,19 +25,19 @@ if TYPE_CHECKING:
 class SampleNoiseScale(GradientNoise):
     """Estimates the noise from the gradients of an update's first samples, one by one.
 
-    It looks before the window, at the weights of the update, in the parameters' own precision (no
-    autocast, and so no loss scale either: a window that is skipped is counted). What it costs is off the
-    clock of `perf/*`: about the forward and backward of `samples` samples. Dropout draws differ from
-    sample to sample and leave the draws of the training as they were.
+    Measures before the window, at the weights of the update, in the parameters' own precision: without
+    autocast and loss scale, so a window that is skipped counts too. Its cost, about the forward and backward
+    of `samples` samples, does not count in `perf/*`. Dropout draws differ from sample to sample and leave the
+    draws of the training unchanged.
 
-    A sample is one that `data.batch_size` counts. Under weights (of classes, of valid tokens) its noise is
-    that of its part in the weighted mean: see `sample_moments`. On several ranks each looks at samples of
-    its own, and the estimates of the ranks are averaged.
+    A sample is that of `data.batch_size`. Under weights (of classes, of valid tokens) its noise is that of
+    its part in the weighted mean: see `sample_moments`. The estimates of several ranks, each from samples of
+    its own, are averaged.
 
     Args:
-        samples: of each update that is looked at and of each rank, the first ones.
+        samples: number of samples on each rank, the first of the update.
         chunk: samples whose gradients are held at once.
-        every: published points from one look to the next; the first is looked at.
+        every: published updates from one measurement to the next; the first one is measured.
         decay: of `GradientNoise`.
 
     Raises:
@@ -54,7 +54,7 @@ class SampleNoiseScale(GradientNoise):
         self.chunk = chunk
         self.every = every
         self.published = 0
-        self._found: Tensor | None = None
+        self._moments: Tensor | None = None
 
     def check(self, trainer: Trainer, key: str) -> None:
         super().check(trainer, key)
@@ -69,7 +69,7 @@ class SampleNoiseScale(GradientNoise):
                 )
         batch = next(iter(trainer.splits.train.epoch(0)))
         try:
-            self._look(trainer, batch.inputs, batch.targets, 2)
+            self._measure(trainer, batch.inputs, batch.targets, 2)
         except Exception as error:
             lines = str(error).splitlines() or [type(error).__name__]
             raise UsageError(
@@ -86,19 +86,19 @@ class SampleNoiseScale(GradientNoise):
         no_memory = NoMemoryFor("callbacks=sample_noise_scale", "lower its chunk, samples held at once")
         with trainer.off_the_clock(), no_memory:
             count = min(self.samples, batch.samples)
-            self._found = self._look(trainer, batch.inputs, batch.targets, count)
+            self._moments = self._measure(trainer, batch.inputs, batch.targets, count)
 
     def measured(self, trainer: Trainer, values: dict[str, float]) -> None:
         self.published += 1
-        if self._found is None:
+        if self._moments is None:
             return
-        looked, square, variance = trainer.window.sync.ranks.sum(self._found).tolist()
-        self._found = None
-        if looked:
-            values.update(self.count(square / looked, variance / looked))
+        ranks, square, variance = trainer.window.sync.ranks.sum(self._moments).tolist()
+        self._moments = None
+        if ranks:
+            values.update(self.count(square / ranks, variance / ranks))
 
-    def _look(self, trainer: Trainer, inputs: Nested, targets: Nested, count: int) -> Tensor:
-        """(1, |G|^2, tr(Sigma)) of the first `count` samples, float64 of shape (3,); zeros of less than 2."""
+    def _measure(self, trainer: Trainer, inputs: Nested, targets: Nested, count: int) -> Tensor:
+        """(1, |G|^2, tr(Sigma)) of the first `count` samples, float64, shape (3,); zeros for fewer than 2."""
         window = trainer.window
         inputs, targets = (map_tensors(lambda t: t[:count], batch) for batch in (inputs, targets))
         seed = derive_seed("noise", trainer.progress.update, window.sync.ranks.rank)
@@ -141,10 +141,10 @@ def sample_moments(model: nn.Module, loss: WindowLoss, inputs: Nested, targets: 
     gradient = vmap(grad(_summed(model, loss)), in_dims=(None, 0, 0), randomness="different")
     for begin in range(0, samples, chunk):
         own = weights[begin : begin + chunk]
-        found = gradient(
+        gradients = gradient(
             parameters, _rows(inputs, begin, begin + chunk), _rows(targets, begin, begin + chunk)
         )
-        for name, each in found.items():
+        for name, each in gradients.items():
             each = each.double()
             squares += each.square().sum()
             plain[name] += each.sum(0)
@@ -163,7 +163,7 @@ def _summed(model: nn.Module, loss: WindowLoss) -> Callable[..., Tensor]:
 
     def total(parameters: dict[str, Tensor], inputs: Nested, targets: Nested) -> Tensor:
         inputs, targets = (map_tensors(lambda t: t.unsqueeze(0), one) for one in (inputs, targets))
-        # Copied in here, because what is differentiated may only write to what it has made itself.
+        # Copied here: vmap allows in-place writes only to tensors made inside the function.
         buffers = {name: b.detach().clone() for name, b in model.named_buffers()}
         if isinstance(inputs, Mapping):
             outputs = functional_call(model, (parameters, buffers), (), dict(inputs))
@@ -185,7 +185,7 @@ def _dot(one: dict[str, Tensor], other: dict[str, Tensor]) -> Tensor:
 
 @contextmanager
 def _undisturbed(seed: int, device: torch.device) -> Iterator[None]:
-    """Draws inside leave no trace: those of the CPU come from `seed`, a device's are put back."""
+    """Restores all generators afterwards; the CPU's start from `seed`."""
     if device.type == "cpu":
         with drawn_from(seed):
             yield

@@ -1,12 +1,13 @@
-"""Learning rate schedules over updates, and which optimizers torch has fused.
+"""Learning rate schedules over updates, and the optimizers of which torch has fused kernels.
 
-A schedule is stepped once an update, so its length does not depend on `accum.steps`. Each is a factor
-of the optimizer's own learning rates; `total_updates` is the number of updates in the run.
+A schedule is stepped once an update, so its length does not depend on `accum.steps`. Each multiplies the
+optimizer's learning rates by a factor; `total_updates` is the number of updates in the run.
 """
 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -22,7 +23,7 @@ def constant(optimizer: Optimizer) -> LRScheduler:
 
 
 class _Constant(LRScheduler):
-    """The optimizer's own learning rates, in little time: it happens every update."""
+    """The optimizer's learning rates unchanged; cheaper than `LambdaLR` in every update."""
 
     def get_lr(self) -> list[float | Tensor]:
         return list(self.base_lrs)
@@ -65,6 +66,16 @@ def warmup_cosine(
     return LambdaLR(optimizer, factor)
 
 
+def step_schedule(scheduler: Any, first: bool) -> None:
+    """Steps `scheduler` after an update; the `first` may have been skipped, with no step of the optimizer."""
+    if not first:
+        scheduler.step()
+        return
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
+        scheduler.step()
+
+
 IMPLEMENTATIONS = ("fused", "foreach", "capturable", "differentiable")
 FUSED_ON = {
     "torch.optim.SGD": ("cpu", "cuda"),
@@ -77,18 +88,18 @@ FUSED_ON = {
 def may_be_fused(
     node: Mapping[str, Any], parameters: Iterable[Tensor], modules: Iterable[nn.Module] = ()
 ) -> bool:
-    """Whether the optimizer that `node` names has a fused kernel for `parameters`, and nobody chose another.
+    """Whether the optimizer of `node` has a fused kernel for `parameters`, and `node` chooses no other one.
 
     Not for shards, for parameters with gaps between their elements, or for sparse gradients: the kernels
     refuse them or, on a CPU, write into the gaps.
 
-    A fused kernel does the arithmetic of an update in one pass over the memory, and on a GPU in one launch;
-    it rounds in other places than the loop over parameters.
+    A fused kernel makes an update in one pass over the memory, and on a GPU in one launch; its rounding
+    differs from that of the loop over parameters.
     """
     devices = FUSED_ON.get(str(node.get("_target_")), ())
     if not devices or any(name in node for name in IMPLEMENTATIONS):
         return False
-    if node.get("momentum") and node.get("dampening"):  # of which a fused first step knows nothing
+    if node.get("momentum") and node.get("dampening"):  # a fused first step would ignore it
         return False
     if any(getattr(module, "sparse", False) for module in modules):
         return False

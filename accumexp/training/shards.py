@@ -1,8 +1,7 @@
-"""Checkpoints of a model that no process holds whole: every rank writes and reads its own part.
+"""Sharded checkpoints of fully sharded models: every rank writes and reads its own shards.
 
-torch.distributed.checkpoint names each tensor by its parameter and knows where its parts lie, so what
-some ranks wrote, any other number of ranks, or one process, can read. It is imported where it is used:
-that takes as long as half of torch.
+torch.distributed.checkpoint reshards when it loads: any number of ranks, or one process, can read what
+others wrote. Its import takes as long as half of torch, so it is imported where it is used.
 """
 
 from __future__ import annotations
@@ -28,10 +27,10 @@ KEY = "shards"
 
 
 def folder_of(path: Path, content: Mapping[str, Any]) -> Path | None:
-    """The folder of the parts of checkpoint `path`, None if it holds all there is itself.
+    """The folder with the shards of checkpoint `path`, None if the checkpoint is not sharded.
 
     Raises:
-        UsageError: if it is not there.
+        UsageError: if the folder is missing.
     """
     if not content.get(KEY):
         return None
@@ -42,10 +41,10 @@ def folder_of(path: Path, content: Mapping[str, Any]) -> Path | None:
 
 
 def save(trainer: Trainer, path: Path) -> str:
-    """Writes the parts of model and optimizer beside checkpoint `path`; all ranks must call.
+    """Writes this rank's shards of model and optimizer beside checkpoint `path`; all ranks must call.
 
     Returns:
-        The folder's name, which it has only once it is whole.
+        The folder's name. The folder is renamed to it after all ranks have written.
     """
     import torch.distributed.checkpoint.state_dict_saver as saver
 
@@ -65,7 +64,7 @@ def save(trainer: Trainer, path: Path) -> str:
 
 
 def load(trainer: Trainer, folder: Path) -> None:
-    """Reads this process's parts of model and optimizer from `folder`; all ranks must call."""
+    """Reads this rank's shards of model and optimizer from `folder`; all ranks must call."""
     import torch.distributed.checkpoint.state_dict_loader as loader
     from torch.distributed.checkpoint.state_dict import set_state_dict
 
@@ -104,7 +103,7 @@ def _wait(trainer: Trainer) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without torch's own deprecations and its advice to a single process; failures as RuntimeError."""
+    """Hides torch's own deprecation warnings; raises RuntimeError instead of CheckpointException."""
     from torch.distributed.checkpoint.api import CheckpointException
 
     with warnings.catch_warnings():
@@ -112,5 +111,5 @@ def _quiet() -> Iterator[None]:
         warnings.filterwarnings("ignore", message=".*torch.distributed is disabled, unavailable or uninit")
         try:
             yield
-        except CheckpointException as error:  # a BaseException, which nobody expects
+        except CheckpointException as error:  # which is a BaseException
             raise RuntimeError("; ".join(f"rank {r}: {e[0]}" for r, e in error.failures.items())) from error

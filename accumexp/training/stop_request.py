@@ -1,4 +1,4 @@
-"""The wish to end a run before its last update, which all ranks must have at the same one."""
+"""A request to end a run before its last update, which takes effect at the same update on all ranks."""
 
 from __future__ import annotations
 
@@ -8,38 +8,38 @@ from ..accum import Agreement, Ranks
 
 
 class StopRequest:
-    """A wish of any rank to stop, made the reason of all.
+    """Collects the requests of all ranks to stop.
 
     Attributes:
         reason: why the run ends, or None as long as it goes on.
-        code: the number of the signal that asked, or 1; 0 as long as nobody did.
+        code: the number of the signal that requested it, or 1; 0 without a request.
     """
 
     def __init__(self, ranks: Ranks) -> None:
         self.ranks = ranks
-        self.discard()
+        self.reset()
 
-    def wish(self, reason: str, code: int) -> None:
-        """Asks; the first reason and the largest code count."""
-        self._wish, self._wish_code = self._wish or reason, max(self._wish_code, code)
+    def add(self, reason: str, code: int) -> None:
+        """Requests a stop on this rank; the first reason and the largest code count."""
+        self._own_reason, self._own_code = self._own_reason or reason, max(self._own_code, code)
 
-    def discard(self) -> None:
-        """Begins anew, as if nobody had asked."""
+    def reset(self) -> None:
+        """Drops all requests."""
         self.reason: str | None = None
         self.code = 0
-        self._wish: str | None = None
-        self._wish_code = 0
+        self._own_reason: str | None = None
+        self._own_code = 0
         self._agreement = Agreement(self.ranks)
 
     def soon(self) -> None:
-        """Hears of a wish on all ranks alike, one call after it was made on one of several."""
-        self._hear(self._agreement.soon)
+        """Sets `reason` and `code` alike on all ranks; of several ranks, from the call before."""
+        self._agree(self._agreement.soon)
 
     def now(self) -> None:
-        """Hears of a wish on all ranks alike. Waits for them."""
-        self._hear(self._agreement.now)
+        """Sets `reason` and `code` on all ranks alike. Waits for the other ranks."""
+        self._agree(self._agreement.now)
 
-    def _hear(self, agree: Callable[[int], int]) -> None:
-        self.code = agree(self._wish_code)
+    def _agree(self, largest: Callable[[int], int]) -> None:
+        self.code = largest(self._own_code)
         if self.code and self.reason is None:
-            self.reason = self._wish or "another rank stopped"
+            self.reason = self._own_reason or "another rank stopped"

@@ -1,15 +1,12 @@
-"""The loop, and nothing else: what is trained, logged and saved is handed to it."""
+"""The training loop."""
 
 from __future__ import annotations
 
-import math
-import warnings
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torchmetrics import MetricCollection
@@ -22,23 +19,21 @@ from ..accum import (
     StepResult,
     Window,
     WindowResult,
-    measure_activations,
     rates_as_numbers,
-    tensors,
 )
 from ..data import Batch, Splits
-from ..environment.device import MIB, peak_memory_mib, wait_for
+from ..environment.device import wait_for
 from ..errors import of_the_compiler
 from .callbacks import Callback, listeners
-from .deferred_metrics import DeferredMetrics, hopeless
-from .evaluation import Evaluator, WindowMetrics
+from .evaluation import Evaluator
+from .metrics_log import MetricsLog
+from .metrics_sink import MetricsSink
 from .out_of_memory import NoMemoryFor, OutOfMemoryHandler
-from .progress import MetricsSink, Progress, total_updates
+from .progress import LoopOptions, Progress
+from .schedules import step_schedule
 from .stop_request import StopRequest
-from .throughput import Throughput
 
-# Updates whose points are all published: where the losses of equal windows differ by rounding alone.
-FIRST_UPDATES = 100
+NO_MEMORY_TO_STEP = NoMemoryFor("the optimizer's step", "take one that keeps less state, or accum=fsdp")
 
 
 class Trainer:
@@ -57,23 +52,20 @@ class Trainer:
     an optimizer that is not fused). On several ranks each runs this loop on its own samples.
 
     A skipped window counts as an update on all step axes and in the schedule: `accum/skipped_windows`
-    says how many of them left the weights as they were.
+    counts those that left the weights unchanged.
 
     Args:
         window: accumulates a batch's gradient into the model's parameters.
-        train_metrics: torchmetrics over the windows of logged updates.
-        epochs, max_updates: the run ends at whichever comes first.
-        log_every: updates between two reads of the device.
-        eval_every: epochs between two evaluations; the last is always evaluated.
-        clip_norm: the 2-norm that the update's gradient is clipped to, or None.
-        check_finite: fail on a loss that is inf or nan.
-        recover: split a window finer that runs out of memory, and all that follow.
-        record: replay windows and steps as graphs that this recorded, such as `CudaGraphs`.
+        scheduler: has `step`, called once an update, `state_dict` and `load_state_dict`.
+        train_metrics: torchmetrics over the windows of published updates.
+        graphs: records windows and steps as graphs and replays them, such as `CudaGraphs`.
 
     Attributes:
-        batch: this rank's samples of the update that is under way, or was the last.
-        in_step: the trainers that stand still while this one is off the clock: itself, and those that make
-            each of their updates together with it.
+        batch: this rank's samples of the present or the last update.
+        log: records the metrics; `latest` are its newest values.
+        in_step: the trainers whose clocks stop while this one is off the clock: itself, and those whose
+            updates are made together with its own.
+        title: precedes the epoch on the progress bar, such as "job 2 of 8, ".
     """
 
     def __init__(
@@ -86,16 +78,8 @@ class Trainer:
         train_metrics: MetricCollection,
         metrics_sink: MetricsSink,
         callbacks: Mapping[str, Callback],
-        *,
-        device: torch.device,
-        epochs: int,
-        max_updates: int | None = None,
-        log_every: int = 10,
-        eval_every: int = 1,
-        clip_norm: float | None = None,
-        check_finite: bool = True,
-        recover: bool = False,
-        record: Record | None = None,
+        options: LoopOptions,
+        graphs: Record | None = None,
     ) -> None:
         self.model: nn.Module = window.model
         self.window = window
@@ -103,30 +87,25 @@ class Trainer:
         self.scheduler = scheduler
         self.splits = splits
         self.evaluator = evaluator
-        self.train_metrics = WindowMetrics(train_metrics)
-        self.metrics_sink = metrics_sink
         self.callbacks = dict(callbacks)
-        self.device = device
-        self.epochs = epochs
-        self.total_updates = total_updates(len(splits.train), epochs, max_updates)
-        self.log_every = log_every
-        self.eval_every = eval_every
-        step = OptimizerStep(window, optimizer, clip_norm)
-        self.step = step if record is None else GraphedStep(step, record)
-        graphed = None if record is None else GraphedWindow(window, record)
+        self.options = options
+        self.device = next(self.model.parameters()).device
+        self.total_updates = options.total_updates(len(splits.train))
+        step = OptimizerStep(window, optimizer, options.clip_norm)
+        self.step = step if graphs is None else GraphedStep(step, graphs)
+        graphed = None if graphs is None else GraphedWindow(window, graphs)
         self.progress = Progress()
         self.batch: Batch | None = None
-        self.latest: dict[str, float] = {}
-        self._stopping = StopRequest(window.sync.ranks)
-        self._readings = DeferredMetrics(window, check_finite)
-        self.out_of_memory = OutOfMemoryHandler(window, recover, graphed.backward if graphed else None)
-        window.on_discard.append(self.train_metrics.discard)
-        self._no_memory_to_step = NoMemoryFor(
-            "the optimizer's step", "take one that keeps less state, or accum=fsdp"
+        self.title = ""
+        self._stop_request = StopRequest(window.sync.ranks)
+        self.out_of_memory = OutOfMemoryHandler(
+            window, options.recover, graphed.backward if graphed else None
         )
-        self._measures = True  # the activations of the next window
-        self._measured = False  # and nobody has been told
-        self._pace = Throughput()
+        self.log = MetricsLog(
+            window, train_metrics, metrics_sink, options.check_finite, self.out_of_memory.steps
+        )
+        self.latest = self.log.latest
+        window.on_discard.append(self.log.train_metrics.discard)
         self.in_step: Sequence[Trainer] = (self,)
         self._events: dict[str, list[Callable[..., None]]] = {}
 
@@ -136,31 +115,32 @@ class Trainer:
 
     @property
     def publishes(self) -> bool:
-        """Whether the next update, or in `update_begin` the one that begins, is published."""
+        """Whether the next update, in `update_begin` the present one, is published."""
         following = self.progress.update + 1
-        return following % self.log_every == 0 or following == self.total_updates
+        return following % self.options.log_every == 0 or following == self.total_updates
 
     @property
     def stop_reason(self) -> str | None:
-        """Why the run ends before its last update, or None."""
-        return self._stopping.reason
+        """Why the run ends before its last update, or None; the same on all ranks."""
+        return self._stop_request.reason
 
     @property
     def stop_code(self) -> int:
-        """The code that `stop` was given, on any rank; 0 as long as nobody asked."""
-        return self._stopping.code
+        """The largest code that `stop` was called with, on any rank; 0 without a request."""
+        return self._stop_request.code
 
-    def stop(self, reason: str, code: int = 1) -> None:
-        """Asks the loop to end: after this update, or after the evaluation it is in.
+    def stop(self, reason: str, code: int = 1, force: bool = False) -> None:
+        """Requests that the loop end after this update or evaluation, on several ranks one update later.
 
-        On several ranks it ends on all of them alike, at most one update later. `code` is the number of
-        the signal that asks, or 1; all ranks learn it as `stop_code`.
+        `code` is the number of the signal that requests it, or 1. Where `LoopOptions.may_stop` is false, only
+        a request with `force` counts.
         """
-        self._stopping.wish(reason, code)
+        if force or self.options.may_stop:
+            self._stop_request.add(reason, code)
 
-    def go_on(self) -> None:
-        """Forgets a request to stop, so that `fit` goes on."""
-        self._stopping.discard()
+    def clear_stop(self) -> None:
+        """Drops a request to stop, so that `fit` can go on."""
+        self._stop_request.reset()
 
     def fit(self) -> None:
         """Trains until the last update or a stop request, from wherever `progress` is.
@@ -169,24 +149,24 @@ class Trainer:
             TrainingError: for a loss of inf or nan with `check_finite`, or a model that torch cannot compile.
         """
         try:
-            with closing(self.course()) as course:
-                for batch in course:
+            with closing(self.batches()) as batches:
+                for batch in batches:
                     self.update(batch)
         except RuntimeError as error:
             if explained := of_the_compiler(error):
                 raise explained from error
             raise
 
-    def course(self) -> Generator[Batch]:
-        """The run as the batches of its updates, each of which must be made before the next is asked for.
+    def batches(self) -> Generator[Batch]:
+        """Yields the batch of every update of the run; each update must be made before the next batch.
 
-        What is between updates (evaluation, the ends of epochs) is done on the way to the next batch.
+        Evaluation and the ends of epochs, between two updates, happen before the next batch is yielded.
         """
         self._events = listeners(self.callbacks.values())
-        self._pace.go_on()
-        self._pace.mark(self.progress)
+        self.log.throughput.resume()
+        self.log.throughput.mark(self.progress)
         self._emit("run_begin")
-        self._stopping.now()
+        self._stop_request.now()
         try:
             while not self.stop_reason and not self._ended():
                 yield from self._epoch()
@@ -203,7 +183,7 @@ class Trainer:
         self.model.train()
         for batch in self.splits.train.epoch(progress.epoch, progress.epoch_update):
             yield batch
-            self._stopping.soon()
+            self._stop_request.soon()
             if self.stop_reason or self.finished:
                 break
         self.read()
@@ -211,10 +191,10 @@ class Trainer:
             return
         if progress.epoch_update == len(self.splits.train):
             progress.epoch, progress.epoch_update = progress.epoch + 1, 0
-        if self.finished or progress.epoch % self.eval_every == 0:
+        if self.finished or progress.epoch % self.options.eval_every == 0:
             values = self.evaluate("eval")
-            self.metrics_sink.record(progress.update, values, publish=True)
-            self._stopping.now()
+            self.log.sink.record(progress.update, values, publish=True)
+            self._stop_request.now()
         self._emit("epoch_end")
 
     def update(self, batch: Batch) -> None:
@@ -223,45 +203,39 @@ class Trainer:
         self.finish(self._accumulate(batch))
 
     def begin(self, batch: Batch) -> None:
-        """Makes ready for the window of `batch`."""
+        """Begins the update on `batch`; its window comes next."""
         self.batch = batch
         self._emit("update_begin")
 
     @property
     def observe(self) -> Callable[..., None] | None:
-        """What is to see the outputs of the window that is under way, if it is published."""
-        return self.train_metrics.observe if self.publishes else None
+        """Called with outputs and targets of every micro-batch of a window that is published, else None."""
+        return self.log.train_metrics.observe if self.publishes else None
 
     def finish(self, result: WindowResult, done: StepResult | None = None) -> None:
-        """The update on the gradient of the window that began, its schedule and its record.
+        """Ends the update that `begin` began: optimizer step, schedule and metrics.
 
         Args:
-            done: what its step did, if it has been made already.
+            done: the result of the optimizer's step, if it is made already.
         """
         progress, publish, batch = self.progress, self.publishes, self.batch
         assert batch is not None
         rate = self.optimizer.param_groups[0]["lr"]
         rate = rate.clone() if isinstance(rate, Tensor) else float(rate)
         if done is None:
-            with self._no_memory_to_step:
+            with NO_MEMORY_TO_STEP:
                 done = self.step(publish)
-        self._step_schedule()
+        step_schedule(self.scheduler, first=progress.update == 0)
         progress.update += 1
         progress.epoch_update += 1
         progress.samples += batch.total
-        self._readings.add(progress.update, result.loss, done.overflow, rate)
+        self.log.add(progress.update, result, done, rate)
         if publish:
-            self._publish(done.norm)
+            extra = self.log.measured(progress, done.norm, first=progress.update <= self.options.log_every)
+            self._emit("measured", extra)
+            self.read(extra)
+            self._emit("logged", self.latest)
         self._emit("update_end")
-
-    def _step_schedule(self) -> None:
-        if self.progress.update:
-            self.scheduler.step()
-            return
-        with warnings.catch_warnings():
-            # True if the first window was skipped, and meant so.
-            warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
-            self.scheduler.step()
 
     def _accumulate(self, batch: Batch) -> WindowResult:
         if self.window.sync.keeps_gradients:
@@ -270,54 +244,16 @@ class Trainer:
             for group in self.optimizer.param_groups:
                 for parameter in group["params"]:
                     parameter.grad = None
-        following, on_discard = self.progress.update + 1, self.window.on_discard
-        if not self._measures:
+        following = self.progress.update + 1
+        with self.log.activations.measure(self.window, batch, self.progress) as measured:
             result = self.out_of_memory.backward(following, batch, self.observe)
-            self._measures = following in self.out_of_memory.steps
-            return result
-        with measure_activations(self.model, [*tensors(batch.inputs), *tensors(batch.targets)]) as saved:
-            on_discard.append(saved.start_anew)
-            result = self.out_of_memory.backward(following, batch, self.observe)
-            on_discard.remove(saved.start_anew)
-        self.progress.activation_bytes = saved.peak_bytes
-        self._measures, self._measured = False, True
+        if not measured:
+            self.log.activations.due = following in self.out_of_memory.steps
         return result
 
     def read(self, extra: Mapping[str, float] | None = None) -> None:
-        """Reads the losses since the last read in one wait for the device, and records them.
-
-        `extra` belongs to the newest update and makes it a published one.
-        """
-        reading = self._readings.read()
-        newest = self.progress.update
-        for update, values in reading.rows:
-            publish = extra is not None and update == newest
-            if publish:
-                values.update({**(extra or {}), **reading.scaling})
-                self.latest.update(values)
-            if update in self.out_of_memory.steps:
-                values["accum/steps"] = self.out_of_memory.steps.pop(update)
-                publish = True
-            self.metrics_sink.record(update, values, publish or update <= FIRST_UPDATES)
-        if reading.trouble:
-            raise reading.trouble
-        if self.finished and reading.scaling.get("accum/skipped_windows") == newest:
-            raise hopeless(reading.scaling["accum/loss_scale"], newest, newest)
-
-    def _publish(self, norm: Tensor | None) -> None:
-        extra: dict[str, float] = {}
-        if norm is not None and math.isfinite(length := float(norm)):
-            extra["train/grad_norm"] = length
-        extra.update({f"train/{name}": value for name, value in self.train_metrics.values().items()})
-        extra.update(self._pace.speeds(self.progress))
-        extra["perf/peak_memory_mib"] = peak_memory_mib(self.device)
-        if self._measured or self.progress.update <= self.log_every:
-            self._measured = False
-            extra["perf/activation_mib"] = self.progress.activation_bytes / MIB
-        self._pace.mark(self.progress)
-        self._emit("measured", extra)
-        self.read(extra)
-        self._emit("logged", self.latest)
+        """Reads and records the losses since the last read; `extra` is published with the newest update's."""
+        self.log.read(self.progress.update, self.finished, extra)
 
     def evaluate(self, split: str) -> dict[str, float]:
         """Loss and metrics of "eval" or "test", as `<split>/<name>`, with what callbacks add."""
@@ -335,22 +271,22 @@ class Trainer:
         """Time spent inside does not count as training."""
         wait_for(self.device)
         for trainer in self.in_step:
-            trainer._pace.tick(trainer.progress)
+            trainer.log.throughput.tick(trainer.progress)
         try:
             yield
         finally:
             wait_for(self.device)
             for trainer in self.in_step:
-                trainer._pace.go_on()
+                trainer.log.throughput.resume()
 
     def _emit(self, event: str, *arguments: Any) -> None:
         for listener in self._events.get(event, ()):
             listener(self, *arguments)
 
     def state_dict(self) -> dict[str, Any]:
-        """All that the next update depends on, but the random state and the samples' order.
+        """All that the next update depends on, except the random state and the order of samples.
 
-        Of a fully sharded model without model and optimizer, which are saved in parts (`shards`).
+        Model and optimizer of a fully sharded model are left out: `shards` saves them.
         """
         self.read()
         scale = self.window.loss_scale
@@ -367,7 +303,7 @@ class Trainer:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes back to where `state_dict` was taken."""
+        """Restores a `state_dict`."""
         if state["model"]:
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
@@ -380,4 +316,4 @@ class Trainer:
             if state["callbacks"].get(name):
                 callback.load_state_dict(state["callbacks"][name])
         self.progress = Progress(**state["progress"])
-        self._measures = not self.progress.update or state.get("steps") != self.window.steps
+        self.log.activations.due = not self.progress.update or state.get("steps") != self.window.steps

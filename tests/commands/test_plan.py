@@ -35,9 +35,10 @@ from accumexp.plan.trial_run import Rehearsal, rehearsing
 from accumexp.run.spec import RunSpec
 from accumexp.training.checkpoint import load, save
 from accumexp.training.experiment import Experiment
+from accumexp.training.metrics_sink import MemoryMetricsSink
 
 from ..support.command import journal, only_run, record_of, run_command
-from ..support.experiments import Memory, composed
+from ..support.experiments import composed
 
 CPU = torch.device("cpu")
 AUTO = ["device=cpu", "accum.steps=auto"]
@@ -61,7 +62,7 @@ def taken_by(config: Config, path: Path, rank: RankInfo | None = None, updates: 
         t for b in every if isinstance(b, ResidentBatches) for t in tensors((b.inputs, b.targets, b.indices))
     ]
     held = held_bytes([*experiment.model.parameters(), *experiment.model.buffers(), *data])
-    return held + allocated(lambda: experiment.trainer(Memory()).fit(), path)
+    return held + allocated(lambda: experiment.trainer(MemoryMetricsSink()).fit(), path)
 
 
 def allocated(work: Callable[[], Any], path: Path) -> int:

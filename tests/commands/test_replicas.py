@@ -27,12 +27,13 @@ from accumexp.training.callbacks import Callback
 from accumexp.training.checkpoint import save
 from accumexp.training.components import placement
 from accumexp.training.experiment import Experiment
+from accumexp.training.metrics_sink import MemoryMetricsSink
 from accumexp.training.replica_check import shared_splits
 from accumexp.training.replica_trainer import ReplicaTrainer
 from accumexp.training.trainer import Trainer
 
 from ..support.command import Case, journal, left_behind, only_run, only_sweep, records, run_command, run_many
-from ..support.experiments import Memory, composed
+from ..support.experiments import composed
 from ..support.reference import classification, small_model
 from .test_sweep import table
 
@@ -59,7 +60,7 @@ class Orders(Callback):
         self.act(trainer)
 
 
-Runs = list[tuple[Trainer, Memory, Orders]]
+Runs = list[tuple[Trainer, MemoryMetricsSink, Orders]]
 
 
 def built(overrides: list[str], joint: bool, act: Any = None) -> Runs:
@@ -68,7 +69,7 @@ def built(overrides: list[str], joint: bool, act: Any = None) -> Runs:
     every = composed("device=cpu", "precision=fp64", "callbacks=none", *overrides)
     shared = shared_splits(every, placement(every, RankInfo()), "replicas") if joint else None
     for seed in SEEDS:
-        config, memory, splits = replace(every, seed=seed), Memory(), shared
+        config, memory, splits = replace(every, seed=seed), MemoryMetricsSink(), shared
         if splits:
             assert isinstance(splits.train, ResidentBatches)
             splits = replace(splits, train=PlannedBatches(splits.train, seed))

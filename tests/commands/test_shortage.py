@@ -12,12 +12,13 @@ import torch
 from accumexp.errors import TrainingError, UsageError
 from accumexp.training.callbacks import Callback
 from accumexp.training.checkpoint import find, load
+from accumexp.training.metrics_sink import MemoryMetricsSink
 from accumexp.training.noise_scale import NoiseScale
 from accumexp.training.out_of_memory import OutOfMemoryHandler
 from accumexp.training.trainer import Trainer
 
 from ..support.command import journal, record_of, run_command
-from ..support.experiments import Memory, composed, trainer_of, weights
+from ..support.experiments import composed, trainer_of, weights
 from ..support.launched import SMALL, STATEFUL
 from ..support.short import Starved
 
@@ -39,7 +40,7 @@ class FinerFrom(Callback):
             trainer.out_of_memory.recovery.at_most = self.at_most
 
 
-def run_of(callback: Callback, *overrides: str) -> tuple[Trainer, Memory]:
+def run_of(callback: Callback, *overrides: str) -> tuple[Trainer, MemoryMetricsSink]:
     trainer, memory = trainer_of(*OPTIONS, *overrides)
     trainer.callbacks = {"noise": NoiseScale(), "callback": callback}
     random.seed(5)
@@ -50,7 +51,7 @@ def run_of(callback: Callback, *overrides: str) -> tuple[Trainer, Memory]:
 MEASURED = ("perf/", "accum/")
 
 
-def points(memory: Memory) -> list[Any]:
+def points(memory: MemoryMetricsSink) -> list[Any]:
     kept = [
         (update, {key: value for key, value in values.items() if not key.startswith(MEASURED)})
         for update, values, _ in memory.rows

@@ -12,20 +12,8 @@ from hydra import compose, initialize_config_dir
 from accumexp.cli import conf_dir
 from accumexp.config.schema import Config, from_hydra
 from accumexp.training.experiment import Experiment
+from accumexp.training.metrics_sink import MemoryMetricsSink
 from accumexp.training.trainer import Trainer
-
-
-class Memory:
-    """A recorder that keeps every point: update, values, published."""
-
-    def __init__(self) -> None:
-        self.rows: list[tuple[int, dict[str, float], bool]] = []
-
-    def record(self, update: int, values: Mapping[str, float], publish: bool) -> None:
-        self.rows.append((update, dict(values), publish))
-
-    def series(self, key: str) -> list[tuple[int, float]]:
-        return [(update, values[key]) for update, values, _ in self.rows if key in values]
 
 
 def composed(*overrides: str) -> Config:
@@ -33,10 +21,10 @@ def composed(*overrides: str) -> Config:
         return from_hydra(compose("config", list(overrides)))
 
 
-def trainer_of(*overrides: str) -> tuple[Trainer, Memory]:
+def trainer_of(*overrides: str) -> tuple[Trainer, MemoryMetricsSink]:
     """A trainer on digits in fp64 on the CPU, unless told otherwise, and what it records."""
     config = composed("device=cpu", "precision=fp64", "model=mlp", "callbacks=none", *overrides)
-    memory = Memory()
+    memory = MemoryMetricsSink()
     return Experiment.build(config).trainer(memory), memory
 
 

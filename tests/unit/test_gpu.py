@@ -33,9 +33,10 @@ from accumexp.plan.trial_run import rehearsing
 from accumexp.proof import Scaling, certify
 from accumexp.training.checkpoint import load, restore, save
 from accumexp.training.experiment import Experiment
+from accumexp.training.metrics_sink import MemoryMetricsSink
 from accumexp.training.noise_scale import NoiseScale
 
-from ..support.experiments import Memory, composed, trainer_of, weights
+from ..support.experiments import composed, trainer_of, weights
 from ..support.noise import look
 from ..support.ranks import on_ranks
 from ..support.reference import gradients, larger_batch_gradient, relative_error
@@ -369,7 +370,7 @@ def test_auto_steps_stay_below_the_limit_on_the_gpu(share: float) -> None:
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     found.callbacks.clear()
-    Experiment.build(found).trainer(Memory()).fit()
+    Experiment.build(found).trainer(MemoryMetricsSink()).fit()
     assert torch.cuda.max_memory_allocated() <= limit
 
 

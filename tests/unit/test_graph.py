@@ -18,9 +18,10 @@ from accumexp.errors import TrainingError, UsageError
 from accumexp.training import experiment as assembly
 from accumexp.training import graphs
 from accumexp.training.checkpoint import load, restore, save
+from accumexp.training.metrics_sink import MemoryMetricsSink
 from accumexp.training.trainer import Trainer
 
-from ..support.experiments import Memory, composed, trainer_of, weights
+from ..support.experiments import composed, trainer_of, weights
 from ..support.reference import classification, gradients, larger_batch_gradient, relative_error, small_model
 from ..support.tape import Tape
 
@@ -63,7 +64,7 @@ class Again:
 
 def graphed_trainer(
     monkeypatch: pytest.MonkeyPatch, *overrides: str, kind: type[Again | Tape] = Again
-) -> tuple[Trainer, Memory, list[Again | Tape]]:
+) -> tuple[Trainer, MemoryMetricsSink, list[Again | Tape]]:
     made: list[Again | Tape] = []
 
     def recorder() -> Record:

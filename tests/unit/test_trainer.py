@@ -21,8 +21,9 @@ from accumexp.errors import TrainingError, UsageError
 from accumexp.training.callbacks import EMA, Callback, EarlyStopping, LossMonitor
 from accumexp.training.deferred_metrics import DeferredMetrics
 from accumexp.training.evaluation import Evaluator
+from accumexp.training.progress import LoopOptions
 from accumexp.training.schedules import constant
-from accumexp.training.trainer import Trainer, total_updates
+from accumexp.training.trainer import Trainer
 
 from ..support.experiments import trainer_of, weights
 from ..support.reference import relative_error
@@ -474,7 +475,7 @@ def test_the_loss_monitor_prints_at_its_interval(capsys: pytest.CaptureFixture[s
 def test_a_run_ends_at_whichever_comes_first(
     per_epoch: int, epochs: int, most: int | None, expected: int
 ) -> None:
-    assert total_updates(per_epoch, epochs, most) == expected
+    assert LoopOptions(epochs, most).total_updates(per_epoch) == expected
 
 
 def test_schedules_follow_their_formulas_update_by_update() -> None:
