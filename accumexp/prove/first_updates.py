@@ -99,9 +99,9 @@ class FirstUpdates:
         return replace(problem, model=copy.deepcopy(self.experiment.model), loss=self.experiment.criterion)
 
     def trainer(self, extra: Mapping[str, Callback]) -> Trainer:
-        """The run's own trainer at its beginning, with its callbacks but for those that show or save.
+        """The run's trainer at its beginning, with `extra` and its callbacks except those that show or save.
 
-        A callback of the run may request a stop, but the proof follows all updates: only a forced one counts.
+        Callbacks of the run may request a stop, but only a forced one ends it.
         """
         restore_random_state(self._random)
         experiment = replace(self.experiment, model=copy.deepcopy(self.experiment.model))

@@ -50,8 +50,8 @@ def certificate(folder: Path) -> dict[str, Any]:
     return json.loads(path.read_text())
 
 
-def failed(found: dict[str, Any]) -> set[str]:
-    return {check["name"] for check in found["checks"] if not check["passed"]}
+def failed(result: dict[str, Any]) -> set[str]:
+    return {check["name"] for check in result["checks"] if not check["passed"]}
 
 
 @pytest.fixture
@@ -64,12 +64,12 @@ def test_a_right_window_is_proved_and_the_certificate_is_kept(tmp_path: Path) ->
     done = run_command("prove", *QUICK, "accum.steps=4", folder=tmp_path)
     assert done.code == 0, done
     assert "\nproved\n" in done.stdout and "accum.steps" not in done.stderr
-    found = certificate(tmp_path)
-    assert found["verdict"] == found["summary"] == "proved"
-    assert found["subject"]["steps"] == 4 and found["subject"]["samples"] == 128
-    assert found["config"]["accum"]["steps"] == 4
-    assert {"torch", "device", "git_sha", "versions"} <= found["environment"].keys()
-    names = {check["name"] for check in found["checks"]}
+    result = certificate(tmp_path)
+    assert result["verdict"] == result["summary"] == "proved"
+    assert result["subject"]["steps"] == 4 and result["subject"]["samples"] == 128
+    assert result["config"]["accum"]["steps"] == 4
+    assert {"torch", "device", "git_sha", "versions"} <= result["environment"].keys()
+    names = {check["name"] for check in result["checks"]}
     assert {
         "gradient, fp64",
         "gradient, fp32",
@@ -78,7 +78,7 @@ def test_a_right_window_is_proved_and_the_certificate_is_kept(tmp_path: Path) ->
     } <= names
     assert {"parameters, 40 updates", "learning rate, 40 updates", "logged loss, 40 updates"} <= names
     assert {"samples of an epoch", "resume from the middle", "saved activations"} <= names
-    assert all(check["why"] for check in found["checks"])
+    assert all(check["why"] for check in result["checks"])
     (run,) = records(tmp_path)
     assert run.status == "FINISHED"
     assert run.tags["accumexp.certificate"] == "proved"
@@ -108,9 +108,9 @@ def test_a_right_window_is_proved_and_the_certificate_is_kept(tmp_path: Path) ->
 def test_right_windows_are_proved(tmp_path: Path, overrides: list[str]) -> None:
     done = run_command("prove", *BARE, *overrides, folder=tmp_path)
     assert done.code == 0, done.stdout
-    found = certificate(tmp_path)
-    names = {check["name"] for check in found["checks"]}
-    assert found["summary"] == "proved"
+    result = certificate(tmp_path)
+    names = {check["name"] for check in result["checks"]}
+    assert result["summary"] == "proved"
     if "accum=ddp" in overrides:
         assert {"ranks agree", "gradient reductions a window"} <= names
     if "accum=loss_scaled" in overrides:
@@ -128,22 +128,22 @@ def test_dropout_is_named_and_the_rest_proved_with_its_masks_fixed(tmp_path: Pat
         "prove", *BARE, "model.hidden=[32,16]", "model.dropout=0.4", "accum.steps=4", folder=tmp_path
     )
     assert done.code == 0, done.stdout
-    found = certificate(tmp_path)
-    assert found["verdict"] == "proved up to"
-    assert found["summary"] == "proved up to dropout draws (layers.3 (Dropout), layers.6 (Dropout))"
-    (cause,) = found["causes"]
+    result = certificate(tmp_path)
+    assert result["verdict"] == "proved up to"
+    assert result["summary"] == "proved up to dropout draws (layers.3 (Dropout), layers.6 (Dropout))"
+    (cause,) = result["causes"]
     assert cause["effect"] > 0.01 and "same draws" in cause["shown"] and cause["excused"]
-    assert not failed(found)
+    assert not failed(result)
 
 
 def test_law_10_batch_statistics_are_never_certified(tmp_path: Path, own: dict[str, str]) -> None:
     done = run_command("prove", *BARE, "model._target_=own.Normed", "accum.steps=4", folder=tmp_path, env=own)
     assert done.code == 1, done.stdout
-    found = certificate(tmp_path)
-    assert found["verdict"] == "not proved"
-    assert "norm (BatchNorm1d): statistics over 32 of 128 samples" in found["summary"]
-    assert {"gradient, fp64", "buffers"} <= failed(found)
-    by_source = {cause["source"]: cause for cause in found["causes"]}
+    result = certificate(tmp_path)
+    assert result["verdict"] == "not proved"
+    assert "norm (BatchNorm1d): statistics over 32 of 128 samples" in result["summary"]
+    assert {"gradient, fp64", "buffers"} <= failed(result)
+    by_source = {cause["source"]: cause for cause in result["causes"]}
     assert by_source["batch statistics"]["effect"] > 1e-3
     assert "momentum 0.026 instead of 0.1" in by_source["buffers"]["advice"]
     assert "differs" in done.stdout and "in eval mode" in done.stdout
@@ -161,9 +161,9 @@ def test_law_10_a_coupling_in_a_module_of_ones_own_is_found_by_experiment(
 def test_law_10_a_loss_that_couples_samples_is_not_certified(tmp_path: Path, own: dict[str, str]) -> None:
     done = run_command("prove", *BARE, "loss._target_=own.InfoNCE", "accum.steps=4", folder=tmp_path, env=own)
     assert done.code == 1
-    found = certificate(tmp_path)
-    assert "loss (InfoNCE): couples samples" in found["summary"]
-    (cause,) = found["causes"]
+    result = certificate(tmp_path)
+    assert "loss (InfoNCE): couples samples" in result["summary"]
+    (cause,) = result["causes"]
     assert cause["source"] == "coupling loss" and cause["effect"] > 1e-3
     done = run_command("prove", *BARE, "loss._target_=own.InfoNCE", folder=tmp_path / "one", env=own)
     assert done.code == 0, "one micro-batch is the larger batch"
@@ -172,18 +172,20 @@ def test_law_10_a_loss_that_couples_samples_is_not_certified(tmp_path: Path, own
 def test_the_tutorials_sum_of_means_is_told_by_its_factor(tmp_path: Path) -> None:
     done = run_command("prove", *BARE, "accum.steps=4", "accum.reduction=sum", folder=tmp_path)
     assert done.code == 1
-    found = certificate(tmp_path)
-    assert "the gradient is 4 times the larger batch's: the sum of 4 micro-batches' means" in found["summary"]
-    assert "accum.reduction=mean" in found["causes"][0]["advice"]
+    result = certificate(tmp_path)
+    assert (
+        "the gradient is 4 times the larger batch's: the sum of 4 micro-batches' means" in result["summary"]
+    )
+    assert "accum.reduction=mean" in result["causes"][0]["advice"]
 
 
 def test_bf16_sums_are_told_from_sums_in_fp32(tmp_path: Path) -> None:
     done = run_command("prove", *BARE, "param_precision=bf16", "accum.steps=32", folder=tmp_path)
     assert done.code == 1
-    found = certificate(tmp_path)
-    assert "addition, bf16" in failed(found)
-    assert "32 gradients are added in bfloat16" in found["summary"]
-    assert "accum.fp32_buffers=true" in found["causes"][0]["advice"]
+    result = certificate(tmp_path)
+    assert "addition, bf16" in failed(result)
+    assert "32 gradients are added in bfloat16" in result["summary"]
+    assert "accum.fp32_buffers=true" in result["causes"][0]["advice"]
 
 
 @pytest.mark.parametrize(
@@ -201,9 +203,9 @@ def test_a_callback_that_changes_the_run_is_seen(
     env = environment(PACKAGE_PARENT)
     done = run_command("prove", *BARE, "accum.steps=4", callback, folder=tmp_path, env=env)
     assert done.code == 1
-    found = certificate(tmp_path)
-    assert checks <= failed(found)
-    assert words in found["summary"]
+    result = certificate(tmp_path)
+    assert checks <= failed(result)
+    assert words in result["summary"]
 
 
 def test_a_run_with_prove_trains_the_same_bits_and_carries_its_certificate(tmp_path: Path) -> None:

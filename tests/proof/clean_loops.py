@@ -1,4 +1,4 @@
-"""Random configurations of right windows: the proof has to call every one of them right.
+"""Random configurations of right windows: the proof must certify every one of them.
 
 `python -m tests.proof.clean_loops 1000` certifies configurations 0 to 999, each the same in every run, and
 ends with the number of alarms; a second number is the first configuration, a third the number of ranks.
@@ -77,7 +77,7 @@ def configuration(choose: Choose) -> Configuration:
     tokens = model in TOKEN_MODELS
     losses = [name for name in CLASS_LOSSES if not (tokens and name == "probabilities")]
     samples = choose((2, 3, 5, 7, 8, 12, 16, 17, 24, 31))
-    # torch has no LSTM in low precision on every CPU.
+    # torch lacks LSTMs in low precision on some CPUs.
     precisions = list(PRECISIONS)[: 2 if model == "recurrent" else None]
     return {
         "model": model,
@@ -219,15 +219,15 @@ def certified(config: Configuration, updates: int = 6) -> Certificate:
     )
 
 
-def alarm(config: Configuration, found: Certificate) -> str:
-    """What the proof has against a right configuration; "" where it has nothing."""
-    draws = config["model"] in DRAWS and found.subject["steps"] * found.subject["ranks"] > 1
-    idle = any(cause.source == "clipping, which never acted" for cause in found.causes)
+def alarm(config: Configuration, certificate: Certificate) -> str:
+    """The failed checks and causes of a right configuration; "" if it is proved."""
+    draws = config["model"] in DRAWS and certificate.subject["steps"] * certificate.subject["ranks"] > 1
+    idle = any(cause.source == "clipping, which never acted" for cause in certificate.causes)
     right = "proved up to" if draws or idle else "proved"
-    if found.verdict == right:
+    if certificate.verdict == right:
         return ""
-    failed = "; ".join(f"{c.name}: {c.figure:.3g} > {c.bound:.3g} ({c.detail})" for c in found.failed)
-    return f"{found}\n  failed: {failed}"
+    failed = "; ".join(f"{c.name}: {c.figure:.3g} > {c.bound:.3g} ({c.detail})" for c in certificate.failed)
+    return f"{certificate}\n  failed: {failed}"
 
 
 def numbered(number: int) -> Configuration:
@@ -236,7 +236,7 @@ def numbered(number: int) -> Configuration:
 
 
 def numbers(first: int, count: int) -> list[tuple[int, str]]:
-    """(number, what is wrong) of the alarms among `count` configurations."""
+    """(number, alarm) of the false alarms among `count` configurations."""
     alarms = []
     begun = time.perf_counter()
     loud = not dist.is_initialized() or dist.get_rank() == 0

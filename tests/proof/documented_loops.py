@@ -1,4 +1,4 @@
-"""The loop of Accelerate's documentation on gradient accumulation, given to the proof as it stands there.
+"""The loop of Accelerate's documentation on gradient accumulation, certified as it is documented.
 
 `python -m tests.proof.documented_loops` prints its certificates: of classes, and of tokens with
 ragged counts.
@@ -28,7 +28,7 @@ def accelerate(steps: int) -> Callable[..., Any]:
 
     def train_window(model: Any, optimizer: Any, batch: Any, steps: int) -> float:
         if id(optimizer) not in prepared:
-            # With what they are made of, so that no other gets the id.
+            # Kept with the objects they are built from, so that ids stay unique.
             prepared[id(optimizer)] = (*accelerator.prepare(model, optimizer), model, optimizer)
         model, optimizer, *_ = prepared[id(optimizer)]
         loader = accelerator.prepare(DataLoader(TensorDataset(*batch), batch_size=MICRO))
@@ -62,12 +62,12 @@ def certified(name: str, updates: int = 100) -> Certificate:
 
 def main() -> int:
     for name in SETTINGS:
-        found = certified(name)
-        print(f"{name}: {found}")
-        for check in found.checks:
+        certificate = certified(name)
+        print(f"{name}: {certificate}")
+        for check in certificate.checks:
             mark = "ok" if check.passed else "!!"
             print(f"  {mark}  {check.name:30} {check.figure:.3g} (at most {check.bound:.2g})  {check.detail}")
-        for cause in found.causes:
+        for cause in certificate.causes:
             print(f"  cause: {cause.line}; effect {cause.effect:.3g}; {cause.shown}")
     return 0
 

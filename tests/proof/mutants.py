@@ -27,23 +27,23 @@ def certified(loop: Loop, updates: int = UPDATES) -> Certificate:
     return certify(loop.make(), setting.model(), setting.loss(), setting.batch(), setting.steps, **options)
 
 
-def wrong(loop: Loop, found: Certificate, updates: int = UPDATES) -> str:
-    """What the proof did not say of `loop` as it should have; "" if it did."""
+def wrong(loop: Loop, certificate: Certificate, updates: int = UPDATES) -> str:
+    """What `certificate` lacks of the verdict that `loop` should get; "" for nothing."""
     if not loop.caught_by:
-        return "" if found.verdict == "proved" else f"a right loop is {found}"
-    if found.proved:
+        return "" if certificate.verdict == "proved" else f"a right loop is {certificate}"
+    if certificate.proved:
         return "not caught"
     expected = loop.caught_by.format(updates=f"{updates} updates")
-    failed = [check.name for check in found.failed]
+    failed = [check.name for check in certificate.failed]
     if not any(name.startswith(expected) for name in failed):
         return f"{expected!r} did not fail, but {failed} did"
-    return "" if loop.says in str(found) else f"{loop.says!r} is not in {str(found)!r}"
+    return "" if loop.says in str(certificate) else f"{loop.says!r} is not in {str(certificate)!r}"
 
 
-def table(loops: Sequence[Loop], found: Sequence[Certificate], updates: int = UPDATES) -> str:
+def table(loops: Sequence[Loop], certificates: Sequence[Certificate], updates: int = UPDATES) -> str:
     lines = []
     mutants = caught = rights = proved = 0
-    for loop, certificate in zip(loops, found, strict=True):
+    for loop, certificate in zip(loops, certificates, strict=True):
         trouble = wrong(loop, certificate, updates)
         if loop.caught_by:
             mutants += 1
@@ -67,16 +67,16 @@ def of_ranks(updates: int = UPDATES) -> list[Certificate]:
 
 def main(updates: int) -> int:
     torch.set_num_threads(1)
-    # torch tells of some of the bugs itself.
+    # torch warns of some of the bugs itself.
     warnings.simplefilter("ignore")
     begun = time.perf_counter()
-    found = [certified(loop, updates) for loop in LOOPS]
+    certificates = [certified(loop, updates) for loop in LOOPS]
     with TemporaryDirectory() as folder:
-        found += on_ranks(2, Path(folder), of_ranks, updates, seconds=3600)[0]
+        certificates += on_ranks(2, Path(folder), of_ranks, updates, seconds=3600)[0]
     loops = [*LOOPS, *wrong_ranks.LOOPS]
-    print(table(loops, found, updates))
+    print(table(loops, certificates, updates))
     print(f"{updates} updates each, {time.perf_counter() - begun:.0f} s")
-    return int(any(wrong(loop, one, updates) for loop, one in zip(loops, found, strict=True)))
+    return int(any(wrong(loop, one, updates) for loop, one in zip(loops, certificates, strict=True)))
 
 
 if __name__ == "__main__":

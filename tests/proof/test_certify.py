@@ -1,4 +1,4 @@
-"""What is given to the proof, what it holds and leaves, and what it says of unusual loops and modules."""
+"""Arguments of the proof, what it keeps in memory, and its verdict on unusual loops and modules."""
 
 from __future__ import annotations
 
@@ -98,8 +98,8 @@ def test_a_certificate_that_cannot_be_kept_leaves_no_run_running(
     monkeypatch.setattr(MLflowTracker, "artifact", full)
     with pytest.raises(OSError, match="disk is full"):
         ProofSession(ProofSpec(config, RunFolder(tmp_path)), RankInfo()).execute()
-    found = Store(config.tracking).client.search_runs([Store(config.tracking).experiment_id])
-    assert [run.info.status for run in found] == ["FAILED"]
+    runs = Store(config.tracking).client.search_runs([Store(config.tracking).experiment_id])
+    assert [run.info.status for run in runs] == ["FAILED"]
 
 
 class Centred(nn.Module):
@@ -108,7 +108,7 @@ class Centred(nn.Module):
 
 
 class Numbering(nn.Module):
-    """Integers alone come out."""
+    """Returns integers alone."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x.argsort(0)
@@ -124,7 +124,7 @@ class Numbered(nn.Module):
 
 
 class Whole(nn.Module):
-    """Cannot take half a batch, and says so in its own way."""
+    """Raises an AssertionError for half a batch."""
 
     def forward(self, x: Tensor) -> Tensor:
         if len(x) != len(samples()[0]):
@@ -133,7 +133,7 @@ class Whole(nn.Module):
 
 
 class Counting(nn.Module):
-    """Moves a buffer, a number or both on with every call."""
+    """Increments a buffer or a number with every call."""
 
     calls: Tensor
 
@@ -152,7 +152,7 @@ class Counting(nn.Module):
 
 
 class Drifting(Counting):
-    """Couples samples besides."""
+    """Couples samples as well."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x - x.mean(0))
@@ -162,7 +162,7 @@ def coupling(*modules: nn.Module) -> list[str]:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 9), *modules, nn.Linear(9, 5))
     problem = Problem(right, model, nn.CrossEntropyLoss(), [samples()], STEPS, lambda p: SGD(p, lr=0.1))
-    return [found.kind for found in coupling_modules(problem, samples())]
+    return [each.kind for each in coupling_modules(problem, samples())]
 
 
 def spectral(layer: nn.Linear) -> nn.Module:
@@ -196,7 +196,7 @@ def test_a_coupling_module_that_moves_buffers_on_is_named() -> None:
 
 
 def closure_loop(name: bool, factor: float = 1.0) -> Any:
-    """Makes its gradient in the closure that it gives its optimizer."""
+    """Computes its gradient in the closure that it passes to its optimizer."""
 
     def train_window(model: Any, optimizer: Any, batch: Any, steps: int) -> Tensor:
         def closure() -> Tensor:
@@ -216,14 +216,14 @@ def closure_loop(name: bool, factor: float = 1.0) -> Any:
 @pytest.mark.parametrize("name", [True, False], ids=("by name", "by place"))
 def test_the_gradient_of_a_closure_is_the_one_that_is_used(name: bool) -> None:
     loss = nn.CrossEntropyLoss()
-    found = certify(closure_loop(name), classifier(), loss, samples(), STEPS, updates=4)
-    assert str(found) == "proved"
-    found = certify(closure_loop(name, 4.0), classifier(), loss, samples(), STEPS, updates=4)
-    assert "4 times the larger batch's" in str(found)
+    certificate = certify(closure_loop(name), classifier(), loss, samples(), STEPS, updates=4)
+    assert str(certificate) == "proved"
+    certificate = certify(closure_loop(name, 4.0), classifier(), loss, samples(), STEPS, updates=4)
+    assert "4 times the larger batch's" in str(certificate)
 
 
 class Impatient(Callback):
-    """Wants to stop after the third update, as one does whose loss is low enough."""
+    """Stops the run after the third update."""
 
     def update_end(self, trainer: Trainer) -> None:
         if trainer.progress.update >= 3:
@@ -237,9 +237,9 @@ class Impatient(Callback):
 )
 def test_a_callback_that_stops_the_run_does_not_stop_its_proof(callback: str) -> None:
     config = composed(*SMALL, "proof.updates=40", callback)
-    found, _ = prove_experiment(config, RankInfo(), lambda stage: None)
-    assert str(found) == "proved"
-    by_name = {check.name: check for check in found.checks}
+    certificate, _ = prove_experiment(config, RankInfo(), lambda stage: None)
+    assert str(certificate) == "proved"
+    by_name = {check.name: check for check in certificate.checks}
     assert "gradient, 40 updates" in by_name
     assert by_name["resume from the middle"].detail == "stopped after update 20 of 40"
 
@@ -345,10 +345,10 @@ def test_a_search_for_the_cause_that_fails_loses_no_check(monkeypatch: pytest.Mo
         raise KeyError("of the\nsearch")
 
     monkeypatch.setattr(sys.modules[Proof.__module__], "diagnose", broken)
-    found = certify(
+    certificate = certify(
         closure_loop(False, 4.0), classifier(), nn.CrossEntropyLoss(), samples(), STEPS, updates=2
     )
-    assert "gradient, fp64" in [check.name for check in found.failed]
-    assert [cause.source for cause in found.causes] == ["unknown"]
-    assert str(found).startswith("not proved: the search for the cause failed: KeyError: 'of the")
-    assert "\n" not in str(found)
+    assert "gradient, fp64" in [check.name for check in certificate.failed]
+    assert [cause.source for cause in certificate.causes] == ["unknown"]
+    assert str(certificate).startswith("not proved: the search for the cause failed: KeyError: 'of the")
+    assert "\n" not in str(certificate)

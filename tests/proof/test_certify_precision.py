@@ -1,4 +1,4 @@
-"""What only a closer look sees: changed batches, repeated draws, and loops that are wrong in fp32 alone."""
+"""Changed batches, repeated draws, and loops that are wrong in fp32 alone."""
 
 from __future__ import annotations
 
@@ -57,8 +57,8 @@ def test_a_loop_that_changes_its_batch_is_not_certified_and_changes_nothing_of_o
         loop()(model, optimizer, batch, steps)
 
     before = labels.clone()
-    found = certify(clamped, model(nn.Dropout(0.5)), CROSS_ENTROPY, (inputs, labels), 4, updates=2)
-    assert found.verdict == "not proved"
+    result = certify(clamped, model(nn.Dropout(0.5)), CROSS_ENTROPY, (inputs, labels), 4, updates=2)
+    assert result.verdict == "not proved"
     assert torch.equal(labels, before)
 
 
@@ -70,9 +70,9 @@ def test_masks_that_are_drawn_again_are_named() -> None:
             (CROSS_ENTROPY(model(x), y) * len(y) / len(batch[1])).backward()
         optimizer.step()
 
-    found = certificate(seeded, model(nn.Dropout(0.5)))
-    assert found.verdict == "not proved"
-    assert "3 micro-batches draw what another one of their window has drawn" in str(found)
+    result = certificate(seeded, model(nn.Dropout(0.5)))
+    assert result.verdict == "not proved"
+    assert "3 micro-batches draw what another one of their window has drawn" in str(result)
     assert certificate(loop(), model(nn.Dropout(0.5))).verdict == "proved up to"
 
 
@@ -123,13 +123,13 @@ def twice(model: nn.Module, optimizer: Any, batch: Any) -> None:
     ids=["carried over", "a smaller window divided by a whole one's size", "six of seven", "stepped twice"],
 )
 def test_what_is_wrong_in_fp32_alone_is_seen(spoil: Spoil, check: str) -> None:
-    found = certificate(loop(spoil))
-    assert check in {failed.name for failed in found.failed}
+    result = certificate(loop(spoil))
+    assert check in {failed.name for failed in result.failed}
 
 
 def test_clipping_that_never_acts_is_said() -> None:
-    found = certificate(loop(), clip_norm=50.0)
-    assert str(found) == "proved up to clipping, which never acted" and found.proved
+    result = certificate(loop(), clip_norm=50.0)
+    assert str(result) == "proved up to clipping, which never acted" and result.proved
 
 
 def test_class_weights_in_fp64_stay_as_they_are() -> None:
@@ -147,8 +147,8 @@ def test_class_weights_in_fp64_stay_as_they_are() -> None:
 
     inputs, labels = data()
     options = {"updates": 2, "precision": torch.float64}
-    found = certify(train_window, model().double(), loss, (inputs.double(), labels), 4, **options)
-    assert str(found) == "proved" and torch.equal(loss.weight, before)
+    result = certify(train_window, model().double(), loss, (inputs.double(), labels), 4, **options)
+    assert str(result) == "proved" and torch.equal(loss.weight, before)
 
 
 class Masked(nn.Module):
@@ -178,8 +178,8 @@ class SequenceFirst(nn.Module):
 
 @pytest.mark.parametrize("middle", [Masked, SequenceFirst])
 def test_right_windows_that_a_review_found_refused(middle: type[nn.Module]) -> None:
-    found = certificate(loop(), model(middle()))
-    assert found.proved, str(found)
+    result = certificate(loop(), model(middle()))
+    assert result.proved, str(result)
 
 
 def test_a_wrong_rate_of_the_second_group_is_named() -> None:
@@ -189,5 +189,5 @@ def test_a_wrong_rate_of_the_second_group_is_named() -> None:
     def wrong(model: nn.Module, optimizer: Any, batch: Any) -> None:
         optimizer.param_groups[1]["lr"] = 0.03
 
-    found = certificate(loop(wrong), optimizer=groups)
-    assert "the learning rate of parameter group 1 is 3 times the schedule's" in str(found)
+    result = certificate(loop(wrong), optimizer=groups)
+    assert "the learning rate of parameter group 1 is 3 times the schedule's" in str(result)

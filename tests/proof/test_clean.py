@@ -1,4 +1,4 @@
-"""No right window is called wrong: random right configurations, all proved."""
+"""Random right configurations are all proved."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..support.ranks import on_ranks
 from . import clean_loops
 from .clean_loops import Configuration, alarm, certified, configuration, numbered
 
-# Configurations that were once called wrong, and why: `numbered` is the same for ever.
+# Configurations that once failed, and why; `numbered` never changes.
 ONCE_WRONG = {
     0: "class weights in bf16",
     11: 'reduction="none" counted ignored targets',

@@ -42,8 +42,8 @@ def problem_of(model: nn.Module, loss: Any, batch: Any, steps: int = STEPS) -> P
 )
 def test_the_larger_batch_is_the_reference(criterion: nn.Module) -> None:
     model, batch = small_model(), classification(23)
-    found = larger_batch(model, criterion, batch)
-    assert relative_error(found.gradient, larger_batch_gradient(model, criterion, *batch)) < 1e-14
+    larger = larger_batch(model, criterion, batch)
+    assert relative_error(larger.gradient, larger_batch_gradient(model, criterion, *batch)) < 1e-14
     assert all(p.grad is None for p in model.parameters())
 
 
@@ -62,7 +62,7 @@ def test_parts_of_the_larger_batch_add_up_to_it() -> None:
 
 
 class Noisy(nn.Module):
-    """Draws in every way there is a hook for."""
+    """Draws with every operator that can be held fixed."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -89,8 +89,8 @@ def test_a_sample_draws_the_same_in_any_split_and_order(kind: str) -> None:
 
     def outputs(order: list[int], sizes: list[int], seed: int = 5) -> Tensor:
         with keep_float64(DOUBLE), fixed_draws(model, batch, seed):
-            found = torch.cat([call(model, part) for part in inputs[order].split(sizes)])
-        return found[torch.argsort(torch.tensor(order))]
+            outputs_in_order = torch.cat([call(model, part) for part in inputs[order].split(sizes)])
+        return outputs_in_order[torch.argsort(torch.tensor(order))]
 
     whole = outputs(list(range(9)), [9])
     for order, sizes in ((list(range(9)), [4, 4, 1]), ([8, 3, 1, 0, 2, 7, 5, 6, 4], [2, 3, 4])):
@@ -109,8 +109,8 @@ def test_fixed_dropout_keeps_as_often_as_it_should() -> None:
 
 def test_draws_that_cannot_be_held_fixed_are_refused_by_name() -> None:
     model = nn.Sequential(nn.Linear(6, 5), nn.RReLU())
-    found = certify(right, model, nn.CrossEntropyLoss(), samples(), STEPS, updates=1)
-    assert str(found) == (
+    certificate = certify(right, model, nn.CrossEntropyLoss(), samples(), STEPS, updates=1)
+    assert str(certificate) == (
         "not proved: 1: draws of rrelu_with_noise cannot be held fixed by sample, so nothing is certified"
     )
 
@@ -118,8 +118,8 @@ def test_draws_that_cannot_be_held_fixed_are_refused_by_name() -> None:
 def test_dropout_is_excused_by_name_and_the_rest_is_proved() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 9), nn.Dropout(0.5), nn.ReLU(), nn.Dropout(0.2), nn.Linear(9, 5))
-    found = certify(right, model, nn.CrossEntropyLoss(), samples(), STEPS, updates=3)
-    assert str(found) == "proved up to dropout draws (1 (Dropout), 3 (Dropout))"
+    certificate = certify(right, model, nn.CrossEntropyLoss(), samples(), STEPS, updates=3)
+    assert str(certificate) == "proved up to dropout draws (1 (Dropout), 3 (Dropout))"
 
 
 class Centred(nn.Module):
@@ -132,9 +132,9 @@ def test_modules_that_couple_samples_are_found_and_no_others() -> None:
     model = nn.Sequential(
         nn.Linear(6, 8), nn.LayerNorm(8), nn.BatchNorm1d(8), nn.Dropout(0.3), Centred(), nn.Linear(8, 5)
     )  # fmt: skip
-    found = coupling_modules(problem_of(model, nn.CrossEntropyLoss(), samples()), samples())
-    assert [(c.name, c.kind) for c in found] == [("2", "BatchNorm1d"), ("4", "Centred")]
-    assert all(c.effect > 1e-3 for c in found)
+    couplings = coupling_modules(problem_of(model, nn.CrossEntropyLoss(), samples()), samples())
+    assert [(c.name, c.kind) for c in couplings] == [("2", "BatchNorm1d"), ("4", "Centred")]
+    assert all(c.effect > 1e-3 for c in couplings)
     plain = nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.GroupNorm(2, 8), nn.Dropout(0.3))
     assert coupling_modules(problem_of(plain, nn.CrossEntropyLoss(), samples()), samples()) == []
 
@@ -164,13 +164,13 @@ def test_a_coupling_loss_and_batch_norm_are_named_in_the_verdict() -> None:
         optimizer.step()
         optimizer.zero_grad()
 
-    found = certify(window, classifier(), info_nce, samples(), STEPS, updates=1)
-    assert str(found).startswith("not proved: loss (info_nce): couples samples")
+    certificate = certify(window, classifier(), info_nce, samples(), STEPS, updates=1)
+    assert str(certificate).startswith("not proved: loss (info_nce): couples samples")
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 5))
-    found = certify(right, model, nn.CrossEntropyLoss(), samples(), STEPS, updates=1)
-    assert "1 (BatchNorm1d): statistics over 4 of 16 samples" in str(found)
-    assert {"gradient, fp64", "buffers"} <= {check.name for check in found.failed}
+    certificate = certify(right, model, nn.CrossEntropyLoss(), samples(), STEPS, updates=1)
+    assert "1 (BatchNorm1d): statistics over 4 of 16 samples" in str(certificate)
+    assert {"gradient, fp64", "buffers"} <= {check.name for check in certificate.failed}
 
 
 def parts_of(problem: Problem, micro: list[list[int]]) -> list[dict[str, Tensor]]:
@@ -190,13 +190,13 @@ def test_a_mixture_reads_planted_counts_back(counts: tuple[float, ...]) -> None:
     parts = parts_of(problem, micro)
     before = {name: torch.randn_like(value) for name, value in parts[0].items()}
     planted = {name: sum(c * p[name] for c, p in zip(counts, parts, strict=True)) for name in parts[0]}
-    found = mixture(problem, problem.batches[0], copy_in(problem.model, DOUBLE), planted, micro)  # type: ignore[arg-type]
-    assert found is not None and found.explains
-    assert found.counts == pytest.approx(counts, abs=1e-7)
-    assert found.correct == (counts == (1.0,) * 4)
+    mixed = mixture(problem, problem.batches[0], copy_in(problem.model, DOUBLE), planted, micro)  # type: ignore[arg-type]
+    assert mixed is not None and mixed.explains
+    assert mixed.counts == pytest.approx(counts, abs=1e-7)
+    assert mixed.correct == (counts == (1.0,) * 4)
     left = {name: planted[name] + 0.5 * before[name] for name in planted}
-    found = mixture(problem, problem.batches[0], copy_in(problem.model, DOUBLE), left, micro, before)  # type: ignore[arg-type]
-    assert found is not None and found.explains and found.previous == pytest.approx(0.5)
+    mixed = mixture(problem, problem.batches[0], copy_in(problem.model, DOUBLE), left, micro, before)  # type: ignore[arg-type]
+    assert mixed is not None and mixed.explains and mixed.previous == pytest.approx(0.5)
 
 
 def test_a_mixture_of_more_micro_batches_than_parameters_still_reads_a_factor() -> None:
@@ -206,16 +206,16 @@ def test_a_mixture_of_more_micro_batches_than_parameters_still_reads_a_factor() 
     micro = [[k] for k in range(16)]
     parts = parts_of(problem, micro)
     planted = {name: torch.stack([3.0 * p[name] for p in parts]).sum(0) for name in parts[0]}
-    found = mixture(problem, batch, copy_in(problem.model, DOUBLE), planted, micro)  # type: ignore[arg-type]
-    assert found is not None and found.counts == pytest.approx([3.0] * 16)
+    mixed = mixture(problem, batch, copy_in(problem.model, DOUBLE), planted, micro)  # type: ignore[arg-type]
+    assert mixed is not None and mixed.counts == pytest.approx([3.0] * 16)
 
 
 def test_noise_is_no_mixture() -> None:
     problem = problem_of(classifier(), nn.CrossEntropyLoss(), samples())
     micro = [list(range(k, k + 4)) for k in range(0, 16, 4)]
     noise = {name: torch.randn_like(value) for name, value in parts_of(problem, micro)[0].items()}
-    found = mixture(problem, problem.batches[0], copy_in(problem.model, DOUBLE), noise, micro)  # type: ignore[arg-type]
-    assert found is not None and not found.explains
+    mixed = mixture(problem, problem.batches[0], copy_in(problem.model, DOUBLE), noise, micro)  # type: ignore[arg-type]
+    assert mixed is not None and not mixed.explains
 
 
 def test_samples_that_are_missing_or_doubled_are_named() -> None:
@@ -249,18 +249,18 @@ FAULT = Cause("wrong denominator", "", "4 times too large", math.nan, "", "")
     ],
 )
 def test_the_verdict_follows_from_checks_and_causes(checks: Any, causes: Any, verdict: str) -> None:
-    found = Certificate(checks, causes)
-    assert found.verdict == verdict
-    assert found.proved == (verdict != "not proved")
+    certificate = Certificate(checks, causes)
+    assert certificate.verdict == verdict
+    assert certificate.proved == (verdict != "not proved")
 
 
 def test_a_certificate_is_strict_json() -> None:
-    found = Certificate([check(math.nan), check(math.inf)], [FAULT], {"steps": 4}, {}, {"lr": math.nan})
+    certificate = Certificate([check(math.nan), check(math.inf)], [FAULT], {"steps": 4}, {}, {"lr": math.nan})
 
     def refuse(constant: str) -> None:
         raise AssertionError(constant)
 
-    read = json.loads(found.as_json(), parse_constant=refuse)
+    read = json.loads(certificate.as_json(), parse_constant=refuse)
     assert read["verdict"] == "not proved" and read["summary"] == "not proved: 4 times too large"
     assert [c["figure"] for c in read["checks"]] == ["nan", "inf"]
     assert [c["passed"] for c in read["checks"]] == [False, False]
@@ -327,8 +327,8 @@ def test_a_loop_that_narrows_is_right_in_fp64_too() -> None:
         optimizer.zero_grad()
         return logged
 
-    found = certify(narrows, classifier(), nn.CrossEntropyLoss(), samples(15), STEPS, updates=5)
-    assert str(found) == "proved"
+    certificate = certify(narrows, classifier(), nn.CrossEntropyLoss(), samples(15), STEPS, updates=5)
+    assert str(certificate) == "proved"
 
 
 def test_a_class_per_sample_needs_no_ignored_targets() -> None:
@@ -339,8 +339,8 @@ def test_a_class_per_sample_needs_no_ignored_targets() -> None:
     assert "gradient, weighted items" not in names
     inputs, targets = samples()
     targets[3] = -100
-    found = certify(right, classifier(), nn.CrossEntropyLoss(), (inputs, targets), STEPS, updates=1)
-    assert "gradient, weighted items" in [c.name for c in found.failed]
+    certificate = certify(right, classifier(), nn.CrossEntropyLoss(), (inputs, targets), STEPS, updates=1)
+    assert "gradient, weighted items" in [c.name for c in certificate.failed]
 
 
 @pytest.mark.skipif(importlib.util.find_spec("accelerate") is None, reason="accelerate is not installed")
@@ -366,8 +366,8 @@ def few_are_skipped(model: Any, optimizer: Any, batch: Any, steps: int) -> None:
 
 
 def test_a_last_micro_batch_of_one_sample_is_tried() -> None:
-    found = certify(few_are_skipped, classifier(), nn.CrossEntropyLoss(), samples(), STEPS, updates=1)
-    assert str(found) == "not proved: of the batch's samples 12 is never seen"
+    certificate = certify(few_are_skipped, classifier(), nn.CrossEntropyLoss(), samples(), STEPS, updates=1)
+    assert str(certificate) == "not proved: of the batch's samples 12 is never seen"
 
 
 def equal_samples(dropout: float) -> str:

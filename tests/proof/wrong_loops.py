@@ -1,4 +1,4 @@
-"""Hand-written loops, each with one bug that shipped somewhere, and the right ones that they come from.
+"""Hand-written loops, each with one bug that shipped somewhere, and the right ones they derive from.
 
 Every loop is `train_window(model, optimizer, batch, steps[, schedule])` as a user would write it, with
 micro-batches of a fixed size. `python -m tests.proof.mutants` certifies them all and prints who caught what.
@@ -344,7 +344,7 @@ def clipped_too_early(model, optimizer, batch, steps):
 
 
 def counted_by_itself() -> TrainWindow:
-    """Sets the warm-up's rate from a count of its own, which no checkpoint holds."""
+    """Sets the warm-up's rate from its own count, which no checkpoint holds."""
     counts: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
 
     def train_window(model, optimizer, batch, steps, schedule):

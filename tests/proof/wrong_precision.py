@@ -66,12 +66,12 @@ def kept_in_fp16(model, optimizer, batch, steps):
 
 
 class Scale:
-    """A dynamic loss scale written by hand, as wrong as asked for.
+    """A dynamic loss scale written by hand, with the bugs that its arguments name.
 
     Args:
-        each: moves once for every micro-batch instead of once for the window.
-        last: looks at the last micro-batch's gradient alone.
-        lowered: times that an overflow lowers it for every micro-batch that overflowed.
+        each: counts every micro-batch without an overflow instead of every window.
+        last: checks the last micro-batch's gradient alone.
+        lowered: lowers the scale once for every micro-batch that overflowed.
     """
 
     def __init__(self, each: bool, last: bool, lowered: bool) -> None:
@@ -80,7 +80,7 @@ class Scale:
         self.good = 0
 
     def update(self, overflows: Sequence[bool]) -> bool:
-        """Moves by what overflowed in the window's micro-batches; whether it is to be skipped."""
+        """Updates the scale after a window; returns whether its step is skipped."""
         overflow = overflows[-1] if self.last else any(overflows)
         if self.lowered:
             self.value *= 0.5 ** sum(overflows)
