@@ -36,9 +36,9 @@ def prove_job(cfg: DictConfig) -> None:
         else:
             proved = prove(spec, rank_info)
     except Exception as error:
+        log_error(error)
         if rank_info.first and isinstance(error, UsageError) and not cfg.resume:
             folder.remove_unused()
-        log_error(error)
         exit_with_error(error, rank_info)
     if not proved:
         sys.exit(1)

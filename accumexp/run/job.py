@@ -82,9 +82,9 @@ def _fail(
     refused = isinstance(error, UsageError)
     if job and job.alone and refused and not folder.summary_file.exists():
         job = None  # the command asked for replicas and no sweep, and nothing of a sweep exists
+    log_error(error)
     if rank_info.first and refused and not job and not resumed:
         folder.remove_unused()
-    log_error(error)
     if job and rank_info.first:
         job.record_failure(folder, error)
     if job and (rank_info.size == 1 or "SUBMITIT_EXECUTOR" in os.environ):
