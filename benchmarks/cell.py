@@ -14,7 +14,7 @@ from torch import Tensor
 
 from accumexp.environment.device import MIB
 from accumexp.errors import UsageError
-from accumexp.training.trainer import FIRST_UPDATES
+from accumexp.training.metrics_log import FIRST_UPDATES
 
 from .loops import (
     HandWritten,

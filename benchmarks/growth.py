@@ -18,6 +18,7 @@ from rich.table import Table
 from accumexp.config.schema import TrackingConfig
 from accumexp.environment.device import pick_device
 from accumexp.tracking import MLflowTracker, Store
+from accumexp.tracking.folder import RunFolder, RunStatus
 from accumexp.tracking.record import RunRecord
 
 from . import ranks
@@ -93,7 +94,7 @@ def by_points(options: argparse.Namespace) -> Rows:
             run_id = store.create_run(f"{points} points", {})
             run_folder = Path(folder, run_id)
             run_folder.mkdir()
-            record = RunRecord(run_folder)
+            record = RunRecord(RunFolder(run_folder))
             record.tracker = MLflowTracker(store, run_id, config)
             start, left, update = perf_counter(), points, 0
             while left:
@@ -101,7 +102,7 @@ def by_points(options: argparse.Namespace) -> Rows:
                 values = {name: 1 / update for name in VALUES[: min(left, len(VALUES))]}
                 record.record(update, values, publish=True)
                 left -= len(values)
-            record.close("FINISHED")
+            record.close(RunStatus.FINISHED)
             seconds = perf_counter() - start
             kept = sum(len(store.client.get_metric_history(run_id, name)) for name in VALUES)
             row = {"points": points, "kept": kept, "seconds": seconds}

@@ -77,7 +77,7 @@ def test_a_run_goes_on_to_the_bits_of_one_that_was_split_finer_there(at: int, mi
 def test_it_is_said_kept_and_published_and_the_activations_are_measured_again(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("accumexp.training.trainer.FIRST_UPDATES", 0)
+    monkeypatch.setattr("accumexp.training.metrics_log.FIRST_UPDATES", 0)
     trainer, memory = run_of(Starved(5, 1, times=2), "trainer.log_every=7")
     lines = [
         "update 5: out of memory in micro-batch 2 of 4; from here on micro-batches of 13 samples at most",

@@ -19,6 +19,7 @@ import pytest
 from accumexp.config.schema import TrackingConfig
 from accumexp.errors import UsageError
 from accumexp.tracking import MLflowTracker, Store, reopen
+from accumexp.tracking.folder import RunStatus
 
 WRITER = """
 import sys
@@ -106,7 +107,7 @@ def test_points_are_sent_in_batches_and_all_of_them(folder: Path, monkeypatch: p
     for update in range(1, 1001):
         tracker.log(update, {"train/loss": 1.0 / update})
     assert calls == [700]
-    tracker.end("FINISHED")
+    tracker.end(RunStatus.FINISHED)
     assert calls == [700, 300]
     assert history(tracker, "train/loss") == [(u, 1.0 / u) for u in range(1, 1001)]
 
@@ -135,13 +136,13 @@ def test_law_8_a_resumed_record_doubles_no_point_and_misses_none(folder: Path) -
     tracker = opened(folder)
     for update in range(1, 8):
         tracker.log(update, {"train/loss": float(update), "eval/accuracy": 0.5})
-    tracker.end("KILLED")
+    tracker.end(RunStatus.KILLED)
     again = reopen(config_at(folder), tracker.identity())
     assert isinstance(again, MLflowTracker)
     assert again.store.client.get_run(again.run_id).info.status == "RUNNING"
     for update in range(5, 11):
         again.log(update, {"train/loss": float(update), "eval/accuracy": 0.5})
-    again.end("FINISHED")
+    again.end(RunStatus.FINISHED)
     assert history(again, "train/loss") == [(u, float(u)) for u in range(1, 11)]
     assert [step for step, _ in history(again, "eval/accuracy")] == list(range(1, 11))
     assert again.store.client.get_run(again.run_id).info.status == "FINISHED"
@@ -155,7 +156,7 @@ def test_a_logged_model_is_ranked_by_its_evaluation_and_doubles_no_point(folder:
         path = folder / f"update-{update:08d}.pt"
         path.write_bytes(b"weights")
         tracker.checkpoint(path, update, {"eval/accuracy": accuracy})
-    tracker.end("FINISHED")
+    tracker.end(RunStatus.FINISHED)
     ranked = tracker.store.client.search_logged_models(
         [tracker.store.experiment_id], order_by=[{"field_name": "metrics.eval/accuracy", "ascending": False}]
     )
@@ -245,7 +246,7 @@ def test_a_new_postgresql_database_opened_by_several_at_once_loses_nothing(
 
 def test_a_deleted_experiment_or_run_is_named(folder: Path) -> None:
     tracker = opened(folder)
-    tracker.end("FINISHED")
+    tracker.end(RunStatus.FINISHED)
     with pytest.raises(UsageError, match="resume: run 0000 is not in"):
         reopen(config_at(folder), {**tracker.identity(), "run_id": "0000"})
     tracker.store.client.delete_experiment(tracker.store.experiment_id)
