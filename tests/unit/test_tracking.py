@@ -23,7 +23,7 @@ from accumexp.tracking.folder import RunStatus
 
 WRITER = """
 import sys
-from accumexp.config import TrackingConfig
+from accumexp.config.schema import TrackingConfig
 from accumexp.tracking import MLflowTracker, Store
 config = TrackingConfig(uri=sys.argv[1], system_metrics=False)
 store = Store(config)
