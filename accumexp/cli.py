@@ -21,9 +21,10 @@ from hydra.errors import (
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from .config.schema import Config, Strategy, explain_omegaconf
+from .config.loading import explain_omegaconf
+from .config.schema import Config, Strategy
 from .config.sizes import AUTO, batch_sizes, processes
-from .errors import TrainingError, UsageError, unknown_key
+from .errors import TrainingError, UsageError, print_error, unknown_key
 from .sweeps.job_folders import place, slug
 
 # Read before `hydra_app` sets it for Hydra, and handed on to the processes in which a launcher runs jobs.
@@ -177,14 +178,8 @@ def command(main: Callable[[], None]) -> NoReturn:
     except (UsageError, TrainingError) as error:
         if WANTS_TRACEBACK:
             traceback.print_exc()
-        sys.exit(fail(error))
+        sys.exit(print_error(error))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
     sys.exit(0)
-
-
-def fail(error: Exception, speaker: str = "") -> int:
-    """Prints the error's line and gives the exit code it stands for."""
-    print(f"{speaker}error: {error}", file=sys.stderr)
-    return 2 if isinstance(error, UsageError) else 1

@@ -52,7 +52,7 @@ def evaluate(checkpoint: str, split: str, overrides: list[str], as_json: bool) -
     Raises:
         UsageError: for a checkpoint that is missing, damaged, foreign, or does not fit its configuration.
     """
-    from .run.resume import changed
+    from .config.overrides import changed
     from .training.checkpoint import find, load
 
     path = find(Path(checkpoint), best=True)

@@ -12,7 +12,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from accumexp.environment.device import MIB
+from accumexp.environment.memory import MIB
 from accumexp.training.trainer import FIRST_UPDATES
 
 from .contenders import (

@@ -42,7 +42,8 @@ class Accumexp(Contender):
         from hydra import compose, initialize_config_dir
 
         from accumexp.cli import conf_dir
-        from accumexp.config.schema import TrackingConfig, from_hydra
+        from accumexp.config.loading import from_hydra
+        from accumexp.config.schema import TrackingConfig
         from accumexp.run.record import RunRecord, open_tracker, write_config
         from accumexp.run.spec import RunSpec
         from accumexp.tracking import Store

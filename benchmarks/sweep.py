@@ -22,7 +22,7 @@ from rich.progress import track
 from rich.table import Table
 
 from accumexp.config.schema import Config
-from accumexp.sweeps.cores import cores
+from accumexp.environment.cores import cores
 from accumexp.tracking.journal import SUMMARY, read_whole
 
 from .measure import (

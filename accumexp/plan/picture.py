@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -11,9 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
 from ..report.pictures import RESOLUTION, STYLE
-
-if TYPE_CHECKING:
-    from .frontier import Frontier
+from .points import Frontier
 
 PREDICTED, MEASURED, LIMIT, CHOSEN = "#0072B2", "#000000", "#D55E00", "#009E73"
 ROOM = 1.6  # how far above the largest measured point the axis goes, in its units

@@ -16,10 +16,11 @@ from torch import Tensor
 
 from ..accum.batch import map_tensors, tensors
 from ..accum.sync import plain
-from ..config.schema import Config, Precision, check
+from ..config.schema import Config, Precision
+from ..config.validation import check
 from ..data import Batch
 from ..environment.random_state import random_state, restore_random_state
-from ..environment.ranks import RankInfo, first_says
+from ..environment.ranks import RankInfo, broadcast_from_first
 from ..proof.certificate import Check
 from ..proof.gradients import DOUBLE
 from ..proof.observation import Observation, watching
@@ -151,7 +152,7 @@ class FirstUpdates:
         undisturbed.fit()
         first = self.trainer({})
         with tempfile.TemporaryDirectory(prefix="accumexp-proof-") as own:
-            folder = Path(first_says(own, self.experiment.rank_info))
+            folder = Path(broadcast_from_first(own, self.experiment.rank_info))
             saving = Checkpoints(every_epochs=None, every_updates=half)
             saving.attach(folder, {}, lambda: None)
             first.callbacks = {**first.callbacks, "checkpoint": saving, "stop": StopAt(half)}

@@ -10,8 +10,8 @@ from pathlib import Path
 from ..config.schema import Backend, Config, Strategy
 from ..environment.console import console, show_values
 from ..environment.device import device_name, pick_device
-from ..environment.ranks import RankInfo, device_of, first_says, joined
-from ..plan.auto_steps import planned
+from ..environment.ranks import RankInfo, broadcast_from_first, device_of, process_group
+from ..plan.auto_steps import choose_steps
 from ..proof import Certificate
 from ..proof.certificate import number
 from ..run.record import described, open_tracker, write_config
@@ -35,11 +35,12 @@ class ProofSession:
         if not rank_info.first:
             console.quiet = True
         with _joined(config, rank_info):
-            folder = Path(first_says(str(self.spec.folder), rank_info))
+            folder = Path(broadcast_from_first(str(self.spec.folder), rank_info))
             no_store = config.tracking.backend is Backend.none or not rank_info.first
             # A store that cannot be reached is said before the work, not after it.
             store = None if no_store else Store(config.tracking)
-            self.spec, known = planned(self.spec, rank_info)
+            config, known = choose_steps(self.spec.config, rank_info, self.spec.resume_from is not None)
+            self.spec = replace(self.spec, config=config)
             config = self.spec.config
             console.print(described_problem(config, rank_info), highlight=False, soft_wrap=True)
             with stages() as stage:
@@ -135,4 +136,4 @@ def stages() -> Iterator[Callable[[str], None]]:
 def _joined(config: Config, rank_info: RankInfo) -> AbstractContextManager[None]:
     if config.accum.strategy is Strategy.standalone:
         return nullcontext()
-    return joined(rank_info, str(pick_device(device_of(config.device, rank_info))))
+    return process_group(rank_info, str(pick_device(device_of(config.device, rank_info))))

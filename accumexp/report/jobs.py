@@ -10,7 +10,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from ..config.schema import flatten
+from ..config.loading import flatten
 from ..run.spec import CONFIG
 from ..sweeps.sweep import summaries
 from ..tracking import PastRun, Store, curve, jobs_of

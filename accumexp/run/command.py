@@ -40,7 +40,7 @@ def run_lines(lines: list[list[str]]) -> None:
 
 def run_as_rank(asked: list[str], lines: list[list[str]], changes: dict[str, str], first: bool) -> None:
     """`main` in a rank that torchrun started; ends the process."""
-    from ..environment.ranks import end_now, silent_arguments
+    from ..environment.ranks import exit_immediately, silent_rank_overrides
     from .sweep_end import closing_sweep
 
     code: object = 0
@@ -50,7 +50,7 @@ def run_as_rank(asked: list[str], lines: list[list[str]], changes: dict[str, str
                 with closing_sweep(asked, changes):
                     run_lines(lines)
             else:
-                run_lines([[*line, *silent_arguments(folder)] for line in lines])
+                run_lines([[*line, *silent_rank_overrides(folder)] for line in lines])
         except SystemExit as end:
             code = end.code
-    end_now(code if isinstance(code, int) else 1)
+    exit_immediately(code if isinstance(code, int) else 1)

@@ -14,10 +14,10 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from ..cli import WANTS_TRACEBACK, fail
+from ..cli import WANTS_TRACEBACK
 from ..environment.console import unseen
-from ..environment.ranks import RankInfo, abandon, end_now, launched_rank
-from ..errors import TrainingError, UsageError
+from ..environment.ranks import RankInfo, exit_immediately, launched_rank, skip_group_teardown
+from ..errors import TrainingError, UsageError, print_error
 from ..sweeps.job_status import LOCK, RANKS_LOCK, JobStatus, agreed, alone_in, clear, job_status
 from ..sweeps.sweep import SweepJob
 from ..tracking.journal import METRICS, SUMMARY
@@ -121,16 +121,16 @@ def _run(
         if job and rank_info.first:
             job.failed(folder, error)
         if job and (rank_info.size == 1 or "SUBMITIT_EXECUTOR" in os.environ):
-            abandon()
+            skip_group_teardown()
             return None
-        code = fail(error, "" if rank_info.first else f"rank {rank_info.rank}: ") if expected else 1
+        code = print_error(error, "" if rank_info.first else f"rank {rank_info.rank}: ") if expected else 1
         if rank_info.size > 1:
-            abandon()
+            skip_group_teardown()
             if expected and not rank_info.first:
                 # The launcher stops all ranks as soon as one ends: the first one speaks and closes before.
                 time.sleep(3)
             if not (job and rank_info.first):  # which has its sweep to close
-                end_now(code)
+                exit_immediately(code)
         sys.exit(code)
 
 

@@ -20,7 +20,7 @@ from typing import Any
 import psutil
 from omegaconf import DictConfig, OmegaConf
 
-from ..config.schema import from_hydra
+from ..config.loading import from_hydra
 from ..errors import TrainingError, UsageError
 from ..tracking.journal import SUMMARY, write_whole
 from .spec import CONFIG, RunSpec

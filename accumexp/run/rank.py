@@ -13,7 +13,7 @@ from typing import Any
 def main() -> None:
     folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
     die_with_parent()
-    from ..environment.ranks import end_now
+    from ..environment.ranks import exit_immediately
     from .launch import report
 
     code = 0
@@ -27,7 +27,7 @@ def main() -> None:
         logging.getLogger(__name__).info("rank %d failed", rank, exc_info=error)
         report(folder, rank, error)
         code = 1
-    end_now(code)
+    exit_immediately(code)
 
 
 def carry_out(path: Path, rank: int) -> None:

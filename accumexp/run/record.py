@@ -13,9 +13,11 @@ from omegaconf import OmegaConf
 
 from ..accum import Inequality
 from ..accum.batch import map_tensors, tensors
-from ..config.schema import Backend, Config, flatten, to_plain
+from ..config.loading import flatten, to_plain
+from ..config.schema import Backend, Config
 from ..data import Batches, ResidentBatches
-from ..environment.device import code_version, device_name, tf32
+from ..environment.code_version import code_version
+from ..environment.device import device_name, tf32
 from ..tracking import MLflowTracker, Store, Tracker
 from ..tracking.journal import METRICS, SUMMARY, Journal, ProgressFile, write_whole
 from ..training.checkpoint import BEST, FOLDER, load, saved_updates

@@ -10,9 +10,9 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from ..config.overrides import changed
 from ..config.report import report_from
-from ..config.schema import Config, from_hydra
-from ..environment.ranks import launched_rank
+from ..config.schema import Config
 from ..errors import UsageError
 from ..sweeps.job_folders import ADDED, MULTIRUN, REPORT, Launch, asked_for
 
@@ -188,56 +188,6 @@ def resumed(cfg: DictConfig) -> Resumed | None:
     if not overrides and _finished(path):
         raise UsageError(f"resume={where}: the run is finished; more of it with trainer.epochs=<more>")
     return Resumed(config, content, path, overrides)
-
-
-def changed(plain: dict[str, Any], overrides: Sequence[str]) -> Config:
-    """A checkpoint's configuration with `key=value` overrides; groups cannot be exchanged in it.
-
-    Raises:
-        UsageError: for an unknown key, a wrong value, or an override that is not a plain value.
-    """
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import HydraException
-
-    cfg = OmegaConf.create(plain)
-    try:
-        parsed = OverridesParser.create().parse_overrides(list(overrides))
-    except HydraException as error:
-        raise UsageError(" ".join(str(error).split())) from error
-    for override in parsed:
-        key = override.key_or_group
-        exists = OmegaConf.select(cfg, key, default=_NOTHING) is not _NOTHING
-        whole = isinstance(plain.get(key), dict)
-        if override.type is None or whole or not (exists or override.is_add()):
-            raise UsageError(
-                f"{override.input_line}: only values of the run's own configuration can be changed, "
-                "such as trainer.epochs=40"
-            )
-        if override.is_delete() or override.is_sweep_override():
-            raise UsageError(f"{override.input_line}: a single value is needed")
-        OmegaConf.update(cfg, key, override.value(), force_add=True)
-    _forget_third(cfg, {override.key_or_group for override in parsed})
-    return from_hydra(cfg)
-
-
-_NOTHING = object()
-REDUCE = "reduce_every_micro_batch"
-
-
-def _forget_third(cfg: DictConfig, given: set[str]) -> None:
-    """Lets what was not given follow from the rest: a checkpoint holds ranks and all sizes filled in."""
-    steps, micro, ranks, strategy = (
-        f"accum.{k}" for k in ("steps", "micro_batch_size", "processes", "strategy")
-    )
-    if ranks not in given and (strategy in given or launched_rank() is not None):
-        OmegaConf.update(cfg, ranks, None)
-        given = given | {ranks}
-    if strategy in given and f"accum.{REDUCE}" not in given:
-        OmegaConf.update(cfg, f"accum.{REDUCE}", False)  # which other strategies do not have
-    if micro in given and steps not in given:
-        OmegaConf.update(cfg, steps, None)
-    elif micro not in given and given & {steps, ranks, "data.batch_size"}:
-        OmegaConf.update(cfg, micro, None)
 
 
 def _older(path: Path) -> Path | None:

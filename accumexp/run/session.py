@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import signal
 import sys
@@ -12,12 +13,14 @@ from pathlib import Path
 import torch
 
 from ..accum import Inequality, inequalities
-from ..config.schema import Backend, LossScaling, Strategy, to_plain
+from ..config.loading import to_plain
+from ..config.schema import Backend, LossScaling, Strategy
 from ..environment.console import console, duration, result, show_values
-from ..environment.device import MIB, device_name, pick_device, reset_peak_memory
-from ..environment.ranks import RankInfo, device_of, first_says, joined, wait_for_all
+from ..environment.device import device_name, pick_device
+from ..environment.memory import MIB, reset_peak_memory
+from ..environment.ranks import RankInfo, barrier, broadcast_from_first, device_of, process_group
 from ..environment.signals import StopSignals
-from ..plan.auto_steps import planned
+from ..plan.auto_steps import choose_steps
 from ..sweeps.sweep import SweepJob
 from ..tracking import Store, reopen
 from ..tracking.certificates import CERTIFICATE, TAG
@@ -30,7 +33,7 @@ from .record import RunRecord, SilentRecord, described, open_tracker, why_unequa
 from .spec import RunSpec
 
 # Seconds that a rank may wait for others that are gone, after it was told to stop.
-STUCK = 10.0
+SIGNAL_DEADLINE = 10.0
 
 
 @dataclass
@@ -47,11 +50,11 @@ class Run:
         config, resume_from, rank_info = self.spec.config, self.spec.resume_from, self.rank_info
         if not rank_info.first:
             console.quiet = True
-        with StopSignals(STUCK if rank_info.size > 1 else None) as signals, self._joined():
+        with StopSignals(SIGNAL_DEADLINE if rank_info.size > 1 else None) as signals, self._joined():
             # Under torchrun the others composed a folder of their own, but checkpoints may have many writers.
-            self.folder = Path(first_says(str(self.folder), rank_info))
-            self.spec, how = planned(self.spec, rank_info)
-            config = self.spec.config
+            self.folder = Path(broadcast_from_first(str(self.folder), rank_info))
+            config, how = choose_steps(self.spec.config, rank_info, self.spec.resume_from is not None)
+            self.spec = dataclasses.replace(self.spec, config=config)
             proved: dict[str, str] = {}
             if config.prove and not resume_from:
                 from ..prove.session import certified
@@ -111,7 +114,7 @@ class Run:
             self._summarise(record, status, final, monitored=monitored)
         if interrupted:
             # The launcher would stop a first rank that is still saving as soon as another ends.
-            wait_for_all(rank_info)
+            barrier(rank_info)
             stopped_by = signal.Signals(trainer.stop_code).name
             text = f"stopped by {stopped_by} after update {trainer.progress.update}"
             if not self.job and saved_updates(self.folder / FOLDER):
@@ -130,7 +133,7 @@ class Run:
         config = self.spec.config
         if config.accum.strategy is Strategy.standalone:
             return nullcontext()
-        return joined(self.rank_info, str(pick_device(device_of(config.device, self.rank_info))))
+        return process_group(self.rank_info, str(pick_device(device_of(config.device, self.rank_info))))
 
     def _open(
         self,

@@ -11,7 +11,8 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from ..config.schema import Config, flatten, from_hydra, to_plain
+from ..config.loading import flatten, from_hydra, to_plain
+from ..config.schema import Config
 from ..errors import UsageError
 from ..sweeps.cores import check_memory, share_cores
 from ..sweeps.job_folders import command_line

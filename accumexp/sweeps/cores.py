@@ -11,14 +11,8 @@ from typing import Any
 
 from ..config.schema import Config
 from ..config.sizes import AUTO
+from ..environment.cores import cores
 from ..errors import UsageError
-
-
-def cores() -> int:
-    """Cores that this process may use: of the machine, its affinity and its control group."""
-    from joblib import cpu_count
-
-    return cpu_count()
 
 
 def share_cores(config: Config, launcher: Any, batch: int | None) -> None:

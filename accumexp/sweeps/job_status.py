@@ -49,11 +49,11 @@ def job_status(folder: Path) -> JobStatus:
 def agreed(mine: JobStatus, rank_info: RankInfo, device: str) -> JobStatus:
     """The first rank's standing, on every rank of a world that something outside has made."""
     from ..environment.device import pick_device
-    from ..environment.ranks import device_of, first_says, joined
+    from ..environment.ranks import broadcast_from_first, device_of, process_group
 
     said = {"finished": mine.finished, "monitored": mine.monitored, "checkpoint": str(mine.checkpoint or "")}
-    with joined(rank_info, str(pick_device(device_of(device, rank_info)))):
-        heard = json.loads(first_says(json.dumps(said), rank_info))
+    with process_group(rank_info, str(pick_device(device_of(device, rank_info)))):
+        heard = json.loads(broadcast_from_first(json.dumps(said), rank_info))
     where = heard["checkpoint"]
     return JobStatus(heard["finished"], heard["monitored"], Path(where) if where else None)
 

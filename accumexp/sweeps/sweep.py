@@ -13,7 +13,7 @@ from filelock import FileLock
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, read_write
 
-from ..errors import UsageError
+from ..errors import UsageError, print_error
 from ..tracking.journal import SUMMARY, write_whole
 from .job_folders import (
     ADDED,
@@ -59,9 +59,7 @@ class SweepFolder(Callback):
         try:
             self.launch = begin_launch(folder, Launch(said, asked["task"], asked["hydra"]))
         except UsageError as error:  # of which Hydra would make a warning
-            from ..cli import fail
-
-            raise SystemExit(fail(error)) from error
+            raise SystemExit(print_error(error)) from error
         if self.launch:
             with read_write(config):  # the launcher composes its jobs' configuration from these
                 config.hydra.callbacks.sweep.launch = self.launch

@@ -27,8 +27,9 @@ from ..accum import (
     tensors,
 )
 from ..data import Batch, Splits
-from ..environment.device import MIB, peak_memory_mib, wait_for
-from ..errors import of_the_compiler
+from ..environment.device import wait_for
+from ..environment.memory import MIB, peak_memory_mib
+from ..errors import compiler_error
 from .callbacks import Callback, listeners
 from .deferred_metrics import DeferredMetrics, hopeless
 from .evaluation import Evaluator, WindowMetrics
@@ -173,7 +174,7 @@ class Trainer:
                 for batch in course:
                     self.update(batch)
         except RuntimeError as error:
-            if explained := of_the_compiler(error):
+            if explained := compiler_error(error):
                 raise explained from error
             raise
 

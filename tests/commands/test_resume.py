@@ -18,9 +18,10 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
 from accumexp.cli import conf_dir
-from accumexp.config.schema import from_hydra, to_plain
+from accumexp.config.loading import from_hydra, to_plain
+from accumexp.config.overrides import changed
 from accumexp.errors import UsageError
-from accumexp.run.resume import changed, resume_arguments, resumed
+from accumexp.run.resume import resume_arguments, resumed
 from accumexp.tracking.journal import Journal
 from accumexp.training.checkpoint import find, load, save
 

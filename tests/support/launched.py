@@ -60,7 +60,7 @@ def saved_weights(run: Path) -> dict[str, torch.Tensor]:
     parts = folder_of(path, content)
     if parts is None:
         return content["model"]
-    from accumexp.run.resume import changed
+    from accumexp.config.overrides import changed
     from accumexp.training.experiment import Experiment
 
     config = changed(content["config"], ["accum.strategy=standalone", "accum.processes=1"])

@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from accumexp.accum import Window, inequalities, split_sizes, steps_for
-from accumexp.config.schema import Config, to_plain
+from accumexp.config.loading import to_plain
+from accumexp.config.overrides import changed
+from accumexp.config.schema import Config
 from accumexp.errors import UsageError
 from accumexp.models import (
     NORMS,
@@ -27,7 +29,6 @@ from accumexp.models import (
 from accumexp.report.groups import Group
 from accumexp.report.jobs import Job
 from accumexp.report.trajectory import declared
-from accumexp.run.resume import changed
 from accumexp.training.experiment import Experiment
 
 from ..support.command import run_command

@@ -1,0 +1,61 @@
+"""Overrides of a configuration that a checkpoint holds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from ..environment.ranks import launched_rank
+from ..errors import UsageError
+from .loading import from_hydra
+from .schema import Config
+
+_MISSING = object()
+
+
+def changed(plain: dict[str, Any], overrides: Sequence[str]) -> Config:
+    """A checkpoint's configuration with `key=value` overrides; groups cannot be exchanged in it.
+
+    Raises:
+        UsageError: for an unknown key, a wrong value, or an override that is not a plain value.
+    """
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    cfg = OmegaConf.create(plain)
+    try:
+        parsed = OverridesParser.create().parse_overrides(list(overrides))
+    except HydraException as error:
+        raise UsageError(" ".join(str(error).split())) from error
+    for override in parsed:
+        key = override.key_or_group
+        exists = OmegaConf.select(cfg, key, default=_MISSING) is not _MISSING
+        whole = isinstance(plain.get(key), dict)
+        if override.type is None or whole or not (exists or override.is_add()):
+            raise UsageError(
+                f"{override.input_line}: only values of the run's own configuration can be changed, "
+                "such as trainer.epochs=40"
+            )
+        if override.is_delete() or override.is_sweep_override():
+            raise UsageError(f"{override.input_line}: a single value is needed")
+        OmegaConf.update(cfg, key, override.value(), force_add=True)
+    _clear_derived_sizes(cfg, {override.key_or_group for override in parsed})
+    return from_hydra(cfg)
+
+
+def _clear_derived_sizes(cfg: DictConfig, given: set[str]) -> None:
+    """Sets to null what was not given and follows from the rest: a checkpoint holds ranks and all sizes."""
+    steps, micro, ranks, strategy = (
+        f"accum.{k}" for k in ("steps", "micro_batch_size", "processes", "strategy")
+    )
+    if ranks not in given and (strategy in given or launched_rank() is not None):
+        OmegaConf.update(cfg, ranks, None)
+        given = given | {ranks}
+    if strategy in given and "accum.reduce_every_micro_batch" not in given:
+        OmegaConf.update(cfg, "accum.reduce_every_micro_batch", False)  # only fsdp has it
+    if micro in given and steps not in given:
+        OmegaConf.update(cfg, steps, None)
+    elif micro not in given and given & {steps, ranks, "data.batch_size"}:
+        OmegaConf.update(cfg, micro, None)
