@@ -23,11 +23,12 @@ from hydra.errors import (
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from .config.schema import Config, Strategy, explain_omegaconf
+from .config.loading import explain_omegaconf
+from .config.schema import Config, Strategy
 from .config.sizes import AUTO, batch_sizes, processes
 from .environment.launch import RankError
-from .environment.ranks import RankInfo, abandon, end_now
-from .errors import TrainingError, UsageError, fail, unknown_key
+from .environment.ranks import RankInfo, exit_immediately, skip_group_teardown
+from .errors import TrainingError, UsageError, print_error, unknown_key
 from .sweeps.job_folders import job_folder_name, slug
 
 # Read before `hydra_app` sets it for Hydra, and handed on to the processes in which a launcher runs jobs.
@@ -183,7 +184,7 @@ def command(main: Callable[[], None]) -> NoReturn:
     except (UsageError, TrainingError) as error:
         if WANTS_TRACEBACK:
             traceback.print_exc()
-        sys.exit(fail(error))
+        sys.exit(print_error(error))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
@@ -206,12 +207,12 @@ def exit_with_error(error: Exception, rank_info: RankInfo, end_rank: bool = True
         end_rank: of several ranks, end the process at once, without waiting for the others.
     """
     expected = isinstance(error, UsageError | TrainingError)
-    code = fail(error, "" if rank_info.first else f"rank {rank_info.rank}: ") if expected else 1
+    code = print_error(error, "" if rank_info.first else f"rank {rank_info.rank}: ") if expected else 1
     if rank_info.size > 1:
-        abandon()
+        skip_group_teardown()
         if expected and not rank_info.first:
             # The launcher stops all ranks as soon as one ends: the first one prints and closes before.
             time.sleep(3)
         if end_rank:
-            end_now(code)
+            exit_immediately(code)
     sys.exit(code)

@@ -1,4 +1,4 @@
-"""What a command reports in one line: two kinds of error. Anything else is a bug and keeps its traceback."""
+"""The errors that a command reports in one line. Any other exception is a bug and keeps its traceback."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class TrainingError(Exception):
 
 
 def unknown_key(key: str, choices: list[str]) -> str:
-    """The line for a key that does not exist, with its nearest neighbour or its siblings."""
+    """The message for a key that does not exist: the closest of `choices`, or all of them."""
     import difflib
 
     prefix, _, last = key.rpartition(".")
@@ -25,15 +25,15 @@ def unknown_key(key: str, choices: list[str]) -> str:
     return f"{key}: no such key{known}"
 
 
-def of_the_compiler(error: Exception) -> TrainingError | None:
-    """The line for an error of torch.compile, or None for any other."""
+def compiler_error(error: Exception) -> TrainingError | None:
+    """The one-line error for a failure of torch.compile, or None for any other error."""
     if not any(kind.__name__ == "TorchDynamoException" for kind in type(error).__mro__):
         return None
     reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
     return TrainingError(f"trainer.compile=true: the model cannot be compiled: {reason}; leave it out")
 
 
-def fail(error: Exception, speaker: str = "") -> int:
-    """Prints the error's line and gives the exit code it stands for."""
-    print(f"{speaker}error: {error}", file=sys.stderr)
+def print_error(error: Exception, prefix: str = "") -> int:
+    """Prints the error on stderr and returns the command's exit code for it: 2 or 1."""
+    print(f"{prefix}error: {error}", file=sys.stderr)
     return 2 if isinstance(error, UsageError) else 1

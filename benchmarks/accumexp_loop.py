@@ -47,7 +47,8 @@ class Accumexp(Loop):
         from hydra import compose, initialize_config_dir
 
         from accumexp.cli import conf_dir
-        from accumexp.config.schema import TrackingConfig, from_hydra
+        from accumexp.config.loading import from_hydra
+        from accumexp.config.schema import TrackingConfig
         from accumexp.data.digest import dataset_records
         from accumexp.tracking import Store
         from accumexp.tracking.folder import RunFolder

@@ -12,7 +12,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from accumexp.environment.device import MIB
+from accumexp.environment.memory import MIB
 from accumexp.errors import UsageError
 from accumexp.training.metrics_log import FIRST_UPDATES
 

@@ -18,7 +18,8 @@ import torch
 from rich.progress import track
 from rich.table import Table
 
-from accumexp.environment.device import MIB, pick_device, reset_peak_memory, wait_for
+from accumexp.environment.device import pick_device, wait_for
+from accumexp.environment.memory import MIB, reset_peak_memory
 
 from .loops import built, saved_bytes, timed
 from .measure import (

@@ -19,7 +19,8 @@ from torch.distributed.tensor import DTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from accumexp.accum import data_parallel, fully_sharded
-from accumexp.environment.device import MIB, reset_peak_memory, wait_for
+from accumexp.environment.device import wait_for
+from accumexp.environment.memory import MIB, reset_peak_memory
 
 from .measure import Rows, table_of
 from .ranks import (

@@ -22,7 +22,7 @@ from rich.progress import track
 from rich.table import Table
 
 from accumexp.config.schema import Config
-from accumexp.environment.device import cores
+from accumexp.environment.cores import cores
 from accumexp.tracking.json_file import read_json
 
 from .measure import (

@@ -1,4 +1,4 @@
-"""Overrides of a configuration that is composed already: a checkpoint's."""
+"""Overrides of a configuration that a checkpoint holds."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from ..environment.ranks import launched_rank
 from ..errors import UsageError
-from .schema import Config, from_hydra
+from .loading import from_hydra
+from .schema import Config
 
-_NOTHING = object()
-_REDUCE = "reduce_every_micro_batch"
+_MISSING = object()
 
 
 def changed(plain: dict[str, Any], overrides: Sequence[str]) -> Config:
@@ -31,7 +31,7 @@ def changed(plain: dict[str, Any], overrides: Sequence[str]) -> Config:
         raise UsageError(" ".join(str(error).split())) from error
     for override in parsed:
         key = override.key_or_group
-        exists = OmegaConf.select(cfg, key, default=_NOTHING) is not _NOTHING
+        exists = OmegaConf.select(cfg, key, default=_MISSING) is not _MISSING
         whole = isinstance(plain.get(key), dict)
         if override.type is None or whole or not (exists or override.is_add()):
             raise UsageError(
@@ -41,20 +41,20 @@ def changed(plain: dict[str, Any], overrides: Sequence[str]) -> Config:
         if override.is_delete() or override.is_sweep_override():
             raise UsageError(f"{override.input_line}: a single value is needed")
         OmegaConf.update(cfg, key, override.value(), force_add=True)
-    _clear_what_follows(cfg, {override.key_or_group for override in parsed})
+    _clear_derived_sizes(cfg, {override.key_or_group for override in parsed})
     return from_hydra(cfg)
 
 
-def _clear_what_follows(cfg: DictConfig, given: set[str]) -> None:
-    """Clears ranks and sizes that follow from the given ones: a checkpoint holds all of them filled in."""
+def _clear_derived_sizes(cfg: DictConfig, given: set[str]) -> None:
+    """Sets to null what was not given and follows from the rest: a checkpoint holds ranks and all sizes."""
     steps, micro, ranks, strategy = (
         f"accum.{k}" for k in ("steps", "micro_batch_size", "processes", "strategy")
     )
     if ranks not in given and (strategy in given or launched_rank() is not None):
         OmegaConf.update(cfg, ranks, None)
         given = given | {ranks}
-    if strategy in given and f"accum.{_REDUCE}" not in given:
-        OmegaConf.update(cfg, f"accum.{_REDUCE}", False)  # which other strategies do not have
+    if strategy in given and "accum.reduce_every_micro_batch" not in given:
+        OmegaConf.update(cfg, "accum.reduce_every_micro_batch", False)  # only fsdp has it
     if micro in given and steps not in given:
         OmegaConf.update(cfg, steps, None)
     elif micro not in given and given & {steps, ranks, "data.batch_size"}:

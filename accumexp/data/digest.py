@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..accum.batch import map_tensors, tensors
-from ..config.schema import DataConfig, to_plain
+from ..config.loading import to_plain
+from ..config.schema import DataConfig
 from .batches import Batches, ResidentBatches
 from .splits import Splits
 

@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
-import psutil
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
@@ -15,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
 from ..accum.batch import Nested, map_tensors, tensors
 from ..config.instantiate import build
 from ..config.schema import DataConfig
+from ..environment.memory import free_bytes
 from ..environment.random_state import drawn_from
 from ..errors import UsageError
 from .batches import Batches, ResidentBatches, Share
@@ -155,7 +155,7 @@ class _BatchesFactory:
         sample = self._transformed(map_tensors(lambda tensor: tensor[:1], raw[0]))
         inputs, targets = self.place(sample, map_tensors(lambda tensor: tensor[:1], raw[1]))
         bytes_each = sum(t.numel() * t.element_size() for t in [*tensors(inputs), *tensors(targets)])
-        return bytes_each * _length(dataset, "data") <= RESIDENT_SHARE * _free_bytes(self.place.device)
+        return bytes_each * _length(dataset, "data") <= RESIDENT_SHARE * free_bytes(self.place.device)
 
     def _tensors(self, dataset: Dataset[Any]) -> tuple[Nested, Nested]:
         """The whole data set, transformed and on the device."""
@@ -254,9 +254,3 @@ def _length(dataset: Dataset[Any], key: str) -> int:
         return len(cast(Any, dataset))
     except TypeError:
         raise UsageError(f"{key}: a map-style data set with a length is needed, not a stream") from None
-
-
-def _free_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return psutil.virtual_memory().available

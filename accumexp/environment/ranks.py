@@ -48,7 +48,7 @@ def launched_rank() -> RankInfo | None:
     return RankInfo(int(environment["RANK"]), size, int(environment.get("LOCAL_RANK", 0)), local_size)
 
 
-def silent_arguments(folder: str) -> list[str]:
+def silent_rank_overrides(folder: str) -> list[str]:
     """Hydra's arguments for a rank that is not the first: what it writes goes to `folder`."""
     folders = [f"hydra.run.dir='{folder}'", f"hydra.sweep.dir='{folder}'", "hydra.output_subdir=null"]
     return [*folders, "hydra/job_logging=none", "hydra/hydra_logging=none"]
@@ -112,7 +112,7 @@ def device_of(device: str, rank_info: RankInfo) -> str:
 
 
 @contextmanager
-def joined(rank_info: RankInfo, device: str) -> Iterator[None]:
+def process_group(rank_info: RankInfo, device: str) -> Iterator[None]:
     """Inside, this process is a member of the ranks' group: nccl between GPUs, gloo between CPUs.
 
     A world made by others is left at the end of the process: a sweep's jobs share it. After an error
@@ -141,7 +141,7 @@ def joined(rank_info: RankInfo, device: str) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def end_now(code: int) -> NoReturn:
+def exit_immediately(code: int) -> NoReturn:
     """Ends a rank without what Python and C++ would still tear down.
 
     Leaving a group may wait for members that are gone, and its threads may outlive what they use.
@@ -152,23 +152,23 @@ def end_now(code: int) -> NoReturn:
     os._exit(code)
 
 
-_abandoned = False
+_skip_teardown = False
 
 
-def abandon() -> None:
+def skip_group_teardown() -> None:
     """Leaves the group without a word at the end of the process: other ranks may be gone."""
-    global _abandoned
-    _abandoned = True
+    global _skip_teardown
+    _skip_teardown = True
 
 
 def _leave() -> None:
     import torch.distributed as dist
 
-    if dist.is_initialized() and not _abandoned:
+    if dist.is_initialized() and not _skip_teardown:
         dist.destroy_process_group()
 
 
-def first_says(text: str, rank_info: RankInfo) -> str:
+def broadcast_from_first(text: str, rank_info: RankInfo) -> str:
     """`text` of the first rank, on every rank of a joined world."""
     import torch.distributed as dist
 
@@ -178,7 +178,7 @@ def first_says(text: str, rank_info: RankInfo) -> str:
     return said[0]
 
 
-def wait_for_all(rank_info: RankInfo) -> None:
+def barrier(rank_info: RankInfo) -> None:
     """Waits until every rank of a joined world is here."""
     import torch.distributed as dist
 
@@ -187,10 +187,10 @@ def wait_for_all(rank_info: RankInfo) -> None:
 
 
 @contextmanager
-def first_here(rank_info: RankInfo) -> Iterator[None]:
+def local_first(rank_info: RankInfo) -> Iterator[None]:
     """One rank of each machine goes first (it may have to download), the others follow."""
     if rank_info.local_rank:
-        wait_for_all(rank_info)
+        barrier(rank_info)
     yield
     if not rank_info.local_rank:
-        wait_for_all(rank_info)
+        barrier(rank_info)

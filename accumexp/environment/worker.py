@@ -13,7 +13,7 @@ def main() -> None:
     folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
     end_with_parent()
     from .launch import CALL, report
-    from .ranks import end_now
+    from .ranks import exit_immediately
 
     code = 0
     try:
@@ -29,7 +29,7 @@ def main() -> None:
         logging.getLogger(__name__).info("rank %d failed", rank, exc_info=error)
         report(folder, rank, error)
         code = 1
-    end_now(code)
+    exit_immediately(code)
 
 
 def end_with_parent() -> None:

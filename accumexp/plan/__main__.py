@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..cli import WANTS_TRACEBACK, command, hydra_app
-from ..errors import UsageError, fail
+from ..errors import UsageError, print_error
 from ..tracking.folder import RunFolder
 
 
@@ -18,7 +18,7 @@ def task(cfg: Any) -> None:
     """What Hydra calls; measuring and its imports start here, not with `--help`."""
     from hydra.core.hydra_config import HydraConfig
 
-    from ..config.schema import from_hydra
+    from ..config.loading import from_hydra
     from ..config.sizes import AUTO
 
     folder = Path(HydraConfig.get().runtime.output_dir)
@@ -34,7 +34,7 @@ def task(cfg: Any) -> None:
         RunFolder(folder).remove_unused()
         if WANTS_TRACEBACK:
             raise
-        sys.exit(fail(error))  # raised, it would get Hydra's own line too
+        sys.exit(print_error(error))  # raised, it would get Hydra's own line too
 
 
 def refuse_what_has_no_plan(cfg: Any) -> None:

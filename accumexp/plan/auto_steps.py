@@ -6,25 +6,33 @@ import logging
 
 import torch.distributed as dist
 
-from ..config.schema import Config, settled
+from ..config.loading import settled
+from ..config.schema import Config
 from ..config.sizes import AUTO
 from ..environment.console import amount, console
 from ..environment.ranks import RankInfo
 from ..errors import UsageError
-from .planner import Limit, Planner, Point
-from .trial_run import rehearsing
+from .planner import Planner
+from .points import Limit, Point
+from .trial_run import trial_run
 
 log = logging.getLogger(__name__)
 TAG = "accumexp.plan"
 
 
-def planned(config: Config, rank_info: RankInfo, resuming: bool = False) -> tuple[Config, dict[str, str]]:
-    """`config` with a number of steps, and the tag of how it was chosen; without `auto`, `config` itself.
+def choose_steps(
+    config: Config, rank_info: RankInfo, resuming: bool = False
+) -> tuple[Config, dict[str, str]]:
+    """`config` with a number in place of `accum.steps=auto`, and MLflow tags with the measurement.
 
-    All ranks call, and take the most steps that any of them needs.
+    All ranks call it, and take the most steps that any of them needs. A `config` without `auto` is returned
+    as it is, with no tags.
+
+    Args:
+        resuming: the run continues from a checkpoint, whose configuration holds a number already.
 
     Raises:
-        UsageError: if nothing fits, on all ranks alike, or for windows that are recorded.
+        UsageError: on all ranks alike, if nothing fits; or if windows are recorded as CUDA graphs.
     """
     if config.accum.steps != AUTO:
         if config.accum.memory_limit is not None and not resuming and rank_info.first:
@@ -36,23 +44,23 @@ def planned(config: Config, rank_info: RankInfo, resuming: bool = False) -> tupl
             f"accum.steps={AUTO}: a recorded window keeps memory that cannot be tried beforehand, give "
             "accum.steps or leave trainer.graph out"
         )
-    point, limit = agreed(config, rank_info)
+    point, limit = measure_steps(config, rank_info)
     ranks = f" on each of {rank_info.size} ranks" if rank_info.size > 1 else ""
     window = f"{point.steps} micro-batches of" if point.steps > 1 else "one micro-batch of"
-    said = (
+    summary = (
         f"{window} {point.micro_batch} samples{ranks}: predicted "
         f"{amount(point.predicted)}, measured {amount(point.measured or 0)}, at most {limit}"
     )
-    console.print(f"accum.steps={AUTO}: {said}", highlight=False, soft_wrap=True)
-    return settled(config, point.steps), {TAG: said}
+    console.print(f"accum.steps={AUTO}: {summary}", highlight=False, soft_wrap=True)
+    return settled(config, point.steps), {TAG: summary}
 
 
-def agreed(config: Config, rank_info: RankInfo) -> tuple[Point, Limit]:
+def measure_steps(config: Config, rank_info: RankInfo) -> tuple[Point, Limit]:
     """The point of this rank at the most steps that any rank chooses, and its limit."""
-    with rehearsing(config, rank_info) as rehearsal:
+    with trial_run(config, rank_info) as trial:
         planner, own, error = None, None, None
         try:
-            planner = Planner(rehearsal)
+            planner = Planner(trial)
             own = planner.choose()
         except UsageError as refused:
             error = str(refused)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,40 +15,19 @@ from rich.table import Table
 from ..config.schema import Config
 from ..config.sizes import AUTO, micro_batch
 from ..environment.console import amount, console, show_values
-from ..environment.device import MIB, device_name
+from ..environment.device import device_name
+from ..environment.memory import MIB
 from ..errors import UsageError
-from .planner import Limit, Planner, Point, Stage
-from .trial_run import rehearsing
+from .picture import draw
+from .planner import Planner, Stage
+from .points import Frontier, Point
+from .trial_run import trial_run
 
 # Timed updates of a point: as many as fit into so many seconds, of these two at most and at least.
 TIMED = (3, 20)
 TIMED_SECONDS = 2.0
 COLUMNS = ("micro-batch", "accum.steps", "predicted", "measured", "error", "ms/update", "samples/s")
 RESULT, PICTURE = "plan.json", "plan.png"
-
-
-@dataclass(frozen=True)
-class Frontier:
-    """What was found.
-
-    Attributes:
-        chosen: the point that `accum.steps=auto` takes, or None with the reason in `refused`.
-        samples: of an update; fewer than `batch_size` where there are no more to train on.
-        evaluation: the peak of an evaluation in bytes, predicted.
-        parts: bytes of the chosen point by what they hold; not all of it is alive at the same time.
-    """
-
-    name: str
-    device: str
-    batch_size: int
-    samples: int
-    ranks: int
-    limit: Limit
-    points: list[Point]
-    chosen: Point | None
-    refused: str | None
-    evaluation: int
-    parts: dict[str, int]
 
 
 def plan(config: Config, folder: Path) -> None:
@@ -60,11 +39,9 @@ def plan(config: Config, folder: Path) -> None:
     given = None if config.accum.steps == AUTO else int(config.accum.steps or 1)
     config = replace(config, accum=replace(config.accum, steps=AUTO, micro_batch_size=None))
     with _progress() as (stage, points_of):
-        found = explored(config, given, stage, points_of)
+        found = measure_frontier(config, given, stage, points_of)
     _show(found)
     folder.mkdir(parents=True, exist_ok=True)
-    from .picture import draw
-
     table, picture = folder / RESULT, folder / PICTURE
     table.write_text(json.dumps(asdict(found), indent=2))
     draw(found, picture)
@@ -72,11 +49,11 @@ def plan(config: Config, folder: Path) -> None:
     show_values("kept", {"table": table, "picture": picture})
 
 
-def explored(config: Config, given: int | None, stage: Stage, points_of: Any) -> Frontier:
+def measure_frontier(config: Config, given: int | None, stage: Stage, points_of: Any) -> Frontier:
     """The frontier of a configuration with `accum.steps=auto`; `given` steps are a point too."""
-    with rehearsing(config) as rehearsal:
-        planner = Planner(rehearsal, stage)
-        batch, ranks = rehearsal.data.batch_size, rehearsal.ranks
+    with trial_run(config) as trial:
+        planner = Planner(trial, stage)
+        batch, ranks = trial.data.batch_size, trial.ranks
         chosen, refused = None, None
         try:
             chosen = planner.choose()
@@ -93,15 +70,15 @@ def explored(config: Config, given: int | None, stage: Stage, points_of: Any) ->
             points.append(point)
         return Frontier(
             config.model["_target_"].rpartition(".")[2],
-            f"{rehearsal.device} ({device_name(rehearsal.device)})",
+            f"{trial.device} ({device_name(trial.device)})",
             batch,
-            min(batch, rehearsal.data.samples),
+            min(batch, trial.data.samples),
             ranks,
             planner.limit,
             points,
             chosen,
             refused,
-            planner.evaluation(rehearsal.data.evaluated),
+            planner.evaluation(trial.data.evaluated),
             planner.parts(chosen) if chosen else {},
         )
 
@@ -110,8 +87,8 @@ def _point(planner: Planner, steps: int) -> Point:
     """The point at `steps`, tried unless it is predicted not to fit."""
     predicted = planner.predicted(steps)
     if predicted > planner.limit.bytes:
-        rehearsal = planner.rehearsal
-        return Point(steps, micro_batch(rehearsal.data.batch_size, steps, rehearsal.ranks), predicted, False)
+        trial = planner.trial
+        return Point(steps, micro_batch(trial.data.batch_size, steps, trial.ranks), predicted, False)
     return planner.tried(steps)
 
 
@@ -119,8 +96,8 @@ def _seconds(planner: Planner, steps: int) -> float:
     """Seconds of an update, of which every point takes the same ones."""
     planner.stage(f"timing {steps} micro-batches")
     least, most = TIMED
-    once = planner.rehearsal.seconds(steps, 1)
-    return planner.rehearsal.seconds(steps, max(least, min(most, int(TIMED_SECONDS / max(once, 1e-6)))))
+    once = planner.trial.seconds(steps, 1)
+    return planner.trial.seconds(steps, max(least, min(most, int(TIMED_SECONDS / max(once, 1e-6)))))
 
 
 def _show(found: Frontier) -> None:

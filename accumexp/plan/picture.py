@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
-from ..report.pictures import RESOLUTION, STYLE
-
-if TYPE_CHECKING:
-    from .frontier import Frontier
+from ..report.pictures import DPI, STYLE
+from .points import Frontier
 
 PREDICTED, MEASURED, LIMIT, CHOSEN = "#0072B2", "#000000", "#D55E00", "#009E73"
 ROOM = 1.6  # how far above the largest measured point the axis goes, in its units
@@ -27,7 +24,7 @@ def draw(found: Frontier, path: Path) -> None:
         _memory(found, left)
         _time(found, right)
         figure.suptitle(f"{found.name}, updates of {found.batch_size} samples on {found.device}", fontsize=10)
-        figure.savefig(path, dpi=RESOLUTION, metadata={"Software": "accumexp"})
+        figure.savefig(path, dpi=DPI, metadata={"Software": "accumexp"})
 
 
 def _memory(found: Frontier, axes: Axes) -> None:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 
 from ..accum import Peak, extrapolated, held_bytes, is_out_of_memory, steps_for
 from ..config.sizes import AUTO, in_bytes, micro_batch
 from ..environment.console import amount
-from ..environment.device import free_bytes
+from ..environment.memory import free_bytes
 from ..errors import UsageError
-from .trial_run import Rehearsal, Rehearsed, discard
+from .points import Limit, Point
+from .trial_run import TrialMeasurement, TrialRun, discard
 
 # Samples of the small micro-batches that are measured; the last two give the prediction.
 SMALL = (1, 2, 4)
@@ -22,69 +23,39 @@ SPARED = {"cuda": 0.05, "cpu": 0.10}
 Stage = Callable[[str], None]
 
 
-@dataclass(frozen=True)
-class Limit:
-    """The most bytes that tensors may take on a rank's device, and who says so."""
-
-    bytes: int
-    said: str
-
-    def __str__(self) -> str:
-        return f"{amount(self.bytes)} ({self.said})"
-
-
-@dataclass(frozen=True)
-class Point:
-    """One way to cut the update's batch, on one rank.
-
-    Attributes:
-        predicted, measured: peaks in bytes; None where nothing was tried.
-        fits: whether the peak that is known is within the limit.
-        trouble: why the trial did not come to its end.
-    """
-
-    steps: int
-    micro_batch: int
-    predicted: int
-    fits: bool
-    measured: int | None = None
-    seconds: float | None = None
-    trouble: str | None = None
-
-
 class Planner:
-    """What is known of the memory of a rehearsed run, and what fits.
+    """Predicts and measures the memory of a run at every split of its batch.
 
     Raises:
         UsageError: if not even a micro-batch of one sample fits, or an evaluation does not.
     """
 
-    def __init__(self, rehearsal: Rehearsal, stage: Stage = lambda stage: None) -> None:
-        self.rehearsal = rehearsal
+    def __init__(self, trial: TrialRun, stage: Stage = lambda stage: None) -> None:
+        self.trial = trial
         self.stage = stage
-        self.limit = memory_limit(rehearsal)
+        self.limit = memory_limit(trial)
         self._feeding = self._fed()
         self._small = self._measured_small()
-        needed = self.evaluation(rehearsal.data.evaluated)
+        needed = self.evaluation(trial.data.evaluated)
         if len(self._small[2]) > 1 and needed > self.limit.bytes:  # from one size it is no more than a bound
             self._refuse_evaluation(needed)
 
     def _fed(self) -> Peak:
-        rehearsal = self.rehearsal
+        trial = self.trial
         try:
-            return rehearsal.feeding()
+            return trial.feeding()
         except Exception as error:
             if not out_of_memory(error):
                 raise
-            given = f"data.batch_size={rehearsal.data.batch_size}"
-            raise UsageError(f"{given}: {rehearsal.device} cannot hold the samples of an update") from error
+            given = f"data.batch_size={trial.data.batch_size}"
+            raise UsageError(f"{given}: {trial.device} cannot hold the samples of an update") from error
 
-    def _measured_small(self) -> dict[int, list[Rehearsed]]:
+    def _measured_small(self) -> dict[int, list[TrialMeasurement]]:
         """By the micro-batches of a window, 1 and 2 (which stand for all above), two sizes at most.
 
         None is tried that might not fit.
         """
-        found: list[Rehearsed] = []
+        found: list[TrialMeasurement] = []
         refused: str | None = None
         for size in SMALL:
             if found:
@@ -93,14 +64,14 @@ class Planner:
                     break
             self.stage(f"micro-batches of {size}")
             try:
-                found.append(self.rehearsal.small(size, 2))
+                found.append(self.trial.small(size, 2))
             except ValueError as error:  # a BatchNorm of one sample
                 refused = str(error)  # the error itself would keep what failed alive
                 continue
             except Exception as error:
                 if not out_of_memory(error):
                     raise
-                discard(self.rehearsal.device)
+                discard(self.trial.device)
                 refused = None
                 break
             if found[-1].update.peak > self.limit.bytes:
@@ -109,19 +80,19 @@ class Planner:
             raise UsageError(f"accum.steps={AUTO}: no micro-batch could be tried: {refused}")
         within = [one for one in found if one.update.peak <= self.limit.bytes]
         if not within:
-            least = amount(found[0].update.peak) if found else f"more than {self.rehearsal.device} has"
+            least = amount(found[0].update.peak) if found else f"more than {self.trial.device} has"
             micro = found[0].micro if found else SMALL[0]
             raise self._too_little(micro, f"needs {least}")
         two = found[-2:]
-        once: list[Rehearsed] = []
+        once: list[TrialMeasurement] = []
         for one in two:
             if one in within:
                 try:
-                    once.append(self.rehearsal.small(one.micro, 1))
+                    once.append(self.trial.small(one.micro, 1))
                 except Exception as error:
                     if not out_of_memory(error):
                         raise
-                    discard(self.rehearsal.device)
+                    discard(self.trial.device)
                     break
         return {2: two, 1: once or two}
 
@@ -132,10 +103,10 @@ class Planner:
 
     def predicted(self, steps: int) -> int:
         """The peak of updates of the whole batch in `steps`, in bytes."""
-        data = self.rehearsal.data
+        data = self.trial.data
         samples = min(data.batch_size, data.samples)
         made = steps_for(samples, data.batch_size, steps)
-        micro = micro_batch(samples, made, self.rehearsal.ranks)
+        micro = micro_batch(samples, made, self.trial.ranks)
         measured = self._small[min(made, 2)]
         window = self._line(measured, lambda one: one.update, micro)
         ends = max(one.update.end for one in self._small[2])
@@ -159,14 +130,16 @@ class Planner:
             "parameters": one.parameters,
             "gradients": one.gradients,
             "optimizer state": one.state,
-            **self.rehearsal.beside,
-            "data": held_bytes(self.rehearsal.held) - one.parameters + self.batch_bytes,
+            **self.trial.beside,
+            "data": held_bytes(self.trial.held) - one.parameters + self.batch_bytes,
             "saved activations": saved,
         }
         peak = point.predicted if point.measured is None else point.measured
         return {**found, "temporary": max(0, peak - sum(found.values()))}
 
-    def _line(self, measured: list[Rehearsed], peak_of: Callable[[Rehearsed], Peak], size: int) -> int:
+    def _line(
+        self, measured: list[TrialMeasurement], peak_of: Callable[[TrialMeasurement], Peak], size: int
+    ) -> int:
         """The peak at `size`, with the whole batch beside it instead of the small one."""
         if len(measured) == 1:
             (one,) = measured
@@ -177,7 +150,7 @@ class Planner:
 
     def splits(self) -> Iterator[int]:
         """The numbers of steps that make another micro-batch each, the fewest first."""
-        batch, ranks = self.rehearsal.data.batch_size, self.rehearsal.ranks
+        batch, ranks = self.trial.data.batch_size, self.trial.ranks
         before = None
         for steps in range(1, batch // ranks + 1):
             micro = micro_batch(batch, steps, ranks)
@@ -187,18 +160,18 @@ class Planner:
 
     def tried(self, steps: int) -> Point:
         """A trial of `steps`: two updates and an evaluated batch, measured."""
-        rehearsal, predicted = self.rehearsal, self.predicted(steps)
-        micro = micro_batch(rehearsal.data.batch_size, steps, rehearsal.ranks)
+        trial, predicted = self.trial, self.predicted(steps)
+        micro = micro_batch(trial.data.batch_size, steps, trial.ranks)
         self.stage(f"{steps} micro-batches of {micro}")
         point = Point(steps, micro, predicted, False)
         try:
-            found = rehearsal.whole(steps)
+            found = trial.whole(steps)
         except ValueError as error:
             return replace(point, trouble=str(error).splitlines()[0])
         except Exception as error:
             if not out_of_memory(error):
                 raise
-            discard(rehearsal.device)
+            discard(trial.device)
             return replace(point, trouble="out of memory")
         if found.evaluation.peak > self.limit.bytes:
             self._refuse_evaluation(found.evaluation.peak)
@@ -220,7 +193,7 @@ class Planner:
             if last.fits:
                 return last
             more = max(more * 1.02, (last.measured or 0) / last.predicted)
-        finest = self.rehearsal.data.batch_size // self.rehearsal.ranks
+        finest = self.trial.data.batch_size // self.trial.ranks
         predicted = self.predicted(finest)
         if last is None:
             raise self._too_little(1, f"needs {amount(predicted)}")
@@ -233,9 +206,9 @@ class Planner:
         raise self._too_little(last.micro_batch, needs)
 
     def _too_little(self, micro: int, needs: str) -> UsageError:
-        rehearsal = self.rehearsal
+        trial = self.trial
         samples = "one sample" if micro == 1 else f"{micro} samples"
-        data = held_bytes(rehearsal.data.held)
+        data = held_bytes(trial.data.held)
         beside = (
             f", of which the data set takes {amount(data)} unless data.resident=false"
             if 2 * data > self.limit.bytes
@@ -247,24 +220,24 @@ class Planner:
         )
 
     def _refuse_evaluation(self, needed: int) -> None:
-        size, ranks = self.rehearsal.data.evaluated, self.rehearsal.ranks
+        size, ranks = self.trial.data.evaluated, self.trial.ranks
         fewer = bisect_right(range(1, size), self.limit.bytes, key=self.evaluation)
         least = f"at most data.eval_batch_size={fewer * ranks} fits" if fewer else "not one sample fits"
         raise UsageError(
-            f"data.eval_batch_size={self.rehearsal.data.eval_batch_size}: an evaluation needs "
+            f"data.eval_batch_size={self.trial.data.eval_batch_size}: an evaluation needs "
             f"{amount(needed)}, and the limit is {self.limit}; {least}"
         )
 
 
-def memory_limit(rehearsal: Rehearsal) -> Limit:
+def memory_limit(trial: TrialRun) -> Limit:
     """What `accum.memory_limit` says, or the free memory of the device less what is spared."""
-    asked, device = rehearsal.config.accum.memory_limit, rehearsal.device
+    asked, device = trial.config.accum.memory_limit, trial.device
     if asked is not None:
         return Limit(in_bytes("accum.memory_limit", asked), "accum.memory_limit")
-    held = held_bytes(rehearsal.held)
+    held = held_bytes(trial.held)
     if device.type == "cuda":
         held = torch.cuda.memory_allocated(device)
-    share = 1 if device.type == "cuda" else rehearsal.local_ranks
+    share = 1 if device.type == "cuda" else trial.local_ranks
     spared = SPARED.get(device.type, 0.1)
     most = int((free_bytes(device) / share + held) * (1 - spared))
     return Limit(most, f"the free memory of {device}, less {spared:.0%}")
@@ -275,7 +248,7 @@ def out_of_memory(error: Exception) -> bool:
     return any(is_out_of_memory(one) for one in (error, error.__cause__) if one is not None)
 
 
-def _grown(one: Rehearsed, peak: int, micro: int) -> int:
+def _grown(one: TrialMeasurement, peak: int, micro: int) -> int:
     """Not less than what `peak` is with a larger micro-batch, from one that was measured.
 
     Of what is saved for backward, a backward makes a gradient as large, and operators need as much again.

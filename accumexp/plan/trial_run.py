@@ -1,10 +1,9 @@
-"""A run in miniature: its own loop for two updates under measurement, on an experiment built for it alone."""
+"""Trial runs: two updates of a run's own training loop, on a separate experiment, with memory measured."""
 
 from __future__ import annotations
 
 import gc
 import logging
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -15,17 +14,18 @@ import torch
 from torch import Tensor, nn
 
 from ..accum import Peak, held_bytes, measure_peak
-from ..config.schema import Config, Strategy, settled
+from ..config.loading import settled
+from ..config.schema import Config, Strategy
 from ..config.sizes import AUTO, micro_batch
-from ..environment.device import wait_for
-from ..environment.ranks import RankInfo, device_of, first_here
+from ..environment.ranks import RankInfo, device_of, local_first
 from ..errors import UsageError
-from ..training.callbacks import Callback, without_output
+from ..training.callbacks import without_output
 from ..training.components import build_metrics, build_model
 from ..training.evaluation import Evaluator
 from ..training.experiment import ALONE, Experiment
 from ..training.metrics_sink import NullMetricsSink
 from ..training.trainer import Trainer
+from .trial_callbacks import StopAfter, UpdateClock
 from .trial_data import UPDATES, TrialData
 
 TO_GO_BACK = "copies to go back to"
@@ -36,7 +36,7 @@ FULL_BUCKET = 25 * 2**20
 
 
 @dataclass(frozen=True)
-class Rehearsed:
+class TrialMeasurement:
     """What two updates and one evaluated batch took, in bytes.
 
     Attributes:
@@ -59,11 +59,11 @@ class Rehearsed:
     activations: int
 
 
-class Rehearsal:
+class TrialRun:
     """The run that `config` describes, to be tried at any split of its batch.
 
-    All that a run does in an update is done: its trainer, its window and its callbacks, but those that
-    speak or save. One process, whatever the strategy: a rank tries its own part of the batch, without the
+    All that a run does in an update is done: its trainer, its window and its callbacks, except those that
+    print or save. One process, whatever the strategy: a rank tries its own part of the batch, without the
     others, and with gradients that stay as those of `accum=ddp` do. `beside` is held in the place of the
     rest.
 
@@ -80,21 +80,21 @@ class Rehearsal:
         self.local_ranks = rank_info.local_size if rank_info.size > 1 else self.ranks
         self._device = device_of(config.device, rank_info)
         first = self._of(1)
-        with first_here(rank_info):
+        with local_first(rank_info):
             self.experiment = Experiment.build(first)
         self.device = self.experiment.device
         self.data = TrialData(self.experiment.splits, self.rank, self.ranks, self.device)
         self._length = replace(self.experiment, config=config).updates
 
-    def small(self, micro: int, steps: int) -> Rehearsed:
+    def small(self, micro: int, steps: int) -> TrialMeasurement:
         """A window of `steps` micro-batches of `micro` samples, and an evaluation of as many."""
         self.data.take_small(micro, steps)
-        return self._rehearsed(self._of(steps, steps * micro * self.ranks), micro)
+        return self._measure(self._of(steps, steps * micro * self.ranks), micro)
 
-    def whole(self, steps: int) -> Rehearsed:
+    def whole(self, steps: int) -> TrialMeasurement:
         """The run's own batch in `steps`, and its own evaluation."""
         self.data.take_whole(steps)
-        return self._rehearsed(self._of(steps), micro_batch(self.data.batch_size, steps, self.ranks))
+        return self._measure(self._of(steps), micro_batch(self.data.batch_size, steps, self.ranks))
 
     def feeding(self) -> Peak:
         """Gathering one whole batch after the other, with nothing else; the last one stays."""
@@ -108,7 +108,7 @@ class Rehearsal:
         config.trainer.epochs, config.trainer.log_every = updates + 2, 10 * updates
         self._take(config)
         trainer = self._trainer(updates + 1)
-        clock = _Clock(updates + 1)
+        clock = UpdateClock(updates + 1)
         trainer.callbacks["clock"] = clock
         with self._cleared(trainer):
             trainer.fit()
@@ -157,20 +157,25 @@ class Rehearsal:
             found[UNDER_WAY] = min(sum(sizes), FULL_BUCKET + max(sizes, default=0))
         return {name: size for name, size in found.items() if size}
 
+    def close(self) -> None:
+        """Drops model and data, and returns their memory to the device; no trial can follow."""
+        del self.experiment, self.data
+        discard(self.device)
+
     def _room(self, size: int) -> Tensor:
         return torch.empty(size, dtype=torch.uint8, device=self.device)
 
     def _fed(self) -> Peak:
         return self.data.fed(held_bytes(self.held))
 
-    def _rehearsed(self, config: Config, micro: int) -> Rehearsed:
+    def _measure(self, config: Config, micro: int) -> TrialMeasurement:
         self._take(config)
         fed = self._fed()
         with measure_peak(self.device, held_bytes(self.held)) as update:
             # Stands in for what this one process does not make, so that what does not fit fails here.
             beside = {name: self._room(size) for name, size in self.beside.items()}
             trainer = self._trainer()
-            trainer.callbacks["end"] = _End(UPDATES)
+            trainer.callbacks["end"] = StopAfter(UPDATES)
             with self._cleared(trainer, but_at_the_end=True):
                 trainer.fit()
         if trainer.progress.update < UPDATES:
@@ -194,7 +199,7 @@ class Rehearsal:
             for value in values.values()
             if isinstance(value, Tensor)
         ]
-        found = Rehearsed(
+        found = TrialMeasurement(
             micro,
             update,
             evaluation,
@@ -246,27 +251,25 @@ class Rehearsal:
 
 
 @contextmanager
-def rehearsing(config: Config, rank_info: RankInfo = ALONE) -> Iterator[Rehearsal]:
-    """A `Rehearsal` of `config`; all that it took is given back at the end."""
-    rehearsal = Rehearsal(config, rank_info)
-    device = rehearsal.device
+def trial_run(config: Config, rank_info: RankInfo = ALONE) -> Iterator[TrialRun]:
+    """A `TrialRun` of `config`, closed at the end."""
+    trial = TrialRun(config, rank_info)
     gc.collect()
     gc.freeze()  # every measurement collects what is left of the one before, and nothing else
     before = logging.root.manager.disable
-    logging.disable(max(before, logging.WARNING))  # the run itself will say it
+    logging.disable(max(before, logging.WARNING))  # the run itself logs the same
     try:
-        yield rehearsal
+        yield trial
     finally:
         logging.disable(before)
         gc.unfreeze()
-        rehearsal.__dict__.clear()
-        discard(device)
+        trial.close()
         if config.trainer.compile:
             torch.compiler.reset()  # or what was compiled here would decide what the run compiles
 
 
 def discard(device: torch.device) -> None:
-    """Gives the memory of what nobody refers to any more back to the device."""
+    """Returns the memory of unreferenced tensors to the device."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -274,34 +277,3 @@ def discard(device: torch.device) -> None:
 
 def _alone() -> bool:
     return False
-
-
-class _End(Callback):
-    """Stops after `updates`, before anything is evaluated."""
-
-    order = 1
-
-    def __init__(self, updates: int) -> None:
-        self.updates = updates
-
-    def update_end(self, trainer: Trainer) -> None:
-        if trainer.progress.update >= self.updates:
-            trainer.stop("rehearsed")
-
-
-class _Clock(_End):
-    """Seconds of every update: of all that happens between its batch and the next one's gathering."""
-
-    def __init__(self, updates: int) -> None:
-        super().__init__(updates)
-        self.seconds: list[float] = []
-        self._began = 0.0
-
-    def update_begin(self, trainer: Trainer) -> None:
-        wait_for(trainer.device)
-        self._began = time.perf_counter()
-
-    def update_end(self, trainer: Trainer) -> None:
-        wait_for(trainer.device)
-        self.seconds.append(time.perf_counter() - self._began)
-        super().update_end(trainer)

@@ -21,7 +21,7 @@ def task(cfg: Any) -> None:
 
 
 def main() -> None:
-    from ..environment.ranks import end_now, launched_rank, silent_arguments
+    from ..environment.ranks import exit_immediately, launched_rank, silent_rank_overrides
 
     if {"-m", "--multirun"} & set(sys.argv[1:]):
         raise UsageError(
@@ -36,11 +36,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="accumexp-rank-") as folder:
         try:
             if not rank_info.first:
-                sys.argv[1:] = [*sys.argv[1:], *silent_arguments(folder)]
+                sys.argv[1:] = [*sys.argv[1:], *silent_rank_overrides(folder)]
             hydra_app(task)
         except SystemExit as end:
             code = end.code
-    end_now(code if isinstance(code, int) else 1)
+    exit_immediately(code if isinstance(code, int) else 1)
 
 
 if __name__ == "__main__":

@@ -11,8 +11,9 @@ from typing import Any, cast
 
 import torch
 
-from ..config.schema import Config, LossScaling, Reduction, Strategy, to_plain
-from ..environment.device import code_version
+from ..config.loading import to_plain
+from ..config.schema import Config, LossScaling, Reduction, Strategy
+from ..environment.code_version import code_version
 from ..environment.ranks import RankInfo
 from ..errors import UsageError
 from ..proof import Cause, Certificate, Scaling

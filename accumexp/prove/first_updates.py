@@ -13,9 +13,10 @@ from typing import Any, cast
 import torch
 
 from ..accum.sync import plain
-from ..config.schema import Config, Precision, check
+from ..config.schema import Config, Precision
+from ..config.validation import check
 from ..environment.random_state import random_state, restore_random_state
-from ..environment.ranks import RankInfo, first_says
+from ..environment.ranks import RankInfo, broadcast_from_first
 from ..proof import Cause
 from ..proof.certificate import Check
 from ..proof.problem import Problem
@@ -143,7 +144,7 @@ class FirstUpdates:
         undisturbed.fit()
         stopped = self.trainer({})
         with tempfile.TemporaryDirectory(prefix="accumexp-proof-") as temporary:
-            folder = Path(first_says(temporary, self.experiment.rank_info))
+            folder = Path(broadcast_from_first(temporary, self.experiment.rank_info))
             checkpoints = Checkpoints(every_epochs=None, every_updates=half)
             checkpoints.attach(folder, {}, lambda: None)
             stopped.callbacks = {**stopped.callbacks, "checkpoint": checkpoints, "stop": StopAt(half)}

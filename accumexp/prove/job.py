@@ -8,7 +8,7 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from ..cli import exit_with_error, log_error
-from ..config.schema import from_hydra
+from ..config.loading import from_hydra
 from ..environment.launch import launch
 from ..environment.ranks import RankInfo, launched_rank
 from ..errors import UsageError

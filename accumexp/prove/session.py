@@ -11,7 +11,7 @@ from ..data.digest import dataset_records
 from ..environment.console import console, show_values
 from ..environment.device import device_name, pick_device
 from ..environment.ranks import RankInfo, device_of
-from ..plan.auto_steps import planned
+from ..plan.auto_steps import choose_steps
 from ..proof import Certificate
 from ..proof.certificate import number
 from ..tracking import Store
@@ -38,7 +38,7 @@ class ProofSession:
             no_store = config.tracking.backend is Backend.none or not rank_info.first
             # A store that cannot be reached is reported before the work, not after it.
             store = None if no_store else Store(config.tracking)
-            config, tags = planned(config, rank_info)
+            config, tags = choose_steps(config, rank_info)
             console.print(described_problem(config, rank_info), highlight=False, soft_wrap=True)
             with stages() as stage:
                 certificate, experiment = prove_experiment(config, rank_info, stage)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from ..config.schema import flatten
+from ..config.loading import flatten
 from ..sweeps.sweep import SweepRun, sweep_runs
 from ..tracking import PastRun, Store, curve, jobs_of
 from ..tracking.folder import CERTIFICATE_TAG, RunFolder, RunStatus, Summary

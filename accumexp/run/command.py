@@ -42,7 +42,7 @@ def run_as_rank(
     arguments: list[str], lines: list[list[str]], report_settings: dict[str, str], first: bool
 ) -> None:
     """`main` in a rank that torchrun started; ends the process."""
-    from ..environment.ranks import end_now, silent_arguments
+    from ..environment.ranks import exit_immediately, silent_rank_overrides
     from .sweep_end import closing_sweep
 
     code: object = 0
@@ -52,7 +52,7 @@ def run_as_rank(
                 with closing_sweep(arguments, report_settings):
                     run_lines(lines)
             else:
-                run_lines([[*line, *silent_arguments(folder)] for line in lines])
+                run_lines([[*line, *silent_rank_overrides(folder)] for line in lines])
         except SystemExit as end:
             code = end.code
-    end_now(code if isinstance(code, int) else 1)
+    exit_immediately(code if isinstance(code, int) else 1)

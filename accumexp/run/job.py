@@ -10,10 +10,10 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from ..cli import exit_with_error, log_error
-from ..config.schema import from_hydra
+from ..config.loading import from_hydra
 from ..environment.console import unseen
 from ..environment.launch import launch
-from ..environment.ranks import RankInfo, abandon, launched_rank
+from ..environment.ranks import RankInfo, launched_rank, skip_group_teardown
 from ..errors import UsageError
 from ..sweeps.job import SweepJob
 from ..sweeps.job_status import JobStatus, agreed_status, job_status
@@ -88,7 +88,7 @@ def _fail(
     if job and rank_info.first:
         job.record_failure(folder, error)
     if job and (rank_info.size == 1 or "SUBMITIT_EXECUTOR" in os.environ):
-        abandon()
+        skip_group_teardown()
         return
     # The first rank of a sweep still has the sweep to close.
     exit_with_error(error, rank_info, end_rank=not (job and rank_info.first))

@@ -12,7 +12,7 @@ from dataclasses import replace
 from ..data import ResidentBatches
 from ..data.replica_batches import PlannedBatches
 from ..environment.console import console, duration
-from ..environment.device import reset_peak_memory
+from ..environment.memory import reset_peak_memory
 from ..environment.random_state import random_state
 from ..environment.ranks import RankInfo
 from ..environment.signals import StopSignals

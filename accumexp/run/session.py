@@ -12,14 +12,15 @@ from dataclasses import replace
 import torch
 
 from ..accum import inequalities
-from ..config.schema import Backend, to_plain
+from ..config.loading import to_plain
+from ..config.schema import Backend
 from ..data import Splits
 from ..data.digest import dataset_records
 from ..environment.console import console, result
-from ..environment.device import reset_peak_memory
-from ..environment.ranks import RankInfo, wait_for_all
+from ..environment.memory import reset_peak_memory
+from ..environment.ranks import RankInfo, barrier
 from ..environment.signals import StopSignals
-from ..plan.auto_steps import planned
+from ..plan.auto_steps import choose_steps
 from ..sweeps.job import SweepJob
 from ..tracking import Store, reopen
 from ..tracking.folder import CERTIFICATE_TAG, RunStatus, Summary
@@ -83,7 +84,9 @@ class Run:
         deadline = STOP_DEADLINE if rank_info.size > 1 else None
         context = run_context(self.spec.config, self.spec.folder, rank_info)
         with StopSignals(deadline) as signals, context as self.folder:
-            config, tags = planned(self.spec.config, rank_info, resuming=self.spec.resume_from is not None)
+            config, tags = choose_steps(
+                self.spec.config, rank_info, resuming=self.spec.resume_from is not None
+            )
             self.spec = replace(self.spec, config=config)
             tags = {**tags, **self._certify()}
             self.build()
@@ -269,7 +272,7 @@ class Run:
 
     def _exit_interrupted(self) -> None:
         # The launcher would stop a first rank that is still saving as soon as another ends.
-        wait_for_all(self.rank_info)
+        barrier(self.rank_info)
         trainer = self.trainer
         text = f"stopped by {signal.Signals(trainer.stop_code).name} after update {trainer.progress.update}"
         if not self.job and saved_updates(self.folder.checkpoints):

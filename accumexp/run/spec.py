@@ -10,7 +10,8 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from ..config.schema import Config, flatten, from_hydra
+from ..config.loading import flatten, from_hydra
+from ..config.schema import Config
 from ..errors import UsageError
 from ..sweeps.cores import check_memory, share_cores
 from ..sweeps.hydra_sweep import command_line

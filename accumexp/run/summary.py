@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from ..accum import Inequality
 from ..config.schema import LossScaling
 from ..environment.console import console, duration, show_values
-from ..environment.device import MIB, device_name
+from ..environment.device import device_name
+from ..environment.memory import MIB
 from ..tracking import Tracker
 from ..tracking.folder import RunFolder
 from ..training.experiment import Experiment

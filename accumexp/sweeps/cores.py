@@ -11,7 +11,7 @@ from typing import Any
 
 from ..config.schema import Config
 from ..config.sizes import AUTO
-from ..environment.device import cores
+from ..environment.cores import cores
 from ..errors import UsageError
 
 

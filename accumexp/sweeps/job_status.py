@@ -41,9 +41,9 @@ def job_status(folder: RunFolder) -> JobStatus:
 def agreed_status(status: JobStatus, rank_info: RankInfo, device: str) -> JobStatus:
     """The first rank's status, on every rank of a world that torchrun or a cluster has made."""
     from ..environment.device import pick_device
-    from ..environment.ranks import device_of, first_says, joined
+    from ..environment.ranks import broadcast_from_first, device_of, process_group
 
     entries = [status.finished, status.monitored, str(status.checkpoint or "")]
-    with joined(rank_info, str(pick_device(device_of(device, rank_info)))):
-        finished, monitored, checkpoint = json.loads(first_says(json.dumps(entries), rank_info))
+    with process_group(rank_info, str(pick_device(device_of(device, rank_info)))):
+        finished, monitored, checkpoint = json.loads(broadcast_from_first(json.dumps(entries), rank_info))
     return JobStatus(finished, monitored, Path(checkpoint) if checkpoint else None)

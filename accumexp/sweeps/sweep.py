@@ -10,7 +10,7 @@ from typing import Any
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, read_write
 
-from ..errors import UsageError, fail
+from ..errors import UsageError, print_error
 from ..tracking.folder import RunFolder, Summary
 from .hydra_sweep import LAUNCH, command_line, count_jobs, runs_in_parallel
 from .job_folders import Launch, begin_launch, number_of
@@ -82,7 +82,7 @@ class SweepFolder(Callback):
         try:
             self.launch = launched_sweep.begin(config)
         except UsageError as error:  # Hydra would turn it into a warning
-            raise SystemExit(fail(error)) from error
+            raise SystemExit(print_error(error)) from error
         if self.launch:
             with read_write(config):  # the launcher composes its jobs' configuration from these
                 config.hydra.callbacks.sweep.launch = self.launch

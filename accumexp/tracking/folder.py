@@ -14,7 +14,8 @@ from typing import Any
 from filelock import FileLock, Timeout
 from omegaconf import DictConfig, OmegaConf
 
-from ..config.schema import Config, to_plain
+from ..config.loading import to_plain
+from ..config.schema import Config
 from .json_file import read_json, write_json
 
 CHECKPOINTS = "checkpoints"

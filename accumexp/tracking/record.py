@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..accum import Inequality
-from ..config.schema import Backend, Config, flatten
-from ..environment.device import code_version, device_name, tf32
+from ..config.loading import flatten
+from ..config.schema import Backend, Config
+from ..environment.code_version import code_version
+from ..environment.device import device_name, tf32
 from .folder import CHECKPOINTS, RunFolder, RunStatus, Summary
 from .journal import Journal, ProgressFile
 from .run import MLflowTracker, Tracker

@@ -13,9 +13,9 @@ from ..accum import GraphedStep, Ranks, Window, WindowLoss, data_parallel, fully
 from ..config.instantiate import build
 from ..config.schema import Config, Strategy
 from ..data import Share, Splits, build_splits
-from ..environment.device import cores
+from ..environment.cores import cores
 from ..environment.random_state import derive_seed, seed_everything
-from ..environment.ranks import RankInfo, first_here
+from ..environment.ranks import RankInfo, local_first
 from ..errors import UsageError
 from .components import (
     autocast_dtype,
@@ -79,7 +79,7 @@ class Experiment:
         # The data comes before the model, so that an error in it is reported first.
         share = Share(rank_info.rank, rank_info.size, cast(int, config.accum.steps))
         if splits is None:
-            with first_here(rank_info):
+            with local_first(rank_info):
                 splits = build_splits(config.data, config.seed, place, share)
         seed_everything(config.seed, config.trainer.deterministic)
         model = build_model(config)

@@ -9,7 +9,7 @@ from torch import Tensor
 from torchmetrics import MetricCollection
 
 from ..accum import StepResult, Window, WindowResult
-from ..environment.device import MIB, peak_memory_mib
+from ..environment.memory import MIB, peak_memory_mib
 from .deferred_metrics import DeferredMetrics, hopeless
 from .evaluation import WindowMetrics
 from .metrics_sink import MetricsSink

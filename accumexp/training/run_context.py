@@ -9,7 +9,7 @@ from pathlib import Path
 from ..config.schema import Config, Strategy
 from ..environment.console import console
 from ..environment.device import pick_device
-from ..environment.ranks import RankInfo, device_of, first_says, joined
+from ..environment.ranks import RankInfo, broadcast_from_first, device_of, process_group
 from ..tracking.folder import RunFolder
 
 
@@ -23,5 +23,5 @@ def run_context(config: Config, folder: RunFolder, rank_info: RankInfo) -> Itera
         console.quiet = True
     alone = config.accum.strategy is Strategy.standalone
     device = str(pick_device(device_of(config.device, rank_info)))
-    with nullcontext() if alone else joined(rank_info, device):
-        yield RunFolder(Path(first_says(str(folder.path), rank_info)))
+    with nullcontext() if alone else process_group(rank_info, device):
+        yield RunFolder(Path(broadcast_from_first(str(folder.path), rank_info)))

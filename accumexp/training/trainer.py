@@ -23,7 +23,7 @@ from ..accum import (
 )
 from ..data import Batch, Splits
 from ..environment.device import wait_for
-from ..errors import of_the_compiler
+from ..errors import compiler_error
 from .callbacks import Callback, listeners
 from .evaluation import Evaluator
 from .metrics_log import MetricsLog
@@ -153,7 +153,7 @@ class Trainer:
                 for batch in batches:
                     self.update(batch)
         except RuntimeError as error:
-            if explained := of_the_compiler(error):
+            if explained := compiler_error(error):
                 raise explained from error
             raise
 

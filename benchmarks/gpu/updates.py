@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from accumexp.environment.device import MIB, peak_memory_mib
+from accumexp.environment.memory import MIB, peak_memory_mib
 
 from ..accumexp_loop import Graphed, Untracked
 from ..cell import Label, checked, summary, timings

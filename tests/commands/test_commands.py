@@ -17,8 +17,8 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
 from accumexp.cli import conf_dir
-from accumexp.config.schema import from_hydra
-from accumexp.environment.device import code_version
+from accumexp.config.loading import from_hydra
+from accumexp.environment.code_version import code_version
 from accumexp.training.checkpoint import load
 
 from ..support.command import (

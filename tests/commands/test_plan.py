@@ -22,16 +22,18 @@ from torch.profiler import ProfilerActivity, profile
 
 from accumexp.accum import extrapolated, held_bytes, measure_peak, tensors
 from accumexp.accum.peak import Peak
-from accumexp.config.schema import Config, from_hydra, settled, to_plain
+from accumexp.config.loading import from_hydra, settled, to_plain
+from accumexp.config.schema import Config
 from accumexp.config.sizes import batch_sizes, in_bytes
 from accumexp.data import ResidentBatches
-from accumexp.environment.device import _free_of_group  # pyright: ignore[reportPrivateUsage]
+from accumexp.environment.memory import _cgroup_free_bytes
 from accumexp.environment.ranks import RankInfo
 from accumexp.errors import UsageError
-from accumexp.plan.auto_steps import agreed, planned
-from accumexp.plan.frontier import explored
-from accumexp.plan.planner import Limit, Planner, Point, out_of_memory
-from accumexp.plan.trial_run import Rehearsal, rehearsing
+from accumexp.plan.auto_steps import choose_steps, measure_steps
+from accumexp.plan.frontier import measure_frontier
+from accumexp.plan.planner import Planner, out_of_memory
+from accumexp.plan.points import Limit, Point
+from accumexp.plan.trial_run import TrialRun, trial_run
 from accumexp.training.checkpoint import load, save
 from accumexp.training.experiment import Experiment
 from accumexp.training.metrics_sink import MemoryMetricsSink
@@ -121,17 +123,17 @@ def test_a_prediction_is_the_largest_of_the_lines_at_every_place() -> None:
     ],
 )
 def test_peaks_are_predicted_within_a_tenth_of_what_is_measured(overrides: list[str]) -> None:
-    with rehearsing(composed(*overrides)) as rehearsal:
-        planner = Planner(rehearsal)
-        batch = rehearsal.data.batch_size
+    with trial_run(composed(*overrides)) as trial:
+        planner = Planner(trial)
+        batch = trial.data.batch_size
         for steps in (1, 2, batch // 4):
             point = planner.tried(steps)
             assert point.measured and abs(point.predicted / point.measured - 1) < 0.1, point
-        activations = {steps: rehearsal.whole(steps).activations for steps in (1, 4)}
+        activations = {steps: trial.whole(steps).activations for steps in (1, 4)}
         assert activations[1] > 2 * activations[4]
         parts = planner.parts(planner.tried(1))
         assert parts["saved activations"] == pytest.approx(activations[1], rel=0.1)
-        weights = sum(p.numel() * p.element_size() for p in rehearsal.experiment.model.parameters())
+        weights = sum(p.numel() * p.element_size() for p in trial.experiment.model.parameters())
         assert parts["gradients"] == weights <= parts["parameters"]
 
 
@@ -143,16 +145,16 @@ def test_peaks_are_predicted_within_a_tenth_of_what_is_measured(overrides: list[
 def test_a_run_never_takes_more_than_the_limit(
     overrides: list[str], shares: tuple[float, ...], tmp_path: Path
 ) -> None:
-    with rehearsing(composed(*overrides)) as rehearsal:
-        planner = Planner(rehearsal)
+    with trial_run(composed(*overrides)) as trial:
+        planner = Planner(trial)
         most, least = planner.predicted(1), planner.predicted(24)
-        floor = max(least, planner.evaluation(rehearsal.data.evaluated))
+        floor = max(least, planner.evaluation(trial.data.evaluated))
         assert floor < most
     chosen = []
     for share in shares:
         limit = int(floor + share * (most - floor))
         config = composed(*overrides, f"accum.memory_limit={limit}")
-        point, _ = agreed(config, RankInfo())
+        point, _ = measure_steps(config, RankInfo())
         chosen.append(point.steps)
         taken = taken_by(settled(config, point.steps), tmp_path / "trace")
         assert 0.6 * limit < taken <= limit, (limit, point)
@@ -175,8 +177,8 @@ def test_a_rank_of_several_never_takes_more_than_was_predicted(tmp_path: Path) -
 def _taken() -> Any:
     rank = torch.distributed.get_rank()
     config = composed(*DEEP, "accum=ddp", "accum.processes=2")
-    with rehearsing(config, RankInfo(rank, 2, rank, 2)) as rehearsal:
-        planner = Planner(rehearsal)
+    with trial_run(config, RankInfo(rank, 2, rank, 2)) as trial:
+        planner = Planner(trial)
         point = planner.tried(4)
         parts = planner.parts(point)
     with tempfile.TemporaryDirectory() as folder:
@@ -204,12 +206,12 @@ def test_a_look_at_a_checkpoint_leaves_its_tensors_in_the_file(tmp_path: Path) -
 
 def test_what_does_not_fit_is_never_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     tried: list[int] = []
-    whole = Rehearsal.whole
+    whole = TrialRun.whole
     monkeypatch.setattr("accumexp.plan.frontier.TIMED_SECONDS", 0.01)
-    monkeypatch.setattr(Rehearsal, "whole", lambda self, steps: (tried.append(steps), whole(self, steps))[1])
-    with rehearsing(composed(*LENET)) as rehearsal:
-        limit = round(1.005 * Planner(rehearsal).predicted(4))
-    found = explored(composed(*LENET, f"accum.memory_limit={limit}"), 3, lambda stage: None, list)
+    monkeypatch.setattr(TrialRun, "whole", lambda self, steps: (tried.append(steps), whole(self, steps))[1])
+    with trial_run(composed(*LENET)) as trial:
+        limit = round(1.005 * Planner(trial).predicted(4))
+    found = measure_frontier(composed(*LENET, f"accum.memory_limit={limit}"), 3, lambda stage: None, list)
     assert found.chosen and found.chosen.steps == 4 and found.chosen.micro_batch == 24
     assert [point.steps for point in found.points] == [1, 2, 3, 4, 8, 16, 32, 64, 96]
     assert sorted(tried) == [4, 8, 16, 32, 64, 96]
@@ -219,9 +221,9 @@ def test_what_does_not_fit_is_never_tried(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_a_trial_that_does_not_fit_makes_the_micro_batch_smaller(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole, tried = Rehearsal.whole, []
+    whole, tried = TrialRun.whole, []
 
-    def trial(self: Rehearsal, steps: int) -> Any:
+    def patched(self: TrialRun, steps: int) -> Any:
         tried.append(steps)
         if len(tried) == 1:
             raise torch.OutOfMemoryError("CUDA out of memory")
@@ -230,34 +232,34 @@ def test_a_trial_that_does_not_fit_makes_the_micro_batch_smaller(monkeypatch: py
             found.update.peak = planner.limit.bytes + 1
         return found
 
-    monkeypatch.setattr(Rehearsal, "whole", trial)
-    with rehearsing(composed(*LENET)) as rehearsal:
-        planner = Planner(rehearsal)
+    monkeypatch.setattr(TrialRun, "whole", patched)
+    with trial_run(composed(*LENET)) as trial:
+        planner = Planner(trial)
         planner.limit = Limit(planner.predicted(2), "a test")
         point = planner.choose()
     assert tried[0] == 2 < tried[1] < tried[2] == point.steps and point.fits
 
 
 def test_a_batch_that_cannot_even_be_gathered_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    def short(self: Rehearsal) -> Any:
+    def short(self: TrialRun) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(Rehearsal, "feeding", short)
+    monkeypatch.setattr(TrialRun, "feeding", short)
     with pytest.raises(UsageError, match="data.batch_size=96: cpu cannot hold the samples of an update"):
-        agreed(composed(*LENET), RankInfo())
+        measure_steps(composed(*LENET), RankInfo())
 
 
 def test_a_trial_of_one_micro_batch_may_run_out_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    small = Rehearsal.small
+    small = TrialRun.small
 
-    def trial(self: Rehearsal, micro: int, steps: int) -> Any:
+    def patched(self: TrialRun, micro: int, steps: int) -> Any:
         if steps == 1:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return small(self, micro, steps)
 
-    monkeypatch.setattr(Rehearsal, "small", trial)
-    with rehearsing(composed(*LENET)) as rehearsal:
-        planner = Planner(rehearsal)
+    monkeypatch.setattr(TrialRun, "small", patched)
+    with trial_run(composed(*LENET)) as trial:
+        planner = Planner(trial)
         assert planner.predicted(1) > planner.predicted(2)
 
 
@@ -267,43 +269,43 @@ def test_steps_that_another_rank_needs_and_that_do_not_fit_here_are_refused(
     def gathered(found: list[Any], own: Any) -> None:
         found[:] = [own, (4, None)] if own[0] == 1 else [own, own]
 
-    whole = Rehearsal.whole
+    whole = TrialRun.whole
 
-    def trial(self: Rehearsal, steps: int) -> Any:
+    def patched(self: TrialRun, steps: int) -> Any:
         if steps == 4:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return whole(self, steps)
 
     monkeypatch.setattr("accumexp.plan.auto_steps.dist.all_gather_object", gathered)
-    monkeypatch.setattr("accumexp.plan.trial_run.first_here", lambda rank_info: contextlib.nullcontext())
-    monkeypatch.setattr(Rehearsal, "whole", trial)
+    monkeypatch.setattr("accumexp.plan.trial_run.local_first", lambda rank_info: contextlib.nullcontext())
+    monkeypatch.setattr(TrialRun, "whole", patched)
     config = composed(*LENET, "accum=ddp", "accum.processes=2")
     with pytest.raises(UsageError, match="4 steps, which another rank needs, do not fit on rank 0: out of"):
-        agreed(config, RankInfo(0, 2, 0, 2))
+        measure_steps(config, RankInfo(0, 2, 0, 2))
 
 
 def test_recorded_windows_are_given_their_steps() -> None:
     config = composed(*LENET, "trainer.graph=true")
     with pytest.raises(UsageError, match="accum.steps=auto: a recorded window keeps memory"):
-        planned(config, RankInfo())
+        choose_steps(config, RankInfo())
 
 
 def test_what_a_rehearsal_compiled_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     reset: list[int] = []
     monkeypatch.setattr("torch.compiler.reset", lambda: reset.append(1))
     for overrides in ([], ["trainer.compile=true"]):
-        with rehearsing(composed(*LENET, *overrides)):
+        with trial_run(composed(*LENET, *overrides)):
             assert not reset
     assert reset == [1]
 
 
 def test_an_error_of_the_model_is_not_taken_for_a_lack_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(self: Rehearsal, *arguments: int) -> None:
+    def broken(self: TrialRun, *arguments: int) -> None:
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
-    monkeypatch.setattr(Rehearsal, "small", broken)
-    with pytest.raises(RuntimeError, match="mat1"), rehearsing(composed(*LENET)) as rehearsal:
-        Planner(rehearsal)
+    monkeypatch.setattr(TrialRun, "small", broken)
+    with pytest.raises(RuntimeError, match="mat1"), trial_run(composed(*LENET)) as trial:
+        Planner(trial)
     with pytest.raises(RuntimeError) as lack:
         torch.empty(2**55)
     assert out_of_memory(lack.value)
@@ -321,12 +323,12 @@ def test_an_error_of_the_model_is_not_taken_for_a_lack_of_memory(monkeypatch: py
 )
 def test_what_cannot_fit_is_refused_by_name(overrides: list[str], said: str) -> None:
     with pytest.raises(UsageError, match=said):
-        agreed(composed(*LENET, *overrides), RankInfo())
+        measure_steps(composed(*LENET, *overrides), RankInfo())
 
 
 def test_a_floor_above_the_limit_names_what_the_smallest_micro_batch_needs() -> None:
-    with rehearsing(composed(*LENET)) as rehearsal:
-        planner = Planner(rehearsal)
+    with trial_run(composed(*LENET)) as trial:
+        planner = Planner(trial)
         planner.limit = Limit(planner.predicted(96) - 1, "a test")
         with pytest.raises(UsageError, match="one sample a micro-batch needs"):
             planner.choose()
@@ -367,9 +369,9 @@ def test_amounts_of_memory() -> None:
 def test_a_container_may_have_less_than_the_machine(tmp_path: Path) -> None:
     for name, text in (("max", "1000"), ("current", "700"), ("stat", "anon 600\ninactive_file 50\n")):
         (tmp_path / f"memory.{name}").write_text(text)
-    assert _free_of_group(tmp_path) == [350]
+    assert _cgroup_free_bytes(tmp_path) == [350]
     (tmp_path / "memory.max").write_text("max\n")
-    assert _free_of_group(tmp_path) == []
+    assert _cgroup_free_bytes(tmp_path) == []
 
 
 def test_what_follows_from_the_micro_batch_waits_for_it() -> None:
@@ -381,12 +383,12 @@ def test_what_follows_from_the_micro_batch_waits_for_it() -> None:
     assert given.model["ghost_size"] == 8
 
 
-def test_a_limit_that_nothing_keeps_to_is_said(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+def test_a_limit_that_nothing_keeps_to_is_said(caplog: pytest.LogCaptureFixture) -> None:
     config = composed("accum.steps=4", "accum.memory_limit=1GiB")
-    assert planned(config, RankInfo()) == (config, {})
+    assert choose_steps(config, RankInfo()) == (config, {})
     assert "accum.memory_limit=1GiB: has no effect, accum.steps=auto keeps to it" in caplog.text
     caplog.clear()
-    planned(composed("accum.steps=4"), RankInfo())
+    choose_steps(composed("accum.steps=4"), RankInfo())
     assert not caplog.text
 
 
@@ -394,8 +396,8 @@ def test_auto_gives_the_bits_of_the_number_and_is_recorded_as_one(tmp_path: Path
     common = ["device=cpu", "model=mlp", "model.hidden=[64,64,64,64]", "model.dropout=0.2"]
     common += ["data.image_size=8", "data.batch_size=256", "data.eval_batch_size=8"]
     common += ["trainer.max_updates=8", "trainer.log_every=4", "tracking.system_metrics=false"]
-    with rehearsing(composed("accum.steps=auto", *common)) as rehearsal:
-        limit = round(1.005 * Planner(rehearsal).predicted(3))
+    with trial_run(composed("accum.steps=auto", *common)) as trial:
+        limit = round(1.005 * Planner(trial).predicted(3))
     auto = run_command(
         "run", *common, "accum.steps=auto", f"accum.memory_limit={limit}", folder=tmp_path / "auto"
     )
@@ -437,22 +439,22 @@ def _agree() -> dict[str, Any]:
         accum = dataclasses.replace(found.accum, memory_limit=limit if rank else None)
         return dataclasses.replace(found, accum=accum)
 
-    with rehearsing(config(None), rank_info) as rehearsal:
-        limit = round(1.005 * Planner(rehearsal).predicted(6))
-    with rehearsing(config(limit), rank_info) as rehearsal:
-        own: Point = Planner(rehearsal).choose()
-    point, _ = agreed(config(limit), rank_info)
+    with trial_run(config(None), rank_info) as trial:
+        limit = round(1.005 * Planner(trial).predicted(6))
+    with trial_run(config(limit), rank_info) as trial:
+        own: Point = Planner(trial).choose()
+    point, _ = measure_steps(config(limit), rank_info)
     refused = ""
     try:
-        agreed(config(1000), rank_info)
+        measure_steps(config(1000), rank_info)
     except UsageError as error:
         refused = str(error)
     return {"own": own.steps, "agreed": point.steps, "refused": refused}
 
 
 def test_plan_prints_draws_and_keeps_the_frontier(tmp_path: Path) -> None:
-    with rehearsing(composed(*LENET, "data.batch_size=24")) as rehearsal:
-        limit = round(1.005 * Planner(rehearsal).predicted(3))
+    with trial_run(composed(*LENET, "data.batch_size=24")) as trial:
+        limit = round(1.005 * Planner(trial).predicted(3))
     small = ["data.batch_size=24", "data.eval_batch_size=8", "tracking=none", "device=cpu"]
     done = run_command("plan", *small, f"accum.memory_limit={limit}", folder=tmp_path)
     assert done.code == 0 and not done.stderr, done

@@ -18,8 +18,8 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
 from accumexp.cli import conf_dir
+from accumexp.config.loading import from_hydra, to_plain
 from accumexp.config.overrides import changed
-from accumexp.config.schema import from_hydra, to_plain
 from accumexp.errors import UsageError
 from accumexp.run.arguments import resume_arguments
 from accumexp.run.resume import resumed

@@ -10,7 +10,8 @@ import torch
 from hydra import compose, initialize_config_dir
 
 from accumexp.cli import conf_dir
-from accumexp.config.schema import Config, from_hydra
+from accumexp.config.loading import from_hydra
+from accumexp.config.schema import Config
 from accumexp.training.experiment import Experiment
 from accumexp.training.metrics_sink import MemoryMetricsSink
 from accumexp.training.trainer import Trainer

@@ -21,15 +21,15 @@ from accumexp.accum import (
     fully_sharded,
     rank_share,
 )
-from accumexp.config.schema import settled
+from accumexp.config.loading import settled
 from accumexp.data import ResidentBatches
 from accumexp.environment.random_state import random_state
 from accumexp.environment.ranks import RankInfo
 from accumexp.errors import UsageError
 from accumexp.models import LeNet5
-from accumexp.plan.auto_steps import agreed
+from accumexp.plan.auto_steps import measure_steps
 from accumexp.plan.planner import Planner
-from accumexp.plan.trial_run import rehearsing
+from accumexp.plan.trial_run import trial_run
 from accumexp.proof import Scaling, certify
 from accumexp.training.checkpoint import load, restore, save
 from accumexp.training.experiment import Experiment
@@ -359,14 +359,14 @@ def test_a_certificate_on_a_gpu_names_batch_statistics_and_holds_dropout_fixed()
 @pytest.mark.parametrize("share", [0.1, 0.5])
 def test_auto_steps_stay_below_the_limit_on_the_gpu(share: float) -> None:
     overrides = ["device=cuda", "accum.steps=auto", "data.batch_size=96", "data.eval_batch_size=8"]
-    with rehearsing(composed(*overrides)) as rehearsal:
-        planner = Planner(rehearsal)
+    with trial_run(composed(*overrides)) as trial:
+        planner = Planner(trial)
         most, least = planner.predicted(1), planner.predicted(48)
         point = planner.tried(2)
         assert point.measured and abs(point.predicted / point.measured - 1) < 0.1
     limit = int(least + share * (most - least))
     config = composed(*overrides, f"accum.memory_limit={limit}")
-    point, _ = agreed(config, RankInfo())
+    point, _ = measure_steps(config, RankInfo())
     chosen = settled(config, point.steps)
     chosen.trainer.max_updates = 3
     chosen.callbacks.clear()

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from accumexp.accum import Window, inequalities, split_sizes, steps_for
+from accumexp.config.loading import to_plain
 from accumexp.config.overrides import changed
-from accumexp.config.schema import Config, to_plain
+from accumexp.config.schema import Config
 from accumexp.errors import UsageError
 from accumexp.models import (
     NORMS,

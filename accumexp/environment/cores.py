@@ -1,0 +1,10 @@
+"""CPU cores of a process."""
+
+from __future__ import annotations
+
+
+def cores() -> int:
+    """Returns the number of cores that affinity and control group leave to this process."""
+    from joblib import cpu_count
+
+    return cpu_count()
