@@ -165,12 +165,14 @@ def test_a_run_never_takes_more_than_the_limit(
 def test_a_rank_of_several_never_takes_more_than_was_predicted(tmp_path: Path) -> None:
     """Gradients beside ddp's buckets, and copies of buffers to go back to, are in no trial's run.
 
-    On a busy machine a bucket that was reduced is alive a little longer than on an idle one.
+    How long ddp keeps its first buckets, and one that it has reduced, depends on the machine's load: without
+    either, the run takes that much less.
     """
     from ..support.ranks import on_ranks
 
     for taken, predicted, measured, parts in on_ranks(2, tmp_path, _taken):
-        assert taken <= measured and abs(predicted / measured - 1) < 0.1 and taken > 0.7 * measured
+        certain = measured - parts["buckets of ddp"] - parts["a bucket of ddp under way"]
+        assert 0.99 * certain < taken <= measured and abs(predicted / measured - 1) < 0.1
         assert parts["buckets of ddp"] == parts["gradients"] and parts["copies to go back to"] > 0
 
 
