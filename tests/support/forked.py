@@ -126,8 +126,9 @@ def _fork_ranks(outputs: list[Path]) -> None:
     started = SubprocessHandler._popen
 
     def popen(self: Any, args: tuple[str, ...], env: dict[str, str]) -> Any:
-        own = args[1:3] == ("-m", "accumexp.run.rank") and not FRESH_RANKS.keys() & env.keys()
-        return _Rank(args, env, outputs) if own else started(self, args, env)
+        is_rank = args[1:3] == ("-m", "accumexp.environment.worker")
+        forks = is_rank and not FRESH_RANKS.keys() & env.keys()
+        return _Rank(args, env, outputs) if forks else started(self, args, env)
 
     SubprocessHandler._popen = popen
     # A forked process knows the address of the server that it comes from, not that this still runs.
