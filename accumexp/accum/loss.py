@@ -79,6 +79,9 @@ class ClassIndexLoss(nn.Module):
     ignored, and for targets that are probabilities by their number (torch.nn.CrossEntropyLoss).
     A batch whose targets are all ignored has weight 0 and gradient 0, where torch returns nan.
 
+    A subclass whose own `forward` returns a mean is taken as the mean that its parent is: over the targets
+    that are not ignored, with the parent's weights.
+
     Shapes: outputs (n, classes, ...), targets (n, ...) of class indices or (n, classes, ...) of
     probabilities.
     """
@@ -99,7 +102,10 @@ class ClassIndexLoss(nn.Module):
         return self.criterion.weight[targets.where(valid, 0)].where(valid, 0).sum()
 
     def total(self, outputs: Any, targets: Nested) -> Tensor:
-        return self.losses(outputs, targets, "sum")
+        if type(self.criterion).forward in (nn.CrossEntropyLoss.forward, nn.NLLLoss.forward):
+            return self.losses(outputs, targets, "sum")
+        loss = self.criterion(_widened(outputs), targets)
+        return loss.sum() if loss.dim() else loss * self.weight(targets)
 
     def losses(self, outputs: Any, targets: Nested, reduction: str) -> Tensor:
         """The items' weighted losses, shape (n, ...), or with `reduction="sum"` their sum, shape ()."""
@@ -121,7 +127,7 @@ class ClassIndexLoss(nn.Module):
 def window_loss(criterion: Callable[..., Any] | WindowLoss) -> WindowLoss:
     """Converts `criterion` to a `WindowLoss`.
 
-    torch's criteria are recognised by type and `reduction`. Any other callable is treated as a mean over
+    torch's criteria and their subclasses are recognised by type and `reduction`. Any other callable is treated as a mean over
     samples. A mean over items whose number differs between samples (tokens) is not one: implement the
     methods `weight` and `total` of `WindowLoss` for it.
     """
@@ -130,8 +136,8 @@ def window_loss(criterion: Callable[..., Any] | WindowLoss) -> WindowLoss:
     reduction = getattr(criterion, "reduction", None)
     if reduction == "sum":
         return SumOverSamples(criterion)
-    if type(criterion) in (nn.CrossEntropyLoss, nn.NLLLoss):
-        return ClassIndexLoss(cast(nn.CrossEntropyLoss, criterion))
+    if isinstance(criterion, nn.CrossEntropyLoss | nn.NLLLoss):
+        return ClassIndexLoss(criterion)
     return MeanOverSamples(criterion)
 
 

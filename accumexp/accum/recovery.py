@@ -15,6 +15,7 @@ from torch.nn.parameter import is_lazy
 
 from .batch import Nested, batch_size
 from .memory import is_out_of_memory
+from .sync import DataParallelSync
 from .window import Observer, Window, WindowResult
 
 # Consecutive windows without a draw from Python's `random` after which its state, slow to copy, is not saved.
@@ -74,7 +75,7 @@ class Recovery:
         self.notify = notify
         self.at_most: int | None = None
         # DDP's backward cannot be repeated once it failed in its reduction, even on a single rank.
-        self._alone = not window.sync.keeps_gradients
+        self._alone = not isinstance(window.sync, DataParallelSync)
         self._start = _Start(window)
         self._largest = 0  # samples in a micro-batch of this rank
         self._agreed = False

@@ -90,11 +90,11 @@ class Sync:
 class DataParallelSync(Sync):
     """DistributedDataParallel: one all-reduce per bucket, in the backward of the last micro-batch."""
 
-    keeps_gradients = True
-
     def __init__(self, model: DistributedDataParallel) -> None:
         super().__init__(model)
         self.wrapper = model
+        # A parameter that no rank used keeps the gradient None, with which an optimizer skips it.
+        self.keeps_gradients = not model.find_unused_parameters
         self.module = model.module
         self.ranks = Ranks(model.process_group)
         self.factor = 1 if getattr(model, SUMS, False) else self.ranks.size

@@ -246,7 +246,7 @@ class TrialRun:
             # Metrics look for other ranks themselves, which may be at another trial, or have none.
             setattr(metric, "distributed_available_fn", _alone)  # noqa: B010
         if self.config.accum.strategy is Strategy.ddp:
-            trainer.window.sync.keeps_gradients = True
+            trainer.window.sync.keeps_gradients = not self.config.accum.find_unused_parameters
         return trainer
 
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves, tree_map_only
 
-from ..accum.batch import Nested, map_tensors, tensors
+from ..accum.batch import tensors
 from .fixed_draws import fixed_draws
 from .float64 import DOUBLE, keep_float64
 from .larger_batch import call, mean_loss
@@ -119,18 +119,19 @@ def _difference(part: Any, outputs: Any, rows: int) -> float:
 def loss_couples(problem: Problem, batch: WholeBatch) -> float:
     """The relative change of the gradient at one half's outputs when the other half's outputs change.
 
-    0 for every weighted mean of the samples' own losses.
+    0 for every weighted mean of the samples' own losses. Outputs without a dimension of samples stay as they
+    are, see `whole_batch_outputs`.
     """
     batch = cast(batch, DOUBLE)
     outputs = larger_batch_of(problem, copy_in(problem.model, DOUBLE), batch).outputs
-    floats = [t for t in tensors(outputs) if t.is_floating_point()]
-    if not floats or floats[0].dim() == 0:
-        return 0.0
-    half = floats[0].shape[0] // 2
-    generator = torch.Generator(floats[0].device).manual_seed(problem.seed)
+    samples = tensors(batch[0])[0].shape[0]
+    half = samples // 2
+    by_sample = [t.dim() > 0 and len(t) == samples for t in _floats(outputs)]
+    device = next(problem.model.parameters()).device
+    generator = torch.Generator(device).manual_seed(problem.seed)
 
     def changed(tensor: Tensor) -> Tensor:
-        if not tensor.is_floating_point() or not tensor.dim():
+        if not tensor.is_floating_point() or not tensor.dim() or len(tensor) != samples:
             return tensor
         noise = torch.randn(tensor.shape, generator=generator, device=tensor.device, dtype=tensor.dtype)
         moved = tensor.detach().clone()
@@ -139,13 +140,33 @@ def loss_couples(problem: Problem, batch: WholeBatch) -> float:
 
     with problem.loss_in(DOUBLE) as loss, keep_float64(DOUBLE):
         original = _gradient_at(loss, outputs, batch[1])
-        moved = _gradient_at(loss, map_tensors(changed, outputs), batch[1])
-    change = sum(float((b[:half] - a[:half]).square().sum()) for a, b in zip(original, moved, strict=True))
-    size = sum(float(a[:half].square().sum()) for a in original)
+        moved = _gradient_at(loss, tree_map_only(Tensor, changed, outputs), batch[1])
+    pairs = [(a[:half], b[:half]) for a, b, rows in zip(original, moved, by_sample, strict=True) if rows]
+    change = sum(float((b - a).square().sum()) for a, b in pairs)
+    size = sum(float(a.square().sum()) for a, _ in pairs)
     return (change / size) ** 0.5 if size else 0.0
 
 
-def _gradient_at(loss: Callable[..., Any], outputs: Nested, targets: Any) -> list[Tensor]:
+def whole_batch_outputs(problem: Problem, batch: WholeBatch) -> list[str]:
+    """The outputs that the loss depends on and that have no dimension of samples, such as "[1]".
+
+    A model that returns a number for the whole batch (a balance of experts, a regulariser of activations)
+    couples its samples.
+    """
+    batch = cast(batch, DOUBLE)
+    outputs = larger_batch_of(problem, copy_in(problem.model, DOUBLE), batch).outputs
+    samples = tensors(batch[0])[0].shape[0]
+    with problem.loss_in(DOUBLE) as loss, keep_float64(DOUBLE):
+        gradients = _gradient_at(loss, outputs, batch[1])
+    leaves = [(path, leaf) for path, leaf in tree_flatten_with_path(outputs)[0] if _floats(leaf)]
+    return [
+        keystr(path)
+        for (path, leaf), gradient in zip(leaves, gradients, strict=True)
+        if (not leaf.dim() or len(leaf) != samples) and bool(gradient.count_nonzero())
+    ]
+
+
+def _gradient_at(loss: Callable[..., Any], outputs: Any, targets: Any) -> list[Tensor]:
     """The gradient of the mean loss with respect to every floating point tensor in `outputs`."""
     leaves: list[Tensor] = []
 
@@ -155,7 +176,7 @@ def _gradient_at(loss: Callable[..., Any], outputs: Nested, targets: Any) -> lis
         leaves.append(tensor.detach().clone().requires_grad_())
         return leaves[-1]
 
-    value = mean_loss(loss, map_tensors(leaf, outputs), targets)
+    value = mean_loss(loss, tree_map_only(Tensor, leaf, outputs), targets)
     gradients = torch.autograd.grad(value, leaves, allow_unused=True)
     return [torch.zeros_like(x) if g is None else g for x, g in zip(leaves, gradients, strict=True)]
 

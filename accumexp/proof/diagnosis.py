@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 
 from .certificate import Cause, Check
-from .coupling import NEGLIGIBLE, coupling_modules, loss_couples
+from .coupling import NEGLIGIBLE, coupling_modules, loss_couples, whole_batch_outputs
 from .float64 import DOUBLE
 from .gradients import Comparison, compare, compare_window
 from .larger_batch import norm
@@ -27,6 +27,9 @@ WITHOUT_STATISTICS = (
 WHOLE_WINDOW_LOSS = (
     "compute the loss on all outputs of the window at once, then go back through the micro-batches "
     "(Gao et al., arXiv 2101.06983)"
+)
+WHOLE_WINDOW_OUTPUT = "return what it is computed from, a row for each sample, and compute it in the loss; then " + (
+    WHOLE_WINDOW_LOSS
 )
 Window = tuple[Comparison, Observation, ExpectedUpdate]
 
@@ -85,6 +88,18 @@ def _coupled(problem: Problem, batch: WholeBatch, window: Window) -> list[Cause]
 
 
 def _coupling_loss(problem: Problem, batch: WholeBatch, error: float) -> list[Cause]:
+    if outputs := whole_batch_outputs(problem, batch):
+        name = type(problem.model).__name__
+        return [
+            Cause(
+                "coupling output",
+                f"(model) ({name}), output{' and output'.join(outputs)}",
+                "couples samples: a value of the whole micro-batch, not of each sample, enters the loss",
+                error,
+                "the loss's gradient at it is not 0",
+                WHOLE_WINDOW_OUTPUT,
+            )
+        ]
     effect = loss_couples(problem, batch)
     if not effect > NEGLIGIBLE:
         return []

@@ -75,6 +75,7 @@ class Replay(ABC):
             for name, parameter in self.model.named_parameters():
                 gradient = None if name in observation.absent else observation.gradient.get(name)
                 parameter.grad = None if gradient is None else gradient.to(parameter)
+        _begin_momentum(self.optimizer)
         with keep_float64(self.dtype):  # torch's optimizers count steps in the default dtype
             self.optimizer.step()
 
@@ -113,6 +114,21 @@ class Replay(ABC):
     def _bit_bound(self) -> float:
         sharded = any(hasattr(p, "full_tensor") for p in self.state.parameters().values())
         return SHARDED * roundoff(self.dtype) if sharded else 0.0
+
+
+def _begin_momentum(optimizer: Any) -> None:
+    """Gives a buffer of zeros to each parameter whose first gradient comes after the first update.
+
+    torch's fused SGD fails on it; with zeros the parameter's first step is that of plain SGD.
+    """
+    for group in optimizer.param_groups:
+        if not (group.get("fused") and group.get("momentum")) or group.get("dampening"):
+            continue
+        for parameter in group["params"]:
+            if parameter.grad is not None and optimizer.state:
+                state = optimizer.state[parameter]
+                if state.get("momentum_buffer") is None:
+                    state["momentum_buffer"] = torch.zeros_like(parameter)
 
 
 def _take_over(actual: Mapping[Key, Tensor], expected: Mapping[Key, Tensor]) -> dict[Key, float]:
