@@ -79,9 +79,6 @@ class ClassIndexLoss(nn.Module):
     ignored, and for targets that are probabilities by their number (torch.nn.CrossEntropyLoss).
     A batch whose targets are all ignored has weight 0 and gradient 0, where torch returns nan.
 
-    A subclass whose own `forward` returns a mean is taken as the mean that its parent is: over the targets
-    that are not ignored, with the parent's weights.
-
     Shapes: outputs (n, classes, ...), targets (n, ...) of class indices or (n, classes, ...) of
     probabilities.
     """
@@ -102,10 +99,7 @@ class ClassIndexLoss(nn.Module):
         return self.criterion.weight[targets.where(valid, 0)].where(valid, 0).sum()
 
     def total(self, outputs: Any, targets: Nested) -> Tensor:
-        if type(self.criterion).forward in (nn.CrossEntropyLoss.forward, nn.NLLLoss.forward):
-            return self.losses(outputs, targets, "sum")
-        loss = self.criterion(_widened(outputs), targets)
-        return loss.sum() if loss.dim() else loss * self.weight(targets)
+        return self.losses(outputs, targets, "sum")
 
     def losses(self, outputs: Any, targets: Nested, reduction: str) -> Tensor:
         """The items' weighted losses, shape (n, ...), or with `reduction="sum"` their sum, shape ()."""
@@ -124,6 +118,17 @@ class ClassIndexLoss(nn.Module):
         )
 
 
+class OverriddenClassIndexLoss(ClassIndexLoss):
+    """A subclass of `nn.CrossEntropyLoss` or `nn.NLLLoss` with a `forward` of its own.
+
+    It is taken as the mean that its parent is: over the targets that are not ignored, with its weights.
+    """
+
+    def total(self, outputs: Any, targets: Nested) -> Tensor:
+        loss = self.criterion(_widened(outputs), targets)
+        return loss.sum() if loss.dim() else loss * self.weight(targets)
+
+
 def window_loss(criterion: Callable[..., Any] | WindowLoss) -> WindowLoss:
     """Converts `criterion` to a `WindowLoss`.
 
@@ -137,7 +142,8 @@ def window_loss(criterion: Callable[..., Any] | WindowLoss) -> WindowLoss:
     if reduction == "sum":
         return SumOverSamples(criterion)
     if isinstance(criterion, nn.CrossEntropyLoss | nn.NLLLoss):
-        return ClassIndexLoss(criterion)
+        inherited = type(criterion).forward in (nn.CrossEntropyLoss.forward, nn.NLLLoss.forward)
+        return ClassIndexLoss(criterion) if inherited else OverriddenClassIndexLoss(criterion)
     return MeanOverSamples(criterion)
 
 
