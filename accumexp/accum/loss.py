@@ -132,9 +132,9 @@ class OverriddenClassIndexLoss(ClassIndexLoss):
 def window_loss(criterion: Callable[..., Any] | WindowLoss) -> WindowLoss:
     """Converts `criterion` to a `WindowLoss`.
 
-    torch's criteria and their subclasses are recognised by type and `reduction`. Any other callable is treated as a mean over
-    samples. A mean over items whose number differs between samples (tokens) is not one: implement the
-    methods `weight` and `total` of `WindowLoss` for it.
+    torch's criteria and their subclasses are recognised by type and `reduction`. Any other callable is
+    treated as a mean over samples. A mean over items whose number differs between samples (tokens) is not
+    one: implement the methods `weight` and `total` of `WindowLoss` for it.
     """
     if isinstance(criterion, WindowLoss):
         return criterion

@@ -6,7 +6,11 @@ from dataclasses import dataclass
 from enum import Enum
 
 from ..errors import UsageError
+from .ranges import count, number
 from .sizes import AUTO, in_bytes
+
+# Below the largest number of fp32, the dtype of the scale.
+LARGEST_SCALE = 2.0**127
 
 
 class Reduction(Enum):
@@ -36,7 +40,7 @@ class AccumConfig:
     # Micro-batches in a window and samples in a micro-batch; of these two and data.batch_size,
     # any two give the third. steps=auto: the fewest whose micro-batch fits the memory.
     steps: int | str | None = None
-    micro_batch_size: int | None = None
+    micro_batch_size: int | None = count(None)
     # What steps=auto keeps the tensors of a rank's device below: bytes, or 2GiB, 500MiB, 24GB.
     # Null: the device's free memory.
     memory_limit: int | str | None = None
@@ -44,15 +48,15 @@ class AccumConfig:
     # Accumulate the gradients of bf16 parameters in fp32: one more fp32 buffer per such parameter.
     fp32_buffers: bool = False
     # Ranks. Null: as many as torchrun or the cluster started; else one a GPU, or two without a GPU.
-    processes: int | None = None
+    processes: int | None = count(None, at_most=65536)
     # With it, a window in which any micro-batch on any rank overflows is skipped on all ranks.
     loss_scale: LossScaling = LossScaling.none
-    init_scale: float = 65536.0
-    growth_factor: float = 2.0
-    backoff_factor: float = 0.5
+    init_scale: float = number(65536.0, above=0, below=LARGEST_SCALE)
+    growth_factor: float = number(2.0, above=1, below=LARGEST_SCALE)
+    backoff_factor: float = number(0.5, above=0, below=1)
     # Updates without an overflow after which a dynamic scale grows.
-    growth_interval: int = 2000
-    min_scale: float = 1.0
+    growth_interval: int = count(2000)
+    min_scale: float = number(1.0, above=0, below=LARGEST_SCALE)
     # ddp: look for parameters that a forward pass did not use. Costs a walk of the graph a window.
     find_unused_parameters: bool = False
     # fsdp: reduce-scatter in every micro-batch, so that no unsharded gradient is kept between them.
@@ -99,5 +103,3 @@ def check_accum(accum: AccumConfig) -> None:
             "accum.steps=auto: not with accum.reduction=sum, whose update grows with the micro-batches and "
             "would be that of the free memory"
         )
-    if accum.growth_interval < 1:
-        raise UsageError(f"accum.growth_interval={accum.growth_interval}: at least 1")

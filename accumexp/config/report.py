@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ..errors import UsageError, unknown_key
+from .ranges import check_ranges, number
 
 
 @dataclass
@@ -22,26 +23,12 @@ class ReportConfig:
     metric: str | None = None
     # The largest difference that does not matter, in points (hundredths) of accuracy or in the metric's unit.
     # Null: half a point for an accuracy; for another metric there is no default and nothing is equivalent.
-    margin: float | None = None
+    margin: float | None = number(None, above=0)
     # Of all intervals. 1 - confidence bounds the probability that any of the claims of a kind (equivalent,
     # different) is wrong.
-    confidence: float = 0.95
+    confidence: float = number(0.95, at_least=0.5, below=1)
     # For the number of seeds that would decide an undecided comparison.
-    power: float = 0.8
-
-
-def check_report(report: ReportConfig) -> ReportConfig:
-    """Returns `report`.
-
-    Raises:
-        UsageError: if a value is out of range; names the key.
-    """
-    if report.margin is not None and not report.margin > 0:
-        raise UsageError(f"report.margin={report.margin}: a difference above 0")
-    for key, value in (("confidence", report.confidence), ("power", report.power)):
-        if not 0.5 <= value < 1:
-            raise UsageError(f"report.{key}={value}: from 0.5 to below 1")
-    return report
+    power: float = number(0.8, at_least=0.5, below=1)
 
 
 def report_from(params: Mapping[str, str], changes: Mapping[str, str]) -> ReportConfig:
@@ -68,4 +55,5 @@ def report_from(params: Mapping[str, str], changes: Mapping[str, str]) -> Report
             raise UsageError(f"report.{key}={value}: {str(error.msg or error).splitlines()[0]}") from error
     report = OmegaConf.to_object(cfg)
     assert isinstance(report, ReportConfig)
-    return check_report(report)
+    check_ranges(report, "report.")
+    return report

@@ -12,6 +12,7 @@ from .accum import AccumConfig as AccumConfig
 from .accum import LossScaling as LossScaling
 from .accum import Reduction as Reduction
 from .accum import Strategy as Strategy
+from .ranges import LARGEST, count, number
 from .report import ReportConfig
 
 
@@ -37,42 +38,42 @@ class DataConfig:
     train: dict[str, Any] = field(default_factory=dict)
     # Empty: held out of train, the same samples for every seed.
     eval: dict[str, Any] | None = field(default_factory=dict)
-    eval_fraction: float = 0.1
-    split_seed: int = 0
+    eval_fraction: float = number(0.1, at_least=0, below=1)
+    split_seed: int = count(0, at_least=0, at_most=LARGEST)
     test: dict[str, Any] = field(default_factory=dict)
     # A deterministic transform of samples or whole tensors, and the random one applied in training.
     transform: dict[str, Any] | None = field(default_factory=dict)
     augment: dict[str, Any] | None = field(default_factory=dict)
-    num_classes: int = MISSING
+    num_classes: int = count(MISSING)
     # What a model may ask of its data: the shape of images, or the tokens in the longest text.
-    channels: int | None = MISSING
-    image_size: int | None = MISSING
-    length: int | None = MISSING
+    channels: int | None = count(MISSING)
+    image_size: int | None = count(MISSING)
+    length: int | None = count(MISSING)
     # Samples in one update. Null: accum.steps x accum.micro_batch_size, or 128.
-    batch_size: int | None = None
-    eval_batch_size: int = 256
+    batch_size: int | None = count(None)
+    eval_batch_size: int = count(256)
     drop_last: bool = False
     # Null: the whole data set on the training device if it takes a quarter of the free memory at most.
     resident: bool | None = None
-    workers: int = 2
-    prefetch: int = 2
+    workers: int = count(2, at_least=0, at_most=1024)
+    prefetch: int = count(2)
 
 
 @dataclass
 class TrainerConfig:
     """The loop: how long, how often it looks, what it does between backward and step."""
 
-    epochs: int = 30
+    epochs: int = count(30)
     # Stop after this many updates even inside an epoch. Null: all of them.
-    max_updates: int | None = None
+    max_updates: int | None = count(None, at_most=LARGEST)
     # Updates between two reads of the device; the tracker gets the points of those updates. Null: a
     # hundredth of the run, from 10 to 100.
-    log_every: int | None = None
-    eval_every: int = 1
-    clip_norm: float | None = None
+    log_every: int | None = count(None)
+    eval_every: int = count(1)
+    clip_norm: float | None = number(None, above=0)
     check_finite: bool = True
     deterministic: bool = True
-    threads: int | None = None
+    threads: int | None = count(None, at_most=4096)
     # Record the window and the update as CUDA graphs, and replay them: one process, data on its GPU.
     graph: bool = False
     # torch.compile for the model.
@@ -93,8 +94,8 @@ class TrackingConfig:
     run_name: str | None = None
     tags: dict[str, str] = field(default_factory=dict)
     system_metrics: bool = True
-    flush_points: int = 1000
-    flush_seconds: float = 5.0
+    flush_points: int = count(1000)
+    flush_seconds: float = number(5.0, at_least=0)
 
 
 @dataclass
@@ -102,7 +103,7 @@ class ProofConfig:
     """How thoroughly a certificate looks."""
 
     # Updates that are followed one by one beside the larger batch's.
-    updates: int = 100
+    updates: int = count(100)
 
 
 @dataclass
@@ -126,9 +127,9 @@ class Config:
     # The metric that names the best checkpoint and stops early, and whether it is to be "max" or "min".
     monitor: str = "eval/accuracy"
     mode: str = "max"
-    seed: int = 0
+    seed: int = count(0, at_least=0, at_most=LARGEST)
     # Runs of the seeds seed, seed + 1, ..., trained together as one, each as it would be alone.
-    replicas: int = 1
+    replicas: int = count(1, at_most=4096)
     device: str = "auto"
     # Null: fp16 with a loss scale, fp32 without.
     precision: Precision | None = None

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from ..errors import UsageError
 from .accum import LossScaling, Strategy, check_accum
-from .report import check_report
+from .ranges import check_ranges
 from .schema import Config, Precision
-from .sizes import AUTO, at_least, batch_sizes, processes
+from .sizes import AUTO, batch_sizes, processes
 
 
 def check(config: Config) -> Config:
     """`config` with ranks, precision and batch sizes filled in, or a `UsageError` that names the key."""
+    check_ranges(config)
     data, accum, trainer = config.data, config.accum, config.trainer
     standalone = accum.strategy is Strategy.standalone
     accum.processes = processes(accum.processes, standalone, config.device)
@@ -20,21 +21,6 @@ def check(config: Config) -> Config:
     scaled = accum.loss_scale is not LossScaling.none
     if config.precision is None:
         config.precision = Precision.fp16 if scaled else Precision.fp32
-    at_least(1, "data.eval_batch_size", data.eval_batch_size)
-    at_least(0, "data.workers", data.workers)
-    at_least(1, "data.prefetch", data.prefetch)
-    at_least(1, "trainer.epochs", trainer.epochs)
-    at_least(1, "trainer.max_updates", trainer.max_updates)
-    at_least(1, "trainer.log_every", trainer.log_every)
-    at_least(1, "trainer.eval_every", trainer.eval_every)
-    at_least(1, "trainer.threads", trainer.threads)
-    at_least(1, "replicas", config.replicas)
-    at_least(1, "proof.updates", config.proof.updates)
-    at_least(1, "tracking.flush_points", config.tracking.flush_points)
-    if not 0 <= data.eval_fraction < 1:
-        raise UsageError(f"data.eval_fraction={data.eval_fraction}: a fraction from 0 to below 1")
-    if trainer.clip_norm is not None and not trainer.clip_norm > 0:
-        raise UsageError(f"trainer.clip_norm={trainer.clip_norm}: a norm above 0, or null for no clipping")
     if config.mode not in ("max", "min"):
         raise UsageError(f"mode={config.mode}: max or min")
     if config.precision is Precision.fp16 and not scaled:
@@ -63,7 +49,6 @@ def check(config: Config) -> Config:
     ):
         if config.replicas > 1 and given:
             raise UsageError(f"{key}: is of one run, leave it out or replicas={config.replicas}")
-    check_report(config.report)
     for group in ("model", "loss", "optimizer", "scheduler"):
         if "_target_" not in getattr(config, group):
             raise UsageError(f"{group}: names no class, give {group}._target_=package.Class")

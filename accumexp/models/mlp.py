@@ -25,6 +25,8 @@ class MLP(nn.Module):
         super().__init__()
         layers: list[nn.Module] = [nn.Flatten()]
         for width in hidden:
+            if width < 1:
+                raise ValueError(f"hidden={list(hidden)}: units in each layer, at least 1")
             layers += [nn.Linear(inputs, width), nn.ReLU()]
             if dropout:
                 layers.append(nn.Dropout(dropout))

@@ -28,8 +28,9 @@ WHOLE_WINDOW_LOSS = (
     "compute the loss on all outputs of the window at once, then go back through the micro-batches "
     "(Gao et al., arXiv 2101.06983)"
 )
-WHOLE_WINDOW_OUTPUT = "return what it is computed from, a row for each sample, and compute it in the loss; then " + (
-    WHOLE_WINDOW_LOSS
+WHOLE_WINDOW_OUTPUT = (
+    "return what it is computed from, a row for each sample, and compute it in the loss on all outputs of "
+    "the window at once"
 )
 Window = tuple[Comparison, Observation, ExpectedUpdate]
 

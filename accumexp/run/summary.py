@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..accum import Inequality
+from ..config.ranges import unusual_settings
 from ..config.schema import LossScaling
 from ..environment.console import console, duration, show_values
 from ..environment.device import device_name
@@ -32,6 +33,9 @@ def announce(experiment: Experiment, trainer: Trainer, unequal: Sequence[Inequal
         highlight=False,
         soft_wrap=True,
     )
+    for group in ("optimizer", "scheduler", "loss", "model", "callbacks"):
+        for line in unusual_settings(getattr(config, group), group):
+            console.print(f"warning: {line}", style="yellow", soft_wrap=True)
     warn(unequal)
 
 

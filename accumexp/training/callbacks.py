@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from ..config.ranges import require
 from ..environment.console import console
 
 if TYPE_CHECKING:
@@ -112,6 +113,7 @@ class LossMonitor(Callback):
     shows = True
 
     def __init__(self, every: int = 100) -> None:
+        require("every", every, at_least=0)
         self.every = every
         self._next = every
 
@@ -132,7 +134,10 @@ class Best:
     """Tracks the best value of `monitor`; `mode` is "max" or "min"."""
 
     def __init__(self, monitor: str, mode: str, min_delta: float = 0.0) -> None:
+        if mode not in ("max", "min"):
+            raise ValueError(f"mode={mode}: max or min")
         self.monitor = monitor
+        self.mode = mode
         self.sign = 1.0 if mode == "max" else -1.0
         self.min_delta = min_delta
         self.value: float | None = None
@@ -146,6 +151,15 @@ class Best:
         self.value = value
         return True
 
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self.value, "monitor": self.monitor, "mode": self.mode}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restores the best value, unless it is one of another metric or mode."""
+        same = state.get("monitor", self.monitor), state.get("mode", self.mode)
+        if same == (self.monitor, self.mode):
+            self.value = state["best"]
+
 
 class EarlyStopping(Callback):
     """Stops after `patience` evaluations in which `monitor` did not improve by more than `min_delta`."""
@@ -153,6 +167,8 @@ class EarlyStopping(Callback):
     def __init__(
         self, patience: int = 5, min_delta: float = 0.0, monitor: str = "eval/accuracy", mode: str = "max"
     ) -> None:
+        require("patience", patience, at_least=1)
+        require("min_delta", min_delta, at_least=0)
         self.patience = patience
         self.best = Best(monitor, mode, min_delta)
         self.waited = 0
@@ -165,10 +181,11 @@ class EarlyStopping(Callback):
             trainer.stop(f"early stopping: {self.best.monitor} did not improve in {self.waited} evaluations")
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best": self.best.value, "waited": self.waited}
+        return {**self.best.state_dict(), "waited": self.waited}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.best.value, self.waited = state["best"], state["waited"]
+        self.best.load_state_dict(state)
+        self.waited = state["waited"] if self.best.value is not None else 0
 
 
 class EMA(Callback):
@@ -180,6 +197,7 @@ class EMA(Callback):
     order = -1
 
     def __init__(self, decay: float = 0.99) -> None:
+        require("decay", decay, at_least=0, below=1)
         self.decay = decay
         self.average: AveragedModel | None = None
         self._state: dict[str, Any] | None = None

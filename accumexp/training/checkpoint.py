@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..accum import Ranks
+from ..config.ranges import require
 from ..environment.random_state import random_state, restore_random_state
 from ..errors import UsageError
 from ..tracking.folder import BEST, CHECKPOINTS
@@ -134,8 +135,12 @@ class Checkpoints(Callback):
         monitor: str = "eval/accuracy",
         mode: str = "max",
     ) -> None:
-        if keep_last < 1:
-            raise ValueError(f"keep_last={keep_last}: at least 1")
+        for name, value in (
+            ("every_epochs", every_epochs),
+            ("every_updates", every_updates),
+            ("keep_last", keep_last),
+        ):
+            require(name, value, at_least=1)
         self.every_epochs = every_epochs
         self.every_updates = every_updates
         self.keep_last = keep_last
@@ -215,10 +220,10 @@ class Checkpoints(Callback):
             shutil.rmtree(folder, ignore_errors=True)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best": self.best.value}
+        return self.best.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.best.value = state["best"]
+        self.best.load_state_dict(state)
 
 
 def restore(trainer: Trainer, content: Mapping[str, Any], path: Path) -> None:

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
+from ..config.ranges import require
+
 
 def constant(optimizer: Optimizer) -> LRScheduler:
     """Factor 1."""
@@ -51,8 +53,9 @@ def warmup_cosine(
     """Linear from 1 / `warmup_updates` to 1 (Goyal et al., arXiv 1706.02677, 2.2), then `cosine`.
 
     Raises:
-        ValueError: if the warm-up is negative or as long as the run.
+        ValueError: if the warm-up is negative or as long as the run, or `min_factor` is not in [0, 1].
     """
+    require("min_factor", min_factor, at_least=0, at_most=1)
     if not 0 <= warmup_updates < total_updates:
         raise ValueError(f"warmup_updates={warmup_updates} of {total_updates} updates in the run")
 
