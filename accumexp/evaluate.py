@@ -58,7 +58,8 @@ def evaluate(checkpoint: str, split: str, overrides: list[str], as_json: bool) -
     path = find(Path(checkpoint), best=True)
     content = load(path)
     # One process evaluates, whatever has trained.
-    config = changed(content["config"], ["accum.strategy=standalone", "accum.processes=1", *overrides])
+    alone = ["accum.strategy=standalone", "accum.processes=1"]
+    config = changed(content["config"], [*alone, *overrides], content.get("interpolations"))
 
     from .environment.console import show_values
     from .training.experiment import Experiment

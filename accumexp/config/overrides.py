@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from ..environment.ranks import launched_rank
 from ..errors import UsageError
-from .loading import from_hydra
+from .loading import flatten, from_hydra
 from .schema import Config
 
 _MISSING = object()
 
 
-def changed(plain: dict[str, Any], overrides: Sequence[str]) -> Config:
+def interpolations(cfg: DictConfig) -> dict[str, str]:
+    """{dotted key: expression} of every value that is derived from others, such as `${data.root}`."""
+    raw = OmegaConf.to_container(cfg, resolve=False)
+    return {key: value for key, value in flatten(raw) if isinstance(value, str) and "${" in value}
+
+
+def changed(
+    plain: dict[str, Any], overrides: Sequence[str], derived: Mapping[str, str] | None = None
+) -> Config:
     """A checkpoint's configuration with `key=value` overrides; groups cannot be exchanged in it.
+
+    Args:
+        derived: the `interpolations` of its composition; those of an overridden key follow it.
 
     Raises:
         UsageError: for an unknown key, a wrong value, or an override that is not a plain value.
@@ -41,8 +52,28 @@ def changed(plain: dict[str, Any], overrides: Sequence[str]) -> Config:
         if override.is_delete() or override.is_sweep_override():
             raise UsageError(f"{override.input_line}: a single value is needed")
         OmegaConf.update(cfg, key, override.value(), force_add=True)
-    _clear_derived_sizes(cfg, {override.key_or_group for override in parsed})
+    given = {override.key_or_group for override in parsed}
+    _follow(cfg, given, derived or {})
+    _clear_derived_sizes(cfg, given)
     return from_hydra(cfg)
+
+
+def keys_of(overrides: Iterable[str]) -> set[str]:
+    """The keys of `key=value` overrides."""
+    return {override.partition("=")[0].lstrip("+~") for override in overrides}
+
+
+def _follow(cfg: DictConfig, given: set[str], derived: Mapping[str, str]) -> None:
+    """Puts the expressions back that depend on a given key, for `cfg` to resolve again."""
+    changed = set(given)
+    while following := {
+        key: expression
+        for key, expression in derived.items()
+        if key not in changed and any(f"${{{other}}}" in expression for other in changed)
+    }:
+        for key, expression in following.items():
+            OmegaConf.update(cfg, key, expression)
+        changed |= following.keys()
 
 
 def _clear_derived_sizes(cfg: DictConfig, given: set[str]) -> None:

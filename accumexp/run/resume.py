@@ -9,10 +9,11 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from ..config.overrides import changed
+from ..config.overrides import changed, keys_of
 from ..config.schema import Config
 from ..errors import UsageError
 from ..tracking.folder import RunFolder
+from .resume_changes import changes, check_changes
 
 log = logging.getLogger(__name__)
 
@@ -22,6 +23,7 @@ class Resumed:
     """A run to resume: its configuration, and the content of its checkpoint.
 
     Attributes:
+        config: that of the checkpoint with the overrides.
         overrides: those of the command that resumes it.
     """
 
@@ -29,6 +31,17 @@ class Resumed:
     content: dict[str, Any]
     path: Path
     overrides: list[str]
+
+    @property
+    def changes(self) -> dict[str, Any]:
+        """The settings that differ from the checkpoint's, by dotted key."""
+        return changes(changed(self.content["config"], []), self.config) if self.overrides else {}
+
+    @property
+    def interpolations(self) -> dict[str, str]:
+        """The expressions of the configuration's values that are derived from others."""
+        derived = self.content.get("interpolations", {})
+        return {key: value for key, value in derived.items() if key not in keys_of(self.overrides)}
 
     @property
     def update(self) -> int:
@@ -88,7 +101,7 @@ def resumed(cfg: DictConfig) -> Resumed | None:
         log.warning("checkpoint %s is damaged, going on from %s", path, older)
         path, content = older, load(older)
     overrides = [o for o in HydraConfig.get().overrides.task if not o.startswith("resume=")]
-    config = changed(content["config"], overrides)
+    config = changed(content["config"], overrides, content.get("interpolations"))
     updates = content["progress"]["update"]
     folder = RunFolder.of_checkpoint(path)
     if overrides and last_update(folder.metrics) > updates:
@@ -96,6 +109,9 @@ def resumed(cfg: DictConfig) -> Resumed | None:
             f"resume={where}: updates after {updates} are logged already, so {overrides[0]} would make "
             "their points false; resume without changes first"
         )
+    if overrides:
+        before = changed(content["config"], [])
+        check_changes(before, config, content["progress"], recorded=bool(content.get("run")))
     summary = folder.summary()
     if not overrides and summary and summary.finished:
         raise UsageError(f"resume={where}: the run is finished; more of it with trainer.epochs=<more>")

@@ -33,8 +33,10 @@ from ..tracking.record import (
     describing_tags,
     inequality_tag,
 )
-from ..training.checkpoint import Checkpoints, load, restore, saved_updates
+from ..training.changed_settings import restore_changed
+from ..training.checkpoint import Checkpoints, load, saved_updates
 from ..training.experiment import Experiment
+from ..training.progress import Progress
 from ..training.run_context import run_context
 from ..training.shards import folder_of
 from .spec import RunSpec
@@ -111,7 +113,8 @@ class Run:
 
     def _certify(self) -> dict[str, str]:
         """With `prove=true`, the tags of the certificate of a run that begins."""
-        if not self.spec.config.prove or self.spec.resume_from:
+        resume_from = self.spec.resume_from
+        if not self.spec.config.prove or resume_from and not resume_from.changes:
             return {}
         from ..prove.session import certified
 
@@ -130,9 +133,13 @@ class Run:
         """
         resume_from = self.spec.resume_from
         self.experiment = Experiment.build(self.spec.config, self.rank_info, splits)
-        self.trainer = self.experiment.trainer(self.record)
-        if resume_from:
-            restore(self.trainer, resume_from.content, resume_from.path)
+        if not resume_from:
+            self.trainer = self.experiment.trainer(self.record)
+        else:
+            progress = Progress(**resume_from.content["progress"])
+            updates = self.experiment.options.total_updates(len(self.experiment.splits.train), progress)
+            self.trainer = self.experiment.trainer(self.record, updates)
+            restore_changed(self.trainer, resume_from.content, resume_from.path, resume_from.changes)
             self.trainer.latest.update(resume_from.content["evaluated"])
             if resume_from.ended_by:
                 self.trainer.stop(resume_from.ended_by)
@@ -158,9 +165,11 @@ class Run:
     def _open_tracker(self) -> None:
         config, resume_from, job, record = self.spec.config, self.spec.resume_from, self.job, self.record
         if resume_from:
-            record.tracker = reopen(config.tracking, resume_from.content["run"])
-            record.tracker.tag(resume_from.tags())
+            record.tracker = reopen(config.tracking, resume_from.content["run"], resume_from.changes)
+            record.tracker.tag({**config.tracking.tags, **record.tags, **resume_from.tags()})
             self.folder.write_config(config)
+            if CERTIFICATE_TAG in record.tags:
+                record.tracker.artifact(self.folder.certificate)
             return
         if job:
             job.same_store(config.tracking)
@@ -186,7 +195,11 @@ class Run:
         job, trainer = self.job, self.trainer
         if job and job.jobs:
             trainer.title = f"job {job.turn} of {job.jobs}, "
-        identity = {"config": to_plain(self.spec.config), "run": self.record.tracker.identity()}
+        identity = {
+            "config": to_plain(self.spec.config),
+            "interpolations": self.spec.interpolations,
+            "run": self.record.tracker.identity(),
+        }
         for callback in trainer.callbacks.values():
             if isinstance(callback, Checkpoints):
                 callback.attach(self.folder.path, identity, self.record.flush)

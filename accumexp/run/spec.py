@@ -11,6 +11,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from ..config.loading import flatten, from_hydra
+from ..config.overrides import interpolations
 from ..config.schema import Config
 from ..errors import UsageError
 from ..sweeps.cores import check_memory, share_cores
@@ -29,6 +30,7 @@ class RunSpec:
         resume_from: the checkpoint to go on from, or None.
         command: the command line.
         replicas: the configurations of the runs that are trained together, empty for a single run.
+        interpolations: the expressions of the configuration's values that are derived from others.
     """
 
     config: Config
@@ -37,6 +39,7 @@ class RunSpec:
     resume_from: Resumed | None = None
     command: str = ""
     replicas: list[Config] = field(default_factory=list)
+    interpolations: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def of(cls, cfg: DictConfig, hydra: Any) -> RunSpec:
@@ -54,7 +57,9 @@ class RunSpec:
                 share_cores(one, hydra.launcher, job.batch)
             check_memory(config, hydra.launcher, job.batch)
         command = job.command if job else command_line(sys.argv[1:])
-        return cls(config, RunFolder(Path(hydra.runtime.output_dir)), job, resume_from, command, replicas)
+        folder = RunFolder(Path(hydra.runtime.output_dir))
+        derived = resume_from.interpolations if resume_from else interpolations(cfg)
+        return cls(config, folder, job, resume_from, command, replicas, derived)
 
     def resumed_at(self, path: Path) -> RunSpec:
         """This run from the checkpoint `path` on, with the checkpoint's configuration.
@@ -65,7 +70,8 @@ class RunSpec:
         if {"progress"} <= resume_from.config.callbacks.keys() & self.config.callbacks.keys():
             show = self.config.callbacks["progress"].get("show")
             resume_from.config.callbacks["progress"]["show"] = show
-        return replace(self, config=resume_from.config, resume_from=resume_from)
+        derived = resume_from.interpolations
+        return replace(self, config=resume_from.config, resume_from=resume_from, interpolations=derived)
 
 
 def _replicas(cfg: DictConfig, config: Config, job: SweepJob | None, resuming: bool) -> list[Config]:

@@ -197,20 +197,30 @@ class MLflowTracker(Tracker):
         return monitor
 
 
-def reopen(config: TrackingConfig, identity: Mapping[str, str]) -> Tracker:
+def reopen(
+    config: TrackingConfig, identity: Mapping[str, str], changes: Mapping[str, Any] | None = None
+) -> Tracker:
     """Resumes the MLflow run that a checkpoint's `identity` names.
+
+    Args:
+        changes: the settings that the resumed run changes, by dotted key: a store or name given anew counts.
 
     Raises:
         UsageError: if its store cannot be reached or does not have the run any more.
     """
     if config.backend is Backend.none or not identity:
         return Tracker()
-    config.uri = identity["uri"]
+    changes = changes or {}
+    if "tracking.uri" not in changes:
+        config.uri = identity["uri"]
     store = Store(config, identity["experiment_id"])
     try:
-        return MLflowTracker(store, identity["run_id"], config, resumed=True)
+        tracker = MLflowTracker(store, identity["run_id"], config, resumed=True)
+        if "tracking.run_name" in changes:
+            store.client.update_run(identity["run_id"], name=config.run_name)
+        return tracker
     except Exception as error:
         raise UsageError(
-            f"resume: run {identity['run_id']} is not in {identity['uri']}: {error}; "
-            "tracking.backend=none goes on without it"
+            f"resume: run {identity['run_id']} is not in {store.uri}: {error}; "
+            "give the store that has it with tracking.uri=..., or tracking.backend=none to go on without it"
         ) from error

@@ -5,6 +5,28 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 
+@dataclass
+class Progress:
+    """How far a run is.
+
+    Attributes:
+        epoch: finished epochs, which is also the number of the present one, from 0.
+        update: updates since the run began.
+        epoch_update: updates in the present epoch.
+        samples: samples of all updates.
+        seconds: time spent in the loop, without evaluation and checkpoints.
+        activation_bytes: peak bytes saved for backward in the window that was measured, the first one or the
+            first of a finer split; 0 before it.
+    """
+
+    epoch: int = 0
+    update: int = 0
+    epoch_update: int = 0
+    samples: int = 0
+    seconds: float = 0.0
+    activation_bytes: int = 0
+
+
 @dataclass(frozen=True)
 class LoopOptions:
     """What a `Trainer` does, and how often.
@@ -28,32 +50,12 @@ class LoopOptions:
     recover: bool = False
     may_stop: bool = True
 
-    def total_updates(self, updates_per_epoch: int) -> int:
-        """Updates in the run."""
-        updates = updates_per_epoch * self.epochs
+    def total_updates(self, updates_per_epoch: int, progress: Progress | None = None) -> int:
+        """Updates in the run, which is at `progress`; earlier epochs may have had more or fewer updates."""
+        done = progress or Progress()
+        left = updates_per_epoch * (self.epochs - done.epoch) - done.epoch_update
+        updates = done.update + left
         return updates if self.max_updates is None else min(updates, self.max_updates)
-
-
-@dataclass
-class Progress:
-    """How far a run is.
-
-    Attributes:
-        epoch: finished epochs, which is also the number of the present one, from 0.
-        update: updates since the run began.
-        epoch_update: updates in the present epoch.
-        samples: samples of all updates.
-        seconds: time spent in the loop, without evaluation and checkpoints.
-        activation_bytes: peak bytes saved for backward in the window that was measured, the first one or the
-            first of a finer split; 0 before it.
-    """
-
-    epoch: int = 0
-    update: int = 0
-    epoch_update: int = 0
-    samples: int = 0
-    seconds: float = 0.0
-    activation_bytes: int = 0
 
 
 def default_log_every(updates: int) -> int:

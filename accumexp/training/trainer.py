@@ -316,4 +316,5 @@ class Trainer:
             if state["callbacks"].get(name):
                 callback.load_state_dict(state["callbacks"][name])
         self.progress = Progress(**state["progress"])
+        self.total_updates = self.options.total_updates(len(self.splits.train), self.progress)
         self.log.activations.due = not self.progress.update or state.get("steps") != self.window.steps
