@@ -1,0 +1,72 @@
+"""Which settings of a run can be changed when it is resumed. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ..config.loading import flatten
+from ..config.schema import Backend, Config
+from ..errors import UsageError
+
+NEW_RUN = "begin a new run with it"
+# Settings that a run keeps for its whole life, and why.
+KEPT = {
+    "seed": f"its weights and the order of its samples follow from seed={{before}}; {NEW_RUN}",
+    "optimizer._target_": f"the checkpoint holds the state of {{before}}; {NEW_RUN}",
+    "optimizer.amsgrad": f"needs state that the checkpoint does not hold; {NEW_RUN}",
+    "optimizer.centered": f"needs state that the checkpoint does not hold; {NEW_RUN}",
+    "tracking.experiment": f"its record is in the experiment {{before}}, where it stays; {NEW_RUN}",
+}
+# Settings from which the samples of an epoch and their order follow.
+SAMPLES = (
+    *("data.batch_size", "data.drop_last", "data.eval_fraction", "data.split_seed"),
+    *("data.train.", "data.eval.", "data.sampler.", "data.samples"),
+)
+
+
+def changes(before: Config, after: Config) -> dict[str, tuple[Any, Any]]:
+    """{dotted key: (value before, value after)} of the settings that differ, None where there is none."""
+    old, new = dict(flatten(before)), dict(flatten(after))
+    keys = [*new, *(key for key in old if key not in new)]
+    return {key: (old.get(key), new.get(key)) for key in keys if old.get(key) != new.get(key)}
+
+
+def check_changes(before: Config, after: Config, progress: Mapping[str, int], recorded: bool) -> None:
+    """Refuses a change that a resumed run could not make true.
+
+    Args:
+        progress: the checkpoint's `Progress`, as a dict.
+        recorded: whether the run has a record in a tracker.
+
+    Raises:
+        UsageError: naming the key, the reason, and how to get what was asked for.
+    """
+    changed = changes(before, after)
+    for key, (old, new) in changed.items():
+        if key in KEPT:
+            raise UsageError(f"{key}={new}: {KEPT[key].format(before=old)}")
+        if progress["epoch_update"] and key.startswith(SAMPLES):
+            raise UsageError(
+                f"{key}={new}: the run stopped inside epoch {progress['epoch'] + 1} and would train on some of "
+                f"its samples twice or not at all; resume it unchanged to the epoch's end first "
+                f"(trainer.epochs={progress['epoch'] + 1}), or {NEW_RUN}"
+            )
+    _check_momentum(before, after)
+    if after.tracking.backend is not Backend.none and not recorded and "tracking.backend" in changed:
+        name = after.tracking.backend.name
+        raise UsageError(f"tracking.backend={name}: the run has no record; {NEW_RUN}")
+    loop, updates, epoch = after.trainer, progress["update"], progress["epoch"]
+    if loop.max_updates is not None and loop.max_updates < updates:
+        raise UsageError(
+            f"trainer.max_updates={loop.max_updates}: the run has made {updates} updates"
+        )
+    if loop.epochs < epoch or loop.epochs == epoch and progress["epoch_update"]:
+        raise UsageError(f"trainer.epochs={loop.epochs}: the run is in epoch {epoch + 1} already")
+
+
+def _check_momentum(before: Config, after: Config) -> None:
+    """Refuses the first momentum of an optimizer that makes its buffers in its first step."""
+    old, new = before.optimizer.get("momentum"), after.optimizer.get("momentum")
+    if not old and new and not str(after.optimizer["_target_"]).endswith(".SGD"):
+        raise UsageError(f"optimizer.momentum={new}: {KEPT['optimizer.centered']}")
