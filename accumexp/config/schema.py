@@ -87,9 +87,10 @@ class TrackingConfig:
     """Where runs are recorded."""
 
     backend: Backend = Backend.mlflow
-    # Null: mlflow.db in the folder the command is run from, artifacts beside it.
+    # Null: that of MLFLOW_TRACKING_URI, or mlflow.db in the folder of the command, artifacts beside it.
     uri: str | None = None
-    experiment: str = "accumexp"
+    # Null: that of MLFLOW_EXPERIMENT_NAME, or "accumexp".
+    experiment: str | None = None
     # Null: the name of the run's folder, or of a sweep's job.
     run_name: str | None = None
     tags: dict[str, str] = field(default_factory=dict)

@@ -18,10 +18,13 @@ def task(cfg: Any) -> None:
     """What Hydra calls; measuring and its imports start here, not with `--help`."""
     from hydra.core.hydra_config import HydraConfig
 
+    from ..config.job_folder import keep_launch_paths
     from ..config.loading import from_hydra
     from ..config.sizes import AUTO
 
-    folder = Path(HydraConfig.get().runtime.output_dir)
+    hydra = HydraConfig.get()
+    keep_launch_paths(cfg, hydra)
+    folder = Path(hydra.runtime.output_dir)
     try:
         refuse_what_has_no_plan(cfg)
         if cfg.accum.steps is None and cfg.accum.micro_batch_size is None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from ..cli import exit_with_error, log_error
+from ..config.job_folder import keep_launch_paths, store_of_command
 from ..config.loading import from_hydra
 from ..environment.launch import launch
 from ..environment.ranks import RankInfo, launched_rank
@@ -22,11 +23,14 @@ def prove_job(cfg: DictConfig) -> None:
     from hydra.core.hydra_config import HydraConfig
 
     hydra = HydraConfig.get()
+    keep_launch_paths(cfg, hydra)
     folder = RunFolder(Path(hydra.runtime.output_dir))
     launched = launched_rank()
     rank_info = launched or RankInfo()
     try:
-        spec = _spec(cfg, folder)
+        if rank_info.first:
+            folder.check_unused("hydra.run.dir")
+        spec = _spec(cfg, folder, Path(hydra.runtime.cwd))
         processes = spec.config.accum.processes or 1
         if launched is None and processes > 1:
             logging_config = OmegaConf.to_container(hydra.job_logging, resolve=True)
@@ -44,7 +48,7 @@ def prove_job(cfg: DictConfig) -> None:
         sys.exit(1)
 
 
-def _spec(cfg: DictConfig, folder: RunFolder) -> ProofSpec:
+def _spec(cfg: DictConfig, folder: RunFolder, launched_from: Path) -> ProofSpec:
     """
     Raises:
         UsageError: naming the key that is wrong.
@@ -52,6 +56,7 @@ def _spec(cfg: DictConfig, folder: RunFolder) -> ProofSpec:
     if cfg.resume:
         raise UsageError(f"resume={cfg.resume}: a proof begins at the beginning, leave it out")
     config = from_hydra(cfg)
+    config.tracking.uri = config.tracking.uri or store_of_command(launched_from)
     if config.replicas != 1:
         raise UsageError(f"replicas={config.replicas}: a certificate is of one run, leave replicas out")
     return ProofSpec(config, folder, command_line(sys.argv[1:], "prove"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 from ..config.schema import TrackingConfig
@@ -53,6 +54,7 @@ def _from_folder(folder: Path, uri: str) -> Sweep:
 
 
 def _open_store(uri: str) -> Store:
+    uri = uri or os.environ.get("MLFLOW_TRACKING_URI", "")
     if uri.startswith("sqlite:///") or not uri:
         database = Path(uri.removeprefix("sqlite:///") or "mlflow.db")
         if not database.exists():  # opening the store would create it

@@ -10,6 +10,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from ..cli import exit_with_error, log_error
+from ..config.job_folder import keep_launch_paths
 from ..config.loading import from_hydra
 from ..environment.console import unseen
 from ..environment.launch import launch
@@ -30,6 +31,7 @@ def run_job(cfg: DictConfig) -> float | None:
     from hydra.core.hydra_config import HydraConfig
 
     hydra = HydraConfig.get()
+    keep_launch_paths(cfg, hydra)
     job = SweepJob.of(hydra)
     folder = RunFolder(Path(hydra.runtime.output_dir))
     launched = launched_rank()
@@ -52,6 +54,8 @@ def _run(
     status = job_status(folder) if job and rank_info.first else JobStatus()
     if status.finished and rank_info.size == 1:
         return _finished_before(job, status)
+    if not job and not cfg.resume and rank_info.first:
+        folder.check_unused("hydra.run.dir")
     spec = RunSpec.of(cfg, hydra)
     if job and rank_info.size > 1:
         status = agreed_status(status, rank_info, spec.config.device)

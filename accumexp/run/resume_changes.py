@@ -48,8 +48,8 @@ def check_changes(before: Config, after: Config, progress: Mapping[str, int], re
             raise UsageError(f"{key}={new}: {KEPT[key].format(before=old)}")
         if progress["epoch_update"] and key.startswith(SAMPLES):
             raise UsageError(
-                f"{key}={new}: the run stopped inside epoch {progress['epoch'] + 1} and would train on some of "
-                f"its samples twice or not at all; resume it unchanged to the epoch's end first "
+                f"{key}={new}: the run stopped inside epoch {progress['epoch'] + 1} and would train on some "
+                f"of its samples twice or not at all; resume it unchanged to the epoch's end first "
                 f"(trainer.epochs={progress['epoch'] + 1}), or {NEW_RUN}"
             )
     _check_momentum(before, after)
@@ -58,9 +58,7 @@ def check_changes(before: Config, after: Config, progress: Mapping[str, int], re
         raise UsageError(f"tracking.backend={name}: the run has no record; {NEW_RUN}")
     loop, updates, epoch = after.trainer, progress["update"], progress["epoch"]
     if loop.max_updates is not None and loop.max_updates < updates:
-        raise UsageError(
-            f"trainer.max_updates={loop.max_updates}: the run has made {updates} updates"
-        )
+        raise UsageError(f"trainer.max_updates={loop.max_updates}: the run has made {updates} updates")
     if loop.epochs < epoch or loop.epochs == epoch and progress["epoch_update"]:
         raise UsageError(f"trainer.epochs={loop.epochs}: the run is in epoch {epoch + 1} already")
 

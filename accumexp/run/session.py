@@ -172,7 +172,7 @@ class Run:
                 record.tracker.artifact(self.folder.certificate)
             return
         if job:
-            job.same_store(config.tracking)
+            job.same_store(config.tracking)  # another job may have begun the sweep since
         store = None if config.tracking.backend is Backend.none else Store(config.tracking)
         self.folder.write_config(config)
         record.tracker = create_tracker(

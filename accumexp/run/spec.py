@@ -10,6 +10,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from ..config.job_folder import store_of_command
 from ..config.loading import flatten, from_hydra
 from ..config.overrides import interpolations
 from ..config.schema import Config
@@ -52,6 +53,10 @@ class RunSpec:
         config = resume_from.config if resume_from else from_hydra(cfg)
         job = SweepJob.of(hydra)
         replicas = _replicas(cfg, config, job, resuming=resume_from is not None)
+        for one in (config, *replicas):
+            if job:
+                job.same_store(one.tracking)
+            one.tracking.uri = one.tracking.uri or store_of_command(Path(hydra.runtime.cwd))
         if job:
             for one in (config, *replicas):
                 share_cores(one, hydra.launcher, job.batch)

@@ -57,7 +57,7 @@ class SweepJob:
         if hydra.mode != RunMode.MULTIRUN:
             return None
         number, _, name = Path(hydra.runtime.output_dir).name.partition("_")
-        folder = Path(hydra.sweep.dir).absolute()
+        folder = (Path(hydra.runtime.cwd) / hydra.sweep.dir).absolute()
         multirun = folder / "multirun.yaml"  # written by Hydra's sweeper before the first job
         overrides = OmegaConf.load(multirun).hydra.overrides if multirun.exists() else hydra.overrides
         arguments = list(launched_sweep.arguments or sys.argv[1:])

@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from ..config.loading import to_plain
 from ..config.schema import Config
+from ..errors import UsageError
 from .json_file import read_json, write_json
 
 CHECKPOINTS = "checkpoints"
@@ -154,6 +155,17 @@ class RunFolder:
     def proved(self) -> bool:
         """Whether the certificate in the folder is one of equality."""
         return json.loads(self.certificate.read_text())["verdict"] != "not proved"
+
+    def check_unused(self, key: str) -> None:
+        """
+        Raises:
+            UsageError: naming `key`, which gives this folder, if it holds a run already.
+        """
+        if self.summary_file.exists() or self.metrics.exists() or self.checkpoints.exists():
+            raise UsageError(
+                f"{key}={self.path}: holds a run already; go on with it by resume={self.path}, or give "
+                "another folder"
+            )
 
     def clear(self) -> None:
         """Removes the files of an earlier run that a new one would take for its own; `run.log` is kept."""

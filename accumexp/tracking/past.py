@@ -47,7 +47,7 @@ def sweep_of(store: Store, run_id: str) -> PastRun:
         run = _past(store.client.get_run(run_id))
     except Exception as error:
         raise UsageError(f"sweep={run_id}: no such folder, and no such run in {store.uri}") from error
-    if PARENT in run.tags:
+    if SWEEP not in run.tags and PARENT in run.tags:
         run = _past(store.client.get_run(run.tags[PARENT]))
     if SWEEP not in run.tags:
         raise UsageError(f"sweep={run_id}: is a single run; a sweep's folder or parent run is needed")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ class Tracker:
     run_id: str | None = None
     address: str | None = None
     ui_command: str | None = None
+    from_environment: Sequence[str] = ()
 
     def identity(self) -> dict[str, str]:
         """What a checkpoint must hold to resume the same record."""
@@ -36,7 +37,12 @@ class Tracker:
 
     def links(self) -> dict[str, object]:
         """The run's id, its page and the command that serves it, by the names they are shown under."""
-        links = {"run": self.run_id, "UI": self.address, "serve it with": self.ui_command}
+        links = {
+            "run": self.run_id,
+            "UI": self.address,
+            "serve it with": self.ui_command,
+            "store given by": ", ".join(self.from_environment),
+        }
         return {name: value for name, value in links.items() if value}
 
     def log(self, update: int, values: Mapping[str, float]) -> None: ...
@@ -65,6 +71,7 @@ class MLflowTracker(Tracker):
         self.run_id = run_id
         self.address = store.run_address(run_id)
         self.ui_command = store.ui_command
+        self.from_environment = store.from_environment
         self._config = config
         self._queue: list[Any] = []
         self._last_flush = time.monotonic()

@@ -19,12 +19,18 @@ from urllib.parse import urlsplit
 
 from filelock import FileLock
 
+from ..config.job_folder import absolute_store
 from ..config.schema import TrackingConfig
 from ..errors import UsageError
 from .folder import RunStatus
 
 COSTS = ("update_ms", "samples_per_second", "activation_mib", "peak_memory_mib")
 LOCAL_UI = "http://127.0.0.1:5000"
+DEFAULT_EXPERIMENT = "accumexp"
+URI = "MLFLOW_TRACKING_URI"
+EXPERIMENT, EXPERIMENT_ID = "MLFLOW_EXPERIMENT_NAME", "MLFLOW_EXPERIMENT_ID"
+RUN_ID = "MLFLOW_RUN_ID"
+ENVIRONMENT = (URI, EXPERIMENT, EXPERIMENT_ID, RUN_ID)
 # The key of the advisory lock in PostgreSQL: any constant of 64 bits.
 OPENING = int.from_bytes(b"accumexp")
 
@@ -32,23 +38,35 @@ OPENING = int.from_bytes(b"accumexp")
 class Store:
     """A tracking server or database: its client, its address and its experiment.
 
+    MLflow's environment variables count where the configuration is silent: MLFLOW_TRACKING_URI,
+    MLFLOW_EXPERIMENT_NAME or MLFLOW_EXPERIMENT_ID, and MLFLOW_RUN_ID for a run that becomes the parent.
+
     Args:
         experiment_id: the id of an existing experiment, instead of `config.experiment`.
+
+    Attributes:
+        parent_id: the run that new runs are children of unless they have another parent, or None.
+        from_environment: the variables that were used.
 
     Raises:
         UsageError: if it cannot be reached, naming `tracking.uri`.
     """
 
     def __init__(self, config: TrackingConfig, experiment_id: str | None = None) -> None:
-        self.uri = config.uri or f"sqlite:///{Path.cwd() / 'mlflow.db'}"
-        if self.uri.startswith("sqlite:///"):
-            self.uri = f"sqlite:///{Path(self.uri.removeprefix('sqlite:///')).absolute()}"
+        given = {name: os.environ[name] for name in ENVIRONMENT if os.environ.get(name)}
+        self.uri = config.uri or given.get(URI) or "sqlite:///mlflow.db"
+        self.uri = absolute_store(self.uri, Path.cwd())
         # The driver of accumexp[postgres]; which one SQLAlchemy takes by itself depends on its version.
         self.uri = re.sub("^postgres(ql)?://", "postgresql+psycopg2://", self.uri)
         _check(self.uri)
         try:
             self.client = self._client()
-            self.experiment_id = experiment_id or self._open(config.experiment)
+            experiment_id = experiment_id or (None if config.experiment else given.get(EXPERIMENT_ID))
+            name = config.experiment or given.get(EXPERIMENT) or DEFAULT_EXPERIMENT
+            self.experiment_id = experiment_id or self._open(name)
+            self.parent_id = given.get(RUN_ID)
+            if self.parent_id:
+                self._check_parent(self.parent_id)
         except UsageError:
             raise
         except ModuleNotFoundError as error:
@@ -57,6 +75,11 @@ class Store:
         except Exception as error:
             reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
             raise UsageError(f"tracking.uri={self.uri}: cannot be used: {reason}") from error
+
+        ignored = {URI} if config.uri else set()
+        if config.experiment:
+            ignored |= {EXPERIMENT, EXPERIMENT_ID}
+        self.from_environment = [name for name in given if name not in ignored]
 
     @property
     def base(self) -> str:
@@ -133,6 +156,8 @@ class Store:
             "mlflow.source.type": "LOCAL",
             "mlflow.user": getpass.getuser() if hasattr(os, "getuid") else os.environ.get("USERNAME", ""),
         }
+        if self.parent_id:
+            defaults["mlflow.parentRunId"] = self.parent_id
         return self.client.create_run(
             self.experiment_id, tags={**defaults, **tags}, run_name=name
         ).info.run_id
@@ -150,6 +175,12 @@ class Store:
         )
         for run in runs:
             self.client.set_terminated(run.info.run_id, RunStatus.KILLED)
+
+    def _check_parent(self, run_id: str) -> None:
+        try:
+            self.client.get_run(run_id)
+        except Exception as error:
+            raise UsageError(f"{RUN_ID}={run_id}: no such run in {self.uri}, unset it") from error
 
     def _client(self) -> Any:
         if self.uri.startswith("http"):

@@ -37,9 +37,7 @@ def restore_changed(
         if _follows_evaluations(trainer.scheduler):
             if rate := next((key for key in keys if key.startswith(RATE)), None):
                 name = type(trainer.scheduler).__name__
-                raise UsageError(
-                    f"{rate}: {name} follows what was evaluated; begin a new run with it"
-                )
+                raise UsageError(f"{rate}: {name} follows what was evaluated; begin a new run with it")
             settings = _settings(trainer, without=("lr", "initial_lr"))
         else:
             _forward(trainer.scheduler, content["progress"]["update"])
