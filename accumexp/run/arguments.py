@@ -9,7 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from ..config.report import report_from
 from ..errors import UsageError
-from ..sweeps.hydra_sweep import ADDED, MULTIRUN
+from ..sweeps.hydra_sweep import ADDED, MULTIRUN, file_flags
 from ..sweeps.job_folders import REPORT, Launch, distinct_launches
 from ..tracking.folder import CHECKPOINTS, RunFolder
 
@@ -84,6 +84,9 @@ def sweep_arguments(arguments: Sequence[str]) -> tuple[list[list[str]], dict[str
     changes = {_key(a): a.partition("=")[2] for a in report_settings}
     report_from({}, changes)
     rest = [a for a in rest if a not in report_settings]
+    earlier = distinct_launches(folder) or [_last_launch(folder)]
+    if not file_flags(rest):
+        rest = [*earlier[-1].files, *rest]
     given = {_key(a) for a in rest if a[0] != "-" and ("=" in a or a[0] == "~")}
     if "report" in given:
         raise UsageError(f"{SWEEP}{where}: give a report's settings one by one, such as report.margin=2")
@@ -91,7 +94,7 @@ def sweep_arguments(arguments: Sequence[str]) -> tuple[list[list[str]], dict[str
     if all(key.startswith("hydra") for key in given):
         lines = [
             [*rest, *launch.task, *(a for a in launch.hydra if not _replaced(_key(a), given))]
-            for launch in distinct_launches(folder) or [_last_launch(folder)]
+            for launch in earlier
         ]
     return [[*line, f"hydra.sweep.dir='{folder.resolve()}'"] for line in lines], changes
 

@@ -19,6 +19,7 @@ from ..errors import UsageError
 from ..sweeps.job import SweepJob
 from ..sweeps.job_status import JobStatus, agreed_status, job_status
 from ..tracking.folder import RunFolder, RunStatus
+from .resume_changes import ChangedJob, check_same_job
 from .spec import RunSpec
 
 
@@ -52,6 +53,8 @@ def _run(
 ) -> float | None:
     rank_info = launched or RankInfo()
     status = job_status(folder) if job and rank_info.first else JobStatus()
+    if job and (status.finished or status.checkpoint) and rank_info.first:
+        check_same_job(folder, from_hydra(cfg))
     if status.finished and rank_info.size == 1:
         return _finished_before(job, status)
     if not job and not cfg.resume and rank_info.first:
@@ -89,6 +92,8 @@ def _fail(
     log_error(error)
     if rank_info.first and refused and not job and not resumed:
         folder.remove_unused()
+    if isinstance(error, ChangedJob):
+        exit_with_error(error, rank_info)
     if job and rank_info.first:
         job.record_failure(folder, error)
     if job and (rank_info.size == 1 or "SUBMITIT_EXECUTOR" in os.environ):

@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..config.loading import flatten
+from omegaconf import OmegaConf
+
+from ..config.instantiate import moved
+from ..config.loading import flatten, from_hydra
 from ..config.schema import Backend, Config
 from ..errors import UsageError
+from ..tracking.folder import RunFolder
 
 NEW_RUN = "begin a new run with it"
 # Settings that a run keeps for its whole life, and why.
@@ -61,6 +65,45 @@ def check_changes(before: Config, after: Config, progress: Mapping[str, int], re
         raise UsageError(f"trainer.max_updates={loop.max_updates}: the run has made {updates} updates")
     if loop.epochs < epoch or loop.epochs == epoch and progress["epoch_update"]:
         raise UsageError(f"trainer.epochs={loop.epochs}: the run is in epoch {epoch + 1} already")
+
+
+# Settings that an earlier launch of a job may have had otherwise: those of the machine, of its tracker, and
+# those that the run itself chooses.
+OF_A_LAUNCH = (
+    *("accum.steps", "accum.micro_batch_size", "accum.processes", "accum.memory_limit", "data.workers"),
+    *(
+        "device",
+        "tracking.",
+        "report.",
+        "resume",
+        "trainer.threads",
+        "trainer.progress",
+        "callbacks.progress.",
+    ),
+    *("seed", "replicas"),
+)
+
+
+class ChangedJob(UsageError):
+    """A sweep's job is composed to another configuration than the run in its folder, which stays as it is."""
+
+
+def check_same_job(folder: RunFolder, config: Config) -> None:
+    """Refuses to take a sweep's job up again that is now composed to another configuration.
+
+    Raises:
+        ChangedJob: naming the first key that differs.
+    """
+    written = folder.read_config()
+    if written is None:
+        return
+    before = from_hydra(OmegaConf.create(moved(OmegaConf.to_container(written))))
+    for key, (old, new) in changes(before, config).items():
+        if not key.startswith(OF_A_LAUNCH):
+            raise ChangedJob(
+                f"{key}={new}: the run in {folder.path} was composed with {old}; take the files it was "
+                "composed from, or begin a new sweep"
+            )
 
 
 def _check_momentum(before: Config, after: Config) -> None:

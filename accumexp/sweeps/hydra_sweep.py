@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shlex
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 # Overrides that Hydra or an earlier `sweep.resume=` has added to those of the command line.
@@ -34,6 +35,24 @@ def count_jobs(sweeper: Any, overrides: Sequence[str]) -> tuple[int | None, list
     except HydraException:
         return None, []
     return math.prod(values.values()), [key.lstrip("+") for key, count in values.items() if count > 1]
+
+
+FILE_FLAGS = {"-cn": "--config-name", "-cd": "--config-dir", "-cp": "--config-path"}
+
+
+def file_flags(arguments: Sequence[str]) -> list[str]:
+    """The flags that choose the files a command is composed from, in their long form, with absolute paths."""
+    chosen: dict[str, str] = {}
+    words = iter(arguments)
+    for word in words:
+        flag, equals, value = word.partition("=")
+        flag = FILE_FLAGS.get(flag, flag)
+        if flag in FILE_FLAGS.values():
+            chosen[flag] = value if equals else next(words, "")
+    return [
+        f"{flag}={value if flag == '--config-name' else Path(value).absolute()}"
+        for flag, value in sorted(chosen.items())
+    ]
 
 
 def runs_in_parallel(launcher: Any) -> bool:

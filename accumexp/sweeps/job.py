@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock
 from omegaconf import OmegaConf
 
+from ..errors import UsageError
 from ..tracking.folder import RunFolder, RunStatus, Summary
 from ..tracking.json_file import write_json
 from .hydra_sweep import ADDED, MULTIRUN, command_line, count_jobs, runs_in_parallel
-from .job_folders import launches, slug
+from .job_folders import launches, number_of, record_folder, slug
 from .sweep import PARENT, launched_sweep
 
 if TYPE_CHECKING:
@@ -56,8 +57,15 @@ class SweepJob:
 
         if hydra.mode != RunMode.MULTIRUN:
             return None
-        number, _, name = Path(hydra.runtime.output_dir).name.partition("_")
         folder = (Path(hydra.runtime.cwd) / hydra.sweep.dir).absolute()
+        output, launch = Path(hydra.runtime.output_dir), int(hydra.callbacks.sweep.launch)
+        if not output.is_relative_to(folder) or output == folder:
+            raise UsageError(f"hydra.sweep.subdir: {output} is no folder inside hydra.sweep.dir={folder}")
+        job_folder = str(output.relative_to(folder))
+        record_folder(folder, launch, int(hydra.job.num), job_folder, hydra.overrides.task)
+        number, name = number_of(job_folder), output.name.partition("_")[2]
+        if number < 0:
+            number, name = int(hydra.job.num), slug(",".join(hydra.overrides.task))
         multirun = folder / "multirun.yaml"  # written by Hydra's sweeper before the first job
         overrides = OmegaConf.load(multirun).hydra.overrides if multirun.exists() else hydra.overrides
         arguments = list(launched_sweep.arguments or sys.argv[1:])
@@ -69,9 +77,9 @@ class SweepJob:
             batch = min(batch, hydra.sweeper.get("max_batch_size") or batch)
         launched_here = launched_sweep.folder == folder
         return cls(
-            *(int(number), name, folder, list(hydra.overrides.task), command_line(arguments), batch),
+            *(number, name, folder, list(hydra.overrides.task), command_line(arguments), batch),
             parallel=runs_in_parallel(hydra.launcher),
-            launch=int(hydra.callbacks.sweep.launch),
+            launch=launch,
             turn=int(hydra.job.num) + 1,
             jobs=launched_sweep.jobs if launched_here else None,
             alone=launched_here and not MULTIRUN & set(launched_sweep.arguments),

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from filelock import FileLock
 from ..errors import UsageError
 from ..tracking.folder import RunFolder
 from ..tracking.json_file import write_json
+from .hydra_sweep import file_flags
 
 SWEEPER = ("hydra.sweeper", "hydra/sweeper")
 REPORT = "report."
@@ -45,11 +47,16 @@ class JobFolder:
 
 @dataclass(frozen=True)
 class Launch:
-    """The command line of a launch, and its overrides: of the task, and of Hydra."""
+    """The command line of a launch, and its overrides: of the task, and of Hydra.
+
+    Attributes:
+        files: the flags that choose the files the launch is composed from, see `hydra_sweep.file_flags`.
+    """
 
     command: str
     task: list[str]
     hydra: list[str]
+    files: list[str] = field(default_factory=list)
 
 
 def job_folder_name(sweep: str | Path, launch: int, number: int, name: str, overrides: Sequence[str]) -> str:
@@ -78,8 +85,9 @@ def job_folder_name(sweep: str | Path, launch: int, number: int, name: str, over
 
 
 def slug(text: str) -> str:
-    """`text` as one folder name: no separators, 120 characters at most."""
-    return re.sub(r"[^\w.,=+-]+", "_", text).strip("._")[:120] or "job"
+    """`text` as one folder name: no separators, 120 bytes at most."""
+    name = re.sub(r"[^\w.,=+-]+", "_", text).strip("._")
+    return name.encode()[:120].decode(errors="ignore") or "job"
 
 
 def job_folders(sweep: Path) -> list[JobFolder]:
@@ -95,8 +103,27 @@ def job_folders(sweep: Path) -> list[JobFolder]:
 
 
 def number_of(folder: str | Path) -> int:
-    """The number that a job's folder begins with."""
-    return int(Path(folder).name.partition("_")[0])
+    """The number that a job's folder begins with; -1 for a folder that the user has named."""
+    digits = re.match(r"\d+(?=_)", Path(folder).name)
+    return int(digits[0]) if digits else -1
+
+
+def record_folder(sweep: Path, launch: int, number: int, folder: str, overrides: Sequence[str]) -> None:
+    """Records a folder that the user's own `hydra.sweep.subdir` gives to a job.
+
+    Raises:
+        UsageError: if it is the folder of another job.
+    """
+    with FileLock(sweep / LOCK, timeout=120):
+        same = [one for one in job_folders(sweep) if one.folder == folder]
+        for one in same:
+            if _identity(one.overrides) != _identity(overrides):
+                raise UsageError(
+                    f"hydra.sweep.subdir={folder}: is the folder of the job {' '.join(one.overrides)} too; "
+                    "leave it out, or let it follow from the overrides"
+                )
+        if not any((one.launch, one.number) == (launch, number) for one in same):
+            _append(sweep / JOBS, JobFolder(launch, number, list(overrides), folder, round(time.time(), 3)))
 
 
 def begin_launch(sweep: Path, launch: Launch) -> int:
@@ -105,11 +132,18 @@ def begin_launch(sweep: Path, launch: Launch) -> int:
     Job folders of a sweep that was run before `jobs.jsonl` was kept are recorded too.
 
     Raises:
-        UsageError: if the list of launches is damaged.
+        UsageError: if the list of launches is damaged, or an earlier one was composed from other files.
     """
     sweep.mkdir(parents=True, exist_ok=True)
     with FileLock(sweep / LOCK, timeout=120):
         earlier = launches(sweep)
+        for one in earlier.values():
+            if one.files != launch.files:
+                raise UsageError(
+                    f"{sweep}: its jobs are composed from {' '.join(one.files) or 'no files but accumexp'}, "
+                    f"and this command's from {' '.join(launch.files) or 'none'}; give the same flags, or "
+                    "begin a new sweep"
+                )
         for path in [] if (sweep / JOBS).exists() else sweep.glob("[0-9]*_*"):
             folder, summary = RunFolder(path), RunFolder(path).summary()
             if summary:
@@ -132,9 +166,15 @@ def launches(sweep: Path) -> dict[int, Launch]:
     if not path.exists():
         return {}
     try:
-        return {int(number): Launch(**entry) for number, entry in json.loads(path.read_text()).items()}
+        entries = json.loads(path.read_text()).items()
+        return {int(number): Launch(**_with_files(entry)) for number, entry in entries}
     except (ValueError, TypeError, AttributeError):
         raise UsageError(f"{path}: is damaged; if removed, multirun.yaml counts in its place") from None
+
+
+def _with_files(entry: dict[str, Any]) -> dict[str, Any]:
+    """A launch's entry; before its files were kept, they stand in its command line."""
+    return {"files": file_flags(shlex.split(entry["command"])), **entry}
 
 
 def distinct_launches(sweep: Path) -> list[Launch]:

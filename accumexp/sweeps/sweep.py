@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -12,8 +13,8 @@ from omegaconf import DictConfig, OmegaConf, read_write
 
 from ..errors import UsageError, print_error
 from ..tracking.folder import RunFolder, Summary
-from .hydra_sweep import LAUNCH, command_line, count_jobs, runs_in_parallel
-from .job_folders import Launch, begin_launch, number_of
+from .hydra_sweep import LAUNCH, command_line, count_jobs, file_flags, runs_in_parallel
+from .job_folders import Launch, begin_launch, job_folders, number_of
 from .live_view import LiveView
 
 # The parent run's id, experiment and store, in the sweep's folder.
@@ -51,7 +52,8 @@ class LaunchedSweep:
         folder = Path(config.hydra.sweep.dir).absolute()
         overrides: Any = OmegaConf.to_container(config.hydra.overrides, resolve=False)
         command = command_line(self.arguments)
-        number = begin_launch(folder, Launch(command, overrides["task"], overrides["hydra"]))
+        files = file_flags(sys.argv[1:])
+        number = begin_launch(folder, Launch(command, overrides["task"], overrides["hydra"], files))
         self.folder, self.launches = folder, (*self.launches, number)
         self.jobs, varied = count_jobs(config.hydra.sweeper, config.hydra.overrides.task)
         self.stop_view()  # of the launch before
@@ -105,12 +107,14 @@ class SweepRun(Summary):
 def sweep_runs(sweep: Path) -> list[SweepRun]:
     """The runs of a sweep in the order of its jobs; each replica of a job is a run."""
     runs = []
-    for job in sorted((path for path in sweep.glob("[0-9]*_*") if path.is_dir()), key=number_of):
-        summary = RunFolder(job).summary()
+    named = [sweep / name for name in dict.fromkeys(one.folder for one in job_folders(sweep))]
+    numbered = [path for path in sweep.glob("[0-9]*_*") if path.is_dir() and path not in named]
+    for job in sorted([*named, *numbered], key=number_of):
+        summary, name = RunFolder(job).summary(), str(job.relative_to(sweep))
         if summary is None:
             continue
-        replicas = [(job / name, RunFolder(job / name).summary()) for name in summary.replicas]
+        replicas = [(job / one, RunFolder(job / one).summary()) for one in summary.replicas]
         written = [(folder, one) for folder, one in replicas if one is not None]
         for folder, one in written or [(job, summary)]:
-            runs.append(SweepRun(**{**asdict(one), "status": one.status}, folder=folder, job_folder=job.name))
+            runs.append(SweepRun(**{**asdict(one), "status": one.status}, folder=folder, job_folder=name))
     return runs
