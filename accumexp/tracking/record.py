@@ -157,7 +157,19 @@ def create_tracker(
     if parent:
         tags["mlflow.parentRunId"] = parent
     run_id = store.create_run(config.tracking.run_name or name, tags)
-    tracker = MLflowTracker(store, run_id, config.tracking)
+    try:
+        tracker = MLflowTracker(store, run_id, config.tracking)
+        _describe(tracker, config, folder, diff, datasets)
+    except BaseException:
+        store.client.set_terminated(run_id, RunStatus.FAILED)
+        raise
+    return tracker
+
+
+def _describe(
+    tracker: MLflowTracker, config: Config, folder: RunFolder, diff: str, datasets: Sequence[DatasetRecord]
+) -> None:
+    """Records what a run is made of."""
     tracker.params(dict(flatten(config)))
     tracker.artifact(folder.config)
     if diff:
@@ -166,4 +178,3 @@ def create_tracker(
     for data in datasets:
         profile = json.dumps({"samples": data.samples})
         tracker.dataset(data.name, data.digest, data.source, data.context, profile)
-    return tracker

@@ -16,11 +16,14 @@ from typing import Any
 from ..config.schema import Backend, TrackingConfig
 from ..errors import UsageError
 from .folder import RunStatus
+from .names import LegalNames, legal_name
 from .store import Store
 
 log = logging.getLogger(__name__)
 MAX_PARAM_LENGTH = 6000
 MAX_POINTS_A_CALL = 1000
+# Error codes of what a store will not take later either.
+REFUSED = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")
 
 
 class Tracker:
@@ -49,6 +52,23 @@ class Tracker:
 
     def flush(self) -> None: ...
 
+    def _send(self, points: Sequence[Any]) -> None:
+        """Sends points; those of keys that the store refuses for good are left out, with a warning."""
+        try:
+            self.store.client.log_batch(self.run_id, points)
+        except Exception as error:
+            if getattr(error, "error_code", "") not in REFUSED:
+                raise
+            if len(keys := {point.key for point in points}) > 1:
+                for key in keys:
+                    self._send([point for point in points if point.key == key])
+            else:
+                (key,) = keys
+                log.warning(
+                    "tracking: %s refuses %d points of %s, which are in metrics.jsonl: %s",
+                    *(self.store.uri, len(points), key, error),
+                )
+
     def final(self, values: Mapping[str, float]) -> None:
         """Values of the whole run, without a step."""
 
@@ -74,6 +94,7 @@ class MLflowTracker(Tracker):
         self.from_environment = store.from_environment
         self._config = config
         self._queue: list[Any] = []
+        self._legal = LegalNames()
         self._last_flush = time.monotonic()
         self._failing = False
         self._times: dict[tuple[str, int], int] = {}  # (key, step): milliseconds since 1970
@@ -92,7 +113,7 @@ class MLflowTracker(Tracker):
     def params(self, params: Mapping[str, Any]) -> None:
         from mlflow.entities import Param
 
-        entries = [Param(key, str(value)[:MAX_PARAM_LENGTH]) for key, value in params.items()]
+        entries = [Param(self._legal(key), str(value)[:MAX_PARAM_LENGTH]) for key, value in params.items()]
         for start in range(0, len(entries), 100):
             self.store.client.log_batch(self.run_id, params=entries[start : start + 100])
 
@@ -106,7 +127,7 @@ class MLflowTracker(Tracker):
     def tag(self, tags: Mapping[str, str]) -> None:
         for key, value in tags.items():
             try:
-                self.store.client.set_tag(self.run_id, key, value)
+                self.store.client.set_tag(self.run_id, legal_name(key), value)
             except Exception as error:
                 log.warning("tracking: the tag %s did not reach %s: %s", key, self.store.uri, error)
 
@@ -114,7 +135,7 @@ class MLflowTracker(Tracker):
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)
-        for key, value in values.items():
+        for key, value in ((self._legal(key), value) for key, value in values.items()):
             # A run resumed from before its last point logs the points since then again, with equal values.
             if (key, update) not in self._logged:
                 self._queue.append(Metric(key, value, now, update))
@@ -128,7 +149,7 @@ class MLflowTracker(Tracker):
         self._last_flush = time.monotonic()
         try:
             while self._queue:
-                self.store.client.log_batch(self.run_id, self._queue[:MAX_POINTS_A_CALL])
+                self._send(self._queue[:MAX_POINTS_A_CALL])
                 del self._queue[:MAX_POINTS_A_CALL]
             self._failing = False
         except Exception as error:
@@ -165,7 +186,7 @@ class MLflowTracker(Tracker):
             # With the time at which the run logged them, MLflow does not double the run's points.
             metrics = [
                 Metric(key, value, self._times.get((key, update), now), update, model_id=model.model_id)
-                for key, value in evaluated.items()
+                for key, value in ((self._legal(key), value) for key, value in evaluated.items())
             ]
             client.log_batch(self.run_id, metrics)
             client.log_outputs(self.run_id, [LoggedModelOutput(model.model_id, update)])

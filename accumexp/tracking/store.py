@@ -23,6 +23,7 @@ from ..config.job_folder import absolute_store
 from ..config.schema import TrackingConfig
 from ..errors import UsageError
 from .folder import RunStatus
+from .names import legal_name
 
 COSTS = ("update_ms", "samples_per_second", "activation_mib", "peak_memory_mib")
 LOCAL_UI = "http://127.0.0.1:5000"
@@ -159,7 +160,9 @@ class Store:
         if self.parent_id:
             defaults["mlflow.parentRunId"] = self.parent_id
         return self.client.create_run(
-            self.experiment_id, tags={**defaults, **tags}, run_name=name
+            self.experiment_id,
+            tags={legal_name(key): value for key, value in {**defaults, **tags}.items()},
+            run_name=name,
         ).info.run_id
 
     def open_again(self, run_id: str, command: str) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor
 from torchmetrics import MetricCollection
 
 from ..accum import StepResult, Window, WindowResult
 from ..environment.memory import MIB, peak_memory_mib
+from ..errors import TrainingError
 from .deferred_metrics import DeferredMetrics, hopeless
 from .evaluation import WindowMetrics
 from .metrics_sink import MetricsSink
@@ -18,6 +20,21 @@ from .throughput import ActivationMeter, Throughput
 
 # The first updates are all published: there the losses of equal windows differ by rounding alone.
 FIRST_UPDATES = 100
+
+
+def as_numbers(values: Mapping[str, Any]) -> dict[str, float]:
+    """`values`, to which callbacks may have added tensors of one element.
+
+    Raises:
+        TrainingError: naming what is no number.
+    """
+    numbers = {}
+    for key, value in values.items():
+        try:
+            numbers[key] = float(value)
+        except (TypeError, ValueError) as error:
+            raise TrainingError(f"{key}: a callback logs numbers, not a {type(value).__name__}") from error
+    return numbers
 
 
 class MetricsLog:
@@ -86,7 +103,7 @@ class MetricsLog:
         for update, values in reading.rows:
             publish = extra is not None and update == newest
             if publish:
-                values.update({**(extra or {}), **reading.scaling})
+                values.update({**as_numbers(extra or {}), **reading.scaling})
                 self.latest.update(values)
             if update in self.split_steps:
                 values["accum/steps"] = self.split_steps.pop(update)

@@ -26,7 +26,7 @@ from ..environment.device import wait_for
 from ..errors import compiler_error
 from .callbacks import Callback, listeners
 from .evaluation import Evaluator
-from .metrics_log import MetricsLog
+from .metrics_log import MetricsLog, as_numbers
 from .metrics_sink import MetricsSink
 from .out_of_memory import NoMemoryFor, OutOfMemoryHandler
 from .progress import LoopOptions, Progress
@@ -263,6 +263,7 @@ class Trainer:
             batches = self.splits.test if split == "test" else self.splits.eval
             values = {f"{split}/{k}": v for k, v in self.evaluator(self.model, batches).items()}
             self._emit("evaluated", split, values)
+            values = as_numbers(values)
             self.latest.update(values)
         return values
 
