@@ -1,107 +1,36 @@
-"""The edge to Hydra: where conf lies, how commands start, and one line for every kind of bad input."""
+"""The edge to Hydra: how commands start, and one line for every kind of bad input."""
 
 from __future__ import annotations
 
 import logging
-import math
 import os
 import re
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any, NoReturn
 
-from hydra.core.config_store import ConfigStore
 from hydra.errors import (
     ConfigCompositionException,
     HydraException,
     MissingConfigException,
     OverrideParseException,
 )
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from .conf import conf_dir
 from .config.loading import explain_omegaconf
-from .config.schema import Config, Strategy
-from .config.sizes import AUTO, batch_sizes, processes
+from .config.sizes import AUTO
 from .environment.launch import RankError
 from .environment.ranks import RankInfo, exit_immediately, skip_group_teardown
 from .errors import TrainingError, UsageError, print_error, unknown_key
-from .sweeps.job_folders import job_folder_name, slug
 
 # Read before `hydra_app` sets it for Hydra, and handed on to the processes in which a launcher runs jobs.
 WANTS_TRACEBACK = os.environ.get("ACCUMEXP_TRACEBACK", os.environ.get("HYDRA_FULL_ERROR")) == "1"
 
-MICRO_BATCH_SIZE = "${micro_batch_size:}"
-
 log = logging.getLogger(__name__)
-
-ConfigStore.instance().store(name="schema", node=Config)
-
-
-def conf_dir() -> str:
-    """The folder of YAML files: inside the installed package, or beside it in a checkout."""
-    package = Path(__file__).resolve().parent
-    for folder in (package / "conf", package.parent / "conf"):
-        if (folder / "config.yaml").is_file():
-            return str(folder)
-    raise UsageError(f"conf: not found in {package} or beside it; reinstall accumexp")
-
-
-def _place(sweep: str, launch: int, number: int, name: str, overrides: Sequence[str]) -> str:
-    return job_folder_name(sweep, launch, number, name, list(overrides))
-
-
-def _product(*factors: int) -> int:
-    result = 1
-    for factor in factors:
-        result *= int(factor)
-    return result
-
-
-RATES: dict[str, Callable[[float], float]] = {
-    "linear": lambda ratio: ratio,  # Goyal et al., arXiv 1706.02677
-    "sqrt": math.sqrt,  # Krizhevsky, arXiv 1404.5997
-}
-
-
-def _scaled_rate(rate: float, reference: int, batch: int | None, rule: str) -> float:
-    """The learning rate for updates of `batch` samples, where `rate` is that for `reference` samples."""
-    if rule not in RATES:
-        raise ValueError(f"{rule}: no rule for a learning rate, known are {', '.join(RATES)}")
-    if batch is None:
-        raise ValueError("a learning rate is to follow from the batch size, give data.batch_size=...")
-    return rate * RATES[rule](batch / reference)
-
-
-def _folders(root: str) -> int:
-    path = Path(root)
-    return sum(entry.is_dir() for entry in path.iterdir()) if path.is_dir() else 0
-
-
-def _micro_batch_size(*, _root_: DictConfig) -> int | str | None:
-    """`accum.micro_batch_size` of the whole configuration, where it follows from the others too.
-
-    None where they disagree: `config.check` then says so. With `accum.steps=auto` it stays the question
-    that it is, to be answered when there is a number (`config.settled`).
-    """
-    data, accum = _root_.data, _root_.accum
-    try:
-        ranks = processes(accum.processes, accum.strategy is Strategy.standalone, _root_.device)
-        _, steps, micro = batch_sizes(data.batch_size, accum.steps, accum.micro_batch_size, ranks)
-        return MICRO_BATCH_SIZE if steps == AUTO else micro
-    except UsageError:
-        return None
-
-
-OmegaConf.register_new_resolver("slug", slug, replace=True)
-OmegaConf.register_new_resolver("place", _place, replace=True)
-OmegaConf.register_new_resolver("product", _product, replace=True)
-OmegaConf.register_new_resolver("scaled_rate", _scaled_rate, replace=True)
-OmegaConf.register_new_resolver("folders", _folders, replace=True)
-OmegaConf.register_new_resolver("micro_batch_size", _micro_batch_size, replace=True)
 
 
 def hydra_app(task: Callable[[Any], Any]) -> None:
@@ -142,8 +71,13 @@ def explain(error: BaseException) -> str:
     override = re.search(r"(?:Could not override|Error merging override) '?([^'\s]+)'?", text)
     if override and isinstance(cause, OmegaConfBaseException):
         key, _, value = override[1].partition("=")
+        full_key = str(cause.full_key or "")
+        # A key inside of a dict that was given whole.
+        inner = full_key if full_key.startswith(f"{key.lstrip('+')}.") else ""
         if "Could not override" in text:
-            return _unknown(key)
+            return _unknown(inner or key)
+        if inner:
+            return explain_omegaconf(cause)
         reason = str(cause.msg or cause).splitlines()[0]
         if key == "accum.steps" and "type hint" in reason:
             reason = f"a whole number, or {AUTO}"

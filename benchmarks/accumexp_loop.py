@@ -46,7 +46,7 @@ class Accumexp(Loop):
     def __init__(self, task: Task) -> None:
         from hydra import compose, initialize_config_dir
 
-        from accumexp.cli import conf_dir
+        from accumexp.conf import conf_dir
         from accumexp.config.loading import from_hydra
         from accumexp.config.schema import TrackingConfig
         from accumexp.data.digest import dataset_records

@@ -16,7 +16,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
-from accumexp.cli import conf_dir
+from accumexp.conf import conf_dir
 from accumexp.config.loading import from_hydra
 from accumexp.environment.code_version import code_version
 from accumexp.training.checkpoint import load

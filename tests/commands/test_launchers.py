@@ -9,7 +9,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
-from accumexp.cli import conf_dir
+from accumexp.conf import conf_dir
 from accumexp.errors import UsageError
 from accumexp.sweeps import cores
 from accumexp.sweeps.job import SweepJob

@@ -57,11 +57,11 @@ def test_readme_names_what_there_is() -> None:
         assert any((ROOT / folder / path).exists() for folder in (".", "accumexp")), name
     for part in (ROOT / "accumexp").glob("[a-z]*"):
         assert part.name in tree, part.name
-    for group in (path.name for path in (ROOT / "conf").iterdir() if path.is_dir()):
+    for group in (path.name for path in (ROOT / "accumexp" / "conf").iterdir() if path.is_dir()):
         if group in ("hydra", "trainer"):
             continue
         (row,) = re.findall(rf"^\| `{group}` \|(.*)\|$", README, flags=re.MULTILINE)
-        for choice in (ROOT / "conf" / group).glob("*.yaml"):
+        for choice in (ROOT / "accumexp" / "conf" / group).glob("*.yaml"):
             assert f"`{choice.stem}`" in row, f"{group}={choice.stem}"
 
 

@@ -17,7 +17,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
-from accumexp.cli import conf_dir
+from accumexp.conf import conf_dir
 from accumexp.config.loading import from_hydra, to_plain
 from accumexp.config.overrides import changed
 from accumexp.errors import UsageError

@@ -10,7 +10,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
-from accumexp.cli import conf_dir
+from accumexp.conf import conf_dir
 from accumexp.errors import UsageError
 from accumexp.sweeps.sweep import sweep_runs
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from hydra import compose, initialize_config_dir
 
-from accumexp.cli import conf_dir
+from accumexp.conf import conf_dir
 from accumexp.config.loading import from_hydra
 from accumexp.config.schema import Config
 from accumexp.training.experiment import Experiment

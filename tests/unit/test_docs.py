@@ -20,5 +20,5 @@ def test_every_package_has_a_floor() -> None:
     table = ARCHITECTURE.partition("## From a configuration")[0]
     for part in (ROOT / "accumexp").glob("[a-z]*"):
         assert part.name in table, part.name
-    for group in re.findall(r"`conf/([a-z]+)/", ARCHITECTURE):
-        assert (ROOT / "conf" / group).is_dir(), group
+    for group in re.findall(r"`accumexp/conf/([a-z]+)/", ARCHITECTURE):
+        assert (ROOT / "accumexp" / "conf" / group).is_dir(), group

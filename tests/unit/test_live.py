@@ -15,7 +15,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 from rich.console import Console
 
-from accumexp.cli import conf_dir
+from accumexp.conf import conf_dir
 from accumexp.environment.console import OUTPUT, VIEWED, unseen
 from accumexp.sweeps.hydra_sweep import count_jobs, runs_in_parallel
 from accumexp.sweeps.job_folders import job_folder_name
