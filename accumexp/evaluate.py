@@ -63,18 +63,10 @@ def evaluate(checkpoint: str, split: str, overrides: list[str], as_json: bool) -
 
     from .environment.console import show_values
     from .training.experiment import Experiment
-    from .training.shards import folder_of, load_model
+    from .training.trained_model import load_weights
 
     experiment = Experiment.build(config)
-    split_up = folder_of(path, content)
-    try:
-        if split_up is None:
-            experiment.model.load_state_dict(content["model"])
-        else:
-            load_model(experiment.model, split_up)
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UsageError(f"checkpoint {path}: does not fit this configuration: {reason}") from error
+    load_weights(experiment.model, content, path)
     batches = experiment.splits.test if split == "test" else experiment.splits.eval
     values = experiment.evaluator(experiment.model, batches)
     if as_json:

@@ -47,6 +47,18 @@ def resume_arguments(arguments: Sequence[str]) -> list[str]:
         return arguments
     if MULTIRUN & set(arguments):
         raise UsageError("resume: goes on with one run, leave out -m")
+    folder = resumed_folder(str(where))
+    if set("=,") & set(where):  # a job's folder has them, and an override needs quotes
+        arguments = [f"resume='{where}'" if a.startswith("resume=") else a for a in arguments]
+    return [*arguments, f"hydra.run.dir='{folder}'", "hydra.output_subdir=null"]
+
+
+def resumed_folder(where: str) -> Path:
+    """The folder of the run that `resume=<where>` names, absolute.
+
+    Raises:
+        UsageError: if it is not there.
+    """
     folder = Path(where)
     if not folder.exists():
         raise UsageError(f"resume={where}: no such file or folder, give a run's folder or a checkpoint")
@@ -54,9 +66,7 @@ def resume_arguments(arguments: Sequence[str]) -> list[str]:
         folder = RunFolder.of_checkpoint(folder).path
     elif folder.name == CHECKPOINTS:
         folder = folder.parent
-    if set("=,") & set(where):  # a job's folder has them, and an override needs quotes
-        arguments = [f"resume='{where}'" if a.startswith("resume=") else a for a in arguments]
-    return [*arguments, f"hydra.run.dir='{folder.resolve()}'", "hydra.output_subdir=null"]
+    return folder.resolve()
 
 
 def sweep_arguments(arguments: Sequence[str]) -> tuple[list[list[str]], dict[str, str]]:

@@ -72,7 +72,7 @@ def _run(
     if launched is None and processes > 1:
         logging_config = OmegaConf.to_container(hydra.job_logging, resolve=True)
         assert isinstance(logging_config, dict)
-        return _run_in_ranks(spec, processes, {str(key): value for key, value in logging_config.items()})
+        return run_in_ranks(spec, processes, {str(key): value for key, value in logging_config.items()})
     return carry_out(spec, rank_info)
 
 
@@ -126,7 +126,7 @@ def carry_out_in_rank(spec: RunSpec) -> None:
         carry_out(spec, rank_info)
 
 
-def _run_in_ranks(spec: RunSpec, processes: int, logging_config: dict[str, Any]) -> float | None:
+def run_in_ranks(spec: RunSpec, processes: int, logging_config: dict[str, Any]) -> float | None:
     """Trains in new ranks, and closes what they leave open if they die.
 
     Returns:

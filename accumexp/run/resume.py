@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,8 +75,8 @@ def resume_job(path: Path) -> Resumed:
     return Resumed(changed(content["config"], []), content, path, [])
 
 
-def resumed(cfg: DictConfig) -> Resumed | None:
-    """What `cfg.resume` names, with this command's other overrides on top; None if it names nothing.
+def resumed(cfg: DictConfig, overrides: Sequence[str]) -> Resumed | None:
+    """What `cfg.resume` names, with the `overrides` on top; None if it names nothing.
 
     A run whose newest checkpoint is damaged goes on from the one before, and says so.
 
@@ -85,8 +86,6 @@ def resumed(cfg: DictConfig) -> Resumed | None:
     """
     if not cfg.resume:
         return None
-    from hydra.core.hydra_config import HydraConfig
-
     from ..tracking.journal import last_update
     from ..training.checkpoint import find, load
 
@@ -100,7 +99,7 @@ def resumed(cfg: DictConfig) -> Resumed | None:
             raise
         log.warning("checkpoint %s is damaged, going on from %s", path, older)
         path, content = older, load(older)
-    overrides = [o for o in HydraConfig.get().overrides.task if not o.startswith("resume=")]
+    overrides = list(overrides)
     config = changed(content["config"], overrides, content.get("interpolations"))
     updates = content["progress"]["update"]
     folder = RunFolder.of_checkpoint(path)

@@ -49,7 +49,7 @@ class RunSpec:
         Raises:
             UsageError: naming the key that is wrong.
         """
-        resume_from = resumed(cfg)
+        resume_from = resumed(cfg, [o for o in hydra.overrides.task if not o.startswith("resume=")])
         config = resume_from.config if resume_from else from_hydra(cfg)
         job = SweepJob.of(hydra)
         replicas = _replicas(cfg, config, job, resuming=resume_from is not None)

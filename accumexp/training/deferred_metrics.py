@@ -73,15 +73,15 @@ class DeferredMetrics:
             )
             results.append(scale.counters())
         numbers = torch.cat(results).tolist()
-        rows, trouble = [], None
+        rows: list[tuple[int, dict[str, float]]] = []
+        trouble: TrainingError | None = None
         for k, one in enumerate(pending):
             skipped = scale is not None and bool(numbers[len(pending) + k])
-            if self.check_finite and not skipped and not math.isfinite(numbers[k]):
+            if trouble is None and self.check_finite and not skipped and not math.isfinite(numbers[k]):
                 trouble = TrainingError(
                     f"train/loss is {numbers[k]} at update {one.update}: lower optimizer.lr, set "
                     "trainer.clip_norm, or go on regardless with trainer.check_finite=false"
                 )
-                break
             rows.append((one.update, {"train/loss": numbers[k], "train/lr": float(one.rate)}))
         if scale is None:
             return MetricsRead(rows, {}, trouble)

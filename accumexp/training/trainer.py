@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict
 from typing import Any
 
@@ -171,7 +171,14 @@ class Trainer:
             while not self.stop_reason and not self._ended():
                 yield from self._epoch()
         finally:
+            self._record_rest()
             self._emit("run_end")
+
+    def _record_rest(self) -> None:
+        """Records the losses since the last read, after an error that came before the next one."""
+        if self.window.sync.ranks.size == 1:  # the other ranks may be gone
+            with suppress(Exception):  # of the device, or of a loss that is not finite
+                self.log.read(self.progress.update, False, None)
 
     def _ended(self) -> bool:
         # A run stopped right after the last update of its last epoch still has that epoch to evaluate.

@@ -1,0 +1,51 @@
+"""The model of a checkpoint, with its trained weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..config.overrides import changed
+from ..environment.ranks import RankInfo
+from ..errors import UsageError
+from . import shards
+from .checkpoint import find, load
+from .components import build_model, placement
+
+
+def load_weights(model: nn.Module, content: Mapping[str, Any], path: Path) -> None:
+    """Loads the weights of the checkpoint `content`, read from `path`, into `model`.
+
+    Raises:
+        UsageError: if they are of another shape.
+    """
+    parts = shards.folder_of(path, content)
+    try:
+        if parts is None:
+            model.load_state_dict(content["model"])
+        else:
+            shards.load_model(model, parts)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UsageError(f"checkpoint {path}: does not fit this configuration: {reason}") from error
+
+
+def load_model(where: str | Path, best: bool = True) -> nn.Module:
+    """The model of a checkpoint in eval mode, on the CPU, in the dtype that it was trained in.
+
+    Args:
+        where: a checkpoint, or a run's folder.
+        best: of a folder the best checkpoint, else the newest.
+
+    Raises:
+        UsageError: if there is no checkpoint, or it does not fit its configuration.
+    """
+    path = find(where, best)
+    content = load(path)
+    config = changed(content["config"], ["accum.strategy=standalone", "accum.processes=1", "device=cpu"])
+    model = build_model(config).to(placement(config, RankInfo()).dtype)
+    load_weights(model, content, path)
+    return model.eval()
