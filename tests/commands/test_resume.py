@@ -7,14 +7,12 @@ import signal
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
-from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
 from accumexp.conf import conf_dir
@@ -240,19 +238,18 @@ def plain() -> dict[str, Any]:
 def run(tmp_path: Path, plain: dict[str, Any]) -> Path:
     """A run's folder with checkpoints of updates 5 and 10."""
     for update in (5, 10):
-        content = {"config": plain, "progress": {"update": update}, "weight": torch.arange(1000.0) + update}
+        progress = {"update": update, "epoch": 0, "epoch_update": update}
+        content = {"config": plain, "progress": progress, "weight": torch.arange(1000.0) + update}
         save(tmp_path / "checkpoints" / f"update-{update:08d}.pt", content)
     return tmp_path
 
 
 @pytest.fixture
-def resume(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+def resume() -> Callable[..., Any]:
     """`resumed` as a command with these overrides calls it."""
 
     def call(where: Path, *overrides: str) -> Any:
-        task = [f"resume={where}", *overrides]
-        monkeypatch.setattr(HydraConfig, "get", lambda: SimpleNamespace(overrides=SimpleNamespace(task=task)))
-        return resumed(OmegaConf.create({"resume": str(where)}))
+        return resumed(OmegaConf.create({"resume": str(where)}), overrides)
 
     return call
 

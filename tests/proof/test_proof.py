@@ -157,6 +157,66 @@ def test_means_and_sums_do_not_couple_samples(loss: nn.Module) -> None:
     assert loss_couples(problem_of(classifier(), loss, samples()), samples()) <= NEGLIGIBLE
 
 
+class Balanced(nn.Module):
+    """Returns classes and a number for the whole batch, as a mixture of experts does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.head = nn.Linear(6, 4), nn.Linear(4, 5)
+
+    def forward(self, inputs: Tensor) -> Any:
+        shares = self.gate(inputs).softmax(1)
+        return {"classes": self.head(shares), "balance": shares.mean(0).square().sum(), "name": "balanced"}
+
+
+def balanced(outputs: Any, targets: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(outputs["classes"], targets) + outputs["balance"]
+
+
+def test_an_output_of_the_whole_batch_is_named_in_the_verdict() -> None:
+    def window(model: Any, optimizer: Any, batch: Any, steps: int) -> None:
+        for inputs, targets in split(batch):
+            (balanced(model(inputs), targets) * len(targets) / len(batch[1])).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    torch.manual_seed(0)
+    certificate = certify(window, Balanced(), balanced, samples(), STEPS, updates=1)
+    assert str(certificate).startswith("not proved: (model) (Balanced), output['balance']: couples samples")
+
+
+class Late(nn.Module):
+    """Uses its branch from the second batch on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.always, self.branch = nn.Linear(6, 5), nn.Linear(6, 5)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        outputs = self.always(inputs)
+        return outputs + self.branch(inputs) if bool(inputs[0, 0] > 5) else outputs
+
+
+def test_a_parameter_whose_first_gradient_comes_late_is_proved_with_a_fused_optimizer() -> None:
+    torch.manual_seed(0)
+    inputs, targets = samples()
+    later = inputs.clone()
+    later[:, 0] = 9.0
+    optimizer = lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, fused=True)  # noqa: E731
+
+    def window(model: Any, fused: Any, batch: Any, steps: int) -> None:
+        for parameter in model.parameters():
+            if fused.state and "momentum_buffer" not in fused.state[parameter]:
+                fused.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        right(model, fused, batch, steps)
+
+    batches = [(inputs, targets), (later, targets)]
+    certificate = certify(
+        window, Late(), nn.CrossEntropyLoss(), batches, STEPS, optimizer=optimizer, updates=4
+    )
+    assert certificate.proved, certificate
+
+
 def test_a_coupling_loss_and_batch_norm_are_named_in_the_verdict() -> None:
     def window(model: Any, optimizer: Any, batch: Any, steps: int) -> None:
         for inputs, targets in split(batch):

@@ -1,0 +1,95 @@
+"""A branch that some updates do not use: under ddp and in one process the larger batch's update."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from accumexp.accum import OptimizerStep, Recovery, Window, data_parallel
+
+from ..support.ranks import on_ranks
+
+UPDATES = 6
+OPTIMIZERS = {
+    "momentum": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.1),
+    "fused": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.1, fused=True),
+    "adam": lambda p: torch.optim.Adam(p, lr=0.1, weight_decay=0.1),
+    "adamw": lambda p: torch.optim.AdamW(p, lr=0.1, weight_decay=0.1),
+}
+
+
+class Branch(nn.Module):
+    """Uses `extra` for the samples whose first number is above 1."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.always = nn.Linear(4, 3)
+        self.extra = nn.Linear(4, 3)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        outputs, chosen = self.always(inputs), (inputs[:, 0] > 1).nonzero()[:, 0]
+        return outputs.index_add(0, chosen, self.extra(inputs[chosen])) if len(chosen) else outputs
+
+
+def batches() -> list[tuple[Tensor, Tensor]]:
+    """Of 8 samples; the branch is used in the updates 1 and 3, there by one sample of the second rank."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.rand(UPDATES, 8, 4, dtype=torch.float64, generator=generator)
+    inputs[1, 5, 0] = inputs[3, 7, 0] = 2.0
+    targets = torch.randint(0, 3, (UPDATES, 8), generator=generator)
+    return list(zip(inputs, targets, strict=True))
+
+
+def model() -> Branch:
+    torch.manual_seed(0)
+    return Branch().double()
+
+
+def larger_batch(optimizer: str) -> dict[str, Tensor]:
+    """Plain torch, the whole batch at once."""
+    reference = model()
+    stepped = OPTIMIZERS[optimizer.replace("fused", "momentum")](list(reference.parameters()))
+    for inputs, targets in batches():
+        stepped.zero_grad()
+        nn.functional.cross_entropy(reference(inputs), targets).backward()
+        stepped.step()
+    return {name: value.clone() for name, value in reference.state_dict().items()}
+
+
+def accumulated(optimizer: str, rank: int = 0, ranks: int = 1, recover: bool = False) -> dict[str, Tensor]:
+    network: Any = model()
+    wrapped = data_parallel(network, find_unused_parameters=True) if ranks > 1 else network
+    window = Window(wrapped, nn.CrossEntropyLoss(), 2)
+    stepped = OPTIMIZERS[optimizer](list(network.parameters()))
+    step, share = OptimizerStep(window, stepped), 8 // ranks
+    backward = Recovery(window).backward if recover else window.backward
+    for inputs, targets in batches():
+        stepped.zero_grad(set_to_none=not window.sync.keeps_gradients)
+        mine = slice(rank * share, (rank + 1) * share)
+        backward(inputs[mine], targets[mine])
+        step()
+    return {name: value.clone() for name, value in network.state_dict().items()}
+
+
+def worst(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
+    return max(float((one[name] - other[name]).abs().max()) for name in one)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_law_1_one_process_skips_a_parameter_that_the_larger_batch_does_not_use(optimizer: str) -> None:
+    assert worst(accumulated(optimizer), larger_batch(optimizer)) <= 1e-12
+
+
+def _on_rank() -> list[dict[str, Tensor]]:
+    rank = torch.distributed.get_rank()
+    return [accumulated(name, rank, 2, recover) for name in OPTIMIZERS for recover in (False, True)]
+
+
+def test_law_1_so_do_all_ranks(tmp_path: Path) -> None:
+    expected = [larger_batch(name) for name in OPTIMIZERS for _ in (False, True)]
+    for results in on_ranks(2, tmp_path, _on_rank):
+        assert max(worst(one, other) for one, other in zip(results, expected, strict=True)) <= 1e-12

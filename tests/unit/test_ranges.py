@@ -1,0 +1,83 @@
+"""Law 12 for numbers: every one that the project owns has a range, and is refused by name outside of it."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+from hydra.errors import HydraException
+
+from accumexp.config.ranges import Range, ranges, unusual_settings
+from accumexp.config.schema import Config
+from accumexp.errors import UsageError
+
+from ..support.experiments import composed, trainer_of
+
+# Numbers or words, which `config.sizes` checks.
+WORDS = {"accum.steps", "accum.memory_limit"}
+
+
+def numbers(node: Any, prefix: str = "") -> list[str]:
+    """The dotted keys of all fields of a dataclass whose type names a number."""
+    keys = []
+    for item in dataclasses.fields(node):
+        value, key = getattr(node, item.name), f"{prefix}{item.name}"
+        if dataclasses.is_dataclass(value):
+            keys += numbers(value, f"{key}.")
+        elif {"int", "float"} & set(str(item.type).replace("|", " ").split()):
+            keys.append(key)
+    return keys
+
+
+def test_law_12_every_number_in_the_schema_has_a_range() -> None:
+    assert set(numbers(Config())) - WORDS == {key for key, _, _ in ranges(Config())}
+
+
+@pytest.mark.parametrize("key", [key for key, _, _ in ranges(Config())])
+def test_law_12_a_number_far_out_of_range_is_refused_by_name(key: str) -> None:
+    for value in ("-1", f"1{'0' * 400}"):
+        with pytest.raises((UsageError, HydraException), match=key):
+            composed(f"{key}={value}")
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "callbacks.checkpoint.keep_last=0",
+        "callbacks.checkpoint.every_updates=0",
+        "callbacks.monitor.every=-1",
+        "callbacks.ema.decay=1.5",
+        "callbacks.early_stopping.patience=0",
+        "callbacks.noise_scale.decay=1",
+        "scheduler.min_factor=2",
+        "model.hidden=[0]",
+    ],
+)
+def test_law_12_so_is_an_argument_of_what_the_project_ships(override: str) -> None:
+    group = override.split(".")[1]
+    choice = {"checkpoint": "default", "monitor": "default"}.get(group, group)
+    chosen = [f"callbacks={choice}"] if override.startswith("callbacks") else []
+    chosen += ["scheduler=cosine"] if override.startswith("scheduler") else []
+    key = override.partition("=")[0]
+    with pytest.raises(UsageError, match=f"{key}="):
+        trainer_of(*chosen, override)
+
+
+def test_the_ends_of_a_range() -> None:
+    half_open = Range(at_least=0, below=1)
+    assert [half_open.refusal(x) for x in (0, 0.5)] == [None, None]
+    assert half_open.refusal(-0.1) == "at least 0"
+    assert half_open.refusal(1) == "below 1"
+    assert half_open.refusal(float("nan")) == "a finite number"
+    assert Range(above=0, at_most=2).refusal(0) == "above 0"
+    assert Range(above=0, at_most=2).refusal(3) == "at most 2"
+
+
+def test_what_no_training_goes_well_with_is_named() -> None:
+    node = {"_target_": "x", "lr": float("inf"), "betas": [0.9, 0.9], "momentum": 1.5, "inner": {"alpha": 2}}
+    assert unusual_settings(node, "optimizer") == [
+        "optimizer.lr=inf: usual is a finite number",
+        "optimizer.momentum=1.5: usual is below 1",
+        "optimizer.inner.alpha=2: usual is below 1",
+    ]
