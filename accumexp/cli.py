@@ -1,7 +1,8 @@
-"""The edge to Hydra: where conf lies, how commands start, and one line for every kind of bad input."""
+"""How commands start: arguments, Hydra and its resolvers, one line for each kind of bad input, exit codes."""
 
 from __future__ import annotations
 
+import argparse
 import logging
 import math
 import os
@@ -9,7 +10,7 @@ import re
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -50,17 +51,6 @@ def conf_dir() -> str:
     raise UsageError(f"conf: not found in {package} or beside it; reinstall accumexp")
 
 
-def _place(sweep: str, launch: int, number: int, name: str, overrides: Sequence[str]) -> str:
-    return job_folder_name(sweep, launch, number, name, list(overrides))
-
-
-def _product(*factors: int) -> int:
-    result = 1
-    for factor in factors:
-        result *= int(factor)
-    return result
-
-
 RATES: dict[str, Callable[[float], float]] = {
     "linear": lambda ratio: ratio,  # Goyal et al., arXiv 1706.02677
     "sqrt": math.sqrt,  # Krizhevsky, arXiv 1404.5997
@@ -76,16 +66,11 @@ def _scaled_rate(rate: float, reference: int, batch: int | None, rule: str) -> f
     return rate * RATES[rule](batch / reference)
 
 
-def _folders(root: str) -> int:
-    path = Path(root)
-    return sum(entry.is_dir() for entry in path.iterdir()) if path.is_dir() else 0
-
-
 def _micro_batch_size(*, _root_: DictConfig) -> int | str | None:
-    """`accum.micro_batch_size` of the whole configuration, where it follows from the others too.
+    """`accum.micro_batch_size`, given or derived from the batch, the steps and the ranks.
 
-    None where they disagree: `config.check` then says so. With `accum.steps=auto` it stays the question
-    that it is, to be answered when there is a number (`config.settled`).
+    None if they disagree: `config.check` then raises. With `accum.steps=auto` the interpolation stays until
+    there is a number (`config.settled`).
     """
     data, accum = _root_.data, _root_.accum
     try:
@@ -96,12 +81,43 @@ def _micro_batch_size(*, _root_: DictConfig) -> int | str | None:
         return None
 
 
-OmegaConf.register_new_resolver("slug", slug, replace=True)
-OmegaConf.register_new_resolver("place", _place, replace=True)
-OmegaConf.register_new_resolver("product", _product, replace=True)
-OmegaConf.register_new_resolver("scaled_rate", _scaled_rate, replace=True)
-OmegaConf.register_new_resolver("folders", _folders, replace=True)
-OmegaConf.register_new_resolver("micro_batch_size", _micro_batch_size, replace=True)
+RESOLVERS: dict[str, Callable[..., Any]] = {
+    "slug": slug,
+    "place": job_folder_name,
+    "product": lambda *factors: math.prod(int(factor) for factor in factors),
+    "scaled_rate": _scaled_rate,
+    "folders": lambda root: sum(entry.is_dir() for entry in Path(root).glob("*")),
+    "micro_batch_size": _micro_batch_size,
+}
+for name, resolver in RESOLVERS.items():
+    OmegaConf.register_new_resolver(name, resolver, replace=True)
+
+
+def command_options(
+    command_name: str, description: str, epilog: str, defaults: Mapping[str, str]
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Parses the `key=value` arguments of a command without Hydra, and answers `--help`.
+
+    Returns:
+        The values of the keys in `defaults`, and the other arguments.
+
+    Raises:
+        UsageError: if an argument is not key=value.
+    """
+    parser = argparse.ArgumentParser(
+        prog=f"python -m accumexp.{command_name}",
+        description=description,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("arguments", nargs="*", metavar="key=value")
+    options, others = dict(defaults), {}
+    for argument in parser.parse_args().arguments:
+        key, equals, value = argument.partition("=")
+        if not equals:
+            raise UsageError(f"{argument}: arguments are key=value, such as {next(iter(defaults))}=<path>")
+        (options if key in options else others)[key] = value
+    return options, others
 
 
 def hydra_app(task: Callable[[Any], Any]) -> None:
@@ -112,9 +128,9 @@ def hydra_app(task: Callable[[Any], Any]) -> None:
     """
     import hydra
 
-    ours = {"HYDRA_FULL_ERROR": "1", "ACCUMEXP_TRACEBACK": str(int(WANTS_TRACEBACK))}
-    before = {name: os.environ.get(name) for name in ours}
-    os.environ.update(ours)
+    variables = {"HYDRA_FULL_ERROR": "1", "ACCUMEXP_TRACEBACK": str(int(WANTS_TRACEBACK))}
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
     try:
         hydra.main(config_path=conf_dir(), config_name="config", version_base="1.3")(task)()
     except (HydraException, OmegaConfBaseException) as error:
@@ -128,7 +144,7 @@ def hydra_app(task: Callable[[Any], Any]) -> None:
 
 
 def explain(error: BaseException) -> str:
-    """One line for an error of Hydra's composition: the key or choice, and what would be right."""
+    """The one-line message for an error of Hydra's composition: the key or choice, and the remedy."""
     cause = error.__cause__
     text = str(error)
     if isinstance(error, OverrideParseException):
@@ -137,8 +153,8 @@ def explain(error: BaseException) -> str:
         choice = re.search(r"Could not find '([^']*)/([^'/]*)'", text)
         options = getattr(error, "options", None)
         if choice:
-            known = f"{choice[1]} is one of {', '.join(sorted(options))}" if options else "see --help"
-            return f"{choice[1]}={choice[2]}: no such choice, {known}"
+            listed = f"{choice[1]} is one of {', '.join(sorted(options))}" if options else "see --help"
+            return f"{choice[1]}={choice[2]}: no such choice, {listed}"
     override = re.search(r"(?:Could not override|Error merging override) '?([^'\s]+)'?", text)
     if override and isinstance(cause, OmegaConfBaseException):
         key, _, value = override[1].partition("=")
@@ -151,15 +167,14 @@ def explain(error: BaseException) -> str:
     missing = re.search(r"(?:Could not override|Key) '([^']+)'", text)
     if missing:
         return _unknown(missing[1])
-    if isinstance(error, OmegaConfBaseException):
-        return explain_omegaconf(error)
-    if isinstance(error, ConfigCompositionException) and isinstance(cause, OmegaConfBaseException):
-        return explain_omegaconf(cause)
+    origin = cause if isinstance(error, ConfigCompositionException) else error
+    if isinstance(origin, OmegaConfBaseException):
+        return explain_omegaconf(origin)
     return " ".join(line.strip() for line in text.splitlines() if line.strip()) or type(error).__name__
 
 
 def _unknown(key: str) -> str:
-    """The line for a key that the default configuration does not have: the first wrong part of it."""
+    """The message for a key that the default configuration does not have; names its first wrong part."""
     from hydra import compose, initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
 
@@ -175,10 +190,7 @@ def _unknown(key: str) -> str:
 
 
 def command(main: Callable[[], None]) -> NoReturn:
-    """Runs a command's `main` and exits: 0, 2 with one line for bad input, 1 for a run that cannot go on.
-
-    `HYDRA_FULL_ERROR=1` adds the traceback.
-    """
+    """Runs a command's `main` and exits: 0, 2 with one line for bad input, 1 for a run that cannot go on."""
     try:
         main()
     except (UsageError, TrainingError) as error:

@@ -16,7 +16,7 @@ _MISSING = object()
 
 
 def changed(plain: dict[str, Any], overrides: Sequence[str]) -> Config:
-    """A checkpoint's configuration with `key=value` overrides; groups cannot be exchanged in it.
+    """A checkpoint's configuration with `key=value` overrides. Config groups cannot be replaced.
 
     Raises:
         UsageError: for an unknown key, a wrong value, or an override that is not a plain value.
@@ -32,8 +32,8 @@ def changed(plain: dict[str, Any], overrides: Sequence[str]) -> Config:
     for override in parsed:
         key = override.key_or_group
         exists = OmegaConf.select(cfg, key, default=_MISSING) is not _MISSING
-        whole = isinstance(plain.get(key), dict)
-        if override.type is None or whole or not (exists or override.is_add()):
+        is_group = isinstance(plain.get(key), dict)
+        if override.type is None or is_group or not (exists or override.is_add()):
             raise UsageError(
                 f"{override.input_line}: only values of the run's own configuration can be changed, "
                 "such as trainer.epochs=40"
@@ -46,10 +46,9 @@ def changed(plain: dict[str, Any], overrides: Sequence[str]) -> Config:
 
 
 def _clear_derived_sizes(cfg: DictConfig, given: set[str]) -> None:
-    """Sets to null what was not given and follows from the rest: a checkpoint holds ranks and all sizes."""
-    steps, micro, ranks, strategy = (
-        f"accum.{k}" for k in ("steps", "micro_batch_size", "processes", "strategy")
-    )
+    """Sets to null what is not in `given` and follows from it: a checkpoint holds ranks and all sizes."""
+    names = ("steps", "micro_batch_size", "processes", "strategy")
+    steps, micro, ranks, strategy = (f"accum.{name}" for name in names)
     if ranks not in given and (strategy in given or launched_rank() is not None):
         OmegaConf.update(cfg, ranks, None)
         given = given | {ranks}

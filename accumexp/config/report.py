@@ -23,19 +23,15 @@ class ReportConfig:
     # The largest difference that does not matter, in points (hundredths) of accuracy or in the metric's unit.
     # Null: half a point for an accuracy; for another metric there is no default and nothing is equivalent.
     margin: float | None = None
-    # Of all intervals. 1 - confidence bounds the probability that any of the claims of a kind (equivalent,
-    # different) is wrong.
+    # Of all intervals. 1 - confidence bounds the probability that any claim of a kind (equivalent, different)
+    # is wrong.
     confidence: float = 0.95
-    # For the number of seeds that would decide an undecided comparison.
+    # Of the test, for the number of seeds that would decide an undecided comparison.
     power: float = 0.8
 
 
 def check_report(report: ReportConfig) -> ReportConfig:
-    """Returns `report`.
-
-    Raises:
-        UsageError: if a value is out of range; names the key.
-    """
+    """Returns `report`, or raises a `UsageError` that names the key of a value out of range."""
     if report.margin is not None and not report.margin > 0:
         raise UsageError(f"report.margin={report.margin}: a difference above 0")
     for key, value in (("confidence", report.confidence), ("power", report.power)):

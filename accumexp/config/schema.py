@@ -1,4 +1,4 @@
-"""The experiment's configuration as dataclasses; what users bring is a `_target_` node. Imports no torch."""
+"""The experiment's configuration as dataclasses; users' classes are `_target_` nodes. Imports no torch."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Backend(Enum):
 
 @dataclass
 class DataConfig:
-    """Where samples come from, how they are split into train, eval and test, and how they are fed."""
+    """Data sets, their split into train, eval and test, and their loading."""
 
     root: str = "data"
     train: dict[str, Any] = field(default_factory=dict)
@@ -44,7 +44,7 @@ class DataConfig:
     transform: dict[str, Any] | None = field(default_factory=dict)
     augment: dict[str, Any] | None = field(default_factory=dict)
     num_classes: int = MISSING
-    # What a model may ask of its data: the shape of images, or the tokens in the longest text.
+    # The shape of samples, for models that need it: of images, or the tokens in the longest text.
     channels: int | None = MISSING
     image_size: int | None = MISSING
     length: int | None = MISSING
@@ -60,13 +60,13 @@ class DataConfig:
 
 @dataclass
 class TrainerConfig:
-    """The loop: how long, how often it looks, what it does between backward and step."""
+    """The training loop: its length, its logging and evaluation, clipping and compilation."""
 
     epochs: int = 30
     # Stop after this many updates even inside an epoch. Null: all of them.
     max_updates: int | None = None
-    # Updates between two reads of the device; the tracker gets the points of those updates. Null: a
-    # hundredth of the run, from 10 to 100.
+    # Updates between two reads of the device, and between two points in the tracker. Null: a hundredth of the
+    # run, from 10 to 100.
     log_every: int | None = None
     eval_every: int = 1
     clip_norm: float | None = None
@@ -99,9 +99,9 @@ class TrackingConfig:
 
 @dataclass
 class ProofConfig:
-    """How thoroughly a certificate looks."""
+    """The settings of a certificate."""
 
-    # Updates that are followed one by one beside the larger batch's.
+    # Updates that are compared one by one with the larger batch's.
     updates: int = 100
 
 
@@ -120,14 +120,14 @@ class Config:
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     report: ReportConfig = field(default_factory=ReportConfig)
-    # A certificate before the run, kept with it: is this window the larger batch?
+    # Make a certificate before the run, and keep it with the run.
     prove: bool = False
     proof: ProofConfig = field(default_factory=ProofConfig)
-    # The metric that names the best checkpoint and stops early, and whether it is to be "max" or "min".
+    # The metric of the best checkpoint and of early stopping, and whether "max" or "min" is better.
     monitor: str = "eval/accuracy"
     mode: str = "max"
     seed: int = 0
-    # Runs of the seeds seed, seed + 1, ..., trained together as one, each as it would be alone.
+    # Runs of the seeds seed, seed + 1, ..., trained together; each equals the run of its seed alone.
     replicas: int = 1
     device: str = "auto"
     # Null: fp16 with a loss scale, fp32 without.

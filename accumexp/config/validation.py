@@ -10,7 +10,7 @@ from .sizes import AUTO, at_least, batch_sizes, processes
 
 
 def check(config: Config) -> Config:
-    """`config` with ranks, precision and batch sizes filled in, or a `UsageError` that names the key."""
+    """Fills in ranks, precision and batch sizes. Raises a `UsageError` that names the key of a bad value."""
     data, accum, trainer = config.data, config.accum, config.trainer
     standalone = accum.strategy is Strategy.standalone
     accum.processes = processes(accum.processes, standalone, config.device)
@@ -23,11 +23,8 @@ def check(config: Config) -> Config:
     at_least(1, "data.eval_batch_size", data.eval_batch_size)
     at_least(0, "data.workers", data.workers)
     at_least(1, "data.prefetch", data.prefetch)
-    at_least(1, "trainer.epochs", trainer.epochs)
-    at_least(1, "trainer.max_updates", trainer.max_updates)
-    at_least(1, "trainer.log_every", trainer.log_every)
-    at_least(1, "trainer.eval_every", trainer.eval_every)
-    at_least(1, "trainer.threads", trainer.threads)
+    for name in ("epochs", "max_updates", "log_every", "eval_every", "threads"):
+        at_least(1, f"trainer.{name}", getattr(trainer, name))
     at_least(1, "replicas", config.replicas)
     at_least(1, "proof.updates", config.proof.updates)
     at_least(1, "tracking.flush_points", config.tracking.flush_points)
@@ -50,19 +47,18 @@ def check(config: Config) -> Config:
         raise UsageError("trainer.graph=true: not with accum.fp32_buffers=true, which moves gradients about")
     if trainer.graph and accum.recover:
         raise UsageError("accum.recover=true: not with trainer.graph=true, which records windows as they are")
-    if config.replicas > 1 and not standalone:
-        raise UsageError(f"replicas={config.replicas}: trains them in one process, take accum=standalone")
-    if config.replicas > 1 and config.prove:
-        raise UsageError(
-            f"replicas={config.replicas}: a certificate is of one run, make it with python -m accumexp.prove"
-        )
-    for key, given in (
-        ("trainer.graph=true", trainer.graph),
-        ("trainer.compile=true", trainer.compile),
-        (f"accum.steps={AUTO}", accum.steps == AUTO),
-    ):
-        if config.replicas > 1 and given:
-            raise UsageError(f"{key}: is of one run, leave it out or replicas={config.replicas}")
+    if config.replicas > 1:
+        replicas = f"replicas={config.replicas}"
+        if not standalone:
+            raise UsageError(f"{replicas}: trains them in one process, take accum=standalone")
+        if config.prove:
+            raise UsageError(
+                f"{replicas}: a certificate is of one run, make it with python -m accumexp.prove"
+            )
+        single = {"trainer.graph=true": trainer.graph, "trainer.compile=true": trainer.compile}
+        for key, given in {**single, f"accum.steps={AUTO}": accum.steps == AUTO}.items():
+            if given:
+                raise UsageError(f"{key}: is of one run, leave it out or {replicas}")
     check_report(config.report)
     for group in ("model", "loss", "optimizer", "scheduler"):
         if "_target_" not in getattr(config, group):
