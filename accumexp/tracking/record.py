@@ -1,4 +1,4 @@
-"""The record of a run: its folder always, the tracker if there is one."""
+"""The record of a run: its folder, and its MLflow run if it has one."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class KeptCheckpoint:
 
     Attributes:
         evaluated: the values of `eval/*` at its update, empty if it was not evaluated.
-        shards: the folder of its parts, None for a checkpoint in one file.
+        shards: the folder of a sharded checkpoint.
     """
 
     path: Path
@@ -40,18 +40,14 @@ class KeptCheckpoint:
 
 
 class RunRecord:
-    """The metrics sink of a run: a journal in its folder, and a tracker that gets the published points.
-
-    Attributes:
-        tags: those of the MLflow run that describe how it was computed.
-    """
+    """The metrics sink of a run: a journal in its folder, and a tracker that gets the published points."""
 
     def __init__(self, folder: RunFolder, upto: int = 0) -> None:
         self.folder = folder
         self.journal = Journal(folder.metrics, upto)
         self.tracker = Tracker()
         self.progress: ProgressFile | None = None
-        self.tags: dict[str, str] = {}
+        self.tags: dict[str, str] = {}  # of how the run is computed
 
     def record(self, update: int, values: Mapping[str, float], publish: bool) -> None:
         self.journal.write(update, values)
@@ -61,7 +57,7 @@ class RunRecord:
                 self.progress.write(update, values)
 
     def tag(self, tags: Mapping[str, str]) -> None:
-        """Adds tags that were not known when the run began."""
+        """Adds tags to the open run."""
         self.tags.update(tags)
         self.tracker.tag(tags)
 
@@ -70,16 +66,15 @@ class RunRecord:
         self.tracker.flush()
 
     def summarise(self, summary: Summary) -> None:
-        """Writes `summary.json`."""
         self.folder.write_summary(summary)
 
     def upload(self, checkpoints: Sequence[KeptCheckpoint]) -> None:
-        """Hands the checkpoints and the journal to the tracker."""
+        """Uploads the checkpoints and the journal."""
         self.flush()
-        for kept in checkpoints:
-            self.tracker.checkpoint(kept.path, kept.update, kept.evaluated)
-            if kept.shards is not None:
-                self.tracker.artifact(kept.shards, CHECKPOINTS)
+        for checkpoint in checkpoints:
+            self.tracker.checkpoint(checkpoint.path, checkpoint.update, checkpoint.evaluated)
+            if checkpoint.shards is not None:
+                self.tracker.artifact(checkpoint.shards, CHECKPOINTS)
         self.tracker.artifact(self.folder.metrics)
 
     def close(self, status: RunStatus) -> None:
@@ -89,7 +84,7 @@ class RunRecord:
 
 
 class NullRecord(RunRecord):
-    """The record of a rank that is not the first: nothing is kept."""
+    """The record of a rank that is not the first: it keeps nothing."""
 
     def __init__(self) -> None:
         self.tracker = Tracker()
@@ -107,7 +102,7 @@ class NullRecord(RunRecord):
 
 
 def describing_tags(device: torch.device, unequal: Sequence[Inequality]) -> dict[str, str]:
-    """Tags of what a run is computed on, and of why its window cannot be the larger batch."""
+    """Tags of the device and libraries of a run, and of why its window cannot be the larger batch."""
     return {
         "accumexp.device": device_name(device),
         "accumexp.torch": torch.__version__,
@@ -117,7 +112,7 @@ def describing_tags(device: torch.device, unequal: Sequence[Inequality]) -> dict
 
 
 def inequality_tag(unequal: Sequence[Inequality]) -> dict[str, str]:
-    """The tag of why a window cannot be the larger batch, if it cannot."""
+    """The tag of why a window cannot be the larger batch; empty if it can."""
     reasons = "; ".join(f"{u.module} ({u.kind}): {u.reason}" for u in unequal)
     return {"accumexp.unequal": reasons[:5000]} if unequal else {}
 
@@ -134,7 +129,7 @@ def create_tracker(
     overrides: Sequence[str] | None = None,
     parent: str | None = None,
 ) -> Tracker:
-    """Creates the MLflow run, with everything that is known before the first update.
+    """Creates the MLflow run with its tags, params, data sets and code version.
 
     Args:
         overrides: the job's part of the command line, None outside a sweep.
@@ -150,10 +145,11 @@ def create_tracker(
         "accumexp.git_sha": sha,
         **tags,
         "accumexp.folder": str(folder.path),
-        **({} if overrides is None else {"accumexp.overrides": json.dumps(overrides)}),
         "mlflow.source.git.commit": sha,
         **config.tracking.tags,
     }
+    if overrides is not None:
+        tags["accumexp.overrides"] = json.dumps(overrides)
     if parent:
         tags["mlflow.parentRunId"] = parent
     run_id = store.create_run(config.tracking.run_name or name, tags)
@@ -163,7 +159,6 @@ def create_tracker(
     if diff:
         folder.code_diff.write_text(diff)
         tracker.artifact(folder.code_diff)
-    for data in datasets:
-        profile = json.dumps({"samples": data.samples})
-        tracker.dataset(data.name, data.digest, data.source, data.context, profile)
+    for record in datasets:
+        tracker.dataset(record)
     return tracker

@@ -25,6 +25,13 @@ from .folder import RunStatus
 
 COSTS = ("update_ms", "samples_per_second", "activation_mib", "peak_memory_mib")
 LOCAL_UI = "http://127.0.0.1:5000"
+# No telemetry; two retries, so that a server that is down is found in seconds; a run prints its own address.
+ENVIRONMENT = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
+}
 # The key of the advisory lock in PostgreSQL: any constant of 64 bits.
 OPENING = int.from_bytes(b"accumexp")
 
@@ -59,23 +66,19 @@ class Store:
             raise UsageError(f"tracking.uri={self.uri}: cannot be used: {reason}") from error
 
     @property
-    def base(self) -> str:
-        """The UI's address: the server's own, or where `mlflow ui` serves a local store."""
-        return self.uri.rstrip("/") if self.uri.startswith("http") else LOCAL_UI
-
-    @property
     def ui_command(self) -> str | None:
-        return None if self.uri.startswith("http") else f"mlflow ui --backend-store-uri {self.uri}"
+        return None if self._on_server else f"mlflow ui --backend-store-uri {self.uri}"
+
+    def _runs_page(self) -> str:
+        base = self.uri.rstrip("/") if self._on_server else LOCAL_UI
+        return f"{base}/#/experiments/{self.experiment_id}/runs"
 
     def run_address(self, run_id: str) -> str:
-        return f"{self.base}/#/experiments/{self.experiment_id}/runs/{run_id}"
+        return f"{self._runs_page()}/{run_id}"
 
     def sweep_address(self, parent_id: str) -> str:
         """The page of the parent's children, which MLflow's default view hides."""
-        return (
-            f"{self.base}/#/experiments/{self.experiment_id}/runs?workflowType=machine_learning"
-            f"&viewStateShareKey={parent_id}"
-        )
+        return f"{self._runs_page()}?workflowType=machine_learning&viewStateShareKey={parent_id}"
 
     def charts_address(self, parent_id: str) -> str:
         """The page that compares the children's curves."""
@@ -89,14 +92,14 @@ class Store:
     def arrange_sweep(
         self, parent_id: str, varied: Sequence[str] = ("accum.steps",), metric: str = "accuracy"
     ) -> None:
-        """Saves a view of the parent's children for `sweep_address`: grouped over seeds, with their results.
+        """Saves the view of the parent's children for `sweep_address`, grouped over seeds.
+
+        The view is a tag of the experiment in the form of the UI's own shared views, which MLflow does not
+        document (as of 3.17); a UI without them shows its default view.
 
         Args:
-            varied: the params that tell the groups apart.
-            metric: the key of `final/*` that they are compared by.
-
-        The view is a tag of the experiment in the form of the UI's own shared views, which MLflow does
-        not document (seen in 3.17); a UI that does not know it shows its default view.
+            varied: the params that distinguish the groups.
+            metric: the key of `final/*` that the groups are compared by.
         """
         view = {
             "searchFilter": f"tags.mlflow.parentRunId = '{parent_id}'",
@@ -128,37 +131,27 @@ class Store:
             self.client.log_batch(run_id, points[start : start + 500])
 
     def create_run(self, name: str | None, tags: Mapping[str, str]) -> str:
-        defaults = {
-            "mlflow.source.name": "accumexp.run",
-            "mlflow.source.type": "LOCAL",
-            "mlflow.user": getpass.getuser() if hasattr(os, "getuid") else os.environ.get("USERNAME", ""),
-        }
-        return self.client.create_run(
-            self.experiment_id, tags={**defaults, **tags}, run_name=name
-        ).info.run_id
+        user = getpass.getuser() if hasattr(os, "getuid") else os.environ.get("USERNAME", "")
+        source = {"mlflow.source.name": "accumexp.run", "mlflow.source.type": "LOCAL", "mlflow.user": user}
+        run = self.client.create_run(self.experiment_id, tags={**source, **tags}, run_name=name)
+        return run.info.run_id
 
     def open_again(self, run_id: str, command: str) -> None:
-        """Marks a run that had ended as running, with the command that resumes it."""
+        """Marks an ended run as running, with the command that resumes it."""
         self.client.update_run(run_id, status=RunStatus.RUNNING)
         self.client.set_tag(run_id, "accumexp.resumed", command)
 
     def close_left_open(self, folder: Path) -> None:
-        """Marks runs in `folder` that the store has as RUNNING as KILLED; no process works in the folder."""
-        runs = self.client.search_runs(
-            [self.experiment_id],
-            filter_string=f"tags.`accumexp.folder` = '{folder}' and attributes.status = 'RUNNING'",
-        )
-        for run in runs:
+        """Marks the RUNNING runs of `folder`, in which no process works, as KILLED."""
+        query = f"tags.`accumexp.folder` = '{folder}' and attributes.status = 'RUNNING'"
+        for run in self.client.search_runs([self.experiment_id], query):
             self.client.set_terminated(run.info.run_id, RunStatus.KILLED)
 
     def _client(self) -> Any:
-        if self.uri.startswith("http"):
+        if self._on_server:
             _check_server(self.uri)
-        # No telemetry; a dead server is found in seconds.
-        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-        os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # a run prints its own
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
+        for name, value in ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
         from mlflow import MlflowClient
 
         # After the import, which sets up MLflow's own logging.
@@ -168,7 +161,7 @@ class Store:
             raise UsageError(f"tracking.uri={self.uri}: the folder {self._database.parent} is not there")
         with self._alone():
             client = MlflowClient(self.uri)
-            if not self.uri.startswith("http"):
+            if not self._on_server:
                 client.search_experiments(max_results=1)
             if self._database is not None:
                 connection = sqlite3.connect(self._database)
@@ -178,7 +171,7 @@ class Store:
 
     def _open(self, experiment: str) -> str:
         """The id of `experiment`, created if it is new."""
-        if self.uri.startswith("http"):
+        if self._on_server:
             return _experiment(self.client, experiment, None)
         beside = Path.cwd() if self._database is None else self._database.parent
         with self._alone():
@@ -199,6 +192,10 @@ class Store:
                 yield
         else:
             yield  # a server has created its tables
+
+    @property
+    def _on_server(self) -> bool:
+        return self.uri.startswith("http")
 
     @property
     def _database(self) -> Path | None:
@@ -226,7 +223,7 @@ def _experiment(client: Any, name: str, artifacts: str | None) -> str:
 
 
 def _check(uri: str) -> None:
-    """Refuses what cannot be opened safely, before anything of it is written down."""
+    """Refuses addresses that hold a password, and databases that need a server."""
     parts = urlsplit(uri)
     if parts.password is not None:
         place = "MLFLOW_TRACKING_PASSWORD" if uri.startswith("http") else "~/.pgpass or PGPASSWORD"
@@ -246,7 +243,7 @@ def _check_server(uri: str) -> None:
         with urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=5):
             pass
     except urllib.error.HTTPError:
-        pass  # something answers; whether it is MLflow, the first call will tell
+        pass  # a server answers; the first call shows whether it is MLflow
     except (OSError, ValueError) as error:
         reason = getattr(error, "reason", error)
         raise UsageError(
