@@ -81,14 +81,13 @@ def compare_pairs(
     """Confidence interval, difference test and equivalence test of paired differences.
 
     The equivalence test is Schuirmann's (1987, doi:10.1007/BF01068419): two one-sided t-tests, of which the
-    larger p-value counts, that of the nearer side of the margin. With a value that is not finite, as of a
-    diverged run, all p-values are 1. If all differences are equal, the standard deviation is 0 and the
-    t-tests are undefined: they then use `resolution` as the standard deviation, or, if that is 0, the
+    larger p-value counts. With a value that is not finite, all p-values are 1. If all differences are equal,
+    the t-tests are undefined: they then use `resolution` as the standard deviation, or, if that is 0, the
     p-values are those of a sign test.
 
     Args:
         differences: group minus reference, one number per seed.
-        margin: the largest difference that does not matter, above 0; None if it is not known.
+        margin: the largest difference that does not matter, above 0, or None.
         resolution: the smallest step of a value; for an accuracy, one sample of the test split.
     """
     summary = summarize(differences, confidence)
@@ -119,11 +118,8 @@ def decide(differences: Sequence[Difference], confidence: float = 0.95) -> list[
     different = holm([difference.p_different for difference in differences])
     decisions = []
     for p_equivalent, p_different in zip(equivalent, different, strict=True):
-        verdict = Verdict.undecided
-        if p_equivalent < alpha:
-            verdict = Verdict.equivalent
-        elif p_different < alpha:
-            verdict = Verdict.different
+        unequal = Verdict.different if p_different < alpha else Verdict.undecided
+        verdict = Verdict.equivalent if p_equivalent < alpha else unequal
         decisions.append(Decision(verdict, p_different, p_equivalent))
     return decisions
 

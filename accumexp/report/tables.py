@@ -15,11 +15,10 @@ from rich.text import Text
 
 from ..environment.console import console
 from .analysis import Comparison, Report, Row
-from .certificates import certificate_cell, has_certificates
-from .wording import mean_and_std, p_value, reason, signed_interval
+from .wording import certificate_cell, mean_and_std, p_value, reason, signed_interval
 
 VERDICT_STYLES = {"equivalent": "green", "different": "red", "undecided": "yellow", "reference": "dim"}
-# Columns that a terminal may be too narrow for, in the order in which they are dropped.
+# Columns that are dropped in a narrow terminal, in this order.
 OPTIONAL_COLUMNS = ["p", "training", "certificate", "seeds"]
 
 
@@ -39,7 +38,7 @@ class Table:
 
 def result_table(report: Report) -> Table:
     """Each group's mean and standard deviation, and its comparison with its reference."""
-    certificate, compared = has_certificates(report), bool(report.comparisons)
+    certificate, compared = report.certified, bool(report.comparisons)
     columns = [*report.keys, "seeds", report.metric.heading]
     if compared:
         unit = f" ({report.metric.unit})" if report.metric.unit else ""
@@ -93,11 +92,7 @@ def _cost_cells(row: Row) -> list[str]:
 
 
 def terminal_tables(report: Report, width: int | None = None) -> list[RichTable]:
-    """Both tables for a rich console.
-
-    Args:
-        width: of the terminal; optional columns are dropped until the table fits. None for any width.
-    """
+    """Both tables for a rich console; optional columns are dropped until they fit into `width`."""
     if not report.rows:
         return []
     table = result_table(report)
@@ -114,7 +109,7 @@ def _rich_table(table: Table, dropped: Sequence[str] = ()) -> RichTable:
     kept = [number for number, heading in enumerate(table.columns) if number < keys or heading not in dropped]
     rich_table = RichTable(box=box.SIMPLE_HEAD, pad_edge=False)
     for number in kept:
-        # Text, because rich parses brackets in a string as markup.
+        # As Text: rich parses brackets in a string as markup.
         heading = Text(table.columns[number])
         rich_table.add_column(heading, justify="left" if number < keys else "right", no_wrap=number >= keys)
     for row in table.rows:
@@ -133,7 +128,7 @@ def print_tables(rich_tables: Sequence[RichTable]) -> None:
     try:
         for rich_table in rich_tables:
             if not console.is_terminal:
-                console.width = max(width, _width(rich_table))  # `print(width=...)` cannot exceed it
+                console.width = max(width, _width(rich_table))
             console.print(rich_table)
     finally:
         console.width = width
@@ -155,9 +150,7 @@ def group_rows(report: Report) -> list[dict[str, Any]]:
                 reference=comparison.reference.label,
                 pairs=difference.count,
                 difference=difference.mean,
-                difference_std=difference.std,
-                difference_low=difference.low,
-                difference_high=difference.high,
+                **{f"difference_{name}": getattr(difference, name) for name in ("std", "low", "high")},
                 margin=report.margin,
                 p_different=difference.p_different,
                 p_equivalent=difference.p_equivalent,
@@ -166,12 +159,11 @@ def group_rows(report: Report) -> list[dict[str, Any]]:
                 seeds_needed=comparison.seeds_needed,
                 same_training=comparison.trajectory.same,
                 leaves_at_update=comparison.trajectory.departs_at,
-                verdict=row.verdict,
-                because=reason(comparison, report),
             )
-        else:
-            values["verdict"] = row.verdict
-        if has_certificates(report):
+        values["verdict"] = row.verdict
+        if comparison:
+            values["because"] = reason(comparison, report)
+        if report.certified:
             values["certificate"] = certificate_cell(row.group)
         rows.append({**values, **row.group.costs()})
     return rows
@@ -201,5 +193,5 @@ def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         for row in rows:
-            # None becomes an empty cell, but nan, the value that is not equal to itself, the text "nan".
+            # nan, which is not equal to itself, would be written as text.
             writer.writerow({key: value if value == value else None for key, value in row.items()})

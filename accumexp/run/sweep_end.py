@@ -143,12 +143,11 @@ def _report(folder: Path, settings: Mapping[str, str], recorded: bool, files: bo
     Args:
         recorded: read the sweep from its store; otherwise from the folder alone.
     """
-    from ..config.report import report_from
-    from ..report.find import find_sweep
-    from ..report.jobs import from_folder
-    from ..report.publish import publish
-
     try:
+        from ..config.report import report_from
+        from ..report.jobs import find_sweep, from_folder
+        from ..report.publish import publish
+
         sweep = find_sweep(str(folder)) if recorded else from_folder(folder)
         publish(sweep, settings, files=files and report_from({}, settings).write)
     except Exception as error:
