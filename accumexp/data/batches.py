@@ -1,7 +1,6 @@
-"""The batches of an epoch, one for each update, in an order that is a function of seed and epoch.
+"""The batches of an epoch, one per update, in an order that depends on seed and epoch alone.
 
-The order does not depend on how batches are split into micro-batches, and an epoch can start at any update,
-so a resumed run gets the samples of an uninterrupted one.
+An epoch can start at any update, so a resumed run gets the samples of an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from .transforms import BatchAugment, keyed_uniforms
 
 @dataclass(frozen=True)
 class Share:
-    """The part of every batch that this process reads: `rank`'s of `ranks`, in `steps` micro-batches."""
+    """The part of every batch that this process reads: that of `rank`, in `steps` micro-batches."""
 
     rank: int = 0
     ranks: int = 1
@@ -32,7 +31,7 @@ class Batch:
     """This rank's samples of one update on the training device, and their indices (n,) in the data set.
 
     Attributes:
-        samples: how many of them count; 0 if the rank has none, and its one sample is padding.
+        samples: the number of them; 0 if the rank has none, and its one sample is padding.
         total: samples of the update on all ranks.
         steps: micro-batches of the update's window.
     """
@@ -55,7 +54,7 @@ class _BatchIndices(NamedTuple):
 
 
 class Batches:
-    """Base of the batches: their order. `len` is the number of updates in an epoch.
+    """Base class: the order of the samples. `len` is the number of updates in an epoch.
 
     Args:
         indices: the split's samples, as indices into the data set, shape (samples,), on the CPU.
@@ -102,11 +101,10 @@ class Batches:
 
     def order(self, epoch: int) -> Tensor:
         """The indices in the order of `epoch`, without the dropped ones, shape (samples,)."""
-        if self.shuffle is None:
-            order = self.indices
-        else:
+        order = self.indices
+        if self.shuffle is not None:
             generator = torch.Generator().manual_seed(derive_seed("order", self.shuffle, epoch))
-            order = self.indices[torch.randperm(self.samples, generator=generator)]
+            order = order[torch.randperm(self.samples, generator=generator)]
         return order[: len(self) * self.batch_size]
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
@@ -128,9 +126,8 @@ class Batches:
     def _augmented(self, inputs: Nested, indices: Tensor, epoch: int) -> Nested:
         if self.augment is None:
             return inputs
-        seed = derive_seed("augment", self.shuffle or 0, epoch)
-        draws = keyed_uniforms(indices, self.augment.uniforms, seed)
-        augment = self.augment
+        augment, seed = self.augment, derive_seed("augment", self.shuffle or 0, epoch)
+        draws = keyed_uniforms(indices, augment.uniforms, seed)
         return map_tensors(lambda images: augment(images, draws), inputs)
 
 
@@ -138,10 +135,8 @@ class ResidentBatches(Batches):
     """Batches gathered on the training device, which holds the whole data set.
 
     Args:
-        inputs: of the whole data set, (samples, ...).
-        targets: its targets, (samples, ...).
-        indices: the samples of this split.
-        options: those of `Batches`.
+        inputs, targets: of the whole data set, (samples, ...).
+        indices, batch_size, options: those of `Batches`.
     """
 
     def __init__(
@@ -152,9 +147,8 @@ class ResidentBatches(Batches):
         self.targets = targets
 
     def batch_indices(self, epoch: int, start: int) -> Iterator[_BatchIndices]:
-        """As `Batches.batch_indices`, with the indices on the device."""
+        """As `Batches.batch_indices`, with the indices on the device: one copy per epoch."""
         batches = list(super().batch_indices(epoch, start))
-        # One copy to the device an epoch, not one an update.
         indices = torch.cat([batch.indices for batch in batches]) if batches else self.indices[:0]
         indices = indices.to(tensors(self.targets)[0].device)
         for batch, part in zip(batches, indices.split([len(b.indices) for b in batches]), strict=True):

@@ -54,7 +54,7 @@ class StreamedBatches(Batches):
             persistent_workers=workers > 0,
             pin_memory=pin_memory,
             worker_init_fn=_leave_group,
-            # By default, starting an iterator draws from torch's global generator, which is the run's.
+            # The default is torch's global generator, which is the run's.
             generator=torch.Generator(),
         )
 
@@ -65,12 +65,11 @@ class StreamedBatches(Batches):
             inputs, targets = self.place(inputs, targets)
             if self.augment is not None:
                 indices = indices.to(tensors(inputs)[0].device)
-            inputs = self._augmented(inputs, indices, epoch)
-            yield Batch(inputs, targets, indices, batch.samples, batch.total, batch.steps)
+            yield Batch(self._augmented(inputs, indices, epoch), targets, indices, *batch[1:])
 
 
 def _leave_group(worker: int) -> None:
-    """Leaves the process group, so that stop signals reach the run only, which stops its workers."""
+    """Leaves the process group, so that stop signals reach only the run, which stops its workers."""
     if hasattr(os, "setsid"):
         os.setsid()
 

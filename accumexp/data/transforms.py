@@ -26,12 +26,9 @@ class BatchAugment(Protocol):
 
     The draws are a function of the run's seed, the epoch and the sample's index, so that a sample's
     augmentation does not depend on its batch or micro-batch.
-
-    Attributes:
-        uniforms: the number of draws for a sample.
     """
 
-    uniforms: int
+    uniforms: int  # draws for a sample
 
     def __call__(self, images: Tensor, draws: Tensor) -> Tensor:
         """Augments `images` (n, ...) by `draws` (n, uniforms), uniform in [0, 1)."""

@@ -37,8 +37,8 @@ REPLICAS_TAG = "accumexp.replicas"
 class ReplicaRun:
     """The job of a sweep that trains the replicas of `spec` together.
 
-    Replicas that had finished before are left as they are; the others are resumed from their checkpoints,
-    those at the same update together.
+    Finished replicas are skipped; the others are resumed from their checkpoints, those at the same update
+    together.
     """
 
     def __init__(self, spec: RunSpec) -> None:
@@ -51,10 +51,7 @@ class ReplicaRun:
         self.updates = 0
 
     def execute(self) -> float | None:
-        """Trains all replicas.
-
-        Returns:
-            The mean monitored value of the replicas; None if one failed.
+        """Trains all replicas and returns their mean monitored value; None if one failed.
 
         Raises:
             UsageError: if they cannot be trained together, before anything is opened.
@@ -109,7 +106,7 @@ class ReplicaRun:
         assert isinstance(splits.train, ResidentBatches)
         for run in runs:
             run.build(replace(splits, train=PlannedBatches(splits.train, run.spec.config.seed)))
-            # The random state of the run alone, since nothing in training draws.
+            # Training draws nothing, so this is the random state of the run alone.
             state = random_state()
             for callback in run.trainer.callbacks.values():
                 if isinstance(callback, Checkpoints):
@@ -151,22 +148,21 @@ class ReplicaRun:
             signals.trainer = None
 
     def _open(self, run: Run, together: int) -> None:
+        tags = {REPLICAS_TAG: str(together)}
         run.folder.path.mkdir(parents=True, exist_ok=True)
         if not run.spec.resume_from:
             run.folder.clear()
-        run.open({REPLICAS_TAG: str(together)})
+        run.open(tags)
         if run.spec.resume_from:
-            run.record.tag({REPLICAS_TAG: str(together)})
+            run.record.tag(tags)
         run.attach()
 
     def _displays(self, trainers: Sequence[Trainer]) -> list[Callback]:
-        """Takes the callbacks that show progress from every trainer; those of the first show all of them."""
-        displays: list[Callback] = []
+        """Removes the progress callbacks from every trainer; those of the first show all replicas."""
+        displays = [callback for callback in trainers[0].callbacks.values() if callback.shows]
         for trainer in trainers:
-            shown = {name: callback for name, callback in trainer.callbacks.items() if callback.shows}
-            for name in shown:
+            for name in [name for name, callback in trainer.callbacks.items() if callback.shows]:
                 del trainer.callbacks[name]
-            displays = displays or list(shown.values())
         if self.job.parallel:
             file = ProgressFile(self.spec.folder.progress, trainers[0].total_updates)
             displays.append(_WriteProgress(file))
@@ -202,7 +198,7 @@ class _WriteProgress(Callback):
 
 
 def _mean_and_deviation(summaries: Iterable[Summary]) -> str:
-    """Mean and standard deviation over the finished replicas, in a line."""
+    """One line with mean and standard deviation over the finished replicas."""
     finals = [summary.final for summary in summaries]
     if not finals:
         return "no replica finished"

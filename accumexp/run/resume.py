@@ -1,4 +1,4 @@
-"""`resume=`: the run whose checkpoint is resumed, with its own configuration and the command's overrides."""
+"""`resume=`: the checkpoint of a run, with the run's own configuration and the command's overrides."""
 
 from __future__ import annotations
 
@@ -19,11 +19,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Resumed:
-    """A run to resume: its configuration, and the content of its checkpoint.
-
-    Attributes:
-        overrides: those of the command that resumes it.
-    """
+    """A run to resume: its configuration and checkpoint, and the overrides of the resuming command."""
 
     config: Config
     content: dict[str, Any]
@@ -36,7 +32,7 @@ class Resumed:
 
     @property
     def ended_by(self) -> str | None:
-        """Why a callback ended it before its last update; None if overrides may ask for more updates."""
+        """Why a callback ended the run early; None with overrides, which may ask for more updates."""
         return None if self.overrides else self.content.get("ended_by")
 
     def tags(self) -> dict[str, str]:
@@ -54,7 +50,7 @@ def _read_again(config: Config, path: Path, overrides: list[str]) -> Resumed:
 
 
 def resume_job(path: Path) -> Resumed:
-    """The job of a sweep that wrote the checkpoint `path`, with its own configuration."""
+    """The job of a sweep that wrote the checkpoint `path`, with its unchanged configuration."""
     from ..training.checkpoint import load
 
     content = load(path)
@@ -62,31 +58,34 @@ def resume_job(path: Path) -> Resumed:
 
 
 def resumed(cfg: DictConfig) -> Resumed | None:
-    """What `cfg.resume` names, with this command's other overrides on top; None if it names nothing.
+    """The run that `cfg.resume` names, with this command's other overrides; None if it names nothing.
 
-    A run whose newest checkpoint is damaged goes on from the one before, and says so.
+    If the newest checkpoint is damaged, the run is resumed from the one before, with a warning.
 
     Raises:
-        UsageError: if there is no readable checkpoint, the run is finished, or an override changes what
-            updates already logged would have been.
+        UsageError: if there is no readable checkpoint, the run is finished, or an override would change
+            updates that are already logged.
     """
     if not cfg.resume:
         return None
     from hydra.core.hydra_config import HydraConfig
 
     from ..tracking.journal import last_update
-    from ..training.checkpoint import find, load
+    from ..training.checkpoint import find, load, saved_updates
 
     where = Path(str(cfg.resume))
-    path = find(where)
-    try:
-        content = load(path)
-    except UsageError:
-        older = _older(path) if where.is_dir() else None
-        if older is None:
-            raise
-        log.warning("checkpoint %s is damaged, going on from %s", path, older)
-        path, content = older, load(older)
+    path = newest = find(where)
+    older = [other for other in saved_updates(path.parent) if other < path] if where.is_dir() else []
+    while True:
+        try:
+            content = load(path)
+            break
+        except UsageError:
+            if not older:
+                load(newest)  # raises its own error
+            path = older.pop()
+    if path != newest:
+        log.warning("checkpoint %s is damaged, going on from %s", newest, path)
     overrides = [o for o in HydraConfig.get().overrides.task if not o.startswith("resume=")]
     config = changed(content["config"], overrides)
     updates = content["progress"]["update"]
@@ -100,15 +99,3 @@ def resumed(cfg: DictConfig) -> Resumed | None:
     if not overrides and summary and summary.finished:
         raise UsageError(f"resume={where}: the run is finished; more of it with trainer.epochs=<more>")
     return Resumed(config, content, path, overrides)
-
-
-def _older(path: Path) -> Path | None:
-    from ..training.checkpoint import load, saved_updates
-
-    for candidate in reversed([other for other in saved_updates(path.parent) if other < path]):
-        try:
-            load(candidate)
-        except UsageError:
-            continue
-        return candidate
-    return None

@@ -1,4 +1,4 @@
-"""One run in this process, or one rank's part of it: built, opened, trained, closed."""
+"""The life of a run, or of one rank's part of it: built, opened, trained, closed."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
-from ..accum import inequalities
+from ..accum import Inequality, inequalities
 from ..config.loading import to_plain
 from ..config.schema import Backend
 from ..data import Splits
@@ -21,7 +22,6 @@ from ..environment.memory import reset_peak_memory
 from ..environment.ranks import RankInfo, barrier
 from ..environment.signals import StopSignals
 from ..plan.auto_steps import choose_steps
-from ..sweeps.job import SweepJob
 from ..tracking import Store, reopen
 from ..tracking.folder import CERTIFICATE_TAG, RunStatus, Summary
 from ..tracking.journal import ProgressFile
@@ -40,14 +40,14 @@ from ..training.shards import folder_of
 from .spec import RunSpec
 from .summary import announce, final_values, show_summary, warn
 
-# Seconds that a rank waits for others after it was told to stop; they may have died.
+# Seconds that a rank waits for the others after a stop signal; they may have died.
 STOP_DEADLINE = 10.0
 
 
 class Run:
     """A run in this process, or one rank's part of it.
 
-    `execute` is its whole life. Runs that are trained together are built, opened and closed one by one.
+    `execute` does all of it. Runs that are trained together are built, opened and closed one by one.
 
     Attributes:
         experiment, trainer: made by `build`.
@@ -58,13 +58,10 @@ class Run:
 
     def __init__(self, spec: RunSpec, rank_info: RankInfo) -> None:
         self.spec = spec
+        self.job = spec.job
         self.rank_info = rank_info
         self.folder = spec.folder
         self.record: RunRecord = NullRecord()
-
-    @property
-    def job(self) -> SweepJob | None:
-        return self.spec.job
 
     @property
     def interrupted(self) -> bool:
@@ -84,9 +81,8 @@ class Run:
         deadline = STOP_DEADLINE if rank_info.size > 1 else None
         context = run_context(self.spec.config, self.spec.folder, rank_info)
         with StopSignals(deadline) as signals, context as self.folder:
-            config, tags = choose_steps(
-                self.spec.config, rank_info, resuming=self.spec.resume_from is not None
-            )
+            resuming = self.spec.resume_from is not None
+            config, tags = choose_steps(self.spec.config, rank_info, resuming)
             self.spec = replace(self.spec, config=config)
             tags = {**tags, **self._certify()}
             self.build()
@@ -110,7 +106,7 @@ class Run:
         return self.monitored
 
     def _certify(self) -> dict[str, str]:
-        """With `prove=true`, the tags of the certificate of a run that begins."""
+        """The tags of the certificate of a new run with `prove=true`."""
         if not self.spec.config.prove or self.spec.resume_from:
             return {}
         from ..prove.session import certified
@@ -123,10 +119,10 @@ class Run:
         return tags
 
     def build(self, splits: Splits | None = None) -> None:
-        """Makes the experiment and its trainer, restored from the checkpoint if there is one. Opens nothing.
+        """Makes the experiment and its trainer, restored from the checkpoint if there is one.
 
         Args:
-            splits: the data, where several runs share it.
+            splits: the data, if several runs share it.
         """
         resume_from = self.spec.resume_from
         self.experiment = Experiment.build(self.spec.config, self.rank_info, splits)
@@ -138,13 +134,10 @@ class Run:
                 self.trainer.stop(resume_from.ended_by)
 
     def open(self, tags: Mapping[str, str]) -> None:
-        """Opens the record of the run in its folder and in the tracker. `tags` are added to its own."""
-        trainer, train = self.trainer, self.experiment.splits.train
-        model = self.experiment.model.train()
-        ranks = self.rank_info.size
-        self.unequal = inequalities(
-            model, train.batch_size, trainer.window.steps, ranks=ranks, last=train.last
-        )
+        """Opens the record of the run in its folder and in the tracker, with `tags` added to its own."""
+        trainer = self.trainer
+        self.experiment.model.train()
+        self.unequal = self._inequalities(trainer.window.steps)
         if not self.rank_info.first:
             return
         resume_from = self.spec.resume_from
@@ -182,7 +175,7 @@ class Run:
             record.tracker.artifact(self.folder.certificate)
 
     def attach(self) -> None:
-        """Connects the callbacks that save with the run's folder and record."""
+        """Gives the callbacks that save the run's folder and record."""
         job, trainer = self.job, self.trainer
         if job and job.jobs:
             trainer.title = f"job {job.turn} of {job.jobs}, "
@@ -197,7 +190,7 @@ class Run:
         """Evaluates on the test split, uploads and closes the record.
 
         Returns:
-            The values of `final/*`; none if a signal has stopped the training.
+            The values of `final/*`; empty if a signal has stopped the training.
         """
         final = {} if self.interrupted else final_values(self.trainer)
         self.record.tracker.final(final)
@@ -219,27 +212,26 @@ class Run:
         if not isinstance(error, Exception):
             self._close(RunStatus.KILLED)
             return
-        self.record.tracker.tag({"accumexp.error": str(error)[:5000] or type(error).__name__})
-        self._close(RunStatus.FAILED, error=error)
+        reason = str(error) or type(error).__name__
+        self.record.tracker.tag({"accumexp.error": reason[:5000]})
+        self._close(RunStatus.FAILED, error=reason)
 
     @property
     def monitored(self) -> float | None:
         """The newest value of the monitored metric."""
         return self.trainer.latest.get(self.spec.config.monitor)
 
-    def _close(
-        self, status: RunStatus, final: Mapping[str, float] | None = None, error: Exception | None = None
-    ) -> None:
+    def _close(self, status: RunStatus, final: Mapping[str, float] | None = None, error: str = "") -> None:
         self.record.close(status)
         self._summarise(status, final, error)
 
     def _summarise(
-        self, status: RunStatus, final: Mapping[str, float] | None = None, error: Exception | None = None
+        self, status: RunStatus, final: Mapping[str, float] | None = None, error: str = ""
     ) -> None:
         ended = status in (RunStatus.FINISHED, RunStatus.KILLED)
         summary = Summary(
             status=status,
-            error=None if error is None else str(error) or type(error).__name__,
+            error=error or None,
             overrides=self.job.overrides if self.job else [],
             seed=self.spec.config.seed,
             run_id=self.record.tracker.run_id,
@@ -253,8 +245,8 @@ class Run:
     def _kept_checkpoints(self) -> list[KeptCheckpoint]:
         """The best checkpoint and the newest ones, each update once."""
         kept: dict[int, KeptCheckpoint] = {}
-        best = [self.folder.best] if self.folder.best.exists() else []
-        for path in [*best, *reversed(saved_updates(self.folder.checkpoints))]:
+        paths = [self.folder.best, *reversed(saved_updates(self.folder.checkpoints))]
+        for path in filter(Path.exists, paths):
             content = load(path)
             update = content["progress"]["update"]
             shards = folder_of(path, content)
@@ -262,16 +254,19 @@ class Run:
         return list(kept.values())
 
     def _split_finer(self, tags: Mapping[str, str]) -> None:
-        """Records that a window ran out of memory, and whether the finer split is the larger batch."""
-        train, trainer = self.experiment.splits.train, self.trainer
-        ranks = self.rank_info.size
-        steps = trainer.out_of_memory.steps_of(-(-train.batch_size // ranks))
-        unequal = inequalities(self.experiment.model, train.batch_size, steps, ranks=ranks, last=train.last)
+        """Tags a window that ran out of memory, and warns if the finer split is not the larger batch."""
+        rank_samples = -(-self.experiment.splits.train.batch_size // self.rank_info.size)
+        unequal = self._inequalities(self.trainer.out_of_memory.steps_of(rank_samples))
         warn(unequal)
         self.record.tag({**tags, **inequality_tag(unequal)})
 
+    def _inequalities(self, steps: int) -> list[Inequality]:
+        """Why a window of `steps` micro-batches is not the larger batch."""
+        model, train = self.experiment.model, self.experiment.splits.train
+        return inequalities(model, train.batch_size, steps, ranks=self.rank_info.size, last=train.last)
+
     def _exit_interrupted(self) -> None:
-        # The launcher would stop a first rank that is still saving as soon as another ends.
+        # As soon as one rank ends, the launcher stops the others, which may still be saving.
         barrier(self.rank_info)
         trainer = self.trainer
         text = f"stopped by {signal.Signals(trainer.stop_code).name} after update {trainer.progress.update}"

@@ -1,4 +1,4 @@
-"""`RunSpec`: all that a process needs to carry out a run. It can be pickled."""
+"""`RunSpec`: everything that a process needs for a run. It can be pickled."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class RunSpec:
     """A run, alone or as a job of a sweep.
 
     Attributes:
-        job: the sweep's job, None for a run of its own.
-        resume_from: the checkpoint to go on from, or None.
+        job: the sweep's job, None outside a sweep.
+        resume_from: the checkpoint to resume from.
         command: the command line.
         replicas: the configurations of the runs that are trained together, empty for a single run.
     """
@@ -40,36 +40,29 @@ class RunSpec:
 
     @classmethod
     def of(cls, cfg: DictConfig, hydra: Any) -> RunSpec:
-        """The run that Hydra's composition describes.
-
-        Raises:
-            UsageError: naming the key that is wrong.
-        """
+        """The run that Hydra's composition describes. Raises a `UsageError` that names a wrong key."""
         resume_from = resumed(cfg)
         config = resume_from.config if resume_from else from_hydra(cfg)
         job = SweepJob.of(hydra)
         replicas = _replicas(cfg, config, job, resuming=resume_from is not None)
         if job:
-            for one in (config, *replicas):
-                share_cores(one, hydra.launcher, job.batch)
+            for run_config in (config, *replicas):
+                share_cores(run_config, hydra.launcher, job.batch)
             check_memory(config, hydra.launcher, job.batch)
         command = job.command if job else command_line(sys.argv[1:])
         return cls(config, RunFolder(Path(hydra.runtime.output_dir)), job, resume_from, command, replicas)
 
     def resumed_at(self, path: Path) -> RunSpec:
-        """This run from the checkpoint `path` on, with the checkpoint's configuration.
-
-        Whether a progress bar is shown does not belong to the run and is taken from this command.
-        """
+        """This run resumed from the checkpoint `path`, with its configuration; the progress bar is kept."""
         resume_from = resume_job(path)
-        if {"progress"} <= resume_from.config.callbacks.keys() & self.config.callbacks.keys():
-            show = self.config.callbacks["progress"].get("show")
-            resume_from.config.callbacks["progress"]["show"] = show
+        callbacks = resume_from.config.callbacks
+        if "progress" in callbacks and "progress" in self.config.callbacks:
+            callbacks["progress"]["show"] = self.config.callbacks["progress"].get("show")
         return replace(self, config=resume_from.config, resume_from=resume_from)
 
 
 def _replicas(cfg: DictConfig, config: Config, job: SweepJob | None, resuming: bool) -> list[Config]:
-    """The configuration of each seed's run, as it would be alone; empty for a single run."""
+    """The configuration of each seed's run; empty for a single run."""
     count = config.replicas
     if count == 1:
         return []

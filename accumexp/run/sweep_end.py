@@ -27,14 +27,14 @@ BEFORE_JOBS = {"multirun.yaml", LAUNCHES, LOCK, JOBS}  # the files of a sweep th
 def closing_sweep(
     arguments: Sequence[str] = (), report_settings: Mapping[str, str] | None = None
 ) -> Iterator[None]:
-    """Closes the sweep that is launched inside, however it ends: parent run, report, failed jobs.
+    """Closes the sweep that is launched in the body: its parent run, report and failed jobs.
 
     Args:
-        arguments: the command's arguments, as typed.
-        report_settings: `report.*` settings instead of those that the sweep was run with.
+        arguments: the command's arguments.
+        report_settings: `report.*` settings that replace the sweep's.
 
     Raises:
-        TrainingError: naming the jobs that failed, after the rest have run, and how to resume the sweep.
+        TrainingError: naming the failed jobs and how to resume the sweep.
     """
     launched_sweep.reset(arguments)
     handler = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
@@ -61,7 +61,7 @@ def closing_sweep(
 def _close_with_advice(
     folder: Path, status: RunStatus, launches: Sequence[int], report_settings: Mapping[str, str]
 ) -> None:
-    """Closes a sweep; the last line says how to resume it if jobs are missing."""
+    """Closes a sweep and prints how to resume it if jobs are missing."""
     advice = f"go on with\n  python -m accumexp.run -m sweep.resume={shlex.quote(str(folder))}"
     try:
         _close(folder, status, launches, report_settings)
@@ -107,22 +107,22 @@ def _close(
 
 
 def _running_elsewhere(folder: Path, launches: Sequence[int]) -> list[str]:
-    """The folders in which jobs of other launches than this process's still run."""
+    """The folders in which jobs of other processes' launches still run."""
     running = []
-    for name, launch in {one.folder: one.launch for one in job_folders(folder)}.items():
+    for name, newest_launch in {job.folder: job.launch for job in job_folders(folder)}.items():
         job = RunFolder(folder / name)
         summary = job.summary()
-        of_launch = summary.launch if summary else launch
-        if not (summary and summary.finished) and of_launch not in launches and job.held():
+        launch = summary.launch if summary else newest_launch
+        if not (summary and summary.finished) and launch not in launches and job.held():
             running.append(name)
     return running
 
 
 def _close_parent(folder: Path, status: RunStatus | None, died: Sequence[SweepRun]) -> list[str]:
-    """Ends the parent run, and the runs of jobs that died; returns the lines that say where to look.
+    """Ends the parent run and the runs of jobs that died; returns the lines with the sweep's addresses.
 
     Args:
-        status: None if another launch still has to end the parent run.
+        status: None if another launch ends the parent run.
     """
     from ..config.schema import TrackingConfig
     from ..tracking import Store
