@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from ..errors import UsageError
-from .accum import LossScaling, Strategy, check_accum
 from .report import check_report
-from .schema import Config, Precision
-from .sizes import AUTO, at_least, batch_sizes, processes
+from .schema import AccumConfig, Config, LossScaling, Precision, Reduction, Strategy
+from .sizes import AUTO, at_least, batch_sizes, in_bytes, processes
 
 
 def check(config: Config) -> Config:
@@ -38,7 +37,7 @@ def check(config: Config) -> Config:
         raise UsageError("precision=fp16: needs a loss scale, accum=loss_scaled or accum.loss_scale=dynamic")
     if config.param_precision is Precision.fp16:
         raise UsageError("param_precision=fp16: a gradient of 10 bits cannot be unscaled; use fp32 or bf16")
-    check_accum(accum)
+    _check_accum(accum)
     if trainer.graph and not standalone:
         raise UsageError(
             f"trainer.graph=true: a graph is recorded of one process, not of accum={accum.strategy.name}"
@@ -64,3 +63,38 @@ def check(config: Config) -> Config:
         if "_target_" not in getattr(config, group):
             raise UsageError(f"{group}: names no class, give {group}._target_=package.Class")
     return config
+
+
+def _check_accum(accum: AccumConfig) -> None:
+    """Raises a `UsageError` for settings that exclude each other."""
+    sharded, summed, automatic = (
+        accum.strategy is Strategy.fsdp,
+        accum.reduction is Reduction.sum,
+        accum.steps == AUTO,
+    )
+    if sharded and accum.fp32_buffers:
+        raise UsageError("accum.fp32_buffers=true: not with accum=fsdp, which keeps gradients in shards")
+    if accum.reduce_every_micro_batch and not sharded:
+        raise UsageError("accum.reduce_every_micro_batch=true: only accum=fsdp has shards to reduce to")
+    if accum.recover and sharded:
+        raise UsageError(
+            "accum.recover=true: not with accum=fsdp, whose every forward waits for all ranks, so that none "
+            "can go back alone"
+        )
+    if accum.recover and summed:
+        raise UsageError(
+            "accum.recover=true: not with accum.reduction=sum, whose update grows with the micro-batches"
+        )
+    if accum.memory_limit is not None:
+        in_bytes("accum.memory_limit", accum.memory_limit)
+    if automatic and sharded:
+        raise UsageError(
+            "accum.steps=auto: a rank cannot try a model that accum=fsdp holds in shards by itself, give "
+            "accum.steps or accum.micro_batch_size"
+        )
+    if automatic and summed:
+        raise UsageError(
+            "accum.steps=auto: not with accum.reduction=sum, whose update grows with the micro-batches and "
+            "would be that of the free memory"
+        )
+    at_least(1, "accum.growth_interval", accum.growth_interval)

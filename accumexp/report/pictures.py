@@ -46,11 +46,7 @@ STYLE: dict[Any, Any] = {
 
 
 def draw(report: Report, folder: Path) -> dict[str, Path]:
-    """Writes the pictures that `report` has data for.
-
-    Returns:
-        The paths of the PNG files by name: accuracy, loss, cost and noise.
-    """
+    """Writes the pictures that `report` has data for; returns the PNG files by name."""
     painters = {"accuracy": accuracy_figure, "loss": loss_figure, "cost": cost_figure, "noise": noise_figure}
     paths = {}
     with matplotlib.rc_context(STYLE):

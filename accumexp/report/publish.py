@@ -51,11 +51,7 @@ def publish(
 
 
 def write(report: Report, folder: Path) -> list[Path]:
-    """Writes page, pictures and CSV files into `folder`, which is created if necessary.
-
-    Returns:
-        The paths of the files, the page first.
-    """
+    """Writes page, pictures and CSV files into `folder`; returns their paths, the page first."""
     folder.mkdir(parents=True, exist_ok=True)
     html, groups, jobs = (folder / name for name in (PAGE, "groups.csv", "jobs.csv"))
     pictures = draw(report, folder)

@@ -1,7 +1,4 @@
-"""The statistics of a sweep: paired differences, equivalence tests and sample-size planning.
-
-The functions take plain numbers, one per seed. Distributions come from scipy.
-"""
+"""The statistics of a sweep: paired differences, equivalence tests and sample-size planning."""
 
 from __future__ import annotations
 
@@ -154,8 +151,7 @@ def seeds_needed(std: float, margin: float, alpha: float = 0.05, power: float = 
     """The fewest pairs that show equivalence with `power` if there is no difference; None above 10,000.
 
     Args:
-        std: of the paired differences.
-        margin: in the same unit.
+        std, margin: of the paired differences, in one unit.
         alpha: the level of the test; with several comparisons, its share for one of them.
     """
     if not std > 1e-9 * margin:

@@ -158,11 +158,7 @@ def common_departure(departures: Sequence[int | None]) -> int | None:
 def departure(
     differences: Sequence[float] | np.ndarray, bound: float, epsilon: float
 ) -> tuple[int | None, int]:
-    """The first update that differs by more than rounding, or None, and the last update within the bound.
-
-    Args:
-        differences: relative differences of one pair, at consecutive updates from the first.
-    """
+    """The first of one pair's updates that differs by more than rounding, and the last within the bound."""
     largest = epsilon
     for update, value in enumerate(differences, 1):
         if value > bound:

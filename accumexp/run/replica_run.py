@@ -26,9 +26,8 @@ from ..training.components import placement
 from ..training.replica_check import check_replicable, shared_splits
 from ..training.replica_trainer import ReplicaTrainer, mean
 from ..training.trainer import Trainer
-from .resume import resume_job
 from .session import Run
-from .spec import RunSpec
+from .spec import Resumed, RunSpec
 from .summary import announce
 
 REPLICAS_TAG = "accumexp.replicas"
@@ -87,7 +86,7 @@ class ReplicaRun:
             if status.finished:
                 print(f"{job.title}: finished before", flush=True)
                 continue
-            resume_from = resume_job(status.checkpoint) if status.checkpoint else None
+            resume_from = Resumed.read(status.checkpoint) if status.checkpoint else None
             spec = replace(
                 self.spec,
                 config=resume_from.config if resume_from else config,

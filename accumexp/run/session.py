@@ -69,14 +69,7 @@ class Run:
         return self.trainer.stop_code > 1
 
     def execute(self) -> float | None:
-        """Trains, evaluates and records.
-
-        Returns:
-            The monitored value at the end.
-
-        Raises:
-            SystemExit: if a signal has stopped it.
-        """
+        """Trains, evaluates, records and returns the monitored value. A stop signal raises SystemExit."""
         rank_info = self.rank_info
         deadline = STOP_DEADLINE if rank_info.size > 1 else None
         context = run_context(self.spec.config, self.spec.folder, rank_info)
@@ -119,11 +112,7 @@ class Run:
         return tags
 
     def build(self, splits: Splits | None = None) -> None:
-        """Makes the experiment and its trainer, restored from the checkpoint if there is one.
-
-        Args:
-            splits: the data, if several runs share it.
-        """
+        """Makes the experiment and its trainer, restored from a checkpoint; several runs share `splits`."""
         resume_from = self.spec.resume_from
         self.experiment = Experiment.build(self.spec.config, self.rank_info, splits)
         self.trainer = self.experiment.trainer(self.record)
@@ -187,11 +176,7 @@ class Run:
                     callback.know_saved(trainer)
 
     def finish(self) -> dict[str, float]:
-        """Evaluates on the test split, uploads and closes the record.
-
-        Returns:
-            The values of `final/*`; empty if a signal has stopped the training.
-        """
+        """Evaluates on the test split and closes the record; returns `final/*`, empty after a stop signal."""
         final = {} if self.interrupted else final_values(self.trainer)
         self.record.tracker.final(final)
         self.record.upload(self._kept_checkpoints() if self.rank_info.first else [])

@@ -119,11 +119,7 @@ def _running_elsewhere(folder: Path, launches: Sequence[int]) -> list[str]:
 
 
 def _close_parent(folder: Path, status: RunStatus | None, died: Sequence[SweepRun]) -> list[str]:
-    """Ends the parent run and the runs of jobs that died; returns the lines with the sweep's addresses.
-
-    Args:
-        status: None if another launch ends the parent run.
-    """
+    """Ends the parent run, unless `status` is None, and the runs that died; returns the sweep's addresses."""
     from ..config.schema import TrackingConfig
     from ..tracking import Store
 
@@ -138,11 +134,7 @@ def _close_parent(folder: Path, status: RunStatus | None, died: Sequence[SweepRu
 
 
 def _report(folder: Path, settings: Mapping[str, str], recorded: bool, files: bool) -> None:
-    """Makes the sweep's report. If it fails, the sweep's status stays, and a line says how to repeat it.
-
-    Args:
-        recorded: read the sweep from its store; otherwise from the folder alone.
-    """
+    """Makes the report, from the store if the sweep is `recorded`; a failure is one line with the remedy."""
     try:
         from ..config.report import report_from
         from ..report.jobs import find_sweep, from_folder

@@ -76,7 +76,9 @@ class MLflowTracker(Tracker):
         self._logged = frozenset[tuple[str, int]]()
         self._models: set[str] = set()
         if resumed:
-            self._models = self._logged_models()
+            query = f"source_run_id = '{run_id}'"
+            models = store.client.search_logged_models([store.experiment_id], filter_string=query)
+            self._models = {model.name for model in models}
             self._times = self._history()
             self._logged = frozenset(point for point in self._times if not point[0].startswith("final/"))
             store.client.update_run(run_id, status=RunStatus.RUNNING)
@@ -191,12 +193,6 @@ class MLflowTracker(Tracker):
         keys = [key for key in self.store.client.get_run(self.run_id).data.metrics if key[:7] != "system/"]
         history = (self.store.client.get_metric_history(self.run_id, key) for key in keys)
         return {(point.key, point.step): point.timestamp for points in history for point in points}
-
-    def _logged_models(self) -> set[str]:
-        models = self.store.client.search_logged_models(
-            [self.store.experiment_id], filter_string=f"source_run_id = '{self.run_id}'"
-        )
-        return {model.name for model in models}
 
 
 def reopen(config: TrackingConfig, identity: Mapping[str, str]) -> Tracker:

@@ -169,13 +169,27 @@ class Store:
                 connection.close()
         return client
 
-    def _open(self, experiment: str) -> str:
-        """The id of `experiment`, created if it is new."""
-        if self._on_server:
-            return _experiment(self.client, experiment, None)
-        beside = Path.cwd() if self._database is None else self._database.parent
+    def _open(self, name: str) -> str:
+        """The id of the experiment `name`, created if it is new."""
+        from mlflow.exceptions import MlflowException
+
+        beside = self._database.parent if self._database else Path.cwd()
+        artifacts = None if self._on_server else (beside / "mlartifacts").as_uri()
         with self._alone():
-            return _experiment(self.client, experiment, (beside / "mlartifacts").as_uri())
+            experiment = self.client.get_experiment_by_name(name)
+            if experiment is None:
+                try:
+                    return self.client.create_experiment(name, artifact_location=artifacts)
+                except MlflowException:  # another process was faster
+                    experiment = self.client.get_experiment_by_name(name)
+                    if experiment is None:
+                        raise
+        if experiment.lifecycle_stage != "active":
+            raise UsageError(
+                f"tracking.experiment={name}: was deleted in this store; `mlflow gc` removes it, or "
+                "choose another name"
+            )
+        return experiment.experiment_id
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
@@ -201,25 +215,6 @@ class Store:
     def _database(self) -> Path | None:
         sqlite = self.uri.startswith("sqlite:///")
         return Path(self.uri.removeprefix("sqlite:///")) if sqlite else None
-
-
-def _experiment(client: Any, name: str, artifacts: str | None) -> str:
-    from mlflow.exceptions import MlflowException
-
-    experiment = client.get_experiment_by_name(name)
-    if experiment is None:
-        try:
-            return client.create_experiment(name, artifact_location=artifacts)
-        except MlflowException:  # another process was faster
-            experiment = client.get_experiment_by_name(name)
-            if experiment is None:
-                raise
-    if experiment.lifecycle_stage != "active":
-        raise UsageError(
-            f"tracking.experiment={name}: was deleted in this store; `mlflow gc` removes it, or "
-            "choose another name"
-        )
-    return experiment.experiment_id
 
 
 def _check(uri: str) -> None:
