@@ -100,9 +100,6 @@ def command_options(
 
     Returns:
         The values of the keys in `defaults`, and the other arguments.
-
-    Raises:
-        UsageError: if an argument is not key=value.
     """
     parser = argparse.ArgumentParser(
         prog=f"python -m accumexp.{command_name}",
@@ -121,11 +118,7 @@ def command_options(
 
 
 def hydra_app(task: Callable[[Any], Any]) -> None:
-    """Runs `task` under Hydra with `conf/config.yaml`; Hydra's errors reach the caller unformatted.
-
-    Raises:
-        UsageError: if the command line composes no configuration.
-    """
+    """Runs `task` under Hydra with `conf/config.yaml`; an error of composition becomes a `UsageError`."""
     import hydra
 
     variables = {"HYDRA_FULL_ERROR": "1", "ACCUMEXP_TRACEBACK": str(int(WANTS_TRACEBACK))}
@@ -213,11 +206,7 @@ def log_error(error: Exception) -> None:
 
 
 def exit_with_error(error: Exception, rank_info: RankInfo, end_rank: bool = True) -> NoReturn:
-    """Prints the error's line and exits with its code.
-
-    Args:
-        end_rank: of several ranks, end the process at once, without waiting for the others.
-    """
+    """Prints the error's line and exits with its code; with `end_rank`, without waiting for other ranks."""
     expected = isinstance(error, UsageError | TrainingError)
     code = print_error(error, "" if rank_info.first else f"rank {rank_info.rank}: ") if expected else 1
     if rank_info.size > 1:

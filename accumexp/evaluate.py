@@ -35,11 +35,7 @@ def main() -> None:
 
 
 def evaluate(checkpoint: str, split: str, overrides: list[str], as_json: bool) -> dict[str, float]:
-    """Prints and returns loss and metrics of `checkpoint` on `split`.
-
-    Raises:
-        UsageError: for a checkpoint that is missing, damaged, foreign, or does not fit its configuration.
-    """
+    """Prints and returns loss and metrics of `checkpoint` on `split`."""
     from .config.overrides import changed
     from .training.checkpoint import find, load
 

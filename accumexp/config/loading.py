@@ -16,11 +16,7 @@ from .validation import check
 
 
 def from_hydra(cfg: DictConfig | Mapping[str, Any]) -> Config:
-    """The typed, resolved and checked configuration.
-
-    Raises:
-        UsageError: naming the key, for an unknown one (with `+` too), a wrong type or a bad value.
-    """
+    """The typed and resolved configuration. Raises a `UsageError` that names an unknown key or bad value."""
     try:
         plain: Any = OmegaConf.to_container(cfg, resolve=True) if isinstance(cfg, DictConfig) else dict(cfg)
         # A data shape that no model has asked for may be missing: text has no channels.
@@ -52,11 +48,7 @@ def explain_omegaconf(error: OmegaConfBaseException) -> str:
 
 
 def settled(config: Config, steps: int, batch_size: int | None = None) -> Config:
-    """A copy of `config` with `accum.steps` set and the micro-batch size derived from it.
-
-    Args:
-        batch_size: replaces `data.batch_size`, if given.
-    """
+    """A copy of `config` with other `accum.steps` and `data.batch_size`, and the derived micro-batch size."""
     plain = to_plain(config)
     plain["accum"].update(steps=steps, micro_batch_size=None)
     plain["data"]["batch_size"] = batch_size or plain["data"]["batch_size"]

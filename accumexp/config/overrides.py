@@ -16,11 +16,7 @@ _MISSING = object()
 
 
 def changed(plain: dict[str, Any], overrides: Sequence[str]) -> Config:
-    """A checkpoint's configuration with `key=value` overrides. Config groups cannot be replaced.
-
-    Raises:
-        UsageError: for an unknown key, a wrong value, or an override that is not a plain value.
-    """
+    """A checkpoint's configuration with `key=value` overrides of single values, not of config groups."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 

@@ -41,14 +41,11 @@ def check_report(report: ReportConfig) -> ReportConfig:
 
 
 def report_from(params: Mapping[str, str], changes: Mapping[str, str]) -> ReportConfig:
-    """The report settings of a run, replaced by those in `changes`.
+    """The report settings of a run, replaced by those in `changes`. Raises a `UsageError` for a bad change.
 
     Args:
         params: the run's configuration, dotted keys, values as text. Unknown keys are ignored.
         changes: keys `report.*`, values as text.
-
-    Raises:
-        UsageError: if a key of `changes` is unknown or a value is invalid; names the key.
     """
     names = [field.name for field in dataclasses.fields(ReportConfig)]
     texts = {name: params[f"report.{name}"] for name in names if f"report.{name}" in params}

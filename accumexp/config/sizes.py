@@ -14,10 +14,7 @@ UNITS.update({f"{prefix}ib": 1024**power for power, prefix in enumerate("kmgt", 
 
 
 def processes(asked: int | None, standalone: bool, device: str) -> int:
-    """The number of ranks of the run.
-
-    Args:
-        asked: the configured number, or None.
+    """The number of ranks of the run, of which `asked` is the configured number.
 
     Raises:
         UsageError: if the strategy, torchrun or this machine's GPUs do not allow it.
@@ -103,11 +100,7 @@ def check_split(batch: int, steps: int, ranks: int) -> None:
 
 
 def in_bytes(key: str, value: int | str) -> int:
-    """Parses an amount of memory, such as 500000000, "2GiB", "500MiB" or "24GB".
-
-    Raises:
-        UsageError: naming `key`, if it is not an amount above 0.
-    """
+    """Parses an amount of memory, such as 500000000, "2GiB", "500MiB" or "24GB", for the key `key`."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", str(value).strip())
     amount = int(float(match[1]) * UNITS.get(match[2].lower(), 0)) if match else 0
     if amount < 1:

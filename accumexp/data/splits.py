@@ -194,8 +194,7 @@ class _BatchesFactory:
 def _raw_tensors(dataset: Dataset[Any]) -> tuple[Nested, Nested] | None:
     """(inputs, targets) of a data set that holds them as tensors, or None.
 
-    Supports InMemory, TensorDataset and torchvision's data sets with uint8 images in `.data`, unless a
-    subclass or transform changes what indexing returns.
+    Supports InMemory, TensorDataset and torchvision's uint8 images, unless indexing changes them.
     """
     kind = type(dataset)
     if isinstance(dataset, InMemory) and kind.__getitem__ is InMemory.__getitem__:

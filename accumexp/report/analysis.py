@@ -142,10 +142,7 @@ class Report:
 def make_report(
     sweep: Sweep, config: ReportConfig, progress: Callable[[Sequence[Any]], Iterable[Any]] = iter
 ) -> Report:
-    """Reads the loss curves of `sweep` and analyses it.
-
-    Args:
-        progress: wraps the runs whose curves are read, to show the progress.
+    """Analyses `sweep`; `progress` wraps the runs whose loss curves are read.
 
     Raises:
         UsageError: if no job measured `config.metric`; names the metrics that there are.

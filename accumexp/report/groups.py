@@ -115,8 +115,7 @@ def _ranks(column: Sequence[str]) -> dict[str, float]:
 def reference_groups(groups: Sequence[Group]) -> list[Group | None]:
     """The reference of each group; None for a reference itself and for groups without finished jobs.
 
-    Groups that differ only in `SPLIT_KEYS` share a reference: the one of them with the fewest micro-batches.
-    If no two groups differ only in these keys, all groups share it.
+    It is the group with the fewest micro-batches, of those that differ only in `SPLIT_KEYS` if there are any.
     """
     families: dict[tuple[str, ...], list[Group]] = {}
     for group in groups:

@@ -99,14 +99,11 @@ class Sweep:
 
 
 def find_sweep(sweep: str, uri: str = "") -> Sweep:
-    """Reads a sweep.
+    """Reads a sweep, or raises a `UsageError` if there is none.
 
     Args:
         sweep: its folder, or the id of its parent run or of a job; empty for the newest in the store.
         uri: of the store; empty for that of the sweep's folder, else `mlflow.db` in the current folder.
-
-    Raises:
-        UsageError: if there is no such sweep.
     """
     folder = Path(sweep)
     if sweep and folder.is_dir():
@@ -142,11 +139,7 @@ def _find_in_store(uri: str, run_id: str, folder: Path | None = None) -> Sweep:
 
 
 def from_store(store: Store, parent: PastRun, folder: Path | None = None) -> Sweep:
-    """Reads the sweep of the parent run `parent`; jobs without a run are read from the sweep's folder.
-
-    Args:
-        folder: the sweep's folder, if it has moved since the sweep ran.
-    """
+    """Reads the sweep of a parent run, and its jobs without a run from `folder`, by default where it ran."""
     folder = folder or Path(parent.tags.get("accumexp.folder", ""))
     local = folder if folder.is_dir() and folder.is_absolute() else None
     local_runs = sweep_runs(local) if local else []

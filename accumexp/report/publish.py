@@ -34,9 +34,6 @@ def publish(
     Args:
         changes: settings `report.*` that replace those of the sweep.
         folder: for the files; by default `report` in the sweep's folder, if that is on this machine.
-
-    Raises:
-        UsageError: if a setting is wrong.
     """
     params = next((job.params for job in sweep.jobs if job.params), {})
     config = report_from(params, changes)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rich import box
+from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table as RichTable
 from rich.text import Text
@@ -20,6 +21,14 @@ from .wording import certificate_cell, mean_and_std, p_value, reason, signed_int
 VERDICT_STYLES = {"equivalent": "green", "different": "red", "undecided": "yellow", "reference": "dim"}
 # Columns that are dropped in a narrow terminal, in this order.
 OPTIONAL_COLUMNS = ["p", "training", "certificate", "seeds"]
+# Heading, key of `Group.costs`, unit, digits, and whether the ratio to the reference is shown.
+COST_COLUMNS = [
+    ("ms/update", "update_ms", "", 2, True),
+    ("samples/s", "samples_per_second", "", 0, True),
+    ("activations", "activation_mib", " MiB", 2, True),
+    ("peak memory", "peak_mib", " MiB", 0, False),
+    ("training time", "seconds", " s", 1, False),
+]
 
 
 @dataclass(frozen=True)
@@ -66,29 +75,22 @@ def _training(comparison: Comparison) -> str:
 
 def cost_table(report: Report) -> Table:
     """The cost of each group's updates; in brackets the ratio to its reference."""
-    headings = ["ms/update", "samples/s", "activations", "peak memory", "training time"]
     rows = [[*row.group.values.values(), *_cost_cells(row)] for row in report.rows]
+    headings = [heading for heading, *_ in COST_COLUMNS]
     return Table(len(report.keys), [*report.keys, *headings], rows)
 
 
 def _cost_cells(row: Row) -> list[str]:
     costs = row.group.costs()
     reference_costs = row.comparison.reference.costs() if row.comparison else {}
-
-    def cell(name: str, unit: str, digits: int, ratio: bool = False) -> str:
+    cells = []
+    for _, name, unit, digits, with_ratio in COST_COLUMNS:
         cost, reference_cost = costs[name], reference_costs.get(name)
-        if cost is None:
-            return "-"
-        text = f"{cost:,.{digits}f}{unit}"
-        return f"{text} (x{cost / reference_cost:.2f})" if ratio and reference_cost else text
-
-    return [
-        cell("update_ms", "", 2, ratio=True),
-        cell("samples_per_second", "", 0, ratio=True),
-        cell("activation_mib", " MiB", 2, ratio=True),
-        cell("peak_mib", " MiB", 0),
-        cell("seconds", " s", 1),
-    ]
+        ratio = (
+            f" (x{cost / reference_cost:.2f})" if with_ratio and cost is not None and reference_cost else ""
+        )
+        cells.append("-" if cost is None else f"{cost:,.{digits}f}{unit}{ratio}")
+    return cells
 
 
 def terminal_tables(report: Report, width: int | None = None) -> list[RichTable]:
@@ -124,14 +126,10 @@ def _width(rich_table: RichTable) -> int:
 
 def print_tables(rich_tables: Sequence[RichTable]) -> None:
     """Prints the tables; in a file or a pipe at their full width."""
-    width = console.width
-    try:
-        for rich_table in rich_tables:
-            if not console.is_terminal:
-                console.width = max(width, _width(rich_table))
-            console.print(rich_table)
-    finally:
-        console.width = width
+    for rich_table in rich_tables:
+        wide = max(console.width, _width(rich_table))
+        printer = console if console.is_terminal else Console(file=console.file, width=wide)
+        printer.print(rich_table)
 
 
 def group_rows(report: Report) -> list[dict[str, Any]]:

@@ -17,11 +17,7 @@ SWEEP = "sweep.resume="
 
 
 def command_lines(arguments: Sequence[str]) -> tuple[list[list[str]], dict[str, str]]:
-    """The arguments of each of Hydra's runs, and the `report.*` settings of a resumed sweep.
-
-    Raises:
-        UsageError: if there is nothing to resume.
-    """
+    """The arguments of each of Hydra's runs, and the `report.*` settings of a resumed sweep."""
     if any(a.startswith(SWEEP) for a in arguments):
         return sweep_arguments(arguments)
     return [resume_arguments(replicas_arguments(arguments))], {}

@@ -22,11 +22,7 @@ from .spec import RunSpec
 
 
 def run_job(cfg: DictConfig) -> float | None:
-    """Trains. Ends the process after an error, unless it is a job of a sweep.
-
-    Returns:
-        The monitored value at the end, for a sweeper that optimises it; None if the run failed.
-    """
+    """Trains, and returns the monitored value. An error ends the process, unless it is a job of a sweep."""
     from hydra.core.hydra_config import HydraConfig
 
     hydra = HydraConfig.get()

@@ -52,9 +52,7 @@ class ReplicaRun:
     def execute(self) -> float | None:
         """Trains all replicas and returns their mean monitored value; None if one failed.
 
-        Raises:
-            UsageError: if they cannot be trained together, before anything is opened.
-            SystemExit: if a signal has stopped them.
+        Raises a `UsageError` before anything is opened if they cannot be trained together.
         """
         with StopSignals() as signals:
             for runs in self._runs_by_update():

@@ -27,7 +27,6 @@ from ..tracking.folder import CERTIFICATE_TAG, RunStatus, Summary
 from ..tracking.journal import ProgressFile
 from ..tracking.record import (
     KeptCheckpoint,
-    NullRecord,
     RunRecord,
     create_tracker,
     describing_tags,
@@ -61,7 +60,7 @@ class Run:
         self.job = spec.job
         self.rank_info = rank_info
         self.folder = spec.folder
-        self.record: RunRecord = NullRecord()
+        self.record = RunRecord()
 
     @property
     def interrupted(self) -> bool:

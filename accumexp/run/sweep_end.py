@@ -30,7 +30,6 @@ def closing_sweep(
     """Closes the sweep that is launched in the body: its parent run, report and failed jobs.
 
     Args:
-        arguments: the command's arguments.
         report_settings: `report.*` settings that replace the sweep's.
 
     Raises:

@@ -37,11 +37,7 @@ def newest_sweep(store: Store) -> PastRun | None:
 
 
 def sweep_of(store: Store, run_id: str) -> PastRun:
-    """The sweep with this id, or the sweep of the job with this id.
-
-    Raises:
-        UsageError: if there is no such run, or it is not part of a sweep.
-    """
+    """The sweep with this id, or of the job with this id. Raises a `UsageError` if there is none."""
     try:
         run = _past(store.client.get_run(run_id))
     except Exception as error:

@@ -40,17 +40,21 @@ class KeptCheckpoint:
 
 
 class RunRecord:
-    """The metrics sink of a run: a journal in its folder, and a tracker that gets the published points."""
+    """The metrics sink of a run: a journal in its folder, and a tracker that gets the published points.
 
-    def __init__(self, folder: RunFolder, upto: int = 0) -> None:
+    Without a folder, as on all ranks but the first, it keeps nothing.
+    """
+
+    def __init__(self, folder: RunFolder | None = None, upto: int = 0) -> None:
         self.folder = folder
-        self.journal = Journal(folder.metrics, upto)
+        self.journal = Journal(folder.metrics, upto) if folder else None
         self.tracker = Tracker()
         self.progress: ProgressFile | None = None
         self.tags: dict[str, str] = {}  # of how the run is computed
 
     def record(self, update: int, values: Mapping[str, float], publish: bool) -> None:
-        self.journal.write(update, values)
+        if self.journal:
+            self.journal.write(update, values)
         if publish:
             self.tracker.log(update, values)
             if self.progress:
@@ -62,11 +66,13 @@ class RunRecord:
         self.tracker.tag(tags)
 
     def flush(self) -> None:
-        self.journal.flush()
+        if self.journal:
+            self.journal.flush()
         self.tracker.flush()
 
     def summarise(self, summary: Summary) -> None:
-        self.folder.write_summary(summary)
+        if self.folder:
+            self.folder.write_summary(summary)
 
     def upload(self, checkpoints: Sequence[KeptCheckpoint]) -> None:
         """Uploads the checkpoints and the journal."""
@@ -75,30 +81,14 @@ class RunRecord:
             self.tracker.checkpoint(checkpoint.path, checkpoint.update, checkpoint.evaluated)
             if checkpoint.shards is not None:
                 self.tracker.artifact(checkpoint.shards, CHECKPOINTS)
-        self.tracker.artifact(self.folder.metrics)
+        if self.folder:
+            self.tracker.artifact(self.folder.metrics)
 
     def close(self, status: RunStatus) -> None:
         self.flush()
-        self.journal.close()
+        if self.journal:
+            self.journal.close()
         self.tracker.end(status)
-
-
-class NullRecord(RunRecord):
-    """The record of a rank that is not the first: it keeps nothing."""
-
-    def __init__(self) -> None:
-        self.tracker = Tracker()
-        self.tags = {}
-
-    def record(self, update: int, values: Mapping[str, float], publish: bool) -> None: ...
-
-    def flush(self) -> None: ...
-
-    def summarise(self, summary: Summary) -> None: ...
-
-    def upload(self, checkpoints: Sequence[KeptCheckpoint]) -> None: ...
-
-    def close(self, status: RunStatus) -> None: ...
 
 
 def describing_tags(device: torch.device, unequal: Sequence[Inequality]) -> dict[str, str]:
@@ -129,12 +119,7 @@ def create_tracker(
     overrides: Sequence[str] | None = None,
     parent: str | None = None,
 ) -> Tracker:
-    """Creates the MLflow run with its tags, params, data sets and code version.
-
-    Args:
-        overrides: the job's part of the command line, None outside a sweep.
-        parent: the id of the sweep's parent run.
-    """
+    """Creates the MLflow run with its tags, params, data sets and code version. A job has `overrides`."""
     if config.tracking.backend is Backend.none or store is None:
         return Tracker()
     if overrides is not None:

@@ -196,11 +196,7 @@ class MLflowTracker(Tracker):
 
 
 def reopen(config: TrackingConfig, identity: Mapping[str, str]) -> Tracker:
-    """Resumes the MLflow run that a checkpoint's `identity` names.
-
-    Raises:
-        UsageError: if its store cannot be reached or does not have the run any more.
-    """
+    """Resumes the MLflow run of a checkpoint. Raises a `UsageError` if its store does not have it."""
     if config.backend is Backend.none or not identity:
         return Tracker()
     config.uri = identity["uri"]
