@@ -292,7 +292,7 @@ def test_recorded_windows_are_given_their_steps() -> None:
         choose_steps(config, RankInfo())
 
 
-def test_what_a_rehearsal_compiled_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_trial_run_compiled_is_discarded(monkeypatch: pytest.MonkeyPatch) -> None:
     reset: list[int] = []
     monkeypatch.setattr("torch.compiler.reset", lambda: reset.append(1))
     for overrides in ([], ["trainer.compile=true"]):

@@ -1,4 +1,4 @@
-"""What a trial of a run does: whole batches, the run's own evaluations, and nothing left behind."""
+"""A trial run of the plan: whole batches, the run's own evaluations, and no leftovers."""
 
 from __future__ import annotations
 
