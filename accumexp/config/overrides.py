@@ -1,16 +1,19 @@
-"""Overrides of a configuration that a checkpoint holds."""
+"""Overrides of a stored configuration: a checkpoint's, or the `report.*` settings of a sweep."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from ..environment.ranks import launched_rank
-from ..errors import UsageError
+from ..errors import UsageError, unknown_key
 from .loading import from_hydra
-from .schema import Config
+from .schema import Config, ReportConfig
+from .validation import check_report
 
 _MISSING = object()
 
@@ -54,3 +57,27 @@ def _clear_derived_sizes(cfg: DictConfig, given: set[str]) -> None:
         OmegaConf.update(cfg, steps, None)
     elif micro not in given and given & {steps, ranks, "data.batch_size"}:
         OmegaConf.update(cfg, micro, None)
+
+
+def report_from(params: Mapping[str, str], changes: Mapping[str, str]) -> ReportConfig:
+    """The report settings of a run, replaced by those in `changes`. Raises a `UsageError` for a bad change.
+
+    Args:
+        params: the run's configuration, dotted keys, values as text. Unknown keys are ignored.
+        changes: keys `report.*`, values as text.
+    """
+    names = [field.name for field in dataclasses.fields(ReportConfig)]
+    texts = {name: params[f"report.{name}"] for name in names if f"report.{name}" in params}
+    for key, value in changes.items():
+        if key.removeprefix("report.") not in names:
+            raise UsageError(unknown_key(key, sorted(names)))
+        texts[key.removeprefix("report.")] = value
+    cfg = OmegaConf.structured(ReportConfig)
+    for key, value in texts.items():
+        try:
+            OmegaConf.update(cfg, key, None if value in ("None", "null", "") else value)
+        except OmegaConfBaseException as error:
+            raise UsageError(f"report.{key}={value}: {str(error.msg or error).splitlines()[0]}") from error
+    report = OmegaConf.to_object(cfg)
+    assert isinstance(report, ReportConfig)
+    return check_report(report)

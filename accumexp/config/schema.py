@@ -8,8 +8,6 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from .report import ReportConfig
-
 
 class Reduction(Enum):
     mean = "mean"
@@ -149,6 +147,24 @@ class TrackingConfig:
     system_metrics: bool = True
     flush_points: int = 1000
     flush_seconds: float = 5.0
+
+
+@dataclass
+class ReportConfig:
+    """The metric and the statistical tests of a sweep's report. Set them before the sweep runs."""
+
+    # Whether the end of a sweep writes page, pictures and CSV; if not, it only prints the tables.
+    write: bool = True
+    # A key of final/*. Null: accuracy if the runs have it, else loss.
+    metric: str | None = None
+    # The largest difference that does not matter, in points (hundredths) of accuracy or in the metric's unit.
+    # Null: half a point for an accuracy; for another metric there is no default and nothing is equivalent.
+    margin: float | None = None
+    # Of all intervals. 1 - confidence bounds the probability that any claim of a kind (equivalent, different)
+    # is wrong.
+    confidence: float = 0.95
+    # Of the test, for the number of seeds that would decide an undecided comparison.
+    power: float = 0.8
 
 
 @dataclass

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from ..errors import UsageError
-from .report import check_report
-from .schema import AccumConfig, Config, LossScaling, Precision, Reduction, Strategy
+from .schema import AccumConfig, Config, LossScaling, Precision, Reduction, ReportConfig, Strategy
 from .sizes import AUTO, at_least, batch_sizes, in_bytes, processes
 
 
@@ -98,3 +97,13 @@ def _check_accum(accum: AccumConfig) -> None:
             "would be that of the free memory"
         )
     at_least(1, "accum.growth_interval", accum.growth_interval)
+
+
+def check_report(report: ReportConfig) -> ReportConfig:
+    """Returns `report`, or raises a `UsageError` that names the key of a value out of range."""
+    if report.margin is not None and not report.margin > 0:
+        raise UsageError(f"report.margin={report.margin}: a difference above 0")
+    for key, value in (("confidence", report.confidence), ("power", report.power)):
+        if not 0.5 <= value < 1:
+            raise UsageError(f"report.{key}={value}: from 0.5 to below 1")
+    return report

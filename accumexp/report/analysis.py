@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..config.report import ReportConfig
+from ..config.schema import ReportConfig
 from ..errors import UsageError
 from .groups import Group, group_jobs, reference_groups
 from .jobs import Curve, Sweep

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..config.report import report_from
+from ..config.overrides import report_from
 from ..environment.console import console, steps
 from .analysis import Report, make_report
 from .groups import varied_params

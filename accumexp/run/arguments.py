@@ -7,7 +7,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from ..config.report import report_from
+from ..config.overrides import report_from
 from ..errors import UsageError
 from ..sweeps.hydra_sweep import ADDED, MULTIRUN
 from ..sweeps.job_folders import REPORT, Launch, distinct_launches

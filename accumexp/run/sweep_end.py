@@ -135,7 +135,7 @@ def _close_parent(folder: Path, status: RunStatus | None, died: Sequence[SweepRu
 def _report(folder: Path, settings: Mapping[str, str], recorded: bool, files: bool) -> None:
     """Makes the report, from the store if the sweep is `recorded`; a failure is one line with the remedy."""
     try:
-        from ..config.report import report_from
+        from ..config.overrides import report_from
         from ..report.jobs import find_sweep, from_folder
         from ..report.publish import publish
 
