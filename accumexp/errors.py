@@ -21,8 +21,8 @@ def unknown_key(key: str, choices: list[str]) -> str:
     near = difflib.get_close_matches(last, choices, 1)
     if near:
         return f"{key}: no such key, did you mean {prefix + '.' if prefix else ''}{near[0]}?"
-    known = f", {prefix or 'the configuration'} has {', '.join(sorted(choices))}" if choices else ""
-    return f"{key}: no such key{known}"
+    listed = f", {prefix or 'the configuration'} has {', '.join(sorted(choices))}" if choices else ""
+    return f"{key}: no such key{listed}"
 
 
 def compiler_error(error: Exception) -> TrainingError | None:

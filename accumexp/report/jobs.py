@@ -175,8 +175,9 @@ def from_folder(folder: Path) -> Sweep:
     """Reads a sweep that was run without tracking from the job folders in `folder`."""
     runs = sweep_runs(folder)
     folders = [RunFolder(run.folder) for run in runs]
-    ends = [one.metrics.stat().st_mtime for one in folders if one.metrics.exists()]
-    started = min((one.config.stat().st_mtime for one in folders if one.config.exists()), default=0.0)
+    ends = [path.stat().st_mtime for path in (job.metrics for job in folders) if path.exists()]
+    starts = [path.stat().st_mtime for path in (job.config for job in folders) if path.exists()]
+    started = min(starts, default=0.0)
     return Sweep(
         name=f"sweep {folder.name}",
         command="",
