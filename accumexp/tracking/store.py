@@ -47,12 +47,15 @@ class Store:
     """
 
     def __init__(self, config: TrackingConfig, experiment_id: str | None = None) -> None:
-        self.uri = config.uri or f"sqlite:///{Path.cwd() / 'mlflow.db'}"
+        # The driver of accumexp[postgres]; SQLAlchemy's default depends on its version.
+        self.uri = re.sub("^postgres(ql)?://", "postgresql+psycopg2://", config.uri or "sqlite:///mlflow.db")
+        self._database: Path | None = None
         if self.uri.startswith("sqlite:///"):
-            self.uri = f"sqlite:///{Path(self.uri.removeprefix('sqlite:///')).absolute()}"
-        # The driver of accumexp[postgres]; which one SQLAlchemy takes by itself depends on its version.
-        self.uri = re.sub("^postgres(ql)?://", "postgresql+psycopg2://", self.uri)
+            self._database = Path(self.uri.removeprefix("sqlite:///")).absolute()
+            self.uri = f"sqlite:///{self._database}"
         _check(self.uri)
+        self._on_server = self.uri.startswith("http")
+        self.ui_command = None if self._on_server else f"mlflow ui --backend-store-uri {self.uri}"
         try:
             self.client = self._client()
             self.experiment_id = experiment_id or self._open(config.experiment)
@@ -64,10 +67,6 @@ class Store:
         except Exception as error:
             reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
             raise UsageError(f"tracking.uri={self.uri}: cannot be used: {reason}") from error
-
-    @property
-    def ui_command(self) -> str | None:
-        return None if self._on_server else f"mlflow ui --backend-store-uri {self.uri}"
 
     def _runs_page(self) -> str:
         base = self.uri.rstrip("/") if self._on_server else LOCAL_UI
@@ -206,15 +205,6 @@ class Store:
                 yield
         else:
             yield  # a server has created its tables
-
-    @property
-    def _on_server(self) -> bool:
-        return self.uri.startswith("http")
-
-    @property
-    def _database(self) -> Path | None:
-        sqlite = self.uri.startswith("sqlite:///")
-        return Path(self.uri.removeprefix("sqlite:///")) if sqlite else None
 
 
 def _check(uri: str) -> None:
