@@ -14,7 +14,7 @@ from ..config.loading import from_hydra
 from ..environment.console import unseen
 from ..environment.launch import launch
 from ..environment.ranks import RankInfo, launched_rank, skip_group_teardown
-from ..errors import UsageError
+from ..errors import UsageError, first_line
 from ..sweeps.job import SweepJob
 from ..sweeps.job_status import JobStatus, agreed_status, job_status
 from ..tracking.folder import RunFolder, RunStatus
@@ -113,7 +113,7 @@ def _run_in_ranks(spec: RunSpec, processes: int, logging_config: dict[str, Any])
     try:
         launch(carry_out_in_rank, spec, processes, logging_config)
     except Exception as error:
-        _close_dead_run(spec.folder, RunStatus.FAILED, str(error).splitlines()[0])
+        _close_dead_run(spec.folder, RunStatus.FAILED, first_line(error))
         raise
     except (KeyboardInterrupt, SystemExit):
         _close_dead_run(spec.folder, RunStatus.KILLED, None)

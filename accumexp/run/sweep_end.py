@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ..environment.console import console
-from ..errors import TrainingError
+from ..errors import TrainingError, first_line
 from ..sweeps.job_folders import JOBS, LAUNCHES, LOCK, has_jobs, job_folders
 from ..sweeps.sweep import PARENT, SweepRun, launched_sweep, sweep_runs
 from ..tracking.folder import RunFolder, RunStatus
@@ -90,9 +90,8 @@ def _close(
             addresses = _close_parent(folder, None if elsewhere else status, died)
     except Exception as error:
         log.info("the end is not recorded", exc_info=error)
-        reason = (str(error) or type(error).__name__).splitlines()[0]
         uri = read_json(folder / PARENT).get("uri", "its store")
-        print(f"warning: the sweep's end did not reach {uri}: {reason}", file=sys.stderr)
+        print(f"warning: the sweep's end did not reach {uri}: {first_line(error)}", file=sys.stderr)
         recorded = False
     killed = status is RunStatus.KILLED
     _report(folder, report_settings, recorded, files=not killed)

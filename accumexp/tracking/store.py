@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 from filelock import FileLock
 
 from ..config.schema import TrackingConfig
-from ..errors import UsageError
+from ..errors import UsageError, first_line
 from .folder import RunStatus
 
 COSTS = ("update_ms", "samples_per_second", "activation_mib", "peak_memory_mib")
@@ -65,8 +65,7 @@ class Store:
             extra = ", pip install 'accumexp[postgres]'" if error.name == "psycopg2" else ""
             raise UsageError(f"tracking.uri={self.uri}: needs {error.name}{extra}") from error
         except Exception as error:
-            reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-            raise UsageError(f"tracking.uri={self.uri}: cannot be used: {reason}") from error
+            raise UsageError(f"tracking.uri={self.uri}: cannot be used: {first_line(error)}") from error
 
     def _runs_page(self) -> str:
         base = self.uri.rstrip("/") if self._on_server else LOCAL_UI
