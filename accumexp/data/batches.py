@@ -6,8 +6,9 @@ An epoch can start at any update, so a resumed run gets the samples of an uninte
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,15 +39,6 @@ class Batch:
 
     inputs: Nested
     targets: Nested
-    indices: Tensor
-    samples: int
-    total: int
-    steps: int
-
-
-class _BatchIndices(NamedTuple):
-    """A `Batch` before its samples are read; its fields are those of `Batch`."""
-
     indices: Tensor
     samples: int
     total: int
@@ -111,8 +103,8 @@ class Batches:
         """The batches of `epoch`, from update `start` on."""
         raise NotImplementedError
 
-    def batch_indices(self, epoch: int, start: int) -> Iterator[_BatchIndices]:
-        """This rank's samples in the batches of `epoch`, from update `start` on."""
+    def planned(self, epoch: int, start: int) -> Iterator[Batch]:
+        """This rank's batches of `epoch`, from update `start` on, without inputs and targets."""
         for batch in self.order(epoch).split(self.batch_size)[start:]:
             total = len(batch)
             steps = steps_for(total, self.batch_size, self.share.steps)
@@ -121,7 +113,7 @@ class Batches:
                 parts = rank_share(total, steps, self.share.rank, self.share.ranks)
                 local = torch.cat([batch[part.start : part.stop] for part in parts])
             samples = len(local)
-            yield _BatchIndices(local if samples else batch[:1], samples, total, steps)
+            yield Batch((), (), local if samples else batch[:1], samples, total, steps)
 
     def _augmented(self, inputs: Nested, indices: Tensor, epoch: int) -> Nested:
         if self.augment is None:
@@ -146,19 +138,16 @@ class ResidentBatches(Batches):
         self.inputs = inputs
         self.targets = targets
 
-    def batch_indices(self, epoch: int, start: int) -> Iterator[_BatchIndices]:
-        """As `Batches.batch_indices`, with the indices on the device: one copy per epoch."""
-        batches = list(super().batch_indices(epoch, start))
+    def planned(self, epoch: int, start: int) -> Iterator[Batch]:
+        """As `Batches.planned`, with the indices on the device: one copy per epoch."""
+        batches = list(super().planned(epoch, start))
         indices = torch.cat([batch.indices for batch in batches]) if batches else self.indices[:0]
         indices = indices.to(tensors(self.targets)[0].device)
         for batch, part in zip(batches, indices.split([len(b.indices) for b in batches]), strict=True):
-            yield batch._replace(indices=part)
+            yield replace(batch, indices=part)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        for batch in self.batch_indices(epoch, start):
-
-            def gather(tensor: Tensor, indices: Tensor = batch.indices) -> Tensor:
-                return tensor.index_select(0, indices)
-
+        for batch in self.planned(epoch, start):
+            gather = partial(torch.index_select, dim=0, index=batch.indices)
             inputs = self._augmented(map_tensors(gather, self.inputs), batch.indices, epoch)
-            yield Batch(inputs, map_tensors(gather, self.targets), *batch)
+            yield replace(batch, inputs=inputs, targets=map_tensors(gather, self.targets))

@@ -26,8 +26,7 @@ class PlannedBatches(ResidentBatches):
         vars(self).update(vars(shared), shuffle=seed)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        for batch in self.batch_indices(epoch, start):
-            yield Batch((), (), *batch)
+        return self.planned(epoch, start)
 
 
 def gathered(

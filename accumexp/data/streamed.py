@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -60,12 +60,13 @@ class StreamedBatches(Batches):
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         self._sampler.epoch, self._sampler.start = epoch, start
-        loaded = zip(self._loader, self.batch_indices(epoch, start), strict=True)
+        loaded = zip(self._loader, self.planned(epoch, start), strict=True)
         for (inputs, targets, indices), batch in loaded:
             inputs, targets = self.place(inputs, targets)
             if self.augment is not None:
                 indices = indices.to(tensors(inputs)[0].device)
-            yield Batch(self._augmented(inputs, indices, epoch), targets, indices, *batch[1:])
+            inputs = self._augmented(inputs, indices, epoch)
+            yield replace(batch, inputs=inputs, targets=targets, indices=indices)
 
 
 def _leave_group(worker: int) -> None:
@@ -86,7 +87,7 @@ class _EpochSampler:
         return len(self.batches) - self.start
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        for batch in self.batches.batch_indices(self.epoch, self.start):
+        for batch in self.batches.planned(self.epoch, self.start):
             yield [(self.epoch, index) for index in batch.indices.tolist()]
 
 
