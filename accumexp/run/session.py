@@ -23,15 +23,9 @@ from ..environment.ranks import RankInfo, barrier
 from ..environment.signals import StopSignals
 from ..plan.auto_steps import choose_steps
 from ..tracking import Store, reopen
-from ..tracking.folder import CERTIFICATE_TAG, RunStatus, Summary
+from ..tracking.folder import CERTIFICATE_TAG, CHECKPOINTS, RunStatus, Summary
 from ..tracking.journal import ProgressFile
-from ..tracking.record import (
-    KeptCheckpoint,
-    RunRecord,
-    create_tracker,
-    describing_tags,
-    inequality_tag,
-)
+from ..tracking.record import RunRecord, create_tracker, describing_tags, inequality_tag
 from ..training.checkpoint import Checkpoints, load, restore, saved_updates
 from ..training.experiment import Experiment
 from ..training.run_context import run_context
@@ -178,7 +172,8 @@ class Run:
         """Evaluates on the test split and closes the record; returns `final/*`, empty after a stop signal."""
         final = {} if self.interrupted else final_values(self.trainer)
         self.record.tracker.final(final)
-        self.record.upload(self._kept_checkpoints() if self.rank_info.first else [])
+        if self.rank_info.first:
+            self._upload()
         self._close(RunStatus.KILLED if self.interrupted else RunStatus.FINISHED, final)
         return final
 
@@ -226,16 +221,20 @@ class Run:
         )
         self.record.summarise(summary)
 
-    def _kept_checkpoints(self) -> list[KeptCheckpoint]:
-        """The best checkpoint and the newest ones, each update once."""
-        kept: dict[int, KeptCheckpoint] = {}
+    def _upload(self) -> None:
+        """Uploads the best checkpoint and the newest ones, each update once, and the journal."""
+        tracker, uploaded = self.record.tracker, set[int]()
+        self.record.flush()
         paths = [self.folder.best, *reversed(saved_updates(self.folder.checkpoints))]
         for path in filter(Path.exists, paths):
             content = load(path)
-            update = content["progress"]["update"]
-            shards = folder_of(path, content)
-            kept.setdefault(update, KeptCheckpoint(path, update, content["evaluated"], shards))
-        return list(kept.values())
+            update, shards = content["progress"]["update"], folder_of(path, content)
+            if update not in uploaded:
+                tracker.checkpoint(path, update, content["evaluated"])
+                if shards is not None:
+                    tracker.artifact(shards, CHECKPOINTS)
+            uploaded.add(update)
+        tracker.artifact(self.folder.metrics)
 
     def _split_finer(self, tags: Mapping[str, str]) -> None:
         """Tags a window that ran out of memory, and warns if the finer split is not the larger batch."""

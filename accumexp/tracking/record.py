@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,28 +13,13 @@ from ..config.loading import flatten
 from ..config.schema import Backend, Config
 from ..environment.code_version import code_version
 from ..environment.device import device_name, tf32
-from .folder import CHECKPOINTS, RunFolder, RunStatus, Summary
+from .folder import RunFolder, RunStatus, Summary
 from .journal import Journal, ProgressFile
 from .run import MLflowTracker, Tracker
 from .store import Store
 
 if TYPE_CHECKING:
     from ..data.digest import DatasetRecord
-
-
-@dataclass(frozen=True)
-class KeptCheckpoint:
-    """A checkpoint of a run that has ended.
-
-    Attributes:
-        evaluated: the values of `eval/*` at its update, empty if it was not evaluated.
-        shards: the folder of a sharded checkpoint.
-    """
-
-    path: Path
-    update: int
-    evaluated: Mapping[str, float]
-    shards: Path | None
 
 
 class RunRecord:
@@ -73,16 +56,6 @@ class RunRecord:
     def summarise(self, summary: Summary) -> None:
         if self.folder:
             self.folder.write_summary(summary)
-
-    def upload(self, checkpoints: Sequence[KeptCheckpoint]) -> None:
-        """Uploads the checkpoints and the journal."""
-        self.flush()
-        for checkpoint in checkpoints:
-            self.tracker.checkpoint(checkpoint.path, checkpoint.update, checkpoint.evaluated)
-            if checkpoint.shards is not None:
-                self.tracker.artifact(checkpoint.shards, CHECKPOINTS)
-        if self.folder:
-            self.tracker.artifact(self.folder.metrics)
 
     def close(self, status: RunStatus) -> None:
         self.flush()
