@@ -6,7 +6,7 @@ An epoch can start at any update, so a resumed run gets the samples of an uninte
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -45,6 +45,7 @@ class Batch:
     steps: int
 
 
+@dataclass(eq=False, repr=False)
 class Batches:
     """Base class: the order of the samples. `len` is the number of updates in an epoch.
 
@@ -57,22 +58,13 @@ class Batches:
         share: the part of every batch that this rank reads.
     """
 
-    def __init__(
-        self,
-        indices: Tensor,
-        batch_size: int,
-        *,
-        shuffle: int | None = None,
-        drop_last: bool = False,
-        augment: BatchAugment | None = None,
-        share: Share | None = None,
-    ) -> None:
-        self.indices = indices
-        self.batch_size = batch_size
-        self.shuffle = shuffle
-        self.drop_last = drop_last
-        self.augment = augment
-        self.share = share or Share()
+    indices: Tensor
+    batch_size: int
+    _: KW_ONLY
+    shuffle: int | None = None
+    drop_last: bool = False
+    augment: BatchAugment | None = None
+    share: Share = Share()
 
     def __len__(self) -> int:
         full, rest = divmod(self.samples, self.batch_size)

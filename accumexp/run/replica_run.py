@@ -5,9 +5,10 @@ from __future__ import annotations
 import signal
 import statistics
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from typing import Any
 
 from ..data import ResidentBatches
 from ..data.replica_batches import PlannedBatches
@@ -71,7 +72,8 @@ class ReplicaRun:
         monitored = statistics.fmean(values) if values and not failed else None
         error = f"{failed} of {len(summaries)} replicas failed" if failed else None
         status = RunStatus.FAILED if failed else RunStatus.FINISHED
-        self._summarise(status, mean([summary.final for summary in finished]), monitored, error)
+        final = mean([summary.final for summary in finished])
+        self._summarise(status, final=final, monitored=monitored, error=error)
         parts = [_mean_and_deviation(finished), *([error] if error else [])]
         console.print(f"{self.job.title}: {', '.join(parts)}", highlight=False, soft_wrap=True, markup=False)
         return monitored
@@ -165,23 +167,10 @@ class ReplicaRun:
             displays.append(_WriteProgress(file))
         return displays
 
-    def _summarise(
-        self,
-        status: RunStatus,
-        final: Mapping[str, float] | None = None,
-        monitored: float | None = None,
-        error: str | None = None,
-    ) -> None:
-        summary = Summary(
-            status=status,
-            error=error,
-            overrides=self.job.overrides,
-            replicas=[folder.path.name for folder in self.folders],
-            final=dict(final or {}),
-            monitored=monitored,
-            launch=self.job.launch,
-        )
-        self.spec.folder.write_summary(summary)
+    def _summarise(self, status: RunStatus, **values: Any) -> None:
+        names = [folder.path.name for folder in self.folders]
+        job: dict[str, Any] = {"overrides": self.job.overrides, "launch": self.job.launch, "replicas": names}
+        self.spec.folder.write_summary(Summary(status, **job, **values))
 
 
 class _WriteProgress(Callback):

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -174,7 +175,7 @@ class Run:
         self.record.tracker.final(final)
         if self.rank_info.first:
             self._upload()
-        self._close(RunStatus.KILLED if self.interrupted else RunStatus.FINISHED, final)
+        self._close(RunStatus.KILLED if self.interrupted else RunStatus.FINISHED, final=final)
         return final
 
     @contextmanager
@@ -200,24 +201,21 @@ class Run:
         """The newest value of the monitored metric."""
         return self.trainer.latest.get(self.spec.config.monitor)
 
-    def _close(self, status: RunStatus, final: Mapping[str, float] | None = None, error: str = "") -> None:
+    def _close(self, status: RunStatus, **values: Any) -> None:
         self.record.close(status)
-        self._summarise(status, final, error)
+        self._summarise(status, **values)
 
-    def _summarise(
-        self, status: RunStatus, final: Mapping[str, float] | None = None, error: str = ""
-    ) -> None:
+    def _summarise(self, status: RunStatus, **values: Any) -> None:
         ended = status in (RunStatus.FINISHED, RunStatus.KILLED)
         summary = Summary(
-            status=status,
-            error=error or None,
+            status,
             overrides=self.job.overrides if self.job else [],
             seed=self.spec.config.seed,
             run_id=self.record.tracker.run_id,
-            final=dict(final or {}),
             monitored=self.monitored if ended else None,
             launch=self.job.launch if self.job else 0,
             tags=self.record.tags,
+            **values,
         )
         self.record.summarise(summary)
 
