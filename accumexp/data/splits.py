@@ -92,9 +92,9 @@ def build_splits(config: DataConfig, seed: int, place: Placement, share: Share |
     batches = _BatchesFactory(config, transform, place)
     share = share or Share()
     whole = replace(share, steps=1)
-    order: dict[str, Any] = {"shuffle": seed, "drop_last": config.drop_last, "share": share}
+    training: dict[str, Any] = {"shuffle": seed, "drop_last": config.drop_last, "share": share}
     return Splits(
-        train=batches(train_set, train_indices, batch_size, augment, **order),
+        train=batches(train_set, train_indices, batch_size, augment, **training),
         eval=batches(eval_set, eval_indices, config.eval_batch_size, share=whole),
         test=batches(test_set, test_indices, config.eval_batch_size, share=whole),
     )
