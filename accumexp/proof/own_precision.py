@@ -83,12 +83,15 @@ def precision_checks(problem: Problem, name: str) -> list[Check]:
         numbers = [error for error in errors if not math.isnan(error)]
         nearest[key] = worst(all_gather(min(numbers, default=math.nan)))
     # The norm that clips is off by no more than the gradient is, and every parameter's part with it.
-    farthest = {
-        key: max(errors) if all(map(math.isfinite, errors)) else -1.0 for key, errors in larger_errors.items()
-    }
-    bounds = {key: bound + shares[key] * farthest[WHOLE] for key, bound in farthest.items()}
+    whole = max(larger_errors[WHOLE])
+    bounds = {key: max(errors) + shares[key] * whole for key, errors in larger_errors.items()}
     at = max(nearest, key=lambda key: excess(nearest[key], bounds[key]))
-    checks = [Check(f"gradient, {name}", nearest[at], bounds[at], "relative", NEAREST, f"worst at {at}")]
+    detail = f"worst at {at}"
+    overflows = [key for key, errors in larger_errors.items() if not all(map(math.isfinite, errors))]
+    if overflows:  # nothing to compare with: an infinite bound fails the check
+        at, bounds[overflows[0]] = overflows[0], math.inf
+        detail = f"the larger batch, or a part of it, overflows at {at}"
+    checks = [Check(f"gradient, {name}", nearest[at], bounds[at], "relative", NEAREST, detail)]
     return [*checks, worst_check(additions)] if additions else checks
 
 
