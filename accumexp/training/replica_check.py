@@ -53,7 +53,7 @@ def check_replicable(replicas: ReplicaTrainer, key: str) -> None:
             other gradients or buffers than alone.
     """
     window = replicas.window
-    buffers = [(buffer, buffer.clone()) for buffer in window.buffers]
+    buffers = [(buffer, buffer.clone()) for buffer in window.buffers.values()]
     modes = [trainer.model.training for trainer in replicas.trainers]
     state = random_state()
     inputs, targets = _first_samples(replicas)
