@@ -143,7 +143,7 @@ class Checkpoints(Callback):
         self.run = RunState(Path(), {}, lambda: None)
         self._evaluated: dict[str, float] = {}
         self._improved = False
-        self._was_read = False
+        self._verified = False
         self._saved_at: tuple[int, int] | None = None
 
     @property
@@ -189,9 +189,9 @@ class Checkpoints(Callback):
             ended_by = trainer.stop_reason if trainer.stop_code == 1 else None  # 1: not by a signal
             content = {**state, **self.run.identity, "evaluated": evaluated, "ended_by": ended_by}
             save(path, {**content, "random": random, "random_others": others, shards.KEY: shard_folder})
-            if not self._was_read:
+            if not self._verified:
                 load(path, in_file=True)  # fails if a user's class has state that cannot be read back
-                self._was_read = True
+                self._verified = True
             if improved:
                 _link(path, self.folder / BEST)
             for old in saved_updates(self.folder)[: -self.keep_last]:
@@ -201,9 +201,9 @@ class Checkpoints(Callback):
     def _remove_unused_shards(self) -> None:
         """Removes the shards to which no kept checkpoint refers."""
         best = self.folder / BEST
-        kept = {path.stem for path in saved_updates(self.folder)}
+        stems = {path.stem for path in saved_updates(self.folder)}
         for folder in self.folder.glob(f"update-*{shards.SUFFIX}"):
-            if folder.stem in kept or best.exists() and load(best, True).get(shards.KEY) == folder.name:
+            if folder.stem in stems or best.exists() and load(best, True).get(shards.KEY) == folder.name:
                 continue
             shutil.rmtree(folder, ignore_errors=True)
 

@@ -131,4 +131,4 @@ class NoMemoryFor:
 
 def first_line(error: BaseException) -> str:
     """The first line of the error's message, 200 characters at most, or its type."""
-    return str(error).partition("\n")[0][:200] or type(error).__name__
+    return str(error).strip().partition("\n")[0][:200] or type(error).__name__
