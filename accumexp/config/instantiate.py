@@ -11,6 +11,8 @@ from ..errors import UsageError
 
 # Classes and modules named in checkpoints and configurations of earlier versions.
 MOVED_CLASSES = {
+    "accumexp.callbacks.LossMonitor": "accumexp.training.progress_display.LossMonitor",
+    "accumexp.training.callbacks.LossMonitor": "accumexp.training.progress_display.LossMonitor",
     "accumexp.display.Progress": "accumexp.training.progress_display.ProgressBar",
     "accumexp.training.progress_display.Progress": "accumexp.training.progress_display.ProgressBar",
 }

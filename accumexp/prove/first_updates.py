@@ -27,7 +27,7 @@ from ..proof.problem import Problem, TrainingState, WholeBatch
 from ..proof.ranks import all_gather, world_size
 from ..proof.replay_float64 import Float64Replay
 from ..proof.windows import state_errors
-from ..training.callbacks import Callback, without_output
+from ..training.callbacks import Callback, RunState, without_output
 from ..training.checkpoint import Checkpoints, load, restore
 from ..training.experiment import Experiment
 from ..training.metrics_sink import MemoryMetricsSink
@@ -145,7 +145,7 @@ class FirstUpdates:
         with tempfile.TemporaryDirectory(prefix="accumexp-proof-") as temporary:
             folder = Path(broadcast_from_first(temporary, self.experiment.rank_info))
             checkpoints = Checkpoints(every_epochs=None, every_updates=half)
-            checkpoints.attach(folder, {}, lambda: None)
+            checkpoints.run_opened(stopped, RunState(folder, {}, lambda: None))
             stopped.callbacks = {**stopped.callbacks, "checkpoint": checkpoints, "stop": StopAt(half)}
             stopped.fit()
             all_gather(0)

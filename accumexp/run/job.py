@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from ..cli import exit_with_error, log_error
 from ..config.loading import from_hydra
-from ..environment.console import unseen
+from ..environment.console import output_to_log
 from ..environment.launch import launch
 from ..environment.ranks import RankInfo, launched_rank, skip_group_teardown
 from ..errors import UsageError, first_line
@@ -32,7 +32,7 @@ def run_job(cfg: DictConfig) -> float | None:
     rank_info = launched or RankInfo()
     with ExitStack() as stack:
         if job and rank_info.first:
-            stack.enter_context(unseen(folder.path, job.parallel))
+            stack.enter_context(output_to_log(folder.path, job.parallel))
             stack.enter_context(folder.hold(job.title))
         try:
             return _run(cfg, hydra, job, folder, launched)

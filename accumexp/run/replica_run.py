@@ -22,7 +22,6 @@ from ..sweeps.job_status import job_status
 from ..tracking.folder import RunFolder, RunStatus, Summary
 from ..tracking.journal import ProgressFile
 from ..training.callbacks import Callback
-from ..training.checkpoint import Checkpoints
 from ..training.components import placement
 from ..training.replica_check import check_replicable, shared_splits
 from ..training.replica_trainer import ReplicaTrainer, mean
@@ -107,9 +106,7 @@ class ReplicaRun:
             run.build(replace(splits, train=PlannedBatches(splits.train, run.spec.config.seed)))
             # Training draws nothing, so this is the random state of the run alone.
             state = random_state()
-            for callback in run.trainer.callbacks.values():
-                if isinstance(callback, Checkpoints):
-                    callback.random_state = lambda state=state: state
+            run.trainer.random_state = lambda state=state: state
         trainers = [run.trainer for run in runs]
         together = ReplicaTrainer(trainers, self._displays(trainers))
         if self.job.jobs and self.job.jobs > 1:

@@ -27,7 +27,8 @@ from ..tracking import Store, reopen
 from ..tracking.folder import CERTIFICATE_TAG, CHECKPOINTS, RunStatus, Summary
 from ..tracking.journal import ProgressFile
 from ..tracking.record import RunRecord, create_tracker, describing_tags, inequality_tag
-from ..training.checkpoint import Checkpoints, load, restore, saved_updates
+from ..training.callbacks import RunState
+from ..training.checkpoint import load, restore, saved_updates
 from ..training.experiment import Experiment
 from ..training.run_context import run_context
 from ..training.shards import folder_of
@@ -163,11 +164,10 @@ class Run:
         if job and job.jobs:
             trainer.title = f"job {job.turn} of {job.jobs}, "
         identity = {"config": to_plain(self.spec.config), "run": self.record.tracker.identity()}
+        saved = bool(self.spec.resume_from and self.spec.resume_from.ended_by)
+        run = RunState(self.folder.path, identity, self.record.flush, saved)
         for callback in trainer.callbacks.values():
-            if isinstance(callback, Checkpoints):
-                callback.attach(self.folder.path, identity, self.record.flush)
-                if self.spec.resume_from and self.spec.resume_from.ended_by:
-                    callback.know_saved(trainer)
+            callback.run_opened(trainer, run)
 
     def finish(self) -> dict[str, float]:
         """Evaluates on the test split and closes the record; returns `final/*`, empty after a stop signal."""
