@@ -1,14 +1,15 @@
-"""The edge to Hydra: how commands start, and one line for every kind of bad input."""
+"""How commands start: arguments, Hydra, one line for each kind of bad input, exit codes."""
 
 from __future__ import annotations
 
+import argparse
 import logging
 import os
 import re
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
 from hydra.errors import (
@@ -33,17 +34,37 @@ WANTS_TRACEBACK = os.environ.get("ACCUMEXP_TRACEBACK", os.environ.get("HYDRA_FUL
 log = logging.getLogger(__name__)
 
 
-def hydra_app(task: Callable[[Any], Any]) -> None:
-    """Runs `task` under Hydra with `conf/config.yaml`; Hydra's errors reach the caller unformatted.
+def command_options(
+    command_name: str, description: str, epilog: str, defaults: Mapping[str, str]
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Parses the `key=value` arguments of a command without Hydra, and answers `--help`.
 
-    Raises:
-        UsageError: if the command line composes no configuration.
+    Returns:
+        The values of the keys in `defaults`, and the other arguments.
     """
+    parser = argparse.ArgumentParser(
+        prog=f"python -m accumexp.{command_name}",
+        description=description,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("arguments", nargs="*", metavar="key=value")
+    options, others = dict(defaults), {}
+    for argument in parser.parse_args().arguments:
+        key, equals, value = argument.partition("=")
+        if not equals:
+            raise UsageError(f"{argument}: arguments are key=value, such as {next(iter(defaults))}=<path>")
+        (options if key in options else others)[key] = value
+    return options, others
+
+
+def hydra_app(task: Callable[[Any], Any]) -> None:
+    """Runs `task` under Hydra with `conf/config.yaml`; an error of composition becomes a `UsageError`."""
     import hydra
 
-    ours = {"HYDRA_FULL_ERROR": "1", "ACCUMEXP_TRACEBACK": str(int(WANTS_TRACEBACK))}
-    before = {name: os.environ.get(name) for name in ours}
-    os.environ.update(ours)
+    variables = {"HYDRA_FULL_ERROR": "1", "ACCUMEXP_TRACEBACK": str(int(WANTS_TRACEBACK))}
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
     try:
         hydra.main(config_path=conf_dir(), config_name="config", version_base="1.3")(task)()
     except (HydraException, OmegaConfBaseException) as error:
@@ -57,7 +78,7 @@ def hydra_app(task: Callable[[Any], Any]) -> None:
 
 
 def explain(error: BaseException) -> str:
-    """One line for an error of Hydra's composition: the key or choice, and what would be right."""
+    """The one-line message for an error of Hydra's composition: the key or choice, and the remedy."""
     cause = error.__cause__
     text = str(error)
     if isinstance(error, OverrideParseException):
@@ -66,8 +87,8 @@ def explain(error: BaseException) -> str:
         choice = re.search(r"Could not find '([^']*)/([^'/]*)'", text)
         options = getattr(error, "options", None)
         if choice:
-            known = f"{choice[1]} is one of {', '.join(sorted(options))}" if options else "see --help"
-            return f"{choice[1]}={choice[2]}: no such choice, {known}"
+            listed = f"{choice[1]} is one of {', '.join(sorted(options))}" if options else "see --help"
+            return f"{choice[1]}={choice[2]}: no such choice, {listed}"
     override = re.search(r"(?:Could not override|Error merging override) '?([^'\s]+)'?", text)
     if override and isinstance(cause, OmegaConfBaseException):
         key, _, value = override[1].partition("=")
@@ -85,15 +106,14 @@ def explain(error: BaseException) -> str:
     missing = re.search(r"(?:Could not override|Key) '([^']+)'", text)
     if missing:
         return _unknown(missing[1])
-    if isinstance(error, OmegaConfBaseException):
-        return explain_omegaconf(error)
-    if isinstance(error, ConfigCompositionException) and isinstance(cause, OmegaConfBaseException):
-        return explain_omegaconf(cause)
+    origin = cause if isinstance(error, ConfigCompositionException) else error
+    if isinstance(origin, OmegaConfBaseException):
+        return explain_omegaconf(origin)
     return " ".join(line.strip() for line in text.splitlines() if line.strip()) or type(error).__name__
 
 
 def _unknown(key: str) -> str:
-    """The line for a key that the default configuration does not have: the first wrong part of it."""
+    """The message for a key that the default configuration does not have; names its first wrong part."""
     from hydra import compose, initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
 
@@ -109,10 +129,7 @@ def _unknown(key: str) -> str:
 
 
 def command(main: Callable[[], None]) -> NoReturn:
-    """Runs a command's `main` and exits: 0, 2 with one line for bad input, 1 for a run that cannot go on.
-
-    `HYDRA_FULL_ERROR=1` adds the traceback.
-    """
+    """Runs a command's `main` and exits: 0, 2 with one line for bad input, 1 for a run that cannot go on."""
     try:
         main()
     except (UsageError, TrainingError) as error:
@@ -135,11 +152,7 @@ def log_error(error: Exception) -> None:
 
 
 def exit_with_error(error: Exception, rank_info: RankInfo, end_rank: bool = True) -> NoReturn:
-    """Prints the error's line and exits with its code.
-
-    Args:
-        end_rank: of several ranks, end the process at once, without waiting for the others.
-    """
+    """Prints the error's line and exits with its code; with `end_rank`, without waiting for other ranks."""
     expected = isinstance(error, UsageError | TrainingError)
     code = print_error(error, "" if rank_info.first else f"rank {rank_info.rank}: ") if expected else 1
     if rank_info.size > 1:

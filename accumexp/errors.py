@@ -21,15 +21,20 @@ def unknown_key(key: str, choices: list[str]) -> str:
     near = difflib.get_close_matches(last, choices, 1)
     if near:
         return f"{key}: no such key, did you mean {prefix + '.' if prefix else ''}{near[0]}?"
-    known = f", {prefix or 'the configuration'} has {', '.join(sorted(choices))}" if choices else ""
-    return f"{key}: no such key{known}"
+    listed = f", {prefix or 'the configuration'} has {', '.join(sorted(choices))}" if choices else ""
+    return f"{key}: no such key{listed}"
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, or the name of its type."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def compiler_error(error: Exception) -> TrainingError | None:
     """The one-line error for a failure of torch.compile, or None for any other error."""
     if not any(kind.__name__ == "TorchDynamoException" for kind in type(error).__mro__):
         return None
-    reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    reason = first_line(error)
     return TrainingError(f"trainer.compile=true: the model cannot be compiled: {reason}; leave it out")
 
 

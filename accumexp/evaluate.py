@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 
-from .cli import command
+from .cli import command, command_options
 from .errors import UsageError
 
 HELP = """\
@@ -18,40 +17,25 @@ HELP = """\
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m accumexp.evaluate",
-        description="Loss and metrics of a checkpoint's model, rebuilt from what the checkpoint knows.",
-        epilog=HELP,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    options, changes = command_options(
+        "evaluate",
+        "Loss and metrics of a checkpoint's model, rebuilt from the checkpoint's configuration.",
+        HELP,
+        {"checkpoint": "", "split": "test", "json": "false"},
     )
-    parser.add_argument("arguments", nargs="*", metavar="key=value")
-    arguments = parser.parse_args().arguments
-    malformed = next((argument for argument in arguments if "=" not in argument), None)
-    if malformed:
-        raise UsageError(f"{malformed}: arguments are key=value, such as checkpoint=<path>")
-    own = {"checkpoint": "", "split": "test", "json": "false"}
-    overrides = []
-    for argument in arguments:
-        key, _, value = argument.partition("=")
-        if key in own:
-            own[key] = value
-        else:
-            overrides.append(argument)
-    if not own["checkpoint"]:
+    checkpoint, split, as_json = options.values()
+    if not checkpoint:
         raise UsageError("checkpoint: a path is needed, give checkpoint=<run folder or file>")
-    if own["split"] not in ("test", "eval"):
-        raise UsageError(f"split={own['split']}: test or eval")
-    if own["json"] not in ("true", "false"):
-        raise UsageError(f"json={own['json']}: true or false")
-    evaluate(own["checkpoint"], own["split"], overrides, as_json=own["json"] == "true")
+    if split not in ("test", "eval"):
+        raise UsageError(f"split={split}: test or eval")
+    if as_json not in ("true", "false"):
+        raise UsageError(f"json={as_json}: true or false")
+    overrides = [f"{key}={value}" for key, value in changes.items()]
+    evaluate(checkpoint, split, overrides, as_json=as_json == "true")
 
 
 def evaluate(checkpoint: str, split: str, overrides: list[str], as_json: bool) -> dict[str, float]:
-    """Prints and returns loss and metrics of `checkpoint` on `split`.
-
-    Raises:
-        UsageError: for a checkpoint that is missing, damaged, foreign, or does not fit its configuration.
-    """
+    """Prints and returns loss and metrics of `checkpoint` on `split`."""
     from .config.overrides import changed
     from .training.checkpoint import find, load
 

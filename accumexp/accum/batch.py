@@ -79,8 +79,7 @@ def split(batch: Nested, sizes: list[int], dim: int = 0) -> list[Nested]:
 def steps_for(samples: int, full_batch: int, full_steps: int) -> int:
     """The number of micro-batches for a window of `samples`, where `full_batch` takes `full_steps`.
 
-    The last, smaller batch of an epoch takes ceil(samples * full_steps / full_batch), so that its
-    micro-batches are no larger than a full window's.
+    ceil(samples * full_steps / full_batch), so that its micro-batches are no larger than a full window's.
     """
     return max(1, -(-samples * full_steps // full_batch))
 
@@ -88,9 +87,8 @@ def steps_for(samples: int, full_batch: int, full_steps: int) -> int:
 def rank_share(samples: int, steps: int, rank: int, ranks: int) -> list[range]:
     """The samples of a batch that `rank` computes, one range for each of its `steps` micro-batches.
 
-    The batch is split into micro-batches as on one process, and each micro-batch over the ranks. So the
-    union of the ranks' k-th micro-batches holds the same samples at any number of ranks. A range is empty
-    if a micro-batch has fewer samples than ranks.
+    The batch is split into micro-batches as on one process, and each micro-batch over the ranks. A range is
+    empty if a micro-batch has fewer samples than ranks.
     """
     shares = []
     begin = 0

@@ -1,8 +1,7 @@
-"""fp32 accumulation for parameters of lower precision.
+"""fp32 accumulation for parameters of lower precision, at the cost of an fp32 buffer for each of them.
 
-Adding N bf16 gradients in bf16 loses up to N/2 units in the last of 8 bits; adding them in fp32 and
-rounding once loses half a unit at any N. It costs one fp32 buffer per low-precision parameter, so it is
-off by default.
+Adding N bf16 gradients in bf16 loses up to N/2 units in the last of 8 bits; adding them in fp32 and rounding
+once loses half a unit at any N.
 """
 
 from __future__ import annotations
@@ -25,38 +24,34 @@ class Fp32Buffers:
     """
 
     def __init__(self, parameters: Iterable[torch.nn.Parameter]) -> None:
-        self._sums: dict[Tensor, Tensor] = {}
-        self._open = False
+        self._sums: dict[Tensor, Tensor] | None = None  # None while no window is open
         self._parameters = list(parameters)
         for parameter in self._parameters:
             if parameter.requires_grad and parameter.dtype in LOW_PRECISION:
                 parameter.register_post_accumulate_grad_hook(self._collect)
 
     def open(self) -> None:
-        self._sums.clear()
-        self._open = True
+        self._sums = {}
 
     def drop(self) -> None:
         """Discards the open window's gradients."""
-        self._open = False
-        self._sums.clear()
+        self._sums = None
 
     def close(self, ranks: Ranks) -> None:
-        self._open = False
+        sums, self._sums = self._sums or {}, None
         for parameter in self._parameters if ranks.size > 1 else ():
             if not parameter.requires_grad:
                 continue
-            total = self._sums.get(parameter, parameter.grad)
+            total = sums.get(parameter, parameter.grad)
             if total is None:  # unused on this rank, possibly used on another
                 low = parameter.dtype in LOW_PRECISION
                 total = torch.zeros_like(parameter, dtype=torch.float32 if low else None)
-            self._sums[parameter] = ranks.sum(total)
-        for parameter, total in self._sums.items():
+            sums[parameter] = ranks.sum(total)
+        for parameter, total in sums.items():
             parameter.grad = total.to(parameter.dtype)
-        self._sums.clear()
 
     def _collect(self, parameter: Tensor) -> None:
-        if not self._open or parameter.grad is None:
+        if self._sums is None or parameter.grad is None:
             return
         if parameter in self._sums:
             self._sums[parameter].add_(parameter.grad)

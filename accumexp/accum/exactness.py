@@ -33,12 +33,11 @@ def inequalities(
 ) -> list[Inequality]:
     """Modules of `model` whose training depends on how `samples` are split into micro-batches.
 
-    Detects batch statistics and random draws by a module's type. It does not detect a loss or a forward
-    function that couples samples. Empty for one micro-batch, which is the larger batch.
+    Detects batch statistics and random draws by a module's type, but not a loss or a forward function that
+    couples samples. Empty for one micro-batch, which is the larger batch.
 
-    A BatchNorm that takes its statistics over groups of samples declares them with a method
-    `statistics_groups(samples)`, which returns the sizes of the groups of a batch, in the order of its
-    samples. It is reported only if the micro-batches have other groups than the whole batch.
+    A BatchNorm with statistics over groups of samples declares their sizes with a method
+    `statistics_groups(samples)`. It is reported only if the micro-batches have other groups than the batch.
 
     Args:
         samples: samples in an update, on all ranks.

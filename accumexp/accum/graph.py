@@ -1,10 +1,8 @@
 """Windows and optimizer steps as CUDA graphs: captured once, then replayed with one launch each.
 
-A small model's kernels end sooner than the host can launch them. A graph of the window holds the forward
-and backward passes of all its micro-batches; a graph of the step holds unscaling, clipping, the optimizer
-and the loss scale. A replay computes what the same calls compute without a graph, except that learning rates
-are fp32 tensors, and works on the memory that was captured. It does not call the hooks of modules, tensors
-and optimizers.
+For small models, whose kernels end sooner than the host can launch them. A replay computes the same as the
+calls without a graph, except that learning rates are fp32 tensors, and works on the memory that was captured.
+It does not call the hooks of modules, tensors and optimizers.
 """
 
 from __future__ import annotations
@@ -41,8 +39,7 @@ GraphRecorder = Callable[[Callable[[], Any]], Callable[[], Any]]
 class CudaGraphs:
     """A `GraphRecorder` that captures CUDA graphs on its own stream and in one memory pool.
 
-    The graphs may share memory because no result of a replay is read after the next replay: results are
-    copied at once.
+    They may share memory because the results of a replay are copied before the next one.
     """
 
     def __init__(self, device: torch.device | str = "cuda") -> None:
@@ -87,13 +84,10 @@ class GraphedWindow:
     """`Window.backward` that replays a recording where there is one.
 
     The first windows of a kind (samples, steps, shapes) run eagerly, the next is recorded. Windows with
-    `Window.after_micro_batch` hooks and kinds beyond the first 16 always run eagerly. So does a window before
-    which a gradient, parameter or buffer was replaced or a module changed its mode, and all recordings are
-    then discarded. Zero gradients in place, with `zero_grad(set_to_none=False)`: otherwise no window is
-    replayed, and a warning says so.
-
-    The memory of the largest recorded window is not released, so recorded and eager windows need memory for
-    both.
+    `Window.after_micro_batch` hooks and kinds beyond the first 16 always run eagerly. If a gradient,
+    parameter or buffer was replaced or a module changed its mode, the window runs eagerly and all recordings
+    are discarded; so zero gradients in place, with `zero_grad(set_to_none=False)`. The memory of the largest
+    recorded window is not released.
 
     Args:
         window: of one process, on a GPU, without fp32 buffers.
@@ -158,7 +152,7 @@ class GraphedWindow:
         result, observed = recording.replay()
         if observe is not None:
             for outputs, targets_k in observed:
-                observe(*_map_outputs(torch.clone, (outputs, targets_k)))
+                observe(*pytree.tree_map_only(Tensor, torch.clone, (outputs, targets_k)))
         total = result.weight.clone() if isinstance(result.weight, Tensor) else result.weight
         return replace(result, loss=result.loss.clone(), weight=total)
 
@@ -169,7 +163,7 @@ class GraphedWindow:
             observed: list[tuple[Any, Nested]] = []
 
             def keep(outputs: Any, targets_k: Nested) -> None:
-                observed.append((_map_outputs(torch.Tensor.detach, outputs), targets_k))
+                observed.append((pytree.tree_map_only(Tensor, Tensor.detach, outputs), targets_k))
 
             result = self.window.backward(inputs, targets, **options, observe=keep if observe else None)
             return result, observed
@@ -200,10 +194,7 @@ class GraphedStep:
     """`OptimizerStep` that replays a recording where there is one.
 
     Learning rates become tensors on the device, which schedules fill. An optimizer that cannot be recorded
-    (`can_be_recorded`) steps eagerly.
-
-    Args:
-        recorder: that of the `GraphedWindow` whose gradients are stepped on.
+    (`can_be_recorded`) steps eagerly. `recorder` is that of the `GraphedWindow`.
     """
 
     def __init__(self, step: OptimizerStep, recorder: GraphRecorder) -> None:
@@ -288,11 +279,6 @@ def rates_as_numbers(state: dict[str, Any]) -> dict[str, Any]:
         for group in state["param_groups"]
     ]
     return {**state, "param_groups": groups}
-
-
-def _map_outputs(function: Callable[[Tensor], Any], outputs: Any) -> Any:
-    """Applies `function` to the tensors that torch's pytree finds in a model's outputs."""
-    return pytree.tree_map_only(Tensor, function, outputs)
 
 
 def _signature(batch: Nested) -> tuple[Hashable, ...]:

@@ -1,9 +1,7 @@
 """Losses as two sums that can be accumulated: of the items' weighted losses, and of their weights.
 
-The larger batch's loss is a weighted mean, `sum_i w_i l_i / sum_i w_i`, over items that are samples,
-pixels or valid tokens. A mean of micro-batch means differs from it, because it weights all micro-batches
-alike. The two sums add up, and the denominator needs only the targets, so it is computed before the first
-backward.
+The larger batch's loss is `sum_i w_i l_i / sum_i w_i` over items that are samples, pixels or valid tokens.
+The denominator needs only the targets, so it is computed before the first backward.
 """
 
 from __future__ import annotations
@@ -13,6 +11,7 @@ from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from .batch import Nested, batch_size
 
@@ -34,19 +33,23 @@ class WindowLoss(Protocol):
         ...
 
 
-class MeanOverSamples(nn.Module):
-    """A criterion that is a mean over samples, or over elements if all samples have equally many.
-
-    These are torch's elementwise criteria (MSE, L1, smooth L1, BCE, ...) and every function whose value on
-    a batch is the mean of its values on the samples. A criterion with `reduction="none"` is averaged here.
-    """
+class _CriterionLoss(nn.Module):
+    """Base of the losses that wrap a criterion."""
 
     # Defined here because looking up a missing attribute of a module is slow.
     counts = True
 
     def __init__(self, criterion: Callable[[Any, Any], Tensor]) -> None:
         super().__init__()
-        self.criterion = criterion
+        self.criterion: Any = criterion
+
+
+class MeanOverSamples(_CriterionLoss):
+    """A criterion that is a mean over samples, or over elements if all samples have equally many.
+
+    These are torch's elementwise criteria (MSE, L1, smooth L1, BCE, ...) and every function whose value on
+    a batch is the mean of its values on the samples. A criterion with `reduction="none"` is averaged here.
+    """
 
     def weight(self, targets: Nested) -> float:
         return float(batch_size(targets))
@@ -56,14 +59,10 @@ class MeanOverSamples(nn.Module):
         return (loss.mean() if loss.dim() else loss) * batch_size(targets)
 
 
-class SumOverSamples(nn.Module):
+class SumOverSamples(_CriterionLoss):
     """A criterion that is a sum over samples (`reduction="sum"`). Its weight is 1 on any number of ranks."""
 
     counts = False
-
-    def __init__(self, criterion: Callable[[Any, Any], Tensor]) -> None:
-        super().__init__()
-        self.criterion = criterion
 
     def weight(self, targets: Nested) -> float:
         return 1.0
@@ -72,7 +71,7 @@ class SumOverSamples(nn.Module):
         return self.criterion(_widened(outputs), targets)
 
 
-class ClassIndexLoss(nn.Module):
+class ClassIndexLoss(_CriterionLoss):
     """`nn.CrossEntropyLoss` or `nn.NLLLoss` with its class weights, `ignore_index` and label smoothing.
 
     With `reduction="mean"` torch divides by the summed class weights of the targets that are not
@@ -82,12 +81,6 @@ class ClassIndexLoss(nn.Module):
     Shapes: outputs (n, classes, ...), targets (n, ...) of class indices or (n, classes, ...) of
     probabilities.
     """
-
-    counts = True
-
-    def __init__(self, criterion: nn.CrossEntropyLoss | nn.NLLLoss) -> None:
-        super().__init__()
-        self.criterion = criterion
 
     def weight(self, targets: Nested) -> Tensor | float:
         targets = cast(Tensor, targets)
@@ -104,18 +97,11 @@ class ClassIndexLoss(nn.Module):
     def losses(self, outputs: Any, targets: Nested, reduction: str) -> Tensor:
         """The items' weighted losses, shape (n, ...), or with `reduction="sum"` their sum, shape ()."""
         criterion, outputs, targets = self.criterion, _widened(outputs), cast(Tensor, targets)
+        options: dict[str, Any] = {"ignore_index": criterion.ignore_index, "reduction": reduction}
         if isinstance(criterion, nn.NLLLoss):
-            return nn.functional.nll_loss(
-                outputs, targets, criterion.weight, ignore_index=criterion.ignore_index, reduction=reduction
-            )
-        return nn.functional.cross_entropy(
-            outputs,
-            targets,
-            criterion.weight,
-            ignore_index=criterion.ignore_index,
-            label_smoothing=criterion.label_smoothing,
-            reduction=reduction,
-        )
+            return F.nll_loss(outputs, targets, criterion.weight, **options)
+        options["label_smoothing"] = criterion.label_smoothing
+        return F.cross_entropy(outputs, targets, criterion.weight, **options)
 
 
 class OverriddenClassIndexLoss(ClassIndexLoss):

@@ -37,8 +37,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 class SavedActivations:
     """The peak of bytes saved for backward while `measure_activations` is active, on any device.
 
-    Counts the storages that autograd keeps between forward and backward, each once, without parameters,
-    buffers and the batch itself.
+    Counts the storages that autograd keeps for backward, without parameters, buffers and the batch.
 
     Attributes:
         peak_bytes: the largest sum of storages alive at once, in bytes.

@@ -49,11 +49,8 @@ def measure_peak(device: torch.device, before: int = 0) -> Iterator[Peak]:
     """Measures the peak bytes of tensors on `device`, as counted by its allocator.
 
     Includes the temporary memory of operators; excludes other processes, other libraries and DataLoader
-    workers. On a GPU the peak is `torch.cuda.max_memory_allocated`. On a CPU torch counts only while it is
-    profiled.
-
-    Cannot be nested, nor used inside a torch profiler. Costs as much as profiling: use it for a few updates,
-    not for a run.
+    workers. On a GPU the peak is `torch.cuda.max_memory_allocated`. Cannot be nested, nor used inside a torch
+    profiler. Costs as much as profiling.
 
     Args:
         before: on a CPU, the bytes that are alive at the beginning (`held_bytes`).
@@ -88,17 +85,16 @@ def held_bytes(tensors: Iterable[Tensor]) -> int:
 def extrapolated(small: tuple[int, Peak], large: tuple[int, Peak], size: int, beside: int = 0) -> int:
     """The peak in bytes at `size`, extrapolated from measurements of the same work at two other sizes.
 
-    The bytes of every tensor are linear in the micro-batch's size, and so is their sum after each
-    allocation. The peak is the maximum over these lines, which may be a different one at each size. If the
-    two measurements differ in their sequence of allocations, it is the line through the two peaks.
+    The bytes alive after each allocation are linear in the micro-batch's size. The peak is the maximum over
+    these lines; if the measurements differ in their sequence of allocations, the line through the two peaks.
 
     Args:
         small, large: (size, measurement) at two different sizes.
         beside: bytes at `size` that the measurements do not include, added to the result.
     """
     (a, first), (b, second) = small, large
-    pairs = zip(first.alive, second.alive, strict=True) if alike(first, second) else ()
-    lines = [(first.peak, second.peak)] if not pairs else pairs
+    same = alike(first, second)
+    lines = zip(first.alive, second.alive, strict=True) if same else [(first.peak, second.peak)]
     return max(round(p + (q - p) * (size - a) / (b - a)) for p, q in lines) + beside
 
 

@@ -64,8 +64,8 @@ ALONE = Ranks(alone=True)
 class Agreement:
     """Spreads a request of any rank to all ranks at the same update, without waiting for the device.
 
-    A request is a number, 0 for none; the largest counts. The all-reduce of one update's requests overlaps
-    with the next update, so all ranks get the result an update later; a single process gets it at once.
+    A request is a number, 0 for none; the largest counts. On several ranks the all-reduce overlaps with the
+    next update, and the result comes an update later.
     """
 
     def __init__(self, ranks: Ranks) -> None:

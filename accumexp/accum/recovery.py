@@ -1,4 +1,4 @@
-"""Recovers from out of memory: restores the window's start and repeats it in smaller micro-batches."""
+"""Recovery from out of memory: restores the window's start and repeats it in smaller micro-batches."""
 
 from __future__ import annotations
 
@@ -17,9 +17,6 @@ from .batch import Nested, batch_size
 from .memory import is_out_of_memory
 from .sync import DataParallelSync
 from .window import Observer, Window, WindowResult
-
-# Consecutive windows without a draw from Python's `random` after which its state, slow to copy, is not saved.
-QUIET = 3
 
 
 @dataclass(frozen=True)
@@ -43,19 +40,16 @@ class Recovery:
     """`Window.backward` that recovers from out of memory.
 
     If any micro-batch on any rank runs out of memory, all ranks restore the window's start (gradients,
-    buffers of model and loss, torch's generators, and Python's `random` if the first windows draw from it;
-    not NumPy's) and repeat the update in micro-batches half as large, until it succeeds. Later windows keep
-    this limit. The result has the bits of a window of that many micro-batches.
+    buffers of model and loss, the generators of torch and Python's `random`, but not NumPy's) and repeat the
+    update in micro-batches half as large, until it succeeds. Later windows keep this limit. The result has
+    the bits of a window of that many micro-batches.
 
-    Gradients are not copied. They are reset to `None`, or on several ranks to zeros in place, and must be so
-    when a window begins. On one process `.grad` tensors that exist then (`zero_grad(set_to_none=False)`) may
-    not be zeros, so the error is raised.
+    Gradients are not copied but reset to `None`, or on several ranks to zeros in place, and must be so when a
+    window begins. On one process `.grad` tensors that exist then may not be zeros, so the error is raised.
 
-    On several ranks the micro-batches do not communicate: after the last one the ranks exchange their status
-    on the host and then reduce gradients. So the reduction does not overlap with the last backward.
-
-    The memory of the restored state is allocated here: a rank that could not allocate it in a window would
-    leave the others waiting.
+    On several ranks the ranks exchange their status on the host after the last micro-batch and then reduce
+    gradients, so the reduction does not overlap with the last backward. The memory of the restored state is
+    allocated here: a rank that could not allocate it in a window would leave the others waiting.
 
     Args:
         notify: called on all ranks with each `OutOfMemory`, before the window is repeated.
@@ -131,7 +125,7 @@ class Recovery:
                     inputs, targets, steps=steps, samples=samples, weight=weight, observe=observe, agree=agree
                 )
             except _OtherRankFailed as error:
-                failure = error.failure
+                failure = error.args[0]
             except Exception as error:
                 if self._agreed or not is_out_of_memory(error):
                     raise
@@ -181,7 +175,7 @@ class Recovery:
 
 @dataclass(frozen=True)
 class _Failure:
-    """Where a window failed, and the largest micro-batch of all ranks and of those that failed."""
+    """The place of a failure, and the largest micro-batch of all ranks and of those that failed."""
 
     rank: int
     micro_batch: int
@@ -190,11 +184,7 @@ class _Failure:
 
 
 class _OtherRankFailed(Exception):
-    """Another rank ran out of memory in this window."""
-
-    def __init__(self, failure: _Failure) -> None:
-        super().__init__("out of memory on another rank")
-        self.failure = failure
+    """Another rank ran out of memory in this window. The argument is the `_Failure`."""
 
 
 class _Start:
@@ -212,7 +202,6 @@ class _Start:
         self._initialised: list[Tensor] = []
         self._copies: list[Tensor] = []
         self._torch = self._python = self._device = None
-        self._quiet = 0
         self.clean = True  # whether gradients can be restored without a copy
         present = [buffer for held in self._held for buffer in held.values() if buffer is not None]
         self._allocate([buffer for buffer in present if not is_lazy(buffer)])
@@ -222,11 +211,7 @@ class _Start:
         self._absent = [p for p in self._parameters if p.grad is None]
         self.clean = self.window.sync.keeps_gradients or len(self._absent) == len(self._parameters)
         self._torch = torch.default_generator.get_state()
-        if self._quiet < QUIET:
-            before, self._python = self._python, random.getstate()
-            self._quiet = self._quiet + 1 if self._python == before else 0
-        else:
-            self._python = None
+        self._python = random.getstate()
         if self._parameters[0].is_cuda:
             self._device = torch.cuda.get_rng_state(self._parameters[0].device)
         self._buffers = [(held, name, buffer) for held in self._held if held for name, buffer in held.items()]
@@ -249,29 +234,26 @@ class _Start:
                 held[name] = buffer
             if self._initialised:
                 torch._foreach_copy_(self._initialised, self._copies)  # pyright: ignore[reportPrivateImportUsage]
-        assert self._torch is not None
+        assert self._torch is not None and self._python is not None
         torch.set_rng_state(self._torch)
-        if self._python is not None:
-            random.setstate(self._python)
-        device = self._parameters[0].device
+        random.setstate(self._python)
         if self._device is not None:
-            torch.cuda.set_rng_state(self._device, device)
-        if device.type == "cuda":
+            torch.cuda.set_rng_state(self._device, self._parameters[0].device)
             torch.cuda.empty_cache()
 
     def _allocate(self, buffers: list[Tensor]) -> None:
-        if len(buffers) != len(self._copies) or not all(map(_alike, buffers, self._copies)):
+        if list(map(_kind, buffers)) != list(map(_kind, self._copies)):
             self._copies = [torch.empty_like(buffer) for buffer in buffers]
 
 
 def _clear_frames(error: BaseException | None) -> None:
     """Clears the frames of `error`'s traceback, so that the error keeps no tensor alive."""
-    seen: set[int] = set()
-    while error is not None and id(error) not in seen:  # an error may be its own cause
-        seen.add(id(error))
+    cleared: set[int] = set()
+    while error is not None and id(error) not in cleared:  # an error may be its own cause
+        cleared.add(id(error))
         traceback.clear_frames(error.__traceback__)
         error = error.__cause__ or error.__context__
 
 
-def _alike(one: Tensor, other: Tensor) -> bool:
-    return one.shape == other.shape and one.dtype is other.dtype and one.device == other.device
+def _kind(tensor: Tensor) -> tuple[torch.Size, torch.dtype, torch.device]:
+    return tensor.shape, tensor.dtype, tensor.device

@@ -13,8 +13,7 @@ from torch import Tensor, optim
 from .replica_window import ReplicaWindow
 from .step import OptimizerStep, StepResult, give_momentum
 
-# An element's update depends on the element, its gradient and its state alone, so a stack of parameters gets
-# the updates of the parameters in it.
+# Their update of an element depends on the element, its gradient and its state alone.
 ELEMENTWISE: tuple[type[optim.Optimizer], ...] = (
     *(optim.SGD, optim.Adam, optim.AdamW, optim.NAdam, optim.RAdam, optim.Adamax),
     *(optim.RMSprop, optim.Adagrad, optim.Adadelta, optim.Rprop),
@@ -26,9 +25,8 @@ COUNTS = {"step", "mu_product"}
 class ReplicaStep:
     """Clips and steps all replicas at once, with one optimizer over the stacked parameters.
 
-    The states of the replicas' own optimizers are views into the stacked state. Where one step would differ
-    from the replicas' own (another optimizer, a loss scale that may skip one of them, unequal learning rates,
-    step hooks), each replica steps by itself.
+    The states of the replicas' own optimizers are views into the stacked state. Each replica steps by itself
+    with another optimizer, a loss scale, unequal learning rates or step hooks.
 
     Args:
         steps: of the replicas in `window`, with the same settings.

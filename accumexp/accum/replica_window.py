@@ -1,8 +1,7 @@
 """The windows of several replicas as one: models of one architecture, each with its own weights and batch.
 
-The parameters of R models are stacked, as by `torch.func.stack_module_state`, and a micro-batch of all of
-them is one forward and loss under `torch.func.vmap` and one backward. Weights, splits and shares are those of
-each replica, so that each gets the gradient of its own window.
+The parameters are stacked, as by `torch.func.stack_module_state`, and a micro-batch of all replicas is one
+forward and loss under `torch.func.vmap` and one backward.
 """
 
 from __future__ import annotations
@@ -26,9 +25,8 @@ from .window import MicroBatch, Observer, Window, WindowResult
 class ReplicaWindow:
     """The windows of R replicas, accumulated at once.
 
-    The models' parameters and buffers become views into stacks whose first dimension is the replica, and
-    their gradients views into the stacks' gradients. Each model can still be evaluated, saved and stepped
-    by itself.
+    The models' parameters, buffers and gradients become views into stacks whose first dimension is the
+    replica. Each model can still be evaluated, saved and stepped by itself.
 
     Args:
         windows: on one process, over models that differ only in the values of their parameters and buffers.
@@ -36,6 +34,7 @@ class ReplicaWindow:
     Attributes:
         parameters: the stacked parameters, (R, ...) each, in the order of the models' own, tied ones once.
             A parameter that the last window did not reach has `.grad` None.
+        buffers: the stacked buffers, (R, ...) each, by name.
     """
 
     def __init__(self, windows: Sequence[Window]) -> None:
@@ -49,14 +48,9 @@ class ReplicaWindow:
         self._gradients: list[Tensor] = []
         self._views: list[list[Tensor]] = []
         self._sums: list[Tensor] = []
-        self._buffers: dict[str, Tensor] = {}
+        self.buffers: dict[str, Tensor] = {}
         self._reached: set[int] = set()  # indices of the parameters with a gradient in this window
         self._stack()
-
-    @property
-    def buffers(self) -> list[Tensor]:
-        """The stacked buffers, (R, ...) each."""
-        return list(self._buffers.values())
 
     def stacks(self) -> dict[nn.Parameter, Tensor]:
         """The stack of each of the first replica's parameters."""
@@ -89,10 +83,10 @@ class ReplicaWindow:
             gradient.float() if self.windows[0].fp32_buffers and gradient.dtype in LOW_PRECISION else gradient
             for gradient in self._gradients
         ]
-        self._buffers = {}
+        self.buffers = {}
         buffers = [dict(model.named_buffers()) for model in models]
         for name in buffers[0]:
-            self._buffers[name] = stack = torch.stack([each[name] for each in buffers])
+            self.buffers[name] = stack = torch.stack([each[name] for each in buffers])
             for each, part in zip(buffers, stack.unbind(), strict=True):
                 each[name].data = part
 
@@ -101,7 +95,7 @@ class ReplicaWindow:
     ) -> list[WindowResult]:
         """Forward and backward of every micro-batch of all replicas; replaces earlier gradients.
 
-        Nothing here waits for the device.
+        Returns each replica's result. Does not wait for the device.
 
         Args:
             inputs: the replicas' batches of the update, (R, n, ...).
@@ -110,16 +104,13 @@ class ReplicaWindow:
             observe: for each replica None, or a function called with each micro-batch's detached outputs
                 and its targets.
 
-        Returns:
-            Each replica's result.
-
         Raises:
             ValueError: if the batches have fewer samples than `steps`, or a parameter is frozen in some but
                 not all replicas.
         """
         first = self.windows[0]
         self._update_frozen()
-        samples = batch_size(_of((inputs, targets), 0))
+        samples = batch_size(_replica((inputs, targets), 0))
         sizes = split_sizes(samples, steps)
         parts = list(zip(split(inputs, sizes, dim=1), split(targets, sizes, dim=1), strict=True))
         by_step = first.reduction == "sum"
@@ -161,9 +152,12 @@ class ReplicaWindow:
         parameters = dict(zip(self._names, self.parameters, strict=True))
 
         def one(parameters: Any, buffers: Any, inputs: Nested) -> Any:
-            return _functional_call(first.model, (parameters, buffers), inputs, self._tied)
+            keywords = dict(inputs) if isinstance(inputs, Mapping) else {}
+            arguments = () if keywords else (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
+            state = (parameters, buffers)
+            return functional_call(first.model, state, arguments, keywords, tie_weights=self._tied)
 
-        outputs = vmap(one)(parameters, self._buffers, inputs)
+        outputs = vmap(one)(parameters, self.buffers, inputs)
         return outputs, _totals(first.loss, outputs, targets)
 
     def _seed(self, share: Tensor) -> Tensor:
@@ -206,7 +200,7 @@ class ReplicaWindow:
             observer = observe[r] if observe else None
             if not window.after_micro_batch and observer is None:
                 continue
-            targets = _of(micro.targets, r)
+            targets = _replica(micro.targets, r)
             for after in window.after_micro_batch:
                 after(replace(micro, targets=targets, share=micro.share[r]))
             if observer is not None:
@@ -226,7 +220,7 @@ def _weights(window: Window, targets: Any) -> Tensor | float:
     """The weight of each replica's `targets`, (R,), or a number if it is the same for all."""
     loss = window.loss
     if type(loss) in (MeanOverSamples, SumOverSamples):
-        return loss.weight(_of(targets, 0))
+        return loss.weight(_replica(targets, 0))
     if type(loss) is ClassIndexLoss and not targets.is_floating_point() and loss.criterion.weight is None:
         return (targets != loss.criterion.ignore_index).flatten(1).sum(1)
     numbers: list[float] = []
@@ -242,15 +236,7 @@ def _weights(window: Window, targets: Any) -> Tensor | float:
     return numbers[0] if numbers else weights
 
 
-def _functional_call(model: nn.Module, state: Any, inputs: Nested, tied: bool) -> Any:
-    """As `window.call`, with the parameters and buffers of `state`."""
-    if isinstance(inputs, Mapping):
-        return functional_call(model, state, (), dict(inputs), tie_weights=tied)
-    arguments = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
-    return functional_call(model, state, arguments, tie_weights=tied)
-
-
-def _of(batch: Nested, replica: int) -> Nested:
+def _replica(batch: Nested, replica: int) -> Nested:
     return map_tensors(lambda t: t[replica], batch)
 
 

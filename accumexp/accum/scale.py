@@ -1,8 +1,7 @@
-"""Loss scaling for fp16: a factor that keeps small gradients above fp16's smallest number.
+"""Dynamic loss scaling for fp16 (Micikevicius et al., "Mixed Precision Training", arXiv 1710.03740, 3.2).
 
-The algorithm is dynamic loss scaling (Micikevicius et al., "Mixed Precision Training", arXiv 1710.03740,
-3.2): an overflow skips the update and lowers the scale; a series of updates without overflow raises it. The
-scale changes at most once a window.
+An overflow skips the update and lowers the scale; a series of updates without overflow raises it. The scale
+changes at most once a window.
 """
 
 from __future__ import annotations

@@ -25,15 +25,12 @@ class StepResult:
     overflow: Tensor | None
 
 
-EMPTY_RESULT = StepResult(None, None)
-
-
 class OptimizerStep:
     """Steps `optimizer` on the gradient that `window` accumulated.
 
-    With a loss scale the gradient is first divided by it. A window in which any micro-batch on any rank
-    overflowed changes neither weights nor optimizer state, and the scale is updated once. A fused optimizer
-    skips on the device; for any other the host waits for the device once an update.
+    With a loss scale the gradient is first divided by it. A window that overflowed on any rank changes
+    neither weights nor optimizer state, and the scale is updated once. A fused optimizer skips on the device;
+    for any other the host waits for the device once an update.
 
     Args:
         clip_norm: the 2-norm that the update's gradient is clipped to, or None.
@@ -43,16 +40,13 @@ class OptimizerStep:
         self.window = window
         self.optimizer = optimizer
         self.clip_norm = clip_norm
-        # The optimizer state in which every parameter has its momentum buffer, and its size.
-        self._complete: Any = None
-        self._count = 0
 
     def __call__(self, want_norm: bool = False) -> StepResult:
         sync, scale = self.window.sync, self.window.loss_scale
-        self._give_momentum()
+        give_momentum(self.optimizer)
         if scale is None and self.clip_norm is None and not want_norm:
             self.optimizer.step()
-            return EMPTY_RESULT
+            return StepResult(None, None)
         overflow = None if scale is None else sync.overflow()
         unscale = None if scale is None else scale.scale.double().reciprocal()
         norm = sync.norm() if want_norm or self.clip_norm is not None else None
@@ -72,14 +66,6 @@ class OptimizerStep:
             scale.update(overflow)
         return StepResult(norm, overflow)
 
-    def _give_momentum(self) -> None:
-        """Calls `give_momentum` until all have a buffer, and again for a new state or other parameters."""
-        groups, state = self.optimizer.param_groups, self.optimizer.state
-        count = sum([len(group["params"]) for group in groups])
-        if self._complete is not state or not count == len(state) == self._count:
-            self._complete = state if give_momentum(self.optimizer) else None
-            self._count = count
-
     def _step_unless(self, overflow: Tensor) -> None:
         if self.skips_on_device:
             optimizer: object = self.optimizer
@@ -96,36 +82,26 @@ class OptimizerStep:
     def skips_on_device(self) -> bool:
         """Whether the optimizer can skip an update on the device, as torch's fused ones can."""
         groups = self.optimizer.param_groups
-        able = getattr(self.optimizer, "_step_supports_amp_scaling", False) and not self.window.sync.sharded
+        supported = getattr(self.optimizer, "_step_supports_amp_scaling", False)
         # Groups of a loaded checkpoint may not be fused.
-        return bool(able) and all(group.get("fused") and not _dampened(group) for group in groups)
+        fused = all(group.get("fused") and not _dampened(group) for group in groups)
+        return supported and fused and not self.window.sync.sharded
 
 
-def give_momentum(optimizer: Optimizer) -> bool:
+def give_momentum(optimizer: Optimizer) -> None:
     """Creates the missing momentum buffers of fused SGD, as zeros, for parameters that have a gradient.
 
     Fused SGD creates all buffers in its first step, leaves them uninitialised if that step is skipped, and
     fails if a parameter gets its first gradient later. From a buffer of zeros the first step is the same.
-
-    Returns:
-        Whether all parameters of all groups have a buffer.
     """
     if not isinstance(optimizer, SGD):
-        return False
-    complete = True
+        return
     for group in optimizer.param_groups:
         if not (group.get("fused") and group["momentum"]) or _dampened(group):
-            complete = False
             continue
         for parameter in group["params"]:
-            state = optimizer.state.get(parameter)
-            if state and state.get("momentum_buffer") is not None:
-                continue
-            if parameter.grad is None:
-                complete = False
-            else:
+            if parameter.grad is not None and optimizer.state[parameter].get("momentum_buffer") is None:
                 optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-    return complete
 
 
 def _dampened(group: dict[str, Any]) -> bool:

@@ -1,8 +1,7 @@
 """Synchronises the gradients of several ranks: never, once a window, or once a micro-batch.
 
-A window's gradient is a sum, so gradients are summed over the ranks. `data_parallel` and `fully_sharded`
-wrap a model that way. Any other wrapper averages, torch's default, and the window multiplies by the number
-of ranks.
+Models wrapped by `data_parallel` and `fully_sharded` sum gradients over the ranks. Any other wrapper averages
+them, torch's default, and the window multiplies by the number of ranks.
 """
 
 from __future__ import annotations
@@ -66,19 +65,14 @@ class Sync:
         return self.ranks.sum(local.square()).sqrt() if self.sharded else local
 
     def share_buffers(self, module: nn.Module | None = None) -> None:
-        """Broadcasts the first rank's buffers (BatchNorm's statistics), as the next window does.
-
-        Args:
-            module: whose buffers, by default the model's.
-        """
+        """Broadcasts the first rank's buffers of `module`, by default the model, as the next window does."""
         for buffer in (module or self.module).buffers() if self.ranks.size > 1 else ():
             dist.broadcast(plain(buffer), group=self.ranks.group, group_src=0)
 
     def overflow(self) -> Tensor:
         """Whether the gradient has an inf or nan on any rank; bool of shape ().
 
-        Addition preserves both, so an overflow in any micro-batch is detected. An all-reduced gradient is
-        the same on all ranks; the flags of shards are reduced.
+        Addition preserves both, so an overflow in any micro-batch is detected.
         """
         held = [gradient for gradient in self.gradients() if gradient.numel()]  # a shard may be empty
         device = next(self.module.parameters()).device
@@ -133,15 +127,8 @@ class _AddNegativeZero(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        zeros: dict[tuple[torch.dtype, torch.device], Tensor] = {}
-        added: list[Tensor | None] = []
-        for p in ctx.parameters:
-            kind = p.dtype, p.device
-            if kind not in zeros:
-                zeros[kind] = p.new_full((), -0.0)
-            # A dense gradient would make a sparse one dense.
-            added.append(None if p.grad.is_sparse else zeros[kind].expand_as(p))
-        return tuple(added)
+        # None for a sparse gradient, which a dense one would make dense.
+        return tuple(None if p.grad.is_sparse else p.new_full((), -0.0).expand_as(p) for p in ctx.parameters)
 
 
 class FullyShardedSync(Sync):
@@ -182,9 +169,8 @@ def data_parallel(
 ) -> DistributedDataParallel:
     """Wraps `model` in a DistributedDataParallel that sums gradients over the ranks, in their own memory.
 
-    With sums instead of averages every rank has the values that one process would have, so an fp16 backward
-    overflows where the larger batch's does, at any number of ranks. For use with `Window` only: each backward
-    outside of `no_sync` would sum again what was accumulated and summed before.
+    With sums an fp16 backward overflows where the larger batch's does, at any number of ranks. For use with
+    `Window` only: each backward outside of `no_sync` would sum again what was accumulated before.
     """
     wrapped = DistributedDataParallel(
         model,

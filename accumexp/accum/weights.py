@@ -64,10 +64,7 @@ class Weights:
 
 
 def share_of(weight: Tensor | float, like: Tensor) -> Tensor:
-    """1 / `weight`, shape (), in the dtype and on the device of `like`; 1 if the weight is 0.
-
-    So a window whose items are all ignored has the gradient 0, not 0 / 0.
-    """
+    """1 / `weight`, shape (), in the dtype and on the device of `like`; 1 if the weight is 0."""
     if not isinstance(weight, Tensor):
         return like.new_full((), 1 / (weight or 1.0))
     if weight.is_floating_point():

@@ -26,8 +26,7 @@ class MicroBatch:
     """A micro-batch of this rank, right after its backward.
 
     The backward has added to `.grad` the gradient of the sum of its items' weighted losses, times `share`,
-    and times `Window.loss_scale` and `Window.sync.factor` if there are any. On several ranks, after the
-    `last` one, `.grad` holds the sum over the ranks instead.
+    `Window.loss_scale` and `Window.sync.factor`. After the `last` one, `.grad` holds the sum over the ranks.
 
     Attributes:
         number: its index in the window, from 0.
@@ -66,15 +65,13 @@ class WindowResult:
 class Window:
     """Adds to `.grad` the gradient of one large batch, one micro-batch at a time.
 
-    With `reduction="mean"` the gradient is that of `sum_i w_i l_i / sum_i w_i` over all items of the
-    window, for every split: the denominator is counted over the whole window first, and every micro-batch's
-    sum is divided by it. With `reduction="sum"` it is the gradient of the sum of the micro-batch means,
-    which is about `steps` times larger and depends on the split; a micro-batch's mean is over all ranks.
+    With `reduction="mean"` the gradient is that of `sum_i w_i l_i / sum_i w_i` over all items of the window,
+    for every split. With `reduction="sum"` it is that of the sum of the micro-batch means, which is about
+    `steps` times larger and depends on the split; a micro-batch's mean is over all ranks.
 
-    With a model wrapped for several ranks (`data_parallel`, `fully_sharded`, torch's
-    DistributedDataParallel and `fully_shard`) the window holds the samples of all ranks: each rank calls
-    `backward` with its own, weights are counted over the ranks before the first backward, and gradients are
-    reduced in the last micro-batch only.
+    With a model wrapped for several ranks (`data_parallel`, `fully_sharded`, torch's DistributedDataParallel
+    and `fully_shard`) the window holds the samples of all ranks: each rank calls `backward` with its own,
+    weights are counted over the ranks, and gradients are reduced in the last micro-batch only.
 
     Args:
         model: called as `model(x)` with a tensor, `model(*xs)` with a tuple or list, `model(**xs)`
@@ -95,8 +92,7 @@ class Window:
         after_micro_batch: functions called, in order, with a `MicroBatch` right after its backward. They
             may read `.grad`, which is incomplete with fp32 buffers or shards, but must neither change it nor
             wait for the device.
-        on_discard: functions called when a window that has begun is discarded and will be repeated: what
-            was observed of it does not count.
+        on_discard: functions called when a window that has begun is discarded and will be repeated.
         under_way: the index of the current micro-batch, or of the last one that ran.
 
     Raises:
@@ -148,9 +144,7 @@ class Window:
         observe: Observer | None = None,
         agree: Callable[[], None] | None = None,
     ) -> WindowResult:
-        """Forward and backward of every micro-batch; gradients are added to `.grad`.
-
-        Nothing here waits for the device.
+        """Forward and backward of every micro-batch; adds gradients to `.grad`. Does not wait for the device.
 
         Args:
             inputs: the update's whole batch on this rank, (n, ...).

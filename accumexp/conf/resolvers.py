@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
@@ -15,18 +16,6 @@ from ..errors import UsageError
 from ..sweeps.job_folders import job_folder_name, slug
 
 MICRO_BATCH_SIZE = "${micro_batch_size:}"
-
-
-def _job_folder(sweep: str, launch: int, number: int, name: str, overrides: Sequence[str]) -> str:
-    return job_folder_name(sweep, launch, number, name, list(overrides))
-
-
-def _product(*factors: int) -> int:
-    result = 1
-    for factor in factors:
-        result *= int(factor)
-    return result
-
 
 RATES: dict[str, Callable[[float], float]] = {
     "linear": lambda ratio: ratio,  # Goyal et al., arXiv 1706.02677
@@ -43,16 +32,11 @@ def _scaled_rate(rate: float, reference: int, batch: int | None, rule: str) -> f
     return rate * RATES[rule](batch / reference)
 
 
-def _folders(root: str) -> int:
-    path = Path(root)
-    return sum(entry.is_dir() for entry in path.iterdir()) if path.is_dir() else 0
-
-
 def _micro_batch_size(*, _root_: DictConfig) -> int | str | None:
-    """`accum.micro_batch_size` of the whole configuration, where it follows from the others too.
+    """`accum.micro_batch_size`, given or derived from the batch, the steps and the ranks.
 
-    None where they disagree: `config.check` then says so. With `accum.steps=auto` it stays the question
-    that it is, to be answered when there is a number (`config.settled`).
+    None if they disagree: `config.check` then raises. With `accum.steps=auto` the interpolation stays until
+    there is a number (`config.settled`).
     """
     data, accum = _root_.data, _root_.accum
     try:
@@ -63,10 +47,14 @@ def _micro_batch_size(*, _root_: DictConfig) -> int | str | None:
         return None
 
 
-OmegaConf.register_new_resolver("slug", slug, replace=True)
-OmegaConf.register_new_resolver("place", _job_folder, replace=True)
-OmegaConf.register_new_resolver("product", _product, replace=True)
-OmegaConf.register_new_resolver("scaled_rate", _scaled_rate, replace=True)
-OmegaConf.register_new_resolver("folders", _folders, replace=True)
-OmegaConf.register_new_resolver("micro_batch_size", _micro_batch_size, replace=True)
+RESOLVERS: dict[str, Callable[..., Any]] = {
+    "slug": slug,
+    "place": job_folder_name,
+    "product": lambda *factors: math.prod(int(factor) for factor in factors),
+    "scaled_rate": _scaled_rate,
+    "folders": lambda root: sum(entry.is_dir() for entry in Path(root).glob("*")),
+    "micro_batch_size": _micro_batch_size,
+}
+for name, resolver in RESOLVERS.items():
+    OmegaConf.register_new_resolver(name, resolver, replace=True)
 ConfigStore.instance().store(name="schema", node=Config)

@@ -1,4 +1,4 @@
-"""Building what users bring: a `_target_` node becomes an object, or one line that says why not."""
+"""Instantiation of `_target_` nodes, with one-line errors."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from ..errors import UsageError
 
 # Classes and modules named in checkpoints and configurations of earlier versions.
 MOVED_CLASSES = {
+    "accumexp.callbacks.LossMonitor": "accumexp.training.progress_display.LossMonitor",
+    "accumexp.training.callbacks.LossMonitor": "accumexp.training.progress_display.LossMonitor",
     "accumexp.display.Progress": "accumexp.training.progress_display.ProgressBar",
     "accumexp.training.progress_display.Progress": "accumexp.training.progress_display.ProgressBar",
 }
@@ -61,17 +63,17 @@ def build(node: Mapping[str, Any], key: str, *args: Any, **offered: Any) -> Any:
     node = moved(node)
     target = str(node["_target_"])
     hydra_log = logging.getLogger("hydra.utils")
-    was_disabled, hydra_log.disabled = hydra_log.disabled, True  # it would print what is raised here
+    was_disabled, hydra_log.disabled = hydra_log.disabled, True  # Hydra also prints the error it raises
     try:
-        found = get_object(target)
+        function = get_object(target)
     except Exception as error:
         raise UsageError(f"{key}._target_={target}: {_reason(error)}") from error
     finally:
         hydra_log.disabled = was_disabled
-    if not callable(found):
+    if not callable(function):
         raise UsageError(f"{key}._target_={target}: a class or function is needed")
     try:
-        names = inspect.signature(found).parameters
+        names = inspect.signature(function).parameters
     except (TypeError, ValueError):
         names = {}
     extra = {name: value for name, value in offered.items() if name in names and name not in node}
@@ -79,17 +81,17 @@ def build(node: Mapping[str, Any], key: str, *args: Any, **offered: Any) -> Any:
         return instantiate(dict(node), *args, **extra, _convert_="all")
     except InstantiationException as error:
         cause = error.__cause__ or error
-        if isinstance(cause, UsageError):  # says all there is to say
+        if isinstance(cause, UsageError):
             raise UsageError(f"{key}: {cause}") from cause
         reason = _reason(cause)
-        # "norm=layer: ..." of an argument that the node gives is the key's own line.
+        # A message such as "norm=layer: ..." that begins with an argument of the node names the key itself.
         if reason.partition("=")[0] in node:
             raise UsageError(f"{key}.{reason}") from cause
         raise UsageError(f"{key} ({target}): {reason}") from cause
 
 
 def _reason(error: BaseException) -> str:
-    """The first sentence of an error: its first line, and more as long as one ends in a colon."""
+    """The first line of an error, with the following ones while a line ends in a colon."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     end = next((k for k, line in enumerate(lines) if not line.endswith(":")), len(lines) - 1)
     return " ".join(lines[: end + 1])

@@ -16,15 +16,14 @@ from .validation import check
 
 
 def from_hydra(cfg: DictConfig | Mapping[str, Any]) -> Config:
-    """The typed, resolved and checked configuration.
-
-    Raises:
-        UsageError: naming the key, for an unknown one (with `+` too), a wrong type or a bad value.
-    """
+    """The typed and resolved configuration. Raises a `UsageError` that names an unknown key or bad value."""
     try:
-        # Merging into the schema again refuses keys that `+` has added to typed nodes.
         plain: Any = OmegaConf.to_container(cfg, resolve=True) if isinstance(cfg, DictConfig) else dict(cfg)
-        _forgive_missing(plain)
+        # A data shape that no model has asked for may be missing: text has no channels.
+        if isinstance(data := plain.get("data"), dict):
+            shape = ("channels", "image_size", "length")
+            data.update({key: None for key in shape if data.get(key) == MISSING})
+        # Merging into the schema again refuses keys that `+` has added to typed nodes.
         merged = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.create(plain))
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
@@ -33,35 +32,23 @@ def from_hydra(cfg: DictConfig | Mapping[str, Any]) -> Config:
     return check(config)
 
 
-def _forgive_missing(plain: dict[str, Any]) -> None:
-    """What data does not say of its shape is null once nothing has asked for it: text has no channels."""
-    data = plain.get("data")
-    for key in ("channels", "image_size", "length"):
-        if isinstance(data, dict) and data.get(key) == MISSING:
-            data[key] = None
-
-
 def explain_omegaconf(error: OmegaConfBaseException) -> str:
-    """One line for omegaconf's several: what is wrong with which key."""
+    """The one-line message for an error of omegaconf: the key and the reason."""
     key = error.full_key or "configuration"
     reason = str(error.msg or error).splitlines()[0]
     node = error.parent_node if isinstance(error.parent_node, DictConfig) else None
     if "not in" in reason and node is not None:
         return unknown_key(key, [str(name) for name in node])
-    _, asked, missing = reason.partition("Missing mandatory value: ")
-    if asked and missing not in ("", key):
+    _, mandatory, missing = reason.partition("Missing mandatory value: ")
+    if mandatory and missing not in ("", key):
         return f"{key}: needs {missing}, which is not given; give {missing}=..., or a model and data that fit"
-    if asked:
+    if mandatory:
         return f"{key}: a value is needed, give {key}=..."
     return f"{key}: {reason}"
 
 
 def settled(config: Config, steps: int, batch_size: int | None = None) -> Config:
-    """A copy of `config` with `steps` for `accum.steps=auto`, and the micro-batch size derived from it.
-
-    Args:
-        batch_size: replaces `data.batch_size`, if given.
-    """
+    """A copy of `config` with other `accum.steps` and `data.batch_size`, and the derived micro-batch size."""
     plain = to_plain(config)
     plain["accum"].update(steps=steps, micro_batch_size=None)
     plain["data"]["batch_size"] = batch_size or plain["data"]["batch_size"]
@@ -70,17 +57,16 @@ def settled(config: Config, steps: int, batch_size: int | None = None) -> Config
 
 def flatten(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """(dotted key, plain value) of every leaf of a configuration, enums by name."""
-    if dataclasses.is_dataclass(node):
-        node = {item.name: getattr(node, item.name) for item in dataclasses.fields(node)}
-    if isinstance(node, Mapping) and node:
-        for key, value in node.items():
-            yield from flatten(value, f"{prefix}.{key}" if prefix else str(key))
+    plain = to_plain(node)
+    if isinstance(plain, dict) and plain:
+        for key, value in plain.items():
+            yield from flatten(value, f"{prefix}.{key}" if prefix else key)
     else:
-        yield prefix, node.name if isinstance(node, Enum) else node
+        yield prefix, plain
 
 
 def to_plain(node: Any) -> Any:
-    """`node` as dicts, lists and scalars: what a YAML file or a checkpoint can hold."""
+    """`node` as dicts, lists and scalars, as in a YAML file or a checkpoint."""
     if dataclasses.is_dataclass(node):
         return {item.name: to_plain(getattr(node, item.name)) for item in dataclasses.fields(node)}
     if isinstance(node, Mapping):

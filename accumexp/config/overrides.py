@@ -1,16 +1,19 @@
-"""Overrides of a configuration that a checkpoint holds."""
+"""Overrides of a stored configuration: a checkpoint's, or the `report.*` settings of a sweep."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from ..environment.ranks import launched_rank
-from ..errors import UsageError
+from ..errors import UsageError, unknown_key
 from .loading import flatten, from_hydra
-from .schema import Config
+from .ranges import check_ranges
+from .schema import Config, ReportConfig
 
 _MISSING = object()
 
@@ -24,13 +27,10 @@ def interpolations(cfg: DictConfig) -> dict[str, str]:
 def changed(
     plain: dict[str, Any], overrides: Sequence[str], derived: Mapping[str, str] | None = None
 ) -> Config:
-    """A checkpoint's configuration with `key=value` overrides; groups cannot be exchanged in it.
+    """A checkpoint's configuration with `key=value` overrides of single values, not of config groups.
 
     Args:
         derived: the `interpolations` of its composition; those of an overridden key follow it.
-
-    Raises:
-        UsageError: for an unknown key, a wrong value, or an override that is not a plain value.
     """
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
@@ -43,8 +43,8 @@ def changed(
     for override in parsed:
         key = override.key_or_group
         exists = OmegaConf.select(cfg, key, default=_MISSING) is not _MISSING
-        whole = isinstance(plain.get(key), dict)
-        if override.type is None or whole or not (exists or override.is_add()):
+        is_group = isinstance(plain.get(key), dict)
+        if override.type is None or is_group or not (exists or override.is_add()):
             raise UsageError(
                 f"{override.input_line}: only values of the run's own configuration can be changed, "
                 "such as trainer.epochs=40"
@@ -77,10 +77,9 @@ def _follow(cfg: DictConfig, given: set[str], derived: Mapping[str, str]) -> Non
 
 
 def _clear_derived_sizes(cfg: DictConfig, given: set[str]) -> None:
-    """Sets to null what was not given and follows from the rest: a checkpoint holds ranks and all sizes."""
-    steps, micro, ranks, strategy = (
-        f"accum.{k}" for k in ("steps", "micro_batch_size", "processes", "strategy")
-    )
+    """Sets to null what is not in `given` and follows from it: a checkpoint holds ranks and all sizes."""
+    names = ("steps", "micro_batch_size", "processes", "strategy")
+    steps, micro, ranks, strategy = (f"accum.{name}" for name in names)
     if ranks not in given and (strategy in given or launched_rank() is not None):
         OmegaConf.update(cfg, ranks, None)
         given = given | {ranks}
@@ -90,3 +89,28 @@ def _clear_derived_sizes(cfg: DictConfig, given: set[str]) -> None:
         OmegaConf.update(cfg, steps, None)
     elif micro not in given and given & {steps, ranks, "data.batch_size"}:
         OmegaConf.update(cfg, micro, None)
+
+
+def report_from(params: Mapping[str, str], changes: Mapping[str, str]) -> ReportConfig:
+    """The report settings of a run, replaced by those in `changes`. Raises a `UsageError` for a bad change.
+
+    Args:
+        params: the run's configuration, dotted keys, values as text. Unknown keys are ignored.
+        changes: keys `report.*`, values as text.
+    """
+    names = [field.name for field in dataclasses.fields(ReportConfig)]
+    texts = {name: params[f"report.{name}"] for name in names if f"report.{name}" in params}
+    for key, value in changes.items():
+        if key.removeprefix("report.") not in names:
+            raise UsageError(unknown_key(key, sorted(names)))
+        texts[key.removeprefix("report.")] = value
+    cfg = OmegaConf.structured(ReportConfig)
+    for key, value in texts.items():
+        try:
+            OmegaConf.update(cfg, key, None if value in ("None", "null", "") else value)
+        except OmegaConfBaseException as error:
+            raise UsageError(f"report.{key}={value}: {str(error.msg or error).splitlines()[0]}") from error
+    report = OmegaConf.to_object(cfg)
+    assert isinstance(report, ReportConfig)
+    check_ranges(report, "report.")
+    return report

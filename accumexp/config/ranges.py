@@ -30,7 +30,7 @@ class Range:
 
     def refusal(self, value: float) -> str | None:
         """What `value` must be, or None if it is in the range."""
-        if not math.isfinite(value):
+        if isinstance(value, float) and not math.isfinite(value):
             return "a finite number"
         if self.above is not None and not value > self.above:
             return f"above {self.above:g}"

@@ -1,4 +1,4 @@
-"""The experiment's configuration as dataclasses; what users bring is a `_target_` node. Imports no torch."""
+"""The experiment's configuration as dataclasses; users' classes are `_target_` nodes. Imports no torch."""
 
 from __future__ import annotations
 
@@ -8,12 +8,68 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from .accum import AccumConfig as AccumConfig
-from .accum import LossScaling as LossScaling
-from .accum import Reduction as Reduction
-from .accum import Strategy as Strategy
 from .ranges import LARGEST, count, number
-from .report import ReportConfig
+
+# Below the largest number of fp32, the dtype of the scale.
+LARGEST_SCALE = 2.0**127
+
+
+class Reduction(Enum):
+    mean = "mean"
+    sum = "sum"
+
+
+class Strategy(Enum):
+    """standalone is one process; ddp replicates the model in every rank, fsdp spreads it over them."""
+
+    standalone = "standalone"
+    ddp = "ddp"
+    fsdp = "fsdp"
+
+
+class LossScaling(Enum):
+    none = "none"
+    static = "static"
+    dynamic = "dynamic"
+
+
+@dataclass
+class AccumConfig:
+    """How one update's batch becomes a window."""
+
+    strategy: Strategy = Strategy.standalone
+    # Micro-batches in a window and samples in a micro-batch; of these two and data.batch_size,
+    # any two give the third. steps=auto: the fewest with a micro-batch that fits in memory.
+    steps: int | str | None = None
+    micro_batch_size: int | None = count(None)
+    # Limit of the tensors on a rank's device for steps=auto: bytes, or 2GiB, 500MiB, 24GB. Null: free memory.
+    memory_limit: int | str | None = None
+    reduction: Reduction = Reduction.mean
+    # Accumulate the gradients of bf16 parameters in fp32: one more fp32 buffer per such parameter.
+    fp32_buffers: bool = False
+    # Ranks. Null: as many as torchrun or the cluster started; else one per GPU, or two without a GPU.
+    processes: int | None = count(None, at_most=65536)
+    # With a loss scale, an overflow in any micro-batch on any rank skips the window on all ranks.
+    loss_scale: LossScaling = LossScaling.none
+    init_scale: float = number(65536.0, above=0, below=LARGEST_SCALE)
+    growth_factor: float = number(2.0, above=1, below=LARGEST_SCALE)
+    backoff_factor: float = number(0.5, above=0, below=1)
+    # Updates without an overflow after which a dynamic scale grows.
+    growth_interval: int = count(2000)
+    min_scale: float = number(1.0, above=0, below=LARGEST_SCALE)
+    # ddp: look for parameters that a forward pass did not use. Walks the graph once per window.
+    find_unused_parameters: bool = False
+    # fsdp: reduce-scatter in every micro-batch, so that no unsharded gradient is kept between them.
+    reduce_every_micro_batch: bool = False
+    # Out of memory splits this window and the following ones finer, on all ranks. Null: except with fsdp, and
+    # with reduction=sum, whose update grows with the steps.
+    recover: bool | None = None
+
+    @property
+    def recovers(self) -> bool:
+        if self.recover is not None:
+            return self.recover
+        return self.strategy is not Strategy.fsdp and self.reduction is Reduction.mean
 
 
 class Precision(Enum):
@@ -32,7 +88,7 @@ class Backend(Enum):
 
 @dataclass
 class DataConfig:
-    """Where samples come from, how they are split into train, eval and test, and how they are fed."""
+    """Data sets, their split into train, eval and test, and their loading."""
 
     root: str = "data"
     train: dict[str, Any] = field(default_factory=dict)
@@ -45,7 +101,7 @@ class DataConfig:
     transform: dict[str, Any] | None = field(default_factory=dict)
     augment: dict[str, Any] | None = field(default_factory=dict)
     num_classes: int = count(MISSING)
-    # What a model may ask of its data: the shape of images, or the tokens in the longest text.
+    # The shape of samples, for models that need it: of images, or the tokens in the longest text.
     channels: int | None = count(MISSING)
     image_size: int | None = count(MISSING)
     length: int | None = count(MISSING)
@@ -61,13 +117,13 @@ class DataConfig:
 
 @dataclass
 class TrainerConfig:
-    """The loop: how long, how often it looks, what it does between backward and step."""
+    """The training loop: its length, its logging and evaluation, clipping and compilation."""
 
     epochs: int = count(30)
     # Stop after this many updates even inside an epoch. Null: all of them.
     max_updates: int | None = count(None, at_most=LARGEST)
-    # Updates between two reads of the device; the tracker gets the points of those updates. Null: a
-    # hundredth of the run, from 10 to 100.
+    # Updates between two reads of the device, and between two points in the tracker. Null: a hundredth of the
+    # run, from 10 to 100.
     log_every: int | None = count(None)
     eval_every: int = count(1)
     clip_norm: float | None = number(None, above=0)
@@ -100,10 +156,28 @@ class TrackingConfig:
 
 
 @dataclass
-class ProofConfig:
-    """How thoroughly a certificate looks."""
+class ReportConfig:
+    """The metric and the statistical tests of a sweep's report. Set them before the sweep runs."""
 
-    # Updates that are followed one by one beside the larger batch's.
+    # Whether the end of a sweep writes page, pictures and CSV; if not, it only prints the tables.
+    write: bool = True
+    # A key of final/*. Null: accuracy if the runs have it, else loss.
+    metric: str | None = None
+    # The largest difference that does not matter, in points (hundredths) of accuracy or in the metric's unit.
+    # Null: half a point for an accuracy; for another metric there is no default and nothing is equivalent.
+    margin: float | None = number(None, above=0)
+    # Of all intervals. 1 - confidence bounds the probability that any claim of a kind (equivalent, different)
+    # is wrong.
+    confidence: float = number(0.95, at_least=0.5, below=1)
+    # Of the test, for the number of seeds that would decide an undecided comparison.
+    power: float = number(0.8, at_least=0.5, below=1)
+
+
+@dataclass
+class ProofConfig:
+    """The settings of a certificate."""
+
+    # Updates that are compared one by one with the larger batch's.
     updates: int = count(100)
 
 
@@ -122,14 +196,14 @@ class Config:
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     report: ReportConfig = field(default_factory=ReportConfig)
-    # A certificate before the run, kept with it: is this window the larger batch?
+    # Make a certificate before the run, and keep it with the run.
     prove: bool = False
     proof: ProofConfig = field(default_factory=ProofConfig)
-    # The metric that names the best checkpoint and stops early, and whether it is to be "max" or "min".
+    # The metric of the best checkpoint and of early stopping, and whether "max" or "min" is better.
     monitor: str = "eval/accuracy"
     mode: str = "max"
     seed: int = count(0, at_least=0, at_most=LARGEST)
-    # Runs of the seeds seed, seed + 1, ..., trained together as one, each as it would be alone.
+    # Runs of the seeds seed, seed + 1, ..., trained together; each equals the run of its seed alone.
     replicas: int = count(1, at_most=4096)
     device: str = "auto"
     # Null: fp16 with a loss scale, fp32 without.

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from ..errors import UsageError
-from .accum import LossScaling, Strategy, check_accum
 from .ranges import check_ranges
-from .schema import Config, Precision
-from .sizes import AUTO, batch_sizes, processes
+from .schema import AccumConfig, Config, LossScaling, Precision, Reduction, Strategy
+from .sizes import AUTO, batch_sizes, in_bytes, processes
 
 
 def check(config: Config) -> Config:
-    """`config` with ranks, precision and batch sizes filled in, or a `UsageError` that names the key."""
+    """Fills in ranks, precision and batch sizes. Raises a `UsageError` that names the key of a bad value."""
     check_ranges(config)
     data, accum, trainer = config.data, config.accum, config.trainer
     standalone = accum.strategy is Strategy.standalone
@@ -27,7 +26,7 @@ def check(config: Config) -> Config:
         raise UsageError("precision=fp16: needs a loss scale, accum=loss_scaled or accum.loss_scale=dynamic")
     if config.param_precision is Precision.fp16:
         raise UsageError("param_precision=fp16: a gradient of 10 bits cannot be unscaled; use fp32 or bf16")
-    check_accum(accum)
+    _check_accum(accum)
     if trainer.graph and not standalone:
         raise UsageError(
             f"trainer.graph=true: a graph is recorded of one process, not of accum={accum.strategy.name}"
@@ -36,20 +35,53 @@ def check(config: Config) -> Config:
         raise UsageError("trainer.graph=true: not with accum.fp32_buffers=true, which moves gradients about")
     if trainer.graph and accum.recover:
         raise UsageError("accum.recover=true: not with trainer.graph=true, which records windows as they are")
-    if config.replicas > 1 and not standalone:
-        raise UsageError(f"replicas={config.replicas}: trains them in one process, take accum=standalone")
-    if config.replicas > 1 and config.prove:
-        raise UsageError(
-            f"replicas={config.replicas}: a certificate is of one run, make it with python -m accumexp.prove"
-        )
-    for key, given in (
-        ("trainer.graph=true", trainer.graph),
-        ("trainer.compile=true", trainer.compile),
-        (f"accum.steps={AUTO}", accum.steps == AUTO),
-    ):
-        if config.replicas > 1 and given:
-            raise UsageError(f"{key}: is of one run, leave it out or replicas={config.replicas}")
+    if config.replicas > 1:
+        replicas = f"replicas={config.replicas}"
+        if not standalone:
+            raise UsageError(f"{replicas}: trains them in one process, take accum=standalone")
+        if config.prove:
+            raise UsageError(
+                f"{replicas}: a certificate is of one run, make it with python -m accumexp.prove"
+            )
+        single = {"trainer.graph=true": trainer.graph, "trainer.compile=true": trainer.compile}
+        for key, given in {**single, f"accum.steps={AUTO}": accum.steps == AUTO}.items():
+            if given:
+                raise UsageError(f"{key}: is of one run, leave it out or {replicas}")
     for group in ("model", "loss", "optimizer", "scheduler"):
         if "_target_" not in getattr(config, group):
             raise UsageError(f"{group}: names no class, give {group}._target_=package.Class")
     return config
+
+
+def _check_accum(accum: AccumConfig) -> None:
+    """Raises a `UsageError` for settings that exclude each other."""
+    sharded, summed, automatic = (
+        accum.strategy is Strategy.fsdp,
+        accum.reduction is Reduction.sum,
+        accum.steps == AUTO,
+    )
+    if sharded and accum.fp32_buffers:
+        raise UsageError("accum.fp32_buffers=true: not with accum=fsdp, which keeps gradients in shards")
+    if accum.reduce_every_micro_batch and not sharded:
+        raise UsageError("accum.reduce_every_micro_batch=true: only accum=fsdp has shards to reduce to")
+    if accum.recover and sharded:
+        raise UsageError(
+            "accum.recover=true: not with accum=fsdp, whose every forward waits for all ranks, so that none "
+            "can go back alone"
+        )
+    if accum.recover and summed:
+        raise UsageError(
+            "accum.recover=true: not with accum.reduction=sum, whose update grows with the micro-batches"
+        )
+    if accum.memory_limit is not None:
+        in_bytes("accum.memory_limit", accum.memory_limit)
+    if automatic and sharded:
+        raise UsageError(
+            "accum.steps=auto: a rank cannot try a model that accum=fsdp holds in shards by itself, give "
+            "accum.steps or accum.micro_batch_size"
+        )
+    if automatic and summed:
+        raise UsageError(
+            "accum.steps=auto: not with accum.reduction=sum, whose update grows with the micro-batches and "
+            "would be that of the free memory"
+        )

@@ -1,14 +1,14 @@
-"""The batches of an epoch, one for each update, in an order that is a function of seed and epoch.
+"""The batches of an epoch, one per update, in an order that depends on seed and epoch alone.
 
-The order does not depend on how batches are split into micro-batches, and an epoch can start at any update,
-so a resumed run gets the samples of an uninterrupted one.
+An epoch can start at any update, so a resumed run gets the samples of an uninterrupted one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import KW_ONLY, dataclass, replace
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from .transforms import BatchAugment, keyed_uniforms
 
 @dataclass(frozen=True)
 class Share:
-    """The part of every batch that this process reads: `rank`'s of `ranks`, in `steps` micro-batches."""
+    """The part of every batch that this process reads: that of `rank`, in `steps` micro-batches."""
 
     rank: int = 0
     ranks: int = 1
@@ -32,7 +32,7 @@ class Batch:
     """This rank's samples of one update on the training device, and their indices (n,) in the data set.
 
     Attributes:
-        samples: how many of them count; 0 if the rank has none, and its one sample is padding.
+        samples: the number of them; 0 if the rank has none, and its one sample is padding.
         total: samples of the update on all ranks.
         steps: micro-batches of the update's window.
     """
@@ -45,17 +45,9 @@ class Batch:
     steps: int
 
 
-class _BatchIndices(NamedTuple):
-    """A `Batch` before its samples are read; its fields are those of `Batch`."""
-
-    indices: Tensor
-    samples: int
-    total: int
-    steps: int
-
-
+@dataclass(eq=False, repr=False)
 class Batches:
-    """Base of the batches: their order. `len` is the number of updates in an epoch.
+    """Base class: the order of the samples. `len` is the number of updates in an epoch.
 
     Args:
         indices: the split's samples, as indices into the data set, shape (samples,), on the CPU.
@@ -66,22 +58,13 @@ class Batches:
         share: the part of every batch that this rank reads.
     """
 
-    def __init__(
-        self,
-        indices: Tensor,
-        batch_size: int,
-        *,
-        shuffle: int | None = None,
-        drop_last: bool = False,
-        augment: BatchAugment | None = None,
-        share: Share | None = None,
-    ) -> None:
-        self.indices = indices
-        self.batch_size = batch_size
-        self.shuffle = shuffle
-        self.drop_last = drop_last
-        self.augment = augment
-        self.share = share or Share()
+    indices: Tensor
+    batch_size: int
+    _: KW_ONLY
+    shuffle: int | None = None
+    drop_last: bool = False
+    augment: BatchAugment | None = None
+    share: Share = Share()
 
     def __len__(self) -> int:
         full, rest = divmod(self.samples, self.batch_size)
@@ -102,19 +85,18 @@ class Batches:
 
     def order(self, epoch: int) -> Tensor:
         """The indices in the order of `epoch`, without the dropped ones, shape (samples,)."""
-        if self.shuffle is None:
-            order = self.indices
-        else:
+        order = self.indices
+        if self.shuffle is not None:
             generator = torch.Generator().manual_seed(derive_seed("order", self.shuffle, epoch))
-            order = self.indices[torch.randperm(self.samples, generator=generator)]
+            order = order[torch.randperm(self.samples, generator=generator)]
         return order[: len(self) * self.batch_size]
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """The batches of `epoch`, from update `start` on."""
         raise NotImplementedError
 
-    def batch_indices(self, epoch: int, start: int) -> Iterator[_BatchIndices]:
-        """This rank's samples in the batches of `epoch`, from update `start` on."""
+    def planned(self, epoch: int, start: int) -> Iterator[Batch]:
+        """This rank's batches of `epoch`, from update `start` on, without inputs and targets."""
         for batch in self.order(epoch).split(self.batch_size)[start:]:
             total = len(batch)
             steps = steps_for(total, self.batch_size, self.share.steps)
@@ -123,14 +105,13 @@ class Batches:
                 parts = rank_share(total, steps, self.share.rank, self.share.ranks)
                 local = torch.cat([batch[part.start : part.stop] for part in parts])
             samples = len(local)
-            yield _BatchIndices(local if samples else batch[:1], samples, total, steps)
+            yield Batch((), (), local if samples else batch[:1], samples, total, steps)
 
     def _augmented(self, inputs: Nested, indices: Tensor, epoch: int) -> Nested:
         if self.augment is None:
             return inputs
-        seed = derive_seed("augment", self.shuffle or 0, epoch)
-        draws = keyed_uniforms(indices, self.augment.uniforms, seed)
-        augment = self.augment
+        augment, seed = self.augment, derive_seed("augment", self.shuffle or 0, epoch)
+        draws = keyed_uniforms(indices, augment.uniforms, seed)
         return map_tensors(lambda images: augment(images, draws), inputs)
 
 
@@ -138,10 +119,8 @@ class ResidentBatches(Batches):
     """Batches gathered on the training device, which holds the whole data set.
 
     Args:
-        inputs: of the whole data set, (samples, ...).
-        targets: its targets, (samples, ...).
-        indices: the samples of this split.
-        options: those of `Batches`.
+        inputs, targets: of the whole data set, (samples, ...).
+        indices, batch_size, options: those of `Batches`.
     """
 
     def __init__(
@@ -151,20 +130,16 @@ class ResidentBatches(Batches):
         self.inputs = inputs
         self.targets = targets
 
-    def batch_indices(self, epoch: int, start: int) -> Iterator[_BatchIndices]:
-        """As `Batches.batch_indices`, with the indices on the device."""
-        batches = list(super().batch_indices(epoch, start))
-        # One copy to the device an epoch, not one an update.
+    def planned(self, epoch: int, start: int) -> Iterator[Batch]:
+        """As `Batches.planned`, with the indices on the device: one copy per epoch."""
+        batches = list(super().planned(epoch, start))
         indices = torch.cat([batch.indices for batch in batches]) if batches else self.indices[:0]
         indices = indices.to(tensors(self.targets)[0].device)
         for batch, part in zip(batches, indices.split([len(b.indices) for b in batches]), strict=True):
-            yield batch._replace(indices=part)
+            yield replace(batch, indices=part)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        for batch in self.batch_indices(epoch, start):
-
-            def gather(tensor: Tensor, indices: Tensor = batch.indices) -> Tensor:
-                return tensor.index_select(0, indices)
-
+        for batch in self.planned(epoch, start):
+            gather = partial(torch.index_select, dim=0, index=batch.indices)
             inputs = self._augmented(map_tensors(gather, self.inputs), batch.indices, epoch)
-            yield Batch(inputs, map_tensors(gather, self.targets), *batch)
+            yield replace(batch, inputs=inputs, targets=map_tensors(gather, self.targets))

@@ -1,12 +1,10 @@
-"""What a tracker records of each split: its data set's name, source, size and digest."""
+"""The record of each split for the tracker: its data set's name, source, size and digest."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from ..accum.batch import map_tensors, tensors
 from ..config.loading import to_plain
@@ -40,14 +38,15 @@ def dataset_records(config: DataConfig, splits: Splits) -> list[DatasetRecord]:
         ("test", config.test, splits.test),
     ):
         source = json.dumps(to_plain(node))
-        records.append(DatasetRecord(_name(node), digest(source, batches), source, context, batches.samples))
+        name = str(node["_target_"]).rpartition(".")[2].lower()
+        records.append(DatasetRecord(name, digest(source, batches), source, context, batches.samples))
     return records
 
 
 def digest(source: str, batches: Batches) -> str:
-    """32 bits of a hash of the data set's source and its samples' indices, as hexadecimal digits.
+    """A hash of 32 bits, in hexadecimal, of the data set's source and its samples' indices.
 
-    Where the samples are in memory, all targets and 64 inputs are hashed too.
+    For samples in memory, all targets and 64 inputs are hashed too.
     """
     result = hashlib.blake2b(source.encode(), digest_size=4)
     result.update(batches.indices.numpy().tobytes())
@@ -56,7 +55,3 @@ def digest(source: str, batches: Batches) -> str:
         for tensor in [*tensors(batches.targets), *tensors(first)]:
             result.update(tensor.detach().cpu().double().contiguous().numpy().tobytes())
     return result.hexdigest()
-
-
-def _name(node: Mapping[str, Any]) -> str:
-    return str(node["_target_"]).rpartition(".")[2].lower()

@@ -33,10 +33,7 @@ class Digits(TensorDataset):
 
 
 def _table() -> tuple[Any, Any]:
-    """Pixels from 0 to 16, shape (1797, 64), and labels, as in `sklearn.datasets.load_digits`.
-
-    Reads the file without importing scikit-learn, which takes as long as a small run.
-    """
+    """Pixels from 0 to 16, (1797, 64), and labels, without importing scikit-learn, which takes seconds."""
     package = importlib.util.find_spec("sklearn")
     for folder in package.submodule_search_locations or () if package else ():
         path = Path(folder, "datasets", "data", "digits.csv.gz")

@@ -10,12 +10,10 @@ from ..accum.batch import Nested, batch_size, map_tensors
 
 
 class InMemory(Dataset[Any]):
-    """A data set of nested tensors: torch's TensorDataset for models that take a dict or several tensors.
-
-    It is made resident without being read sample by sample.
+    """A `TensorDataset` of nested tensors, which is made resident without being read sample by sample.
 
     Args:
-        inputs, targets: those of all samples, (samples, ...), nested as the model and the loss take them.
+        inputs, targets: of all samples, (samples, ...), nested as the model and the loss take them.
 
     Raises:
         ValueError: if the tensors differ in their first dimension.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from operator import itemgetter
 
 import torch
 
@@ -22,20 +23,10 @@ class PlannedBatches(ResidentBatches):
     """
 
     def __init__(self, shared: ResidentBatches, seed: int) -> None:
-        super().__init__(
-            shared.inputs,
-            shared.targets,
-            shared.indices,
-            shared.batch_size,
-            shuffle=seed,
-            drop_last=shared.drop_last,
-            augment=shared.augment,
-            share=shared.share,
-        )
+        vars(self).update(vars(shared), shuffle=seed)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        for batch in self.batch_indices(epoch, start):
-            yield Batch((), (), *batch)
+        return self.planned(epoch, start)
 
 
 def gathered(
@@ -55,20 +46,11 @@ def gathered(
     augment = feeds[0].augment
     if augment is not None:
         seeds = [derive_seed("augment", feed.shuffle or 0, epoch) for feed in feeds]
-        uniforms = augment.uniforms
-        draws = torch.cat(
-            [keyed_uniforms(b.indices, uniforms, seed) for b, seed in zip(batches, seeds, strict=True)]
-        )
+        rows = zip(indices, seeds, strict=True)
+        draws = torch.cat([keyed_uniforms(row, augment.uniforms, seed) for row, seed in rows])
         inputs = map_tensors(lambda t: augment(t.flatten(0, 1), draws).unflatten(0, indices.shape), inputs)
-    return (
-        inputs,
-        targets,
-        [
-            replace(
-                batch,
-                inputs=map_tensors(lambda t, r=r: t[r], inputs),
-                targets=map_tensors(lambda t, r=r: t[r], targets),
-            )
-            for r, batch in enumerate(batches)
-        ],
-    )
+    parts = [
+        replace(batch, inputs=map_tensors(itemgetter(r), inputs), targets=map_tensors(itemgetter(r), targets))
+        for r, batch in enumerate(batches)
+    ]
+    return inputs, targets, parts

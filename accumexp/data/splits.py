@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
@@ -37,11 +37,9 @@ class Splits:
 
 @dataclass(frozen=True)
 class Placement:
-    """Moves batches to the training device and casts floats: inputs to `dtype`, targets to fp32 or more.
+    """Moves batches to the training device and casts floats.
 
-    Attributes:
-        device: the training device.
-        dtype: the dtype of the model's parameters.
+    Inputs become `dtype`, that of the model's parameters, and targets fp32 or wider.
     """
 
     device: torch.device
@@ -70,6 +68,7 @@ def build_splits(config: DataConfig, seed: int, place: Placement, share: Share |
     Raises:
         UsageError: if a data set is missing, cannot be downloaded, or has too few samples to train on.
     """
+    batch_size = cast(int, config.batch_size)
     train_set = _dataset(config, config.train, "data.train")
     test_set = _dataset(config, config.test, "data.test")
     train_indices = torch.arange(_length(train_set, "data.train"))
@@ -82,42 +81,33 @@ def build_splits(config: DataConfig, seed: int, place: Placement, share: Share |
         generator = torch.Generator().manual_seed(config.split_seed)
         order = torch.randperm(len(train_indices), generator=generator)
         eval_indices, train_indices = order[:held_out].sort().values, order[held_out:].sort().values
-    if not len(train_indices) or config.drop_last and len(train_indices) < cast(int, config.batch_size):
-        left = f"only {len(train_indices)} samples to train on"
-        raise UsageError(f"data.batch_size={config.batch_size}: {left}")
+    if not len(train_indices) or config.drop_last and len(train_indices) < batch_size:
+        raise UsageError(f"data.batch_size={batch_size}: only {len(train_indices)} samples to train on")
     test_indices = torch.arange(_length(test_set, "data.test"))
     if not len(eval_indices):
         eval_set, eval_indices = test_set, test_indices
 
     transform = build(config.transform, "data.transform") if config.transform else None
     augment = build(config.augment, "data.augment") if config.augment else None
-    feed = _BatchesFactory(config, transform, place)
-    batch_size = cast(int, config.batch_size)
+    batches = _BatchesFactory(config, transform, place)
     share = share or Share()
     whole = replace(share, steps=1)
+    training: dict[str, Any] = {"shuffle": seed, "drop_last": config.drop_last, "share": share}
     return Splits(
-        train=feed(
-            train_set,
-            train_indices,
-            batch_size,
-            augment,
-            shuffle=seed,
-            drop_last=config.drop_last,
-            share=share,
-        ),
-        eval=feed(eval_set, eval_indices, config.eval_batch_size, share=whole),
-        test=feed(test_set, test_indices, config.eval_batch_size, share=whole),
+        train=batches(train_set, train_indices, batch_size, augment, **training),
+        eval=batches(eval_set, eval_indices, config.eval_batch_size, share=whole),
+        test=batches(test_set, test_indices, config.eval_batch_size, share=whole),
     )
 
 
+@dataclass
 class _BatchesFactory:
     """Makes the batches of each split, resident or streamed; reads every resident data set once."""
 
-    def __init__(self, config: DataConfig, transform: Callable[[Any], Any] | None, place: Placement) -> None:
-        self.config = config
-        self.transform = transform
-        self.place = place
-        self._read: dict[int, tuple[Nested, Nested]] = {}
+    config: DataConfig
+    transform: Callable[[Any], Any] | None
+    place: Placement
+    _read: dict[int, tuple[Nested, Nested]] = field(default_factory=dict)
 
     def __call__(
         self, dataset: Dataset[Any], indices: Tensor, batch_size: int, augment: Any = None, **options: Any
@@ -152,9 +142,9 @@ class _BatchesFactory:
         raw = _raw_tensors(dataset)
         if raw is None:
             return False
-        sample = self._transformed(map_tensors(lambda tensor: tensor[:1], raw[0]))
-        inputs, targets = self.place(sample, map_tensors(lambda tensor: tensor[:1], raw[1]))
-        bytes_each = sum(t.numel() * t.element_size() for t in [*tensors(inputs), *tensors(targets)])
+        inputs, targets = map_tensors(lambda tensor: tensor[:1], raw)
+        sample = self.place(self._transformed(inputs), targets)
+        bytes_each = sum(tensor.nbytes for tensor in tensors(sample))
         return bytes_each * _length(dataset, "data") <= RESIDENT_SHARE * free_bytes(self.place.device)
 
     def _tensors(self, dataset: Dataset[Any]) -> tuple[Nested, Nested]:
@@ -162,10 +152,7 @@ class _BatchesFactory:
         key = id(dataset)
         if key not in self._read:
             raw = _raw_tensors(dataset)
-            if raw is None:
-                inputs, targets = self._read_samples(dataset)
-            else:
-                inputs, targets = self._transformed(raw[0]), raw[1]
+            inputs, targets = (self._transformed(raw[0]), raw[1]) if raw else self._read_samples(dataset)
             self._check_labels(targets)
             self._read[key] = self.place(inputs, targets)
         return self._read[key]
@@ -199,14 +186,15 @@ class _BatchesFactory:
             loader = DataLoader(dataset, batch_size=256, collate_fn=collate)
             steps = math.ceil(_length(dataset, "data") / 256)
             chunks = [tuple(chunk) for chunk in track(loader, "reading data", total=steps, transient=True)]
-        return _concatenated([c[0] for c in chunks]), _concatenated([c[1] for c in chunks])
+        columns = zip(*map(tensors, chunks), strict=True)
+        whole = iter([torch.cat(column) for column in columns])
+        return map_tensors(lambda _: next(whole), chunks[0])
 
 
 def _raw_tensors(dataset: Dataset[Any]) -> tuple[Nested, Nested] | None:
     """(inputs, targets) of a data set that holds them as tensors, or None.
 
-    Supports InMemory, TensorDataset and torchvision's data sets with uint8 images in `.data`, unless a
-    subclass or transform changes what indexing returns.
+    Supports InMemory, TensorDataset and torchvision's uint8 images, unless indexing changes them.
     """
     kind = type(dataset)
     if isinstance(dataset, InMemory) and kind.__getitem__ is InMemory.__getitem__:
@@ -225,15 +213,6 @@ def _raw_tensors(dataset: Dataset[Any]) -> tuple[Nested, Nested] | None:
         return None
     images = images.unsqueeze(1) if images.dim() == 3 else images.permute(0, 3, 1, 2)
     return images, torch.as_tensor(labels)
-
-
-def _concatenated(chunks: list[Nested]) -> Nested:
-    first = chunks[0]
-    if isinstance(first, Tensor):
-        return torch.cat(cast(list[Tensor], chunks))
-    if isinstance(first, Mapping):
-        return {key: _concatenated([cast(Mapping, chunk)[key] for chunk in chunks]) for key in first}
-    return type(first)(_concatenated(list(column)) for column in zip(*chunks, strict=True))
 
 
 def _dataset(config: DataConfig, node: Mapping[str, Any], key: str) -> Dataset[Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -54,23 +54,23 @@ class StreamedBatches(Batches):
             persistent_workers=workers > 0,
             pin_memory=pin_memory,
             worker_init_fn=_leave_group,
-            # By default, starting an iterator draws from torch's global generator, which is the run's.
+            # The default is torch's global generator, which is the run's.
             generator=torch.Generator(),
         )
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         self._sampler.epoch, self._sampler.start = epoch, start
-        loaded = zip(self._loader, self.batch_indices(epoch, start), strict=True)
+        loaded = zip(self._loader, self.planned(epoch, start), strict=True)
         for (inputs, targets, indices), batch in loaded:
             inputs, targets = self.place(inputs, targets)
             if self.augment is not None:
                 indices = indices.to(tensors(inputs)[0].device)
             inputs = self._augmented(inputs, indices, epoch)
-            yield Batch(inputs, targets, indices, batch.samples, batch.total, batch.steps)
+            yield replace(batch, inputs=inputs, targets=targets, indices=indices)
 
 
 def _leave_group(worker: int) -> None:
-    """Leaves the process group, so that stop signals reach the run only, which stops its workers."""
+    """Leaves the process group, so that stop signals reach only the run, which stops its workers."""
     if hasattr(os, "setsid"):
         os.setsid()
 
@@ -87,7 +87,7 @@ class _EpochSampler:
         return len(self.batches) - self.start
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        for batch in self.batches.batch_indices(self.epoch, self.start):
+        for batch in self.batches.planned(self.epoch, self.start):
             yield [(self.epoch, index) for index in batch.indices.tolist()]
 
 

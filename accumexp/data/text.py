@@ -24,7 +24,7 @@ IGNORED = -100  # torch.nn.CrossEntropyLoss's ignore_index
 MASKED_SHARE = 0.15
 # The position of a split's files among ten consecutive ones.
 FILES_OF = {"train": range(8), "eval": (8,), "test": (9,)}
-# Installed beside the library, not part of every distribution of Python, or written when it was built.
+# Third-party folders, and parts that not every Python distribution has.
 LEFT_OUT = {
     *("__pycache__", "dist-packages", "distutils", "ensurepip", "idlelib", "lib-dynload", "lib2to3"),
     *("pydoc_data", "site-packages", "test", "tests", "tkinter", "turtledemo", "venv"),
@@ -37,14 +37,13 @@ class PythonSources(InMemory):
 
     A sample is a series of whole lines of one file, up to a blank line or `length` bytes. Samples below
     `min_length` bytes are left out, and lines are truncated to `length` bytes. Files are read in the order of
-    their paths, no more than `samples` need. Of ten files eight are for train and one each for eval and test,
-    so the splits share no file. The samples depend only on the version of Python.
+    their paths. Of ten files eight are for train and one each for eval and test. The samples depend only on
+    the version of Python.
 
     Tokens are PAD (0), MASK (1) and the bytes, 2 to 257. Masking follows Devlin et al. (arXiv 1810.04805,
     section 3.1): of a sample's n bytes max(1, round(0.15 n)) are predicted; of these 80 % are replaced by
-    MASK, 10 % by a random byte, and 10 % are unchanged. It is drawn once, as a function of `mask_seed`, the
-    split and the sample's index, and is the same in every epoch and for every seed of a run. Every sample
-    has a predicted byte, so none has weight 0.
+    MASK, 10 % by a random byte, and 10 % are unchanged. It is a function of `mask_seed`, the split and the
+    sample's index, the same in every epoch and for every seed of a run.
 
     Samples: inputs {"input_ids", "attention_mask"}, both (length,) int64, the mask 1 on bytes and 0 on
     padding; targets (length,) int64, the byte's token where it is predicted and -100 elsewhere.
@@ -79,9 +78,8 @@ class PythonSources(InMemory):
             raise ValueError(f"samples={samples}: at least 1")
         chunks = list(islice(_chunks(source_files(folder, split), length, min_length), samples))
         if len(chunks) < samples:
-            where = folder or "the standard library"
-            have = f"{len(chunks)} of {min_length} to {length} bytes for the {split} split"
-            raise UsageError(f"samples={samples}: {where} has only {have}")
+            available = f"{len(chunks)} of {min_length} to {length} bytes for the {split} split"
+            raise UsageError(f"samples={samples}: {folder or 'the standard library'} has only {available}")
         tokens = torch.full((samples, length), PAD)
         for row, chunk in zip(tokens, chunks, strict=True):
             row[: len(chunk)] = torch.frombuffer(chunk, dtype=torch.uint8).long() + FIRST_BYTE
@@ -105,12 +103,10 @@ def source_files(folder: str | None, split: str) -> list[Path]:
         paths += [(relative / name).as_posix() for name in names if name.endswith(".py")]
     files = [root / path for k, path in enumerate(sorted(paths)) if k % 10 in FILES_OF[split]]
     if not files:
-        right = (
-            "give a folder of at least 10 .py files"
-            if folder
-            else "take a Python that comes with its library's sources, or give data.train.folder=<sources>"
-        )
-        raise UsageError(f"folder={root}: no .py files there for the {split} split; {right}")
+        remedy = "take a Python that comes with its library's sources, or give data.train.folder=<sources>"
+        if folder:
+            remedy = "give a folder of at least 10 .py files"
+        raise UsageError(f"folder={root}: no .py files there for the {split} split; {remedy}")
     return files
 
 
@@ -128,7 +124,7 @@ def _chunks(files: list[Path], length: int, min_length: int) -> Iterator[bytearr
 
 
 def masked(tokens: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-    """Masks bytes of `tokens` (n, length), by draws that are a function of `seed` and the row's number.
+    """Masks bytes of `tokens` (n, length), with draws that depend on `seed` and the row's number.
 
     Returns:
         The masked tokens, and the targets: the predicted bytes' tokens, -100 elsewhere; both (n, length).

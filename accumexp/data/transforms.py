@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -26,29 +27,25 @@ class BatchAugment(Protocol):
 
     The draws are a function of the run's seed, the epoch and the sample's index, so that a sample's
     augmentation does not depend on its batch or micro-batch.
-
-    Attributes:
-        uniforms: the number of draws for a sample.
     """
 
-    uniforms: int
+    uniforms: int  # draws for a sample
 
     def __call__(self, images: Tensor, draws: Tensor) -> Tensor:
         """Augments `images` (n, ...) by `draws` (n, uniforms), uniform in [0, 1)."""
         ...
 
 
+@dataclass
 class ShiftAndFlip:
     """Shifts by up to `shift` pixels each way, padding with zeros, and flips half of the images.
 
     Shapes: images (n, channels, height, width), draws (n, 3).
     """
 
+    shift: int = 4
+    flip: bool = True
     uniforms = 3
-
-    def __init__(self, shift: int = 4, flip: bool = True) -> None:
-        self.shift = shift
-        self.flip = flip
 
     def __call__(self, images: Tensor, draws: Tensor) -> Tensor:
         n, channels, height, width = images.shape

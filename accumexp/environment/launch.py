@@ -78,7 +78,7 @@ def launch(
 
 
 def report(folder: Path, rank: int, error: BaseException) -> None:
-    """Writes the exception of a rank where `launch` reads it."""
+    """Writes the exception of a rank to `folder`, where `launch` reads it."""
     import torch.distributed as dist
 
     kind = type(error).__name__ if isinstance(error, tuple(EXPECTED.values())) else ""
@@ -95,23 +95,22 @@ def report(folder: Path, rank: int, error: BaseException) -> None:
 
 
 def _cause(folder: Path, failures: dict[int, Any]) -> BaseException:
-    """The first failure that no other one explains, as an exception that names its rank.
+    """The first failure that is not the consequence of another one, as an exception that names its rank.
 
-    Ranks that ended on a signal of their own ended as they should: the command exits with the same code.
+    Where the ranks ended on a signal that they handled, the command exits with the same code.
     """
     reports = {int(path.stem[5:]): json.loads(path.read_text()) for path in folder.glob("rank-*.json")}
     killed = {r: f for r, f in failures.items() if f.exitcode < 0 and r not in reports}
-    by_others = {rank: f for rank, f in killed.items() if f.exitcode != -signal.SIGTERM}
-    first_hand = {rank: one for rank, one in reports.items() if not one["lost"]}
-    if by_others:
-        rank, failure = next(iter(by_others.items()))
+    by_signal = {rank: f for rank, f in killed.items() if f.exitcode != -signal.SIGTERM}
+    causes = {rank: one for rank, one in reports.items() if not one["lost"]}
+    if by_signal:
+        rank, failure = next(iter(by_signal.items()))
         return TrainingError(f"rank {rank} (process {failure.pid}) was killed by {failure.signal_name()}")
-    for candidates in (first_hand, reports):
-        if candidates:
-            rank, cause = min(candidates.items(), key=lambda item: item[1]["time"])
-            if cause["kind"]:
-                return EXPECTED[cause["kind"]](cause["message"])
-            return RankError(f"rank {rank}: {cause['message']}\n{cause['traceback']}")
+    if candidates := causes or reports:
+        rank, cause = min(candidates.items(), key=lambda item: item[1]["time"])
+        if cause["kind"]:
+            return EXPECTED[cause["kind"]](cause["message"])
+        return RankError(f"rank {rank}: {cause['message']}\n{cause['traceback']}")
     rank, failure = next(iter(failures.items()))
     if failure.exitcode in (130, 143):
         return SystemExit(failure.exitcode)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -16,12 +17,9 @@ def reset_peak_memory(device: torch.device) -> None:
     """Starts a new peak: jobs of a sweep may share a process."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    else:
-        try:
-            # Linux: 5 resets the peak of the resident set (proc(5), clear_refs).
-            Path("/proc/self/clear_refs").write_text("5")
-        except OSError:
-            pass
+        return
+    with suppress(OSError):  # Linux: 5 resets the peak of the resident set (proc(5), clear_refs)
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak_memory_mib(device: torch.device) -> float:
@@ -39,8 +37,8 @@ def free_bytes(device: torch.device) -> int:
     available memory, or that of this process's control group if it is less.
     """
     if device.type == "cuda":
-        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + kept
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
     return min([psutil.virtual_memory().available, *_cgroup_free_bytes()])
 
 
@@ -51,7 +49,7 @@ def _cgroup_free_bytes(root: Path = Path("/sys/fs/cgroup")) -> list[int]:
         ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file"),
     ):
         try:
-            most = int((root / limit).read_text())  # a version 2 group without a limit says "max"
+            most = int((root / limit).read_text())  # "max" for a version 2 group without a limit
             statistics = (root / limit).with_name("memory.stat").read_text().split()
             reclaimable = int(statistics[statistics.index(cached) + 1])
             return [max(0, most - int((root / used).read_text()) + reclaimable)]

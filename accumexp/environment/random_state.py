@@ -1,4 +1,4 @@
-"""Where randomness comes from: one seed a run, and seeds derived from it that depend on nothing else."""
+"""The random state of a run: its seed, seeds derived from it, and saving and restoring generators."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def derive_seed(*parts: int | str) -> int:
 def seed_everything(seed: int, deterministic: bool) -> None:
     """Seeds torch, numpy and random; with `deterministic`, asks torch for reproducible kernels.
 
-    An operation that has none warns and runs all the same.
+    An operation without a reproducible kernel warns and runs.
     """
     random.seed(seed)
     np.random.seed(seed % 2**32)
@@ -38,7 +38,7 @@ def seed_everything(seed: int, deterministic: bool) -> None:
 
 @contextmanager
 def drawn_from(seed: int) -> Iterator[None]:
-    """Inside, CPU draws of torch, numpy and random come from `seed`; outside, they go on undisturbed."""
+    """Seeds the CPU generators of torch, numpy and random, and restores their state at the end."""
     state = random_state(devices=False)
     random.seed(seed)
     np.random.seed(seed % 2**32)
@@ -63,7 +63,7 @@ def random_state(devices: bool = True) -> dict[str, Any]:
 
 
 def restore_random_state(state: dict[str, Any]) -> None:
-    """Undoes every draw since `random_state` returned `state`."""
+    """Restores the generators to a `state` of `random_state`."""
     torch.set_rng_state(state["torch"])
     version, internal, gauss_next = state["python"]
     random.setstate((version, tuple(internal), gauss_next))

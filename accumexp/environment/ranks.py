@@ -1,6 +1,6 @@
-"""Where this process stands among the ranks of a run: alone, under torchrun, in a cluster's job, or launched.
+"""The rank of this process, its device, and its process group.
 
-Ranks are told by the environment variables of torchrun: RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE,
+A rank is given by torchrun's environment variables: RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE,
 MASTER_ADDR, MASTER_PORT.
 """
 
@@ -19,12 +19,12 @@ from typing import Any, NoReturn
 from ..errors import UsageError
 
 # A rank may wait this long for the others, which may be reading data; a dead rank is noticed at once.
-PATIENCE = timedelta(minutes=30)
+TIMEOUT = timedelta(minutes=30)
 
 
 @dataclass(frozen=True)
 class RankInfo:
-    """This process's place: `rank` of `size`, `local_rank` of `local_size` on this machine."""
+    """`rank` of `size` processes, `local_rank` of `local_size` on this machine."""
 
     rank: int = 0
     size: int = 1
@@ -33,12 +33,12 @@ class RankInfo:
 
     @property
     def first(self) -> bool:
-        """The one rank that speaks, logs and writes."""
+        """Whether this is rank 0, which alone prints, logs and writes."""
         return self.rank == 0
 
 
 def launched_rank() -> RankInfo | None:
-    """The world that something outside has made for this process, or None."""
+    """The rank that torchrun or a cluster's job gives this process, or None."""
     _adopt_cluster_job()
     environment = os.environ
     if "RANK" not in environment or "WORLD_SIZE" not in environment:
@@ -49,13 +49,13 @@ def launched_rank() -> RankInfo | None:
 
 
 def silent_rank_overrides(folder: str) -> list[str]:
-    """Hydra's arguments for a rank that is not the first: what it writes goes to `folder`."""
+    """Hydra's arguments for a rank other than the first: no logging, and output in `folder`."""
     folders = [f"hydra.run.dir='{folder}'", f"hydra.sweep.dir='{folder}'", "hydra.output_subdir=null"]
     return [*folders, "hydra/job_logging=none", "hydra/hydra_logging=none"]
 
 
 def _adopt_cluster_job() -> None:
-    """In a submitit job of several tasks, one a rank, names the ranks as torchrun does."""
+    """Sets torchrun's variables in a submitit job of several tasks, each of them a rank."""
     if "RANK" in os.environ or not any(key.startswith(("SUBMITIT_", "SLURM_")) for key in os.environ):
         return
     try:
@@ -70,7 +70,7 @@ def _adopt_cluster_job() -> None:
 
 
 def default_processes(device: str) -> int:
-    """One a GPU, or one on the GPU that is named; without a GPU two, if there are two cores."""
+    """One per GPU, one for a named GPU; without GPUs two, if there are two cores."""
     import torch
 
     if device.startswith("cuda:"):
@@ -100,7 +100,7 @@ def check_devices(processes: int, device: str) -> None:
 
 
 def device_of(device: str, rank_info: RankInfo) -> str:
-    """The name of this rank's device: `auto` is a GPU if there is one, and ranks have one each."""
+    """The name of this rank's device: `auto` is a GPU if there is one; each rank has its own."""
     import torch
 
     if device == "auto":
@@ -113,10 +113,9 @@ def device_of(device: str, rank_info: RankInfo) -> str:
 
 @contextmanager
 def process_group(rank_info: RankInfo, device: str) -> Iterator[None]:
-    """Inside, this process is a member of the ranks' group: nccl between GPUs, gloo between CPUs.
+    """Joins the ranks' process group: nccl between GPUs, gloo between CPUs.
 
-    A world made by others is left at the end of the process: a sweep's jobs share it. After an error
-    nothing is said to ranks that may be gone.
+    A group of launched ranks lasts until the end of the process, because a sweep's jobs share it.
     """
     import torch
     import torch.distributed as dist
@@ -124,28 +123,25 @@ def process_group(rank_info: RankInfo, device: str) -> Iterator[None]:
     if dist.is_initialized():
         yield
         return
-    options: dict[str, Any] = {"backend": "gloo", "timeout": PATIENCE}
+    options: dict[str, Any] = {"backend": "gloo", "timeout": TIMEOUT}
     if device.startswith("cuda"):
         options["backend"] = "cpu:gloo,cuda:nccl"
         if ":" in device:
             torch.cuda.set_device(device)
-    given = launched_rank() is not None
-    if not given:
+    launched = launched_rank() is not None
+    if not launched:
         store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
         options.update(store=store, rank=0, world_size=1)
     dist.init_process_group(**options)
-    if given:
+    if launched:
         atexit.register(_leave)
     yield
-    if not given:
+    if not launched:
         dist.destroy_process_group()
 
 
 def exit_immediately(code: int) -> NoReturn:
-    """Ends a rank without what Python and C++ would still tear down.
-
-    Leaving a group may wait for members that are gone, and its threads may outlive what they use.
-    """
+    """Ends a rank without the teardown of Python and C++, which may wait for ranks that are gone."""
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -156,7 +152,7 @@ _skip_teardown = False
 
 
 def skip_group_teardown() -> None:
-    """Leaves the group without a word at the end of the process: other ranks may be gone."""
+    """Leaves the group without a teardown at the end of the process, because other ranks may be gone."""
     global _skip_teardown
     _skip_teardown = True
 
@@ -169,17 +165,17 @@ def _leave() -> None:
 
 
 def broadcast_from_first(text: str, rank_info: RankInfo) -> str:
-    """`text` of the first rank, on every rank of a joined world."""
+    """Returns the first rank's `text` on every rank of a joined group."""
     import torch.distributed as dist
 
-    said: list[Any] = [text]
+    texts: list[Any] = [text]
     if rank_info.size > 1:
-        dist.broadcast_object_list(said)
-    return said[0]
+        dist.broadcast_object_list(texts)
+    return texts[0]
 
 
 def barrier(rank_info: RankInfo) -> None:
-    """Waits until every rank of a joined world is here."""
+    """Waits for every rank of a joined group."""
     import torch.distributed as dist
 
     if rank_info.size > 1:
@@ -188,7 +184,7 @@ def barrier(rank_info: RankInfo) -> None:
 
 @contextmanager
 def local_first(rank_info: RankInfo) -> Iterator[None]:
-    """One rank of each machine goes first (it may have to download), the others follow."""
+    """Runs the body on the first rank of each machine, which may download, and then on the others."""
     if rank_info.local_rank:
         barrier(rank_info)
     yield

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: the first asks the loop to end, the second does not ask."""
+"""Ctrl-C and SIGTERM: the first requests the end of the loop, the second interrupts it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 
 class Stoppable(Protocol):
-    """What trains: a trainer, or many together."""
+    """A trainer of one or several runs."""
 
     def stop(self, reason: str, code: int = 1) -> None: ...
 
@@ -21,21 +21,21 @@ class StopSignals:
     Outside the main thread, where handlers cannot be set, it does nothing.
 
     Args:
-        deadline: seconds after which a signal ends the process that does not get to hear it, because its
-            main thread waits in a collective for a rank that is gone. None: never.
+        deadline: seconds after which a signal ends a process whose main thread does not handle it, because it
+            waits in a collective for a rank that is gone. None: never.
     """
 
     def __init__(self, deadline: float | None = None) -> None:
         self.deadline = deadline
-        self._heard = threading.Event()
-        self._wakeup: tuple[int, int] | None = None  # the descriptor before ours, and ours
+        self._handled = threading.Event()
+        self._wakeup: tuple[int, int] | None = None  # the previous descriptor and the new one
         self.received: signal.Signals | None = None
         self.trainer: Stoppable | None = None
         self._previous: dict[int, Any] = {}
 
     @property
     def exit_code(self) -> int:
-        """128 + the signal's number, as shells say it: 130 and 143."""
+        """128 + the signal's number, the convention of shells: 130 and 143."""
         return 128 + (self.received or 0)
 
     def __enter__(self) -> StopSignals:
@@ -47,15 +47,15 @@ class StopSignals:
         return self
 
     def _watch(self, deadline: float) -> None:
-        """Reads signals where the interpreter writes them at once, even while the main thread is away."""
+        """Reads signals in a thread, which sees them even while the main thread is blocked."""
         reads, writes = os.pipe()
         os.set_blocking(writes, False)
         self._wakeup = (signal.set_wakeup_fd(writes, warn_on_full_buffer=False), writes)
 
         def watch() -> None:
             while written := os.read(reads, 1):
-                stops = written[0] in (signal.SIGINT, signal.SIGTERM)  # and not a child that ended, say
-                if stops and not self._heard.wait(deadline):
+                stops = written[0] in (signal.SIGINT, signal.SIGTERM)  # not SIGCHLD, for example
+                if stops and not self._handled.wait(deadline):
                     os._exit(128 + written[0])
             os.close(reads)
 
@@ -71,7 +71,7 @@ class StopSignals:
             signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        self._heard.set()
+        self._handled.set()
         again = self.received is not None
         self.received = signal.Signals(number)
         if again or self.trainer is None:

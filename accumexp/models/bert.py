@@ -13,8 +13,8 @@ from ..errors import UsageError
 class Bert(nn.Module):
     """transformers' BertForMaskedLM (Devlin et al., arXiv 1810.04805) without its loss.
 
-    transformers' loss is the mean over a micro-batch, which is wrong to accumulate if token counts differ;
-    the window computes the loss. Nothing is downloaded.
+    The window computes the loss, because the mean over a micro-batch is wrong to accumulate if token counts
+    differ. Nothing is downloaded.
 
     Shapes: input_ids and attention_mask (n, length), 1 on tokens and 0 on padding, to logits
     (n, vocabulary, length), as torch.nn.CrossEntropyLoss takes them with targets (n, length).

@@ -1,13 +1,13 @@
 """Norms for models that were written with BatchNorm.
 
-The statistics of `batch` are over the samples of one forward, so its gradient depends on how a batch is split
-into micro-batches. With the other three it does not: `frozen` computes no statistics, `group` computes them
-over one sample, and `ghost` over groups of samples that are the same for every split.
+The gradient of `batch` depends on how a batch is split into micro-batches. With the other three it does not:
+`frozen` has no statistics, those of `group` are over one sample, and those of `ghost` over fixed groups.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -21,11 +21,8 @@ NORMS = ("batch", "frozen", "group", "ghost")
 def matched_momentum(momentum: float, times: int) -> float:
     """The momentum of `times` updates of running statistics that equal one update with `momentum` in decay.
 
-    An update with momentum m' is r <- (1 - m') r + m' s. After N of them r has the weight (1 - m')^N, after
-    one update with momentum m the weight 1 - m. So m' = 1 - (1 - m)^(1/N) gives the same decay per optimizer
-    update for any N. The statistics of the k-th of the N micro-batches then have the weight
-    m' (1 - m')^(N - k), in sum m. The last, smaller window of an epoch has fewer micro-batches and so less
-    decay.
+    After N updates r <- (1 - m') r + m' s the first r has the weight (1 - m')^N, after one with momentum m
+    the weight 1 - m. So m' = 1 - (1 - m)^(1/N). A smaller last window has fewer micro-batches and less decay.
 
     Raises:
         ValueError: unless 0 <= momentum <= 1 and 1 <= times.
@@ -40,8 +37,8 @@ def matched_momentum(momentum: float, times: int) -> float:
 class FrozenBatchNorm2d(nn.BatchNorm2d):
     """BatchNorm with fixed running statistics, in training too; weight and bias are trained.
 
-    For pretrained weights. Before they are loaded the statistics are mean 0 and variance 1, and the module
-    is a scale and a shift. `training` is always False.
+    For pretrained weights; until they are loaded the statistics are mean 0 and variance 1. `training` is
+    always False.
 
     Shapes: (n, channels, height, width) to the same.
     """
@@ -51,16 +48,15 @@ class FrozenBatchNorm2d(nn.BatchNorm2d):
         self.eval()
 
     def train(self, mode: bool = True) -> FrozenBatchNorm2d:
-        """Has no effect, so that `model.train()` does not make the statistics change."""
+        """Has no effect, so that `model.train()` does not change the statistics."""
         return super().train(False)
 
 
 class GhostBatchNorm2d(nn.BatchNorm2d):
     """BatchNorm over groups of at most `ghost_size` samples (Hoffer et al. 2017, arXiv:1705.08741).
 
-    n samples are split into ceil(n / ghost_size) groups as a window is split into micro-batches: in order,
-    with sizes that differ by at most one, the larger ones first. So a micro-batch of `ghost_size` samples is
-    one group, and the whole batch has the same groups. Each group updates the running statistics, in order.
+    n samples are split into ceil(n / ghost_size) groups as a window is split into micro-batches, so that a
+    micro-batch of `ghost_size` samples is one group. Each group updates the running statistics, in order.
 
     Args:
         num_features: channels.
@@ -95,8 +91,7 @@ class GhostBatchNorm2d(nn.BatchNorm2d):
     def _forward_equal(self, input: Tensor, groups: int) -> Tensor:
         """The forward of groups of equal size, in one batch norm over groups * channels channels.
 
-        With statistics s_1 ... s_g of the groups, the running statistics r become
-        (1 - m)^g r + sum_k m (1 - m)^(g - k) s_k, as by one update after the other.
+        The running statistics become (1 - m)^g r + sum_k m (1 - m)^(g - k) s_k, as by g updates.
         """
         assert self.running_mean is not None and self.running_var is not None
         assert self.num_batches_tracked is not None and self.momentum is not None
@@ -162,7 +157,7 @@ def norm_layer(
     if norm == "frozen":
         return FrozenBatchNorm2d
     if norm == "group":
-        return lambda channels: _group_norm(groups, channels)
+        return partial(_group_norm, groups)
     ghost = micro_batch_size if ghost_size is None else ghost_size
     if not isinstance(ghost, int) or ghost < 1:
         raise ValueError(f"ghost_size={ghost}: samples in a group of statistics, at least 1")

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from ..config.loading import settled
 from ..config.schema import Config
 from ..config.sizes import AUTO
-from ..environment.console import amount, console
+from ..environment.console import amount, print_line
 from ..environment.ranks import RankInfo
 from ..errors import UsageError
 from .planner import Planner
@@ -36,8 +36,8 @@ def choose_steps(
     """
     if config.accum.steps != AUTO:
         if config.accum.memory_limit is not None and not resuming and rank_info.first:
-            given = f"accum.memory_limit={config.accum.memory_limit}"
-            log.warning("%s: has no effect, accum.steps=%s keeps to it", given, AUTO)
+            setting = f"accum.memory_limit={config.accum.memory_limit}"
+            log.warning("%s: has no effect, accum.steps=%s keeps to it", setting, AUTO)
         return config, {}
     if config.trainer.graph:
         raise UsageError(
@@ -51,46 +51,45 @@ def choose_steps(
         f"{window} {point.micro_batch} samples{ranks}: predicted "
         f"{amount(point.predicted)}, measured {amount(point.measured or 0)}, at most {limit}"
     )
-    console.print(f"accum.steps={AUTO}: {summary}", highlight=False, soft_wrap=True)
+    print_line(f"accum.steps={AUTO}: {summary}")
     return settled(config, point.steps), {TAG: summary}
 
 
 def measure_steps(config: Config, rank_info: RankInfo) -> tuple[Point, Limit]:
     """The point of this rank at the most steps that any rank chooses, and its limit."""
     with trial_run(config, rank_info) as trial:
-        planner, own, error = None, None, None
+        planner, point, error = None, None, None
         try:
             planner = Planner(trial)
-            own = planner.choose()
+            point = planner.choose()
         except UsageError as refused:
             error = str(refused)
-        chosen = _of_all(own.steps if own else 0, error, rank_info)
-        assert planner is not None and own is not None
+        chosen = _gather_steps(point.steps if point else 0, error, rank_info)
+        assert planner is not None and point is not None
         steps = max(chosen)
         if min(chosen) == steps:
-            return own, planner.limit
+            return point, planner.limit
         try:
-            own = own if own.steps == steps else planner.tried(steps)
-            if not own.fits:
-                needs = (
-                    own.trouble
-                    or f"{amount(own.measured or own.predicted)}, and the limit is {planner.limit}"
-                )
+            point = point if point.steps == steps else planner.measure(steps)
+            if not point.fits:
+                size = amount(point.measured or point.predicted)
+                needs = point.trouble or f"{size}, and the limit is {planner.limit}"
                 error = (
                     f"accum.steps={AUTO}: {steps} steps, which another rank needs, do not fit on rank "
                     f"{rank_info.rank}: {needs}; give accum.steps"
                 )
         except UsageError as refused:
             error = str(refused)
-        _of_all(steps, error, rank_info)
-        return own, planner.limit
+        _gather_steps(steps, error, rank_info)
+        return point, planner.limit
 
 
-def _of_all(steps: int, error: str | None, rank_info: RankInfo) -> list[int]:
-    """`steps` of all ranks, or on all of them the error of the first that has one: nobody is left waiting."""
-    found = [(steps, error)] * rank_info.size
+def _gather_steps(steps: int, error: str | None, rank_info: RankInfo) -> list[int]:
+    """The steps of all ranks; raises the error of the first rank that has one, on all of them."""
+    gathered = [(steps, error)] * rank_info.size
     if rank_info.size > 1:
-        dist.all_gather_object(found, (steps, error))
-    for refusal in (said for _, said in found if said):
-        raise UsageError(refusal)
-    return [most for most, _ in found]
+        dist.all_gather_object(gathered, (steps, error))
+    for _, refusal in gathered:
+        if refusal:
+            raise UsageError(refusal)
+    return [rank_steps for rank_steps, _ in gathered]

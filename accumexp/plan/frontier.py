@@ -14,7 +14,7 @@ from rich.table import Table
 
 from ..config.schema import Config
 from ..config.sizes import AUTO, micro_batch
-from ..environment.console import amount, console, show_values
+from ..environment.console import amount, console, print_line, show_values
 from ..environment.device import device_name
 from ..environment.memory import MIB
 from ..errors import UsageError
@@ -23,7 +23,7 @@ from .planner import Planner, Stage
 from .points import Frontier, Point
 from .trial_run import trial_run
 
-# Timed updates of a point: as many as fit into so many seconds, of these two at most and at least.
+# Timed updates of a point: as many as fit into TIMED_SECONDS, from 3 to 20.
 TIMED = (3, 20)
 TIMED_SECONDS = 2.0
 COLUMNS = ("micro-batch", "accum.steps", "predicted", "measured", "error", "ms/update", "samples/s")
@@ -39,12 +39,12 @@ def plan(config: Config, folder: Path) -> None:
     given = None if config.accum.steps == AUTO else int(config.accum.steps or 1)
     config = replace(config, accum=replace(config.accum, steps=AUTO, micro_batch_size=None))
     with _progress() as (stage, points_of):
-        found = measure_frontier(config, given, stage, points_of)
-    _show(found)
+        frontier = measure_frontier(config, given, stage, points_of)
+    _show(frontier)
     folder.mkdir(parents=True, exist_ok=True)
     table, picture = folder / RESULT, folder / PICTURE
-    table.write_text(json.dumps(asdict(found), indent=2))
-    draw(found, picture)
+    table.write_text(json.dumps(asdict(frontier), indent=2))
+    draw(frontier, picture)
     console.print()
     show_values("kept", {"table": table, "picture": picture})
 
@@ -84,61 +84,52 @@ def measure_frontier(config: Config, given: int | None, stage: Stage, points_of:
 
 
 def _point(planner: Planner, steps: int) -> Point:
-    """The point at `steps`, tried unless it is predicted not to fit."""
+    """The point at `steps`, measured unless it is predicted not to fit."""
     predicted = planner.predicted(steps)
     if predicted > planner.limit.bytes:
         trial = planner.trial
         return Point(steps, micro_batch(trial.data.batch_size, steps, trial.ranks), predicted, False)
-    return planner.tried(steps)
+    return planner.measure(steps)
 
 
 def _seconds(planner: Planner, steps: int) -> float:
-    """Seconds of an update, of which every point takes the same ones."""
+    """Median seconds of an update."""
     planner.stage(f"timing {steps} micro-batches")
     least, most = TIMED
     once = planner.trial.seconds(steps, 1)
     return planner.trial.seconds(steps, max(least, min(most, int(TIMED_SECONDS / max(once, 1e-6)))))
 
 
-def _show(found: Frontier) -> None:
-    over = f" over {found.ranks} ranks" if found.ranks > 1 else ""
-    console.print(
-        f"{found.name}, updates of {found.batch_size} samples{over}, on {found.device}, "
-        f"at most {found.limit}",
-        highlight=False,
-        soft_wrap=True,
-    )
+def _show(frontier: Frontier) -> None:
+    over = f" over {frontier.ranks} ranks" if frontier.ranks > 1 else ""
+    batch = f"updates of {frontier.batch_size} samples{over}"
+    print_line(f"{frontier.name}, {batch}, on {frontier.device}, at most {frontier.limit}")
     table = Table(box=None, header_style="bold", padding=(0, 2, 0, 1), collapse_padding=True)
     for title in COLUMNS:
         table.add_column(title, justify="right", no_wrap=True)
     table.add_column("")
-    for point in found.points:
-        table.add_row(*_cells(point, found), style="bold" if point == found.chosen else "")
+    for point in frontier.points:
+        table.add_row(*_cells(point, frontier), style="bold" if point == frontier.chosen else "")
     console.print(table)
     console.print()
-    if found.chosen:
-        point = found.chosen
-        console.print(
-            f"accum.steps={point.steps}: the largest micro-batch that fits, {point.micro_batch} samples",
-            style="bold green",
-            highlight=False,
-            soft_wrap=True,
-        )
-        made_of = ", ".join(f"{name} {amount(size)}" for name, size in found.parts.items())
-        console.print(f"made of {made_of}", highlight=False, soft_wrap=True)
+    if frontier.chosen:
+        point = frontier.chosen
+        chosen = f"accum.steps={point.steps}: the largest micro-batch that fits, {point.micro_batch} samples"
+        print_line(chosen, style="bold green")
+        print_line("made of " + ", ".join(f"{name} {amount(size)}" for name, size in frontier.parts.items()))
     else:
-        console.print(found.refused, style="bold red", highlight=False, soft_wrap=True)
-    for point in found.points:
+        print_line(frontier.refused, style="bold red")
+    for point in frontier.points:
         if point.trouble:
-            said = f"micro-batches of {point.micro_batch} do not run: {point.trouble}"
-            console.print(said, style="yellow", highlight=False, soft_wrap=True, markup=False)
-    console.print(f"an evaluation needs {amount(found.evaluation)}", highlight=False, soft_wrap=True)
-    if found.ranks > 1:
-        said = "one rank's part, alone on this machine: without the time that ranks wait for each other"
-        console.print(said, style="dim")
+            trouble = f"micro-batches of {point.micro_batch} do not run: {point.trouble}"
+            print_line(trouble, style="yellow", markup=False)
+    print_line(f"an evaluation needs {amount(frontier.evaluation)}")
+    if frontier.ranks > 1:
+        note = "one rank's part, alone on this machine: without the time that ranks wait for each other"
+        console.print(note, style="dim")
 
 
-def _cells(point: Point, found: Frontier) -> list[str]:
+def _cells(point: Point, frontier: Frontier) -> list[str]:
     cells = [str(point.micro_batch), str(point.steps), f"{point.predicted / MIB:,.1f} MiB"]
     if point.measured is None:
         cells += ["", ""]
@@ -148,19 +139,17 @@ def _cells(point: Point, found: Frontier) -> list[str]:
     if point.seconds is None:
         cells += ["", ""]
     else:
-        cells += [f"{1e3 * point.seconds:,.2f}", f"{found.samples / point.seconds:,.0f}"]
-    if point == found.chosen:
-        said = "[green]chosen[/]"
-    elif point.fits:
-        said = ""
-    else:
-        said = "[red]does not fit[/]" if not point.trouble else "[red]does not run[/]"
-    return [*cells, said]
+        cells += [f"{1e3 * point.seconds:,.2f}", f"{frontier.samples / point.seconds:,.0f}"]
+    if point == frontier.chosen:
+        return [*cells, "[green]chosen[/]"]
+    if point.fits:
+        return [*cells, ""]
+    return [*cells, "[red]does not run[/]" if point.trouble else "[red]does not fit[/]"]
 
 
 @contextmanager
 def _progress() -> Iterator[tuple[Stage, Any]]:
-    """(What says what is measured, what counts the points) on a terminal; elsewhere nothing is shown."""
+    """Shows a bar on a terminal; yields a function that sets its text, and one that counts the points."""
     with Progress(
         TextColumn("planning"),
         BarColumn(bar_width=24),

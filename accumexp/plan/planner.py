@@ -5,6 +5,8 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
+from typing import TypeVar
 
 import torch
 
@@ -18,9 +20,10 @@ from .trial_run import TrialMeasurement, TrialRun, discard
 
 # Samples of the small micro-batches that are measured; the last two give the prediction.
 SMALL = (1, 2, 4)
-# What is left of free memory to all that is no tensor: libraries, and gaps between tensors.
-SPARED = {"cuda": 0.05, "cpu": 0.10}
+# The share of free memory left to libraries and to gaps between tensors.
+RESERVE = {"cuda": 0.05, "cpu": 0.10}
 Stage = Callable[[str], None]
+Measured = TypeVar("Measured")
 
 
 class Planner:
@@ -34,71 +37,69 @@ class Planner:
         self.trial = trial
         self.stage = stage
         self.limit = memory_limit(trial)
-        self._feeding = self._fed()
-        self._small = self._measured_small()
+        feeding = self._attempt(trial.feeding)
+        if feeding is None:
+            key = f"data.batch_size={trial.data.batch_size}"
+            raise UsageError(f"{key}: {trial.device} cannot hold the samples of an update")
+        self._feeding = feeding
+        self._small = self._measure_small()
         needed = self.evaluation(trial.data.evaluated)
         if len(self._small[2]) > 1 and needed > self.limit.bytes:  # from one size it is no more than a bound
             self._refuse_evaluation(needed)
 
-    def _fed(self) -> Peak:
-        trial = self.trial
+    def _attempt(self, measure: Callable[[], Measured]) -> Measured | None:
+        """Returns `measure()`, or None and frees memory if it runs out of memory."""
         try:
-            return trial.feeding()
+            return measure()
         except Exception as error:
             if not out_of_memory(error):
                 raise
-            given = f"data.batch_size={trial.data.batch_size}"
-            raise UsageError(f"{given}: {trial.device} cannot hold the samples of an update") from error
+        discard(self.trial.device)
+        return None
 
-    def _measured_small(self) -> dict[int, list[TrialMeasurement]]:
-        """By the micro-batches of a window, 1 and 2 (which stand for all above), two sizes at most.
+    def _measure_small(self) -> dict[int, list[TrialMeasurement]]:
+        """Two sizes at most, by the micro-batches of a window: 1, and 2, which stand for all above.
 
-        None is tried that might not fit.
+        A size that might not fit is not measured.
         """
-        found: list[TrialMeasurement] = []
+        measured: list[TrialMeasurement] = []
         refused: str | None = None
         for size in SMALL:
-            if found:
-                last = found[-1]
+            if measured:
+                last = measured[-1]
                 if _grown(last, max(last.update.peak, last.evaluation.peak), size) > self.limit.bytes:
                     break
             self.stage(f"micro-batches of {size}")
             try:
-                found.append(self.trial.small(size, 2))
+                measurement = self._attempt(partial(self.trial.small, size, 2))
             except ValueError as error:  # a BatchNorm of one sample
-                refused = str(error)  # the error itself would keep what failed alive
+                refused = str(error)  # the error itself would keep its tensors alive
                 continue
-            except Exception as error:
-                if not out_of_memory(error):
-                    raise
-                discard(self.trial.device)
+            if measurement is None:
                 refused = None
                 break
-            if found[-1].update.peak > self.limit.bytes:
+            measured.append(measurement)
+            if measurement.update.peak > self.limit.bytes:
                 break
-        if not found and refused is not None:
+        if not measured and refused is not None:
             raise UsageError(f"accum.steps={AUTO}: no micro-batch could be tried: {refused}")
-        within = [one for one in found if one.update.peak <= self.limit.bytes]
-        if not within:
-            least = amount(found[0].update.peak) if found else f"more than {self.trial.device} has"
-            micro = found[0].micro if found else SMALL[0]
+        if not any(one.update.peak <= self.limit.bytes for one in measured):
+            least = amount(measured[0].update.peak) if measured else f"more than {self.trial.device} has"
+            micro = measured[0].micro if measured else SMALL[0]
             raise self._too_little(micro, f"needs {least}")
-        two = found[-2:]
-        once: list[TrialMeasurement] = []
-        for one in two:
-            if one in within:
-                try:
-                    once.append(self.trial.small(one.micro, 1))
-                except Exception as error:
-                    if not out_of_memory(error):
-                        raise
-                    discard(self.trial.device)
+        several = measured[-2:]
+        single: list[TrialMeasurement] = []
+        for one in several:
+            if one.update.peak <= self.limit.bytes:
+                measurement = self._attempt(partial(self.trial.small, one.micro, 1))
+                if measurement is None:
                     break
-        return {2: two, 1: once or two}
+                single.append(measurement)
+        return {2: several, 1: single or several}
 
     @property
     def batch_bytes(self) -> int:
-        """What is held of the data while a window of the whole batch computes."""
+        """Bytes of the data during a window of the whole batch."""
         return self._feeding.end - self._feeding.start
 
     def predicted(self, steps: int) -> int:
@@ -119,14 +120,14 @@ class Planner:
     def parts(self, point: Point) -> dict[str, int]:
         """Bytes by what they hold at `point`; they are not all alive at the same time.
 
-        What is temporary are gradients of activations, and what operators, optimizer and callbacks need.
+        "temporary" holds gradients of activations and the memory of operators, optimizer and callbacks.
         """
         small = self._small[2]
         one, two = small[0], small[-1]
         saved = one.activations * point.micro_batch // one.micro
         if two is not one:
             saved = _on_line((one.micro, one.activations), (two.micro, two.activations), point.micro_batch)
-        found = {
+        sizes = {
             "parameters": one.parameters,
             "gradients": one.gradients,
             "optimizer state": one.state,
@@ -135,7 +136,7 @@ class Planner:
             "saved activations": saved,
         }
         peak = point.predicted if point.measured is None else point.measured
-        return {**found, "temporary": max(0, peak - sum(found.values()))}
+        return {**sizes, "temporary": max(0, peak - sum(sizes.values()))}
 
     def _line(
         self, measured: list[TrialMeasurement], peak_of: Callable[[TrialMeasurement], Peak], size: int
@@ -143,13 +144,15 @@ class Planner:
         """The peak at `size`, with the whole batch beside it instead of the small one."""
         if len(measured) == 1:
             (one,) = measured
-            return _grown(one, peak_of(one).peak, size) + self.batch_bytes - one.fed
+            return _grown(one, peak_of(one).peak, size) + self.batch_bytes - one.batch
         a, b = measured
-        fed = _on_line((a.micro, a.fed), (b.micro, b.fed), size)
-        return extrapolated((a.micro, peak_of(a)), (b.micro, peak_of(b)), size, beside=self.batch_bytes - fed)
+        batch = _on_line((a.micro, a.batch), (b.micro, b.batch), size)
+        return extrapolated(
+            (a.micro, peak_of(a)), (b.micro, peak_of(b)), size, beside=self.batch_bytes - batch
+        )
 
     def splits(self) -> Iterator[int]:
-        """The numbers of steps that make another micro-batch each, the fewest first."""
+        """The numbers of steps with distinct micro-batch sizes, in ascending order."""
         batch, ranks = self.trial.data.batch_size, self.trial.ranks
         before = None
         for steps in range(1, batch // ranks + 1):
@@ -158,47 +161,44 @@ class Planner:
                 yield steps
             before = micro
 
-    def tried(self, steps: int) -> Point:
+    def measure(self, steps: int) -> Point:
         """A trial of `steps`: two updates and an evaluated batch, measured."""
         trial, predicted = self.trial, self.predicted(steps)
         micro = micro_batch(trial.data.batch_size, steps, trial.ranks)
         self.stage(f"{steps} micro-batches of {micro}")
         point = Point(steps, micro, predicted, False)
         try:
-            found = trial.whole(steps)
+            measurement = self._attempt(partial(trial.whole, steps))
         except ValueError as error:
             return replace(point, trouble=str(error).splitlines()[0])
-        except Exception as error:
-            if not out_of_memory(error):
-                raise
-            discard(trial.device)
+        if measurement is None:
             return replace(point, trouble="out of memory")
-        if found.evaluation.peak > self.limit.bytes:
-            self._refuse_evaluation(found.evaluation.peak)
-        measured = found.update.peak
+        if measurement.evaluation.peak > self.limit.bytes:
+            self._refuse_evaluation(measurement.evaluation.peak)
+        measured = measurement.update.peak
         return replace(point, measured=measured, fits=measured <= self.limit.bytes)
 
     def choose(self) -> Point:
-        """The fewest steps that fit, predicted and then tried; one trial, unless that shows otherwise.
+        """The fewest steps that fit: predicted, then measured; further steps only if that does not fit.
 
         Raises:
             UsageError: if none do.
         """
-        more = 1.0  # than predicted, by the trials that did not fit
+        factor = 1.0  # measured to predicted, over the trials that did not fit
         last: Point | None = None
         for steps in self.splits():
-            if self.predicted(steps) * more > self.limit.bytes:
+            if self.predicted(steps) * factor > self.limit.bytes:
                 continue
-            last = self.tried(steps)
+            last = self.measure(steps)
             if last.fits:
                 return last
-            more = max(more * 1.02, (last.measured or 0) / last.predicted)
+            factor = max(factor * 1.02, (last.measured or 0) / last.predicted)
         finest = self.trial.data.batch_size // self.trial.ranks
         predicted = self.predicted(finest)
         if last is None:
             raise self._too_little(1, f"needs {amount(predicted)}")
         if last.steps != finest and predicted <= self.limit.bytes:
-            last = self.tried(finest)
+            last = self.measure(finest)
             if last.fits:
                 return last
         measured, trouble = last.measured, last.trouble
@@ -230,28 +230,28 @@ class Planner:
 
 
 def memory_limit(trial: TrialRun) -> Limit:
-    """What `accum.memory_limit` says, or the free memory of the device less what is spared."""
-    asked, device = trial.config.accum.memory_limit, trial.device
-    if asked is not None:
-        return Limit(in_bytes("accum.memory_limit", asked), "accum.memory_limit")
+    """`accum.memory_limit`, or the free memory of the device less a reserve."""
+    limit, device = trial.config.accum.memory_limit, trial.device
+    if limit is not None:
+        return Limit(in_bytes("accum.memory_limit", limit), "accum.memory_limit")
     held = held_bytes(trial.held)
     if device.type == "cuda":
         held = torch.cuda.memory_allocated(device)
     share = 1 if device.type == "cuda" else trial.local_ranks
-    spared = SPARED.get(device.type, 0.1)
-    most = int((free_bytes(device) / share + held) * (1 - spared))
-    return Limit(most, f"the free memory of {device}, less {spared:.0%}")
+    reserve = RESERVE.get(device.type, 0.1)
+    most = int((free_bytes(device) / share + held) * (1 - reserve))
+    return Limit(most, f"the free memory of {device}, less {reserve:.0%}")
 
 
 def out_of_memory(error: Exception) -> bool:
-    """Whether `error` is of an allocation that failed, or is what a trainer makes of one."""
+    """Whether `error` is a failed allocation, or was raised from one."""
     return any(is_out_of_memory(one) for one in (error, error.__cause__) if one is not None)
 
 
 def _grown(one: TrialMeasurement, peak: int, micro: int) -> int:
-    """Not less than what `peak` is with a larger micro-batch, from one that was measured.
+    """An upper bound of `peak` with a larger micro-batch, from a measured one.
 
-    Of what is saved for backward, a backward makes a gradient as large, and operators need as much again.
+    Backward makes a gradient as large as each saved activation, and operators need as much again.
     """
     return peak + 4 * one.activations * (micro - one.micro) // one.micro
 

@@ -45,13 +45,13 @@ class TrialData:
 
     @property
     def held(self) -> list[Tensor]:
-        """What of the data lies on the device, with the samples' numbers if those do."""
-        found: list[Tensor] = []
+        """The data and indices of samples that lie on the device."""
+        held: list[Tensor] = []
         for batches in self._every():
-            found.append(self._whole[id(batches)])
+            held.append(self._whole[id(batches)])
             if isinstance(batches, ResidentBatches):
-                found += [*tensors(batches.inputs), *tensors(batches.targets)]
-        return [tensor for tensor in found if tensor.device.type == self.device.type]
+                held += [*tensors(batches.inputs), *tensors(batches.targets)]
+        return [tensor for tensor in held if tensor.device.type == self.device.type]
 
     def take_small(self, micro: int, steps: int) -> None:
         """Makes ready for windows of `steps` micro-batches of `micro`, and evaluations of as many."""
@@ -67,14 +67,14 @@ class TrialData:
         every = samples if samples < batch else -(-samples // batch) * batch
         self._cut(batch, Share(self.rank, self.ranks, steps), every, self.evaluated)
 
-    def fed(self, before: int) -> Peak:
-        """Gathering one batch after the other, with nothing else; the last one stays."""
+    def gather(self, before: int) -> Peak:
+        """The peak of gathering one batch after the other."""
         train = self.splits.train
-        with measure_peak(self.device, before) as found:
+        with measure_peak(self.device, before) as peak:
             batches = chain.from_iterable(train.epoch(number) for number in range(UPDATES))
             for _batch in islice(batches, UPDATES):
                 pass
-        return found
+        return peak
 
     def _every(self) -> list[Batches]:
         return [self.splits.train, self.splits.eval, self.splits.test]
@@ -82,11 +82,11 @@ class TrialData:
     def _cut(self, batch: int, share: Share, samples: int, evaluated: int) -> None:
         train, rest = self.splits.train, self.splits.eval
         train.batch_size, train.share = batch, share
-        train.choose(_so_many(self._whole[id(train)], samples))
+        train.choose(_repeated(self._whole[id(train)], samples))
         rest.batch_size, rest.share = evaluated, Share()
-        rest.choose(_so_many(self._whole[id(rest)], self._evaluations * evaluated))
+        rest.choose(_repeated(self._whole[id(rest)], self._evaluations * evaluated))
 
 
-def _so_many(indices: Tensor, samples: int) -> Tensor:
+def _repeated(indices: Tensor, samples: int) -> Tensor:
     """The first `samples` of `indices`, which come again where there are fewer."""
     return indices[torch.arange(samples) % len(indices)]

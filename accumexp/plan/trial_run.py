@@ -44,7 +44,7 @@ class TrialMeasurement:
         update: of everything up to the end of the second update, what a callback makes at its beginning
             and the next batch's gathering included.
         evaluation: of batches of `micro` samples (of a whole trial: the run's own), after it.
-        fed: held of the data while a window computes: its batch and the order of the epoch.
+        batch: the data during a window: its batch and the order of the epoch.
         parameters: with buffers.
         activations: the most that was saved for backward.
     """
@@ -52,7 +52,7 @@ class TrialMeasurement:
     micro: int
     update: Peak
     evaluation: Peak
-    fed: int
+    batch: int
     parameters: int
     gradients: int
     state: int
@@ -70,7 +70,7 @@ class TrialRun:
     Building and using it moves torch's random state.
 
     Args:
-        here: the rank whose part it is; of several, all must build it together.
+        rank_info: the rank whose part is tried; all ranks must build it together.
     """
 
     def __init__(self, config: Config, rank_info: RankInfo = ALONE) -> None:
@@ -79,7 +79,7 @@ class TrialRun:
         # One process that stands for all takes them to be on this machine.
         self.local_ranks = rank_info.local_size if rank_info.size > 1 else self.ranks
         self._device = device_of(config.device, rank_info)
-        first = self._of(1)
+        first = self._config(1)
         with local_first(rank_info):
             self.experiment = Experiment.build(first)
         self.device = self.experiment.device
@@ -89,22 +89,22 @@ class TrialRun:
     def small(self, micro: int, steps: int) -> TrialMeasurement:
         """A window of `steps` micro-batches of `micro` samples, and an evaluation of as many."""
         self.data.take_small(micro, steps)
-        return self._measure(self._of(steps, steps * micro * self.ranks), micro)
+        return self._measure(self._config(steps, steps * micro * self.ranks), micro)
 
     def whole(self, steps: int) -> TrialMeasurement:
         """The run's own batch in `steps`, and its own evaluation."""
         self.data.take_whole(steps)
-        return self._measure(self._of(steps), micro_batch(self.data.batch_size, steps, self.ranks))
+        return self._measure(self._config(steps), micro_batch(self.data.batch_size, steps, self.ranks))
 
     def feeding(self) -> Peak:
-        """Gathering one whole batch after the other, with nothing else; the last one stays."""
+        """The peak of gathering one whole batch after the other."""
         self.data.take_whole(1)
-        return self._fed()
+        return self._gather()
 
     def seconds(self, steps: int, updates: int) -> float:
         """Median seconds of an update of the whole batch in `steps`, of `updates` after a first one."""
         self.data.take_whole(steps)
-        config = self._of(steps)
+        config = self._config(steps)
         config.trainer.epochs, config.trainer.log_every = updates + 2, 10 * updates
         self._take(config)
         trainer = self._trainer(updates + 1)
@@ -114,7 +114,7 @@ class TrialRun:
             trainer.fit()
         return median(clock.seconds[1:])
 
-    def _of(self, steps: int, batch: int | None = None) -> Config:
+    def _config(self, steps: int, batch: int | None = None) -> Config:
         """A rank's part of the run in `steps`, as a run of its own without an end."""
         config = settled(self.config, steps, batch)
         accum, loop = config.accum, config.trainer
@@ -133,8 +133,8 @@ class TrialRun:
         """The tensors that are there before a run begins: model, loss and data."""
         experiment = self.experiment
         modules = [m for m in (experiment.model, experiment.criterion) if isinstance(m, nn.Module)]
-        found = [t for module in modules for t in chain(module.parameters(), module.buffers())]
-        return [*(tensor for tensor in found if tensor.device.type == self.device.type), *self.data.held]
+        held = [t for module in modules for t in chain(module.parameters(), module.buffers())]
+        return [*(tensor for tensor in held if tensor.device.type == self.device.type), *self.data.held]
 
     @property
     def beside(self) -> dict[str, int]:
@@ -145,17 +145,17 @@ class TrialRun:
         second they are made anew, and the thread that reduced one of the old may still hold it.
         """
         experiment, accum = self.experiment, self.config.accum
-        found: dict[str, int] = {}
+        sizes: dict[str, int] = {}
         if accum.recovers and not self.config.trainer.graph:
             modules = [m for m in (experiment.model, experiment.criterion) if isinstance(m, nn.Module)]
             copies = sum(buffer.nbytes for module in modules for buffer in module.buffers())
             host = 2 * torch.get_rng_state().nbytes if self.device.type == "cpu" else 0
-            found[TO_GO_BACK] = copies + host
+            sizes[TO_GO_BACK] = copies + host
         if accum.strategy is Strategy.ddp:
-            sizes = [p.nbytes for p in experiment.model.parameters() if p.requires_grad]
-            found[BUCKETS] = sum(sizes)
-            found[UNDER_WAY] = min(sum(sizes), FULL_BUCKET + max(sizes, default=0))
-        return {name: size for name, size in found.items() if size}
+            gradients = [p.nbytes for p in experiment.model.parameters() if p.requires_grad]
+            sizes[BUCKETS] = sum(gradients)
+            sizes[UNDER_WAY] = min(sum(gradients), FULL_BUCKET + max(gradients, default=0))
+        return {name: size for name, size in sizes.items() if size}
 
     def close(self) -> None:
         """Drops model and data, and returns their memory to the device; no trial can follow."""
@@ -165,12 +165,12 @@ class TrialRun:
     def _room(self, size: int) -> Tensor:
         return torch.empty(size, dtype=torch.uint8, device=self.device)
 
-    def _fed(self) -> Peak:
-        return self.data.fed(held_bytes(self.held))
+    def _gather(self) -> Peak:
+        return self.data.gather(held_bytes(self.held))
 
     def _measure(self, config: Config, micro: int) -> TrialMeasurement:
         self._take(config)
-        fed = self._fed()
+        batch = self._gather()
         with measure_peak(self.device, held_bytes(self.held)) as update:
             # Stands in for what this one process does not make, so that what does not fit fails here.
             beside = {name: self._room(size) for name, size in self.beside.items()}
@@ -199,18 +199,18 @@ class TrialRun:
             for value in values.values()
             if isinstance(value, Tensor)
         ]
-        found = TrialMeasurement(
+        measurement = TrialMeasurement(
             micro,
             update,
             evaluation,
-            fed.end - fed.start,
+            batch.end - batch.start,
             held_bytes(chain(model.parameters(), model.buffers())),
             held_bytes(gradients),
             held_bytes(state),
             trainer.progress.activation_bytes,
         )
         model.zero_grad(set_to_none=True)
-        return found
+        return measurement
 
     @contextmanager
     def _cleared(self, trainer: Trainer, but_at_the_end: bool = False) -> Iterator[None]:
@@ -244,7 +244,7 @@ class TrialRun:
         trainer.callbacks = without_output(trainer.callbacks)
         for metric in (*fresh.metrics.values(), *trainer.log.train_metrics.metrics.values()):
             # Metrics look for other ranks themselves, which may be at another trial, or have none.
-            setattr(metric, "distributed_available_fn", _alone)  # noqa: B010
+            setattr(metric, "distributed_available_fn", _not_distributed)  # noqa: B010
         if self.config.accum.strategy is Strategy.ddp:
             trainer.window.sync.keeps_gradients = not self.config.accum.find_unused_parameters
         return trainer
@@ -275,5 +275,5 @@ def discard(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def _alone() -> bool:
+def _not_distributed() -> bool:
     return False

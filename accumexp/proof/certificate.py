@@ -66,7 +66,7 @@ class Cause:
         where: the modules or the part of the loop; "" for all of it.
         reason: a phrase with figures.
         effect: the relative error of the gradient that it makes; nan if it does not concern the gradient.
-        shown: the experiment: what was changed, and what became of the error.
+        shown: the experiment: what was changed, and the error afterwards.
         advice: what to do.
         excused: whether everything else is proved once this source is held fixed: a window may differ from
             the larger batch by it as two runs of the larger batch differ from each other.
@@ -118,13 +118,10 @@ class Certificate:
 
     def __str__(self) -> str:
         """The verdict in one line."""
-        if self.verdict == "proved":
-            return "proved"
-        if self.verdict == "proved up to":
+        if self.proved:
             sources = "; ".join(f"{c.source} ({c.where})" if c.where else c.source for c in self.causes)
-            return f"proved up to {sources}"
-        causes = [cause.line for cause in self.causes if not cause.excused]
-        reasons = causes or [
+            return f"{self.verdict} {sources}".rstrip()
+        reasons = [cause.line for cause in self.causes if not cause.excused] or [
             f"{check.name}: {number(check.figure)} instead of at most {number(check.bound)}"
             for check in self.failed
         ]
@@ -133,17 +130,7 @@ class Certificate:
     def as_dict(self) -> dict[str, Any]:
         """All fields as dicts, lists, strings and finite numbers; other floats become strings."""
         checks = [{**asdict(check), "passed": check.passed} for check in self.checks]
-        return _finite(
-            {
-                "verdict": self.verdict,
-                "summary": str(self),
-                "subject": dict(self.subject),
-                "checks": checks,
-                "causes": [asdict(cause) for cause in self.causes],
-                "environment": dict(self.environment),
-                "config": dict(self.config),
-            }
-        )
+        return _finite({"verdict": self.verdict, "summary": str(self), **asdict(self), "checks": checks})
 
     def as_json(self) -> str:
         return json.dumps(self.as_dict(), indent=2, allow_nan=False) + "\n"

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import platform
+from collections.abc import Callable, Sequence
 from functools import cached_property, partial
 from typing import Any
 
@@ -12,36 +12,17 @@ import torch
 from torch import nn
 from torch.optim import SGD, Optimizer
 
+from . import diagnosis, windows
 from .arguments import batches_of, check_model, check_schedule
 from .certificate import Cause, Certificate, Check, worst_check
-from .diagnosis import (
-    buffers_cause,
-    diagnose,
-    gradient_carried_over,
-    low_precision_causes,
-    never_clipped_cause,
-)
-from .environment import environment, precision_name
 from .float64 import DOUBLE
 from .gradients import MAX_SKIPPED, compare_window
 from .observation import observe
-from .overflow import overflow_checks
-from .own_precision import precision_checks
-from .problem import Problem, Scaling, TrainingState, TrainWindow, WholeBatch, cast, copy_in
-from .randomness import find_draws, fix_draws, unfixed_draws_cause
+from .own_precision import OwnPrecisionReplay, precision_checks
+from .problem import Problem, Scaling, TrainingState, TrainWindow, WholeBatch, cast, copy_in, forked_rng
 from .ranks import all_gather, world_size
 from .replay_float64 import Float64Replay
-from .replay_own_precision import OwnPrecisionReplay
 from .rounding import larger_batch_of
-from .windows import (
-    activations_check,
-    agreement_check,
-    buffers_check,
-    collectives_check,
-    ragged,
-    resume_check,
-    weighted,
-)
 
 # Updates that are replayed in the run's own precision: four whole and three smaller windows.
 REPLAYED = 7
@@ -68,19 +49,18 @@ def certify(
     """Certifies that `train_window` makes the update of the larger batch, or says why it does not.
 
     The loop runs on copies of `model`, in fp64 and in its own precision, and is observed through hooks.
-    The larger batch's update is computed beside it, on the whole batch in one piece. Under
+    The larger batch's update is computed on the whole batch in one piece. Under
     torch.distributed every rank calls with the whole batch, of which its loop takes its share.
 
     Args:
         train_window: called as `train_window(model, optimizer, batch, steps)`, with the schedule as a
-            fifth argument where there is one. Makes one update of `model` on `batch`, (inputs, targets) of
-            all its samples, in `steps` micro-batches (fewer for a batch of fewer samples than usual: the
-            last window of an epoch), clips, steps and zeroes. May return the loss that it would log.
+            fifth argument if there is one. Makes one update of `model` on `batch`, (inputs, targets) of all
+            its samples, in `steps` micro-batches (fewer for the smaller last batch of an epoch), clips, steps
+            and zeroes. May return the loss that it would log.
         model: in the mode it is trained in. It is not changed.
-        loss: the larger batch's: a function of (outputs, targets) to a mean, of shape (); or an object with
-            `weight(targets)` and `total(outputs, targets)`, whose quotient is the mean. If it has tensors of
-            its own (class weights), the loop's criterion should be the same object: it is moved to fp64 and
-            back with the model.
+        loss: a function of (outputs, targets) to a mean, of shape (); or an object with `weight(targets)` and
+            `total(outputs, targets)`, whose quotient is the mean. If it has tensors (class weights), the
+            loop's criterion should be the same object: it is moved to fp64 and back with the model.
         batch: (inputs, targets) of one update, samples first; or a list of several such pairs, of which the
             first is a whole batch. A single batch whose inputs and targets are both pairs must be in a list.
         steps: micro-batches in a full window, on each rank.
@@ -123,9 +103,9 @@ def certify(
     )
     if steps < 1 or problem.samples < steps * world_size():
         raise ValueError(f"steps={steps}: a batch of {problem.samples} samples cannot be split into them")
-    with preserved_random_state(problem):
+    with forked_rng(problem.device), torch.enable_grad():
         check_schedule(model, optimizer, scheduler)
-    return Proof(problem, progress or (lambda stage: None)).certificate(updates)
+        return Proof(problem, progress or (lambda stage: None)).certificate(updates)
 
 
 class Proof:
@@ -146,23 +126,29 @@ class Proof:
 
     def certificate(self, updates: int) -> Certificate:
         """Makes all checks, with `updates` replayed in fp64, and finds causes."""
-        with preserved_random_state(self.problem):
-            self.fix_draws()
-            self.check_windows()
-            self.progress(f"{updates} updates, one by one")
-            self.replay_float64(updates)
-            self.progress("a stop between two windows")
-            self.checks.append(resume_check(self.problem, [self.batch(0), self.batch(1)]))
-            self.find_causes()
+        self.fix_draws()
+        self.check_windows()
+        self.progress(f"{updates} updates, one by one")
+        self.replay_float64(updates)
+        self.progress("a stop between two windows")
+        self.add(windows.resume_check(self.problem, [self.batch(0), self.batch(1)]))
+        self.find_causes()
         return self.result()
 
     def batch(self, number: int) -> WholeBatch:
         return self.problem.batches[number % len(self.problem.batches)]
 
+    def replayed_batch(self, number: int, interval: int, dtype: torch.dtype) -> WholeBatch:
+        """The batch of update `number`; a smaller one in the last of every `interval` updates."""
+        batch = self.batch(number)
+        if self.ragged and number % interval == interval - 1:
+            _, batch = self.ragged[number // interval % len(self.ragged)]
+        return cast(batch, dtype)
+
     @cached_property
     def ragged(self) -> list[tuple[str, WholeBatch]]:
-        """Descriptions and batches of smaller windows, see `ragged`."""
-        return ragged(self.problem, self.batch(0))
+        """Descriptions and batches of smaller windows, see `windows.ragged`."""
+        return windows.ragged(self.problem, self.batch(0))
 
     def gradient_check(self, name: str, batch: WholeBatch, detail: str) -> Check:
         """Checks every parameter's gradient on `batch` in fp64."""
@@ -183,12 +169,12 @@ class Proof:
         finite = all(bool(g.isfinite().all()) for g in exact.gradient.values())
         if not all(all_gather(finite)):
             raise ValueError("the larger batch's own gradient is not finite: there is nothing to be equal to")
-        draws = find_draws(problem, batch)
+        draws = diagnosis.find_draws(problem, batch)
         if draws.operators:
-            self.problem, causes = fix_draws(problem, batch, draws)
+            self.problem, causes = diagnosis.fix_draws(problem, batch, draws)
             self.causes.extend(causes)
         if draws.unfixed:
-            self.causes.append(unfixed_draws_cause(draws))
+            self.causes.append(diagnosis.unfixed_draws_cause(draws))
 
     def check_windows(self, replay: bool = True) -> None:
         """Checks single windows, and if `replay` some updates in the run's own precision."""
@@ -201,11 +187,11 @@ class Proof:
         if self.ragged:
             name = "gradient, ragged last window"
             self.add(worst_check(self.gradient_check(name, part, detail) for detail, part in self.ragged))
-        uneven = weighted(problem, batch)
+        uneven = windows.weighted(problem, batch)
         if uneven is not None:
             self.add(self.gradient_check("gradient, weighted items", uneven, "with ignored targets"))
-        self.add(buffers_check(problem, state, expected.larger.buffers))
-        name = precision_name(problem)
+        self.add(windows.buffers_check(problem, state, expected.larger.buffers))
+        name = problem.precision_name
         if problem.dtype is not DOUBLE:
             self.progress(f"the gradient in {name}")
             self.add(*precision_checks(problem, name))
@@ -213,9 +199,9 @@ class Proof:
                 self.progress(f"windows one after the other in {name}")
                 self.add(*self._replay_own_precision(name))
         self.progress("memory, ranks and overflow")
-        self.add(activations_check(problem, batch))
-        self.add(agreement_check(self.first), collectives_check(problem, batch, self.reductions))
-        self.add(*overflow_checks(problem, batch))
+        self.add(windows.activations_check(problem, batch), windows.agreement_check(self.first))
+        self.add(windows.collectives_check(problem, batch, self.reductions))
+        self.add(*windows.overflow_checks(problem, batch))
 
     def _replay_own_precision(self, name: str) -> list[Check]:
         problem = self.problem
@@ -223,10 +209,7 @@ class Proof:
         replay = OwnPrecisionReplay(problem, state)
         skips_left = MAX_SKIPPED if problem.scaling is not None else 0
         for number in range(REPLAYED):
-            batch = self.batch(number)
-            if self.ragged and number % 2:
-                _, batch = self.ragged[number // 2 % len(self.ragged)]
-            batch = cast(batch, problem.dtype)
+            batch = self.replayed_batch(number, 2, problem.dtype)
             while True:
                 observation = observe(state, batch, arrivals=True)
                 replay.compare(batch, observation)
@@ -241,10 +224,7 @@ class Proof:
         state = TrainingState(problem, DOUBLE)
         replay = Float64Replay(problem, state)
         for number in range(updates):
-            batch = self.batch(number)
-            if self.ragged and number % 3 == 2:
-                _, batch = self.ragged[number // 3 % len(self.ragged)]
-            batch = cast(batch, DOUBLE)
+            batch = self.replayed_batch(number, 3, DOUBLE)
             observation = observe(state, batch, arrivals=problem.scaling is not None)
             replay.compare(batch, observation)
             if observation.loss is not None and not replay.diverged:
@@ -252,10 +232,10 @@ class Proof:
         self.checks.extend(replay.checks())
         self.causes.extend(replay.causes())
         if problem.clip_norm is not None and not replay.clipped:
-            self.causes.append(never_clipped_cause(problem.clip_norm))
+            self.causes.append(diagnosis.never_clipped_cause(problem.clip_norm))
 
     def find_causes(self) -> None:
-        """Finds the causes of failed checks, which stand even if the search itself fails."""
+        """Finds the causes of failed checks. An error of the search becomes a cause itself."""
         failed = [check for check in self.checks if not check.passed]
         if not failed:
             return
@@ -269,16 +249,16 @@ class Proof:
 
     def _find_causes(self, failed: list[Check]) -> None:
         problem, batch = self.problem, self.batch(0)
-        uneven = weighted(problem, batch)
+        uneven = windows.weighted(problem, batch)
         others = [smaller for _, smaller in self.ragged] + ([] if uneven is None else [uneven])
-        causes = diagnose(problem, batch, others)
+        causes = diagnosis.diagnose(problem, batch, others)
         if not causes and any(check.name.startswith("gradient") for check in failed):
-            causes = gradient_carried_over(problem, [batch, self.batch(1)])
+            causes = diagnosis.gradient_carried_over(problem, [batch, self.batch(1)])
         self.causes.extend(causes)
         buffers = next((check for check in failed if check.name == "buffers"), None)
         if buffers is not None:
-            self.causes.append(buffers_cause(problem, buffers, len(self.first.sizes)))
-        self.causes.extend(low_precision_causes(problem, failed))
+            self.causes.append(diagnosis.buffers_cause(problem, buffers, len(self.first.sizes)))
+        self.causes.extend(diagnosis.low_precision_causes(problem, failed))
 
     def result(self) -> Certificate:
         problem = self.problem
@@ -287,17 +267,21 @@ class Proof:
             "steps": problem.steps,
             "ranks": world_size(),
             "micro_batch_size": max(self.first.sizes, default=0),
-            "precision": precision_name(problem),
+            "precision": problem.precision_name,
             "parameters": sum(p.numel() for p in problem.model.parameters()),
             "model": type(problem.model).__name__,
             "seed": problem.seed,
         }
-        return Certificate(self.checks, self.causes, subject, environment(problem))
-
-
-@contextmanager
-def preserved_random_state(problem: Problem) -> Iterator[None]:
-    """Restores torch's random state afterwards."""
-    devices = [problem.device] if problem.device.type == "cuda" else []
-    with torch.random.fork_rng(devices), torch.enable_grad():
-        yield
+        device = problem.device
+        processor = platform.processor() or platform.machine()
+        if device.type == "cuda":
+            processor = torch.cuda.get_device_name(device)
+        environment = {
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            "platform": platform.platform(),
+            "device": f"{device.type} ({processor})",
+            "threads": torch.get_num_threads(),
+            "deterministic": torch.are_deterministic_algorithms_enabled(),
+        }
+        return Certificate(self.checks, self.causes, subject, environment)

@@ -23,12 +23,7 @@ NEGLIGIBLE = 1e-8
 
 @dataclass(frozen=True)
 class Coupling:
-    """A module that couples samples.
-
-    Attributes:
-        effect: the relative difference between its output on half a batch and that half of its output on
-            all of it.
-    """
+    """A module that couples samples. `effect` is the relative change of its output on half a batch alone."""
 
     name: str
     kind: str
@@ -40,7 +35,7 @@ def coupling_modules(problem: Problem, batch: WholeBatch) -> list[Coupling]:
     model = copy_in(problem.model, DOUBLE)
     inputs, _ = cast(batch, DOUBLE)
     couplings: dict[str, Coupling] = {}
-    # The inputs of a parametrization are weights, whatever their first dimension is.
+    # The inputs of a parametrization are weights, not samples.
     names = {
         module: name for name, module in model.named_modules() if "parametrizations" not in name.split(".")
     }
@@ -69,8 +64,7 @@ def coupling_modules(problem: Problem, batch: WholeBatch) -> list[Coupling]:
         in_experiment = True
         buffers_after = _buffers(module)
         try:
-            # A module that differs on the whole batch too does so for other reasons (a counter in Python, a
-            # generator outside torch) and need not couple samples.
+            # If the whole batch gives another result too, the reason is a counter or a generator in Python.
             whole = repeated(module, arguments, keywords, samples)
             if not _difference(whole, outputs, samples) <= NEGLIGIBLE:
                 return
@@ -83,18 +77,13 @@ def coupling_modules(problem: Problem, batch: WholeBatch) -> list[Coupling]:
         if effect > NEGLIGIBLE:
             couplings[name] = Coupling(name or "(model)", type(module).__name__, effect)
 
-    handles = [module.register_forward_pre_hook(before_forward, with_kwargs=True) for module in names]
-    handles += [module.register_forward_hook(after_forward, with_kwargs=True) for module in names]
-    try:
-        with (
-            torch.no_grad(),
-            keep_float64(DOUBLE),
-            fixed_draws(model, cast(batch, DOUBLE), problem.seed, sample_dims=problem.sample_dims) as draws,
-        ):
-            call(model, inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
+    # `model` is a copy, so its hooks stay.
+    for module in names:
+        module.register_forward_pre_hook(before_forward, with_kwargs=True)
+        module.register_forward_hook(after_forward, with_kwargs=True)
+    fixed = fixed_draws(model, cast(batch, DOUBLE), problem.seed, sample_dims=problem.sample_dims)
+    with torch.no_grad(), keep_float64(DOUBLE), fixed as draws:
+        call(model, inputs)
     return list(couplings.values())
 
 

@@ -1,4 +1,7 @@
-"""Causes of failed checks, by experiments that change one suspect at a time and measure the error again."""
+"""Causes of failed checks, by experiments that change one suspect at a time and measure the error again.
+
+Random draws are a cause in any case: they are held fixed by sample for all other checks.
+"""
 
 from __future__ import annotations
 
@@ -9,17 +12,20 @@ from dataclasses import replace
 
 import torch
 
+from ..accum.batch import batch_size
 from .certificate import Cause, Check
 from .coupling import NEGLIGIBLE, coupling_modules, loss_couples, whole_batch_outputs
-from .float64 import DOUBLE
+from .fixed_draws import FixedDraws, fixed_draws, sample_dims
+from .float64 import DOUBLE, keep_float64
 from .gradients import Comparison, compare, compare_window
-from .larger_batch import norm
+from .larger_batch import call, clip_factor, norm
 from .mixture import TOLERANCE, explanation, mixture
 from .observation import Observation, observe
-from .problem import Problem, TrainingState, WholeBatch, cast, copy_in
+from .problem import Problem, TrainingState, WholeBatch, cast, copy_in, rows
 from .ranks import all_gather, world_size
 from .rounding import ExpectedUpdate, expected_update
 
+REDRAWN = "none needed: a window has other draws, as another run of the larger batch would"
 WITHOUT_STATISTICS = (
     "take a norm without statistics over samples (GroupNorm), or over groups that both share "
     "(ghost batch norm), or freeze the statistics"
@@ -72,19 +78,13 @@ def _coupled(problem: Problem, batch: WholeBatch, window: Window) -> list[Cause]
     for kind in dict.fromkeys(coupling.kind for coupling in couplings):
         same_kind = [coupling for coupling in couplings if coupling.kind == kind]
         names = [coupling.name for coupling in same_kind]
-        shown = ", ".join(names)
+        where = ", ".join(names)
         if len(names) > 3:
-            shown = f"{names[0]}, {names[1]}, ... {names[-1]}: {len(names)} modules"
-        causes.append(
-            Cause(
-                "batch statistics",
-                f"{shown} ({kind})",
-                f"statistics over {most} of {problem.samples} samples",
-                error,
-                f"its output on half the batch is off by {max(c.effect for c in same_kind):.2g}; {effect}",
-                WITHOUT_STATISTICS,
-            )
-        )
+            where = f"{names[0]}, {names[1]}, ... {names[-1]}: {len(names)} modules"
+        where += f" ({kind})"
+        reason = f"statistics over {most} of {problem.samples} samples"
+        shown = f"its output on half the batch is off by {max(c.effect for c in same_kind):.2g}; {effect}"
+        causes.append(Cause("batch statistics", where, reason, error, shown, WITHOUT_STATISTICS))
     return causes
 
 
@@ -105,16 +105,9 @@ def _coupling_loss(problem: Problem, batch: WholeBatch, error: float) -> list[Ca
     if not effect > NEGLIGIBLE:
         return []
     name = getattr(problem.loss, "__name__", type(problem.loss).__name__)
-    return [
-        Cause(
-            "coupling loss",
-            f"loss ({name})",
-            "couples samples: a sample's term depends on the other samples of its micro-batch",
-            error,
-            f"the gradient at one half's outputs moves by {effect:.2g} when only the other half's change",
-            WHOLE_WINDOW_LOSS,
-        )
-    ]
+    reason = "couples samples: a sample's term depends on the other samples of its micro-batch"
+    shown = f"the gradient at one half's outputs moves by {effect:.2g} when only the other half's change"
+    return [Cause("coupling loss", f"loss ({name})", reason, error, shown, WHOLE_WINDOW_LOSS)]
 
 
 def _denominators(problem: Problem, batch: WholeBatch, window: Window) -> list[Cause]:
@@ -124,8 +117,8 @@ def _denominators(problem: Problem, batch: WholeBatch, window: Window) -> list[C
         reason = "the optimizer was not stepped in the window"
         return [Cause("no update", "", reason, comparison.error, "", "step it once")]
     assert gradient is not None
-    if problem.clip_norm is not None and expected.size > problem.clip_norm:
-        factor = problem.clip_norm / (expected.size + 1e-6)
+    factor = clip_factor(expected.size, problem.clip_norm)
+    if factor < 1:
         gradient = {name: g / factor for name, g in gradient.items()}
     model = copy_in(problem.model, DOUBLE)
     mixed = mixture(problem, batch, model, gradient, observation.micro_batches)
@@ -176,15 +169,9 @@ def _unrepeatable(problem: Problem, batch: WholeBatch, error: float) -> Cause:
         shown = "with deterministic kernels too: something draws that is not of torch"
         advice = "draw with torch, whose generators can be seeded"
         return Cause("unrepeatable", "", reason, error, shown, advice)
-    return Cause(
-        "non-deterministic kernels",
-        "",
-        reason,
-        error,
-        f"with deterministic kernels the error falls from {error:.2g} to {deterministic.error:.2g}",
-        "torch.use_deterministic_algorithms(True), or accept what two runs of the larger batch differ by",
-        excused=True,
-    )
+    shown = f"with deterministic kernels the error falls from {error:.2g} to {deterministic.error:.2g}"
+    advice = "torch.use_deterministic_algorithms(True), or accept what two runs of the larger batch differ by"
+    return Cause("non-deterministic kernels", "", reason, error, shown, advice, excused=True)
 
 
 def buffers_cause(problem: Problem, check: Check, micro_batches: int) -> Cause:
@@ -196,14 +183,10 @@ def buffers_cause(problem: Problem, check: Check, micro_batches: int) -> Cause:
     if isinstance(momentum, float) and micro_batches > 1:
         matching = 1 - (1 - momentum) ** (1 / micro_batches)
         advice = f"momentum {matching:.4g} instead of {momentum:g} forgets at the same pace"
-    return Cause(
-        "buffers",
-        f"{module_name or '(model)'} ({type(module).__name__})",
-        f"running statistics updated {micro_batches} times an update",
-        math.nan,
-        f"after one window {buffer} is off by {check.figure:.2g}",
-        advice,
-    )
+    where = f"{module_name or '(model)'} ({type(module).__name__})"
+    reason = f"running statistics updated {micro_batches} times an update"
+    shown = f"after one window {buffer} is off by {check.figure:.2g}"
+    return Cause("buffers", where, reason, math.nan, shown, advice)
 
 
 def low_precision_causes(problem: Problem, failed: Sequence[Check]) -> list[Cause]:
@@ -214,27 +197,67 @@ def low_precision_causes(problem: Problem, failed: Sequence[Check]) -> list[Caus
     name = str(problem.dtype).removeprefix("torch.")
     low = torch.finfo(problem.dtype).eps > torch.finfo(torch.float32).eps
     kept = f"added in {name}" if low else f"kept in less than {name}"
-    return [
-        Cause(
-            "low-precision accumulation",
-            "",
-            f"{problem.steps} gradients are {kept}, off by {addition.figure:.2g} where rounding the "
-            f"sum once gives {addition.bound:.2g}",
-            addition.figure,
-            "in fp64 the same window is the larger batch",
-            "add in fp32 and round once: accum.fp32_buffers=true",
-        )
-    ]
+    error = f"off by {addition.figure:.2g} where rounding the sum once gives {addition.bound:.2g}"
+    reason = f"{problem.steps} gradients are {kept}, {error}"
+    shown = "in fp64 the same window is the larger batch"
+    advice = "add in fp32 and round once: accum.fp32_buffers=true"
+    return [Cause("low-precision accumulation", "", reason, addition.figure, shown, advice)]
 
 
 def never_clipped_cause(clip_norm: float) -> Cause:
     """The excused cause if no gradient was long enough to be clipped."""
-    return Cause(
-        "clipping, which never acted",
-        "",
-        f"no gradient was longer than clip_norm={clip_norm:g}",
-        math.nan,
-        "",
-        "give certify a clip_norm, and a loop that clips to it, below the gradient's norm",
-        excused=True,
-    )
+    reason = f"no gradient was longer than clip_norm={clip_norm:g}"
+    advice = "give certify a clip_norm, and a loop that clips to it, below the gradient's norm"
+    return Cause("clipping, which never acted", "", reason, math.nan, "", advice, excused=True)
+
+
+def find_draws(problem: Problem, batch: WholeBatch) -> FixedDraws:
+    """What draws in a forward pass on `batch`."""
+    model = copy_in(problem.model, DOUBLE)
+    batch = cast(batch, DOUBLE)
+    with torch.no_grad(), keep_float64(DOUBLE), fixed_draws(model, batch, problem.seed) as draws:
+        call(model, batch[0])
+    return draws
+
+
+def fix_draws(problem: Problem, batch: WholeBatch, draws: FixedDraws) -> tuple[Problem, list[Cause]]:
+    """(the problem with its draws held fixed, the draws as causes).
+
+    They are a cause even where a generator happens to give a window's micro-batches one after the other
+    what it gives the larger batch at once, as it may for a single layer on a CPU.
+    """
+    dims: dict[str, int | None] = {}
+    if (size := batch_size(batch)) > 2:
+        # A second pass with a sample less shows which dimension of a draw indexes samples.
+        dims = sample_dims(draws.shapes, find_draws(problem, rows(batch, slice(0, size - 1))).shapes)
+    fixed = replace(problem, fixed_draws=True, sample_dims=dims)
+    comparison, observation, _ = compare_window(problem, batch)
+    if comparison.equal and problem.steps * world_size() == 1:
+        return fixed, []  # a window of one micro-batch draws what the larger batch draws
+    error, error_fixed = comparison.error, compare_window(fixed, batch)[0].error
+    drawing = sorted(draws.operators)
+    modules = [name for name in drawing if not name.startswith("(")]
+    kinds = {name: type(problem.model.get_submodule(name)).__name__ for name in modules}
+    where = ", ".join(f"{name} ({kinds[name]})" if name in kinds else name for name in drawing[:4])
+    if len(drawing) > 4:
+        where += f" and {len(drawing) - 4} more"
+    source = "dropout draws" if any("ropout" in kind for kind in kinds.values()) else "random draws"
+    reason = "random draws depend on how the batch is split"
+    falls = f"the gradient's error falls from {error:.2g} to {error_fixed:.2g}"
+    shown = f"with the same draws for every sample {falls}"
+    causes = [Cause(source, where, reason, error, shown, REDRAWN, excused=True)]
+    repeated = max(len(states) - len(set(states)) for states in all_gather(observation.random_states))
+    if repeated:
+        reason = f"{repeated} micro-batches draw what another one of their window has drawn"
+        shown = "torch's generator is in the same state when their forward passes begin"
+        causes.append(Cause("repeated draws", where, reason, math.nan, shown, "do not seed within a window"))
+    return fixed, causes
+
+
+def unfixed_draws_cause(draws: FixedDraws) -> Cause:
+    """The cause for draws that cannot be held fixed, which may hide other errors."""
+    operators = ", ".join(sorted(draws.unfixed))
+    where = ", ".join(sorted(name for name, names in draws.operators.items() if names & draws.unfixed))
+    reason = f"draws of {operators} cannot be held fixed by sample, so nothing is certified"
+    advice = "leave these draws out for the proof, or make them of rand, randn, bernoulli or exponential_"
+    return Cause("random draws", where, reason, math.nan, "", advice)

@@ -1,8 +1,7 @@
 """Random draws of a model, recorded by module and replaced by functions of the sample.
 
-torch tags every operator that draws, so a dispatch mode sees all of them, whichever module or function
-calls them. `FixedDraws` replaces what they draw by a function of the sample, the draw's position in the
-forward pass and a seed: a sample's dropout mask is the same in whatever micro-batch the sample is.
+torch tags every operator that draws, so a dispatch mode receives all of them. Their results become a function
+of the sample, the draw's position in the forward pass and a seed, independent of the micro-batch.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..accum.batch import tensors
-from .problem import Problem, WholeBatch, seeded
+from .problem import Problem, WholeBatch, forked_rng
 from .sample_ids import SampleIds
 
 # Operators that draw into or like their first argument.
@@ -31,6 +30,7 @@ class ModuleTracker:
 
     Attributes:
         samples: numbers of the samples in the current forward pass of the model.
+        hooks: removes the hooks on exit.
     """
 
     def __init__(self, model: nn.Module, ids: SampleIds) -> None:
@@ -40,26 +40,25 @@ class ModuleTracker:
         self._draws_on_entry: dict[str, dict[str, int]] = {}
         self._ids = ids
         self._first_equal = ids.first_equal()
-        self._counts: dict[bytes, int] = {}
         self._next_unknown = 0
         self._model = model
         self._names = {module: name or "(model)" for name, module in model.named_modules()}
-        self._handles: list[Any] = []
+        self.hooks = ExitStack()
         for module in self._names:
-            self._handles.append(module.register_forward_pre_hook(self._enter, with_kwargs=True))
-            self._handles.append(module.register_forward_hook(self._leave, always_call=True))
+            self.hooks.enter_context(module.register_forward_pre_hook(self._enter, with_kwargs=True))
+            self.hooks.enter_context(module.register_forward_hook(self._leave, always_call=True))
 
     def _enter(self, module: nn.Module, arguments: Any, keywords: Any) -> None:
         if module is self._model:
             self._draws.clear()
             inputs = [item for item in [*arguments, *keywords.values()] if item is not None]
-            numbers = self._ids.find(inputs, self._counts)
+            numbers = self._ids.find(inputs)
             if numbers is None:
                 first = next(iter(tensors(inputs)), None)
                 size = first.shape[0] if first is not None and first.dim() else 0
                 numbers = list(range(self._next_unknown, self._next_unknown + size))
                 self._next_unknown += size
-            # Equal samples draw alike, because ranks cannot agree on which of them each has.
+            # Equal samples have the same draws, because ranks do not know which of them each has.
             self.samples = [self._first_equal.get(number, number) for number in numbers]
         self._stack.append(self._names[module])
         self._draws_on_entry[self.module] = dict(self._draws)
@@ -74,7 +73,7 @@ class ModuleTracker:
         return self._stack[-1] if self._stack else "(outside the model)"
 
     def next_position(self) -> str:
-        """The position of the next draw in the forward pass: the module, and which of its draws it is."""
+        """The position of the next draw in the forward pass: the module and the number of its draw."""
         number = self._draws[self.module] = self._draws.get(self.module, -1) + 1
         return f"{self.module}/{number}"
 
@@ -87,11 +86,6 @@ class ModuleTracker:
             yield
         finally:
             self._draws, self.samples = original
-
-    def remove(self) -> None:
-        """Removes the hooks."""
-        for handle in self._handles:
-            handle.remove()
 
 
 class FixedDraws(TorchDispatchMode):
@@ -157,8 +151,7 @@ class FixedDraws(TorchDispatchMode):
         digest = hashlib.blake2b(f"{self.seed}/{position}".encode(), digest_size=7).digest()
         salt = int.from_bytes(digest, "big")
         self.shapes[position] = shape
-        known = position in self.sample_dims
-        dim = self.sample_dims[position] if known else _likely_sample_dim(shape, count)
+        dim = self.sample_dims.get(position, _likely_sample_dim(shape, count))
         if dim is None or not count or dim >= len(shape) or shape[dim] % count:  # one draw for all samples
             return _keyed([0], torch.Size([1, *shape]), salt, device)[0]
         # Heads or positions may be folded into the dimension, with the samples outermost.
@@ -171,10 +164,8 @@ def _likely_sample_dim(shape: torch.Size, samples: int) -> int | None:
     """The first dimension of size `samples`, or dimension 0 if its size is a multiple."""
     if not samples:
         return None
-    dim = next((d for d, size in enumerate(shape) if size == samples), None)
-    if dim is None and shape and shape[0] and shape[0] % samples == 0:
-        return 0
-    return dim
+    multiple = 0 if shape and shape[0] and shape[0] % samples == 0 else None
+    return next((d for d, size in enumerate(shape) if size == samples), multiple)
 
 
 def sample_dims(shapes: Mapping[str, torch.Size], fewer: Mapping[str, torch.Size]) -> dict[str, int | None]:
@@ -195,18 +186,15 @@ def fixed_draws(
     numbers: Sequence[int] | None = None,
     sample_dims: Mapping[str, int | None] | None = None,
 ) -> Iterator[FixedDraws]:
-    """Fixes the draws of forward passes of `model` on samples of `batch`.
+    """Fixes the draws of forward passes of `model` on samples of `batch`, which have `numbers`.
 
-    Args:
-        numbers: of the samples; 0, 1, 2, ... by default.
-        sample_dims: as in `Problem`; of other positions the dimension is inferred from its size.
+    `sample_dims` is as in `Problem`; at other positions the dimension is inferred from its size.
     """
     modules = ModuleTracker(model, SampleIds(batch[0], numbers))
-    with ExitStack() as stack:
-        stack.callback(modules.remove)
-        # Fused attention draws inside its kernel; the math backend calls an operator.
-        stack.enter_context(sdpa_kernel([SDPBackend.MATH]))
-        yield stack.enter_context(FixedDraws(modules, seed, sample_dims or {}))
+    draws = FixedDraws(modules, seed, sample_dims or {})
+    # Fused attention draws inside its kernel; the math backend calls an operator.
+    with modules.hooks, sdpa_kernel([SDPBackend.MATH]), draws:
+        yield draws
 
 
 @contextmanager
@@ -215,7 +203,8 @@ def seeded_draws(
 ) -> Iterator[None]:
     """Seeds torch as for every window and larger batch of the proof, and fixes draws if the problem does."""
     with ExitStack() as stack:
-        stack.enter_context(seeded(problem.seed, problem.device))
+        stack.enter_context(forked_rng(problem.device))
+        torch.manual_seed(problem.seed)
         if problem.fixed_draws:
             stack.enter_context(fixed_draws(model, batch, problem.seed, numbers, problem.sample_dims))
         yield
@@ -233,17 +222,13 @@ def _keyed(ids: list[int], shape: torch.Size, salt: int, device: torch.device) -
 
 
 def _mix(x: Tensor) -> Tensor:
-    x = x + _signed(0x9E3779B97F4A7C15)
-    x = (x ^ _shift(x, 30)) * _signed(0xBF58476D1CE4E5B9)
-    x = (x ^ _shift(x, 27)) * _signed(0x94D049BB133111EB)
+    # The constants as int64.
+    x = x + (0x9E3779B97F4A7C15 - 2**64)
+    x = (x ^ _shift(x, 30)) * (0xBF58476D1CE4E5B9 - 2**64)
+    x = (x ^ _shift(x, 27)) * (0x94D049BB133111EB - 2**64)
     return x ^ _shift(x, 31)
 
 
 def _shift(x: Tensor, bits: int) -> Tensor:
     """Logical shift to the right; torch's is arithmetic."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)
-
-
-def _signed(number: int) -> int:
-    """The int64 with the bits of an unsigned 64-bit `number`."""
-    return number - (1 << 64) if number >= 1 << 63 else number

@@ -82,20 +82,19 @@ def compare_window(
 
 
 def first_update(state: TrainingState, batch: WholeBatch, arrivals: bool = False) -> Observation:
-    """The first window that a loop does not skip: its loss scale may have to fall before."""
-    observation = observe(state, batch, arrivals=arrivals)
-    for _ in range(MAX_SKIPPED if state.problem.scaling else 0):
-        if max(all_gather(observation.steps)):
-            break
+    """The first window that the loop does not skip because its loss scale overflows."""
+    skips_left = MAX_SKIPPED if state.problem.scaling else 0
+    while True:
         observation = observe(state, batch, arrivals=arrivals)
-    return observation
+        if not skips_left or max(all_gather(observation.steps)):
+            return observation
+        skips_left -= 1
 
 
 def measured_loss_scale(observation: Observation, exact: Gradient) -> float:
     """The loop's loss scale over the number by which ranks divide: what arrived, over the exact gradient.
 
-    Only parameters whose gradient is finite on all ranks count, since a model that diverges may overflow
-    in some. 0 if nothing arrived. A collective call.
+    Counts the parameters whose gradient is finite on all ranks. 0 if nothing arrived. A collective call.
     """
     overflowed = {name for name, arrived in observation.arrived.items() if not arrived.isfinite().all()}
     overflowed = set().union(*all_gather(overflowed))

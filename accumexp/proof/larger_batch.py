@@ -50,8 +50,7 @@ def larger_batch(
     """Loss and gradient of `loss(model(inputs), targets)` over all of `batch`; `model` is not changed.
 
     Args:
-        weight: divides the sum of the items' losses, instead of their own weight: a part's share in the
-            larger batch's loss.
+        weight: divides the sum of the items' losses, instead of their own weight.
         on_copies: called with the copies of parameters and buffers that the pass uses.
         scale: multiplies the loss before backward, and divides the gradient in fp64.
     """
@@ -86,18 +85,16 @@ def mean_loss(loss: Callable[..., Any], outputs: Any, targets: Any) -> Tensor:
     if total := getattr(loss, "total", None):
         return total(outputs, targets) / loss.weight(targets)  # type: ignore[attr-defined]
     value = loss(outputs, targets)
-    if value.dim() and isinstance(loss, nn.CrossEntropyLoss | nn.NLLLoss):
-        return value.sum() / loss_weight(
-            loss, targets
-        )  # reduction="none" leaves the mean's denominator as it is
+    if value.dim() and isinstance(loss, nn.CrossEntropyLoss | nn.NLLLoss):  # reduction="none"
+        return value.sum() / loss_weight(loss, targets)
     return value.mean() if value.dim() else value
 
 
 def loss_weight(loss: Callable[..., Any], targets: Any) -> float | Tensor:
     """The denominator of the mean of `loss` over `targets`: `loss.weight(targets)`, or the number of items.
 
-    Source: torch's documentation of CrossEntropyLoss and NLLLoss. With class indices the mean is over the
-    targets that are not ignored, each with its class's weight.
+    With class indices the mean is over the targets that are not ignored, each with its class's weight
+    (torch.nn.CrossEntropyLoss).
     """
     if hasattr(loss, "total"):
         return loss.weight(targets)  # type: ignore[attr-defined]
@@ -137,8 +134,13 @@ def clipped(gradient: Gradient, clip_norm: float | None) -> Gradient:
     """`gradient` scaled to a 2-norm of at most `clip_norm`, as torch.nn.utils.clip_grad_norm_ does."""
     if clip_norm is None:
         return gradient
-    factor = min(1.0, clip_norm / (norm(gradient) + 1e-6))
+    factor = clip_factor(norm(gradient), clip_norm)
     return {name: g * factor for name, g in gradient.items()}
+
+
+def clip_factor(size: float, clip_norm: float | None) -> float:
+    """The factor by which a gradient of 2-norm `size` is clipped."""
+    return 1.0 if clip_norm is None else min(1.0, clip_norm / (size + 1e-6))
 
 
 def call(model: nn.Module, inputs: Nested) -> Any:

@@ -63,10 +63,10 @@ def mixture(
     micro_batches: list[list[int] | None],
     previous: Gradient | None = None,
 ) -> Mixture | None:
-    """Decomposes `gradient` into those of this rank's `micro_batches` of `batch`, at the weights of `model`.
+    """Decomposes `gradient` into those of the ranks' `micro_batches` of `batch`, at the weights of `model`.
 
-    None if the samples of a micro-batch are not known. `previous` is a gradient that may have been left in
-    `.grad`. A collective call.
+    None if a micro-batch has unknown samples. `previous` is a gradient that may have been left in `.grad`. A
+    collective call.
     """
     numbers = [each for of_rank in all_gather(micro_batches) for each in of_rank]
     if not numbers or any(not each for each in numbers):
@@ -75,10 +75,10 @@ def mixture(
     columns, weights = [part for part, _ in parts], [weight for _, weight in parts]
     if previous is not None:
         columns.append(previous)
-    # The normal equations are of the number of micro-batches, whatever the model's size.
+    # The size of the normal equations is the number of micro-batches, not the model's.
     gram = torch.tensor([[dot(a, b) for b in columns] for a in columns], dtype=DOUBLE)
     right = torch.tensor([[dot(a, gradient)] for a in columns], dtype=DOUBLE)
-    # Many micro-batches of a small model have more than one solution: common mistakes are tried first.
+    # Many micro-batches of a small model have more than one solution: common mistakes come first.
     for common in _common_counts(weights) if previous is None else ():
         shape = torch.tensor([common], dtype=DOUBLE).T
         square = float(shape.T @ gram @ shape)
@@ -95,7 +95,7 @@ def mixture(
     occurrences = Counter(number for each in numbers for number in each or ())
     samples = range(batch_size(batch))
     if max(Counter(SampleIds(batch[0]).first_equal().values()).values()) > 1:
-        occurrences = Counter(samples)  # equal samples cannot be told apart
+        occurrences = Counter(samples)  # equal samples cannot be distinguished
     unseen = [number for number in samples if number not in occurrences]
     doubled = [number for number, count in sorted(occurrences.items()) if count > 1]
     return Mixture(counts, weights, unseen, doubled, previous_count, residual)
@@ -119,15 +119,11 @@ def explanation(problem: Problem, mixed: Mixture, ranks: int) -> tuple[str, str]
     counts, weights = mixed.counts, mixed.weights
     windows, steps = len(counts), problem.steps
     if abs(mixed.previous) > TOLERANCE:
-        return (
-            f"the gradient of the window before is still in it, {mixed.previous:.3g}-fold",
-            "set the gradients to zero before each window",
-        )
+        reason = f"the gradient of the window before is still in it, {mixed.previous:.3g}-fold"
+        return reason, "set the gradients to zero before each window"
     if lost := [str(k) for k, count in enumerate(counts) if abs(count) < TOLERANCE]:
-        return (
-            f"micro-batch {', '.join(lost)} of {windows} does not count",
-            "step after the window's last micro-batch, and reset gradients only then",
-        )
+        reason = f"micro-batch {', '.join(lost)} of {windows} does not count"
+        return reason, "step after the window's last micro-batch, and reset gradients only then"
     for samples, what, advice in (
         (mixed.unseen, "never seen", "let no sample of the window's batch fall away, whatever its size"),
         (mixed.doubled, "counted more than once", "cut the batch into micro-batches that do not overlap"),
@@ -136,22 +132,21 @@ def explanation(problem: Problem, mixed: Mixture, ranks: int) -> tuple[str, str]
             verb = "is" if len(samples) == 1 else "are"
             return f"of the batch's samples {_numbers(samples)} {verb} {what}", advice
     if mixed.uniform:
-        return _of_factor(problem, counts[0], windows, ranks)
+        return _uniform_cause(problem, counts[0], windows, ranks)
     total = sum(weights)
     alike = [total / (windows * weight) if weight else 0.0 for weight in weights]
     for factor, what in ((1.0, "alike"), (windows / steps, f"alike, and as if there were {steps}")):
         if all(abs(c - a * factor) <= 1e-5 * max(1, abs(c)) for c, a in zip(counts, alike, strict=True)):
+            reason = f"micro-batches count {what}, though they weigh {_list(weights)}: counts {_list(counts)}"
             return (
-                f"micro-batches count {what}, though they weigh {_list(weights)}: counts {_list(counts)}",
+                reason,
                 "divide every micro-batch's sum by the window's weight, not its mean by their number",
             )
-    return (
-        f"micro-batches count {_list(counts)} of what they weigh",
-        "divide every micro-batch's sum by the window's own weight, and clip the whole window's gradient",
-    )
+    advice = "divide every micro-batch's sum by the window's own weight, and clip the whole window's gradient"
+    return f"micro-batches count {_list(counts)} of what they weigh", advice
 
 
-def _of_factor(problem: Problem, count: float, windows: int, ranks: int) -> tuple[str, str]:
+def _uniform_cause(problem: Problem, count: float, windows: int, ranks: int) -> tuple[str, str]:
     steps, per_rank = problem.steps, windows // ranks
     factors = [
         (windows / ranks, f"the sum of {per_rank} micro-batches' means instead of their mean"),

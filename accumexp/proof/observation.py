@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -59,15 +61,9 @@ class Observation:
 def observe(
     state: TrainingState, batch: WholeBatch, *, measure: bool = False, arrivals: bool = False
 ) -> Observation:
-    """Calls the loop for its update on `batch`.
-
-    Args:
-        measure: record `saved_bytes`.
-        arrivals: record `arrived`, `arrived_norms` and `arrivals`.
-    """
+    """Calls the loop for its update on `batch`; records `saved_bytes` if `measure`, and arrivals if asked."""
     with ExitStack() as stack:
-        # A criterion's class weights are in fp32 even where the model's parameters are in bf16.
-        stack.enter_context(state.problem.loss_in(torch.promote_types(state.dtype, torch.float32)))
+        stack.enter_context(state.problem.loss_in(state.dtype))
         saved = None
         if measure:
             inputs = [*tensors(batch[0]), *tensors(batch[1])]
@@ -89,13 +85,13 @@ def observing(
 ) -> Iterator[Observation]:
     """Records what happens to the model, the parameters and the optimizer of `state`.
 
-    Random draws are those of every window of the proof, and fp64 is kept. The model's inputs are excluded
-    from `saved`, since they are no activations.
+    Random draws are those of every window of the proof, and fp64 is kept. The model's inputs do not count
+    in `saved`.
     """
     observation = Observation()
     inputs_alive: list[Tensor] = []  # so that no activation reuses the memory of an input
     ids = SampleIds(batch[0])
-    counts: dict[bytes, int] = {}
+    arrivals_by_name: Counter[str] = Counter()
 
     def before_forward(module: Any, arguments: Any, keywords: Any) -> None:
         if not torch.is_grad_enabled():
@@ -105,7 +101,7 @@ def observing(
             observation.sizes.append(batch_size(inputs))
         except ValueError:
             return
-        observation.micro_batches.append(ids.find(inputs, counts))
+        observation.micro_batches.append(ids.find(inputs))
         observation.random_states.append(_random_state(state.problem.device))
         if saved is not None:
             inputs_alive.extend(tensors(inputs))
@@ -140,21 +136,23 @@ def observing(
             return (itself, observed, *rest[1:]), keywords
         return arguments, {**keywords, "closure": observed}
 
-    handles = [
-        state.inner.register_forward_pre_hook(before_forward, with_kwargs=True),
-        state.optimizer.register_step_pre_hook(before_step),
-    ]
-    arrivals_by_name: dict[str, int] = {}
-    for name, parameter in state.parameters().items() if arrivals else ():
-        if parameter.requires_grad:
-            handles.append(parameter.register_hook(_on_arrival(observation, arrivals_by_name, name)))
-    try:
-        with keep_float64(state.dtype), seeded_draws(state.problem, state.inner, batch):
-            yield observation
-    finally:
-        observation.arrivals = max(arrivals_by_name.values(), default=0)
-        for handle in handles:
-            handle.remove()
+    def record_arrival(name: str, gradient: Tensor) -> None:
+        exact = unsharded(gradient).detach().double()
+        total = observation.arrived.get(name)
+        observation.arrived[name] = exact.clone() if total is None else total + exact
+        observation.arrived_norms[name] = observation.arrived_norms.get(name, 0.0) + float(exact.norm())
+        arrivals_by_name[name] += 1
+        observation.arrivals = max(observation.arrivals, arrivals_by_name[name])
+
+    with ExitStack() as stack:
+        stack.enter_context(state.inner.register_forward_pre_hook(before_forward, with_kwargs=True))
+        stack.enter_context(state.optimizer.register_step_pre_hook(before_step))
+        for name, parameter in state.parameters().items() if arrivals else ():
+            if parameter.requires_grad:
+                stack.enter_context(parameter.register_hook(partial(record_arrival, name)))
+        stack.enter_context(keep_float64(state.dtype))
+        stack.enter_context(seeded_draws(state.problem, state.inner, batch))
+        yield observation
 
 
 def _random_state(device: torch.device) -> bytes:
@@ -169,23 +167,10 @@ def _gradient(state: TrainingState, scale: Tensor | None) -> Gradient:
     copies = {}
     for name, parameter in state.parameters().items():
         if parameter.requires_grad:
-            grad = parameter.grad
-            value = (
-                torch.zeros_like(unsharded(parameter)) if grad is None else unsharded(grad).detach().clone()
-            )
+            grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            value = unsharded(grad).detach().clone()
             copies[name] = value if scale is None else value / scale
     return copies
-
-
-def _on_arrival(observation: Observation, counts: dict[str, int], name: str) -> Any:
-    def arrived(gradient: Tensor) -> None:
-        exact = unsharded(gradient).detach().double()
-        counts[name] = counts.get(name, 0) + 1
-        total = observation.arrived.get(name)
-        observation.arrived[name] = exact.clone() if total is None else total + exact
-        observation.arrived_norms[name] = observation.arrived_norms.get(name, 0.0) + float(exact.norm())
-
-    return arrived
 
 
 def _has_tensors(item: Any) -> bool:

@@ -1,8 +1,10 @@
-"""The window's gradient in the run's own precision, and the rounding errors that a correct one may have."""
+"""The loop's gradient in the run's own precision, and the rounding errors that a correct one may have."""
 
 from __future__ import annotations
 
 import math
+from collections import defaultdict
+from dataclasses import replace
 
 from .certificate import Check, excess, worst_check
 from .float64 import DOUBLE
@@ -11,7 +13,9 @@ from .larger_batch import Gradient, clipped, dot, norm
 from .observation import Observation
 from .problem import Problem, TrainingState, WholeBatch, cast, copy_in
 from .ranks import all_gather, world_size, worst
+from .replay import BITS, ONE_STEP, Replay
 from .rounding import (
+    LAMBDA,
     LARGER_BATCHES,
     U32,
     WINDOWS,
@@ -31,16 +35,20 @@ ONCE = (
     "adding in fp32 what autograd delivers, and rounding the sum once: (N-1) u of the terms' norms, and the "
     "rounding itself"
 )
+COARSE = (
+    f"{LAMBDA:g} times what the larger batch loses in this precision and rounding the micro-batches' parts "
+    "adds, the nearest of each kind of window, because a single rounding may switch a unit"
+)
 
 
 def precision_checks(problem: Problem, name: str) -> list[Check]:
     """Checks the gradient and its accumulation in the run's own precision, `name`."""
     # By parameter and of the whole gradient, an entry for each pass.
-    window_errors: dict[str, list[float]] = {}
-    larger_errors: dict[str, list[float]] = {}
+    window_errors: dict[str, list[float]] = defaultdict(list)
+    larger_errors: dict[str, list[float]] = defaultdict(list)
     additions: list[Check] = []
     parts: dict[str, float] = {}
-    shares: dict[str, float] = {}
+    shares: dict[str, float] = defaultdict(float)
     for number in range(WINDOWS):
         batch, _ = shuffled(problem.batches[number % len(problem.batches)], number)
         exact = larger_batch_of(problem, copy_in(problem.model, DOUBLE), batch).gradient
@@ -68,26 +76,95 @@ def precision_checks(problem: Problem, name: str) -> list[Check]:
         for key, errors in larger_errors.items():
             length = size if key == WHOLE else float(exact[key].norm())
             if factor < 1:
-                shares[key] = max(shares.get(key, 0.0), length / size)
+                shares[key] = max(shares[key], length / size)
             errors[-1] += (rounded.get(key, 0.0) / factor + parts.get(key, 0.0) + clip * length) / size
-    nearest = {key: worst(all_gather(_nearest(errors))) for key, errors in window_errors.items()}
-    farthest = {
-        key: max(errors) if all(map(math.isfinite, errors)) else -1.0 for key, errors in larger_errors.items()
-    }
+    nearest = {}
+    for key, errors in window_errors.items():
+        numbers = [error for error in errors if not math.isnan(error)]
+        nearest[key] = worst(all_gather(min(numbers, default=math.nan)))
     # The norm that clips is off by no more than the gradient is, and every parameter's part with it.
-    bounds = {key: bound + shares.get(key, 0.0) * farthest[WHOLE] for key, bound in farthest.items()}
+    whole = max(larger_errors[WHOLE])
+    bounds = {key: max(errors) + shares[key] * whole for key, errors in larger_errors.items()}
     at = max(nearest, key=lambda key: excess(nearest[key], bounds[key]))
-    checks = [Check(f"gradient, {name}", nearest[at], bounds[at], "relative", NEAREST, f"worst at {at}")]
+    detail = f"worst at {at}"
+    overflows = [key for key, errors in larger_errors.items() if not all(map(math.isfinite, errors))]
+    if overflows:  # nothing to compare with: an infinite bound fails the check
+        at, bounds[overflows[0]] = overflows[0], math.inf
+        detail = f"the larger batch, or a part of it, overflows at {at}"
+    checks = [Check(f"gradient, {name}", nearest[at], bounds[at], "relative", NEAREST, detail)]
     return [*checks, worst_check(additions)] if additions else checks
 
 
 def _append(lists: dict[str, list[float]], values: dict[str, float], factor: float) -> None:
     for key, value in values.items():
-        lists.setdefault(key, []).append(value * factor)
+        lists[key].append(value * factor)
 
 
-def _nearest(errors: list[float]) -> float:
-    return min((error for error in errors if not math.isnan(error)), default=math.nan)
+class OwnPrecisionReplay(Replay):
+    """Compares a loop's updates in the run's own precision."""
+
+    def __init__(self, problem: Problem, state: TrainingState) -> None:
+        super().__init__(problem, state, problem.dtype)
+        # Of the whole gradient, by kind of window: first, following, smaller.
+        self._gradients: dict[str, list[Check]] = defaultdict(list)
+
+    def compare(self, batch: WholeBatch, observation: Observation) -> None:
+        if self.diverged:
+            return
+        if self.problem.scaling is not None and not max(all_gather(observation.steps)):
+            self._step_schedule()  # the loss scale overflowed and the window was skipped
+            return
+        number = self.updates + 1
+        smaller = self._is_smaller(batch)
+        if all(all_gather(observation.gradient is not None)):
+            error, bound = self._gradient_error(batch, observation)
+            if not math.isfinite(bound):
+                self.diverged = True
+                return
+            kind = "smaller" if smaller else "first" if number == 1 else "following"
+            at = f"update {number}, nearest of the {kind} windows"
+            self._gradients[kind].append(Check("gradient", error, bound, "relative", COARSE, at))
+        self.updates = number
+        self._record("number of updates", abs(observation.steps - 1))
+        self._step_optimizer(observation)
+        self._step_schedule()
+        parameters, optimizer = self._take_over()
+        if observation.unscaled_by_optimizer:
+            return  # the division in a fused optimizer rounds elsewhere
+        for name, figure in parameters.items():
+            self._record("optimizer", figure, f" at {name}")
+        for key, figure in optimizer.items():
+            self._record("optimizer", figure, f" at optimizer {key}")
+
+    def _gradient_error(self, batch: WholeBatch, observation: Observation) -> tuple[float, float]:
+        """(error of the whole gradient, its bound), both relative to it."""
+        problem = self.problem
+        assert observation.gradient is not None
+        exact = larger_batch_of(problem, copy_in(self.model, DOUBLE), batch).gradient
+        scale = loss_scale_of(problem, observation, exact)
+        coarse = scaled_larger_batch(problem, self.model, batch, scale).gradient
+        expected = clipped(exact, problem.clip_norm)
+        length = norm(expected) or 1.0
+        error = norms_of_errors(observation.gradient, expected)[WHOLE] / length
+        lost = norms_of_errors(coarse, exact)[WHOLE] / (norm(exact) or 1.0)
+        lost += rounding_of_parts(problem, observation).get(WHOLE, 0.0) / length
+        u = roundoff(problem.autocast or problem.dtype)
+        bound = LAMBDA * (lost + u) + clipping_error(problem.clip_norm, exact, problem.dtype)
+        return worst(all_gather(error)), max(all_gather(bound))
+
+    def checks(self, name: str) -> list[Check]:
+        """The worst figures in precision `name`. A collective call."""
+        over = f"{self.updates} updates, {name}"
+        if not self._gradients and self.diverged:
+            return []
+        if not self._gradients:
+            return [Check(f"gradient, {over}", math.inf, 0.0, "relative", COARSE, "no update was made")]
+        nearest = [min(checks, key=lambda check: check.excess) for checks in self._gradients.values()]
+        return [
+            replace(worst_check(nearest), name=f"gradient, {over}"),
+            self._check(f"optimizer, {over}", "optimizer", self._bit_bound, BITS),
+            self._check(f"number of updates, {name}", "number of updates", 0.0, ONE_STEP, "count"),
+        ]
 
 
 def loss_scale_of(problem: Problem, observation: Observation, exact: Gradient) -> float:
@@ -106,13 +183,13 @@ def _losses_of_parts(
     if any(numbers is None for numbers in micro_batches):
         return {}
     coarse, fine = copy_in(problem.model, problem.dtype), copy_in(problem.model, DOUBLE)
-    losses: dict[str, float] = {}
+    losses: dict[str, float] = defaultdict(float)
     for numbers in micro_batches:
         if numbers:
             gradient, _ = part_gradient(problem, coarse, batch, numbers, problem.autocast, scale)
             exact, _ = part_gradient(problem, fine, batch, numbers)
             for key, error in norms_of_errors(gradient, exact).items():
-                losses[key] = losses.get(key, 0.0) + error
+                losses[key] += error
     return losses
 
 

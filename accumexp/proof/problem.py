@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,12 +38,10 @@ class Problem:
 
     Attributes:
         dtype: of the parameters in the run.
-        autocast: dtype of the loop's `torch.autocast` in the run, or None.
         fixed_draws: whether random draws are a function of the sample, see `fixed_draws.py`.
         sample_dims: by position in the forward pass, the dimension of a draw that indexes samples; None for
             a draw that all samples share.
-        try_ignored_targets: whether windows with targets that the loss ignores are checked although no
-            batch has any.
+        try_ignored_targets: check windows with ignored targets although no batch has any.
     """
 
     train_window: TrainWindow
@@ -73,13 +71,15 @@ class Problem:
         return batch_size(self.batches[0])
 
     @property
-    def micro_batch_size(self) -> int:
-        """Samples of a full window's largest micro-batch, over all ranks."""
-        return -(-self.samples // self.steps)
+    def precision_name(self) -> str:
+        """The run's precision as checks name it, such as "bf16" or "loss-scaled fp16"."""
+        names = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+        name = names[self.autocast or self.dtype]
+        return name if self.scaling is None else f"loss-scaled {name}"
 
     @contextmanager
     def loss_in(self, dtype: torch.dtype) -> Iterator[Callable[..., Any]]:
-        """Casts the loss's own tensors (class weights) to `dtype` and restores them afterwards.
+        """Casts the loss's tensors (class weights) to `dtype`, at least fp32, and restores them afterwards.
 
         The loop's criterion may be the same object.
         """
@@ -87,7 +87,7 @@ class Problem:
             yield self.loss
             return
         original = {name: value.data for name, value in _tensors_of(self.loss)}
-        self.loss.to(dtype)
+        self.loss.to(torch.promote_types(dtype, torch.float32))
         try:
             yield self.loss
         finally:
@@ -102,24 +102,24 @@ def _tensors_of(module: nn.Module) -> list[tuple[str, Tensor]]:
 def cast(batch: WholeBatch, dtype: torch.dtype) -> WholeBatch:
     """`batch` with its floating point tensors in `dtype`; targets in fp32 at least."""
     inputs, targets = batch
-    return _cast(inputs, dtype), _cast(targets, torch.promote_types(dtype, torch.float32))
+    wide = torch.promote_types(dtype, torch.float32)
+    return (
+        map_tensors(lambda t: t.to(dtype) if t.is_floating_point() else t, inputs),
+        map_tensors(lambda t: t.to(wide) if t.is_floating_point() else t, targets),
+    )
 
 
-def _cast(batch: Nested, dtype: torch.dtype) -> Nested:
-    return map_tensors(lambda t: t.to(dtype) if t.is_floating_point() else t, batch)
-
-
-def rows(batch: WholeBatch, chosen: Tensor | slice) -> WholeBatch:
-    """The samples of `batch` at `chosen`, indices or a slice."""
+def rows(batch: WholeBatch, indices: Tensor | slice) -> WholeBatch:
+    """The samples of `batch` at `indices`."""
     inputs, targets = batch
-    return map_tensors(lambda t: t[chosen], inputs), map_tensors(lambda t: t[chosen], targets)
+    return map_tensors(lambda t: t[indices], inputs), map_tensors(lambda t: t[indices], targets)
 
 
 class TrainingState:
-    """What a loop trains: a model with an optimizer and a schedule.
+    """The model, optimizer and schedule that a loop trains.
 
-    A fresh copy of the problem's model in `dtype`, prepared for the loop; or `inner` with `optimizer`,
-    which a trainer has built and steps.
+    By default a fresh copy of the problem's model in `dtype`, prepared for the loop; or `inner` with
+    `optimizer`, which a trainer has built and steps.
 
     Attributes:
         inner: the module whose parameter names the proof uses.
@@ -135,11 +135,12 @@ class TrainingState:
     ) -> None:
         self.problem = problem
         self.dtype = dtype
-        self.inner = copy_in(problem.model, dtype) if inner is None else inner
         self.schedule: Any = None
-        if optimizer is not None:
-            self.model, self.optimizer = self.inner, optimizer
+        if inner is not None and optimizer is not None:
+            self.inner = self.model = inner
+            self.optimizer = optimizer
             return
+        self.inner = copy_in(problem.model, dtype)
         self.model = problem.prepare(self.inner) if problem.prepare else self.inner
         self.optimizer = problem.optimizer(list(self.model.parameters()))
         if problem.scheduler:
@@ -181,10 +182,6 @@ def unsharded(tensor: Tensor) -> Tensor:
     return tensor if full_tensor is None else full_tensor()
 
 
-@contextmanager
-def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Seeds torch's generators, and restores their state afterwards."""
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
-        torch.manual_seed(seed)
-        yield
+def forked_rng(device: torch.device) -> AbstractContextManager[None]:
+    """Restores the state of torch's generators on the CPU and `device` afterwards."""
+    return torch.random.fork_rng([device] if device.type == "cuda" else [])

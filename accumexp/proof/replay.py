@@ -1,8 +1,6 @@
 """Replays a loop's updates: torch's own optimizer and schedule on the loop's gradients, update by update.
 
-Every update is compared by itself, from the weights the loop had before it, so rounding does not grow:
-equal updates from equal weights make equal trainings. The optimizer's result is compared on the gradient
-that the loop's optimizer received, so not a bit may differ.
+Every update is compared from the weights that the loop had before it, so rounding does not grow.
 """
 
 from __future__ import annotations
@@ -17,12 +15,12 @@ import torch
 from torch import Tensor
 
 from ..accum.batch import batch_size
-from .certificate import Check
+from .certificate import Check, excess
 from .float64 import keep_float64
 from .larger_batch import relative_error
 from .observation import Observation
 from .problem import Problem, TrainingState, WholeBatch, copy_in, unsharded
-from .ranks import all_gather, worst
+from .ranks import all_gather
 from .rounding import roundoff
 
 BITS = "the same arithmetic on the same gradient: not a bit may differ"
@@ -36,12 +34,11 @@ class Replay(ABC):
     """Compares a loop's updates with the larger batch's and keeps the worst figure of every comparison.
 
     Args:
-        problem: what the loop should do.
-        state: what the loop trains, before its first update.
+        state: of the loop before its first update.
         dtype: of the comparison.
 
     Attributes:
-        model, optimizer, schedule: the replay's own, which take over the loop's values after every update.
+        model, optimizer, schedule: of the replay; they take over the loop's values after every update.
         updates: number of updates that were compared.
         diverged: whether the larger batch itself left the precision's range; no more updates are compared.
     """
@@ -87,10 +84,7 @@ class Replay(ABC):
                 self.schedule.step()
 
     def _take_over(self) -> tuple[dict[str, float], dict[tuple[Any, str], float]]:
-        """The relative errors of the loop's parameters and optimizer state, by name.
-
-        The replay takes over the loop's values and buffers, so that an error counts in one update alone.
-        """
+        """Takes over the loop's values and buffers; returns errors of parameters and of optimizer state."""
         parameters = _take_over(self.state.parameters(), dict(self.model.named_parameters()))
         optimizer = _take_over(tensors_of(self.state.optimizer), tensors_of(self.optimizer))
         _take_over(self.state.buffers(), dict(self.model.named_buffers()))
@@ -103,10 +97,7 @@ class Replay(ABC):
     def _check(self, title: str, name: str, bound: float, why: str, unit: str = "relative") -> Check:
         """The check of the worst figure recorded as `name`. A collective call."""
         figures = all_gather(self._worst.get(name, (0.0, 0, "")))
-        figure = worst([figure for figure, _, _ in figures])
-        update, where = next(
-            (update, where) for value, update, where in figures if value == figure or math.isnan(value)
-        )
+        figure, update, where = max(figures, key=lambda entry: excess(entry[0], 1.0))
         detail = f"off in update {update}{where}" if figure else "no difference"
         return Check(title, figure, bound, unit, why, detail)
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import warnings
 from collections import Counter
 from dataclasses import replace
 from itertools import chain
+
+from torch.optim import Optimizer
 
 from ..accum.batch import batch_size
 from .certificate import Cause, Check, worst_check
 from .float64 import DOUBLE
 from .gradients import Comparison, compare, measured_loss_scale
-from .learning_rates import LearningRates
 from .observation import Observation
 from .problem import Problem, TrainingState, WholeBatch
 from .ranks import all_gather, worst
@@ -24,8 +27,10 @@ from .sample_ids import SampleIds
 LARGE = 2_000_000
 EVERY_UNTIL = 10
 SELDOM = 10
+# The largest number of schedule steps in an update that is considered as a cause.
+MOST_STEPS = 64
 SCHEDULED = "the schedule is stepped once an update"
-SEEN = "every sample of the batch is seen in its window"
+EVERY_SAMPLE = "every sample of the batch is passed to the model in its window"
 LOGGED = "fp64 rounding of the larger batch's mean loss, and of one that is added up in fp32: (N+1) u of it"
 
 
@@ -95,13 +100,13 @@ class Float64Replay(Replay):
             self._loss = check if self._loss is None else worst_check([self._loss, check])
 
     def _missing_samples(self, batch: WholeBatch, observation: Observation) -> int:
-        seen = all_gather((observation.micro_batches, observation.sizes))
-        if any(numbers is None for micro_batches, _ in seen for numbers in micro_batches):
-            return abs(batch_size(batch) - sum(sum(sizes) for _, sizes in seen))
+        sizes = sum(map(sum, all_gather(observation.sizes)))
+        micro_batches = list(chain.from_iterable(all_gather(observation.micro_batches)))
+        if any(numbers is None for numbers in micro_batches):
+            return abs(batch_size(batch) - sizes)
         # Ranks cannot tell equal samples apart, so these are counted together.
         first = SampleIds(batch[0]).first_equal()
-        every = chain.from_iterable(numbers or () for micro_batches, _ in seen for numbers in micro_batches)
-        counts = Counter(first[number] for number in every)
+        counts = Counter(first[number] for numbers in micro_batches for number in numbers or ())
         # Doubled samples show in the gradient; a rank without samples computes on another's as padding.
         return (Counter(first.values()) - counts).total()
 
@@ -117,7 +122,7 @@ class Float64Replay(Replay):
         if self._loss is not None:
             checks.append(replace(worst_check(all_gather(self._loss)), name=f"logged loss, {over}"))
         checks.append(self._check("number of updates", "number of updates", 0.0, ONE_STEP, "count"))
-        checks.append(self._check("samples", "samples", 0.0, SEEN, "count"))
+        checks.append(self._check("samples", "samples", 0.0, EVERY_SAMPLE, "count"))
         if self.problem.scaling is not None and self._scales:
             checks.append(self._scale_check())
         return checks
@@ -153,3 +158,56 @@ class Float64Replay(Replay):
         grows = f"it grows {scaling.growth_factor:g}-fold after {interval}"
         detail = f"{ratio:g} times the first in update {update}"
         return Check("loss scale by update", error, 0.01, "log ratio", grows, detail)
+
+
+class LearningRates:
+    """The rates of every update, by parameter group: the loop's and the schedule's."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+        self._pairs: list[tuple[list[float], list[float]]] = []
+
+    def compare(self, rates: list[float], optimizer: Optimizer) -> float:
+        """The largest relative error of the loop's `rates`; those of `optimizer` are right."""
+        expected = [float(group["lr"]) for group in optimizer.param_groups]
+        if rates:
+            self._pairs.append((rates, expected))
+        pairs = zip(rates or expected, expected, strict=False)
+        return max(abs(rate - right) / (abs(right) or 1.0) for rate, right in pairs)
+
+    def causes(self, update: int) -> list[Cause]:
+        """Why the rates are wrong, most of all in `update`: a constant factor, or too many schedule steps."""
+        groups = len(self._pairs[0][1]) if self._pairs else 0
+        for group in range(groups):
+            pairs = [(rates[group], right[group]) for rates, right in self._pairs if len(rates) == groups]
+            ratios = [rate / right for rate, right in pairs if right]
+            if ratios and ratios[0] != 1 and max(ratios) - min(ratios) <= 1e-9 * abs(ratios[0]):
+                of_group = f" of parameter group {group}" if groups > 1 else ""
+                reason = f"the learning rate{of_group} is {ratios[0]:.4g} times the schedule's"
+                return [_cause(reason, update, "take the optimizer's own learning rate")]
+        for steps in range(2, MOST_STEPS + 1):
+            if self._follow(steps):
+                reason = f"the schedule is stepped {steps} times an update"
+                advice = "step it once after the optimizer's step, on every rank once"
+                return [_cause(reason, update, advice)]
+        return []
+
+    def _follow(self, steps: int) -> bool:
+        """Whether the loop's rates are those of a schedule that is stepped `steps` times an update."""
+        if self.problem.scheduler is None:
+            return False
+        optimizer = self.problem.optimizer(list(copy.deepcopy(self.problem.model).parameters()))
+        schedule = self.problem.scheduler(optimizer)
+        for rates, _ in self._pairs:
+            if abs(rates[0] - float(optimizer.param_groups[0]["lr"])) > 1e-12 * abs(rates[0]):
+                return False
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # the optimizer is not stepped
+                for _ in range(steps):
+                    schedule.step()
+        return True
+
+
+def _cause(reason: str, update: int, advice: str) -> Cause:
+    shown = f"from update {update} on the loop's learning rates are exactly those"
+    return Cause("schedule", "", reason, math.nan, shown, advice)

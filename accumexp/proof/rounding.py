@@ -1,29 +1,20 @@
-"""How far two correct gradients may differ by rounding alone, derived from the larger batch itself.
+"""Bounds of the rounding by which two correct gradients may differ, derived from the larger batch itself.
 
-In fp64. What a pass over the larger batch loses to rounding is proportional to the unit roundoff u, so
-fp64 loses 2^-29 of what fp32 loses on the same numbers, which is measured. Rounding errors of many
-operations behave like independent random numbers, so that another order of the same operations lies
-further than lambda = 8 of their standard deviations away with probability 2 exp(-lambda^2 / 2), which is
-2.5e-14 (Higham and Mary, A New Approach to Probabilistic Rounding Error Analysis, SIAM J. Sci. Comput.
-41, 2019). The worst case of adding n terms in any order, n u times their size, is added to it (Higham,
-Accuracy and Stability of Numerical Algorithms, 2nd ed., 4.2). A gradient that is clipped carries the
-rounding of its norm as well, lambda sqrt(P) u of it with P parameters.
-
-In the run's precision a single rounding may switch a ReLU, and with it the gradient, by much more than u.
-How often depends on the model, so nothing is assumed about it: the window's distance from the fp64
-gradient on several batches is compared with the larger batch's own distance on the same batches. If both
-are samples of one distribution, all `WINDOWS` of the first are larger than all `LARGER_BATCHES` of the
-second with probability 1 / C(WINDOWS + LARGER_BATCHES, WINDOWS), one in 116,280 for each parameter. What
-the window's micro-batches lose by themselves, each compared with its own fp64 gradient, is added: by the
-triangle inequality their sum cannot lose more, however few samples there are to tell distributions from.
+docs/proof.md derives them. In fp64, another order of the same operations is further than lambda = 8 standard
+deviations away with probability 2 exp(-lambda^2 / 2) = 2.5e-14 (Higham and Mary, SIAM J. Sci. Comput. 41,
+2019), and adding n terms in any order loses n u of their size (Higham, Accuracy and Stability of Numerical
+Algorithms, 2nd ed., 4.2). In the run's precision all `WINDOWS` distances from fp64 are larger than all
+`LARGER_BATCHES` of the larger batch with probability 1 / C(WINDOWS + LARGER_BATCHES, WINDOWS) = 1 / 116,280
+for each parameter.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -31,7 +22,7 @@ from torch import nn
 from ..accum.batch import tensors
 from .fixed_draws import seeded_draws
 from .float64 import DOUBLE, keep_float64
-from .larger_batch import Gradient, LargerBatch, clipped, larger_batch, loss_weight, norm
+from .larger_batch import Gradient, LargerBatch, clip_factor, clipped, larger_batch, loss_weight, norm
 from .problem import Problem, WholeBatch, cast, copy_in, rows
 
 LAMBDA = 8.0
@@ -77,7 +68,7 @@ def expected_update(
         coarse = larger_batch_of(problem, copy_in(model, torch.float32), batch)
     size = norm(exact.gradient)
     samples = len(tensors(batch[0])[0])
-    factor = 1.0 if clip_norm is None else min(1.0, clip_norm / (size + 1e-6))
+    factor = clip_factor(size, clip_norm)
     losses = {name: float((coarse.gradient[name].double() - g).norm()) for name, g in exact.gradient.items()}
     whole_loss = math.hypot(*losses.values())
     clip = clipping_error(clip_norm, exact.gradient, DOUBLE)
@@ -137,17 +128,23 @@ def larger_batch_of(
     numbers: Sequence[int] | None = None,
     scale: float = 1.0,
 ) -> LargerBatch:
-    """The larger batch in the dtype of `model`, with the proof's random draws.
+    """The larger batch in the dtype of `model`, at loss scale `scale`, with the proof's random draws.
 
-    Args:
-        numbers: of the samples, where their order is not that of the windows.
-        scale: the loss scale.
+    `numbers` are those of the samples, if their order is not that of the windows.
     """
-    dtype = _dtype(model)
-    with problem.loss_in(torch.promote_types(dtype, torch.float32)) as loss:
-        batch = cast(batch, dtype)
-        with keep_float64(dtype), seeded_draws(problem, model, batch, numbers):
-            return larger_batch(model, loss, batch, autocast, scale=scale)
+    with prepared_pass(problem, model, batch, numbers) as (loss, batch):
+        return larger_batch(model, loss, batch, autocast, scale=scale)
+
+
+@contextmanager
+def prepared_pass(
+    problem: Problem, model: nn.Module, batch: WholeBatch, numbers: Sequence[int] | None = None
+) -> Iterator[tuple[Callable[..., Any], WholeBatch]]:
+    """The loss and `batch` in the dtype of `model`, with the proof's random draws meanwhile."""
+    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+    batch = cast(batch, dtype)
+    with problem.loss_in(dtype) as loss, keep_float64(dtype), seeded_draws(problem, model, batch, numbers):
+        yield loss, batch
 
 
 def scaled_larger_batch(
@@ -171,21 +168,14 @@ def part_gradient(
     scale: float = 1.0,
 ) -> tuple[Gradient, float]:
     """(the gradient that samples `numbers` of `batch` add to the larger batch's, their weight)."""
-    dtype = _dtype(model)
-    with problem.loss_in(torch.promote_types(dtype, torch.float32)) as loss:
-        batch = cast(batch, dtype)
+    with prepared_pass(problem, model, batch) as (loss, batch):
         weight = loss_weight(loss, batch[1])
         part = rows(batch, torch.tensor(numbers, device=problem.device))
-        with keep_float64(dtype), seeded_draws(problem, model, batch):
-            gradient = larger_batch(model, loss, part, autocast, weight, scale=scale).gradient
+        gradient = larger_batch(model, loss, part, autocast, weight, scale=scale).gradient
         part_weight = float(loss_weight(loss, part[1]))
     if not part_weight:  # its mean is nan, but it adds nothing to the sum
         gradient = {name: torch.zeros_like(g) for name, g in gradient.items()}
     return gradient, part_weight
-
-
-def _dtype(model: nn.Module) -> torch.dtype:
-    return next(p.dtype for p in model.parameters() if p.is_floating_point())
 
 
 def shuffled(batch: WholeBatch, seed: int) -> tuple[WholeBatch, list[int]]:

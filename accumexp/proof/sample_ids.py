@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,7 +10,9 @@ from ..accum.batch import Nested, batch_size, tensors
 
 
 class SampleIds:
-    """Maps rows to their sample numbers in the update's batch, in whatever order a loop passes them.
+    """Maps rows to their sample numbers in the update's batch, in any order.
+
+    Equal samples get different numbers, in the order in which `find` receives them.
 
     Args:
         inputs: of the batch.
@@ -18,6 +21,7 @@ class SampleIds:
 
     def __init__(self, inputs: Nested, numbers: Sequence[int] | None = None) -> None:
         self._numbers: dict[bytes, list[int]] = {}
+        self._occurrences: Counter[bytes] = Counter()
         keys = _keys(inputs) or []
         for number, key in zip(range(len(keys)) if numbers is None else numbers, keys, strict=True):
             self._numbers.setdefault(key, []).append(number)
@@ -26,21 +30,16 @@ class SampleIds:
         """Maps every sample to the first sample of equal content."""
         return {number: equal[0] for equal in self._numbers.values() for number in equal}
 
-    def find(self, arguments: Any, counts: dict[bytes, int]) -> list[int] | None:
-        """The sample numbers of a forward pass's `arguments`; None if a row is not in the batch.
-
-        `counts` holds how often each row occurred before in this window; it assigns different numbers to
-        equal samples.
-        """
+    def find(self, arguments: Any) -> list[int] | None:
+        """The sample numbers of a forward pass's `arguments`; None if a row is not in the batch."""
         keys = _keys(arguments)
         if keys is None or any(key not in self._numbers for key in keys):
             return None
         numbers = []
         for key in keys:
-            turn = counts.get(key, 0)
-            counts[key] = turn + 1
             equal = self._numbers[key]
-            numbers.append(equal[turn % len(equal)])
+            numbers.append(equal[self._occurrences[key] % len(equal)])
+            self._occurrences[key] += 1
         return numbers
 
 
@@ -55,6 +54,6 @@ def _keys(batch: Any) -> list[bytes] | None:
         return []
     columns = [column.detach().reshape(size, -1).double().cpu() for column in columns]
     widest = max(column.shape[1] for column in columns)
-    # The widest tensors alone: what is passed beside them (a label, lengths) may differ in form.
+    # The widest tensors alone: other arguments (a label, lengths) may differ in form.
     wide = [column for column in columns if column.shape[1] == widest]
     return [b"".join(sorted(column[k].numpy().tobytes() for column in wide)) for k in range(size)]

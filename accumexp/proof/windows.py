@@ -1,32 +1,38 @@
-"""Checks of single windows: ragged and weighted batches, buffers, activations, ranks, and resuming."""
+"""Checks of single windows: ragged and weighted batches, buffers, activations, ranks, resuming, overflow."""
 
 from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from ..accum.batch import batch_size, tensors
 from ..accum.memory import measure_activations
 from .certificate import Check, excess
 from .fixed_draws import seeded_draws
 from .float64 import DOUBLE, keep_float64
+from .gradients import first_update, measured_loss_scale
 from .larger_batch import call, larger_batch, relative_error
 from .observation import Observation, observe
-from .problem import Problem, TrainingState, WholeBatch, cast, copy_in, rows
-from .ranks import all_gather, world_size, worst
+from .problem import Problem, TrainingState, WholeBatch, cast, copy_in, rows, unsharded
+from .ranks import all_gather, rank, world_size, worst
 from .replay import SHARDED, tensors_of
-from .rounding import U64
+from .rounding import U64, larger_batch_of, prepared_pass
 
 STATISTICS = "fp64 rounding of statistics over the samples: 8 n u"
 ONE_GRAPH = "a window keeps one micro-batch's graph; a second one alive would make it twice as much"
 LOADED = "state saved between two windows and loaded again: not a bit may differ"
 ONE_GRADIENT = "one gradient is reduced for all ranks: not a bit may differ between them"
+SKIPPED = "a window that overflows changes no weight and no optimizer state"
+MOVES_ONCE = "it moves once a window, for any number of overflows; measured by the next window's gradient"
 REDUCED = "the numbers that reducing collectives carry, over the parameters': each reduction adds 1"
 
 
@@ -35,7 +41,8 @@ def ragged(problem: Problem, batch: WholeBatch) -> list[tuple[str, WholeBatch]]:
 
     In one of them the last micro-batch has a single sample on each rank, if the model accepts that.
     """
-    size, micro = batch_size(batch), problem.micro_batch_size
+    size = batch_size(batch)
+    micro = -(-problem.samples // problem.steps)  # samples of a micro-batch, over all ranks
     half = (micro + 1) // 2
     sizes = [size - micro, size - micro - half, size - half]
     if world_size() < micro and _accepts(problem, rows(batch, slice(0, 1))):
@@ -60,8 +67,8 @@ def _accepts(problem: Problem, batch: WholeBatch) -> bool:
 def weighted(problem: Problem, batch: WholeBatch) -> WholeBatch | None:
     """`batch` with targets ignored unevenly over its micro-batches; None where a loop need not handle it.
 
-    A loss that can ignore targets is not enough: where a sample has one class, and no batch ignores any, a
-    loop may divide by the number of samples. A sample with several targets may have padding.
+    If a sample has one class, and no batch ignores any, a loop may divide by the number of samples. A sample
+    with several targets may have padding.
     """
     loss, targets = problem.loss, batch[1]
     if not isinstance(loss, nn.CrossEntropyLoss | nn.NLLLoss) or not isinstance(targets, Tensor):
@@ -103,7 +110,7 @@ def activations_check(problem: Problem, batch: WholeBatch) -> Check | None:
     model = copy_in(problem.model, DOUBLE)
     micro_batch = rows(batch, slice(0, max(observation.sizes)))
     larger = _saved_bytes(problem, model, batch)
-    # The loop's copy of its targets cannot be told from an activation.
+    # The loop's copy of its targets counts as an activation.
     copied = sum(t.numel() * t.element_size() for t in tensors(micro_batch[1]))
     share = max(all_gather((_saved_bytes(problem, model, micro_batch) + copied) / larger))
     figure = max(all_gather(observation.saved_bytes / larger))
@@ -112,7 +119,7 @@ def activations_check(problem: Problem, batch: WholeBatch) -> Check | None:
 
 
 def _saved_bytes(problem: Problem, model: nn.Module, batch: WholeBatch) -> int:
-    with problem.loss_in(DOUBLE) as loss, keep_float64(DOUBLE), seeded_draws(problem, model, batch):
+    with prepared_pass(problem, model, batch) as (loss, batch):
         with measure_activations(model, [*tensors(batch[0]), *tensors(batch[1])]) as saved:
             larger_batch(model, loss, batch, on_copies=saved.exclude)
     return saved.peak_bytes
@@ -128,16 +135,7 @@ def resume_check(problem: Problem, batches: list[WholeBatch]) -> Check:
     for name, part in _parts(resumed).items():
         part.load_state_dict(checkpoint[name])
     observe(resumed, second)
-    model, resumed_model = undisturbed.inner.state_dict(), resumed.inner.state_dict()
-    errors = [(_error(resumed_model[name], value), name) for name, value in model.items()]
-    optimizer, resumed_optimizer = tensors_of(undisturbed.optimizer), tensors_of(resumed.optimizer)
-    if optimizer.keys() == resumed_optimizer.keys():
-        errors += [
-            (relative_error(resumed_optimizer[key], value), f"optimizer {key}")
-            for key, value in optimizer.items()
-        ]
-    else:
-        errors.append((math.inf, "optimizer"))
+    errors = state_errors(resumed.inner, undisturbed.inner, resumed.optimizer, undisturbed.optimizer)
     figure, name = max(all_gather(max(errors)))
     bound = SHARDED * U64 if world_size() > 1 else 0.0
     at = f"worst at {name}" if figure else "no difference after a window"
@@ -147,6 +145,18 @@ def resume_check(problem: Problem, batches: list[WholeBatch]) -> Check:
 def _parts(state: TrainingState) -> dict[str, Any]:
     parts = {"model": state.inner, "optimizer": state.optimizer, "schedule": state.schedule}
     return {name: part for name, part in parts.items() if part is not None}
+
+
+def state_errors(
+    model: nn.Module, expected_model: nn.Module, optimizer: Any, expected_optimizer: Any
+) -> list[tuple[float, str]]:
+    """The relative error and name of each entry in the states of model and optimizer. A collective call."""
+    actual, expected = model.state_dict(), expected_model.state_dict()
+    errors = [(_error(actual[name], value), name) for name, value in expected.items()]
+    actual, expected = tensors_of(optimizer), tensors_of(expected_optimizer)
+    if actual.keys() != expected.keys():
+        return [*errors, (math.inf, "optimizer")]
+    return errors + [(_error(actual[key], value), f"optimizer {key}") for key, value in expected.items()]
 
 
 def _error(actual: Any, expected: Any) -> float:
@@ -182,14 +192,9 @@ class Reductions(TorchDispatchMode):
         reduces = any(kind in func.__name__ for kind in ("allreduce", "all_reduce", "reduce_scatter"))
         if reduces and func.namespace in ("c10d", "_c10d_functional"):
             # A reduce-scatter sends the larger one of its two buffers.
-            self.numbers += max(_elements(argument) for argument in args)
+            buffers = [[x.numel() for x in tree_leaves(arg) if isinstance(x, Tensor)] for arg in args]
+            self.numbers += max(map(sum, buffers))
         return func(*args, **(kwargs or {}))
-
-
-def _elements(argument: Any) -> int:
-    if isinstance(argument, Tensor):
-        return argument.numel()
-    return sum(map(_elements, argument)) if isinstance(argument, tuple | list) else 0
 
 
 def collectives_check(problem: Problem, batch: WholeBatch, most: int = 1) -> Check | None:
@@ -205,3 +210,76 @@ def collectives_check(problem: Problem, batch: WholeBatch, most: int = 1) -> Che
     figure = max(all_gather(reductions.numbers / numbers))
     detail = f"{problem.steps} micro-batches on each of {world_size()} ranks"
     return Check("gradient reductions a window", figure, most + 0.5, "count", REDUCED, detail)
+
+
+def overflow_checks(problem: Problem, batch: WholeBatch) -> list[Check]:
+    """Checks an overflow in each micro-batch of each rank, and in all at once, in the run's precision."""
+    scaling = problem.scaling
+    if scaling is None:
+        return []
+    batch = cast(batch, problem.dtype)
+    count = max(all_gather(len(first_update(TrainingState(problem, problem.dtype), batch).sizes)))
+    places = [(r, k) for r in range(world_size()) for k in range(count)]
+    changes, scales = [], []
+    for who, k in [*places, (None, None)]:
+        numbers = range(count) if k is None else (k,)
+        where = "every micro-batch" if k is None else f"micro-batch {k}"
+        if who is not None and world_size() > 1:
+            where += f" of rank {who}"
+        changed, ratio = _overflow(problem, batch, numbers if who in (None, rank()) else ())
+        changes.append((changed, where))
+        off = abs(math.log(max(ratio, 1e-300)) - math.log(scaling.backoff_factor))
+        scales.append((off, where, ratio))
+    changed, where = max(all_gather(max(changes)))
+    off, place, ratio = max(max(each) for each in all_gather(scales))
+    detail = f"something changed after {where}" if changed else f"{len(places)} places and all at once"
+    factor = f"times {ratio:.3g} after {place}, {scaling.backoff_factor:g} is right"
+    precision = str(problem.autocast or problem.dtype).removeprefix("torch.")
+    once = f"{MOVES_ONCE} in {precision}, so within 10 %"
+    return [
+        Check("overflow in each micro-batch", changed, 0.0, "count", SKIPPED, detail),
+        Check("loss scale after an overflow", off, 0.1, "log ratio", once, factor),
+    ]
+
+
+def _overflow(problem: Problem, batch: WholeBatch, numbers: Collection[int]) -> tuple[float, float]:
+    """(number of tensors that an overflow in `numbers` changed, factor by which the scale moved)."""
+    state = TrainingState(problem, problem.dtype)
+    exact = larger_batch_of(problem, state.model_in(DOUBLE), batch).gradient
+    before = measured_loss_scale(first_update(state, batch, arrivals=True), exact)
+    weights = {name: p.detach().clone() for name, p in state.parameters().items()}
+    optimizer_before = copy.deepcopy(tensors_of(state.optimizer))
+    with _overflowing(state, numbers):
+        observe(state, batch)
+    changed = sum(_differs(p.detach(), weights[name]) for name, p in state.parameters().items())
+    for key, value in tensors_of(state.optimizer).items():
+        if key in optimizer_before:
+            changed += _differs(value, optimizer_before[key])
+        else:  # a fused optimizer that skips may create its state, of zeros
+            changed += bool(unsharded(value).any())
+    exact = larger_batch_of(problem, state.model_in(DOUBLE), batch).gradient
+    after = measured_loss_scale(observe(state, batch, arrivals=True), exact)
+    return float(changed), after / before
+
+
+def _differs(value: Tensor, before: Tensor) -> bool:
+    return not torch.equal(unsharded(value), unsharded(before))
+
+
+@contextmanager
+def _overflowing(state: TrainingState, numbers: Collection[int]) -> Iterator[None]:
+    """Makes the backward pass of forward passes `numbers` start from infinities."""
+    passes = 0
+
+    def after_forward(module: Any, inputs: Any, outputs: Any) -> None:
+        nonlocal passes
+        if not torch.is_grad_enabled():
+            return
+        if passes in numbers:
+            for tensor in tensors(outputs):
+                if tensor.requires_grad:
+                    tensor.register_hook(lambda gradient: torch.full_like(gradient, math.inf))
+        passes += 1
+
+    with state.inner.register_forward_hook(after_forward):
+        yield

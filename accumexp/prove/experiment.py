@@ -1,4 +1,4 @@
-"""An experiment's certificate: the proof of its own loop on its own data, and of its first updates."""
+"""An experiment's certificate: the proof of its loop on its data, and of its first updates."""
 
 from __future__ import annotations
 
@@ -17,17 +17,15 @@ from ..environment.code_version import code_version
 from ..environment.ranks import RankInfo
 from ..errors import UsageError
 from ..proof import Cause, Certificate, Scaling
-from ..proof.certify import REPLAYED, Proof, preserved_random_state
-from ..proof.environment import precision_name
+from ..proof.certify import REPLAYED, Proof
 from ..proof.float64 import DOUBLE
 from ..proof.gradients import MAX_SKIPPED, compare_window
 from ..proof.larger_batch import norm
-from ..proof.problem import Problem, copy_in
+from ..proof.problem import Problem, copy_in, forked_rng
 from ..proof.rounding import larger_batch_of
 from ..training.experiment import Experiment
-from .first_updates import FirstUpdates, fp64_config, own_precision_config
+from .first_updates import FirstUpdates, fp64_config, gathered_batch, own_precision_config
 from .trainer_loop import TrainerLoop
-from .update_observer import gathered_batch
 
 # Batches for the checks of single windows.
 BATCHES = 5
@@ -48,7 +46,7 @@ def prove_experiment(
     problem = problem_of(experiment)
     proof = Proof(problem, stage, problem.steps if config.accum.reduce_every_micro_batch else 1)
     try:
-        with preserved_random_state(problem):
+        with forked_rng(problem.device), torch.enable_grad():
             proof.fix_draws()
             proof.check_windows(replay=False)
             _check_clipping(proof, experiment)
@@ -65,17 +63,13 @@ def prove_experiment(
     except ValueError as error:
         raise UsageError(f"prove: {error}") from error
     certificate = proof.result()
-    certificate = replace(
-        certificate,
-        causes=[_with_advice(cause, config) for cause in certificate.causes],
-        environment={**certificate.environment, **_code_versions()},
-        config=to_plain(config),
-    )
-    return certificate, experiment
+    causes = [_with_advice(cause, config) for cause in certificate.causes]
+    environment = {**certificate.environment, **_code_versions()}
+    return replace(certificate, causes=causes, environment=environment, config=to_plain(config)), experiment
 
 
 def problem_of(experiment: Experiment) -> Problem:
-    """What the experiment's loop should do, on the first batches of its first epoch."""
+    """The problem of the experiment's loop, on the first batches of its first epoch."""
     config, train = experiment.config, experiment.splits.train
     first = [(gathered_batch(batch)[0], batch.total) for batch in islice(train.epoch(0), BATCHES)]
     full = [batch for batch, total in first if total == train.batch_size]
@@ -127,8 +121,7 @@ def _replay_float64(proof: Proof, experiment: Experiment) -> None:
     whole = any(hasattr(module, "statistics_groups") for module in experiment.model.modules())
     config = fp64_config(experiment.config, experiment.rank_info, updates, whole)
     proof.progress(f"{updates} updates of the run, one by one")
-    small = Experiment.build(config, experiment.rank_info)
-    first_updates = FirstUpdates(small, experiment.updates, proof.progress)
+    first_updates = FirstUpdates(config, experiment, proof.progress)
     problem = replace(first_updates.problem(proof.problem), scaling=_scaling(config))
     checks, causes = first_updates.replay_float64(problem)
     proof.add(*checks)
@@ -136,13 +129,12 @@ def _replay_float64(proof: Proof, experiment: Experiment) -> None:
 
 
 def _replay_own_precision(proof: Proof, experiment: Experiment) -> None:
-    """Checks a few of the run's first updates as they are: its precision, its batches, its callbacks."""
-    name = precision_name(proof.problem)
+    """Checks a few of the run's first updates in its precision, with its batches and callbacks."""
+    name = proof.problem.precision_name
     proof.progress(f"{REPLAYED} updates of the run in {name}")
     most = REPLAYED + (MAX_SKIPPED if proof.problem.scaling is not None else 0)
     config = own_precision_config(experiment.config, most)
-    variant = Experiment.build(config, experiment.rank_info)
-    first_updates = FirstUpdates(variant, experiment.updates, proof.progress, epoch=1)
+    first_updates = FirstUpdates(config, experiment, proof.progress, epoch=1)
     problem = first_updates.problem(proof.problem)
     proof.add(*first_updates.replay_own_precision(problem, name, REPLAYED))
 

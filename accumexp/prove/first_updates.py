@@ -1,4 +1,4 @@
-"""The first updates of the run itself: the real trainer, compared update by update, and resumed midway."""
+"""The first updates of the run's own trainer, compared update by update, and resumed midway."""
 
 from __future__ import annotations
 
@@ -6,31 +6,35 @@ import copy
 import math
 import tempfile
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Generic, TypeVar, cast
 
 import torch
 
-from ..accum.sync import plain
+from ..accum.batch import map_tensors, tensors
 from ..config.schema import Config, Precision
 from ..config.validation import check
+from ..data import Batch
 from ..environment.random_state import random_state, restore_random_state
 from ..environment.ranks import RankInfo, broadcast_from_first
 from ..proof import Cause
 from ..proof.certificate import Check
-from ..proof.problem import Problem
-from ..proof.ranks import all_gather
-from ..proof.replay import tensors_of
+from ..proof.observation import Observation, observing
+from ..proof.own_precision import OwnPrecisionReplay
+from ..proof.problem import Problem, TrainingState, WholeBatch
+from ..proof.ranks import all_gather, world_size
 from ..proof.replay_float64 import Float64Replay
-from ..proof.replay_own_precision import OwnPrecisionReplay
-from ..training.callbacks import Callback, without_output
+from ..proof.windows import state_errors
+from ..training.callbacks import Callback, RunState, without_output
 from ..training.checkpoint import Checkpoints, load, restore
 from ..training.experiment import Experiment
 from ..training.metrics_sink import MemoryMetricsSink
 from ..training.trainer import Trainer
-from .update_observer import UpdateObserver
 
+AnyReplay = TypeVar("AnyReplay", Float64Replay, OwnPrecisionReplay)
+ONCE_AN_EPOCH = "every sample of the training split comes once an epoch"
 # Updates in an epoch of the replayed run, before its last and smaller one: three epochs in 100 updates.
 EPOCH = 33
 # Updates of the run that is resumed midway: beyond the end of an epoch.
@@ -38,8 +42,7 @@ RESUMED = 40
 # Samples in a micro-batch: a BatchNorm needs two, and the ragged last windows halve them.
 MICRO_BATCH = 4
 RESUME = (
-    "weights, buffers, optimizer, schedule and logged losses of the run that was never stopped: "
-    "not a bit may differ"
+    "weights, buffers, optimizer, schedule and logged losses of a run without a stop: not a bit may differ"
 )
 
 
@@ -68,27 +71,23 @@ def fp64_config(config: Config, rank_info: RankInfo, updates: int, whole: bool) 
 
 
 class FirstUpdates:
-    """The first updates of a run.
+    """The first updates of a run, in short epochs.
 
     Args:
-        experiment: of as many updates; its data is cut down to short epochs.
-        schedule: updates in the run's whole schedule.
+        config: of the experiment that is replayed, with as many updates.
+        run: the run's experiment, which gives the length of the schedule.
         stage: called with a description of the progress.
         epoch: updates in an epoch before its last, smaller one.
     """
 
     def __init__(
-        self,
-        experiment: Experiment,
-        schedule: int,
-        stage: Callable[[str], None],
-        epoch: int = EPOCH,
+        self, config: Config, run: Experiment, stage: Callable[[str], None], epoch: int = EPOCH
     ) -> None:
-        self.experiment = experiment
-        self.schedule = schedule
+        self.experiment = Experiment.build(config, run.rank_info)
+        self.scheduled_updates = run.updates
         self.stage = stage
         self._random = random_state()
-        splits = experiment.splits
+        splits = self.experiment.splits
         size = splits.train.batch_size
         # Epochs end within the updates that are replayed, and end in a smaller window.
         splits.train.indices = splits.train.indices[: epoch * size + size // 2 + 1]
@@ -107,7 +106,7 @@ class FirstUpdates:
         restore_random_state(self._random)
         experiment = replace(self.experiment, model=copy.deepcopy(self.experiment.model))
         options = replace(experiment.options, may_stop=False)
-        trainer = experiment.trainer(MemoryMetricsSink(), self.schedule, options)
+        trainer = experiment.trainer(MemoryMetricsSink(), self.scheduled_updates, options)
         trainer.callbacks = {**without_output(trainer.callbacks), **extra}
         return trainer
 
@@ -146,7 +145,7 @@ class FirstUpdates:
         with tempfile.TemporaryDirectory(prefix="accumexp-proof-") as temporary:
             folder = Path(broadcast_from_first(temporary, self.experiment.rank_info))
             checkpoints = Checkpoints(every_epochs=None, every_updates=half)
-            checkpoints.attach(folder, {}, lambda: None)
+            checkpoints.run_opened(stopped, RunState(folder, {}, lambda: None))
             stopped.callbacks = {**stopped.callbacks, "checkpoint": checkpoints, "stop": StopAt(half)}
             stopped.fit()
             all_gather(0)
@@ -184,16 +183,9 @@ class StopAt(Callback):
 
 
 def _differences(one: Trainer, other: Trainer) -> int:
-    """Number of tensors of model and optimizer, and other states, that are not the same to the bit."""
-    model, other_model = one.model.state_dict(), other.model.state_dict()
-    optimizer, other_optimizer = tensors_of(one.optimizer), tensors_of(other.optimizer)
-    differing = [not torch.equal(plain(value), plain(other_model[name])) for name, value in model.items()]
-    differing += [
-        not torch.equal(plain(value), plain(other_optimizer[key]))
-        for key, value in optimizer.items()
-        if key in other_optimizer
-    ]
-    differing.append(optimizer.keys() != other_optimizer.keys())
+    """Number of tensors of model and optimizer, and other states, that differ in any bit."""
+    errors = state_errors(other.model, one.model, other.optimizer, one.optimizer)
+    differing = [error != 0 for error, _ in errors]
     differing.append(one.scheduler.state_dict() != other.scheduler.state_dict())
     differing.append(one.progress.samples != other.progress.samples)
     return sum(differing)
@@ -206,3 +198,88 @@ def _losses_after(trainer: Trainer, update: int) -> list[tuple[int, float, float
         for number, values in _rows(trainer)
         if number > update and "train/loss" in values
     ]
+
+
+class UpdateObserver(Callback, Generic[AnyReplay]):
+    """Observes every update and compares it in a replay.
+
+    Args:
+        replay_class: of the replay.
+        stage: called with a description of the progress.
+        updates: compared updates after which the run stops; all by default.
+
+    Attributes:
+        replay: after `attach`.
+    """
+
+    order = -1000
+    replay: AnyReplay
+
+    def __init__(
+        self,
+        problem: Problem,
+        replay_class: type[AnyReplay],
+        stage: Callable[[str], None],
+        updates: int | None = None,
+    ) -> None:
+        self.problem = problem
+        self.replay_class = replay_class
+        self.stage = stage
+        self.updates = updates
+        self._indices: dict[int, list[int]] = {}  # by epoch
+        self._observing = ExitStack()
+
+    def attach(self, trainer: Trainer) -> None:
+        """Starts the replay from the weights of `trainer`, before its first update."""
+        dtype = next(trainer.model.parameters()).dtype
+        self._state = TrainingState(self.problem, dtype, trainer.model, trainer.optimizer)
+        self.replay = self.replay_class(self.problem, self._state)
+
+    def update_begin(self, trainer: Trainer) -> None:
+        assert trainer.batch is not None
+        self._batch, indices = gathered_batch(trainer.batch)
+        self._indices.setdefault(trainer.progress.epoch, []).extend(indices)
+        arrivals = self.replay_class is OwnPrecisionReplay or self.problem.scaling is not None
+        observing_window = observing(self._state, self._batch, arrivals)
+        self._observation: Observation = self._observing.enter_context(observing_window)
+
+    def update_end(self, trainer: Trainer) -> None:
+        self._observing.close()
+        self.replay.compare(self._batch, self._observation)
+        if self.updates and self.replay.updates >= self.updates:
+            trainer.stop("enough updates were compared", force=True)
+        self.stage(f"update {trainer.progress.update} of {trainer.total_updates}")
+
+    def run_end(self, trainer: Trainer) -> None:
+        self._observing.close()
+
+    def samples_check(self, trainer: Trainer) -> Check:
+        """Checks that every sample of the split came once in each complete epoch."""
+        train = trainer.splits.train
+        count, expected = len(train.order(0)), set(train.indices.tolist())
+        wrong, complete = 0, 0
+        for epoch, indices in self._indices.items():
+            if epoch + 1 in self._indices or len(indices) == count:
+                complete += 1
+                distinct = set(indices)
+                wrong += len(distinct - expected) + len(indices) - len(distinct) + abs(count - len(indices))
+        detail = f"{count} samples in each of {complete} epochs"
+        decided = complete > 0
+        return Check("samples of an epoch", float(wrong), 0.0, "count", ONCE_AN_EPOCH, detail, decided)
+
+
+def gathered_batch(batch: Batch) -> tuple[WholeBatch, list[int]]:
+    """The update's batch over all ranks, and its samples' indices. A collective call."""
+    if world_size() == 1:
+        return (batch.inputs, batch.targets), batch.indices.tolist()
+    device = tensors(batch.targets)[0].device
+
+    rank_batch = (batch.inputs, batch.targets, batch.indices)
+    parts = all_gather(map_tensors(lambda t: t[: batch.samples].cpu(), rank_batch))  # without padding
+    inputs, targets = (_joined([part[k] for part in parts], device) for k in range(2))
+    return (inputs, targets), [index for part in parts for index in part[2].tolist()]
+
+
+def _joined(parts: list[Any], device: torch.device) -> Any:
+    columns = iter(zip(*(tensors(part) for part in parts), strict=True))
+    return map_tensors(lambda _: torch.cat(next(columns)).to(device), parts[0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
@@ -10,12 +11,21 @@ from omegaconf import DictConfig, OmegaConf
 from ..cli import exit_with_error, log_error
 from ..config.job_folder import keep_launch_paths, store_of_command
 from ..config.loading import from_hydra
+from ..config.schema import Config
 from ..environment.launch import launch
 from ..environment.ranks import RankInfo, launched_rank
 from ..errors import UsageError
 from ..sweeps.hydra_sweep import command_line
 from ..tracking.folder import RunFolder
-from .spec import ProofSpec
+
+
+@dataclass(frozen=True)
+class ProofSpec:
+    """The experiment, folder and command line of a certificate. It can be pickled."""
+
+    config: Config
+    folder: RunFolder
+    command: str
 
 
 def prove_job(cfg: DictConfig) -> None:
@@ -35,10 +45,10 @@ def prove_job(cfg: DictConfig) -> None:
         if launched is None and processes > 1:
             logging_config = OmegaConf.to_container(hydra.job_logging, resolve=True)
             assert isinstance(logging_config, dict)
-            launch(prove_in_rank, spec, processes, {str(key): value for key, value in logging_config.items()})
+            launch(prove, spec, processes, {str(key): value for key, value in logging_config.items()})
             proved = folder.proved()
         else:
-            proved = prove(spec, rank_info)
+            proved = prove(spec)
     except Exception as error:
         log_error(error)
         if rank_info.first and isinstance(error, UsageError) and not cfg.resume:
@@ -49,10 +59,6 @@ def prove_job(cfg: DictConfig) -> None:
 
 
 def _spec(cfg: DictConfig, folder: RunFolder, launched_from: Path) -> ProofSpec:
-    """
-    Raises:
-        UsageError: naming the key that is wrong.
-    """
     if cfg.resume:
         raise UsageError(f"resume={cfg.resume}: a proof begins at the beginning, leave it out")
     config = from_hydra(cfg)
@@ -62,15 +68,8 @@ def _spec(cfg: DictConfig, folder: RunFolder, launched_from: Path) -> ProofSpec:
     return ProofSpec(config, folder, command_line(sys.argv[1:], "prove"))
 
 
-def prove(spec: ProofSpec, rank_info: RankInfo) -> bool:
+def prove(spec: ProofSpec) -> bool:
     """Makes the certificate in this process. Its imports are not needed by one that only launches ranks."""
-    from .session import ProofSession
+    from .session import make_certificate
 
-    return ProofSession(spec, rank_info).execute()
-
-
-def prove_in_rank(spec: ProofSpec) -> None:
-    """`prove` in a rank that `launch` started."""
-    rank_info = launched_rank()
-    assert rank_info is not None
-    prove(spec, rank_info)
+    return make_certificate(spec.config, spec.folder, launched_rank() or RankInfo(), spec.command)

@@ -1,10 +1,14 @@
-"""A certificate of an experiment: proved, shown, and kept in the run's folder and in MLflow."""
+"""Makes an experiment's certificate, shows it, and keeps it in the run's folder and in MLflow."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+
+from rich.markup import escape
+from rich.table import Table
 
 from ..config.schema import Backend, Config
 from ..data.digest import dataset_records
@@ -20,69 +24,63 @@ from ..tracking.record import create_tracker, describing_tags
 from ..training.experiment import Experiment
 from ..training.run_context import run_context
 from .experiment import prove_experiment
-from .spec import ProofSpec
-from .table import show
+
+STYLES = {"proved": "green", "proved up to": "yellow", "not proved": "red"}
 
 
-class ProofSession:
-    """A certificate to be made in this process, or one rank's part of it."""
+def make_certificate(config: Config, folder: RunFolder, rank_info: RankInfo, command: str = "") -> bool:
+    """Makes a certificate, shows it, and keeps it in `folder` and MLflow. Returns whether it is proved.
 
-    def __init__(self, spec: ProofSpec, rank_info: RankInfo) -> None:
-        self.spec = spec
-        self.rank_info = rank_info
+    On several ranks a collective call.
+    """
+    with run_context(config, folder, rank_info) as folder:
+        no_store = config.tracking.backend is Backend.none or not rank_info.first
+        # A store that cannot be reached is reported before the work, not after it.
+        store = None if no_store else Store(config.tracking)
+        config, tags = choose_steps(config, rank_info)
+        console.print(described_problem(config, rank_info), highlight=False, soft_wrap=True)
+        with stages() as stage:
+            certificate, experiment = prove_experiment(config, rank_info, stage)
+    if rank_info.first:
+        write(certificate, folder)
+        folder.write_config(config)
+        show(certificate)
+        locations: dict[str, object] = {"certificate": folder.certificate}
+        if store is not None:
+            locations.update(_record(certificate, experiment, folder, store, command, tags))
+        console.print()
+        show_values("kept", locations)
+    return certificate.proved
 
-    def execute(self) -> bool:
-        """Makes, shows and keeps the certificate. Returns whether the window is proved."""
-        config, rank_info = self.spec.config, self.rank_info
-        with run_context(config, self.spec.folder, rank_info) as folder:
-            no_store = config.tracking.backend is Backend.none or not rank_info.first
-            # A store that cannot be reached is reported before the work, not after it.
-            store = None if no_store else Store(config.tracking)
-            config, tags = choose_steps(config, rank_info)
-            console.print(described_problem(config, rank_info), highlight=False, soft_wrap=True)
-            with stages() as stage:
-                certificate, experiment = prove_experiment(config, rank_info, stage)
-        if rank_info.first:
-            write(certificate, folder)
-            folder.write_config(config)
-            show(certificate)
-            kept: dict[str, object] = {"certificate": folder.certificate}
-            if store is not None:
-                kept.update(self._record(certificate, experiment, folder, store, tags))
-            console.print()
-            show_values("kept", kept)
-        return certificate.proved
 
-    def _record(
-        self,
-        certificate: Certificate,
-        experiment: Experiment,
-        folder: RunFolder,
-        store: Store,
-        tags: dict[str, str],
-    ) -> dict[str, object]:
-        """Records the certificate as a run in MLflow. Returns where it is found."""
-        config = experiment.config
-        tracker = create_tracker(
-            replace(config, tracking=replace(config.tracking, system_metrics=False)),
-            folder,
-            store,
-            name="certificate",
-            command=self.spec.command,
-            tags={**describing_tags(experiment.device, []), **tags, **tags_of(certificate)},
-            datasets=dataset_records(config.data, experiment.splits),
-        )
-        status = RunStatus.FAILED
-        try:
-            tracker.tag(
-                {"mlflow.note.content": markdown(certificate), "mlflow.source.name": "accumexp.prove"}
-            )
-            tracker.artifact(folder.certificate)
-            tracker.artifact(folder.config)
-            status = RunStatus.FINISHED
-        finally:
-            tracker.end(status)
-        return tracker.links()
+def _record(
+    certificate: Certificate,
+    experiment: Experiment,
+    folder: RunFolder,
+    store: Store,
+    command: str,
+    tags: dict[str, str],
+) -> dict[str, object]:
+    """Records the certificate as a run in MLflow. Returns its links."""
+    config = experiment.config
+    tracker = create_tracker(
+        replace(config, tracking=replace(config.tracking, system_metrics=False)),
+        folder,
+        store,
+        name="certificate",
+        command=command,
+        tags={**describing_tags(experiment.device, []), **tags, **tags_of(certificate)},
+        datasets=dataset_records(config.data, experiment.splits),
+    )
+    status = RunStatus.FAILED
+    try:
+        tracker.tag({"mlflow.note.content": markdown(certificate), "mlflow.source.name": "accumexp.prove"})
+        tracker.artifact(folder.certificate)
+        tracker.artifact(folder.config)
+        status = RunStatus.FINISHED
+    finally:
+        tracker.end(status)
+    return tracker.links()
 
 
 def certified(config: Config, rank_info: RankInfo, folder: RunFolder) -> dict[str, str]:
@@ -110,7 +108,7 @@ def write(certificate: Certificate, folder: RunFolder) -> None:
 
 
 def described_problem(config: Config, rank_info: RankInfo) -> str:
-    """One line of what is to be proved, and on what."""
+    """The question that the certificate answers, and the device, in one line."""
     device = pick_device(device_of(config.device, rank_info))
     window = f"{config.accum.steps} micro-batches of {config.accum.micro_batch_size}"
     if rank_info.size > 1:
@@ -120,6 +118,32 @@ def described_problem(config: Config, rank_info: RankInfo) -> str:
         f"Is {name}'s window of {window} the batch of {config.data.batch_size}? "
         f"On {device} ({device_name(device)})"
     )
+
+
+def show(certificate: Certificate) -> None:
+    """Prints the checks, the causes, and the verdict last."""
+    table = Table(box=None, header_style="bold", padding=(0, 2, 0, 1), collapse_padding=True)
+    table.add_column("check", overflow="fold")
+    table.add_column("found", justify="right", no_wrap=True)
+    table.add_column("at most", justify="right", no_wrap=True)
+    table.add_column("", no_wrap=True)
+    table.add_column("", overflow="fold", style="dim")
+    for check in certificate.checks:
+        mark = "[green]ok[/]" if check.passed else "[bold red]differs[/]"
+        mark = mark if check.decided else "[dim]-[/]"
+        table.add_row(check.name, number(check.figure), number(check.bound), mark, escape(check.detail))
+    console.print(table)
+    for cause in certificate.causes:
+        console.print()
+        console.print(escape(cause.line), style="bold", highlight=False, soft_wrap=True)
+        effect = f"the update's gradient is off by {number(cause.effect)} of its norm"
+        effect = "" if math.isnan(cause.effect) else effect
+        for label, text in (("effect", effect), ("shown", cause.shown), ("to do", cause.advice)):
+            if text:
+                console.print(f"  {label:<7} {escape(text)}", highlight=False, soft_wrap=True)
+    console.print()
+    style = STYLES[certificate.verdict]
+    console.print(escape(str(certificate)), style=f"bold {style}", highlight=False, soft_wrap=True)
 
 
 def markdown(certificate: Certificate) -> str:
@@ -135,7 +159,7 @@ def markdown(certificate: Certificate) -> str:
 
 @contextmanager
 def stages() -> Iterator[Callable[[str], None]]:
-    """A line on a terminal that says what is under way; elsewhere nothing."""
+    """A function that shows the current stage on a terminal; elsewhere it has no effect."""
     if not console.is_terminal or console.quiet:
         yield lambda stage: None
         return

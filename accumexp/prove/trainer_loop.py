@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 from torchmetrics import MetricCollection
 
-from ..accum.batch import batch_size, map_tensors, rank_share, steps_for
+from ..accum.batch import batch_size, rank_share, steps_for
 from ..data import Batch
-from ..proof.problem import WholeBatch
+from ..proof.problem import WholeBatch, rows
 from ..training.experiment import Experiment
 from ..training.metrics_sink import MemoryMetricsSink
 from ..training.progress import LoopOptions
@@ -77,9 +77,4 @@ class TrainerLoop:
         share = torch.cat([torch.arange(part.start, part.stop) for part in parts])
         # A rank without samples computes on one as padding.
         indices = (share if len(share) else share.new_zeros(1)).to(self.experiment.device)
-
-        def take(tensor: Tensor) -> Tensor:
-            return tensor[indices]
-
-        inputs, targets = (map_tensors(take, part) for part in batch)
-        return Batch(inputs, targets, indices, len(share), total, steps)
+        return Batch(*rows(batch, indices), indices, len(share), total, steps)

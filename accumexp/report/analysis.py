@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from ..config.report import ReportConfig
+from ..config.schema import ReportConfig
 from ..errors import UsageError
 from .groups import Group, group_jobs, reference_groups
-from .jobs import Curve, Job, Sweep
+from .jobs import Curve, Sweep
 from .noise import NoiseScale, noise_scales
 from .statistics import Decision, Difference, Summary, Verdict, compare_pairs, decide, seeds_needed, summarize
 from .trajectory import COMPARED_UPDATES, LOSS, Trajectory, compare_losses
@@ -37,23 +38,27 @@ class Metric:
         return cls(key, 100.0, "points") if key.endswith("accuracy") else cls(key, 1.0, "")
 
     @property
-    def default_margin(self) -> float | None:
-        """Half a point for an accuracy; None for other metrics."""
-        return 0.5 if self.unit else None
-
-    @property
     def name(self) -> str:
         split = "" if self.key.startswith("eval_") else "test "
         return split + self.key.replace("_", " ")
 
     @property
     def heading(self) -> str:
-        """The name with the unit of a value."""
         return self.name + (" (%)" if self.unit else "")
 
     def with_unit(self, difference: float) -> str:
         unit = self.unit.removesuffix("s") if difference == 1 else self.unit
         return f"{difference:g} {unit}".strip()
+
+    def values(self, group: Group) -> dict[int, float]:
+        """The shown values of the group's jobs that measured the metric, by seed."""
+        finals = {seed: job.final.get(self.key) for seed, job in group.jobs.items()}
+        return {seed: self.factor * value for seed, value in finals.items() if value is not None}
+
+    def resolution(self, group: Group) -> float:
+        """The smallest step of an accuracy, one sample of the test split; 0 if it is not known."""
+        samples = group.finals("test_samples")
+        return self.factor / max(samples) if self.unit and samples else 0.0
 
 
 @dataclass(frozen=True)
@@ -62,7 +67,7 @@ class Comparison:
 
     Attributes:
         seeds_needed: for an undecided comparison, the number of pairs that would show equivalence if there is
-            no difference; None if it is not known or above `statistics.MAX_SEEDS`.
+            no difference; None if unknown or above `statistics.MAX_SEEDS`.
     """
 
     group: Group
@@ -98,7 +103,7 @@ class Report:
     Attributes:
         margin: of the equivalence tests; None if none is configured and the metric has no default.
         missing: groups without a finished job.
-        curves: the loss by `id` of the group and by seed.
+        curves: the loss by group and seed.
     """
 
     sweep: Sweep
@@ -107,13 +112,18 @@ class Report:
     margin: float | None
     rows: list[Row]
     missing: list[Group]
-    curves: dict[int, dict[int, Curve]]
+    curves: dict[Group, dict[int, Curve]]
     noise: list[NoiseScale]
 
     @property
     def keys(self) -> list[str]:
         """The keys that distinguish the groups."""
         return list(self.rows[0].group.values) if self.rows else []
+
+    @property
+    def certified(self) -> bool:
+        """Whether any run in the groups has a certificate."""
+        return any(row.group.certificates for row in self.rows)
 
     @property
     def comparisons(self) -> list[Comparison]:
@@ -130,34 +140,31 @@ class Report:
 
 
 def make_report(
-    sweep: Sweep,
-    config: ReportConfig,
-    progress: Callable[[Sequence[Job]], Iterable[Job]] = iter,
+    sweep: Sweep, config: ReportConfig, progress: Callable[[Sequence[Any]], Iterable[Any]] = iter
 ) -> Report:
-    """Reads the loss curves of `sweep` and analyses it.
-
-    Args:
-        progress: wraps the jobs whose curves are read, to show the progress.
+    """Analyses `sweep`; `progress` wraps the runs whose loss curves are read.
 
     Raises:
         UsageError: if no job measured `config.metric`; names the metrics that there are.
     """
     groups = group_jobs(sweep.jobs)
     metric = Metric.from_key(_metric_key(config, sweep))
-    margin = config.margin if config.margin is not None else metric.default_margin
-    pairs = [pair for pair in zip(groups, reference_groups(groups), strict=True) if pair[0].jobs]
-    jobs = [job for group, _ in pairs for job in group.jobs.values()]
-    by_job = {id(job): thin(job.curve(LOSS)) for job in progress(jobs)}
-    curves = {id(group): {seed: by_job[id(job)] for seed, job in group.jobs.items()} for group, _ in pairs}
-    comparisons = _compare(pairs, metric, margin, config, curves)
+    default_margin = 0.5 if metric.unit else None
+    margin = default_margin if config.margin is None else config.margin
+    pairs = zip(groups, reference_groups(groups), strict=True)
+    references = {group: reference for group, reference in pairs if group.jobs}
+    curves: dict[Group, dict[int, Curve]] = {group: {} for group in references}
+    runs = [(group, seed) for group in references for seed in group.jobs]
+    for group, seed in progress(runs):
+        curves[group][seed] = thin(group.jobs[seed].curve(LOSS))
+    comparisons = _compare(references, metric, margin, config, curves)
     rows = [
-        Row(group, summarize(list(values.values()), config.confidence), comparisons.get(id(group)))
-        for group, _ in pairs
-        if (values := _values(group, metric))
+        Row(group, summarize(list(values.values()), config.confidence), comparisons.get(group))
+        for group in references
+        if (values := metric.values(group))
     ]
-    missing = [group for group in groups if id(group) not in {id(row.group) for row in rows}]
-    noise = noise_scales([group for group, _ in pairs])
-    return Report(sweep, config, metric, margin, rows, missing, curves, noise)
+    missing = [group for group in groups if group not in {row.group for row in rows}]
+    return Report(sweep, config, metric, margin, rows, missing, curves, noise_scales(list(references)))
 
 
 def thin(curve: Curve) -> Curve:
@@ -172,44 +179,30 @@ def thin(curve: Curve) -> Curve:
 
 
 def _compare(
-    pairs: Sequence[tuple[Group, Group | None]],
+    references: Mapping[Group, Group | None],
     metric: Metric,
     margin: float | None,
     config: ReportConfig,
-    curves: dict[int, dict[int, Curve]],
-) -> dict[int, Comparison]:
-    """The comparisons of the groups that have a reference, by `id` of the group."""
-    compared = [(group, reference) for group, reference in pairs if reference is not None]
+    curves: Mapping[Group, Mapping[int, Curve]],
+) -> dict[Group, Comparison]:
+    """The comparisons of the groups that have a reference."""
+    compared = [(group, reference) for group, reference in references.items() if reference is not None]
     differences = []
     for group, reference in compared:
-        values, baseline = _values(group, metric), _values(reference, metric)
+        values, baseline = metric.values(group), metric.values(reference)
         steps = [values[seed] - baseline[seed] for seed in sorted(values.keys() & baseline.keys())]
-        differences.append(compare_pairs(steps, margin, config.confidence, _resolution(group, metric)))
+        differences.append(compare_pairs(steps, margin, config.confidence, metric.resolution(group)))
     decisions = decide(differences, config.confidence)
     comparisons = {}
     for (group, reference), difference, decision in zip(compared, differences, decisions, strict=True):
         needed = None
         if decision.verdict is Verdict.undecided and margin is not None and math.isfinite(difference.std):
             alpha = (1 - config.confidence) / len(differences)
-            std = max(difference.std, _resolution(group, metric))
+            std = max(difference.std, metric.resolution(group))
             needed = seeds_needed(std, margin, alpha, config.power)
         trajectory = compare_losses(group, reference, curves)
-        comparisons[id(group)] = Comparison(group, reference, difference, decision, trajectory, needed)
+        comparisons[group] = Comparison(group, reference, difference, decision, trajectory, needed)
     return comparisons
-
-
-def _resolution(group: Group, metric: Metric) -> float:
-    """The smallest step of an accuracy, one sample of the test split; 0 if it is not known."""
-    samples = group.finals("test_samples")
-    return metric.factor / max(samples) if metric.unit and samples else 0.0
-
-
-def _values(group: Group, metric: Metric) -> dict[int, float]:
-    return {
-        seed: metric.factor * job.final[metric.key]
-        for seed, job in group.jobs.items()
-        if metric.key in job.final
-    }
 
 
 def _metric_key(config: ReportConfig, sweep: Sweep) -> str:

@@ -13,8 +13,8 @@ STEPS = "accum.steps"
 # Keys that change how an update is split into micro-batches and ranks, but not the update itself.
 SPLIT_KEYS = (STEPS, "accum.micro_batch_size", "accum", "accum.strategy", "accum.processes")
 
-# The key of `final/*` for each cost of a run. `activation_mib` is saved for backward, of one micro-batch at a
-# time; `peak_mib` is of the device, on a CPU of the whole process; `seconds` is the training time.
+# The key of `final/*` for each cost of a run. `activation_mib` is saved for backward; `peak_mib` is of the
+# device, on a CPU of the whole process; `seconds` is the training time.
 COSTS = {
     "update_ms": "update_ms",
     "samples_per_second": "samples_per_second",
@@ -24,9 +24,9 @@ COSTS = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Group:
-    """The jobs with one combination of the varied keys' values.
+    """The jobs with one combination of the varied keys' values. Compares and hashes by identity.
 
     Attributes:
         values: the combination, key to value.
@@ -53,13 +53,18 @@ class Group:
 
     @property
     def samples_per_update(self) -> float:
-        """The average: the last update of an epoch may have fewer samples than `batch_size`."""
+        """The average over the run; an epoch's last update may be smaller than `batch_size`."""
         final = self.first.final
         return final["samples"] / final["updates"] if final.get("updates") else float(self.batch_size)
 
     @property
     def label(self) -> str:
         return " ".join(f"{key}={value}" for key, value in self.values.items())
+
+    @property
+    def certificates(self) -> list[str]:
+        """Of the finished runs, by seed: `proved`, `proved up to <sources>` or `not proved: <causes>`."""
+        return [job.certificate for job in self.jobs.values() if job.certificate]
 
     def finals(self, key: str) -> list[float]:
         """`final/<key>` of the jobs that have it."""
@@ -110,9 +115,7 @@ def _ranks(column: Sequence[str]) -> dict[str, float]:
 def reference_groups(groups: Sequence[Group]) -> list[Group | None]:
     """The reference of each group; None for a reference itself and for groups without finished jobs.
 
-    Groups that differ only in `SPLIT_KEYS` have the same reference: the one of them with the fewest
-    micro-batches. If no two groups differ only in these keys, the reference of all groups is the one with the
-    fewest micro-batches.
+    It is the group with the fewest micro-batches, of those that differ only in `SPLIT_KEYS` if there are any.
     """
     families: dict[tuple[str, ...], list[Group]] = {}
     for group in groups:
@@ -120,21 +123,21 @@ def reference_groups(groups: Sequence[Group]) -> list[Group | None]:
         families.setdefault(family, []).append(group)
     if groups and len(families) == len(groups):
         families = {(): list(groups)}
-    references = {}
+    references: dict[Group, Group | None] = {}
     for members in families.values():
         finished = [group for group in members if group.jobs]
         if finished:
             fewest = min(finished, key=lambda group: group.micro_batches)
-            references.update({id(group): None if group is fewest else fewest for group in finished})
-    return [references.get(id(group)) for group in groups]
+            references.update({group: None if group is fewest else fewest for group in finished})
+    return [references.get(group) for group in groups]
 
 
 def varied_params(groups: Sequence[Group]) -> list[str]:
     """The params that distinguish the groups; for a config group, the params below it that vary."""
-    params = [group.first.params for group in groups]
+    configs = [group.first.params for group in groups]
     names: list[str] = []
     for key in groups[0].values if groups else ():
-        below = sorted({name for one in params for name in one if name.startswith(f"{key}.")})
-        varied = [name for name in below if len({one.get(name) for one in params}) > 1]
-        names += [key] if any(key in one for one in params) else varied
+        below = sorted({name for params in configs for name in params if name.startswith(f"{key}.")})
+        varied = [name for name in below if len({params.get(name) for params in configs}) > 1]
+        names += [key] if any(key in params for params in configs) else varied
     return names or [STEPS]

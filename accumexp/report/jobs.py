@@ -11,12 +11,15 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from ..config.loading import flatten
-from ..sweeps.sweep import SweepRun, sweep_runs
-from ..tracking import PastRun, Store, curve, jobs_of
+from ..config.schema import TrackingConfig
+from ..errors import UsageError
+from ..sweeps.sweep import PARENT, SweepRun, sweep_runs
+from ..tracking import PastRun, Store, curve, jobs_of, newest_sweep, sweep_of
 from ..tracking.folder import CERTIFICATE_TAG, RunFolder, RunStatus, Summary
 from ..tracking.journal import read
 
 Curve = list[tuple[int, float]]
+REMEDY = "give sweep=<folder or parent run id>, or tracking.uri=<the store's address>"
 
 
 @dataclass(frozen=True)
@@ -24,7 +27,7 @@ class Job:
     """One job of a sweep: its configuration, status and metrics.
 
     Attributes:
-        overrides: the overrides that Hydra's sweeper gave this job, key to value.
+        overrides: of this job in the sweep, key to value.
         params: the resolved configuration, dotted keys, values as text.
         final: the metrics `final/*`, keys without the prefix.
         started: seconds since 1970.
@@ -95,12 +98,49 @@ class Sweep:
         return [job for job in self.jobs if not job.finished]
 
 
-def from_store(store: Store, parent: PastRun, folder: Path | None = None) -> Sweep:
-    """Reads the sweep with the parent run `parent`; jobs without a run are read from the sweep's folder.
+def find_sweep(sweep: str, uri: str = "") -> Sweep:
+    """Reads a sweep, or raises a `UsageError` if there is none.
 
     Args:
-        folder: the sweep's folder, if it was moved since the sweep ran.
+        sweep: its folder, or the id of its parent run or of a job; empty for the newest in the store.
+        uri: of the store; empty for that of the sweep's folder, else `mlflow.db` in the current folder.
     """
+    folder = Path(sweep)
+    if sweep and folder.is_dir():
+        return _find_in_folder(folder.resolve(), uri)
+    if sweep and "/" in sweep:
+        raise UsageError(f"sweep={sweep}: no such folder")
+    return _find_in_store(uri, sweep)
+
+
+def _find_in_folder(folder: Path, uri: str) -> Sweep:
+    if (folder / PARENT).exists():
+        parent = json.loads((folder / PARENT).read_text())
+        return _find_in_store(uri or parent["uri"], parent["run_id"], folder)
+    if sweep_runs(folder):
+        return from_folder(folder)
+    if RunFolder(folder).config.exists():
+        raise UsageError(f"sweep={folder}: is a single run's folder; a sweep's is needed")
+    raise UsageError(f"sweep={folder}: no sweep has been run in this folder; {REMEDY}")
+
+
+def _find_in_store(uri: str, run_id: str, folder: Path | None = None) -> Sweep:
+    uri = uri or os.environ.get("MLFLOW_TRACKING_URI", "")
+    if uri.startswith("sqlite:///") or not uri:
+        database = Path(uri.removeprefix("sqlite:///") or "mlflow.db")
+        if not database.exists():  # opening the store would create it
+            raise UsageError(f"sweep: there is no {database.name} in {database.parent.absolute()}; {REMEDY}")
+    # With an experiment id, the store does not create an experiment. The sweep's own replaces it.
+    store = Store(TrackingConfig(uri=uri or None), "0")
+    parent = sweep_of(store, run_id) if run_id else newest_sweep(store)
+    if parent is None:
+        raise UsageError(f"sweep: {store.uri} has none yet; {REMEDY}")
+    store.experiment_id = parent.experiment_id
+    return from_store(store, parent, folder)
+
+
+def from_store(store: Store, parent: PastRun, folder: Path | None = None) -> Sweep:
+    """Reads the sweep of a parent run, and its jobs without a run from `folder`, by default where it ran."""
     folder = folder or Path(parent.tags.get("accumexp.folder", ""))
     local = folder if folder.is_dir() and folder.is_absolute() else None
     local_runs = sweep_runs(local) if local else []
@@ -111,7 +151,11 @@ def from_store(store: Store, parent: PastRun, folder: Path | None = None) -> Swe
     if local:
         others = [_from_summary(run) for run in local_runs]
     else:
-        others = [_refused(**entry) for entry in json.loads(parent.tags.get("accumexp.refused", "[]"))]
+        refused = json.loads(parent.tags.get("accumexp.refused", "[]"))
+        others = [
+            Job(None, "FAILED", parse_overrides(entry["overrides"]), error=entry["error"])
+            for entry in refused
+        ]
     jobs += [job for job in others if frozenset(job.overrides.items()) not in with_run]
     ends = [run.ended for run in runs if run.ended]
     started = min((run.started for run in runs), default=parent.started)
@@ -132,8 +176,9 @@ def from_folder(folder: Path) -> Sweep:
     """Reads a sweep that was run without tracking from the job folders in `folder`."""
     runs = sweep_runs(folder)
     folders = [RunFolder(run.folder) for run in runs]
-    ends = [one.metrics.stat().st_mtime for one in folders if one.metrics.exists()]
-    started = min((one.config.stat().st_mtime for one in folders if one.config.exists()), default=0.0)
+    ends = [path.stat().st_mtime for path in (job.metrics for job in folders) if path.exists()]
+    starts = [path.stat().st_mtime for path in (job.config for job in folders) if path.exists()]
+    started = min(starts, default=0.0)
     return Sweep(
         name=f"sweep {folder.name}",
         command="",
@@ -147,16 +192,10 @@ def from_folder(folder: Path) -> Sweep:
 
 def best_attempts(jobs: Iterable[Job]) -> list[Job]:
     """One attempt per job: the newest finished one, or the newest if none has finished."""
-    best: dict[frozenset[tuple[str, str]], Job] = {}
+    attempts: dict[frozenset[tuple[str, str]], list[Job]] = {}
     for job in jobs:
-        key = frozenset(job.overrides.items())
-        other = best.get(key)
-        if other is None or (job.status == RunStatus.FINISHED, job.started) > (
-            other.status == RunStatus.FINISHED,
-            other.started,
-        ):
-            best[key] = job
-    return list(best.values())
+        attempts.setdefault(frozenset(job.overrides.items()), []).append(job)
+    return [max(group, key=lambda job: (job.finished, job.started)) for group in attempts.values()]
 
 
 def parse_overrides(overrides: Iterable[str]) -> dict[str, str]:
@@ -221,7 +260,3 @@ def _from_summary(run: SweepRun) -> Job:
         error=run.error,
         curve=points,
     )
-
-
-def _refused(overrides: list[str], error: str | None) -> Job:
-    return Job(run_id=None, status="FAILED", overrides=parse_overrides(overrides), error=error)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import time
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,18 +12,13 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from .. import __version__
 from .analysis import Report
-from .certificates import distinct_certificates
 from .tables import cost_table, result_table
 from .trajectory import EARLY_UPDATES, JUMP_FACTOR
 from .wording import conclusion, noise_conclusion, reason
 
 
 def page(report: Report, pictures: Mapping[str, Path]) -> str:
-    """Renders the page.
-
-    Args:
-        pictures: the PNG files to embed, by the name that `pictures.draw` gives them.
-    """
+    """Renders the page with the PNG files that `pictures.draw` wrote, by their names."""
     environment = Environment(
         loader=PackageLoader("accumexp", "report"),
         autoescape=True,
@@ -38,7 +34,7 @@ def page(report: Report, pictures: Mapping[str, Path]) -> str:
         conclusion=conclusion(report),
         results=result_table(report),
         costs=cost_table(report),
-        certificates=distinct_certificates(report),
+        certificates=_certificates(report),
         reasons={comparison.group.label: reason(comparison, report) for comparison in report.comparisons},
         noise_conclusion=noise_conclusion(report),
         pictures={name: base64.b64encode(path.read_bytes()).decode() for name, path in pictures.items()},
@@ -51,8 +47,17 @@ def page(report: Report, pictures: Mapping[str, Path]) -> str:
     )
 
 
+def _certificates(report: Report) -> dict[str, list[str]]:
+    """Maps each distinct certificate to the groups that have it, with the number of their runs that do."""
+    groups: dict[str, list[str]] = {}
+    for group in (row.group for row in report.rows):
+        for line, count in Counter(group.certificates).items():
+            groups.setdefault(line, []).append(f"{group.label} ({count} of {len(group.jobs)})")
+    return groups
+
+
 def _facts(report: Report) -> list[str]:
-    """What ran, when and on what, for the line below the title."""
+    """The jobs, their time, device and versions, for the line below the title."""
     sweep = report.sweep
     finished = f"{len(sweep.finished)} of {len(sweep.jobs)} jobs finished"
     if sweep.status == "RUNNING":

@@ -31,7 +31,7 @@ MANY_GROUPS = 8  # with more, labels are rotated, figures are wider and legends 
 MAX_LEGEND = 20  # groups; a larger legend would hide the curves
 MAX_LABEL = 24  # characters of a group's name on an axis; in a legend twice as many
 DPI = 110
-FRACTION = ("axes fraction", "data")  # matplotlib's coordinates: x from 0 to 1 over the axes, y a value
+FRACTION = ("axes fraction", "data")  # coordinates: x from 0 to 1 over the axes, y a value
 STYLE: dict[Any, Any] = {
     "font.size": 10,
     "axes.titlesize": 10,
@@ -46,11 +46,7 @@ STYLE: dict[Any, Any] = {
 
 
 def draw(report: Report, folder: Path) -> dict[str, Path]:
-    """Writes the pictures that `report` has data for.
-
-    Returns:
-        The paths of the PNG files by name: accuracy, loss, cost and noise.
-    """
+    """Writes the pictures that `report` has data for; returns the PNG files by name."""
     painters = {"accuracy": accuracy_figure, "loss": loss_figure, "cost": cost_figure, "noise": noise_figure}
     paths = {}
     with matplotlib.rc_context(STYLE):
@@ -124,7 +120,7 @@ def _draw_interval(axes: Axes, position: int, mean: float, high: float, row: Row
 
 def loss_figure(report: Report) -> Figure | None:
     """The loss of all groups; beside it the relative difference to the reference, on a log scale."""
-    if not any(any(report.curves[id(row.group)].values()) for row in report.rows):
+    if not any(any(report.curves[row.group].values()) for row in report.rows):
         return None
     compared = any(comparison.trajectory.updates.size for comparison in report.comparisons)
     figure, (left, *right) = _panels(1 + compared, 9.4 if compared else 5.6, 4.0)
@@ -138,7 +134,7 @@ def _draw_losses(axes: Axes, report: Report) -> None:
     by_samples = len({row.group.batch_size for row in report.rows}) > 1
     positive = True
     for index, row in enumerate(report.rows):
-        curves = [dict(curve) for curve in report.curves[id(row.group)].values() if curve]
+        curves = [dict(curve) for curve in report.curves[row.group].values() if curve]
         if not curves:
             continue
         positive &= all(value > 0 for curve in curves for value in curve.values())

@@ -7,8 +7,9 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from ..config.report import report_from
+from ..config.overrides import report_from
 from ..environment.console import console, steps
 from .analysis import Report, make_report
 from .groups import varied_params
@@ -33,9 +34,6 @@ def publish(
     Args:
         changes: settings `report.*` that replace those of the sweep.
         folder: for the files; by default `report` in the sweep's folder, if that is on this machine.
-
-    Raises:
-        UsageError: if a setting is wrong; names the setting.
     """
     params = next((job.params for job in sweep.jobs if job.params), {})
     config = report_from(params, changes)
@@ -50,17 +48,14 @@ def publish(
 
 
 def write(report: Report, folder: Path) -> list[Path]:
-    """Writes page, pictures and CSV files into `folder`, which is created if necessary.
-
-    Returns:
-        The paths of the files, the page first.
-    """
+    """Writes page, pictures and CSV files into `folder`; returns their paths, the page first."""
     folder.mkdir(parents=True, exist_ok=True)
+    html, groups, jobs = (folder / name for name in (PAGE, "groups.csv", "jobs.csv"))
     pictures = draw(report, folder)
-    (folder / PAGE).write_text(page(report, pictures), encoding="utf-8")
-    write_csv(folder / "groups.csv", group_rows(report))
-    write_csv(folder / "jobs.csv", job_rows(report))
-    return [folder / PAGE, *pictures.values(), folder / "groups.csv", folder / "jobs.csv"]
+    html.write_text(page(report, pictures), encoding="utf-8")
+    write_csv(groups, group_rows(report))
+    write_csv(jobs, job_rows(report))
+    return [html, *pictures.values(), groups, jobs]
 
 
 def print_report(report: Report) -> None:
@@ -83,7 +78,7 @@ def print_report(report: Report) -> None:
 
 
 def log_to_parent_run(report: Report, paths: Sequence[Path]) -> None:
-    """Logs the files as artifacts, and metrics, tags and note, of the sweep's parent run, if there is one."""
+    """Logs files, metrics, tags and note to the sweep's parent run, if there is one."""
     store, run_id = report.sweep.store, report.sweep.run_id
     if store is None or run_id is None:
         return
@@ -120,9 +115,7 @@ def tags(report: Report) -> dict[str, str]:
     if report.verdict:
         values["accumexp.verdict"] = report.verdict.value
         verdicts = [(comparison.group.label, comparison.verdict.value) for comparison in report.comparisons]
-        while len(json.dumps(dict(verdicts))) > MAX_TAG:
-            verdicts = verdicts[: len(verdicts) // 2]
-        values["accumexp.verdicts"] = json.dumps(dict(verdicts))
+        values["accumexp.verdicts"] = _json_tag(verdicts, dict)
         if report.margin is not None:
             values["accumexp.margin"] = report.metric.with_unit(report.margin)
     refused = [
@@ -131,10 +124,15 @@ def tags(report: Report) -> dict[str, str]:
         if job.run_id is None
     ]
     if refused:
-        while len(json.dumps(refused)) > MAX_TAG:
-            refused = refused[: len(refused) // 2]
-        values["accumexp.refused"] = json.dumps(refused)
+        values["accumexp.refused"] = _json_tag(refused, list)
     return values
+
+
+def _json_tag(entries: list[Any], container: type) -> str:
+    """`entries` in a list or dict as JSON, the first of them if all do not fit into a tag."""
+    while len(text := json.dumps(container(entries))) > MAX_TAG:
+        entries = entries[: len(entries) // 2]
+    return text
 
 
 def note(report: Report) -> str:

@@ -1,7 +1,4 @@
-"""The statistics of a sweep: paired differences, equivalence tests and sample-size planning.
-
-The functions take plain numbers, one per seed. Distributions come from scipy.
-"""
+"""The statistics of a sweep: paired differences, equivalence tests and sample-size planning."""
 
 from __future__ import annotations
 
@@ -81,14 +78,13 @@ def compare_pairs(
     """Confidence interval, difference test and equivalence test of paired differences.
 
     The equivalence test is Schuirmann's (1987, doi:10.1007/BF01068419): two one-sided t-tests, of which the
-    larger p-value counts, that of the nearer side of the margin. With a value that is not finite, as of a
-    diverged run, all p-values are 1. If all differences are equal, the standard deviation is 0 and the
-    t-tests are undefined: they then use `resolution` as the standard deviation, or, if that is 0, the
+    larger p-value counts. With a value that is not finite, all p-values are 1. If all differences are equal,
+    the t-tests are undefined: they then use `resolution` as the standard deviation, or, if that is 0, the
     p-values are those of a sign test.
 
     Args:
         differences: group minus reference, one number per seed.
-        margin: the largest difference that does not matter, above 0; None if it is not known.
+        margin: the largest difference that does not matter, above 0, or None.
         resolution: the smallest step of a value; for an accuracy, one sample of the test split.
     """
     summary = summarize(differences, confidence)
@@ -119,11 +115,8 @@ def decide(differences: Sequence[Difference], confidence: float = 0.95) -> list[
     different = holm([difference.p_different for difference in differences])
     decisions = []
     for p_equivalent, p_different in zip(equivalent, different, strict=True):
-        verdict = Verdict.undecided
-        if p_equivalent < alpha:
-            verdict = Verdict.equivalent
-        elif p_different < alpha:
-            verdict = Verdict.different
+        unequal = Verdict.different if p_different < alpha else Verdict.undecided
+        verdict = Verdict.equivalent if p_equivalent < alpha else unequal
         decisions.append(Decision(verdict, p_different, p_equivalent))
     return decisions
 
@@ -158,8 +151,7 @@ def seeds_needed(std: float, margin: float, alpha: float = 0.05, power: float = 
     """The fewest pairs that show equivalence with `power` if there is no difference; None above 10,000.
 
     Args:
-        std: of the paired differences.
-        margin: in the same unit.
+        std, margin: of the paired differences, in one unit.
         alpha: the level of the test; with several comparisons, its share for one of them.
     """
     if not std > 1e-9 * margin:

@@ -9,18 +9,26 @@ from pathlib import Path
 from typing import Any
 
 from rich import box
+from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table as RichTable
 from rich.text import Text
 
 from ..environment.console import console
 from .analysis import Comparison, Report, Row
-from .certificates import certificate_cell, has_certificates
-from .wording import mean_and_std, p_value, reason, signed_interval
+from .wording import certificate_cell, mean_and_std, p_value, reason, signed_interval
 
 VERDICT_STYLES = {"equivalent": "green", "different": "red", "undecided": "yellow", "reference": "dim"}
-# Columns that a terminal may be too narrow for, in the order in which they are dropped.
+# Columns that are dropped in a narrow terminal, in this order.
 OPTIONAL_COLUMNS = ["p", "training", "certificate", "seeds"]
+# Heading, key of `Group.costs`, unit, digits, and whether the ratio to the reference is shown.
+COST_COLUMNS = [
+    ("ms/update", "update_ms", "", 2, True),
+    ("samples/s", "samples_per_second", "", 0, True),
+    ("activations", "activation_mib", " MiB", 2, True),
+    ("peak memory", "peak_mib", " MiB", 0, False),
+    ("training time", "seconds", " s", 1, False),
+]
 
 
 @dataclass(frozen=True)
@@ -39,7 +47,7 @@ class Table:
 
 def result_table(report: Report) -> Table:
     """Each group's mean and standard deviation, and its comparison with its reference."""
-    certificate, compared = has_certificates(report), bool(report.comparisons)
+    certificate, compared = report.certified, bool(report.comparisons)
     columns = [*report.keys, "seeds", report.metric.heading]
     if compared:
         unit = f" ({report.metric.unit})" if report.metric.unit else ""
@@ -67,37 +75,26 @@ def _training(comparison: Comparison) -> str:
 
 def cost_table(report: Report) -> Table:
     """The cost of each group's updates; in brackets the ratio to its reference."""
-    headings = ["ms/update", "samples/s", "activations", "peak memory", "training time"]
     rows = [[*row.group.values.values(), *_cost_cells(row)] for row in report.rows]
+    headings = [heading for heading, *_ in COST_COLUMNS]
     return Table(len(report.keys), [*report.keys, *headings], rows)
 
 
 def _cost_cells(row: Row) -> list[str]:
     costs = row.group.costs()
     reference_costs = row.comparison.reference.costs() if row.comparison else {}
-
-    def cell(name: str, unit: str, digits: int, ratio: bool = False) -> str:
+    cells = []
+    for _, name, unit, digits, with_ratio in COST_COLUMNS:
         cost, reference_cost = costs[name], reference_costs.get(name)
-        if cost is None:
-            return "-"
-        text = f"{cost:,.{digits}f}{unit}"
-        return f"{text} (x{cost / reference_cost:.2f})" if ratio and reference_cost else text
-
-    return [
-        cell("update_ms", "", 2, ratio=True),
-        cell("samples_per_second", "", 0, ratio=True),
-        cell("activation_mib", " MiB", 2, ratio=True),
-        cell("peak_mib", " MiB", 0),
-        cell("seconds", " s", 1),
-    ]
+        ratio = (
+            f" (x{cost / reference_cost:.2f})" if with_ratio and cost is not None and reference_cost else ""
+        )
+        cells.append("-" if cost is None else f"{cost:,.{digits}f}{unit}{ratio}")
+    return cells
 
 
 def terminal_tables(report: Report, width: int | None = None) -> list[RichTable]:
-    """Both tables for a rich console.
-
-    Args:
-        width: of the terminal; optional columns are dropped until the table fits. None for any width.
-    """
+    """Both tables for a rich console; optional columns are dropped until they fit into `width`."""
     if not report.rows:
         return []
     table = result_table(report)
@@ -114,7 +111,7 @@ def _rich_table(table: Table, dropped: Sequence[str] = ()) -> RichTable:
     kept = [number for number, heading in enumerate(table.columns) if number < keys or heading not in dropped]
     rich_table = RichTable(box=box.SIMPLE_HEAD, pad_edge=False)
     for number in kept:
-        # Text, because rich parses brackets in a string as markup.
+        # As Text: rich parses brackets in a string as markup.
         heading = Text(table.columns[number])
         rich_table.add_column(heading, justify="left" if number < keys else "right", no_wrap=number >= keys)
     for row in table.rows:
@@ -129,14 +126,10 @@ def _width(rich_table: RichTable) -> int:
 
 def print_tables(rich_tables: Sequence[RichTable]) -> None:
     """Prints the tables; in a file or a pipe at their full width."""
-    width = console.width
-    try:
-        for rich_table in rich_tables:
-            if not console.is_terminal:
-                console.width = max(width, _width(rich_table))  # `print(width=...)` cannot exceed it
-            console.print(rich_table)
-    finally:
-        console.width = width
+    for rich_table in rich_tables:
+        wide = max(console.width, _width(rich_table))
+        printer = console if console.is_terminal else Console(file=console.file, width=wide)
+        printer.print(rich_table)
 
 
 def group_rows(report: Report) -> list[dict[str, Any]]:
@@ -155,9 +148,7 @@ def group_rows(report: Report) -> list[dict[str, Any]]:
                 reference=comparison.reference.label,
                 pairs=difference.count,
                 difference=difference.mean,
-                difference_std=difference.std,
-                difference_low=difference.low,
-                difference_high=difference.high,
+                **{f"difference_{name}": getattr(difference, name) for name in ("std", "low", "high")},
                 margin=report.margin,
                 p_different=difference.p_different,
                 p_equivalent=difference.p_equivalent,
@@ -166,12 +157,11 @@ def group_rows(report: Report) -> list[dict[str, Any]]:
                 seeds_needed=comparison.seeds_needed,
                 same_training=comparison.trajectory.same,
                 leaves_at_update=comparison.trajectory.departs_at,
-                verdict=row.verdict,
-                because=reason(comparison, report),
             )
-        else:
-            values["verdict"] = row.verdict
-        if has_certificates(report):
+        values["verdict"] = row.verdict
+        if comparison:
+            values["because"] = reason(comparison, report)
+        if report.certified:
             values["certificate"] = certificate_cell(row.group)
         rows.append({**values, **row.group.costs()})
     return rows
@@ -201,5 +191,5 @@ def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         for row in rows:
-            # None becomes an empty cell, but nan, the value that is not equal to itself, the text "nan".
+            # nan, which is not equal to itself, would be written as text.
             writer.writerow({key: value if value == value else None for key, value in row.items()})

@@ -1,9 +1,8 @@
 """Compares the training losses of a group and its reference, to distinguish rounding from a bug.
 
-Two correct windows of the same batch give the same loss up to rounding, as long as the weights agree up to
-rounding. The first losses agree to a few units in the last place; later they diverge smoothly, by a small
-factor per update, because training is chaotic. A wrong denominator, a lost sample or another learning rate
-shows in the first updates, or as a jump in the loss where a later window is wrong.
+The first losses of two correct windows agree to a few units in the last place. Later they diverge smoothly,
+by a small factor per update, because training is chaotic. A wrong denominator, a lost sample or another
+learning rate shows in the first updates, or as a jump where a later window is wrong.
 """
 
 from __future__ import annotations
@@ -41,10 +40,9 @@ class Trajectory:
         updates: updates at which all pairs have a point.
         median, low, high: of the relative difference over the seeds; shape (updates,).
         bound: the relative difference that rounding explains, see `rounding_bound`.
-        agree_until: the last update up to which the losses agree within the bound; 0 if they were not
-            compared.
-        departs_at: the update at which most pairs differ by more than rounding; None if there is none.
-        departs_by: the median relative difference there; nan if there is none.
+        agree_until: the last update at which the losses agree within the bound; 0 if they were not compared.
+        departs_at: the update at which most pairs differ by more than rounding, or None.
+        departs_by: the median relative difference there, or nan.
     """
 
     declared: list[str]
@@ -77,16 +75,12 @@ class Trajectory:
         return f"rounding only, up to update {self.agree_until}"
 
 
-def compare_losses(group: Group, reference: Group, curves: Mapping[int, Mapping[int, Curve]]) -> Trajectory:
-    """Compares the losses of `group` and `reference`.
-
-    Args:
-        curves: the loss by `id` of the group and by seed.
-    """
+def compare_losses(group: Group, reference: Group, curves: Mapping[Group, Mapping[int, Curve]]) -> Trajectory:
+    """Compares the losses of `group` and `reference`, of which `curves` has all by group and seed."""
     seeds = sorted(group.jobs.keys() & reference.jobs.keys())
     declared = declared_differences(group, reference)
     bound = max(rounding_bound(group), rounding_bound(reference))
-    pairs = [_relative_difference(curves[id(group)][seed], curves[id(reference)][seed]) for seed in seeds]
+    pairs = [_relative_difference(curves[group][seed], curves[reference][seed]) for seed in seeds]
     pairs = pairs if group.batch_size == reference.batch_size else []
     updates = sorted(set.intersection(*map(set, pairs))) if pairs else []
     table = np.array([[pair[update] for update in updates] for pair in pairs])
@@ -106,7 +100,7 @@ def compare_losses(group: Group, reference: Group, curves: Mapping[int, Mapping[
 
 
 def rounding_bound(group: Group) -> float:
-    """The relative difference of two losses that rounding explains: 8 * sqrt(n) * u for n samples in a batch.
+    """The relative difference of two losses that rounding explains: 8 * sqrt(n) * u for a batch of n samples.
 
     A sum of n terms has an error of sqrt(n) * u times a small factor with high probability, u half the
     precision's epsilon (Higham and Mary 2019, doi:10.1137/18M1226312). At least one rounding to TF32 if a GPU
@@ -135,19 +129,20 @@ def declared_differences(group: Group, reference: Group) -> list[str]:
         reasons.append("precision")
     other_keys = [key for key in group.values if key not in (*SPLIT_KEYS, "data.batch_size", *precision_keys)]
     reasons += [key for key in other_keys if group.values[key] != reference.values.get(key)]
-    ghost_sizes = {one.params.get("model.ghost_size") for one in (job, reference_job)}
-    if job.params.get("model.norm") == "ghost" and len(ghost_sizes) > 1:
-        reasons.append("model.ghost_size")  # by default the micro-batch size, so it may differ unvaried
-    unequal = [one.tags["accumexp.unequal"] for one in (job, reference_job) if "accumexp.unequal" in one.tags]
-    return reasons + [line.partition(";")[0] for line in unequal[:1]]
+    ghost_size = "model.ghost_size"  # by default the micro-batch size, so it may differ unvaried
+    if job.params.get("model.norm") == "ghost" and job.params.get(ghost_size) != reference_job.params.get(
+        ghost_size
+    ):
+        reasons.append(ghost_size)
+    unequal = job.tags.get("accumexp.unequal") or reference_job.tags.get("accumexp.unequal")
+    return reasons + ([unequal.partition(";")[0]] if unequal else [])
 
 
 def common_departure(departures: Sequence[int | None]) -> int | None:
     """The update at which most pairs depart, give or take two updates; None if there is none.
 
-    A wrong window shows in all seeds at the same update. In a single seed, rounding may flip a unit with a
-    large weight at any update, so a departure after the first updates counts only if at least two pairs have
-    it.
+    A wrong window shows in all seeds at the same update. Rounding may flip a unit with a large weight in one
+    seed at any update, so a departure after the first updates counts only in at least two pairs.
     """
     updates = sorted(update for update in departures if update is not None)
     early = [update for update in updates if update <= EARLY_UPDATES]
@@ -163,11 +158,7 @@ def common_departure(departures: Sequence[int | None]) -> int | None:
 def departure(
     differences: Sequence[float] | np.ndarray, bound: float, epsilon: float
 ) -> tuple[int | None, int]:
-    """The first update that differs by more than rounding, or None, and the last update within the bound.
-
-    Args:
-        differences: relative differences of one pair, at consecutive updates from the first.
-    """
+    """The first of one pair's updates that differs by more than rounding, and the last within the bound."""
     largest = epsilon
     for update, value in enumerate(differences, 1):
         if value > bound:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Sequence
 
 from .analysis import Comparison, Metric, Report
-from .certificates import refuted
 from .groups import Group
 from .noise import critical_batch_size
 from .statistics import Difference, Summary, Verdict
 
 MAX_NAMES = 8  # groups named in a sentence
+MAX_CERTIFICATE = 24  # characters in a table; the page has the whole line
 
 
 def mean_and_std(value: Summary, metric: Metric) -> str:
@@ -34,6 +35,20 @@ def signed_interval(difference: Difference, metric: Metric) -> str:
 
 def p_value(p: float) -> str:
     return "< 0.0001" if p < 1e-4 else f"{p:.4f}"
+
+
+def certificate_cell(group: Group) -> str:
+    """The group's certificates in at most `MAX_CERTIFICATE` characters; empty if there are none.
+
+    If all runs have the same line, this is that line, shortened. Otherwise it counts the runs that are proved
+    without an exception.
+    """
+    lines = group.certificates
+    if not lines:
+        return ""
+    if len(lines) == len(group.jobs) and len(set(lines)) == 1:
+        return textwrap.shorten(lines[0], MAX_CERTIFICATE, placeholder=" ...").removesuffix(": ...")
+    return f"proved {lines.count('proved')} of {len(group.jobs)}"
 
 
 def reason(comparison: Comparison, report: Report) -> str:
@@ -87,7 +102,8 @@ def _verdict_sentences(report: Report, verdict: Verdict) -> list[str]:
     if not comparisons:
         return []
     single = len(comparisons) == 1
-    groups = f"{_labels([comparison.group for comparison in comparisons])} {'is' if single else 'are'}"
+    members = [comparison.group for comparison in comparisons]
+    groups = f"{_labels(members)} {'is' if single else 'are'}"
     references = {comparison.reference.label for comparison in comparisons}
     reference = "its reference" if single else "their reference"
     if len(references) == 1:
@@ -98,7 +114,9 @@ def _verdict_sentences(report: Report, verdict: Verdict) -> list[str]:
     if verdict is Verdict.undecided:
         return [f"{groups} undecided against {reference}{f' at a margin of {margin}' if margin else ''}."]
     sentences = [f"{groups} equivalent to {reference}: {report.metric.name} within {margin}."]
-    not_proved = [comparison.group for comparison in comparisons if refuted(comparison.group)]
+    not_proved = [
+        group for group in members if any(line.startswith("not proved") for line in group.certificates)
+    ]
     if not_proved:
         are, updates = ("is", "its update is") if len(not_proved) == 1 else ("are", "their updates are")
         sentences.append(

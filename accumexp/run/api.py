@@ -20,8 +20,7 @@ from ..errors import TrainingError, UsageError
 from ..tracking.folder import RunFolder, RunStatus
 from .arguments import resumed_folder
 from .job import carry_out, run_in_ranks
-from .resume import resumed
-from .spec import RunSpec
+from .spec import RunSpec, resumed
 
 if TYPE_CHECKING:
     from torch import nn

@@ -1,4 +1,4 @@
-"""The command line of `run`, with what `resume=`, `sweep.resume=` and `replicas=` add for Hydra."""
+"""The command line of `run`, with the arguments that `resume=`, `sweep.resume=` and `replicas=` add."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from ..config.report import report_from
+from ..config.overrides import report_from
 from ..errors import UsageError
 from ..sweeps.hydra_sweep import ADDED, MULTIRUN, file_flags
 from ..sweeps.job_folders import REPORT, Launch, distinct_launches
@@ -17,18 +17,14 @@ SWEEP = "sweep.resume="
 
 
 def command_lines(arguments: Sequence[str]) -> tuple[list[list[str]], dict[str, str]]:
-    """(Arguments of Hydra's runs, one after the other; `report.*` settings of a resumed sweep).
-
-    Raises:
-        UsageError: if there is nothing to resume where the command says so.
-    """
+    """The arguments of each of Hydra's runs, and the `report.*` settings of a resumed sweep."""
     if any(a.startswith(SWEEP) for a in arguments):
         return sweep_arguments(arguments)
     return [resume_arguments(replicas_arguments(arguments))], {}
 
 
 def replicas_arguments(arguments: Sequence[str]) -> list[str]:
-    """The arguments, made a sweep of one job if they contain `replicas=` of several."""
+    """The arguments, turned into a sweep of one job if they contain `replicas=` of several."""
     counts = [a.partition("=")[2] for a in arguments if a.startswith("replicas=")]
     plain = any(a.startswith(("resume=", "--")) for a in arguments) or MULTIRUN & set(arguments)
     several = bool(counts) and counts[-1].isdigit() and int(counts[-1]) > 1
@@ -36,11 +32,7 @@ def replicas_arguments(arguments: Sequence[str]) -> list[str]:
 
 
 def resume_arguments(arguments: Sequence[str]) -> list[str]:
-    """The arguments, with the resumed run's folder as Hydra's.
-
-    Raises:
-        UsageError: if there is nothing to resume, or with `-m`.
-    """
+    """The arguments, with the resumed run's folder as Hydra's. Raises a `UsageError` if there is none."""
     arguments = list(arguments)
     where = next((a.partition("=")[2].strip("'\"") for a in arguments if a.startswith("resume=")), None)
     if where in (None, "", "null"):
@@ -70,11 +62,10 @@ def resumed_folder(where: str) -> Path:
 
 
 def sweep_arguments(arguments: Sequence[str]) -> tuple[list[list[str]], dict[str, str]]:
-    """The arguments of the launches that resume the sweep in `sweep.resume=<folder>`.
+    """The arguments of the launches that resume `sweep.resume=<folder>`, and the `report.*` settings.
 
-    Without overrides of the task, every set of jobs of its earlier launches is launched again, with their
-    overrides of Hydra unless given anew. `report.*` settings do not identify jobs; they are
-    returned apart.
+    Without overrides of the task, every set of jobs of the earlier launches is launched again, with its
+    overrides of Hydra unless they are given again.
 
     Raises:
         UsageError: if there is no sweep in the folder, without `-m`, or for a wrong `report.*` setting.
@@ -110,7 +101,7 @@ def sweep_arguments(arguments: Sequence[str]) -> tuple[list[list[str]], dict[str
 
 
 def _last_launch(sweep: Path) -> Launch:
-    """A sweep's newest launch, as Hydra has recorded it."""
+    """A sweep's newest launch, as Hydra recorded it."""
     node = OmegaConf.load(sweep / "multirun.yaml")
     assert isinstance(node, DictConfig)
     overrides = OmegaConf.to_container(node.hydra.overrides, resolve=False)
@@ -123,6 +114,6 @@ def _key(override: str) -> str:
 
 
 def _replaced(key: str, given: set[str]) -> bool:
-    """Whether a sweep's override of Hydra is given anew, or belongs to a group that is."""
+    """Whether a sweep's override of Hydra is given again, or belongs to a group that is."""
     groups = {other.replace("/", ".") for other in given if "/" in other}
     return key in ADDED | given or any(key.startswith(f"{group}.") for group in groups)

@@ -12,10 +12,10 @@ from omegaconf import DictConfig, OmegaConf
 from ..cli import exit_with_error, log_error
 from ..config.job_folder import keep_launch_paths
 from ..config.loading import from_hydra
-from ..environment.console import unseen
+from ..environment.console import output_to_log
 from ..environment.launch import launch
 from ..environment.ranks import RankInfo, launched_rank, skip_group_teardown
-from ..errors import UsageError
+from ..errors import UsageError, first_line
 from ..sweeps.job import SweepJob
 from ..sweeps.job_status import JobStatus, agreed_status, job_status
 from ..tracking.folder import RunFolder, RunStatus
@@ -24,11 +24,7 @@ from .spec import RunSpec
 
 
 def run_job(cfg: DictConfig) -> float | None:
-    """Trains, and ends the process with the right code unless it is a job of a sweep.
-
-    Returns:
-        The monitored value at the end, for a sweeper that optimises it; None if the run failed.
-    """
+    """Trains, and returns the monitored value. An error ends the process, unless it is a job of a sweep."""
     from hydra.core.hydra_config import HydraConfig
 
     hydra = HydraConfig.get()
@@ -39,7 +35,7 @@ def run_job(cfg: DictConfig) -> float | None:
     rank_info = launched or RankInfo()
     with ExitStack() as stack:
         if job and rank_info.first:
-            stack.enter_context(unseen(folder.path, job.parallel))
+            stack.enter_context(output_to_log(folder.path, job.parallel))
             stack.enter_context(folder.hold(job.title))
         try:
             return _run(cfg, hydra, job, folder, launched)
@@ -70,9 +66,8 @@ def _run(
         folder.clear()
     processes = spec.config.accum.processes or 1
     if launched is None and processes > 1:
-        logging_config = OmegaConf.to_container(hydra.job_logging, resolve=True)
-        assert isinstance(logging_config, dict)
-        return run_in_ranks(spec, processes, {str(key): value for key, value in logging_config.items()})
+        logging_config: Any = OmegaConf.to_container(hydra.job_logging, resolve=True)
+        return run_in_ranks(spec, processes, logging_config)
     return carry_out(spec, rank_info)
 
 
@@ -85,10 +80,10 @@ def _finished_before(job: SweepJob | None, status: JobStatus) -> float | None:
 def _fail(
     error: Exception, job: SweepJob | None, folder: RunFolder, rank_info: RankInfo, resumed: bool
 ) -> None:
-    """Shows and records the error. Ends the process, but for a sweep's job, after which the next one runs."""
+    """Shows and records the error, and ends the process unless a sweep's next job has to run in it."""
     refused = isinstance(error, UsageError)
     if job and job.alone and refused and not folder.summary_file.exists():
-        job = None  # the command asked for replicas and no sweep, and nothing of a sweep exists
+        job = None  # `replicas=` without a sweep, and nothing has been written
     log_error(error)
     if rank_info.first and refused and not job and not resumed:
         folder.remove_unused()
@@ -99,16 +94,12 @@ def _fail(
     if job and (rank_info.size == 1 or "SUBMITIT_EXECUTOR" in os.environ):
         skip_group_teardown()
         return
-    # The first rank of a sweep still has the sweep to close.
+    # The first rank of a sweep still closes the sweep.
     exit_with_error(error, rank_info, end_rank=not (job and rank_info.first))
 
 
 def carry_out(spec: RunSpec, rank_info: RankInfo) -> float | None:
-    """Trains in this process. Its imports are not needed by a process that only launches ranks.
-
-    Returns:
-        The monitored value at the end.
-    """
+    """Trains in this process and returns the monitored value at the end."""
     if spec.replicas:
         from .replica_run import ReplicaRun
 
@@ -119,7 +110,7 @@ def carry_out(spec: RunSpec, rank_info: RankInfo) -> float | None:
 
 
 def carry_out_in_rank(spec: RunSpec) -> None:
-    """`carry_out` in a rank that `launch` started; the first rank holds the lock of a sweep's job."""
+    """Trains in a rank that `launch` started; the first rank holds the lock of a sweep's job."""
     rank_info = launched_rank()
     assert rank_info is not None
     with spec.folder.hold_for_ranks() if spec.job and rank_info.first else nullcontext():
@@ -127,15 +118,11 @@ def carry_out_in_rank(spec: RunSpec) -> None:
 
 
 def run_in_ranks(spec: RunSpec, processes: int, logging_config: dict[str, Any]) -> float | None:
-    """Trains in new ranks, and closes what they leave open if they die.
-
-    Returns:
-        The monitored value at the end.
-    """
+    """Trains in new ranks and returns the monitored value; closes the run's record if the ranks die."""
     try:
         launch(carry_out_in_rank, spec, processes, logging_config)
     except Exception as error:
-        _close_dead_run(spec.folder, RunStatus.FAILED, str(error).splitlines()[0])
+        _close_dead_run(spec.folder, RunStatus.FAILED, first_line(error))
         raise
     except (KeyboardInterrupt, SystemExit):
         _close_dead_run(spec.folder, RunStatus.KILLED, None)
@@ -145,7 +132,7 @@ def run_in_ranks(spec: RunSpec, processes: int, logging_config: dict[str, Any]) 
 
 
 def _close_dead_run(folder: RunFolder, status: RunStatus, error: str | None) -> None:
-    """Closes the record of a run whose ranks have ended without closing it, and corrects its error."""
+    """Closes the record of a run whose ranks died, and corrects its error."""
     summary = folder.summary()
     if summary is None:
         return

@@ -5,9 +5,10 @@ from __future__ import annotations
 import signal
 import statistics
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from typing import Any
 
 from ..data import ResidentBatches
 from ..data.replica_batches import PlannedBatches
@@ -21,14 +22,12 @@ from ..sweeps.job_status import job_status
 from ..tracking.folder import RunFolder, RunStatus, Summary
 from ..tracking.journal import ProgressFile
 from ..training.callbacks import Callback
-from ..training.checkpoint import Checkpoints
 from ..training.components import placement
 from ..training.replica_check import check_replicable, shared_splits
 from ..training.replica_trainer import ReplicaTrainer, mean
 from ..training.trainer import Trainer
-from .resume import resume_job
 from .session import Run
-from .spec import RunSpec
+from .spec import Resumed, RunSpec
 from .summary import announce
 
 REPLICAS_TAG = "accumexp.replicas"
@@ -37,8 +36,8 @@ REPLICAS_TAG = "accumexp.replicas"
 class ReplicaRun:
     """The job of a sweep that trains the replicas of `spec` together.
 
-    Replicas that had finished before are left as they are; the others are resumed from their checkpoints,
-    those at the same update together.
+    Finished replicas are skipped; the others are resumed from their checkpoints, those at the same update
+    together.
     """
 
     def __init__(self, spec: RunSpec) -> None:
@@ -51,14 +50,9 @@ class ReplicaRun:
         self.updates = 0
 
     def execute(self) -> float | None:
-        """Trains all replicas.
+        """Trains all replicas and returns their mean monitored value; None if one failed.
 
-        Returns:
-            The mean monitored value of the replicas; None if one failed.
-
-        Raises:
-            UsageError: if they cannot be trained together, before anything is opened.
-            SystemExit: if a signal has stopped them.
+        Raises a `UsageError` before anything is opened if they cannot be trained together.
         """
         with StopSignals() as signals:
             for runs in self._runs_by_update():
@@ -77,7 +71,8 @@ class ReplicaRun:
         monitored = statistics.fmean(values) if values and not failed else None
         error = f"{failed} of {len(summaries)} replicas failed" if failed else None
         status = RunStatus.FAILED if failed else RunStatus.FINISHED
-        self._summarise(status, mean([summary.final for summary in finished]), monitored, error)
+        final = mean([summary.final for summary in finished])
+        self._summarise(status, final=final, monitored=monitored, error=error)
         parts = [_mean_and_deviation(finished), *([error] if error else [])]
         console.print(f"{self.job.title}: {', '.join(parts)}", highlight=False, soft_wrap=True, markup=False)
         return monitored
@@ -90,7 +85,7 @@ class ReplicaRun:
             if status.finished:
                 print(f"{job.title}: finished before", flush=True)
                 continue
-            resume_from = resume_job(status.checkpoint) if status.checkpoint else None
+            resume_from = Resumed.read(status.checkpoint) if status.checkpoint else None
             spec = replace(
                 self.spec,
                 config=resume_from.config if resume_from else config,
@@ -109,11 +104,9 @@ class ReplicaRun:
         assert isinstance(splits.train, ResidentBatches)
         for run in runs:
             run.build(replace(splits, train=PlannedBatches(splits.train, run.spec.config.seed)))
-            # The random state of the run alone, since nothing in training draws.
+            # Training draws nothing, so this is the random state of the run alone.
             state = random_state()
-            for callback in run.trainer.callbacks.values():
-                if isinstance(callback, Checkpoints):
-                    callback.random_state = lambda state=state: state
+            run.trainer.random_state = lambda state=state: state
         trainers = [run.trainer for run in runs]
         together = ReplicaTrainer(trainers, self._displays(trainers))
         if self.job.jobs and self.job.jobs > 1:
@@ -151,44 +144,30 @@ class ReplicaRun:
             signals.trainer = None
 
     def _open(self, run: Run, together: int) -> None:
+        tags = {REPLICAS_TAG: str(together)}
         run.folder.path.mkdir(parents=True, exist_ok=True)
         if not run.spec.resume_from:
             run.folder.clear()
-        run.open({REPLICAS_TAG: str(together)})
+        run.open(tags)
         if run.spec.resume_from:
-            run.record.tag({REPLICAS_TAG: str(together)})
+            run.record.tag(tags)
         run.attach()
 
     def _displays(self, trainers: Sequence[Trainer]) -> list[Callback]:
-        """Takes the callbacks that show progress from every trainer; those of the first show all of them."""
-        displays: list[Callback] = []
+        """Removes the progress callbacks from every trainer; those of the first show all replicas."""
+        displays = [callback for callback in trainers[0].callbacks.values() if callback.shows]
         for trainer in trainers:
-            shown = {name: callback for name, callback in trainer.callbacks.items() if callback.shows}
-            for name in shown:
+            for name in [name for name, callback in trainer.callbacks.items() if callback.shows]:
                 del trainer.callbacks[name]
-            displays = displays or list(shown.values())
         if self.job.parallel:
             file = ProgressFile(self.spec.folder.progress, trainers[0].total_updates)
             displays.append(_WriteProgress(file))
         return displays
 
-    def _summarise(
-        self,
-        status: RunStatus,
-        final: Mapping[str, float] | None = None,
-        monitored: float | None = None,
-        error: str | None = None,
-    ) -> None:
-        summary = Summary(
-            status=status,
-            error=error,
-            overrides=self.job.overrides,
-            replicas=[folder.path.name for folder in self.folders],
-            final=dict(final or {}),
-            monitored=monitored,
-            launch=self.job.launch,
-        )
-        self.spec.folder.write_summary(summary)
+    def _summarise(self, status: RunStatus, **values: Any) -> None:
+        names = [folder.path.name for folder in self.folders]
+        job: dict[str, Any] = {"overrides": self.job.overrides, "launch": self.job.launch, "replicas": names}
+        self.spec.folder.write_summary(Summary(status, **job, **values))
 
 
 class _WriteProgress(Callback):
@@ -202,7 +181,7 @@ class _WriteProgress(Callback):
 
 
 def _mean_and_deviation(summaries: Iterable[Summary]) -> str:
-    """Mean and standard deviation over the finished replicas, in a line."""
+    """One line with mean and standard deviation over the finished replicas."""
     finals = [summary.final for summary in summaries]
     if not finals:
         return "no replica finished"

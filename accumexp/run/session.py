@@ -1,4 +1,4 @@
-"""One run in this process, or one rank's part of it: built, opened, trained, closed."""
+"""The life of a run, or of one rank's part of it: built, opened, trained, closed."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import torch
 
-from ..accum import inequalities
+from ..accum import Inequality, inequalities
 from ..config.loading import to_plain
 from ..config.schema import Backend
 from ..data import Splits
@@ -21,20 +23,13 @@ from ..environment.memory import reset_peak_memory
 from ..environment.ranks import RankInfo, barrier
 from ..environment.signals import StopSignals
 from ..plan.auto_steps import choose_steps
-from ..sweeps.job import SweepJob
 from ..tracking import Store, reopen
-from ..tracking.folder import CERTIFICATE_TAG, RunStatus, Summary
+from ..tracking.folder import CERTIFICATE_TAG, CHECKPOINTS, RunStatus, Summary
 from ..tracking.journal import ProgressFile
-from ..tracking.record import (
-    KeptCheckpoint,
-    NullRecord,
-    RunRecord,
-    create_tracker,
-    describing_tags,
-    inequality_tag,
-)
+from ..tracking.record import RunRecord, create_tracker, describing_tags, inequality_tag
+from ..training.callbacks import RunState
 from ..training.changed_settings import restore_changed
-from ..training.checkpoint import Checkpoints, load, saved_updates
+from ..training.checkpoint import load, saved_updates
 from ..training.experiment import Experiment
 from ..training.progress import Progress
 from ..training.run_context import run_context
@@ -42,14 +37,14 @@ from ..training.shards import folder_of
 from .spec import RunSpec
 from .summary import announce, final_values, show_summary, warn
 
-# Seconds that a rank waits for others after it was told to stop; they may have died.
+# Seconds that a rank waits for the others after a stop signal; they may have died.
 STOP_DEADLINE = 10.0
 
 
 class Run:
     """A run in this process, or one rank's part of it.
 
-    `execute` is its whole life. Runs that are trained together are built, opened and closed one by one.
+    `execute` does all of it. Runs that are trained together are built, opened and closed one by one.
 
     Attributes:
         experiment, trainer: made by `build`.
@@ -60,13 +55,10 @@ class Run:
 
     def __init__(self, spec: RunSpec, rank_info: RankInfo) -> None:
         self.spec = spec
+        self.job = spec.job
         self.rank_info = rank_info
         self.folder = spec.folder
-        self.record: RunRecord = NullRecord()
-
-    @property
-    def job(self) -> SweepJob | None:
-        return self.spec.job
+        self.record = RunRecord()
 
     @property
     def interrupted(self) -> bool:
@@ -74,21 +66,13 @@ class Run:
         return self.trainer.stop_code > 1
 
     def execute(self) -> float | None:
-        """Trains, evaluates and records.
-
-        Returns:
-            The monitored value at the end.
-
-        Raises:
-            SystemExit: if a signal has stopped it.
-        """
+        """Trains, evaluates, records and returns the monitored value. A stop signal raises SystemExit."""
         rank_info = self.rank_info
         deadline = STOP_DEADLINE if rank_info.size > 1 else None
         context = run_context(self.spec.config, self.spec.folder, rank_info)
         with StopSignals(deadline) as signals, context as self.folder:
-            config, tags = choose_steps(
-                self.spec.config, rank_info, resuming=self.spec.resume_from is not None
-            )
+            resuming = self.spec.resume_from is not None
+            config, tags = choose_steps(self.spec.config, rank_info, resuming)
             self.spec = replace(self.spec, config=config)
             tags = {**tags, **self._certify()}
             self.build()
@@ -112,7 +96,7 @@ class Run:
         return self.monitored
 
     def _certify(self) -> dict[str, str]:
-        """With `prove=true`, the tags of the certificate of a run that begins."""
+        """With `prove=true`, the tags of the certificate of a run that is new or resumed with changes."""
         resume_from = self.spec.resume_from
         if not self.spec.config.prove or resume_from and not resume_from.changes:
             return {}
@@ -126,11 +110,7 @@ class Run:
         return tags
 
     def build(self, splits: Splits | None = None) -> None:
-        """Makes the experiment and its trainer, restored from the checkpoint if there is one. Opens nothing.
-
-        Args:
-            splits: the data, where several runs share it.
-        """
+        """Makes the experiment and its trainer, restored from a checkpoint; several runs share `splits`."""
         resume_from = self.spec.resume_from
         self.experiment = Experiment.build(self.spec.config, self.rank_info, splits)
         if not resume_from:
@@ -145,13 +125,10 @@ class Run:
                 self.trainer.stop(resume_from.ended_by)
 
     def open(self, tags: Mapping[str, str]) -> None:
-        """Opens the record of the run in its folder and in the tracker. `tags` are added to its own."""
-        trainer, train = self.trainer, self.experiment.splits.train
-        model = self.experiment.model.train()
-        ranks = self.rank_info.size
-        self.unequal = inequalities(
-            model, train.batch_size, trainer.window.steps, ranks=ranks, last=train.last
-        )
+        """Opens the record of the run in its folder and in the tracker, with `tags` added to its own."""
+        trainer = self.trainer
+        self.experiment.model.train()
+        self.unequal = self._inequalities(trainer.window.steps)
         if not self.rank_info.first:
             return
         resume_from = self.spec.resume_from
@@ -191,7 +168,7 @@ class Run:
             record.tracker.artifact(self.folder.certificate)
 
     def attach(self) -> None:
-        """Connects the callbacks that save with the run's folder and record."""
+        """Gives the callbacks that save the run's folder and record."""
         job, trainer = self.job, self.trainer
         if job and job.jobs:
             trainer.title = f"job {job.turn} of {job.jobs}, "
@@ -200,22 +177,18 @@ class Run:
             "interpolations": self.spec.interpolations,
             "run": self.record.tracker.identity(),
         }
+        saved = bool(self.spec.resume_from and self.spec.resume_from.ended_by)
+        run = RunState(self.folder.path, identity, self.record.flush, saved)
         for callback in trainer.callbacks.values():
-            if isinstance(callback, Checkpoints):
-                callback.attach(self.folder.path, identity, self.record.flush)
-                if self.spec.resume_from and self.spec.resume_from.ended_by:
-                    callback.know_saved(trainer)
+            callback.run_opened(trainer, run)
 
     def finish(self) -> dict[str, float]:
-        """Evaluates on the test split, uploads and closes the record.
-
-        Returns:
-            The values of `final/*`; none if a signal has stopped the training.
-        """
+        """Evaluates on the test split and closes the record; returns `final/*`, empty after a stop signal."""
         final = {} if self.interrupted else final_values(self.trainer)
         self.record.tracker.final(final)
-        self.record.upload(self._kept_checkpoints() if self.rank_info.first else [])
-        self._close(RunStatus.KILLED if self.interrupted else RunStatus.FINISHED, final)
+        if self.rank_info.first:
+            self._upload()
+        self._close(RunStatus.KILLED if self.interrupted else RunStatus.FINISHED, final=final)
         return final
 
     @contextmanager
@@ -232,59 +205,62 @@ class Run:
         if not isinstance(error, Exception):
             self._close(RunStatus.KILLED)
             return
-        self.record.tracker.tag({"accumexp.error": str(error)[:5000] or type(error).__name__})
-        self._close(RunStatus.FAILED, error=error)
+        reason = str(error) or type(error).__name__
+        self.record.tracker.tag({"accumexp.error": reason[:5000]})
+        self._close(RunStatus.FAILED, error=reason)
 
     @property
     def monitored(self) -> float | None:
         """The newest value of the monitored metric."""
         return self.trainer.latest.get(self.spec.config.monitor)
 
-    def _close(
-        self, status: RunStatus, final: Mapping[str, float] | None = None, error: Exception | None = None
-    ) -> None:
+    def _close(self, status: RunStatus, **values: Any) -> None:
         self.record.close(status)
-        self._summarise(status, final, error)
+        self._summarise(status, **values)
 
-    def _summarise(
-        self, status: RunStatus, final: Mapping[str, float] | None = None, error: Exception | None = None
-    ) -> None:
+    def _summarise(self, status: RunStatus, **values: Any) -> None:
         ended = status in (RunStatus.FINISHED, RunStatus.KILLED)
         summary = Summary(
-            status=status,
-            error=None if error is None else str(error) or type(error).__name__,
+            status,
             overrides=self.job.overrides if self.job else [],
             seed=self.spec.config.seed,
             run_id=self.record.tracker.run_id,
-            final=dict(final or {}),
             monitored=self.monitored if ended else None,
             launch=self.job.launch if self.job else 0,
             tags=self.record.tags,
+            **values,
         )
         self.record.summarise(summary)
 
-    def _kept_checkpoints(self) -> list[KeptCheckpoint]:
-        """The best checkpoint and the newest ones, each update once."""
-        kept: dict[int, KeptCheckpoint] = {}
-        best = [self.folder.best] if self.folder.best.exists() else []
-        for path in [*best, *reversed(saved_updates(self.folder.checkpoints))]:
+    def _upload(self) -> None:
+        """Uploads the best checkpoint and the newest ones, each update once, and the journal."""
+        tracker, uploaded = self.record.tracker, set[int]()
+        self.record.flush()
+        paths = [self.folder.best, *reversed(saved_updates(self.folder.checkpoints))]
+        for path in filter(Path.exists, paths):
             content = load(path)
-            update = content["progress"]["update"]
-            shards = folder_of(path, content)
-            kept.setdefault(update, KeptCheckpoint(path, update, content["evaluated"], shards))
-        return list(kept.values())
+            update, shards = content["progress"]["update"], folder_of(path, content)
+            if update not in uploaded:
+                tracker.checkpoint(path, update, content["evaluated"])
+                if shards is not None:
+                    tracker.artifact(shards, CHECKPOINTS)
+            uploaded.add(update)
+        tracker.artifact(self.folder.metrics)
 
     def _split_finer(self, tags: Mapping[str, str]) -> None:
-        """Records that a window ran out of memory, and whether the finer split is the larger batch."""
-        train, trainer = self.experiment.splits.train, self.trainer
-        ranks = self.rank_info.size
-        steps = trainer.out_of_memory.steps_of(-(-train.batch_size // ranks))
-        unequal = inequalities(self.experiment.model, train.batch_size, steps, ranks=ranks, last=train.last)
+        """Tags a window that ran out of memory, and warns if the finer split is not the larger batch."""
+        rank_samples = -(-self.experiment.splits.train.batch_size // self.rank_info.size)
+        unequal = self._inequalities(self.trainer.out_of_memory.steps_of(rank_samples))
         warn(unequal)
         self.record.tag({**tags, **inequality_tag(unequal)})
 
+    def _inequalities(self, steps: int) -> list[Inequality]:
+        """Why a window of `steps` micro-batches is not the larger batch."""
+        model, train = self.experiment.model, self.experiment.splits.train
+        return inequalities(model, train.batch_size, steps, ranks=self.rank_info.size, last=train.last)
+
     def _exit_interrupted(self) -> None:
-        # The launcher would stop a first rank that is still saving as soon as another ends.
+        # As soon as one rank ends, the launcher stops the others, which may still be saving.
         barrier(self.rank_info)
         trainer = self.trainer
         text = f"stopped by {signal.Signals(trainer.stop_code).name} after update {trainer.progress.update}"

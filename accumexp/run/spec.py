@@ -1,9 +1,11 @@
-"""`RunSpec`: all that a process needs to carry out a run. It can be pickled."""
+"""`RunSpec`: everything that a process needs for a run, new or resumed. It can be pickled."""
 
 from __future__ import annotations
 
 import copy
+import logging
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,14 +14,61 @@ from omegaconf import DictConfig, OmegaConf
 
 from ..config.job_folder import store_of_command
 from ..config.loading import flatten, from_hydra
-from ..config.overrides import interpolations
+from ..config.overrides import changed, interpolations, keys_of
 from ..config.schema import Config
 from ..errors import UsageError
 from ..sweeps.cores import check_memory, share_cores
 from ..sweeps.hydra_sweep import command_line
 from ..sweeps.job import SweepJob
 from ..tracking.folder import RunFolder
-from .resume import Resumed, resume_job, resumed
+from .resume_changes import changes, check_changes
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """A run to resume: its configuration and checkpoint, and the overrides of the resuming command."""
+
+    config: Config
+    content: dict[str, Any]
+    path: Path
+    overrides: Sequence[str]
+
+    @classmethod
+    def read(cls, path: Path, config: Config | None = None, overrides: Sequence[str] = ()) -> Resumed:
+        """Reads the checkpoint `path`; without `config`, the configuration is the checkpoint's."""
+        from ..training.checkpoint import load
+
+        content = load(path)
+        return cls(config or changed(content["config"], []), content, path, overrides)
+
+    @property
+    def changes(self) -> dict[str, Any]:
+        """The settings that differ from the checkpoint's, by dotted key."""
+        return changes(changed(self.content["config"], []), self.config) if self.overrides else {}
+
+    @property
+    def interpolations(self) -> dict[str, str]:
+        """The expressions of the configuration's values that are derived from others."""
+        derived = self.content.get("interpolations", {})
+        return {key: value for key, value in derived.items() if key not in keys_of(self.overrides)}
+
+    @property
+    def update(self) -> int:
+        return self.content["progress"]["update"]
+
+    @property
+    def ended_by(self) -> str | None:
+        """Why a callback ended the run early; None with overrides, which may ask for more updates."""
+        return None if self.overrides else self.content.get("ended_by")
+
+    def tags(self) -> dict[str, str]:
+        return {f"accumexp.resumed.{self.update}": " ".join(self.overrides) or "unchanged"}
+
+    def __reduce__(self) -> Any:
+        # Another process reads the checkpoint again instead of receiving its tensors.
+        return Resumed.read, (self.path, self.config, self.overrides)
 
 
 @dataclass(frozen=True)
@@ -27,8 +76,8 @@ class RunSpec:
     """A run, alone or as a job of a sweep.
 
     Attributes:
-        job: the sweep's job, None for a run of its own.
-        resume_from: the checkpoint to go on from, or None.
+        job: the sweep's job, None outside a sweep.
+        resume_from: the checkpoint to resume from.
         command: the command line.
         replicas: the configurations of the runs that are trained together, empty for a single run.
         interpolations: the expressions of the configuration's values that are derived from others.
@@ -44,22 +93,19 @@ class RunSpec:
 
     @classmethod
     def of(cls, cfg: DictConfig, hydra: Any) -> RunSpec:
-        """The run that Hydra's composition describes.
-
-        Raises:
-            UsageError: naming the key that is wrong.
-        """
+        """The run that Hydra's composition describes. Raises a `UsageError` that names a wrong key."""
         resume_from = resumed(cfg, [o for o in hydra.overrides.task if not o.startswith("resume=")])
         config = resume_from.config if resume_from else from_hydra(cfg)
         job = SweepJob.of(hydra)
         replicas = _replicas(cfg, config, job, resuming=resume_from is not None)
-        for one in (config, *replicas):
+        for run_config in (config, *replicas):
             if job:
-                job.same_store(one.tracking)
-            one.tracking.uri = one.tracking.uri or store_of_command(Path(hydra.runtime.cwd))
+                job.same_store(run_config.tracking)
+            store = run_config.tracking.uri or store_of_command(Path(hydra.runtime.cwd))
+            run_config.tracking.uri = store
         if job:
-            for one in (config, *replicas):
-                share_cores(one, hydra.launcher, job.batch)
+            for run_config in (config, *replicas):
+                share_cores(run_config, hydra.launcher, job.batch)
             check_memory(config, hydra.launcher, job.batch)
         command = job.command if job else command_line(sys.argv[1:])
         folder = RunFolder(Path(hydra.runtime.output_dir))
@@ -67,20 +113,61 @@ class RunSpec:
         return cls(config, folder, job, resume_from, command, replicas, derived)
 
     def resumed_at(self, path: Path) -> RunSpec:
-        """This run from the checkpoint `path` on, with the checkpoint's configuration.
-
-        Whether a progress bar is shown does not belong to the run and is taken from this command.
-        """
-        resume_from = resume_job(path)
-        if {"progress"} <= resume_from.config.callbacks.keys() & self.config.callbacks.keys():
-            show = self.config.callbacks["progress"].get("show")
-            resume_from.config.callbacks["progress"]["show"] = show
+        """This run resumed from the checkpoint `path`, with its configuration; the progress bar is kept."""
+        resume_from = Resumed.read(path)
+        callbacks = resume_from.config.callbacks
+        if "progress" in callbacks and "progress" in self.config.callbacks:
+            callbacks["progress"]["show"] = self.config.callbacks["progress"].get("show")
         derived = resume_from.interpolations
         return replace(self, config=resume_from.config, resume_from=resume_from, interpolations=derived)
 
 
+def resumed(cfg: DictConfig, overrides: Sequence[str]) -> Resumed | None:
+    """The run that `cfg.resume` names, with the `overrides`; None if it names nothing.
+
+    If the newest checkpoint is damaged, the run is resumed from the one before, with a warning.
+
+    Raises:
+        UsageError: if there is no readable checkpoint, the run is finished, or an override would change
+            updates that are already logged or cannot be used.
+    """
+    if not cfg.resume:
+        return None
+    from ..tracking.journal import last_update
+    from ..training.checkpoint import find, load, saved_updates
+
+    where = Path(str(cfg.resume))
+    path = newest = find(where)
+    older = [other for other in saved_updates(path.parent) if other < path] if where.is_dir() else []
+    while True:
+        try:
+            content = load(path)
+            break
+        except UsageError:
+            if not older:
+                load(newest)  # raises its own error
+            path = older.pop()
+    if path != newest:
+        log.warning("checkpoint %s is damaged, going on from %s", newest, path)
+    config = changed(content["config"], overrides, content.get("interpolations"))
+    updates = content["progress"]["update"]
+    folder = RunFolder.of_checkpoint(path)
+    if overrides and last_update(folder.metrics) > updates:
+        raise UsageError(
+            f"resume={where}: updates after {updates} are logged already, so {overrides[0]} would make "
+            "their points false; resume without changes first"
+        )
+    if overrides:
+        before = changed(content["config"], [])
+        check_changes(before, config, content["progress"], recorded=bool(content.get("run")))
+    summary = folder.summary()
+    if not overrides and summary and summary.finished:
+        raise UsageError(f"resume={where}: the run is finished; more of it with trainer.epochs=<more>")
+    return Resumed(config, content, path, overrides)
+
+
 def _replicas(cfg: DictConfig, config: Config, job: SweepJob | None, resuming: bool) -> list[Config]:
-    """The configuration of each seed's run, as it would be alone; empty for a single run."""
+    """The configuration of each seed's run; empty for a single run."""
     count = config.replicas
     if count == 1:
         return []

@@ -1,4 +1,4 @@
-"""What a person sees of a run: a line at its start, warnings, and the summary at its end."""
+"""The printed lines of a run: its start, warnings, and its summary."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..training.trainer import Trainer
 
 
 def announce(experiment: Experiment, trainer: Trainer, unequal: Sequence[Inequality]) -> None:
-    """Prints one line of what is trained and on what, and warns where the window is not the larger batch."""
+    """Prints model, data, window and device, and warns where the window is not the larger batch."""
     config, train, device = experiment.config, experiment.splits.train, experiment.device
     steps = trainer.window.steps
     window = f"{steps} micro-batches of {config.accum.micro_batch_size}" if steps > 1 else "one micro-batch"
@@ -41,19 +41,18 @@ def announce(experiment: Experiment, trainer: Trainer, unequal: Sequence[Inequal
 
 def warn(unequal: Sequence[Inequality]) -> None:
     """Prints where the window is not the larger batch, three modules at most."""
-    for one in unequal[:3]:
-        console.print(f"not the larger batch: {one.module} ({one.kind}): {one.reason}", style="yellow")
+    for cause in unequal[:3]:
+        console.print(f"not the larger batch: {cause.module} ({cause.kind}): {cause.reason}", style="yellow")
     if len(unequal) > 3:
         console.print(f"not the larger batch: and {len(unequal) - 3} more modules like these", style="yellow")
 
 
 def final_values(trainer: Trainer) -> dict[str, float]:
-    """The values of `final/*`: loss and metrics of the test split, and what the run cost."""
-    tested = {key.removeprefix("test/"): value for key, value in trainer.evaluate("test").items()}
+    """The values of `final/*`: loss and metrics of the test split, and the run's time and memory."""
     progress = trainer.progress
     seconds = max(progress.seconds, 1e-9)
     final = {
-        **tested,
+        **{key.removeprefix("test/"): value for key, value in trainer.evaluate("test").items()},
         **{key.replace("eval/", "eval_"): v for key, v in trainer.latest.items() if key.startswith("eval/")},
         "test_samples": float(trainer.splits.test.samples),
         "updates": float(progress.update),
@@ -71,22 +70,17 @@ def final_values(trainer: Trainer) -> dict[str, float]:
 
 def show_summary(final: dict[str, float], trainer: Trainer, tracker: Tracker, folder: RunFolder) -> None:
     """Prints the result of a finished run, its folder and its page in MLflow."""
-    values: dict[str, object] = {}
-    if "accuracy" in final:
-        values["test accuracy"] = f"{final['accuracy']:.4f}"
-    values["test loss"] = f"{final['loss']:.4f}"
-    values["updates"] = f"{trainer.progress.update} in {duration(trainer.progress.seconds)}"
-    speed, rate = final["update_ms"], final["samples_per_second"]
-    values["speed"] = f"{speed:.2f} ms an update, {rate:.0f} samples/s"
-    values["memory"] = f"{final['activation_mib']:.2f} MiB of activations"
-    if "peak_memory_mib" in final:
-        values["memory"] += f", {final['peak_memory_mib']:.0f} MiB at the peak"
-    if trainer.out_of_memory.lines:
-        values["out of memory"] = trainer.out_of_memory.lines[-1]
-    if trainer.stop_reason:
-        values["ended by"] = trainer.stop_reason
-    values["folder"] = folder.path
-    if folder.best.exists():
-        values["best model"] = folder.best
-    values.update(tracker.links())
-    show_values("summary", values)
+    peak = f", {final['peak_memory_mib']:.0f} MiB at the peak" if "peak_memory_mib" in final else ""
+    values: dict[str, object] = {
+        "test accuracy": f"{final['accuracy']:.4f}" if "accuracy" in final else None,
+        "test loss": f"{final['loss']:.4f}",
+        "updates": f"{trainer.progress.update} in {duration(trainer.progress.seconds)}",
+        "speed": f"{final['update_ms']:.2f} ms an update, {final['samples_per_second']:.0f} samples/s",
+        "memory": f"{final['activation_mib']:.2f} MiB of activations{peak}",
+        "out of memory": next(reversed(trainer.out_of_memory.lines), None),
+        "ended by": trainer.stop_reason,
+        "folder": folder.path,
+        "best model": folder.best if folder.best.exists() else None,
+        **tracker.links(),
+    }
+    show_values("summary", {name: value for name, value in values.items() if value})

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ..environment.console import console
-from ..errors import TrainingError
+from ..errors import TrainingError, first_line
 from ..sweeps.job_folders import JOBS, LAUNCHES, LOCK, has_jobs, job_folders
 from ..sweeps.sweep import PARENT, SweepRun, launched_sweep, sweep_runs
 from ..tracking.folder import RunFolder, RunStatus
@@ -27,14 +27,13 @@ BEFORE_JOBS = {"multirun.yaml", LAUNCHES, LOCK, JOBS}  # the files of a sweep th
 def closing_sweep(
     arguments: Sequence[str] = (), report_settings: Mapping[str, str] | None = None
 ) -> Iterator[None]:
-    """Closes the sweep that is launched inside, however it ends: parent run, report, failed jobs.
+    """Closes the sweep that is launched in the body: its parent run, report and failed jobs.
 
     Args:
-        arguments: the command's arguments, as typed.
-        report_settings: `report.*` settings instead of those that the sweep was run with.
+        report_settings: `report.*` settings that replace the sweep's.
 
     Raises:
-        TrainingError: naming the jobs that failed, after the rest have run, and how to resume the sweep.
+        TrainingError: naming the failed jobs and how to resume the sweep.
     """
     launched_sweep.reset(arguments)
     handler = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
@@ -61,7 +60,7 @@ def closing_sweep(
 def _close_with_advice(
     folder: Path, status: RunStatus, launches: Sequence[int], report_settings: Mapping[str, str]
 ) -> None:
-    """Closes a sweep; the last line says how to resume it if jobs are missing."""
+    """Closes a sweep and prints how to resume it if jobs are missing."""
     advice = f"go on with\n  python -m accumexp.run -m sweep.resume={shlex.quote(str(folder))}"
     try:
         _close(folder, status, launches, report_settings)
@@ -91,9 +90,8 @@ def _close(
             addresses = _close_parent(folder, None if elsewhere else status, died)
     except Exception as error:
         log.info("the end is not recorded", exc_info=error)
-        reason = (str(error) or type(error).__name__).splitlines()[0]
         uri = read_json(folder / PARENT).get("uri", "its store")
-        print(f"warning: the sweep's end did not reach {uri}: {reason}", file=sys.stderr)
+        print(f"warning: the sweep's end did not reach {uri}: {first_line(error)}", file=sys.stderr)
         recorded = False
     killed = status is RunStatus.KILLED
     _report(folder, report_settings, recorded, files=not killed)
@@ -107,23 +105,19 @@ def _close(
 
 
 def _running_elsewhere(folder: Path, launches: Sequence[int]) -> list[str]:
-    """The folders in which jobs of other launches than this process's still run."""
+    """The folders in which jobs of other processes' launches still run."""
     running = []
-    for name, launch in {one.folder: one.launch for one in job_folders(folder)}.items():
+    for name, newest_launch in {job.folder: job.launch for job in job_folders(folder)}.items():
         job = RunFolder(folder / name)
         summary = job.summary()
-        of_launch = summary.launch if summary else launch
-        if not (summary and summary.finished) and of_launch not in launches and job.held():
+        launch = summary.launch if summary else newest_launch
+        if not (summary and summary.finished) and launch not in launches and job.held():
             running.append(name)
     return running
 
 
 def _close_parent(folder: Path, status: RunStatus | None, died: Sequence[SweepRun]) -> list[str]:
-    """Ends the parent run, and the runs of jobs that died; returns the lines that say where to look.
-
-    Args:
-        status: None if another launch still has to end the parent run.
-    """
+    """Ends the parent run, unless `status` is None, and the runs that died; returns the sweep's addresses."""
     from ..config.schema import TrackingConfig
     from ..tracking import Store
 
@@ -138,17 +132,12 @@ def _close_parent(folder: Path, status: RunStatus | None, died: Sequence[SweepRu
 
 
 def _report(folder: Path, settings: Mapping[str, str], recorded: bool, files: bool) -> None:
-    """Makes the sweep's report. If it fails, the sweep's status stays, and a line says how to repeat it.
-
-    Args:
-        recorded: read the sweep from its store; otherwise from the folder alone.
-    """
-    from ..config.report import report_from
-    from ..report.find import find_sweep
-    from ..report.jobs import from_folder
-    from ..report.publish import publish
-
+    """Makes the report, from the store if the sweep is `recorded`; a failure is one line with the remedy."""
     try:
+        from ..config.overrides import report_from
+        from ..report.jobs import find_sweep, from_folder
+        from ..report.publish import publish
+
         sweep = find_sweep(str(folder)) if recorded else from_folder(folder)
         publish(sweep, settings, files=files and report_from({}, settings).write)
     except Exception as error:

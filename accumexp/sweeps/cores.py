@@ -1,8 +1,4 @@
-"""Which share of the machine a job of a sweep has.
-
-Threads of jobs that run at the same time on the same cores wait for each other in every operation, so each
-job gets as many threads as there are cores for it. How many run at once is the launcher's to say.
-"""
+"""The CPU threads of a sweep's job: the cores divided by the jobs that the launcher runs at once."""
 
 from __future__ import annotations
 
@@ -16,7 +12,7 @@ from ..errors import UsageError
 
 
 def share_cores(config: Config, launcher: Any, batch: int | None) -> None:
-    """Gives a job that may have others beside it its threads, and keeps its live bar off their terminal.
+    """Sets the threads of a job that may run beside others, and disables its progress bar.
 
     Args:
         launcher, batch: as `threads_of_a_rank` takes them.
@@ -31,7 +27,7 @@ def share_cores(config: Config, launcher: Any, batch: int | None) -> None:
 
 
 def check_memory(config: Config, launcher: Any, batch: int | None) -> None:
-    """Refuses a job that would take the free memory of a machine on which others run at the same time.
+    """Refuses a job that would take all free memory of a machine that it shares with others.
 
     Args:
         launcher, batch: as `threads_of_a_rank` takes them.
@@ -51,31 +47,31 @@ def threads_of_a_rank(launcher: Any, batch: int | None, processes: int) -> int |
     """Threads for each of the `processes` ranks of a job, None where jobs do not share this machine's cores.
 
     Args:
-        launcher: `hydra.launcher`, whose words for a job's cores go before an equal share.
+        launcher: `hydra.launcher`; cores of a job that it names replace an equal share.
         batch: the jobs that the sweep hands to it together, None if that is not known.
     """
     name = _name(launcher)
-    given: float | None = None  # cores of a job, by the launcher's own words
+    job_cores: float | None = None  # as the launcher's configuration gives them
     if name == "joblib":
-        at_once = _joblibs_workers(launcher.get("n_jobs"))
+        at_once = _joblib_workers(launcher.get("n_jobs"))
     elif name == "submitit_local":
-        at_once = batch or cores()  # it starts all that it is handed
+        at_once = batch or cores()  # it starts the whole batch at once
         if launcher.get("cpus_per_task"):
-            given = launcher["cpus_per_task"] * (launcher.get("tasks_per_node") or 1)
+            job_cores = launcher["cpus_per_task"] * (launcher.get("tasks_per_node") or 1)
     elif name == "ray":
         init, remote = launcher["ray"].get("init") or {}, launcher["ray"].get("remote") or {}
-        given = remote.get("num_cpus")
-        if given is None and init.get("address"):
-            given = 1  # what Ray reserves; the machine it will be on has other jobs
+        job_cores = remote.get("num_cpus")
+        if job_cores is None and init.get("address"):
+            job_cores = 1  # Ray's default; its machine has other jobs
         at_once = int(init.get("num_cpus") or cores())
     else:
         return None
     at_once = min(at_once, batch or at_once)
-    if given is None:
+    if job_cores is None:
         if at_once == 1:
             return None
-        given = cores() // at_once
-    return max(1, int(given) // processes)
+        job_cores = cores() // at_once
+    return max(1, int(job_cores) // processes)
 
 
 def _name(launcher: Any) -> str:
@@ -84,7 +80,7 @@ def _name(launcher: Any) -> str:
     return names.get(str(launcher.get("_target_", "")).rpartition(".")[2], "")
 
 
-def _joblibs_workers(n_jobs: int | None) -> int:
+def _joblib_workers(n_jobs: int | None) -> int:
     """Workers for joblib's `n_jobs`, in which -1 is all cores and -2 all but one."""
     jobs = int(n_jobs or 1)
     return jobs if jobs > 0 else max(1, cores() + 1 + jobs)

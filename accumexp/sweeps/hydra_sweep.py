@@ -1,4 +1,4 @@
-"""What Hydra's configuration says of a sweep: its launcher, its jobs, its command line. Imports no torch."""
+"""A sweep in Hydra's configuration: its launcher, jobs and command line. Imports no torch."""
 
 from __future__ import annotations
 

@@ -98,7 +98,7 @@ class SweepJob:
         return f"job {self.number} {self.name}"
 
     def parent(self, store: Store | None) -> str | None:
-        """The id of the parent run, which the first job that gets this far creates; None without a store."""
+        """The id of the parent run, created by the first job that asks for it; None without a store."""
         if store is None:
             return None
         path = self.folder / PARENT

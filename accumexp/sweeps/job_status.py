@@ -1,4 +1,4 @@
-"""How far an earlier launch of a sweep brought a job: finished, resumable, or not begun."""
+"""The status of a job after an earlier launch: finished, resumable, or not begun."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def job_status(folder: RunFolder) -> JobStatus:
 
 
 def agreed_status(status: JobStatus, rank_info: RankInfo, device: str) -> JobStatus:
-    """The first rank's status, on every rank of a world that torchrun or a cluster has made."""
+    """The first rank's status, on every rank that torchrun or a cluster has started."""
     from ..environment.device import pick_device
     from ..environment.ranks import broadcast_from_first, device_of, process_group
 

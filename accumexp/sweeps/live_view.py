@@ -1,7 +1,6 @@
-"""The live view of a parallel sweep: which jobs run, how far they are, the best value so far.
+"""The live view of a parallel sweep, read from the jobs' folders by the process that launched it.
 
-The process that launched the sweep reads it from the jobs' folders, so it is the same for every launcher.
-Jobs that are viewed write to `output.log` in their folder instead of the terminal.
+Viewed jobs write to `output.log` in their folder instead of the terminal.
 """
 
 from __future__ import annotations
@@ -142,14 +141,12 @@ class ViewedSweep:
             value = job.summary.monitored if job.summary and job.finished else newest
             if value is not None and not math.isnan(value):
                 values.append((value, job))
-        if not values:
-            return None
-        return (max if self.mode == "max" else min)(values, key=lambda one: one[0])
+        best = max if self.mode == "max" else min
+        return best(values, key=lambda one: one[0], default=None)
 
     def seconds_left(self, now: float) -> float | None:
         """From the jobs done per second so far; None before there are any."""
-        new = [job for job in self.by_number.values() if not job.before]
-        done = sum(job.share for job in new)
+        done = sum(job.share for job in self.by_number.values() if not job.before)
         if self.jobs is None or not done:
             return None
         ahead = self.jobs - sum(job.share for job in self.by_number.values())
@@ -157,9 +154,9 @@ class ViewedSweep:
 
     def name(self, job: ViewedJob) -> str:
         """The overrides that differ between jobs."""
-        every = job.place.overrides
-        varied = [one for one in every if one.partition("=")[0].lstrip("+") in self.varied]
-        return " ".join(varied or every)
+        overrides = job.place.overrides
+        varied = [one for one in overrides if one.partition("=")[0].lstrip("+") in self.varied]
+        return " ".join(varied or overrides)
 
 
 class _Bar(ProgressColumn):
@@ -223,8 +220,7 @@ def totals(sweep: ViewedSweep, now: float) -> str:
     ended = [job for job in sweep.by_number.values() if not job.running]
     done = sum(job.finished for job in ended)
     counts = [f"{done} done"] if sweep.jobs is None else [f"{done} of {sweep.jobs} done"]
-    counts.append(f"{len(ended) - done} failed")
-    counts.append(f"{len(sweep.running())} running")
+    counts += [f"{len(ended) - done} failed", f"{len(sweep.running())} running"]
     if sweep.jobs is not None:
         counts.append(f"{max(0, sweep.jobs - len(sweep.by_number))} waiting")
     text = f"{', '.join(counts)}; {duration(now - sweep.began)} elapsed"

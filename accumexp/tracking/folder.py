@@ -38,9 +38,8 @@ class Summary:
     """The content of `summary.json`.
 
     Attributes:
-        error: why the run failed, None if it did not.
+        error: the reason of a failed run.
         overrides: the job's part of the command line, empty outside a sweep.
-        run_id: the MLflow run, None without one.
         final: `final/*` without the prefix, empty until the run has finished.
         monitored: the newest value of the monitored metric.
         launch: the launch of the sweep that ran the job, 0 for the first.
@@ -61,73 +60,41 @@ class Summary:
 
     @classmethod
     def of(cls, entries: Mapping[str, Any]) -> Summary | None:
-        """The summary with these entries; None if they are not those of a summary."""
-        names = {one.name for one in fields(cls)}
-        try:
-            status = RunStatus(entries.get("status", ""))
-        except ValueError:
+        """The summary with these entries; None if they have no valid status."""
+        if entries.get("status") not in list(RunStatus):
             return None
-        return cls(**{**{key: value for key, value in entries.items() if key in names}, "status": status})
+        values = {item.name: entries[item.name] for item in fields(cls) if item.name in entries}
+        return cls(**{**values, "status": RunStatus(entries["status"])})
 
     @property
     def finished(self) -> bool:
         return self.status is RunStatus.FINISHED
 
 
-@dataclass(frozen=True)
+@dataclass
 class RunFolder:
-    """The files of the run in `path`."""
+    """The files of the run in `path`.
+
+    Attributes:
+        config: the resolved configuration.
+        metrics: every logged point, a line per update.
+        progress: the progress of a job of a parallel sweep.
+        code_diff: uncommitted changes of the code that was run.
+    """
 
     path: Path
 
-    @property
-    def config(self) -> Path:
-        """The resolved configuration."""
-        return self.path / "config.yaml"
-
-    @property
-    def metrics(self) -> Path:
-        """Every logged point, a line an update."""
-        return self.path / "metrics.jsonl"
-
-    @property
-    def progress(self) -> Path:
-        """How far a job of a parallel sweep is."""
-        return self.path / "progress.json"
-
-    @property
-    def certificate(self) -> Path:
-        return self.path / "certificate.json"
-
-    @property
-    def code_diff(self) -> Path:
-        """Uncommitted changes of the code that was run."""
-        return self.path / "code.diff"
-
-    @property
-    def log(self) -> Path:
-        return self.path / "run.log"
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.path / CHECKPOINTS
-
-    @property
-    def best(self) -> Path:
-        """The best checkpoint."""
-        return self.checkpoints / BEST
-
-    @property
-    def summary_file(self) -> Path:
-        return self.path / "summary.json"
-
-    @property
-    def _job_lock(self) -> Path:
-        return self.path / ".job.lock"
-
-    @property
-    def _ranks_lock(self) -> Path:
-        return self.path / ".ranks.lock"
+    def __post_init__(self) -> None:
+        self.config = self.path / "config.yaml"
+        self.metrics = self.path / "metrics.jsonl"
+        self.progress = self.path / "progress.json"
+        self.certificate = self.path / "certificate.json"
+        self.code_diff = self.path / "code.diff"
+        self.summary_file = self.path / "summary.json"
+        self.checkpoints = self.path / CHECKPOINTS
+        self.best = self.checkpoints / BEST
+        self._job_lock = self.path / ".job.lock"
+        self._ranks_lock = self.path / ".ranks.lock"
 
     @classmethod
     def of_checkpoint(cls, path: Path) -> RunFolder:
@@ -153,7 +120,7 @@ class RunFolder:
         return written
 
     def proved(self) -> bool:
-        """Whether the certificate in the folder is one of equality."""
+        """Whether the certificate in the folder has another verdict than `not proved`."""
         return json.loads(self.certificate.read_text())["verdict"] != "not proved"
 
     def check_unused(self, key: str) -> None:
@@ -168,21 +135,21 @@ class RunFolder:
             )
 
     def clear(self) -> None:
-        """Removes the files of an earlier run that a new one would take for its own; `run.log` is kept."""
+        """Removes the files of an earlier run; `run.log` is kept."""
         for path in (self.summary_file, self.metrics, self.progress, self.code_diff):
             path.unlink(missing_ok=True)
         shutil.rmtree(self.checkpoints, ignore_errors=True)
 
     def remove_unused(self) -> None:
-        """Removes the folder if it holds nothing but what a command that was refused leaves."""
-        names = {".hydra", self.log.name, self.metrics.name, self._job_lock.name, self._ranks_lock.name}
+        """Removes the folder if it holds only what a refused command leaves."""
+        names = {".hydra", "run.log", self.metrics.name, self._job_lock.name, self._ranks_lock.name}
         if not self.path.is_dir() or not {entry.name for entry in self.path.iterdir()} <= names:
             return
         if not self.metrics.exists() or not self.metrics.stat().st_size:
             shutil.rmtree(self.path, ignore_errors=True)
 
     def held(self) -> bool:
-        """Whether a living process carries out the job in this folder."""
+        """Whether a running process works on the job in this folder."""
         try:
             for lock in (self._job_lock, self._ranks_lock):
                 if lock.exists():
@@ -196,24 +163,16 @@ class RunFolder:
     def hold(self, title: str) -> Iterator[None]:
         """Holds the job's lock; waits, with a line that names `title`, while another process holds it.
 
-        The system releases the lock however its holder ends. A sweep's launcher may be dead while a job of it
-        lives on in a worker, or in the ranks that the worker started.
+        The system releases the lock however its holder ends. A job may outlive its sweep's launcher, in a
+        worker or in the ranks that the worker started.
         """
-        lock = FileLock(self._job_lock)
-        try:
-            try:
-                lock.acquire(timeout=0)
-                with FileLock(self._ranks_lock, timeout=0):
-                    pass
-            except Timeout:
-                print(f"{title}: still runs in another process, waiting for it", flush=True)
-                lock.acquire()
-                with FileLock(self._ranks_lock):
-                    pass
+        if self.held():
+            print(f"{title}: still runs in another process, waiting for it", flush=True)
+        with FileLock(self._job_lock):
+            with self.hold_for_ranks():
+                pass
             yield
-        finally:
-            lock.release(force=True)
 
     def hold_for_ranks(self) -> FileLock:
-        """The lock that a job's ranks hold, which may outlive the process that started them."""
+        """The lock of a job's ranks, which may outlive the process that started them."""
         return FileLock(self._ranks_lock)

@@ -1,4 +1,4 @@
-"""`metrics.jsonl`: every logged point of a run on the local disk; `progress.json`: how far a job is."""
+"""The files of a run's points and progress: `metrics.jsonl` and `progress.json`."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import os
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -52,22 +53,22 @@ def last_update(path: Path) -> int:
     return max((row["update"] for row in read(path)), default=0) if path.exists() else 0
 
 
+@dataclass
 class ProgressFile:
-    """`progress.json`: how far a job of a parallel sweep is, for the live view.
+    """`progress.json`: the progress of a job of a parallel sweep, for the live view.
 
     Args:
-        every: seconds between two writes; values in between are kept for the next one.
+        every: seconds between two writes; the values in between go into the next one.
     """
 
-    def __init__(self, path: Path, total_updates: int, every: float = 1.0) -> None:
-        self.path = path
-        self.total_updates = total_updates
-        self.every = every
-        self._values: dict[str, float] = {}
-        self._written = 0.0
+    path: Path
+    total_updates: int
+    every: float = 1.0
+    _values: dict[str, float] = field(default_factory=dict)
+    _written: float = 0.0
 
     def write(self, update: int, values: Mapping[str, float]) -> None:
-        """Adds the newest values, and writes the file if `every` seconds have passed."""
+        """Adds the newest values, and writes the file once `every` seconds have passed."""
         self._values.update(values)
         now = time.time()
         if now - self._written < self.every:

@@ -1,4 +1,4 @@
-"""Sweeps and runs as the store holds them."""
+"""Sweeps and runs in the store."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from .store import Store
 
 PARENT = "mlflow.parentRunId"
 SWEEP = "accumexp.sweep"
-MOST_PER_CALL = 1000
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,7 @@ class PastRun:
 
 def newest_sweep(store: Store) -> PastRun | None:
     """The sweep that was started last, in any experiment."""
-    experiments = [one.experiment_id for one in store.client.search_experiments()]
+    experiments = [experiment.experiment_id for experiment in store.client.search_experiments()]
     runs = store.client.search_runs(
         experiments, f"tags.`{SWEEP}` = 'true'", max_results=1, order_by=["attributes.start_time DESC"]
     )
@@ -38,11 +37,7 @@ def newest_sweep(store: Store) -> PastRun | None:
 
 
 def sweep_of(store: Store, run_id: str) -> PastRun:
-    """The sweep with this id, or the one that the run with this id is a job of.
-
-    Raises:
-        UsageError: if there is no such run, or it is no sweep.
-    """
+    """The sweep with this id, or of the job with this id. Raises a `UsageError` if there is none."""
     try:
         run = _past(store.client.get_run(run_id))
     except Exception as error:
@@ -56,20 +51,14 @@ def sweep_of(store: Store, run_id: str) -> PastRun:
 
 def jobs_of(store: Store, sweep: PastRun) -> list[PastRun]:
     """The runs of a sweep's jobs, oldest first."""
-    runs: list[Any] = []
-    token = None
-    while True:
-        page = store.client.search_runs(
-            [sweep.experiment_id],
-            f"tags.`{PARENT}` = '{sweep.run_id}'",
-            max_results=MOST_PER_CALL,
-            order_by=["attributes.start_time ASC"],
-            page_token=token,
-        )
-        runs.extend(page)
-        token = page.token
-        if not token:
-            return [_past(run) for run in runs]
+    query = f"tags.`{PARENT}` = '{sweep.run_id}'"
+    options = {"max_results": 1000, "order_by": ["attributes.start_time ASC"]}
+    page = store.client.search_runs([sweep.experiment_id], query, **options)
+    runs = list(page)
+    while page.token:
+        page = store.client.search_runs([sweep.experiment_id], query, page_token=page.token, **options)
+        runs += page
+    return [_past(run) for run in runs]
 
 
 def curve(store: Store, run_id: str, key: str) -> list[tuple[int, float]]:

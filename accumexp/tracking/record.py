@@ -1,11 +1,9 @@
-"""The record of a run: its folder always, the tracker if there is one."""
+"""The record of a run: its folder, and its MLflow run if it has one."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,7 +13,7 @@ from ..config.loading import flatten
 from ..config.schema import Backend, Config
 from ..environment.code_version import code_version
 from ..environment.device import device_name, tf32
-from .folder import CHECKPOINTS, RunFolder, RunStatus, Summary
+from .folder import RunFolder, RunStatus, Summary
 from .journal import Journal, ProgressFile
 from .run import MLflowTracker, Tracker
 from .store import Store
@@ -24,90 +22,50 @@ if TYPE_CHECKING:
     from ..data.digest import DatasetRecord
 
 
-@dataclass(frozen=True)
-class KeptCheckpoint:
-    """A checkpoint of a run that has ended.
-
-    Attributes:
-        evaluated: the values of `eval/*` at its update, empty if it was not evaluated.
-        shards: the folder of its parts, None for a checkpoint in one file.
-    """
-
-    path: Path
-    update: int
-    evaluated: Mapping[str, float]
-    shards: Path | None
-
-
 class RunRecord:
     """The metrics sink of a run: a journal in its folder, and a tracker that gets the published points.
 
-    Attributes:
-        tags: those of the MLflow run that describe how it was computed.
+    Without a folder, as on all ranks but the first, it keeps nothing.
     """
 
-    def __init__(self, folder: RunFolder, upto: int = 0) -> None:
+    def __init__(self, folder: RunFolder | None = None, upto: int = 0) -> None:
         self.folder = folder
-        self.journal = Journal(folder.metrics, upto)
+        self.journal = Journal(folder.metrics, upto) if folder else None
         self.tracker = Tracker()
         self.progress: ProgressFile | None = None
-        self.tags: dict[str, str] = {}
+        self.tags: dict[str, str] = {}  # of how the run is computed
 
     def record(self, update: int, values: Mapping[str, float], publish: bool) -> None:
-        self.journal.write(update, values)
+        if self.journal:
+            self.journal.write(update, values)
         if publish:
             self.tracker.log(update, values)
             if self.progress:
                 self.progress.write(update, values)
 
     def tag(self, tags: Mapping[str, str]) -> None:
-        """Adds tags that were not known when the run began."""
+        """Adds tags to the open run."""
         self.tags.update(tags)
         self.tracker.tag(tags)
 
     def flush(self) -> None:
-        self.journal.flush()
+        if self.journal:
+            self.journal.flush()
         self.tracker.flush()
 
     def summarise(self, summary: Summary) -> None:
-        """Writes `summary.json`."""
-        self.folder.write_summary(summary)
-
-    def upload(self, checkpoints: Sequence[KeptCheckpoint]) -> None:
-        """Hands the checkpoints and the journal to the tracker."""
-        self.flush()
-        for kept in checkpoints:
-            self.tracker.checkpoint(kept.path, kept.update, kept.evaluated)
-            if kept.shards is not None:
-                self.tracker.artifact(kept.shards, CHECKPOINTS)
-        self.tracker.artifact(self.folder.metrics)
+        if self.folder:
+            self.folder.write_summary(summary)
 
     def close(self, status: RunStatus) -> None:
         self.flush()
-        self.journal.close()
+        if self.journal:
+            self.journal.close()
         self.tracker.end(status)
 
 
-class NullRecord(RunRecord):
-    """The record of a rank that is not the first: nothing is kept."""
-
-    def __init__(self) -> None:
-        self.tracker = Tracker()
-        self.tags = {}
-
-    def record(self, update: int, values: Mapping[str, float], publish: bool) -> None: ...
-
-    def flush(self) -> None: ...
-
-    def summarise(self, summary: Summary) -> None: ...
-
-    def upload(self, checkpoints: Sequence[KeptCheckpoint]) -> None: ...
-
-    def close(self, status: RunStatus) -> None: ...
-
-
 def describing_tags(device: torch.device, unequal: Sequence[Inequality]) -> dict[str, str]:
-    """Tags of what a run is computed on, and of why its window cannot be the larger batch."""
+    """Tags of the device and libraries of a run, and of why its window cannot be the larger batch."""
     return {
         "accumexp.device": device_name(device),
         "accumexp.torch": torch.__version__,
@@ -117,7 +75,7 @@ def describing_tags(device: torch.device, unequal: Sequence[Inequality]) -> dict
 
 
 def inequality_tag(unequal: Sequence[Inequality]) -> dict[str, str]:
-    """The tag of why a window cannot be the larger batch, if it cannot."""
+    """The tag of why a window cannot be the larger batch; empty if it can."""
     reasons = "; ".join(f"{u.module} ({u.kind}): {u.reason}" for u in unequal)
     return {"accumexp.unequal": reasons[:5000]} if unequal else {}
 
@@ -134,12 +92,7 @@ def create_tracker(
     overrides: Sequence[str] | None = None,
     parent: str | None = None,
 ) -> Tracker:
-    """Creates the MLflow run, with everything that is known before the first update.
-
-    Args:
-        overrides: the job's part of the command line, None outside a sweep.
-        parent: the id of the sweep's parent run.
-    """
+    """Creates the MLflow run with its tags, params, data sets and code version. A job has `overrides`."""
     if config.tracking.backend is Backend.none or store is None:
         return Tracker()
     if overrides is not None:
@@ -150,10 +103,11 @@ def create_tracker(
         "accumexp.git_sha": sha,
         **tags,
         "accumexp.folder": str(folder.path),
-        **({} if overrides is None else {"accumexp.overrides": json.dumps(overrides)}),
         "mlflow.source.git.commit": sha,
         **config.tracking.tags,
     }
+    if overrides is not None:
+        tags["accumexp.overrides"] = json.dumps(overrides)
     if parent:
         tags["mlflow.parentRunId"] = parent
     run_id = store.create_run(config.tracking.run_name or name, tags)
@@ -175,6 +129,5 @@ def _describe(
     if diff:
         folder.code_diff.write_text(diff)
         tracker.artifact(folder.code_diff)
-    for data in datasets:
-        profile = json.dumps({"samples": data.samples})
-        tracker.dataset(data.name, data.digest, data.source, data.context, profile)
+    for record in datasets:
+        tracker.dataset(record)

@@ -1,23 +1,26 @@
 """The MLflow run of one training run.
 
-Points are sent in batches: a single `log_metric` costs milliseconds, a point of a batch a tenth of one.
-A server that stops answering does not stop the training: points are queued and sent when it is back, and
-`metrics.jsonl` holds them in any case.
+Points are sent in batches: a single `log_metric` takes milliseconds, a point of a batch a tenth of one. If
+the server stops answering, training goes on and points are queued; `metrics.jsonl` has them all.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..config.schema import Backend, TrackingConfig
 from ..errors import UsageError
 from .folder import RunStatus
 from .names import LegalNames, legal_name
 from .store import Store
+
+if TYPE_CHECKING:
+    from ..data.digest import DatasetRecord
 
 log = logging.getLogger(__name__)
 MAX_PARAM_LENGTH = 6000
@@ -27,7 +30,7 @@ REFUSED = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")
 
 
 class Tracker:
-    """The interface of trackers, and the one that keeps nothing (`tracking=none`)."""
+    """The interface of trackers. It keeps nothing itself (`tracking=none`)."""
 
     run_id: str | None = None
     address: str | None = None
@@ -35,11 +38,11 @@ class Tracker:
     from_environment: Sequence[str] = ()
 
     def identity(self) -> dict[str, str]:
-        """What a checkpoint must hold to resume the same record."""
+        """What a checkpoint stores to resume the same MLflow run."""
         return {}
 
     def links(self) -> dict[str, object]:
-        """The run's id, its page and the command that serves it, by the names they are shown under."""
+        """The run's id, its page and the command that serves it, by their shown names."""
         links = {
             "run": self.run_id,
             "UI": self.address,
@@ -52,32 +55,15 @@ class Tracker:
 
     def flush(self) -> None: ...
 
-    def _send(self, points: Sequence[Any]) -> None:
-        """Sends points; those of keys that the store refuses for good are left out, with a warning."""
-        try:
-            self.store.client.log_batch(self.run_id, points)
-        except Exception as error:
-            if getattr(error, "error_code", "") not in REFUSED:
-                raise
-            if len(keys := {point.key for point in points}) > 1:
-                for key in keys:
-                    self._send([point for point in points if point.key == key])
-            else:
-                (key,) = keys
-                log.warning(
-                    "tracking: %s refuses %d points of %s, which are in metrics.jsonl: %s",
-                    *(self.store.uri, len(points), key, error),
-                )
-
     def final(self, values: Mapping[str, float]) -> None:
-        """Values of the whole run, without a step."""
+        """Logs values of the whole run, without a step."""
 
     def tag(self, tags: Mapping[str, str]) -> None: ...
 
     def artifact(self, path: Path, folder: str | None = None) -> None: ...
 
     def checkpoint(self, path: Path, update: int, evaluated: Mapping[str, float]) -> None:
-        """Keeps a checkpoint, as a logged model too if it was evaluated."""
+        """Uploads a checkpoint, and makes an evaluated one a logged model."""
 
     def end(self, status: RunStatus) -> None:
         """Ends the run as FINISHED, FAILED or KILLED."""
@@ -101,11 +87,20 @@ class MLflowTracker(Tracker):
         self._logged = frozenset[tuple[str, int]]()
         self._models: set[str] = set()
         if resumed:
-            self._models = self._logged_models()
+            query = f"source_run_id = '{run_id}'"
+            models = store.client.search_logged_models([store.experiment_id], filter_string=query)
+            self._models = {model.name for model in models}
             self._times = self._history()
             self._logged = frozenset(point for point in self._times if not point[0].startswith("final/"))
             store.client.update_run(run_id, status=RunStatus.RUNNING)
-        self._monitor = self._system_metrics(resumed) if config.system_metrics else None
+        self._monitor: Any = None
+        if config.system_metrics:
+            from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+            self._monitor = SystemMetricsMonitor(
+                run_id, sampling_interval=5, resume_logging=resumed, tracking_uri=store.uri
+            )
+            self._monitor.start()
 
     def identity(self) -> dict[str, str]:
         return {"uri": self.store.uri, "experiment_id": self.store.experiment_id, "run_id": str(self.run_id)}
@@ -117,11 +112,12 @@ class MLflowTracker(Tracker):
         for start in range(0, len(entries), 100):
             self.store.client.log_batch(self.run_id, params=entries[start : start + 100])
 
-    def dataset(self, name: str, digest: str, source: str, context: str, profile: str) -> None:
+    def dataset(self, record: DatasetRecord) -> None:
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
-        data = Dataset(name, digest, source_type="code", source=source, profile=profile)
-        tags = [InputTag("mlflow.data.context", context)]
+        profile = json.dumps({"samples": record.samples})
+        data = Dataset(record.name, record.digest, source_type="code", source=record.source, profile=profile)
+        tags = [InputTag("mlflow.data.context", record.context)]
         self.store.client.log_inputs(self.run_id, [DatasetInput(data, tags)])
 
     def tag(self, tags: Mapping[str, str]) -> None:
@@ -136,7 +132,7 @@ class MLflowTracker(Tracker):
 
         now = int(time.time() * 1000)
         for key, value in ((self._legal(key), value) for key, value in values.items()):
-            # A run resumed from before its last point logs the points since then again, with equal values.
+            # A resumed run repeats the points after its checkpoint, with equal values.
             if (key, update) not in self._logged:
                 self._queue.append(Metric(key, value, now, update))
                 if key.startswith("eval/"):
@@ -156,6 +152,23 @@ class MLflowTracker(Tracker):
             if not self._failing:
                 log.warning("tracking: %d points wait for %s: %s", len(self._queue), self.store.uri, error)
             self._failing = True
+
+    def _send(self, points: Sequence[Any]) -> None:
+        """Sends points; those of keys that the store refuses for good are left out, with a warning."""
+        try:
+            self.store.client.log_batch(self.run_id, points)
+        except Exception as error:
+            if getattr(error, "error_code", "") not in REFUSED:
+                raise
+            if len(keys := {point.key for point in points}) > 1:
+                for key in keys:
+                    self._send([point for point in points if point.key == key])
+            else:
+                (key,) = keys
+                log.warning(
+                    "tracking: %s refuses %d points of %s, which are in metrics.jsonl: %s",
+                    *(self.store.uri, len(points), key, error),
+                )
 
     def final(self, values: Mapping[str, float]) -> None:
         self.log(0, {f"final/{key}": value for key, value in values.items()})
@@ -183,7 +196,7 @@ class MLflowTracker(Tracker):
                 model_type="checkpoint",
             )
             client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
-            # With the time at which the run logged them, MLflow does not double the run's points.
+            # With the time of the run's own points, MLflow does not store them twice.
             metrics = [
                 Metric(key, value, self._times.get((key, update), now), update, model_id=model.model_id)
                 for key, value in ((self._legal(key), value) for key, value in evaluated.items())
@@ -209,26 +222,11 @@ class MLflowTracker(Tracker):
         history = (self.store.client.get_metric_history(self.run_id, key) for key in keys)
         return {(point.key, point.step): point.timestamp for points in history for point in points}
 
-    def _logged_models(self) -> set[str]:
-        models = self.store.client.search_logged_models(
-            [self.store.experiment_id], filter_string=f"source_run_id = '{self.run_id}'"
-        )
-        return {model.name for model in models}
-
-    def _system_metrics(self, resumed: bool) -> Any:
-        from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
-
-        monitor = SystemMetricsMonitor(
-            self.run_id, sampling_interval=5, resume_logging=resumed, tracking_uri=self.store.uri
-        )
-        monitor.start()
-        return monitor
-
 
 def reopen(
     config: TrackingConfig, identity: Mapping[str, str], changes: Mapping[str, Any] | None = None
 ) -> Tracker:
-    """Resumes the MLflow run that a checkpoint's `identity` names.
+    """Resumes the MLflow run of a checkpoint.
 
     Args:
         changes: the settings that the resumed run changes, by dotted key: a store or name given anew counts.

@@ -19,19 +19,26 @@ from urllib.parse import urlsplit
 
 from filelock import FileLock
 
-from ..config.job_folder import absolute_store
 from ..config.schema import TrackingConfig
-from ..errors import UsageError
+from ..errors import UsageError, first_line
 from .folder import RunStatus
 from .names import legal_name
 
 COSTS = ("update_ms", "samples_per_second", "activation_mib", "peak_memory_mib")
 LOCAL_UI = "http://127.0.0.1:5000"
+# No telemetry; two retries, so that a server that is down is found in seconds; a run prints its own address.
+ENVIRONMENT = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
+}
 DEFAULT_EXPERIMENT = "accumexp"
+# Variables of MLflow by which a user gives a store.
 URI = "MLFLOW_TRACKING_URI"
 EXPERIMENT, EXPERIMENT_ID = "MLFLOW_EXPERIMENT_NAME", "MLFLOW_EXPERIMENT_ID"
 RUN_ID = "MLFLOW_RUN_ID"
-ENVIRONMENT = (URI, EXPERIMENT, EXPERIMENT_ID, RUN_ID)
+GIVEN = (URI, EXPERIMENT, EXPERIMENT_ID, RUN_ID)
 # The key of the advisory lock in PostgreSQL: any constant of 64 bits.
 OPENING = int.from_bytes(b"accumexp")
 
@@ -54,12 +61,17 @@ class Store:
     """
 
     def __init__(self, config: TrackingConfig, experiment_id: str | None = None) -> None:
-        given = {name: os.environ[name] for name in ENVIRONMENT if os.environ.get(name)}
-        self.uri = config.uri or given.get(URI) or "sqlite:///mlflow.db"
-        self.uri = absolute_store(self.uri, Path.cwd())
-        # The driver of accumexp[postgres]; which one SQLAlchemy takes by itself depends on its version.
-        self.uri = re.sub("^postgres(ql)?://", "postgresql+psycopg2://", self.uri)
+        given = {name: os.environ[name] for name in GIVEN if os.environ.get(name)}
+        uri = config.uri or given.get(URI) or "sqlite:///mlflow.db"
+        # The driver of accumexp[postgres]; SQLAlchemy's default depends on its version.
+        self.uri = re.sub("^postgres(ql)?://", "postgresql+psycopg2://", uri)
+        self._database: Path | None = None
+        if self.uri.startswith("sqlite:///"):
+            self._database = Path(self.uri.removeprefix("sqlite:///")).absolute()
+            self.uri = f"sqlite:///{self._database}"
         _check(self.uri)
+        self._on_server = self.uri.startswith("http")
+        self.ui_command = None if self._on_server else f"mlflow ui --backend-store-uri {self.uri}"
         try:
             self.client = self._client()
             experiment_id = experiment_id or (None if config.experiment else given.get(EXPERIMENT_ID))
@@ -74,32 +86,23 @@ class Store:
             extra = ", pip install 'accumexp[postgres]'" if error.name == "psycopg2" else ""
             raise UsageError(f"tracking.uri={self.uri}: needs {error.name}{extra}") from error
         except Exception as error:
-            reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-            raise UsageError(f"tracking.uri={self.uri}: cannot be used: {reason}") from error
+            raise UsageError(f"tracking.uri={self.uri}: cannot be used: {first_line(error)}") from error
 
         ignored = {URI} if config.uri else set()
         if config.experiment:
             ignored |= {EXPERIMENT, EXPERIMENT_ID}
         self.from_environment = [name for name in given if name not in ignored]
 
-    @property
-    def base(self) -> str:
-        """The UI's address: the server's own, or where `mlflow ui` serves a local store."""
-        return self.uri.rstrip("/") if self.uri.startswith("http") else LOCAL_UI
-
-    @property
-    def ui_command(self) -> str | None:
-        return None if self.uri.startswith("http") else f"mlflow ui --backend-store-uri {self.uri}"
+    def _runs_page(self) -> str:
+        base = self.uri.rstrip("/") if self._on_server else LOCAL_UI
+        return f"{base}/#/experiments/{self.experiment_id}/runs"
 
     def run_address(self, run_id: str) -> str:
-        return f"{self.base}/#/experiments/{self.experiment_id}/runs/{run_id}"
+        return f"{self._runs_page()}/{run_id}"
 
     def sweep_address(self, parent_id: str) -> str:
         """The page of the parent's children, which MLflow's default view hides."""
-        return (
-            f"{self.base}/#/experiments/{self.experiment_id}/runs?workflowType=machine_learning"
-            f"&viewStateShareKey={parent_id}"
-        )
+        return f"{self._runs_page()}?workflowType=machine_learning&viewStateShareKey={parent_id}"
 
     def charts_address(self, parent_id: str) -> str:
         """The page that compares the children's curves."""
@@ -113,14 +116,14 @@ class Store:
     def arrange_sweep(
         self, parent_id: str, varied: Sequence[str] = ("accum.steps",), metric: str = "accuracy"
     ) -> None:
-        """Saves a view of the parent's children for `sweep_address`: grouped over seeds, with their results.
+        """Saves the view of the parent's children for `sweep_address`, grouped over seeds.
+
+        The view is a tag of the experiment in the form of the UI's own shared views, which MLflow does not
+        document (as of 3.17); a UI without them shows its default view.
 
         Args:
-            varied: the params that tell the groups apart.
-            metric: the key of `final/*` that they are compared by.
-
-        The view is a tag of the experiment in the form of the UI's own shared views, which MLflow does
-        not document (seen in 3.17); a UI that does not know it shows its default view.
+            varied: the params that distinguish the groups.
+            metric: the key of `final/*` that the groups are compared by.
         """
         view = {
             "searchFilter": f"tags.mlflow.parentRunId = '{parent_id}'",
@@ -152,31 +155,23 @@ class Store:
             self.client.log_batch(run_id, points[start : start + 500])
 
     def create_run(self, name: str | None, tags: Mapping[str, str]) -> str:
-        defaults = {
-            "mlflow.source.name": "accumexp.run",
-            "mlflow.source.type": "LOCAL",
-            "mlflow.user": getpass.getuser() if hasattr(os, "getuid") else os.environ.get("USERNAME", ""),
-        }
+        user = getpass.getuser() if hasattr(os, "getuid") else os.environ.get("USERNAME", "")
+        source = {"mlflow.source.name": "accumexp.run", "mlflow.source.type": "LOCAL", "mlflow.user": user}
         if self.parent_id:
-            defaults["mlflow.parentRunId"] = self.parent_id
-        return self.client.create_run(
-            self.experiment_id,
-            tags={legal_name(key): value for key, value in {**defaults, **tags}.items()},
-            run_name=name,
-        ).info.run_id
+            source["mlflow.parentRunId"] = self.parent_id
+        legal = {legal_name(key): value for key, value in {**source, **tags}.items()}
+        run = self.client.create_run(self.experiment_id, tags=legal, run_name=name)
+        return run.info.run_id
 
     def open_again(self, run_id: str, command: str) -> None:
-        """Marks a run that had ended as running, with the command that resumes it."""
+        """Marks an ended run as running, with the command that resumes it."""
         self.client.update_run(run_id, status=RunStatus.RUNNING)
         self.client.set_tag(run_id, "accumexp.resumed", command)
 
     def close_left_open(self, folder: Path) -> None:
-        """Marks runs in `folder` that the store has as RUNNING as KILLED; no process works in the folder."""
-        runs = self.client.search_runs(
-            [self.experiment_id],
-            filter_string=f"tags.`accumexp.folder` = '{folder}' and attributes.status = 'RUNNING'",
-        )
-        for run in runs:
+        """Marks the RUNNING runs of `folder`, in which no process works, as KILLED."""
+        query = f"tags.`accumexp.folder` = '{folder}' and attributes.status = 'RUNNING'"
+        for run in self.client.search_runs([self.experiment_id], query):
             self.client.set_terminated(run.info.run_id, RunStatus.KILLED)
 
     def _check_parent(self, run_id: str) -> None:
@@ -186,13 +181,10 @@ class Store:
             raise UsageError(f"{RUN_ID}={run_id}: no such run in {self.uri}, unset it") from error
 
     def _client(self) -> Any:
-        if self.uri.startswith("http"):
+        if self._on_server:
             _check_server(self.uri)
-        # No telemetry; a dead server is found in seconds.
-        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-        os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # a run prints its own
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
+        for name, value in ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
         from mlflow import MlflowClient
 
         # After the import, which sets up MLflow's own logging.
@@ -202,7 +194,7 @@ class Store:
             raise UsageError(f"tracking.uri={self.uri}: the folder {self._database.parent} is not there")
         with self._alone():
             client = MlflowClient(self.uri)
-            if not self.uri.startswith("http"):
+            if not self._on_server:
                 client.search_experiments(max_results=1)
             if self._database is not None:
                 connection = sqlite3.connect(self._database)
@@ -210,13 +202,27 @@ class Store:
                 connection.close()
         return client
 
-    def _open(self, experiment: str) -> str:
-        """The id of `experiment`, created if it is new."""
-        if self.uri.startswith("http"):
-            return _experiment(self.client, experiment, None)
-        beside = Path.cwd() if self._database is None else self._database.parent
+    def _open(self, name: str) -> str:
+        """The id of the experiment `name`, created if it is new."""
+        from mlflow.exceptions import MlflowException
+
+        beside = self._database.parent if self._database else Path.cwd()
+        artifacts = None if self._on_server else (beside / "mlartifacts").as_uri()
         with self._alone():
-            return _experiment(self.client, experiment, (beside / "mlartifacts").as_uri())
+            experiment = self.client.get_experiment_by_name(name)
+            if experiment is None:
+                try:
+                    return self.client.create_experiment(name, artifact_location=artifacts)
+                except MlflowException:  # another process was faster
+                    experiment = self.client.get_experiment_by_name(name)
+                    if experiment is None:
+                        raise
+        if experiment.lifecycle_stage != "active":
+            raise UsageError(
+                f"tracking.experiment={name}: was deleted in this store; `mlflow gc` removes it, or "
+                "choose another name"
+            )
+        return experiment.experiment_id
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
@@ -234,33 +240,9 @@ class Store:
         else:
             yield  # a server has created its tables
 
-    @property
-    def _database(self) -> Path | None:
-        sqlite = self.uri.startswith("sqlite:///")
-        return Path(self.uri.removeprefix("sqlite:///")) if sqlite else None
-
-
-def _experiment(client: Any, name: str, artifacts: str | None) -> str:
-    from mlflow.exceptions import MlflowException
-
-    experiment = client.get_experiment_by_name(name)
-    if experiment is None:
-        try:
-            return client.create_experiment(name, artifact_location=artifacts)
-        except MlflowException:  # another process was faster
-            experiment = client.get_experiment_by_name(name)
-            if experiment is None:
-                raise
-    if experiment.lifecycle_stage != "active":
-        raise UsageError(
-            f"tracking.experiment={name}: was deleted in this store; `mlflow gc` removes it, or "
-            "choose another name"
-        )
-    return experiment.experiment_id
-
 
 def _check(uri: str) -> None:
-    """Refuses what cannot be opened safely, before anything of it is written down."""
+    """Refuses addresses that hold a password, and databases that need a server."""
     parts = urlsplit(uri)
     if parts.password is not None:
         place = "MLFLOW_TRACKING_PASSWORD" if uri.startswith("http") else "~/.pgpass or PGPASSWORD"
@@ -280,7 +262,7 @@ def _check_server(uri: str) -> None:
         with urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=5):
             pass
     except urllib.error.HTTPError:
-        pass  # something answers; whether it is MLflow, the first call will tell
+        pass  # a server answers; the first call shows whether it is MLflow
     except (OSError, ValueError) as error:
         reason = getattr(error, "reason", error)
         raise UsageError(

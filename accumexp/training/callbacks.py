@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ..config.ranges import require
-from ..environment.console import console
 
 if TYPE_CHECKING:
     from .trainer import Trainer
@@ -31,6 +32,23 @@ EVENTS = (
     "epoch_end",
     "run_end",
 )
+
+
+@dataclass(frozen=True)
+class RunState:
+    """The open run, for callbacks that save.
+
+    Attributes:
+        folder: the run's folder.
+        identity: further content of its checkpoints.
+        before_save: called before a checkpoint is written.
+        saved: whether the present state of the trainer is saved already.
+    """
+
+    folder: Path
+    identity: dict[str, Any]
+    before_save: Callable[[], None]
+    saved: bool = False
 
 
 class Callback:
@@ -58,6 +76,9 @@ class Callback:
         Raises:
             UsageError: naming `key`, if the callback cannot work in this run.
         """
+
+    def run_opened(self, trainer: Trainer, run: RunState) -> None:
+        """Called when the run's folder and record are open, before `run_begin`."""
 
     def run_begin(self, trainer: Trainer) -> None: ...
 
@@ -105,29 +126,6 @@ def listeners(callbacks: Iterable[Callback]) -> dict[str, list[Callable[..., Non
         event: [getattr(c, event) for c in ordered if getattr(type(c), event) is not getattr(Callback, event)]
         for event in EVENTS
     }
-
-
-class LossMonitor(Callback):
-    """Prints loss, metrics, learning rate and speed in one line every `every` updates."""
-
-    shows = True
-
-    def __init__(self, every: int = 100) -> None:
-        require("every", every, at_least=0)
-        self.every = every
-        self._next = every
-
-    def run_begin(self, trainer: Trainer) -> None:
-        self._next = (trainer.progress.update // self.every + 1) * self.every if self.every else math.inf
-
-    def logged(self, trainer: Trainer, values: dict[str, float]) -> None:
-        from .progress_display import line
-
-        update = trainer.progress.update
-        if update >= self._next:
-            self._next = (update // self.every + 1) * self.every
-            text = f"update {update}/{trainer.total_updates}  {line(values)}"
-            console.print(text, highlight=False, soft_wrap=True)
 
 
 class Best:

@@ -6,7 +6,7 @@ import copy
 import os
 import shutil
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,11 +14,11 @@ import torch
 
 from ..accum import Ranks
 from ..config.ranges import require
-from ..environment.random_state import random_state, restore_random_state
+from ..environment.random_state import restore_random_state
 from ..errors import UsageError
 from ..tracking.folder import BEST, CHECKPOINTS
 from . import shards
-from .callbacks import Best, Callback
+from .callbacks import Best, Callback, RunState
 
 if TYPE_CHECKING:
     from .trainer import Trainer
@@ -145,20 +145,20 @@ class Checkpoints(Callback):
         self.every_updates = every_updates
         self.keep_last = keep_last
         self.best = Best(monitor, mode)
-        self.folder = Path(CHECKPOINTS)
-        self.identity: dict[str, Any] = {}
-        self.before_save: Callable[[], None] = lambda: None
-        self.random_state: Callable[[], dict[str, Any]] = random_state
+        self.run = RunState(Path(), {}, lambda: None)
         self._evaluated: dict[str, float] = {}
         self._improved = False
-        self._was_read = False
+        self._verified = False
         self._saved_at: tuple[int, int] | None = None
 
-    def attach(self, folder: Path, identity: dict[str, Any], before_save: Callable[[], None]) -> None:
-        """Sets the run's folder, further content of its checkpoints, and what is called before a save."""
-        self.folder = folder / CHECKPOINTS
-        self.identity = identity
-        self.before_save = before_save
+    @property
+    def folder(self) -> Path:
+        return self.run.folder / CHECKPOINTS
+
+    def run_opened(self, trainer: Trainer, run: RunState) -> None:
+        self.run = run
+        if run.saved:
+            self._saved_at = _position(trainer)
 
     def update_end(self, trainer: Trainer) -> None:
         if self.every_updates and trainer.progress.update % self.every_updates == 0:
@@ -176,34 +176,27 @@ class Checkpoints(Callback):
             self._evaluated = {}
 
     def run_end(self, trainer: Trainer) -> None:
-        if trainer.stop_reason and not self._is_saved(trainer):
+        if trainer.stop_reason and self._saved_at != _position(trainer):
             self._save(trainer, {})
-
-    def know_saved(self, trainer: Trainer) -> None:
-        """Marks the present state of `trainer` as saved."""
-        self._saved_at = (trainer.progress.update, trainer.progress.epoch)
-
-    def _is_saved(self, trainer: Trainer) -> bool:
-        return self._saved_at == (trainer.progress.update, trainer.progress.epoch)
 
     def _save(self, trainer: Trainer, evaluated: dict[str, float]) -> None:
         with trainer.off_the_clock():
             state = trainer.state_dict()
             ranks = trainer.window.sync.ranks
-            random, *others = _all_gather(self.random_state(), ranks)
+            random, *others = _all_gather(trainer.random_state(), ranks)
             improved, self._improved = self._improved, False
-            self.know_saved(trainer)
+            self._saved_at = _position(trainer)
             path = self.folder / f"update-{trainer.progress.update:08d}.pt"
             shard_folder = shards.save(trainer, path) if trainer.window.sync.sharded else None
             if ranks.rank:
                 return
-            self.before_save()
+            self.run.before_save()
             ended_by = trainer.stop_reason if trainer.stop_code == 1 else None  # 1: not by a signal
-            content = {**state, **self.identity, "evaluated": evaluated, "ended_by": ended_by}
+            content = {**state, **self.run.identity, "evaluated": evaluated, "ended_by": ended_by}
             save(path, {**content, "random": random, "random_others": others, shards.KEY: shard_folder})
-            if not self._was_read:
+            if not self._verified:
                 load(path, in_file=True)  # fails if a user's class has state that cannot be read back
-                self._was_read = True
+                self._verified = True
             if improved:
                 _link(path, self.folder / BEST)
             for old in saved_updates(self.folder)[: -self.keep_last]:
@@ -213,9 +206,9 @@ class Checkpoints(Callback):
     def _remove_unused_shards(self) -> None:
         """Removes the shards to which no kept checkpoint refers."""
         best = self.folder / BEST
-        kept = {path.stem for path in saved_updates(self.folder)}
+        stems = {path.stem for path in saved_updates(self.folder)}
         for folder in self.folder.glob(f"update-*{shards.SUFFIX}"):
-            if folder.stem in kept or best.exists() and load(best, True).get(shards.KEY) == folder.name:
+            if folder.stem in stems or best.exists() and load(best, True).get(shards.KEY) == folder.name:
                 continue
             shutil.rmtree(folder, ignore_errors=True)
 
@@ -248,6 +241,10 @@ def restore(trainer: Trainer, content: Mapping[str, Any], path: Path) -> None:
     rank = trainer.window.sync.ranks.rank
     if rank < len(states):  # an additional rank keeps the state that its seed gave it
         restore_random_state(states[rank])
+
+
+def _position(trainer: Trainer) -> tuple[int, int]:
+    return trainer.progress.update, trainer.progress.epoch
 
 
 def _all_gather(state: Any, ranks: Ranks) -> list[Any]:

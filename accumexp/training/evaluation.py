@@ -83,7 +83,7 @@ class WindowMetrics:
 
     def __init__(self, metrics: MetricCollection) -> None:
         self.metrics = metrics
-        self._kept: list[tuple[Tensor, Tensor]] = []
+        self._pending: list[tuple[Tensor, Tensor]] = []
         self._size = 0
 
     def observe(self, outputs: Any, targets: Any) -> None:
@@ -91,14 +91,14 @@ class WindowMetrics:
         if not (isinstance(outputs, Tensor) and isinstance(targets, Tensor)):
             self.metrics.update(outputs, targets)
             return
-        self._kept.append((outputs, targets))
+        self._pending.append((outputs, targets))
         self._size += outputs.numel()
         if self._size > self.LARGEST:
             self._update()
 
     def discard(self) -> None:
         """Drops all observations."""
-        self._kept.clear()
+        self._pending.clear()
         self._size = 0
         self.metrics.reset()
 
@@ -110,10 +110,10 @@ class WindowMetrics:
         return values
 
     def _update(self) -> None:
-        if self._kept:
-            outputs, targets = zip(*self._kept, strict=True)
+        if self._pending:
+            outputs, targets = zip(*self._pending, strict=True)
             self.metrics.update(torch.cat(outputs), torch.cat(targets))
-        self._kept.clear()
+        self._pending.clear()
         self._size = 0
 
 

@@ -152,10 +152,10 @@ class Experiment:
         node = self.config.optimizer
         if parameters is None:
             parameters = list(self.model.parameters())
+        options: dict[str, bool] = {}
         if may_be_fused(node, parameters, self.model.modules()):
-            recorded = {"capturable": True} if self.config.trainer.graph else {}
-            return build(node, "optimizer", parameters, fused=True, **recorded)
-        return build(node, "optimizer", parameters)
+            options = {"fused": True, "capturable": True} if self.config.trainer.graph else {"fused": True}
+        return build(node, "optimizer", parameters, **options)
 
     def schedule(self, optimizer: Optimizer, updates: int | None = None) -> Any:
         """The learning rate schedule over `updates`, those of the run by default."""

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..accum import CudaGraphs, GraphedWindow, OptimizerStep, Record, Window
+from ..accum import CudaGraphs, GraphedWindow, GraphRecorder, OptimizerStep, Window
 from ..accum.graph import can_be_recorded
 from ..data import Batch, Batches, ResidentBatches
 from ..environment.random_state import random_state, restore_random_state, same_state
@@ -25,7 +25,7 @@ TOLERANCE = 1e-3
 TOLERANCE_16 = 3e-2
 
 
-def graphs(window: Window, train: Batches, device: torch.device) -> Record:
+def graphs(window: Window, train: Batches, device: torch.device) -> GraphRecorder:
     """The recorder for windows over `train`.
 
     Raises:
@@ -38,10 +38,10 @@ def graphs(window: Window, train: Batches, device: torch.device) -> Record:
             "trainer.graph=true: replays what is on the device, and this data is streamed; "
             "give data.resident=true, or leave it out"
         )
-    return tried(window, train, partial(CudaGraphs, device))
+    return checked_recorder(window, train, partial(CudaGraphs, device))
 
 
-def tried(window: Window, train: Batches, recorder: Callable[[], Record]) -> Record:
+def checked_recorder(window: Window, train: Batches, recorder: Callable[[], GraphRecorder]) -> GraphRecorder:
     """A recorder, after a copy of `window` was recorded on one batch and replayed right on another.
 
     The run itself does not change.
@@ -86,7 +86,9 @@ def warn_of_eager_step(step: OptimizerStep) -> None:
         log.warning("trainer.graph: the step of %s is not recorded, only the window is", name)
 
 
-def _both(window: Window, batches: list[Batch], record: Record) -> tuple[list[Tensor], list[Tensor], bool]:
+def _both(
+    window: Window, batches: list[Batch], record: GraphRecorder
+) -> tuple[list[Tensor], list[Tensor], bool]:
     """Gradients of the second batch, eager and replayed from a graph of the first batch.
 
     Returns:

@@ -1,18 +1,18 @@
-"""What is recorded of updates: every loss and learning rate, and further values of published updates."""
+"""The metrics of updates: kept on the device until they are read, and then recorded."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from torchmetrics import MetricCollection
 
-from ..accum import StepResult, Window, WindowResult
+from ..accum import Window
 from ..environment.memory import MIB, peak_memory_mib
 from ..errors import TrainingError
-from .deferred_metrics import DeferredMetrics, hopeless
 from .evaluation import WindowMetrics
 from .metrics_sink import MetricsSink
 from .progress import Progress
@@ -20,6 +20,16 @@ from .throughput import ActivationMeter, Throughput
 
 # The first updates are all published: there the losses of equal windows differ by rounding alone.
 FIRST_UPDATES = 100
+# Consecutive windows that may overflow at the smallest loss scale before the run fails.
+MOST_OVERFLOWS = 10
+# Losses in one tensor.
+BLOCK = 128
+
+
+class _Update(NamedTuple):
+    number: int
+    overflow: Tensor | None
+    rate: float | Tensor
 
 
 def as_numbers(values: Mapping[str, Any]) -> dict[str, float]:
@@ -38,11 +48,12 @@ def as_numbers(values: Mapping[str, Any]) -> dict[str, float]:
 
 
 class MetricsLog:
-    """Records a run's metrics in `sink`.
+    """Keeps the results of updates on the device until `read`, which records them in `sink`.
 
     Args:
+        window: whose ranks' parts of a loss are added, and whose loss scale is watched.
         train_metrics: torchmetrics over the windows of published updates.
-        check_finite: fail on a loss that is inf or nan.
+        check_finite: fail on a loss that is inf or nan, unless its window was skipped.
         split_steps: by update, the micro-batches of a window that was split finer; taken out when recorded.
 
     Attributes:
@@ -57,18 +68,29 @@ class MetricsLog:
         check_finite: bool,
         split_steps: dict[int, int],
     ) -> None:
+        self.window = window
         self.train_metrics = WindowMetrics(train_metrics)
         self.sink = sink
+        self.check_finite = check_finite
         self.split_steps = split_steps
         self.latest: dict[str, float] = {}
         self.activations = ActivationMeter()
         self.throughput = Throughput()
         self._device = next(window.model.parameters()).device
-        self._deferred = DeferredMetrics(window, check_finite)
+        self._pending: list[_Update] = []
+        # The losses are in a few tensors that stay. A small tensor allocated in every update would fragment
+        # the heap: activations would then get other addresses, not in the cache, every time.
+        self._losses: list[Tensor] = []
+        self._slots: list[Tensor] = []
 
-    def add(self, update: int, result: WindowResult, step: StepResult, rate: float | Tensor) -> None:
-        """Takes an update's results, which stay on the device until `read`."""
-        self._deferred.add(update, result.loss, step.overflow, rate)
+    def add(self, update: int, loss: Tensor, overflow: Tensor | None, rate: float | Tensor) -> None:
+        """Adds an update: this rank's part of the loss, whether the window was skipped, the learning rate."""
+        if len(self._pending) == len(self._slots):
+            block = torch.zeros(BLOCK, dtype=torch.float64, device=loss.device)
+            self._losses.append(block)
+            self._slots.extend(block.unbind())
+        self._slots[len(self._pending)].copy_(loss)
+        self._pending.append(_Update(update, overflow, rate))
 
     def measured(self, progress: Progress, norm: Tensor | None, first: bool) -> dict[str, float]:
         """The further values of an update that is published. Waits for the device.
@@ -89,7 +111,7 @@ class MetricsLog:
         return values
 
     def read(self, newest: int, last: bool, extra: Mapping[str, float] | None) -> None:
-        """Reads the losses since the last read in one wait for the device, and records them.
+        """Reads and records the updates since the last read. Waits for the device.
 
         Args:
             newest: the last update that was made.
@@ -99,17 +121,45 @@ class MetricsLog:
         Raises:
             TrainingError: for a loss that is not finite, or a run of skipped windows alone.
         """
-        reading = self._deferred.read()
-        for update, values in reading.rows:
-            publish = extra is not None and update == newest
+        pending, self._pending = self._pending, []
+        if not pending:
+            return
+        losses, overflows, scaling, consecutive = self._numbers(pending)
+        not_finite: TrainingError | None = None
+        for update, loss, overflow in zip(pending, losses, overflows, strict=True):
+            if not_finite is None and self.check_finite and not overflow and not math.isfinite(loss):
+                not_finite = TrainingError(
+                    f"train/loss is {loss} at update {update.number}: lower optimizer.lr, set "
+                    "trainer.clip_norm, or go on regardless with trainer.check_finite=false"
+                )
+            values = {"train/loss": loss, "train/lr": float(update.rate)}
+            publish = extra is not None and update.number == newest
             if publish:
-                values.update({**as_numbers(extra or {}), **reading.scaling})
+                values.update({**as_numbers(extra or {}), **scaling})
                 self.latest.update(values)
-            if update in self.split_steps:
-                values["accum/steps"] = self.split_steps.pop(update)
+            if update.number in self.split_steps:
+                values["accum/steps"] = self.split_steps.pop(update.number)
                 publish = True
-            self.sink.record(update, values, publish or update <= FIRST_UPDATES)
-        if reading.trouble:
-            raise reading.trouble
-        if last and reading.scaling.get("accum/skipped_windows") == newest:
-            raise hopeless(reading.scaling["accum/loss_scale"], newest, newest)
+            self.sink.record(update.number, values, publish or update.number <= FIRST_UPDATES)
+        if not_finite is not None and consecutive < MOST_OVERFLOWS:
+            raise not_finite
+        skipped = scaling.get("accum/skipped_windows", 0.0)
+        if consecutive >= MOST_OVERFLOWS or last and skipped == newest:
+            raise TrainingError(
+                f"every window overflows: {skipped:.0f} of {pending[-1].number} were skipped, the last at "
+                f"loss scale {scaling['accum/loss_scale']:g}; look for inf or nan in the data and the "
+                "forward pass, lower accum.init_scale (and accum.min_scale, the smallest it may become), or "
+                "use precision=bf16 accum.loss_scale=none"
+            )
+
+    def _numbers(self, pending: list[_Update]) -> tuple[list[float], list[float], dict[str, float], float]:
+        """Losses, overflows, metrics of the loss scale, and consecutive overflows at the smallest scale."""
+        scale, count = self.window.loss_scale, len(pending)
+        losses = self.window.sync.ranks.sum(torch.cat(self._losses)[:count])
+        if scale is None:
+            return losses.tolist(), [0.0] * count, {}, 0.0
+        overflows = torch.stack([update.overflow for update in pending if update.overflow is not None])
+        numbers = torch.cat([losses, overflows.double(), scale.counters()]).tolist()
+        size, skipped, consecutive = numbers[-3:]
+        metrics = {"accum/loss_scale": size, "accum/skipped_windows": skipped}
+        return numbers[:count], numbers[count : 2 * count], metrics, consecutive

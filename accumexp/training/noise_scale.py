@@ -80,9 +80,7 @@ class GradientNoise(Callback):
         return {"estimates": self.estimates, "square": self.square, "variance": self.variance}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.estimates, self.square, self.variance = (
-            state[name] for name in ("estimates", "square", "variance")
-        )
+        self.estimates, self.square, self.variance = state["estimates"], state["square"], state["variance"]
 
 
 class NoiseScale(GradientNoise):
@@ -112,7 +110,7 @@ class NoiseScale(GradientNoise):
         super().__init__(decay)
         self._window: Window | None = None
         self._before: dict[Tensor, Tensor] = {}
-        self._seen: list[Tensor] = []
+        self._rows: list[Tensor] = []
         self._whole: Tensor | None = None
 
     def check(self, trainer: Trainer, key: str) -> None:
@@ -145,14 +143,14 @@ class NoiseScale(GradientNoise):
         self._window.on_discard.remove(self._reset)
         ranks, self._window = self._window.sync.ranks, None
         assert self._whole is not None
-        own = torch.stack(self._seen).sum(0) if self._seen else self._whole.new_zeros(len(Sums._fields))
-        *sums, whole = torch.cat([ranks.sum(own), self._whole.reshape(1)]).tolist()
-        self._seen.clear()
+        local = torch.stack(self._rows).sum(0) if self._rows else self._whole.new_zeros(len(Sums._fields))
+        *sums, whole = torch.cat([ranks.sum(local), self._whole.reshape(1)]).tolist()
+        self._rows.clear()
         values.update(self.count(*solved(Sums(*sums), whole)))
 
     def _reset(self) -> None:
         self._before.clear()
-        self._seen.clear()
+        self._rows.clear()
         self._whole = None
 
     @torch.no_grad()
@@ -170,7 +168,7 @@ class NoiseScale(GradientNoise):
             weight: Any = float(micro.samples)
             if getattr(window.loss, "counts", True):
                 weight = window.loss.weight(micro.targets)
-            self._seen.append(_row(part, weight, micro))
+            self._rows.append(_row(part, weight, micro))
 
     def _added_square(self, window: Window, micro: MicroBatch) -> Tensor:
         """|c|^2 of what this micro-batch added to `.grad`, float64 of shape ()."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..accum import OutOfMemory, Recovery, Window, WindowResult, is_out_of_memory
 from ..data import Batch
-from ..environment.console import console
+from ..environment.console import print_line
 from ..errors import TrainingError
 
 _log = logging.getLogger(__name__)
@@ -83,7 +83,7 @@ class OutOfMemoryHandler:
             f"update {self._update}: out of memory in {place}; "
             f"from here on micro-batches of {event.at_most} samples at most"
         )
-        console.print(self.lines[-1], style="yellow", highlight=False, soft_wrap=True)
+        print_line(self.lines[-1], style="yellow")
         for listener in self.listeners:
             listener(self.tags)
 
@@ -130,4 +130,5 @@ class NoMemoryFor:
 
 
 def first_line(error: BaseException) -> str:
-    return str(error).partition("\n")[0][:200] or type(error).__name__
+    """The first line of the error's message, 200 characters at most, or its type."""
+    return str(error).strip().partition("\n")[0][:200] or type(error).__name__

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ..environment.console import console
+from ..config.ranges import require
+from ..environment.console import console, print_line
 from .callbacks import Callback
 
 if TYPE_CHECKING:
@@ -27,6 +29,26 @@ def line(values: Mapping[str, float]) -> str:
     if "perf/update_ms" in values:
         parts.append(f"{1e3 / max(values['perf/update_ms'], 1e-9):.1f} updates/s")
     return "  ".join(parts)
+
+
+class LossMonitor(Callback):
+    """Prints loss, metrics, learning rate and speed in one line every `every` updates."""
+
+    shows = True
+
+    def __init__(self, every: int = 100) -> None:
+        require("every", every, at_least=0)
+        self.every = every
+        self._next = every
+
+    def run_begin(self, trainer: Trainer) -> None:
+        self._next = (trainer.progress.update // self.every + 1) * self.every if self.every else math.inf
+
+    def logged(self, trainer: Trainer, values: dict[str, float]) -> None:
+        update = trainer.progress.update
+        if update >= self._next:
+            self._next = (update // self.every + 1) * self.every
+            print_line(f"update {update}/{trainer.total_updates}  {line(values)}")
 
 
 class ProgressBar(Callback):

@@ -15,6 +15,7 @@ from ..data.replica_batches import gathered
 from ..environment.device import tf32
 from ..environment.random_state import random_state, restore_random_state, same_state, seed_everything
 from ..errors import UsageError
+from .out_of_memory import first_line
 from .replica_trainer import ReplicaTrainer
 
 # Samples of each replica in the trial window.
@@ -53,12 +54,12 @@ def check_replicable(replicas: ReplicaTrainer, key: str) -> None:
             other gradients or buffers than alone.
     """
     window = replicas.window
-    buffers = [(buffer, buffer.clone()) for buffer in window.buffers]
+    buffers = [(buffer, buffer.clone()) for buffer in window.buffers.values()]
     modes = [trainer.model.training for trainer in replicas.trainers]
     state = random_state()
     inputs, targets = _first_samples(replicas)
     try:
-        alone = []
+        expected = []
         for r, trainer in enumerate(replicas.trainers):
             trainer.model.train()
             batch = [map_tensors(lambda t, r=r: t[r], part) for part in (inputs, targets)]
@@ -69,18 +70,17 @@ def check_replicable(replicas: ReplicaTrainer, key: str) -> None:
                     f"{key}: {_drawing_module(trainer.window, *batch)} draws random numbers in training, "
                     "which would not be those of the run alone"
                 )
-            alone.append(_gradients_and_buffers(trainer.window))
+            expected.append(_gradients_and_buffers(trainer.window))
         _restore(buffers)
         try:
             window.backward(inputs, targets, steps=1)
         except Exception as error:
-            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-            reason = (lines or [type(error).__name__])[0][:300]
+            reason = first_line(error)
             raise UsageError(
                 f"{key}: torch.func.vmap cannot run this model and loss for many seeds at once: {reason}"
             ) from error
-        for trainer, expected in zip(replicas.trainers, alone, strict=True):
-            _compare(trainer.window, expected, key)
+        for trainer, values in zip(replicas.trainers, expected, strict=True):
+            _compare(trainer.window, values, key)
     finally:
         _restore(buffers)
         restore_random_state(state)
@@ -107,7 +107,7 @@ def _gradients_and_buffers(window: Window) -> dict[str, Tensor | None]:
 
 
 def _compare(window: Window, expected: dict[str, Tensor | None], key: str) -> None:
-    """Compares the results of a model among all with `expected`, those alone, up to rounding."""
+    """Compares the results of a stacked model with `expected`, those of the model alone, up to rounding."""
     device = next(window.model.parameters()).device
     together = _gradients_and_buffers(window)
     names = {name for name, _ in window.model.named_parameters()}
@@ -122,7 +122,7 @@ def _compare(window: Window, expected: dict[str, Tensor | None], key: str) -> No
             coarse = torch.finfo(window.autocast or value.dtype).eps
             if tf32(device) and value.dtype == torch.float32:
                 coarse = max(coarse, 2.0**-10)
-            # A value that is rounding alone is compared with a part of the whole norm.
+            # A value that consists of rounding is compared with a part of the whole norm.
             scale = _size(value) + 0.01 * (whole if name in names else 1.0)
             difference = _size(value.double() - other.double())
             wrong = bool(value.isfinite().all()) and not difference <= coarse**0.5 * scale

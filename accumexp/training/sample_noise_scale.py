@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +16,7 @@ from ..accum.batch import Nested, batch_size
 from ..environment.random_state import derive_seed, drawn_from
 from ..errors import UsageError
 from .noise_scale import GradientNoise, number
-from .out_of_memory import NoMemoryFor
+from .out_of_memory import NoMemoryFor, first_line
 
 if TYPE_CHECKING:
     from .trainer import Trainer
@@ -71,9 +71,9 @@ class SampleNoiseScale(GradientNoise):
         try:
             self._measure(trainer, batch.inputs, batch.targets, 2)
         except Exception as error:
-            lines = str(error).splitlines() or [type(error).__name__]
+            reason = first_line(error)
             raise UsageError(
-                f"{key}: torch.func.vmap cannot run this model and loss on single samples: {lines[0][:200]}"
+                f"{key}: torch.func.vmap cannot run this model and loss on single samples: {reason}"
             ) from error
         finally:
             model.train(training)
@@ -140,15 +140,13 @@ def sample_moments(model: nn.Module, loss: WindowLoss, inputs: Nested, targets: 
     squares = torch.zeros((), dtype=torch.float64, device=device)
     gradient = vmap(grad(_summed(model, loss)), in_dims=(None, 0, 0), randomness="different")
     for begin in range(0, samples, chunk):
-        own = weights[begin : begin + chunk]
-        gradients = gradient(
-            parameters, _rows(inputs, begin, begin + chunk), _rows(targets, begin, begin + chunk)
-        )
+        end = begin + chunk
+        gradients = gradient(parameters, _rows(inputs, begin, end), _rows(targets, begin, end))
         for name, each in gradients.items():
             each = each.double()
             squares += each.square().sum()
             plain[name] += each.sum(0)
-            weighted[name] += torch.tensordot(own, each, 1)
+            weighted[name] += torch.tensordot(weights[begin:end], each, 1)
     weight = weights.sum()
     mean_square = _dot(plain, plain) / weight.square()
     spread = squares - 2 * _dot(plain, weighted) / weight + mean_square * weights.square().sum()
@@ -186,9 +184,7 @@ def _dot(one: dict[str, Tensor], other: dict[str, Tensor]) -> Tensor:
 @contextmanager
 def _undisturbed(seed: int, device: torch.device) -> Iterator[None]:
     """Restores all generators afterwards; the CPU's start from `seed`."""
-    if device.type == "cpu":
-        with drawn_from(seed):
-            yield
-        return
-    with drawn_from(seed), torch.random.fork_rng([device], device_type=device.type):
+    on_host = device.type == "cpu"
+    forked = nullcontext() if on_host else torch.random.fork_rng([device], device_type=device.type)
+    with drawn_from(seed), forked:
         yield

@@ -21,14 +21,14 @@ class StopRequest:
 
     def add(self, reason: str, code: int) -> None:
         """Requests a stop on this rank; the first reason and the largest code count."""
-        self._own_reason, self._own_code = self._own_reason or reason, max(self._own_code, code)
+        self._local_reason, self._local_code = self._local_reason or reason, max(self._local_code, code)
 
     def reset(self) -> None:
         """Drops all requests."""
         self.reason: str | None = None
         self.code = 0
-        self._own_reason: str | None = None
-        self._own_code = 0
+        self._local_reason: str | None = None
+        self._local_code = 0
         self._agreement = Agreement(self.ranks)
 
     def soon(self) -> None:
@@ -40,6 +40,6 @@ class StopRequest:
         self._agree(self._agreement.now)
 
     def _agree(self, largest: Callable[[int], int]) -> None:
-        self.code = largest(self._own_code)
+        self.code = largest(self._local_code)
         if self.code and self.reason is None:
-            self.reason = self._own_reason or "another rank stopped"
+            self.reason = self._local_reason or "another rank stopped"

@@ -14,8 +14,8 @@ from torchmetrics import MetricCollection
 from ..accum import (
     GraphedStep,
     GraphedWindow,
+    GraphRecorder,
     OptimizerStep,
-    Record,
     StepResult,
     Window,
     WindowResult,
@@ -23,6 +23,7 @@ from ..accum import (
 )
 from ..data import Batch, Splits
 from ..environment.device import wait_for
+from ..environment.random_state import random_state
 from ..errors import compiler_error
 from .callbacks import Callback, listeners
 from .evaluation import Evaluator
@@ -65,6 +66,7 @@ class Trainer:
         log: records the metrics; `latest` are its newest values.
         in_step: the trainers whose clocks stop while this one is off the clock: itself, and those whose
             updates are made together with its own.
+        random_state: returns the state of the generators that a checkpoint keeps.
         title: precedes the epoch on the progress bar, such as "job 2 of 8, ".
     """
 
@@ -79,7 +81,7 @@ class Trainer:
         metrics_sink: MetricsSink,
         callbacks: Mapping[str, Callback],
         options: LoopOptions,
-        graphs: Record | None = None,
+        graphs: GraphRecorder | None = None,
     ) -> None:
         self.model: nn.Module = window.model
         self.window = window
@@ -97,6 +99,7 @@ class Trainer:
         self.progress = Progress()
         self.batch: Batch | None = None
         self.title = ""
+        self.random_state: Callable[[], dict[str, Any]] = random_state
         self._stop_request = StopRequest(window.sync.ranks)
         self.out_of_memory = OutOfMemoryHandler(
             window, options.recover, graphed.backward if graphed else None
@@ -236,7 +239,7 @@ class Trainer:
         progress.update += 1
         progress.epoch_update += 1
         progress.samples += batch.total
-        self.log.add(progress.update, result, done, rate)
+        self.log.add(progress.update, result.loss, done.overflow, rate)
         if publish:
             extra = self.log.measured(progress, done.norm, first=progress.update <= self.options.log_every)
             self._emit("measured", extra)

@@ -127,11 +127,11 @@ def test_peaks_are_predicted_within_a_tenth_of_what_is_measured(overrides: list[
         planner = Planner(trial)
         batch = trial.data.batch_size
         for steps in (1, 2, batch // 4):
-            point = planner.tried(steps)
+            point = planner.measure(steps)
             assert point.measured and abs(point.predicted / point.measured - 1) < 0.1, point
         activations = {steps: trial.whole(steps).activations for steps in (1, 4)}
         assert activations[1] > 2 * activations[4]
-        parts = planner.parts(planner.tried(1))
+        parts = planner.parts(planner.measure(1))
         assert parts["saved activations"] == pytest.approx(activations[1], rel=0.1)
         weights = sum(p.numel() * p.element_size() for p in trial.experiment.model.parameters())
         assert parts["gradients"] == weights <= parts["parameters"]
@@ -181,7 +181,7 @@ def _taken() -> Any:
     config = composed(*DEEP, "accum=ddp", "accum.processes=2")
     with trial_run(config, RankInfo(rank, 2, rank, 2)) as trial:
         planner = Planner(trial)
-        point = planner.tried(4)
+        point = planner.measure(4)
         parts = planner.parts(point)
     with tempfile.TemporaryDirectory() as folder:
         taken = taken_by(settled(config, 4), Path(folder) / "trace", RankInfo(rank, 2, rank, 2))
@@ -292,7 +292,7 @@ def test_recorded_windows_are_given_their_steps() -> None:
         choose_steps(config, RankInfo())
 
 
-def test_what_a_rehearsal_compiled_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_trial_run_compiled_is_discarded(monkeypatch: pytest.MonkeyPatch) -> None:
     reset: list[int] = []
     monkeypatch.setattr("torch.compiler.reset", lambda: reset.append(1))
     for overrides in ([], ["trainer.compile=true"]):

@@ -20,7 +20,7 @@ from accumexp.config.loading import from_hydra, to_plain
 from accumexp.config.overrides import changed
 from accumexp.errors import UsageError
 from accumexp.run.arguments import resume_arguments
-from accumexp.run.resume import resumed
+from accumexp.run.spec import resumed
 from accumexp.tracking.journal import Journal
 from accumexp.training.checkpoint import find, load, save
 

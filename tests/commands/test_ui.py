@@ -16,8 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from accumexp.config.report import ReportConfig
-from accumexp.config.schema import TrackingConfig
+from accumexp.config.schema import ReportConfig, TrackingConfig
 from accumexp.report.analysis import make_report
 from accumexp.report.jobs import from_store
 from accumexp.report.publish import log_to_parent_run, write

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import sys
 import weakref
 from pathlib import Path
 from typing import Any
@@ -16,16 +15,13 @@ from torch.optim import SGD
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from accumexp.environment.ranks import RankInfo
-from accumexp.proof import Certificate, certify
+from accumexp.proof import Certificate, certify, diagnosis
 from accumexp.proof.arguments import batches_of
-from accumexp.proof.certify import Proof
 from accumexp.proof.coupling import coupling_modules
 from accumexp.proof.float64 import DOUBLE
 from accumexp.proof.problem import Problem, TrainingState, cast
 from accumexp.prove import session as certifying
 from accumexp.prove.experiment import problem_of, prove_experiment
-from accumexp.prove.session import ProofSession
-from accumexp.prove.spec import ProofSpec
 from accumexp.prove.trainer_loop import TrainerLoop
 from accumexp.run import session as runner
 from accumexp.run.session import Run
@@ -97,7 +93,7 @@ def test_a_certificate_that_cannot_be_kept_leaves_no_run_running(
     monkeypatch.setattr(certifying, "prove_experiment", lambda *_: (Certificate([]), experiment))
     monkeypatch.setattr(MLflowTracker, "artifact", full)
     with pytest.raises(OSError, match="disk is full"):
-        ProofSession(ProofSpec(config, RunFolder(tmp_path)), RankInfo()).execute()
+        certifying.make_certificate(config, RunFolder(tmp_path), RankInfo())
     runs = Store(config.tracking).client.search_runs([Store(config.tracking).experiment_id])
     assert [run.info.status for run in runs] == ["FAILED"]
 
@@ -344,7 +340,7 @@ def test_a_search_for_the_cause_that_fails_loses_no_check(monkeypatch: pytest.Mo
     def broken(*_: Any) -> None:
         raise KeyError("of the\nsearch")
 
-    monkeypatch.setattr(sys.modules[Proof.__module__], "diagnose", broken)
+    monkeypatch.setattr(diagnosis, "diagnose", broken)
     certificate = certify(
         closure_loop(False, 4.0), classifier(), nn.CrossEntropyLoss(), samples(), STEPS, updates=2
     )

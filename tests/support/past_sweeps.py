@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from accumexp.config.report import ReportConfig
+from accumexp.config.schema import ReportConfig
 from accumexp.report.analysis import Report, make_report
 from accumexp.report.jobs import Job, Sweep, parse_overrides
 

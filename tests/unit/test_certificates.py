@@ -10,12 +10,11 @@ from pathlib import Path
 import pytest
 
 from accumexp.report.analysis import Report
-from accumexp.report.certificates import MAX_LENGTH, certificate_cell
 from accumexp.report.groups import group_jobs
 from accumexp.report.jobs import Sweep, from_folder
 from accumexp.report.publish import note, write
 from accumexp.report.tables import print_tables, result_table, terminal_tables
-from accumexp.report.wording import conclusion
+from accumexp.report.wording import MAX_CERTIFICATE, certificate_cell, conclusion
 
 from ..support.past_sweeps import over_steps, reported
 
@@ -60,7 +59,7 @@ def cells(report: Report, heading: str) -> list[str]:
 )
 def test_a_group_says_what_all_its_runs_say(lines: list[str], said: str) -> None:
     (_, _, four) = group_jobs(swept(s4=lines).jobs)
-    assert certificate_cell(four) == said and len(said) <= MAX_LENGTH
+    assert certificate_cell(four) == said and len(said) <= MAX_CERTIFICATE
 
 
 def test_the_column_stands_before_the_verdict_and_only_where_there_are_certificates(tmp_path: Path) -> None:

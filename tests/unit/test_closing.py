@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -114,3 +115,15 @@ def test_settings_of_a_report_given_to_a_resumed_sweep_are_taken(
     close(sweep, 1, {"report.metric": "nonsense"})
     assert "nonsense" in capsys.readouterr().err
     assert json.loads((sweep / "launches.json").read_text()).keys() == {"0", "1"}
+
+
+def test_a_report_that_cannot_be_imported_is_one_line(
+    sweep: Path, store: Store, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sweeps = parent(sweep, store)
+    over(sweep, 0, "FINISHED")
+    monkeypatch.setitem(sys.modules, "accumexp.report.publish", None)
+    close(sweep, launch=1)
+    assert status(store, sweeps) == "FINISHED"
+    line, _ = capsys.readouterr().err.splitlines()
+    assert line.startswith("no report: ") and line.endswith("again with")

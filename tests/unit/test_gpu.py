@@ -362,7 +362,7 @@ def test_auto_steps_stay_below_the_limit_on_the_gpu(share: float) -> None:
     with trial_run(composed(*overrides)) as trial:
         planner = Planner(trial)
         most, least = planner.predicted(1), planner.predicted(48)
-        point = planner.tried(2)
+        point = planner.measure(2)
         assert point.measured and abs(point.predicted / point.measured - 1) < 0.1
     limit = int(least + share * (most - least))
     config = composed(*overrides, f"accum.memory_limit={limit}")

@@ -72,7 +72,7 @@ def graphed_trainer(
         return made[-1]
 
     def on_the_cpu(window: Window, train: Any, device: torch.device) -> GraphRecorder:
-        return graphs.tried(window, train, recorder)
+        return graphs.checked_recorder(window, train, recorder)
 
     monkeypatch.setattr(assembly, "graphs", on_the_cpu)
     trainer, memory = trainer_of(*overrides, "trainer.graph=true")
@@ -225,7 +225,7 @@ def test_a_model_that_cannot_be_recorded_is_refused_and_nothing_is_changed() -> 
         (forgets, "a replay of LeNet5 is off by"),
     ):
         with pytest.raises(UsageError, match=says) as refused:
-            graphs.tried(trainer.window, trainer.splits.train, lambda recorder=recorder: recorder)
+            graphs.checked_recorder(trainer.window, trainer.splits.train, lambda recorder=recorder: recorder)
         assert str(refused.value).startswith("trainer.graph=true: ")
         assert len(str(refused.value).splitlines()) == 1
     assert torch.equal(drawn, torch.get_rng_state())

@@ -145,10 +145,10 @@ def test_a_model_that_draws_on_the_host_is_refused() -> None:
     drawn = random.getstate()
     window = Window(Dropping(random.random).double(), CRITERION, 2)
     with pytest.raises(UsageError, match="Dropping draws random numbers on the host"):
-        graphs.tried(window, trainer.splits.train, Tape)
+        graphs.checked_recorder(window, trainer.splits.train, Tape)
     assert random.getstate() == drawn
     window = Window(Dropping(lambda: 1.0).double(), CRITERION, 2)
-    assert isinstance(graphs.tried(window, trainer.splits.train, Tape), Tape)
+    assert isinstance(graphs.checked_recorder(window, trainer.splits.train, Tape), Tape)
 
 
 @pytest.mark.parametrize("change", ["rolled back", "state", "rate"])

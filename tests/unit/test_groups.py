@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from accumexp.config.report import report_from
+from accumexp.config.overrides import report_from
 from accumexp.errors import UsageError
 from accumexp.report.analysis import thin
 from accumexp.report.groups import group_jobs, reference_groups, varied_keys, varied_params

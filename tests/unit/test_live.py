@@ -16,7 +16,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 
 from accumexp.conf import conf_dir
-from accumexp.environment.console import OUTPUT, VIEWED, unseen
+from accumexp.environment.console import OUTPUT, VIEWED, output_to_log
 from accumexp.sweeps.hydra_sweep import count_jobs, runs_in_parallel
 from accumexp.sweeps.job_folders import job_folder_name
 from accumexp.sweeps.live_view import LiveView, ViewedSweep, render
@@ -175,8 +175,8 @@ def test_the_view_prints_a_line_for_every_job_that_ends(tmp_path: Path) -> None:
 
 def test_viewed_jobs_and_their_children_write_to_a_file_of_their_own(tmp_path: Path) -> None:
     said = "import os\nfrom pathlib import Path\nimport sys\n"
-    said += "from accumexp.environment.console import console, unseen\n"
-    said += "with unseen(Path(sys.argv[1]), sys.argv[2] == '1'):\n"
+    said += "from accumexp.environment.console import console, output_to_log\n"
+    said += "with output_to_log(Path(sys.argv[1]), sys.argv[2] == '1'):\n"
     said += "    console.print('mine')\n    sys.stdout.flush()\n"
     said += "    os.system('echo a child')\n    print('wrong', file=sys.stderr)\n"
     said += "print('after')\n"
@@ -194,7 +194,7 @@ def test_viewed_jobs_and_their_children_write_to_a_file_of_their_own(tmp_path: P
 
 def test_nothing_is_redirected_without_a_view(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(VIEWED, raising=False)
-    with unseen(tmp_path, True):
+    with output_to_log(tmp_path, True):
         pass
     assert not (tmp_path / OUTPUT).exists()
 

@@ -20,11 +20,12 @@ from accumexp.accum.loss import ClassIndexLoss
 from accumexp.config.instantiate import build
 from accumexp.data import ResidentBatches
 from accumexp.errors import TrainingError, UsageError
-from accumexp.training.callbacks import EMA, Callback, EarlyStopping, LossMonitor
-from accumexp.training.deferred_metrics import DeferredMetrics
+from accumexp.training.callbacks import EMA, Callback, EarlyStopping
 from accumexp.training.evaluation import Evaluator
+from accumexp.training.metrics_log import MetricsLog
+from accumexp.training.metrics_sink import MemoryMetricsSink
 from accumexp.training.progress import LoopOptions
-from accumexp.training.progress_display import ProgressBar
+from accumexp.training.progress_display import LossMonitor, ProgressBar
 from accumexp.training.schedules import constant
 from accumexp.training.trainer import Trainer
 
@@ -87,14 +88,18 @@ def test_law_2_a_loss_of_ones_own_is_asked_what_its_targets_weigh() -> None:
 
 
 def test_losses_are_read_as_they_were_however_many_wait() -> None:
-    readings = DeferredMetrics(Window(nn.Linear(1, 1), nn.MSELoss(), 1), check_finite=True)
+    memory = MemoryMetricsSink()
+    log = MetricsLog(Window(nn.Linear(1, 1), nn.MSELoss(), 1), MetricCollection([]), memory, True, {})
     for count in (1, 300, 128, 129):
         losses = torch.rand(count, dtype=torch.float32)
         for update, loss in enumerate(losses):
-            readings.add(update, loss, None, 0.5)
-        losses_read = [(update, values["train/loss"]) for update, values in readings.read().rows]
-        assert losses_read == list(enumerate(losses.tolist()))
-    assert not readings.read().rows
+            log.add(update, loss, None, 0.5)
+        memory.rows.clear()
+        log.read(count - 1, False, None)
+        assert memory.series("train/loss") == list(enumerate(losses.tolist()))
+    memory.rows.clear()
+    log.read(0, False, None)
+    assert not memory.rows
 
 
 def test_a_constant_schedule_is_torchs_of_factor_one() -> None:

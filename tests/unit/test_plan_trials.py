@@ -1,4 +1,4 @@
-"""What a trial of a run does: whole batches, the run's own evaluations, and nothing left behind."""
+"""A trial run of the plan: whole batches, the run's own evaluations, and no leftovers."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_an_epoch_of_less_than_two_batches_is_tried_with_whole_ones(tmp_path: Pa
     config = composed(*FEW, *wide, "data.batch_size=1000", "trainer.epochs=9")
     with trial_run(config) as trial:
         planner = Planner(trial)
-        point = planner.tried(1)
+        point = planner.measure(1)
         assert point.measured == pytest.approx(point.predicted, rel=0.01)
     taken = taken_by(settled(config, 1), tmp_path / "trace", updates=3)
     assert point.measured and 0.97 * taken <= point.measured and taken <= 1.001 * point.predicted
@@ -78,7 +78,7 @@ def test_an_evaluation_is_planned_as_it_will_be(tmp_path: Path) -> None:
     )
     with trial_run(config) as trial:
         planner = Planner(trial)
-        point, evaluation = planner.tried(1), planner.evaluation(trial.data.evaluated)
+        point, evaluation = planner.measure(1), planner.evaluation(trial.data.evaluated)
         assert trial.data.evaluated == 100
     taken = taken_by(settled(config, 1), tmp_path / "trace")
     assert point.measured and taken == pytest.approx(evaluation, rel=0.01) and taken > 1.05 * point.measured
