@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..accum.batch import Nested, map_tensors, rank_share, steps_for, tensors
 from ..environment.random_state import derive_seed
+from .sampler import SamplerOrder
 from .transforms import BatchAugment, keyed_uniforms
 
 
@@ -64,6 +65,10 @@ class Batches:
         drop_last: leave out the last, smaller batch.
         augment: applied to the inputs on the device, with draws keyed by seed, epoch and sample.
         share: the part of every batch that this rank reads.
+        sampler: the order of an epoch in place of a shuffle; needs `shuffle` for its seed.
+
+    Attributes:
+        example: the inputs of a few samples as the model gets them, where they are known.
     """
 
     def __init__(
@@ -75,6 +80,7 @@ class Batches:
         drop_last: bool = False,
         augment: BatchAugment | None = None,
         share: Share | None = None,
+        sampler: SamplerOrder | None = None,
     ) -> None:
         self.indices = indices
         self.batch_size = batch_size
@@ -82,6 +88,8 @@ class Batches:
         self.drop_last = drop_last
         self.augment = augment
         self.share = share or Share()
+        self.sampler = sampler
+        self.example: Nested | None = None
 
     def __len__(self) -> int:
         full, rest = divmod(self.samples, self.batch_size)
@@ -89,11 +97,12 @@ class Batches:
 
     @property
     def samples(self) -> int:
-        return len(self.indices)
+        return len(self.indices) if self.sampler is None else self.sampler.samples(len(self.indices))
 
     def choose(self, indices: Tensor) -> None:
-        """Restricts the split to `indices`."""
+        """Restricts the split to `indices`, for trials in which their order is no matter."""
         self.indices = indices
+        self.sampler = None
 
     @property
     def last(self) -> int:
@@ -104,6 +113,8 @@ class Batches:
         """The indices in the order of `epoch`, without the dropped ones, shape (samples,)."""
         if self.shuffle is None:
             order = self.indices
+        elif self.sampler is not None:
+            order = self.indices[self.sampler.positions(len(self.indices), self.shuffle, epoch)]
         else:
             generator = torch.Generator().manual_seed(derive_seed("order", self.shuffle, epoch))
             order = self.indices[torch.randperm(self.samples, generator=generator)]

@@ -40,7 +40,7 @@ class MetricsLog:
         check_finite: bool,
         split_steps: dict[int, int],
     ) -> None:
-        self.train_metrics = WindowMetrics(train_metrics)
+        self.train_metrics = WindowMetrics(train_metrics, window.loss)
         self.sink = sink
         self.split_steps = split_steps
         self.latest: dict[str, float] = {}
