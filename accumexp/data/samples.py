@@ -1,7 +1,7 @@
 """Samples as data sets give them, separated into the model's inputs, the loss's targets and weights.
 
 A sample or a collated batch is a pair (inputs, targets); a tuple of more, of which one position is the
-target; or a dict, named tuple or dataclass, of which one name is the target. The other positions or names are inputs.
+target; or a dict, named tuple or dataclass, of which one name is the target. The rest are inputs.
 """
 
 from __future__ import annotations
@@ -61,10 +61,16 @@ class Layout:
         return chosen, fields[target] if weight is None else (fields[target], fields[weight])
 
     def with_inputs(self, sample: Any, change: Callable[[Any], Any], key: str) -> Any:
-        """`sample` with its inputs replaced by `change(inputs)`; named tuples and dataclasses become dicts."""
+        """`sample` with its inputs replaced by `change(inputs)`; named tuples and dataclasses become dicts.
+
+        Inputs that the sample lacks are left to the collate.
+        """
+        fields = fields_of(sample, key)
+        if self.inputs is not None and (missing := [name for name in self.inputs if name not in fields]):
+            there = tuple(name for name in self.inputs if name not in missing)
+            return dataclasses.replace(self, inputs=there).with_inputs(sample, change, key)
         inputs, _ = self.separate(sample, key)
         changed = change(inputs)
-        fields = fields_of(sample, key)
         if not has_names(sample) and len(fields) == 2 and self == Layout():
             return changed, sample[1]
         _, _, names = self._parts(fields, has_names(sample), key)
@@ -80,7 +86,7 @@ class Layout:
             target = _part(self.target, "target", fields, named, key)
         elif named:
             names = ", ".join(map(str, fields))
-            raise UsageError(f"data.target=null: the samples of {key} have {names}; name the target")
+            raise UsageError(f"data.target=null: the samples of {key} have {names}, name one")
         else:
             target = [position for position in fields if position != weight][-1]
         if target == weight:

@@ -1,4 +1,4 @@
-"""The console, and the text form of values, durations and results. Imports no torch."""
+"""Words on the terminal: the console, and how values, durations and results are said. Imports no torch."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ OUTPUT = "output.log"
 
 
 @contextmanager
-def output_to_log(folder: Path, parallel: bool) -> Iterator[None]:
-    """Redirects the output of this process and its children to `output.log` while a view has the terminal."""
+def unseen(folder: Path, parallel: bool) -> Iterator[None]:
+    """Inside, what this process and its children write goes to `output.log`, if a view has the terminal."""
     if not (parallel and os.environ.get(VIEWED)):
         yield
         return
     sys.stdout.flush()
     sys.stderr.flush()
-    saved = os.dup(1), os.dup(2)
+    kept = os.dup(1), os.dup(2)
     with (folder / OUTPUT).open("ab") as file:
         for descriptor in (1, 2):
             os.dup2(file.fileno(), descriptor)
@@ -41,19 +41,14 @@ def output_to_log(folder: Path, parallel: bool) -> Iterator[None]:
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
-        for descriptor, original in enumerate(saved, 1):
-            os.dup2(original, descriptor)
-            os.close(original)
+        for descriptor, before in enumerate(kept, 1):
+            os.dup2(before, descriptor)
+            os.close(before)
 
 
 def steps(title: str, items: Sequence[Item]) -> Iterable[Item]:
-    """`items` with a progress bar on a terminal, removed at the end."""
+    """`items` with a bar on a terminal, which goes when it is done."""
     return track(items, title, console=console, transient=True, disable=not console.is_terminal)
-
-
-def print_line(text: str | None, style: str | None = None, markup: bool = True) -> None:
-    """Prints `text` without highlighting; the terminal wraps it, so that it can be copied whole."""
-    console.print(text, style=style, markup=markup, highlight=False, soft_wrap=True)
 
 
 def show_values(title: str, values: Mapping[str, object]) -> None:
@@ -61,18 +56,18 @@ def show_values(title: str, values: Mapping[str, object]) -> None:
     width = max(map(len, values))
     console.print(title, style="bold")
     for key, value in values.items():
-        print_line(f"  {key:<{width}}  {value}", markup=False)
+        console.print(f"  {key:<{width}}  {value}", highlight=False, soft_wrap=True, markup=False)
 
 
 def duration(seconds: float) -> str:
-    """`seconds` with its unit below a minute, else as HH:MM:SS."""
+    """`seconds` as a person would say it."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     return time.strftime("%H:%M:%S", time.gmtime(seconds))
 
 
 def amount(size: float) -> str:
-    """`size` bytes in KiB, MiB or GiB, rounded up, so that a stated amount suffices."""
+    """`size` bytes as a person would say it, rounded up: what is said to be enough is."""
     unit, factor = ("GiB", 2**30) if size >= 10 * 2**30 else ("MiB", 2**20)
     if size < 2**20:
         unit, factor = "KiB", 2**10
@@ -80,7 +75,7 @@ def amount(size: float) -> str:
 
 
 def result(final: Mapping[str, float]) -> str:
-    """The results of a finished job in one line."""
+    """A finished job in one line."""
     accuracy = f"test accuracy {final['accuracy']:.4f}, " if "accuracy" in final else ""
     updates, seconds = final["updates"], duration(final["seconds"])
     return f"{accuracy}test loss {final['loss']:.4f}, {updates:.0f} updates in {seconds}"
