@@ -67,6 +67,8 @@ def test_law_2_a_list_of_micro_batches_is_counted_over_all_ranks(tmp_path: Path,
 
 
 def evaluated(name: str, samples: int) -> dict[str, float]:
+    # Of torchmetrics: on its buffers, and on classes that few samples do not have.
+    warnings.filterwarnings("ignore", category=UserWarning)
     rank = dist.get_rank() if dist.is_initialized() else 0
     inputs, targets = classification(SAMPLES)
     metric: Any = MulticlassAUROC(5, thresholds=None)
@@ -83,10 +85,7 @@ def evaluated(name: str, samples: int) -> dict[str, float]:
     batches = ResidentBatches(
         inputs, labels, torch.arange(samples), SAMPLES, share=Share(rank, ranks.size, 1)
     )
-    with warnings.catch_warnings():
-        # Of torchmetrics: on its buffers, and on classes that few samples do not have.
-        warnings.filterwarnings("ignore", category=UserWarning)
-        return Evaluator(window_loss(loss), MetricCollection({name: metric}), None, ranks)(model, batches)
+    return Evaluator(window_loss(loss), MetricCollection({name: metric}), None, ranks)(model, batches)
 
 
 @pytest.mark.parametrize("name", ["auroc", "spearman"])
