@@ -156,7 +156,7 @@ class WeightedSamples(nn.Module):
             self.items: ClassIndexLoss | None = inner
         else:
             criterion = copy.deepcopy(criterion)
-            parts = list(criterion.modules()) if isinstance(criterion, nn.Module) else [criterion]
+            parts: list[Any] = list(criterion.modules()) if isinstance(criterion, nn.Module) else [criterion]
             reducing = [part for part in parts if getattr(part, "reduction", None) in ("mean", "none")]
             if isinstance(criterion, WindowLoss) or not reducing:
                 raise ValueError(f"{name} gives no loss for each sample (it has no reduction to set to none)")

@@ -22,6 +22,7 @@ def check(config: Config) -> Config:
         config.precision = Precision.fp16 if scaled else Precision.fp32
     at_least(1, "data.eval_batch_size", data.eval_batch_size)
     at_least(0, "data.workers", data.workers)
+    at_least(1, "data.samples", data.samples)
     at_least(1, "data.prefetch", data.prefetch)
     at_least(1, "trainer.epochs", trainer.epochs)
     at_least(1, "trainer.max_updates", trainer.max_updates)

@@ -83,7 +83,7 @@ class WindowMetrics:
 
     LARGEST = 2**16
 
-    def __init__(self, metrics: MetricCollection, loss: WindowLoss) -> None:
+    def __init__(self, metrics: MetricCollection, loss: WindowLoss | None = None) -> None:
         self.metrics = metrics
         self.loss = loss
         self._kept: list[tuple[Tensor, Tensor]] = []
@@ -131,7 +131,7 @@ def plain_values(metrics: MetricCollection) -> dict[str, float]:
     return {name: float(value) for name, value in computed.items() if torch.as_tensor(value).numel() == 1}
 
 
-def unweighted(loss: WindowLoss, targets: Any) -> Any:
+def unweighted(loss: WindowLoss | None, targets: Any) -> Any:
     """The targets without the samples' weights, which metrics do not take."""
     return targets[0] if isinstance(loss, WeightedSamples) else targets
 
