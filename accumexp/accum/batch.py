@@ -6,7 +6,7 @@ such tensors. Splitting returns views: no data is copied.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -45,7 +45,13 @@ def map_tensors(function: Callable[[Tensor], Any], batch: Nested) -> Any:
         return function(batch)
     if isinstance(batch, Mapping):
         return {key: map_tensors(function, value) for key, value in batch.items()}
-    return type(batch)(map_tensors(function, value) for value in batch)
+    return _like(batch, (map_tensors(function, value) for value in batch))
+
+
+def _like(batch: tuple[Any, ...] | list[Any], values: Iterable[Any]) -> Any:
+    """`values` as a sequence of the type of `batch`; a named tuple takes them one by one."""
+    make = getattr(type(batch), "_make", type(batch))
+    return make(values)
 
 
 def split_sizes(samples: int, steps: int, *, empty: bool = False) -> list[int]:
@@ -73,7 +79,7 @@ def split(batch: Nested, sizes: list[int], dim: int = 0) -> list[Nested]:
         columns = {key: split(value, sizes, dim) for key, value in batch.items()}
         return [{key: column[k] for key, column in columns.items()} for k in range(len(sizes))]
     rows = zip(*(split(value, sizes, dim) for value in batch), strict=True)
-    return [type(batch)(row) for row in rows]
+    return [_like(batch, row) for row in rows]
 
 
 def steps_for(samples: int, full_batch: int, full_steps: int) -> int:

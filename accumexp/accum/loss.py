@@ -6,6 +6,7 @@ The denominator needs only the targets, so it is computed before the first backw
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any, Protocol, cast, runtime_checkable
 
@@ -113,6 +114,71 @@ class OverriddenClassIndexLoss(ClassIndexLoss):
     def total(self, outputs: Any, targets: Nested) -> Tensor:
         loss = self.criterion(_widened(outputs), targets)
         return loss.sum() if loss.dim() else loss * self.weight(targets)
+
+
+class WeightedSamples(nn.Module):
+    """A criterion with a weight for each sample: `sum_i w_i l_i / sum_i w_i` over the window.
+
+    The mean is over the criterion's items: of a class-index loss an item's weight is `w_i` times its class
+    weight, ignored items weigh nothing; of other criteria the items are samples, whose loss is the mean of
+    their elements. Targets are pairs (targets, weights), the weights of shape (n,).
+
+    Args:
+        criterion: of torch, or a module around one, whose `reduction` is "mean" or "none".
+
+    Raises:
+        ValueError: for a criterion that gives no loss for each sample.
+    """
+
+    counts = True
+
+    def __init__(self, criterion: Any) -> None:
+        super().__init__()
+        name = type(criterion).__name__
+        if isinstance(criterion, nn.CrossEntropyLoss | nn.NLLLoss):
+            inner = window_loss(criterion)
+            if type(inner) is not ClassIndexLoss:
+                raise ValueError(f"{name} has its own forward or sums, so it gives no loss for each sample")
+            self.items: ClassIndexLoss | None = inner
+        else:
+            criterion = copy.deepcopy(criterion)
+            parts: list[Any] = list(criterion.modules()) if isinstance(criterion, nn.Module) else [criterion]
+            reducing = [part for part in parts if getattr(part, "reduction", None) in ("mean", "none")]
+            if isinstance(criterion, WindowLoss) or not reducing:
+                raise ValueError(f"{name} gives no loss for each sample (it has no reduction to set to none)")
+            for part in reducing:
+                part.reduction = "none"
+            self.items = None
+        self.criterion = criterion
+
+    def weight(self, targets: Any) -> Tensor:
+        targets, weights = targets
+        if self.items is None:
+            return weights.sum()
+        items = _item_weights(self.items.criterion, targets)
+        return ((items.flatten(1).sum(1) if items.dim() > 1 else items) * weights).sum()
+
+    def total(self, outputs: Any, targets: Any) -> Tensor:
+        targets, weights = targets
+        if self.items is None:
+            losses = self.criterion(_widened(outputs), targets)
+        else:
+            losses = self.items.losses(outputs, targets, "none")
+        if losses.shape[:1] != weights.shape:
+            raise ValueError(f"losses of shape {tuple(losses.shape)} for weights {tuple(weights.shape)}")
+        if losses.dim() > 1:
+            losses = losses.flatten(1).mean(1) if self.items is None else losses.flatten(1).sum(1)
+        return (losses * weights.to(losses.dtype)).sum()
+
+
+def _item_weights(criterion: nn.CrossEntropyLoss | nn.NLLLoss, targets: Tensor) -> Tensor:
+    """The weight of each item of a class-index loss: 1 or its class's, 0 if ignored."""
+    if targets.is_floating_point():
+        return targets.new_ones(targets.shape[:1] + targets.shape[2:])
+    valid = targets != criterion.ignore_index
+    if criterion.weight is None:
+        return valid.to(torch.get_default_dtype())
+    return criterion.weight[targets.where(valid, 0)].where(valid, 0)
 
 
 def window_loss(criterion: Callable[..., Any] | WindowLoss) -> WindowLoss:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -19,12 +19,17 @@ class Weights:
     On several ranks the all-reduce of the counts overlaps with the first forward.
 
     Args:
-        targets: of this rank, one entry for each denominator: the window's, or each micro-batch's.
+        targets: of this rank, one entry for each denominator, the window's or each micro-batch's: the
+            batches that it is counted over.
         weight: the window's weight over all ranks if the caller knows it; it is then not counted.
     """
 
     def __init__(
-        self, loss: WindowLoss, sync: Sync, targets: list[Nested], weight: float | None = None
+        self,
+        loss: WindowLoss,
+        sync: Sync,
+        targets: Sequence[Sequence[Nested]],
+        weight: float | None = None,
     ) -> None:
         self.counts: bool = getattr(loss, "counts", True)
         self._wait: Callable[[], None] | None = None
@@ -32,17 +37,23 @@ class Weights:
         if weight is not None:
             self._weights = [weight]
         elif sync.ranks.size == 1 or not self.counts:
-            self._weights = [loss.weight(part) for part in targets]
+            self._weights = [self._count(loss, parts) for parts in targets]
         else:
             device = next(sync.module.parameters()).device
             try:
-                counted = torch.stack([_exact(loss.weight(part), device) for part in targets])
+                counted = torch.stack([_exact(self._count(loss, parts), device) for parts in targets])
             except Exception as error:
                 if is_out_of_memory(error):  # the other ranks' all-reduce waits for this one
                     sync.ranks.sum(torch.zeros(len(targets), dtype=torch.float64, device=device))
                 raise
             self._weights = list(counted.unbind())
             self._wait = sync.ranks.sum_soon(counted)
+
+    def _count(self, loss: WindowLoss, parts: Sequence[Nested]) -> Tensor | float:
+        if not self.counts:  # a constant, whatever the number of parts
+            return loss.weight(parts[0])
+        weights = [loss.weight(part) for part in parts]
+        return sum(weights[1:], weights[0])
 
     def wait(self) -> None:
         """Waits for the all-reduce, if one is pending."""

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -135,8 +135,8 @@ class Window:
 
     def backward(
         self,
-        inputs: Nested,
-        targets: Nested,
+        inputs: Nested | Sequence[tuple[Nested, Nested]],
+        targets: Nested | None = None,
         *,
         steps: int | None = None,
         samples: int | None = None,
@@ -147,7 +147,9 @@ class Window:
         """Forward and backward of every micro-batch; adds gradients to `.grad`. Does not wait for the device.
 
         Args:
-            inputs: the update's whole batch on this rank, (n, ...).
+            inputs: the update's whole batch on this rank, (n, ...). Without `targets`: a list of the
+                window's micro-batches, pairs (inputs, targets) of any number of samples each, as a loader
+                yields them; as many on all ranks. The denominator is counted over all of them first.
             targets: its targets, (n, ...).
             steps: micro-batches of this window, for example the last one of an epoch; the same on all
                 ranks. Default: `Window.steps`.
@@ -161,21 +163,19 @@ class Window:
 
         Raises:
             ValueError: if the batch has fewer samples than `steps` (on several ranks: no sample), its
-                tensors differ in their first dimension, or it has fewer than `samples`.
+                tensors differ in their first dimension, or it has fewer than `samples`; if a list of
+                micro-batches is empty, holds anything but pairs, or comes with `steps` or `samples`.
         """
-        steps = self.steps if steps is None else steps
-        held = batch_size((inputs, targets))
-        samples = held if samples is None else samples
-        if not 0 <= samples <= held or not held:
-            raise ValueError(f"samples={samples}: the batch has {held}, and one is needed to pad with")
-        sizes = split_sizes(samples, steps, empty=self.sync.ranks.size > 1)
-        padding = [map_tensors(_first, batch) for batch in (inputs, targets)] if 0 in sizes else []
-        if samples < held:
-            inputs, targets = (map_tensors(lambda t: t[:samples], batch) for batch in (inputs, targets))
-        parts = list(zip(split(inputs, sizes), split(targets, sizes), strict=True))
+        if targets is None:
+            parts = _micro_batches(inputs, steps, samples)
+            sizes = [batch_size(part) for part in parts]
+            whole, padding = [targets_k for _, targets_k in parts], []
+        else:
+            parts, sizes, whole, padding = self._split(cast(Nested, inputs), targets, steps, samples)
+        steps, samples = len(parts), sum(sizes)
         self.under_way = 0
         by_step = self.reduction == "sum"
-        counted = [targets_k for _, targets_k in parts] if by_step else [targets]
+        counted = [[targets_k] for _, targets_k in parts] if by_step else [whole]
         weights = self._weights = Weights(self.loss, self.sync, counted, None if by_step else weight)
         share: Tensor | None = None  # 1 / weight, the factor of an item's loss
         total: Tensor | None = None
@@ -221,6 +221,22 @@ class Window:
             self.sync.ranks.sum(mean)
         return WindowResult(mean, weights.total, samples, steps)
 
+    def _split(
+        self, inputs: Nested, targets: Nested, steps: int | None, samples: int | None
+    ) -> tuple[list[tuple[Nested, Nested]], list[int], list[Nested], Any]:
+        """The micro-batches of a whole batch, their sizes, all targets, and a sample as padding."""
+        steps = self.steps if steps is None else steps
+        held = batch_size((inputs, targets))
+        samples = held if samples is None else samples
+        if not 0 <= samples <= held or not held:
+            raise ValueError(f"samples={samples}: the batch has {held}, and one is needed to pad with")
+        sizes = split_sizes(samples, steps, empty=self.sync.ranks.size > 1)
+        padding = [map_tensors(_first, batch) for batch in (inputs, targets)] if 0 in sizes else []
+        if samples < held:
+            inputs, targets = (map_tensors(lambda t: t[:samples], batch) for batch in (inputs, targets))
+        parts = list(zip(split(inputs, sizes), split(targets, sizes), strict=True))
+        return parts, sizes, [targets], padding
+
     def discard(self) -> None:
         """Ends a window that has failed on this rank or another. Gradients are not changed."""
         if self._weights is not None:
@@ -255,3 +271,16 @@ def call(model: nn.Module, inputs: Nested) -> Any:
 
 def _first(tensor: Tensor) -> Tensor:
     return tensor[:1]
+
+
+def _micro_batches(given: Any, steps: int | None, samples: int | None) -> list[tuple[Nested, Nested]]:
+    """`given` as a list of pairs (inputs, targets), each of at least one sample."""
+    if not isinstance(given, list | tuple) or not all(
+        isinstance(part, list | tuple) and len(part) == 2 for part in given
+    ):
+        raise ValueError("backward: without targets, a list of pairs (inputs, targets) is needed")
+    if steps not in (None, len(given)) or samples is not None:
+        raise ValueError(f"backward: {len(given)} micro-batches are given, leave out steps and samples")
+    if not given or not all(batch_size(tuple(part)) for part in given):
+        raise ValueError("backward: a window needs at least one micro-batch, and each at least one sample")
+    return [(inputs, targets) for inputs, targets in given]

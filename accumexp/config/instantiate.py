@@ -90,6 +90,24 @@ def build(node: Mapping[str, Any], key: str, *args: Any, **offered: Any) -> Any:
         raise UsageError(f"{key} ({target}): {reason}") from cause
 
 
+def lacks_argument(node: Mapping[str, Any]) -> bool:
+    """Whether the function that `node` names has a required parameter that the node does not give."""
+    from hydra.utils import get_object
+
+    if "_target_" not in node or "_partial_" in node or node.get("_args_"):
+        return False
+    try:
+        parameters = inspect.signature(get_object(moved(node)["_target_"])).parameters.values()
+    except Exception:  # `build` says why
+        return False
+    return any(
+        parameter.default is parameter.empty
+        and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+        and parameter.name not in node
+        for parameter in parameters
+    )
+
+
 def _reason(error: BaseException) -> str:
     """The first line of an error, with the following ones while a line ends in a colon."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]

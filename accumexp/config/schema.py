@@ -108,6 +108,16 @@ class DataConfig:
     # Samples in one update. Null: accum.steps x accum.micro_batch_size, or 128.
     batch_size: int | None = count(None)
     eval_batch_size: int = count(256)
+    # Parts of a sample by name (dicts, named tuples, dataclasses) or position (tuples): the target, the
+    # sample's weight in the loss, and the inputs. Null: the last part, none, and all the rest.
+    target: Any = None
+    weight: Any = None
+    inputs: list[Any] | None = None
+    # Makes a batch of a list of samples; the order of the training samples, as positions in their split.
+    collate: dict[str, Any] | None = field(default_factory=dict)
+    sampler: dict[str, Any] | None = field(default_factory=dict)
+    # Samples of a stream (IterableDataset) to train on. Null: its len(), or counted once.
+    samples: int | None = count(None, at_most=LARGEST)
     drop_last: bool = False
     # Null: the whole data set on the training device if it takes a quarter of the free memory at most.
     resident: bool | None = None

@@ -3,6 +3,7 @@
 from .batches import Batch, Batches, ResidentBatches, Share
 from .digits import Digits
 from .in_memory import InMemory
+from .padding import pad
 from .splits import Placement, Splits, build_splits
 from .streamed import StreamedBatches
 from .text import PythonSources
@@ -23,4 +24,5 @@ __all__ = [
     "Splits",
     "StreamedBatches",
     "build_splits",
+    "pad",
 ]

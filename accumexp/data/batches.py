@@ -6,7 +6,7 @@ An epoch can start at any update, so a resumed run gets the samples of an uninte
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import KW_ONLY, dataclass, replace
+from dataclasses import KW_ONLY, dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..accum.batch import Nested, map_tensors, rank_share, steps_for, tensors
 from ..environment.random_state import derive_seed
+from .sampler import SamplerOrder
 from .transforms import BatchAugment, keyed_uniforms
 
 
@@ -56,6 +57,10 @@ class Batches:
         drop_last: leave out the last, smaller batch.
         augment: applied to the inputs on the device, with draws keyed by seed, epoch and sample.
         share: the part of every batch that this rank reads.
+        sampler: the order of an epoch in place of a shuffle; needs `shuffle` for its seed.
+
+    Attributes:
+        example: the inputs of a few samples as the model gets them, where they are known.
     """
 
     indices: Tensor
@@ -65,6 +70,8 @@ class Batches:
     drop_last: bool = False
     augment: BatchAugment | None = None
     share: Share = Share()
+    sampler: SamplerOrder | None = None
+    example: Nested | None = field(default=None, init=False)
 
     def __len__(self) -> int:
         full, rest = divmod(self.samples, self.batch_size)
@@ -72,11 +79,12 @@ class Batches:
 
     @property
     def samples(self) -> int:
-        return len(self.indices)
+        return len(self.indices) if self.sampler is None else self.sampler.samples(len(self.indices))
 
     def choose(self, indices: Tensor) -> None:
-        """Restricts the split to `indices`."""
+        """Restricts the split to `indices`, for trials in which their order is no matter."""
         self.indices = indices
+        self.sampler = None
 
     @property
     def last(self) -> int:
@@ -86,7 +94,9 @@ class Batches:
     def order(self, epoch: int) -> Tensor:
         """The indices in the order of `epoch`, without the dropped ones, shape (samples,)."""
         order = self.indices
-        if self.shuffle is not None:
+        if self.sampler is not None and self.shuffle is not None:
+            order = order[self.sampler.positions(len(order), self.shuffle, epoch)]
+        elif self.shuffle is not None:
             generator = torch.Generator().manual_seed(derive_seed("order", self.shuffle, epoch))
             order = order[torch.randperm(self.samples, generator=generator)]
         return order[: len(self) * self.batch_size]

@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
+from torch.utils.data import Dataset, IterableDataset
 
 from ..accum.batch import Nested, map_tensors, tensors
-from ..config.instantiate import build
+from ..config.instantiate import build, lacks_argument
 from ..config.schema import DataConfig
 from ..environment.memory import free_bytes
 from ..environment.random_state import drawn_from
 from ..errors import UsageError
 from .batches import Batches, ResidentBatches, Share
-from .in_memory import InMemory
-from .streamed import StreamedBatches
+from .raw import concatenated, raw_tensors
+from .sampler import SamplerOrder
+from .samples import Collate, LabelCheck, Layout, first_line
+from .stream import StreamBatches, first_samples, stream_length
+from .streamed import SampleTransform, StreamedBatches
 from .transforms import BatchAugment
 
 RESIDENT_SHARE = 0.25
 TRANSFORM_CHUNK = 4096
+# Samples that are read and collated before training, so that what cannot be is known by then.
+EXAMPLES = 4
 
 
 @dataclass(frozen=True)
@@ -57,13 +61,20 @@ class Placement:
         return place(inputs, self.dtype), place(targets, wide)
 
 
-def build_splits(config: DataConfig, seed: int, place: Placement, share: Share | None = None) -> Splits:
+def build_splits(
+    config: DataConfig,
+    seed: int,
+    place: Placement,
+    share: Share | None = None,
+    ignored: int | None = None,
+) -> Splits:
     """Builds the splits, resident on the device or streamed to it.
 
     Args:
         seed: the seed of the training order and augmentation.
         place: moves batches to the device.
         share: the part of every batch that this process reads; None for all of it.
+        ignored: the label that the loss ignores; None for a loss that is not of class labels.
 
     Raises:
         UsageError: if a data set is missing, cannot be downloaded, or has too few samples to train on.
@@ -71,7 +82,7 @@ def build_splits(config: DataConfig, seed: int, place: Placement, share: Share |
     batch_size = cast(int, config.batch_size)
     train_set = _dataset(config, config.train, "data.train")
     test_set = _dataset(config, config.test, "data.test")
-    train_indices = torch.arange(_length(train_set, "data.train"))
+    train_indices = torch.arange(_length(train_set, "data.train", config.samples))
     if config.eval:
         eval_set = _dataset(config, config.eval, "data.eval")
         eval_indices = torch.arange(_length(eval_set, "data.eval"))
@@ -84,19 +95,41 @@ def build_splits(config: DataConfig, seed: int, place: Placement, share: Share |
     if not len(train_indices) or config.drop_last and len(train_indices) < batch_size:
         raise UsageError(f"data.batch_size={batch_size}: only {len(train_indices)} samples to train on")
     test_indices = torch.arange(_length(test_set, "data.test"))
+    for key, indices, given in (("data.eval", eval_indices, config.eval), ("data.test", test_indices, True)):
+        if given and not len(indices):
+            raise UsageError(f"{key}: has no samples, and a score of none is no score; give it some")
     if not len(eval_indices):
         eval_set, eval_indices = test_set, test_indices
 
     transform = build(config.transform, "data.transform") if config.transform else None
     augment = build(config.augment, "data.augment") if config.augment else None
-    batches = _BatchesFactory(config, transform, place)
+    sampler = None
+    if config.sampler:
+        if isinstance(train_set, IterableDataset):
+            raise UsageError("data.sampler: a stream is read in its own order, leave it out")
+        sampler = SamplerOrder(config.sampler, train_set, train_indices)
+    inputs = None if config.inputs is None else tuple(config.inputs)
+    batches = _BatchesFactory(
+        config,
+        transform,
+        place,
+        Layout(config.target, config.weight, inputs),
+        LabelCheck(config.num_classes, ignored),
+        _build_collate(config) if config.collate else None,
+    )
     share = share or Share()
     whole = replace(share, steps=1)
-    training: dict[str, Any] = {"shuffle": seed, "drop_last": config.drop_last, "share": share}
+    training: dict[str, Any] = {
+        "shuffle": seed,
+        "drop_last": config.drop_last,
+        "share": share,
+        "sampler": sampler,
+    }
+    eval_key = "data.eval" if config.eval else "data.train"
     return Splits(
-        train=batches(train_set, train_indices, batch_size, augment, **training),
-        eval=batches(eval_set, eval_indices, config.eval_batch_size, share=whole),
-        test=batches(test_set, test_indices, config.eval_batch_size, share=whole),
+        train=batches(train_set, train_indices, batch_size, augment, key="data.train", **training),
+        eval=batches(eval_set, eval_indices, config.eval_batch_size, key=eval_key, share=whole),
+        test=batches(test_set, test_indices, config.eval_batch_size, key="data.test", share=whole),
     )
 
 
@@ -107,39 +140,71 @@ class _BatchesFactory:
     config: DataConfig
     transform: Callable[[Any], Any] | None
     place: Placement
+    layout: Layout
+    labels: LabelCheck
+    collate: Callable[[list[Any]], Any] | None
     _read: dict[int, tuple[Nested, Nested]] = field(default_factory=dict)
 
     def __call__(
-        self, dataset: Dataset[Any], indices: Tensor, batch_size: int, augment: Any = None, **options: Any
+        self,
+        dataset: Dataset[Any],
+        indices: Tensor,
+        batch_size: int,
+        augment: Any = None,
+        *,
+        key: str,
+        **options: Any,
     ) -> Batches:
         on_device = augment if isinstance(augment, BatchAugment) else None
         by_sample: Any = None if on_device else augment
         if by_sample is None and self._resident(dataset):
-            inputs, targets = self._tensors(dataset)
-            return ResidentBatches(inputs, targets, indices, batch_size, augment=on_device, **options)
+            inputs, targets = self._tensors(dataset, key)
+            resident = ResidentBatches(inputs, targets, indices, batch_size, augment=on_device, **options)
+            resident.example = map_tensors(lambda tensor: tensor[:1], inputs)
+            return resident
         if by_sample is not None and self.config.resident:
             raise UsageError(
                 "data.resident=true: data.augment works sample by sample, so it needs "
                 "data.resident=false, or a BatchAugment such as accumexp.data.ShiftAndFlip"
             )
-        return StreamedBatches(
-            dataset,
-            indices,
-            batch_size,
-            transform=self.transform,
-            sample_augment=by_sample,
-            place=self.place,
-            workers=self.config.workers,
-            prefetch=self.config.prefetch,
-            pin_memory=self.place.device.type == "cuda",
-            augment=on_device,
+        collate = Collate(key, self.layout, self.collate, self.labels)
+        arguments: dict[str, Any] = {
+            "collate": collate,
+            "transform": self.transform,
+            "sample_augment": by_sample,
+            "place": self.place,
+            "workers": self.config.workers,
+            "prefetch": self.config.prefetch,
+            "pin_memory": self.place.device.type == "cuda",
+            "augment": on_device,
             **options,
-        )
+        }
+        change = SampleTransform(collate, self.transform, by_sample, options.get("shuffle") or 0)
+        if isinstance(dataset, IterableDataset):
+            arguments.pop("sampler", None)
+            length = _length(dataset, key, self.config.samples if key == "data.train" else None)
+            batches: Batches = StreamBatches(dataset, indices, batch_size, length=length, **arguments)
+            first = first_samples(dataset, EXAMPLES, key)
+            few = [change(lambda s=s: s, 0, k) for k, s in enumerate(first)]
+        else:
+            batches = StreamedBatches(dataset, indices, batch_size, **arguments)
+            few = [change(lambda i=i: dataset[i], 0, i) for i in indices[:EXAMPLES].tolist()]
+        # Before the first update, and in this process, where errors are the plainest.
+        batches.example = collate(few)[0] if few else None
+        return batches
 
     def _resident(self, dataset: Dataset[Any]) -> bool:
+        if self.config.resident:
+            if isinstance(dataset, IterableDataset):
+                raise UsageError("data.resident=true: a stream is read as it comes, leave it out")
+            if self.collate is not None:
+                raise UsageError(
+                    "data.resident=true: data.collate makes one batch at a time, so it needs "
+                    "data.resident=false"
+                )
         if self.config.resident is not None:
             return self.config.resident
-        raw = _raw_tensors(dataset)
+        raw = None if self.collate is not None else raw_tensors(dataset, self.layout)
         if raw is None:
             return False
         inputs, targets = map_tensors(lambda tensor: tensor[:1], raw)
@@ -147,22 +212,18 @@ class _BatchesFactory:
         bytes_each = sum(tensor.nbytes for tensor in tensors(sample))
         return bytes_each * _length(dataset, "data") <= RESIDENT_SHARE * free_bytes(self.place.device)
 
-    def _tensors(self, dataset: Dataset[Any]) -> tuple[Nested, Nested]:
+    def _tensors(self, dataset: Dataset[Any], data_key: str) -> tuple[Nested, Nested]:
         """The whole data set, transformed and on the device."""
         key = id(dataset)
         if key not in self._read:
-            raw = _raw_tensors(dataset)
-            inputs, targets = (self._transformed(raw[0]), raw[1]) if raw else self._read_samples(dataset)
-            self._check_labels(targets)
+            raw = raw_tensors(dataset, self.layout)
+            if raw is None:
+                inputs, targets = self._read_samples(dataset, data_key)
+            else:
+                inputs, targets = self._transformed(raw[0]), raw[1]
+                self.labels(cast(Any, targets)[0] if self.layout.weight is not None else targets)
             self._read[key] = self.place(inputs, targets)
         return self._read[key]
-
-    def _check_labels(self, targets: Nested) -> None:
-        classes = self.config.num_classes
-        if not isinstance(targets, Tensor) or targets.is_floating_point() or targets.dim() > 1:
-            return
-        if classes != 1 and len(targets) and int(targets.max()) >= classes:
-            raise UsageError(f"data.num_classes={classes}: the labels go up to {int(targets.max())}")
 
     def _transformed(self, inputs: Nested) -> Nested:
         transform = self.transform
@@ -175,44 +236,21 @@ class _BatchesFactory:
 
         return map_tensors(in_chunks, inputs)
 
-    def _read_samples(self, dataset: Dataset[Any]) -> tuple[Nested, Nested]:
+    def _read_samples(self, dataset: Dataset[Any], key: str) -> tuple[Nested, Nested]:
         from rich.progress import track
 
-        def collate(samples: list[tuple[Any, Any]]) -> Any:
-            transform = self.transform or (lambda sample: sample)
-            return default_collate([(transform(inputs), targets) for inputs, targets in samples])
-
+        collate = Collate(key, self.layout, labels=self.labels)
+        change = SampleTransform(collate, self.transform, None, 0)
+        chunks: list[tuple[Any, Any]] = []
         with drawn_from(0):
-            loader = DataLoader(dataset, batch_size=256, collate_fn=collate)
-            steps = math.ceil(_length(dataset, "data") / 256)
-            chunks = [tuple(chunk) for chunk in track(loader, "reading data", total=steps, transient=True)]
-        columns = zip(*map(tensors, chunks), strict=True)
-        whole = iter([torch.cat(column) for column in columns])
-        return map_tensors(lambda _: next(whole), chunks[0])
-
-
-def _raw_tensors(dataset: Dataset[Any]) -> tuple[Nested, Nested] | None:
-    """(inputs, targets) of a data set that holds them as tensors, or None.
-
-    Supports InMemory, TensorDataset and torchvision's uint8 images, unless indexing changes them.
-    """
-    kind = type(dataset)
-    if isinstance(dataset, InMemory) and kind.__getitem__ is InMemory.__getitem__:
-        return dataset.inputs, dataset.targets
-    if isinstance(dataset, TensorDataset) and kind.__getitem__ is TensorDataset.__getitem__:
-        *inputs, targets = dataset.tensors
-        return inputs[0] if len(inputs) == 1 else tuple(inputs), targets
-    plain = getattr(dataset, "transforms", None) is None
-    if not (kind.__module__.startswith("torchvision.datasets") and plain):
-        return None
-    data, labels = getattr(dataset, "data", None), getattr(dataset, "targets", None)
-    if data is None or labels is None:
-        return None
-    images = torch.as_tensor(data)
-    if images.dtype != torch.uint8 or images.dim() not in (3, 4):
-        return None
-    images = images.unsqueeze(1) if images.dim() == 3 else images.permute(0, 3, 1, 2)
-    return images, torch.as_tensor(labels)
+            every = torch.arange(_length(dataset, key)).split(256)
+            for indices in track(every, "reading data", transient=True):
+                chunks.append(collate([change.read(lambda i=i: dataset[i], i) for i in indices.tolist()]))
+        try:
+            return concatenated([c[0] for c in chunks]), concatenated([c[1] for c in chunks])
+        except (RuntimeError, KeyError, ValueError) as error:
+            reason = f"the samples cannot be stacked: {first_line(error)}"
+            raise UsageError(f"{key}: {reason}; give data.resident=false and a data.collate") from error
 
 
 def _dataset(config: DataConfig, node: Mapping[str, Any], key: str) -> Dataset[Any]:
@@ -228,8 +266,27 @@ def _dataset(config: DataConfig, node: Mapping[str, Any], key: str) -> Dataset[A
         raise
 
 
-def _length(dataset: Dataset[Any], key: str) -> int:
+def _build_collate(config: DataConfig) -> Callable[[list[Any]], Any]:
+    """The collate of `data.collate`: what the node makes, or the target itself where it lacks an argument."""
+    node = cast(Mapping[str, Any], config.collate)
+    if lacks_argument(node):
+        node = {**node, "_partial_": True}
+    collate = build(node, "data.collate", target=config.target, weight=config.weight)
+    if not callable(collate):
+        made = type(collate).__name__
+        raise UsageError(
+            f"data.collate: {node['_target_']} made a {made}, a function of a list of samples is needed"
+        )
+    return collate
+
+
+def _length(dataset: Dataset[Any], key: str, declared: int | None = None) -> int:
+    if isinstance(dataset, IterableDataset):
+        return stream_length(dataset, key, declared)
+    if declared is not None:
+        raise UsageError(f"data.samples={declared}: is the length of a stream, {key} is none; leave it out")
     try:
         return len(cast(Any, dataset))
     except TypeError:
-        raise UsageError(f"{key}: a map-style data set with a length is needed, not a stream") from None
+        kind = type(dataset).__name__
+        raise UsageError(f"{key}: {kind} has no len(), and is no IterableDataset; give it one") from None

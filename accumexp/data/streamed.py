@@ -13,14 +13,17 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..accum.batch import Nested, tensors
 from ..environment.random_state import derive_seed, drawn_from
+from ..errors import TrainingError, UsageError
 from .batches import Batch, Batches
+from .samples import Collate, first_line, from_worker
 
 
 class StreamedBatches(Batches):
     """Batches read ahead by DataLoader workers and copied to the device.
 
     Args:
-        dataset: map-style; a sample is a pair (inputs, targets).
+        dataset: map-style.
+        collate: makes inputs and targets of a list of its samples.
         transform: applied to a sample's inputs.
         sample_augment: applied to a sample's inputs before `transform`. Its random draws, and those of the
             data set itself, are a function of the run's seed, the epoch and the sample's index.
@@ -35,6 +38,7 @@ class StreamedBatches(Batches):
         indices: Tensor,
         batch_size: int,
         *,
+        collate: Collate,
         transform: Callable[[Any], Any] | None,
         sample_augment: Callable[[Any], Any] | None,
         place: Callable[[Nested, Nested], tuple[Nested, Nested]],
@@ -47,20 +51,21 @@ class StreamedBatches(Batches):
         self.place = place
         self._sampler = _EpochSampler(self)
         self._loader = DataLoader(
-            _Samples(dataset, transform, sample_augment, self.shuffle or 0),
+            _Samples(dataset, SampleTransform(collate, transform, sample_augment, self.shuffle or 0)),
             batch_sampler=self._sampler,
+            collate_fn=_CollateIndexed(collate),
             num_workers=workers,
             prefetch_factor=prefetch if workers else None,
             persistent_workers=workers > 0,
             pin_memory=pin_memory,
-            worker_init_fn=_leave_group,
+            worker_init_fn=leave_group,
             # The default is torch's global generator, which is the run's.
             generator=torch.Generator(),
         )
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         self._sampler.epoch, self._sampler.start = epoch, start
-        loaded = zip(self._loader, self.planned(epoch, start), strict=True)
+        loaded = zip(loaded_by_workers(self._loader), self.planned(epoch, start), strict=True)
         for (inputs, targets, indices), batch in loaded:
             inputs, targets = self.place(inputs, targets)
             if self.augment is not None:
@@ -69,7 +74,7 @@ class StreamedBatches(Batches):
             yield replace(batch, inputs=inputs, targets=targets, indices=indices)
 
 
-def _leave_group(worker: int) -> None:
+def leave_group(worker: int) -> None:
     """Leaves the process group, so that stop signals reach only the run, which stops its workers."""
     if hasattr(os, "setsid"):
         os.setsid()
@@ -92,20 +97,79 @@ class _EpochSampler:
 
 
 @dataclass
-class _Samples(Dataset[Any]):
-    """Augmented and transformed samples, by (epoch, index)."""
+class SampleTransform:
+    """A sample with its inputs augmented and transformed; draws are a function of seed, epoch and index."""
 
-    dataset: Dataset[Any]
+    collate: Collate
     transform: Callable[[Any], Any] | None
     augment: Callable[[Any], Any] | None
     seed: int
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Any, Any, int]:
-        epoch, index = key
+    def __call__(self, read: Callable[[], Any], epoch: int, index: int) -> Any:
+        """What `read` returns, transformed.
+
+        Raises:
+            UsageError: naming the sample that cannot be read.
+        """
         with drawn_from(derive_seed("sample", self.seed, epoch, index)):
-            inputs, targets = self.dataset[index]
-            if self.augment is not None:
-                inputs = self.augment(inputs)
-            if self.transform is not None:
-                inputs = self.transform(inputs)
-        return inputs, targets, index
+            return self.read(read, index)
+
+    def read(self, read: Callable[[], Any], index: int) -> Any:
+        """The same, with draws from the global generators."""
+        key = self.collate.key
+        try:
+            sample = read()
+            if self.augment is None and self.transform is None:
+                return sample
+            return self.collate.layout.with_inputs(sample, self._change, key)
+        except UsageError:
+            raise
+        except Exception as error:
+            reason = f"{type(error).__name__}: {first_line(error)}"
+            raise UsageError(f"{key}: sample {index} cannot be read: {reason}") from error
+
+    def _change(self, inputs: Any) -> Any:
+        for change in (self.augment, self.transform):
+            inputs = inputs if change is None else change(inputs)
+        return inputs
+
+
+@dataclass
+class _Samples(Dataset[Any]):
+    """Transformed samples and their indices, by (epoch, index)."""
+
+    dataset: Dataset[Any]
+    transform: SampleTransform
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Any, int]:
+        epoch, index = key
+        return self.transform(lambda: self.dataset[index], epoch, index), index
+
+
+@dataclass
+class _CollateIndexed:
+    collate: Collate
+
+    def __call__(self, items: list[tuple[Any, int]]) -> tuple[Any, Any, Tensor]:
+        samples, indices = zip(*items, strict=True)
+        return *self.collate(list(samples)), torch.tensor(indices)
+
+
+def loaded_by_workers(loader: DataLoader[Any]) -> Iterator[Any]:
+    """The batches of `loader`; errors of its workers in one line.
+
+    Raises:
+        UsageError: as the worker's own.
+        TrainingError: if a worker was killed.
+    """
+    try:
+        yield from loader
+    except UsageError as error:
+        raise from_worker(error) from error
+    except RuntimeError as error:
+        if "DataLoader worker" in str(error):
+            raise TrainingError(
+                f"data.workers={loader.num_workers}: {first_line(error)}; they may need more "
+                "memory than there is: lower data.workers or data.prefetch"
+            ) from error
+        raise

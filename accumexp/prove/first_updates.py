@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
@@ -254,13 +255,17 @@ class UpdateObserver(Callback, Generic[AnyReplay]):
         self._observing.close()
 
     def samples_check(self, trainer: Trainer) -> Check:
-        """Checks that every sample of the split came once in each complete epoch."""
+        """Checks that every sample of the split, or of the sampler's draw, came once in each whole epoch."""
         train = trainer.splits.train
         count, expected = len(train.order(0)), set(train.indices.tolist())
         wrong, complete = 0, 0
         for epoch, indices in self._indices.items():
             if epoch + 1 in self._indices or len(indices) == count:
                 complete += 1
+                if train.sampler is not None:  # which may leave out and repeat samples
+                    drawn, came = Counter(train.order(epoch).tolist()), Counter(indices)
+                    wrong += sum((drawn - came).values()) + sum((came - drawn).values())
+                    continue
                 distinct = set(indices)
                 wrong += len(distinct - expected) + len(indices) - len(distinct) + abs(count - len(indices))
         detail = f"{count} samples in each of {complete} epochs"

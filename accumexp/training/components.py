@@ -9,10 +9,12 @@ from torch import nn
 from torchmetrics import Metric, MetricCollection
 
 from ..accum import LossScale
+from ..accum.loss import WeightedSamples
 from ..config.instantiate import build
 from ..config.schema import AccumConfig, Config, LossScaling, Precision, Strategy
 from ..data import Placement
 from ..environment.device import pick_device
+from ..environment.random_state import drawn_from
 from ..environment.ranks import RankInfo, device_of
 from ..errors import UsageError
 from .callbacks import EMA, Callback
@@ -54,15 +56,46 @@ def build_model(config: Config) -> nn.Module:
     return model
 
 
+def ignored_label(config: Config) -> int | None:
+    """The label that the loss ignores, None for a loss that has none.
+
+    The loss is built for it with draws of its own, which leave the run's generators alone.
+    """
+    try:
+        with drawn_from(0):
+            found = getattr(build(config.loss, "loss"), "ignore_index", None)
+    except UsageError:  # reported in its turn
+        return None
+    return found if isinstance(found, int) else None
+
+
+def build_loss(config: Config, device: torch.device, dtype: torch.dtype) -> Any:
+    """The criterion of `loss`, with `data.weight` as weighted by the sample.
+
+    Raises:
+        UsageError: if it cannot be built or weighted.
+    """
+    criterion = build(config.loss, "loss")
+    if config.data.weight is not None:
+        try:
+            criterion = WeightedSamples(criterion)
+        except ValueError as error:
+            reason = f"{error}; take a loss of torch with reduction=mean, or weigh in a loss of your own"
+            raise UsageError(f"data.weight={config.data.weight}: {reason}") from error
+    return criterion.to(device, dtype) if isinstance(criterion, nn.Module) else criterion
+
+
 def build_metrics(config: Config, device: torch.device) -> MetricCollection:
-    """The torchmetrics of `metrics`, by their names there.
+    """The torchmetrics of `metrics`, by their names there; those that can ignore what the loss ignores.
 
     Raises:
         UsageError: naming the key that cannot be built.
     """
     metrics: dict[str, Metric | MetricCollection] = {}
+    ignored = ignored_label(config)
+    offered = {} if ignored is None else {"ignore_index": ignored}
     for name, node in config.metrics.items():
-        metric = build(node, f"metrics.{name}")
+        metric = build(node, f"metrics.{name}", **offered)
         if not isinstance(metric, Metric):
             raise UsageError(f"metrics.{name}: a torchmetrics Metric is needed, not {type(metric).__name__}")
         metrics[name] = metric

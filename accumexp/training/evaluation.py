@@ -7,10 +7,12 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
 from ..accum import Ranks, WindowLoss, call, tensors
+from ..accum.loss import WeightedSamples
 from ..accum.ranks import ALONE
 from ..data import Batches
 
@@ -56,7 +58,7 @@ class Evaluator:
                 if batch.samples:  # otherwise padding, for forward passes that need every rank
                     total = total + loss_sum
                     weight = weight + (self.loss.weight(batch.targets) if counts else 0.0)
-                    self.metrics.update(outputs, batch.targets)
+                    self.metrics.update(outputs, unweighted(self.loss, batch.targets))
                 weight = weight + (0.0 if counts else 1 / self.ranks.size)
                 del batch, outputs, loss_sum  # frees them before the next forward
             if self.ranks.size > 1:
@@ -81,13 +83,15 @@ class WindowMetrics:
 
     LARGEST = 2**16
 
-    def __init__(self, metrics: MetricCollection) -> None:
+    def __init__(self, metrics: MetricCollection, loss: WindowLoss | None = None) -> None:
         self.metrics = metrics
+        self.loss = loss
         self._pending: list[tuple[Tensor, Tensor]] = []
         self._size = 0
 
     def observe(self, outputs: Any, targets: Any) -> None:
         """Adds a micro-batch's detached outputs and its targets."""
+        targets = unweighted(self.loss, targets)
         if not (isinstance(outputs, Tensor) and isinstance(targets, Tensor)):
             self.metrics.update(outputs, targets)
             return
@@ -122,8 +126,41 @@ def plain_values(metrics: MetricCollection) -> dict[str, float]:
     with warnings.catch_warnings():
         # A rank without samples updates nothing, and computes from the other ranks' counts.
         warnings.filterwarnings("ignore", message=".*was called before the ``update`` method")
+        _fill_list_states(metrics)
         computed: dict[str, Any] = metrics.compute() if len(metrics) else {}
     return {name: float(value) for name, value in computed.items() if torch.as_tensor(value).numel() == 1}
+
+
+def unweighted(loss: WindowLoss | None, targets: Any) -> Any:
+    """The targets without the samples' weights, which metrics do not take."""
+    return targets[0] if isinstance(loss, WeightedSamples) else targets
+
+
+def _fill_list_states(metrics: MetricCollection) -> None:
+    """Gives a rank that has seen no sample empty lists' tensors, of the other ranks' dtype and shape.
+
+    torchmetrics gathers what a list holds, and nothing from a rank where it is empty: the ranks' collectives
+    would not match.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return
+    states = [
+        (metric, name)
+        for _, metric in metrics.items(keep_base=True, copy_state=False)
+        for name in metric._defaults
+        if isinstance(getattr(metric, name), list)
+    ]
+    if not states:
+        return
+    own = [[(value.dtype, value.shape[1:]) for value in getattr(metric, name)[:1]] for metric, name in states]
+    every: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(every, own)
+    for k, (metric, name) in enumerate(states):
+        kept = getattr(metric, name)
+        found = [kinds[k][0] for kinds in every if kinds[k]]
+        if not kept and found:
+            dtype, shape = found[0]
+            kept.append(torch.empty((0, *shape), dtype=dtype, device=metric.device))
 
 
 def precision(autocast: torch.dtype | None, device: torch.device) -> AbstractContextManager[Any]:

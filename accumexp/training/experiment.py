@@ -13,6 +13,7 @@ from ..accum import GraphedStep, Ranks, Window, WindowLoss, data_parallel, fully
 from ..config.instantiate import build
 from ..config.schema import Config, Strategy
 from ..data import Share, Splits, build_splits
+from ..data.samples import check_inputs
 from ..environment.cores import cores
 from ..environment.random_state import derive_seed, seed_everything
 from ..environment.ranks import RankInfo, local_first
@@ -20,9 +21,11 @@ from ..errors import UsageError
 from .components import (
     autocast_dtype,
     build_callbacks,
+    build_loss,
     build_loss_scale,
     build_metrics,
     build_model,
+    ignored_label,
     placement,
 )
 from .evaluation import Evaluator
@@ -80,12 +83,12 @@ class Experiment:
         share = Share(rank_info.rank, rank_info.size, cast(int, config.accum.steps))
         if splits is None:
             with local_first(rank_info):
-                splits = build_splits(config.data, config.seed, place, share)
+                splits = build_splits(config.data, config.seed, place, share, ignored_label(config))
         seed_everything(config.seed, config.trainer.deterministic)
         model = build_model(config)
-        criterion = build(config.loss, "loss")
-        if isinstance(criterion, nn.Module):
-            criterion = criterion.to(device, dtype)
+        if splits.train.example is not None:
+            check_inputs(model, splits.train.example)
+        criterion = build_loss(config, device, dtype)
         loss = window_loss(criterion)
         evaluator = Evaluator(loss, build_metrics(config, device), autocast, ranks)
         model = model.to(device, dtype)

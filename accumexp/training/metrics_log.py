@@ -69,7 +69,7 @@ class MetricsLog:
         split_steps: dict[int, int],
     ) -> None:
         self.window = window
-        self.train_metrics = WindowMetrics(train_metrics)
+        self.train_metrics = WindowMetrics(train_metrics, window.loss)
         self.sink = sink
         self.check_finite = check_finite
         self.split_steps = split_steps

@@ -14,8 +14,8 @@ from ..data import Placement, ResidentBatches, Share, Splits, build_splits
 from ..data.replica_batches import gathered
 from ..environment.device import tf32
 from ..environment.random_state import random_state, restore_random_state, same_state, seed_everything
-from ..errors import UsageError
-from .out_of_memory import first_line
+from ..errors import UsageError, first_line
+from .components import ignored_label
 from .replica_trainer import ReplicaTrainer
 
 # Samples of each replica in the trial window.
@@ -33,11 +33,15 @@ def shared_splits(config: Config, place: Placement, key: str) -> Splits:
     """
     seed_everything(config.seed, config.trainer.deterministic)
     before = random_state()
-    splits = build_splits(config.data, config.seed, place, Share(steps=cast(int, config.accum.steps)))
+    splits = build_splits(
+        config.data, config.seed, place, Share(steps=cast(int, config.accum.steps)), ignored_label(config)
+    )
     if not same_state(before, random_state()):
         raise UsageError(
             f"{key}: the data draws from the run's seed, and must be the same for all; seed it by itself"
         )
+    if config.data.sampler:
+        raise UsageError(f"{key}: data.sampler orders the samples of one run, leave it out")
     if not isinstance(splits.train, ResidentBatches):
         raise UsageError(
             f"{key}: this data is streamed, once for each run; give data.resident=true if it fits on the "
