@@ -70,6 +70,8 @@ class TrainerConfig:
     log_every: int | None = None
     eval_every: int = 1
     clip_norm: float | None = None
+    # Elements of the gradient are clamped to this absolute value, once an update, after clip_norm.
+    clip_value: float | None = None
     check_finite: bool = True
     deterministic: bool = True
     threads: int | None = None

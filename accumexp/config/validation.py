@@ -35,6 +35,8 @@ def check(config: Config) -> Config:
         raise UsageError(f"data.eval_fraction={data.eval_fraction}: a fraction from 0 to below 1")
     if trainer.clip_norm is not None and not trainer.clip_norm > 0:
         raise UsageError(f"trainer.clip_norm={trainer.clip_norm}: a norm above 0, or null for no clipping")
+    if trainer.clip_value is not None and not 0 < trainer.clip_value < float("inf"):
+        raise UsageError(f"trainer.clip_value={trainer.clip_value}: a value above 0, or null for no clipping")
     if config.mode not in ("max", "min"):
         raise UsageError(f"mode={config.mode}: max or min")
     if config.precision is Precision.fp16 and not scaled:

@@ -141,6 +141,16 @@ def clipped(gradient: Gradient, clip_norm: float | None) -> Gradient:
     return {name: g * factor for name, g in gradient.items()}
 
 
+def clamped(gradient: Gradient, clip_value: float | None) -> Gradient:
+    """`gradient` with elements of at most `clip_value`, as torch.nn.utils.clip_grad_value_ does.
+
+    No two elements are farther apart after it than before: bounds of absolute errors go on to hold.
+    """
+    if clip_value is None:
+        return gradient
+    return {name: g.clamp(-clip_value, clip_value) for name, g in gradient.items()}
+
+
 def call(model: nn.Module, inputs: Nested) -> Any:
     """`model` on `inputs`: a mapping as keywords, a tuple or list as positional arguments."""
     arguments, keywords = _arguments(inputs)

@@ -7,7 +7,7 @@ import math
 from .certificate import Check, excess, worst_check
 from .float64 import DOUBLE
 from .gradients import WHOLE, first_update, measured_loss_scale, norms_of_errors
-from .larger_batch import Gradient, clipped, dot, norm
+from .larger_batch import Gradient, clamped, clipped, dot, norm
 from .observation import Observation
 from .problem import Problem, TrainingState, WholeBatch, cast, copy_in
 from .ranks import all_gather, world_size, worst
@@ -52,6 +52,7 @@ def precision_checks(problem: Problem, name: str) -> list[Check]:
         assert observation.gradient is not None
         expected = clipped(exact, problem.clip_norm)
         factor = (norm(expected) or 1.0) / size
+        expected = clamped(expected, problem.clip_value)
         _append(window_errors, norms_of_errors(observation.gradient, expected), 1 / (size * factor))
         if world_size() == 1 and observation.arrived:
             additions.append(_addition_check(problem, observation, name))

@@ -44,6 +44,7 @@ class Problem:
             a draw that all samples share.
         try_ignored_targets: whether windows with targets that the loss ignores are checked although no
             batch has any.
+        clip_value: the largest absolute value of the gradient's elements, after `clip_norm`, or None.
     """
 
     train_window: TrainWindow
@@ -62,6 +63,7 @@ class Problem:
     fixed_draws: bool = False
     sample_dims: Mapping[str, int | None] = field(default_factory=dict)
     try_ignored_targets: bool = False
+    clip_value: float | None = None
 
     @property
     def device(self) -> torch.device:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from .certificate import Check, worst_check
 from .float64 import DOUBLE
 from .gradients import WHOLE, norms_of_errors
-from .larger_batch import clipped, norm
+from .larger_batch import clamped, clipped, norm
 from .observation import Observation
 from .own_precision import loss_scale_of, rounding_of_parts
 from .problem import Problem, TrainingState, WholeBatch, copy_in
@@ -68,6 +68,7 @@ class OwnPrecisionReplay(Replay):
         coarse = scaled_larger_batch(problem, self.model, batch, scale).gradient
         expected = clipped(exact, problem.clip_norm)
         length = norm(expected) or 1.0
+        expected = clamped(expected, problem.clip_value)
         error = norms_of_errors(observation.gradient, expected)[WHOLE] / length
         lost = norms_of_errors(coarse, exact)[WHOLE] / (norm(exact) or 1.0)
         lost += rounding_of_parts(problem, observation).get(WHOLE, 0.0) / length

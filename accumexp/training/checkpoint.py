@@ -48,6 +48,8 @@ def save(path: Path, content: Mapping[str, Any]) -> None:
 def _without_views(content: Any) -> Any:
     """`content` with every view of a larger tensor copied: torch would save the larger tensor's storage."""
     if isinstance(content, torch.Tensor):
+        if content.layout is not torch.strided:  # no storage of its own, and no view
+            return content
         is_view = content.untyped_storage().nbytes() > content.numel() * content.element_size()
         return content.clone() if is_view else content
     if isinstance(content, dict):

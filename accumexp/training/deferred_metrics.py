@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -18,10 +19,14 @@ MOST_OVERFLOWS = 10
 BLOCK = 128
 
 
+# Learning rates by the keys they are logged under.
+Rates = Mapping[str, float | Tensor]
+
+
 class _Pending(NamedTuple):
     update: int
     overflow: Tensor | None
-    rate: float | Tensor
+    rates: Rates
 
 
 @dataclass(frozen=True)
@@ -50,14 +55,14 @@ class DeferredMetrics:
         self._losses: list[Tensor] = []
         self._slots: list[Tensor] = []
 
-    def add(self, update: int, loss: Tensor, overflow: Tensor | None, rate: float | Tensor) -> None:
-        """Adds an update: this rank's part of the loss, whether the window was skipped, the learning rate."""
+    def add(self, update: int, loss: Tensor, overflow: Tensor | None, rates: Rates) -> None:
+        """Adds an update: this rank's part of the loss, whether the window was skipped, the learning rates."""
         if len(self._pending) == len(self._slots):
             block = torch.zeros(BLOCK, dtype=torch.float64, device=loss.device)
             self._losses.append(block)
             self._slots.extend(block.unbind())
         self._slots[len(self._pending)].copy_(loss)
-        self._pending.append(_Pending(update, overflow, rate))
+        self._pending.append(_Pending(update, overflow, rates))
 
     def read(self) -> MetricsRead:
         """All updates added since the last call. Waits for the device."""
@@ -82,7 +87,12 @@ class DeferredMetrics:
                     "trainer.clip_norm, or go on regardless with trainer.check_finite=false"
                 )
                 break
-            rows.append((one.update, {"train/loss": numbers[k], "train/lr": float(one.rate)}))
+            rows.append(
+                (
+                    one.update,
+                    {"train/loss": numbers[k], **{key: float(rate) for key, rate in one.rates.items()}},
+                )
+            )
         if scale is None:
             return MetricsRead(rows, {}, trouble)
         size, skips, consecutive = numbers[-3:]

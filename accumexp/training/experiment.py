@@ -25,11 +25,12 @@ from .components import (
     build_model,
     placement,
 )
+from .evaluated_schedule import steppable, takes_metric
 from .evaluation import Evaluator
 from .graphs import graphs, warn_of_eager_step
 from .metrics_sink import MetricsSink
+from .optimizers import build_optimizer
 from .progress import LoopOptions, default_log_every
-from .schedules import may_be_fused
 from .trainer import Trainer
 
 ALONE = RankInfo()
@@ -107,6 +108,7 @@ class Experiment:
             loop.max_updates,
             eval_every=loop.eval_every,
             clip_norm=loop.clip_norm,
+            clip_value=loop.clip_value,
             check_finite=loop.check_finite,
             recover=self.config.accum.recovers and not loop.graph,
         )
@@ -147,19 +149,26 @@ class Experiment:
     def optimizer(self, parameters: list[nn.Parameter] | None = None) -> Optimizer:
         """The optimizer over `parameters`, those of the model by default.
 
-        It is fused where torch has a kernel for it and the configuration chooses no implementation.
+        It is fused where torch has a kernel for it and the configuration chooses no implementation. Groups
+        by name go by the names of the model's parameters, which `parameters` are copies of, in their order.
+
+        Raises:
+            UsageError: naming the key that cannot be built.
         """
-        node = self.config.optimizer
-        if parameters is None:
-            parameters = list(self.model.parameters())
-        if may_be_fused(node, parameters, self.model.modules()):
-            recorded = {"capturable": True} if self.config.trainer.graph else {}
-            return build(node, "optimizer", parameters, fused=True, **recorded)
-        return build(node, "optimizer", parameters)
+        named = list(self.model.named_parameters())
+        if parameters is not None:
+            named = [(name, other) for (name, _), other in zip(named, parameters, strict=True)]
+        return build_optimizer(
+            self.config.optimizer, named, self.model.modules(), capturable=self.config.trainer.graph
+        )
 
     def schedule(self, optimizer: Optimizer, updates: int | None = None) -> Any:
         """The learning rate schedule over `updates`, those of the run by default."""
-        return build(self.config.scheduler, "scheduler", optimizer, total_updates=updates or self.updates)
+        node, config = self.config.scheduler, self.config
+        # A schedule's own `mode` is not that of the metric, unless it is stepped with the metric.
+        offered = {"mode": config.mode} if takes_metric(node) else {}
+        made = build(node, "scheduler", optimizer, total_updates=updates or self.updates, **offered)
+        return steppable(made, str(node.get("_target_")), config.monitor)
 
     def trainer(
         self, metrics_sink: MetricsSink, updates: int | None = None, options: LoopOptions | None = None

@@ -10,7 +10,7 @@ from torchmetrics import MetricCollection
 
 from ..accum import StepResult, Window, WindowResult
 from ..environment.memory import MIB, peak_memory_mib
-from .deferred_metrics import DeferredMetrics, hopeless
+from .deferred_metrics import DeferredMetrics, Rates, hopeless
 from .evaluation import WindowMetrics
 from .metrics_sink import MetricsSink
 from .progress import Progress
@@ -49,9 +49,9 @@ class MetricsLog:
         self._device = next(window.model.parameters()).device
         self._deferred = DeferredMetrics(window, check_finite)
 
-    def add(self, update: int, result: WindowResult, step: StepResult, rate: float | Tensor) -> None:
+    def add(self, update: int, result: WindowResult, step: StepResult, rates: Rates) -> None:
         """Takes an update's results, which stay on the device until `read`."""
-        self._deferred.add(update, result.loss, step.overflow, rate)
+        self._deferred.add(update, result.loss, step.overflow, rates)
 
     def measured(self, progress: Progress, norm: Tensor | None, first: bool) -> dict[str, float]:
         """The further values of an update that is published. Waits for the device.

@@ -7,7 +7,7 @@ from contextlib import closing, contextmanager
 from dataclasses import asdict
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 from torchmetrics import MetricCollection
 
@@ -25,9 +25,11 @@ from ..data import Batch, Splits
 from ..environment.device import wait_for
 from ..errors import compiler_error
 from .callbacks import Callback, listeners
+from .evaluated_schedule import EvaluatedSchedule
 from .evaluation import Evaluator
 from .metrics_log import MetricsLog
 from .metrics_sink import MetricsSink
+from .optimizers import learning_rates, set_mode
 from .out_of_memory import NoMemoryFor, OutOfMemoryHandler
 from .progress import LoopOptions, Progress
 from .schedules import step_schedule
@@ -91,7 +93,7 @@ class Trainer:
         self.options = options
         self.device = next(self.model.parameters()).device
         self.total_updates = options.total_updates(len(splits.train))
-        step = OptimizerStep(window, optimizer, options.clip_norm)
+        step = OptimizerStep(window, optimizer, options.clip_norm, options.clip_value)
         self.step = step if graphs is None else GraphedStep(step, graphs)
         graphed = None if graphs is None else GraphedWindow(window, graphs)
         self.progress = Progress()
@@ -181,6 +183,7 @@ class Trainer:
         progress = self.progress
         self._emit("epoch_begin")
         self.model.train()
+        set_mode([self.optimizer], "train")
         for batch in self.splits.train.epoch(progress.epoch, progress.epoch_update):
             yield batch
             self._stop_request.soon()
@@ -194,6 +197,8 @@ class Trainer:
         if self.finished or progress.epoch % self.options.eval_every == 0:
             values = self.evaluate("eval")
             self.log.sink.record(progress.update, values, publish=True)
+            if isinstance(self.scheduler, EvaluatedSchedule):
+                self.scheduler.evaluated(values)
             self._stop_request.now()
         self._emit("epoch_end")
 
@@ -220,8 +225,7 @@ class Trainer:
         """
         progress, publish, batch = self.progress, self.publishes, self.batch
         assert batch is not None
-        rate = self.optimizer.param_groups[0]["lr"]
-        rate = rate.clone() if isinstance(rate, Tensor) else float(rate)
+        rates = learning_rates(self.optimizer)
         if done is None:
             with NO_MEMORY_TO_STEP:
                 done = self.step(publish)
@@ -229,7 +233,7 @@ class Trainer:
         progress.update += 1
         progress.epoch_update += 1
         progress.samples += batch.total
-        self.log.add(progress.update, result, done, rate)
+        self.log.add(progress.update, result, done, rates)
         if publish:
             extra = self.log.measured(progress, done.norm, first=progress.update <= self.options.log_every)
             self._emit("measured", extra)
@@ -258,7 +262,7 @@ class Trainer:
     def evaluate(self, split: str) -> dict[str, float]:
         """Loss and metrics of "eval" or "test", as `<split>/<name>`, with what callbacks add."""
         no_memory = NoMemoryFor(f"the evaluation on {split}", "lower data.eval_batch_size")
-        with self.off_the_clock(), no_memory:
+        with self.off_the_clock(), no_memory, self.averaged_weights():
             self.window.sync.share_buffers()
             batches = self.splits.test if split == "test" else self.splits.eval
             values = {f"{split}/{k}": v for k, v in self.evaluator(self.model, batches).items()}
@@ -278,6 +282,15 @@ class Trainer:
             wait_for(self.device)
             for trainer in self.in_step:
                 trainer.log.throughput.resume()
+
+    @contextmanager
+    def averaged_weights(self) -> Iterator[None]:
+        """Inside, an optimizer with `train` and `eval` (a schedule-free one) is in eval mode."""
+        set_mode([self.optimizer], "eval")
+        try:
+            yield
+        finally:
+            set_mode([self.optimizer], "train")
 
     def _emit(self, event: str, *arguments: Any) -> None:
         for listener in self._events.get(event, ()):
