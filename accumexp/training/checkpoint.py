@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import shutil
+import warnings
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,6 +19,7 @@ from ..errors import UsageError
 from ..tracking.folder import BEST, CHECKPOINTS
 from . import shards
 from .callbacks import Best, Callback
+from .optimizers import in_eval_mode
 
 if TYPE_CHECKING:
     from .trainer import Trainer
@@ -77,7 +79,9 @@ def load(path: Path, in_file: bool = False) -> dict[str, Any]:
             damaged = archive.testzip()
         if damaged:
             raise UsageError(f"checkpoint {path}: damaged in {damaged}; take an earlier one from its folder")
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=in_file)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Validating sparse tensor invariants")
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=in_file)
     except UsageError:
         raise
     except zipfile.BadZipFile as error:
@@ -184,7 +188,7 @@ class Checkpoints(Callback):
         return self._saved_at == (trainer.progress.update, trainer.progress.epoch)
 
     def _save(self, trainer: Trainer, evaluated: dict[str, float]) -> None:
-        with trainer.off_the_clock():
+        with trainer.off_the_clock(), in_eval_mode(trainer.optimizer):
             state = trainer.state_dict()
             ranks = trainer.window.sync.ranks
             random, *others = _all_gather(self.random_state(), ranks)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -73,7 +74,7 @@ def _assign(groups: Sequence[Any], named: Named) -> tuple[Named, list[Named]]:
         wanted = [wanted] if isinstance(wanted, str) else wanted
         if not wanted or not all(isinstance(pattern, str) for pattern in wanted):
             raise UsageError(
-                f"optimizer.groups.{number}={entry}: names no parameters, give params: '*.bias' or a list of these"
+                f"optimizer.groups.{number}={entry}: names no parameters, give params: '*.bias' or a list"
             )
         patterns.append(list(wanted))
     for number, wanted in enumerate(patterns):
@@ -130,6 +131,7 @@ def _one(
             if setting not in defaults:
                 known = ", ".join(sorted(optimizer.defaults))
                 raise UsageError(f"optimizer.groups: {setting} is no setting of {node['_target_']} ({known})")
+    set_mode([optimizer], "train")
     if needed := required_arguments(optimizer.step):
         raise UsageError(
             f"{key}._target_={node['_target_']}: its step needs a {needed[0]}, which computes the loss again "
@@ -200,6 +202,16 @@ def set_mode(optimizers: Iterable[Any], mode: str) -> None:
     for optimizer in optimizers:
         if all(callable(getattr(optimizer, name, None)) for name in ("train", "eval")):
             getattr(optimizer, mode)()
+
+
+@contextmanager
+def in_eval_mode(optimizer: Optimizer) -> Iterator[None]:
+    """Inside, an optimizer with `train` and `eval` (a schedule-free one) is in eval mode."""
+    set_mode([optimizer], "eval")
+    try:
+        yield
+    finally:
+        set_mode([optimizer], "train")
 
 
 def learning_rates(optimizer: Optimizer) -> dict[str, float | Tensor]:

@@ -29,7 +29,7 @@ from .evaluated_schedule import EvaluatedSchedule
 from .evaluation import Evaluator
 from .metrics_log import MetricsLog
 from .metrics_sink import MetricsSink
-from .optimizers import learning_rates, set_mode
+from .optimizers import in_eval_mode, learning_rates, set_mode
 from .out_of_memory import NoMemoryFor, OutOfMemoryHandler
 from .progress import LoopOptions, Progress
 from .schedules import step_schedule
@@ -262,7 +262,7 @@ class Trainer:
     def evaluate(self, split: str) -> dict[str, float]:
         """Loss and metrics of "eval" or "test", as `<split>/<name>`, with what callbacks add."""
         no_memory = NoMemoryFor(f"the evaluation on {split}", "lower data.eval_batch_size")
-        with self.off_the_clock(), no_memory, self.averaged_weights():
+        with self.off_the_clock(), no_memory, in_eval_mode(self.optimizer):
             self.window.sync.share_buffers()
             batches = self.splits.test if split == "test" else self.splits.eval
             values = {f"{split}/{k}": v for k, v in self.evaluator(self.model, batches).items()}
@@ -282,15 +282,6 @@ class Trainer:
             wait_for(self.device)
             for trainer in self.in_step:
                 trainer.log.throughput.resume()
-
-    @contextmanager
-    def averaged_weights(self) -> Iterator[None]:
-        """Inside, an optimizer with `train` and `eval` (a schedule-free one) is in eval mode."""
-        set_mode([self.optimizer], "eval")
-        try:
-            yield
-        finally:
-            set_mode([self.optimizer], "train")
 
     def _emit(self, event: str, *arguments: Any) -> None:
         for listener in self._events.get(event, ()):
