@@ -91,7 +91,7 @@ def test_losses_are_read_as_they_were_however_many_wait() -> None:
     for count in (1, 300, 128, 129):
         losses = torch.rand(count, dtype=torch.float32)
         for update, loss in enumerate(losses):
-            readings.add(update, loss, None, 0.5)
+            readings.add(update, loss, None, {"train/lr": 0.5})
         losses_read = [(update, values["train/loss"]) for update, values in readings.read().rows]
         assert losses_read == list(enumerate(losses.tolist()))
     assert not readings.read().rows
