@@ -56,7 +56,7 @@ class DeferredMetrics:
         self._slots: list[Tensor] = []
 
     def add(self, update: int, loss: Tensor, overflow: Tensor | None, rates: Rates) -> None:
-        """Adds an update: this rank's part of the loss, whether the window was skipped, the learning rates."""
+        """Adds an update: this rank's part of the loss, whether it was skipped, the learning rates."""
         if len(self._pending) == len(self._slots):
             block = torch.zeros(BLOCK, dtype=torch.float64, device=loss.device)
             self._losses.append(block)
