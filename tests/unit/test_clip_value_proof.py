@@ -1,4 +1,4 @@
-"""`clip_value` in a certificate: the larger batch is clamped too, and a loop that clamps otherwise is refused."""
+"""`clip_value` in a certificate: the larger batch is clamped too, and another clamp is refused."""
 
 from __future__ import annotations
 
