@@ -67,6 +67,11 @@ class ReplicaStep:
                 factor = (clip_norm / (norm + 1e-6)).clamp(max=1.0)
                 for gradient in gradients:
                     gradient.mul_(factor.to(gradient.dtype).view(-1, *[1] * (gradient.dim() - 1)))
+        clip_value = self.steps[0].clip_value
+        if clip_value is not None:
+            for p in self.window.parameters:
+                if p.grad is not None:
+                    p.grad.clamp_(-clip_value, clip_value)
         give_momentum(self._stacked)
         self._stacked.step()
         self._share(self._stacked)

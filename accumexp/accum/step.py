@@ -34,17 +34,25 @@ class OptimizerStep:
 
     Args:
         clip_norm: the 2-norm that the update's gradient is clipped to, or None.
+        clip_value: the largest absolute value of its elements, or None. The norm is clipped first.
     """
 
-    def __init__(self, window: Window, optimizer: Optimizer, clip_norm: float | None = None) -> None:
+    def __init__(
+        self,
+        window: Window,
+        optimizer: Optimizer,
+        clip_norm: float | None = None,
+        clip_value: float | None = None,
+    ) -> None:
         self.window = window
         self.optimizer = optimizer
         self.clip_norm = clip_norm
+        self.clip_value = clip_value
 
     def __call__(self, want_norm: bool = False) -> StepResult:
         sync, scale = self.window.sync, self.window.loss_scale
         give_momentum(self.optimizer)
-        if scale is None and self.clip_norm is None and not want_norm:
+        if scale is None and self.clip_norm is None and self.clip_value is None and not want_norm:
             self.optimizer.step()
             return StepResult(None, None)
         overflow = None if scale is None else sync.overflow()
@@ -59,6 +67,9 @@ class OptimizerStep:
             factor = clip if factor is None else factor * clip
         if factor is not None:
             _multiply(sync.gradients(), factor)
+        if self.clip_value is not None:
+            for gradient in sync.gradients():
+                gradient.clamp_(-self.clip_value, self.clip_value)
         if scale is None or overflow is None:
             self.optimizer.step()
         else:

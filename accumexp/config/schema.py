@@ -137,6 +137,8 @@ class TrainerConfig:
     log_every: int | None = count(None)
     eval_every: int = count(1)
     clip_norm: float | None = number(None, above=0)
+    # Elements of the gradient are clamped to this absolute value, once an update, after clip_norm.
+    clip_value: float | None = number(None, above=0)
     check_finite: bool = True
     deterministic: bool = True
     threads: int | None = count(None, at_most=4096)

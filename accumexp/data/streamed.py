@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -50,18 +51,21 @@ class StreamedBatches(Batches):
         super().__init__(indices, batch_size, **options)
         self.place = place
         self._sampler = _EpochSampler(self)
-        self._loader = DataLoader(
-            _Samples(dataset, SampleTransform(collate, transform, sample_augment, self.shuffle or 0)),
-            batch_sampler=self._sampler,
-            collate_fn=_CollateIndexed(collate),
-            num_workers=workers,
-            prefetch_factor=prefetch if workers else None,
-            persistent_workers=workers > 0,
-            pin_memory=pin_memory,
-            worker_init_fn=leave_group,
-            # The default is torch's global generator, which is the run's.
-            generator=torch.Generator(),
-        )
+        with warnings.catch_warnings():
+            # training.preflight warns in one line that names the key.
+            warnings.filterwarnings("ignore", message="This DataLoader will create")
+            self._loader = DataLoader(
+                _Samples(dataset, SampleTransform(collate, transform, sample_augment, self.shuffle or 0)),
+                batch_sampler=self._sampler,
+                collate_fn=_CollateIndexed(collate),
+                num_workers=workers,
+                prefetch_factor=prefetch if workers else None,
+                persistent_workers=workers > 0,
+                pin_memory=pin_memory,
+                worker_init_fn=leave_group,
+                # The default is torch's global generator, which is the run's.
+                generator=torch.Generator(),
+            )
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         self._sampler.epoch, self._sampler.start = epoch, start

@@ -23,7 +23,13 @@ def pick_device(name: str) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
-        raise UsageError(f"device={name}: {reason}; auto, cpu, cuda or cuda:<n>") from error
+        remedy = "auto, cpu, cuda or cuda:<n>"
+        if name.startswith("cuda"):
+            count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+            remedy = (
+                f"take cuda:<n> below {count}, cpu or auto" if count else "take device=cpu or device=auto"
+            )
+        raise UsageError(f"device={name}: {reason.rstrip('.')}; {remedy}") from error
     return device
 
 

@@ -44,6 +44,7 @@ def certify(
     loss_scale: Scaling | None = None,
     updates: int = 100,
     seed: int = 0,
+    clip_value: float | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Certificate:
     """Certifies that `train_window` makes the update of the larger batch, or says why it does not.
@@ -74,6 +75,7 @@ def certify(
         loss_scale: the settings of its loss scale, if it has a dynamic one.
         updates: number of updates that are replayed in fp64, at least 1.
         seed: of torch's generators in every window.
+        clip_value: the largest absolute value of its elements, which the loop clamps after `clip_norm`.
         progress: called with a description when a stage begins.
 
     Raises:
@@ -100,6 +102,7 @@ def certify(
         autocast,
         loss_scale,
         seed,
+        clip_value=clip_value,
     )
     if steps < 1 or problem.samples < steps * world_size():
         raise ValueError(f"steps={steps}: a batch of {problem.samples} samples cannot be split into them")

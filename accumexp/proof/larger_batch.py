@@ -143,6 +143,16 @@ def clip_factor(size: float, clip_norm: float | None) -> float:
     return 1.0 if clip_norm is None else min(1.0, clip_norm / (size + 1e-6))
 
 
+def clamped(gradient: Gradient, clip_value: float | None) -> Gradient:
+    """`gradient` with elements of at most `clip_value`, as torch.nn.utils.clip_grad_value_ does.
+
+    No two elements are farther apart after it than before: bounds of absolute errors go on to hold.
+    """
+    if clip_value is None:
+        return gradient
+    return {name: g.clamp(-clip_value, clip_value) for name, g in gradient.items()}
+
+
 def call(model: nn.Module, inputs: Nested) -> Any:
     """`model` on `inputs`: a mapping as keywords, a tuple or list as positional arguments."""
     arguments, keywords = _arguments(inputs)

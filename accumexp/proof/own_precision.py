@@ -9,7 +9,7 @@ from dataclasses import replace
 from .certificate import Check, excess, worst_check
 from .float64 import DOUBLE
 from .gradients import WHOLE, first_update, measured_loss_scale, norms_of_errors
-from .larger_batch import Gradient, clipped, dot, norm
+from .larger_batch import Gradient, clamped, clipped, dot, norm
 from .observation import Observation
 from .problem import Problem, TrainingState, WholeBatch, cast, copy_in
 from .ranks import all_gather, world_size, worst
@@ -60,6 +60,7 @@ def precision_checks(problem: Problem, name: str) -> list[Check]:
         assert observation.gradient is not None
         expected = clipped(exact, problem.clip_norm)
         factor = (norm(expected) or 1.0) / size
+        expected = clamped(expected, problem.clip_value)
         _append(window_errors, norms_of_errors(observation.gradient, expected), 1 / (size * factor))
         if world_size() == 1 and observation.arrived:
             additions.append(_addition_check(problem, observation, name))
@@ -145,6 +146,7 @@ class OwnPrecisionReplay(Replay):
         coarse = scaled_larger_batch(problem, self.model, batch, scale).gradient
         expected = clipped(exact, problem.clip_norm)
         length = norm(expected) or 1.0
+        expected = clamped(expected, problem.clip_value)
         error = norms_of_errors(observation.gradient, expected)[WHOLE] / length
         lost = norms_of_errors(coarse, exact)[WHOLE] / (norm(exact) or 1.0)
         lost += rounding_of_parts(problem, observation).get(WHOLE, 0.0) / length
@@ -203,8 +205,9 @@ def rounding_of_parts(problem: Problem, observation: Observation) -> dict[str, f
     if not all(all_gather(bool(observation.arrived) and gradient is not None)):
         return {}
     assert gradient is not None
-    product = sum(all_gather(dot(observation.arrived, gradient)))
-    factor = abs(norm(gradient) ** 2 / product) if product else 0.0
+    kept = unclamped(gradient, problem.clip_value)
+    product = sum(all_gather(dot(observation.arrived, kept)))
+    factor = abs(norm(kept) ** 2 / product) if product else 0.0
     added = max(0, observation.arrivals - 1) * U32 + (world_size() - 1) * roundoff(problem.dtype)
     factor *= roundoff(problem.autocast or problem.dtype) + added
     norms = all_gather(observation.arrived_norms)
@@ -212,26 +215,41 @@ def rounding_of_parts(problem: Problem, observation: Observation) -> dict[str, f
     return {**bounds, WHOLE: math.hypot(*bounds.values())}
 
 
+def unclamped(gradient: Gradient, clip_value: float | None) -> Gradient:
+    """`gradient` with zeros where it may have been clamped: what is left shows the factor before that."""
+    if clip_value is None:
+        return gradient
+    return {name: g.where(g.abs() < 0.99 * clip_value, 0.0) for name, g in gradient.items()}
+
+
 def _addition_check(problem: Problem, observation: Observation, precision: str) -> Check:
     """Checks `.grad` against the sum of what autograd delivered; figures relative to the whole gradient."""
     gradient, arrived = observation.gradient, observation.arrived
     assert gradient is not None
     # The gradient over what arrived: 1, or what unscaling and clipping made of it.
-    square = dot(arrived, arrived)
-    factor = dot(arrived, gradient) / square if square else 1.0
+    kept = unclamped(gradient, problem.clip_value)
+    base = (
+        {name: exact * (kept[name] != 0) for name, exact in arrived.items()}
+        if problem.clip_value
+        else arrived
+    )
+    square = dot(base, base)
+    factor = dot(base, kept) / square if square else 1.0
     size = norm(gradient) or 1.0
     rounded_again = problem.clip_norm is not None or problem.scaling is not None
     errors, bounds, sizes = {}, {}, {}
     for name, exact in arrived.items():
         dtype = gradient[name].dtype
         sizes[name] = abs(factor) * float(exact.norm())
-        errors[name] = float((gradient[name].double() - exact * factor).norm())
+        expected = clamped({name: exact * factor}, problem.clip_value)[name]
+        errors[name] = float((gradient[name].double() - expected).norm())
         once = abs(factor) * float((exact.to(dtype).double() - exact).norm())
         terms = abs(factor) * observation.arrived_norms[name]
         added = max(0, observation.arrivals - 1) * U32 * terms
         bounds[name] = once + added + rounded_again * roundoff(dtype) * sizes[name]
     # The factor follows from rounded numbers: by Cauchy and Schwarz it is off by their error at most.
-    slack = math.sqrt(sum(b * b for b in bounds.values()) / (sum(s * s for s in sizes.values()) or 1.0))
+    whole = factor * factor * square or 1.0
+    slack = math.sqrt(sum(b * b for b in bounds.values()) / whole)
     bounds = {name: bound + slack * sizes[name] for name, bound in bounds.items()}
     name = max(errors, key=lambda key: excess(errors[key], bounds[key]))
     error, bound = errors[name] / size, bounds[name] / size

@@ -42,6 +42,7 @@ class Problem:
         sample_dims: by position in the forward pass, the dimension of a draw that indexes samples; None for
             a draw that all samples share.
         try_ignored_targets: check windows with ignored targets although no batch has any.
+        clip_value: the largest absolute value of the gradient's elements, after `clip_norm`, or None.
     """
 
     train_window: TrainWindow
@@ -60,6 +61,7 @@ class Problem:
     fixed_draws: bool = False
     sample_dims: Mapping[str, int | None] = field(default_factory=dict)
     try_ignored_targets: bool = False
+    clip_value: float | None = None
 
     @property
     def device(self) -> torch.device:

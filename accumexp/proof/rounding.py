@@ -22,7 +22,16 @@ from torch import nn
 from ..accum.batch import tensors
 from .fixed_draws import seeded_draws
 from .float64 import DOUBLE, keep_float64
-from .larger_batch import Gradient, LargerBatch, clip_factor, clipped, larger_batch, loss_weight, norm
+from .larger_batch import (
+    Gradient,
+    LargerBatch,
+    clamped,
+    clip_factor,
+    clipped,
+    larger_batch,
+    loss_weight,
+    norm,
+)
 from .problem import Problem, WholeBatch, cast, copy_in, rows
 
 LAMBDA = 8.0
@@ -80,10 +89,11 @@ def expected_update(
         # The norm that clips is off by no more than the gradient is, and every parameter's part with it.
         off = math.hypot(*bounds.values()) / size
         bounds = {name: b + off * float(exact.gradient[name].norm()) for name, b in bounds.items()}
+    expected = clamped(clipped(exact.gradient, clip_norm), problem.clip_value)
     loss = float(exact.loss)
     lost = abs(float(coarse.loss.double()) - loss)
     loss_bound = LAMBDA * 2.0**-29 * lost + samples * U64 * max(abs(loss), U64)
-    return ExpectedUpdate(exact, clipped(exact.gradient, clip_norm), size, bounds, loss_bound)
+    return ExpectedUpdate(exact, expected, size, bounds, loss_bound)
 
 
 def clipping_error(clip_norm: float | None, gradient: Gradient, dtype: torch.dtype) -> float:

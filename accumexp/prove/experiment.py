@@ -88,6 +88,7 @@ def problem_of(experiment: Experiment) -> Problem:
         _scaling(config),
         config.seed,
         try_ignored_targets=True,
+        clip_value=config.trainer.clip_value,
     )
 
 

@@ -53,6 +53,7 @@ class TrainerLoop:
             epochs=2**62,
             log_every=2**62,
             clip_norm=self.clip_norm,
+            clip_value=self.experiment.config.trainer.clip_value,
             check_finite=False,
             recover=self.experiment.config.accum.recovers,
         )

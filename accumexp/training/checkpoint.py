@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import shutil
+import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +20,7 @@ from ..errors import UsageError
 from ..tracking.folder import BEST, CHECKPOINTS
 from . import shards
 from .callbacks import Best, Callback, RunState
+from .optimizers import in_eval_mode
 
 if TYPE_CHECKING:
     from .trainer import Trainer
@@ -49,6 +51,8 @@ def save(path: Path, content: Mapping[str, Any]) -> None:
 def _without_views(content: Any) -> Any:
     """`content` with every view of a larger tensor copied: torch would save the larger tensor's storage."""
     if isinstance(content, torch.Tensor):
+        if content.layout is not torch.strided:  # no storage of its own, and no view
+            return content
         is_view = content.untyped_storage().nbytes() > content.numel() * content.element_size()
         return content.clone() if is_view else content
     if isinstance(content, dict):
@@ -76,7 +80,9 @@ def load(path: Path, in_file: bool = False) -> dict[str, Any]:
             damaged = archive.testzip()
         if damaged:
             raise UsageError(f"checkpoint {path}: damaged in {damaged}; take an earlier one from its folder")
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=in_file)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Validating sparse tensor invariants")
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=in_file)
     except UsageError:
         raise
     except zipfile.BadZipFile as error:
@@ -180,7 +186,7 @@ class Checkpoints(Callback):
             self._save(trainer, {})
 
     def _save(self, trainer: Trainer, evaluated: dict[str, float]) -> None:
-        with trainer.off_the_clock():
+        with trainer.off_the_clock(), in_eval_mode(trainer.optimizer):
             state = trainer.state_dict()
             ranks = trainer.window.sync.ranks
             random, *others = _all_gather(trainer.random_state(), ranks)

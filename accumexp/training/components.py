@@ -17,7 +17,7 @@ from ..environment.device import pick_device
 from ..environment.random_state import drawn_from
 from ..environment.ranks import RankInfo, device_of
 from ..errors import UsageError
-from .callbacks import EMA, Callback
+from .callbacks import EMA, Best, Callback
 
 DTYPES = {
     Precision.fp32: torch.float32,
@@ -146,4 +146,28 @@ def build_callbacks(config: Config) -> dict[str, Callback]:
             )
         if not isinstance(callbacks[name], Callback):
             raise UsageError(f"callbacks.{name}: {node['_target_']} is no accumexp.callbacks.Callback")
+    _check_monitors(config, callbacks, evaluated)
     return callbacks
+
+
+def _check_monitors(config: Config, callbacks: dict[str, Callback], evaluated: set[str]) -> None:
+    """Refuses a monitor of a metric that nothing evaluates."""
+    known = {f"eval/{name}" for name in evaluated}
+    if any(isinstance(callback, EMA) for callback in callbacks.values()):
+        known |= {f"eval/ema_{name}" for name in evaluated}
+    adds = (type(callback).evaluated for callback in callbacks.values())
+    others = any(not method.__module__.startswith("accumexp.") for method in adds)
+    monitors = {"monitor": config.monitor}
+    for name, callback in callbacks.items():
+        best = getattr(callback, "best", None)
+        if isinstance(best, Best):
+            monitors[f"callbacks.{name}.monitor"] = best.monitor
+    for key, monitor in monitors.items():
+        if monitor in known or others and key != "monitor":
+            continue
+        if monitor.startswith("eval/ema_") and monitor.replace("ema_", "", 1) in known:
+            raise UsageError(
+                f"{key}={monitor}: nothing averages the weights, add callbacks=ema or take "
+                f"{monitor.replace('ema_', '', 1)}"
+            )
+        raise UsageError(f"{key}={monitor}: this run evaluates {', '.join(sorted(known))}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -28,13 +29,16 @@ from .components import (
     ignored_label,
     placement,
 )
+from .evaluated_schedule import steppable, takes_metric
 from .evaluation import Evaluator
 from .graphs import graphs, warn_of_eager_step
 from .metrics_sink import MetricsSink
+from .optimizers import build_optimizer
+from .preflight import check_batch_statistics, workers_warning
 from .progress import LoopOptions, default_log_every
-from .schedules import may_be_fused
 from .trainer import Trainer
 
+log = logging.getLogger(__name__)
 ALONE = RankInfo()
 
 
@@ -110,6 +114,7 @@ class Experiment:
             loop.max_updates,
             eval_every=loop.eval_every,
             clip_norm=loop.clip_norm,
+            clip_value=loop.clip_value,
             check_finite=loop.check_finite,
             recover=self.config.accum.recovers and not loop.graph,
         )
@@ -150,19 +155,26 @@ class Experiment:
     def optimizer(self, parameters: list[nn.Parameter] | None = None) -> Optimizer:
         """The optimizer over `parameters`, those of the model by default.
 
-        It is fused where torch has a kernel for it and the configuration chooses no implementation.
+        It is fused where torch has a kernel for it and the configuration chooses no implementation. Groups
+        by name go by the names of the model's parameters, which `parameters` are copies of, in their order.
+
+        Raises:
+            UsageError: naming the key that cannot be built.
         """
-        node = self.config.optimizer
-        if parameters is None:
-            parameters = list(self.model.parameters())
-        options: dict[str, bool] = {}
-        if may_be_fused(node, parameters, self.model.modules()):
-            options = {"fused": True, "capturable": True} if self.config.trainer.graph else {"fused": True}
-        return build(node, "optimizer", parameters, **options)
+        named = list(self.model.named_parameters())
+        if parameters is not None:
+            named = [(name, other) for (name, _), other in zip(named, parameters, strict=True)]
+        return build_optimizer(
+            self.config.optimizer, named, self.model.modules(), capturable=self.config.trainer.graph
+        )
 
     def schedule(self, optimizer: Optimizer, updates: int | None = None) -> Any:
         """The learning rate schedule over `updates`, those of the run by default."""
-        return build(self.config.scheduler, "scheduler", optimizer, total_updates=updates or self.updates)
+        node, config = self.config.scheduler, self.config
+        # A schedule's own `mode` is not that of the metric, unless it is stepped with the metric.
+        offered = {"mode": config.mode} if takes_metric(node) else {}
+        made = build(node, "scheduler", optimizer, total_updates=updates or self.updates, **offered)
+        return steppable(made, str(node.get("_target_")), config.monitor)
 
     def trainer(
         self, metrics_sink: MetricsSink, updates: int | None = None, options: LoopOptions | None = None
@@ -177,6 +189,12 @@ class Experiment:
         config, loop = self.config, self.config.trainer
         if loop.compile:
             self.model.compile()
+        train, steps = self.splits.train, cast(int, config.accum.steps)
+        check_batch_statistics(self.model, train, steps, self.rank_info.size, self.autocast)
+        if not self.rank_info.rank and (
+            warning := workers_warning(config.data.workers, self.rank_info.local_size)
+        ):
+            log.warning(warning)
         window = self.window()
         optimizer = self.optimizer()  # after the window: sharding replaces the parameters
         trainer = Trainer(

@@ -26,10 +26,14 @@ MOST_OVERFLOWS = 10
 BLOCK = 128
 
 
+# Learning rates by the keys they are logged under.
+Rates = Mapping[str, float | Tensor]
+
+
 class _Update(NamedTuple):
     number: int
     overflow: Tensor | None
-    rate: float | Tensor
+    rates: Rates
 
 
 def as_numbers(values: Mapping[str, Any]) -> dict[str, float]:
@@ -83,14 +87,14 @@ class MetricsLog:
         self._losses: list[Tensor] = []
         self._slots: list[Tensor] = []
 
-    def add(self, update: int, loss: Tensor, overflow: Tensor | None, rate: float | Tensor) -> None:
-        """Adds an update: this rank's part of the loss, whether the window was skipped, the learning rate."""
+    def add(self, update: int, loss: Tensor, overflow: Tensor | None, rates: Rates) -> None:
+        """Adds an update: this rank's part of the loss, whether it was skipped, the learning rates."""
         if len(self._pending) == len(self._slots):
             block = torch.zeros(BLOCK, dtype=torch.float64, device=loss.device)
             self._losses.append(block)
             self._slots.extend(block.unbind())
         self._slots[len(self._pending)].copy_(loss)
-        self._pending.append(_Update(update, overflow, rate))
+        self._pending.append(_Update(update, overflow, rates))
 
     def measured(self, progress: Progress, norm: Tensor | None, first: bool) -> dict[str, float]:
         """The further values of an update that is published. Waits for the device.
@@ -132,7 +136,7 @@ class MetricsLog:
                     f"train/loss is {loss} at update {update.number}: lower optimizer.lr, set "
                     "trainer.clip_norm, or go on regardless with trainer.check_finite=false"
                 )
-            values = {"train/loss": loss, "train/lr": float(update.rate)}
+            values = {"train/loss": loss, **{key: float(rate) for key, rate in update.rates.items()}}
             publish = extra is not None and update.number == newest
             if publish:
                 values.update({**as_numbers(extra or {}), **scaling})

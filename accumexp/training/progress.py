@@ -36,6 +36,7 @@ class LoopOptions:
         log_every: updates between two reads of the device.
         eval_every: epochs between two evaluations; the last is always evaluated.
         clip_norm: the 2-norm that an update's gradient is clipped to, or None.
+        clip_value: the largest absolute value that an element of it keeps, or None; after `clip_norm`.
         check_finite: fail on a loss that is inf or nan.
         recover: split a window that runs out of memory into smaller micro-batches, and all that follow.
         may_stop: whether `Trainer.stop` ends the run early when it is not forced.
@@ -46,6 +47,7 @@ class LoopOptions:
     log_every: int = 10
     eval_every: int = 1
     clip_norm: float | None = None
+    clip_value: float | None = None
     check_finite: bool = True
     recover: bool = False
     may_stop: bool = True

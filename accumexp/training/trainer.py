@@ -7,7 +7,7 @@ from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 from torchmetrics import MetricCollection
 
@@ -26,9 +26,11 @@ from ..environment.device import wait_for
 from ..environment.random_state import random_state
 from ..errors import compiler_error
 from .callbacks import Callback, listeners
+from .evaluated_schedule import EvaluatedSchedule
 from .evaluation import Evaluator
 from .metrics_log import MetricsLog, as_numbers
 from .metrics_sink import MetricsSink
+from .optimizers import in_eval_mode, learning_rates, set_mode
 from .out_of_memory import NoMemoryFor, OutOfMemoryHandler
 from .progress import LoopOptions, Progress
 from .schedules import step_schedule
@@ -93,7 +95,7 @@ class Trainer:
         self.options = options
         self.device = next(self.model.parameters()).device
         self.total_updates = options.total_updates(len(splits.train))
-        step = OptimizerStep(window, optimizer, options.clip_norm)
+        step = OptimizerStep(window, optimizer, options.clip_norm, options.clip_value)
         self.step = step if graphs is None else GraphedStep(step, graphs)
         graphed = None if graphs is None else GraphedWindow(window, graphs)
         self.progress = Progress()
@@ -191,6 +193,7 @@ class Trainer:
         progress = self.progress
         self._emit("epoch_begin")
         self.model.train()
+        set_mode([self.optimizer], "train")
         for batch in self.splits.train.epoch(progress.epoch, progress.epoch_update):
             yield batch
             self._stop_request.soon()
@@ -204,6 +207,8 @@ class Trainer:
         if self.finished or progress.epoch % self.options.eval_every == 0:
             values = self.evaluate("eval")
             self.log.sink.record(progress.update, values, publish=True)
+            if isinstance(self.scheduler, EvaluatedSchedule):
+                self.scheduler.evaluated(values)
             self._stop_request.now()
         self._emit("epoch_end")
 
@@ -230,8 +235,7 @@ class Trainer:
         """
         progress, publish, batch = self.progress, self.publishes, self.batch
         assert batch is not None
-        rate = self.optimizer.param_groups[0]["lr"]
-        rate = rate.clone() if isinstance(rate, Tensor) else float(rate)
+        rates = learning_rates(self.optimizer)
         if done is None:
             with NO_MEMORY_TO_STEP:
                 done = self.step(publish)
@@ -239,7 +243,7 @@ class Trainer:
         progress.update += 1
         progress.epoch_update += 1
         progress.samples += batch.total
-        self.log.add(progress.update, result.loss, done.overflow, rate)
+        self.log.add(progress.update, result.loss, done.overflow, rates)
         if publish:
             extra = self.log.measured(progress, done.norm, first=progress.update <= self.options.log_every)
             self._emit("measured", extra)
@@ -268,7 +272,7 @@ class Trainer:
     def evaluate(self, split: str) -> dict[str, float]:
         """Loss and metrics of "eval" or "test", as `<split>/<name>`, with what callbacks add."""
         no_memory = NoMemoryFor(f"the evaluation on {split}", "lower data.eval_batch_size")
-        with self.off_the_clock(), no_memory:
+        with self.off_the_clock(), no_memory, in_eval_mode(self.optimizer):
             self.window.sync.share_buffers()
             batches = self.splits.test if split == "test" else self.splits.eval
             values = {f"{split}/{k}": v for k, v in self.evaluator(self.model, batches).items()}

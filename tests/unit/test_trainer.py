@@ -93,7 +93,7 @@ def test_losses_are_read_as_they_were_however_many_wait() -> None:
     for count in (1, 300, 128, 129):
         losses = torch.rand(count, dtype=torch.float32)
         for update, loss in enumerate(losses):
-            log.add(update, loss, None, 0.5)
+            log.add(update, loss, None, {"train/lr": 0.5})
         memory.rows.clear()
         log.read(count - 1, False, None)
         assert memory.series("train/loss") == list(enumerate(losses.tolist()))
