@@ -8,7 +8,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from ..config.instantiate import moved
-from ..config.loading import flatten, from_hydra
+from ..config.loading import flatten, from_hydra, to_plain
 from ..config.schema import Backend, Config
 from ..errors import UsageError
 from ..tracking.folder import RunFolder
@@ -97,7 +97,7 @@ def check_same_job(folder: RunFolder, config: Config) -> None:
     written = folder.read_config()
     if written is None:
         return
-    before = from_hydra(OmegaConf.create(moved(OmegaConf.to_container(written))))
+    before = from_hydra(moved(to_plain(OmegaConf.to_container(written))))
     for key, (old, new) in changes(before, config).items():
         if not key.startswith(OF_A_LAUNCH):
             raise ChangedJob(

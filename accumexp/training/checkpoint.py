@@ -21,6 +21,7 @@ from ..tracking.folder import BEST, CHECKPOINTS
 from . import shards
 from .callbacks import Best, Callback, RunState
 from .optimizers import in_eval_mode
+from .trainer_state import restore_trainer_state, trainer_state
 
 if TYPE_CHECKING:
     from .trainer import Trainer
@@ -187,7 +188,7 @@ class Checkpoints(Callback):
 
     def _save(self, trainer: Trainer, evaluated: dict[str, float]) -> None:
         with trainer.off_the_clock(), in_eval_mode(trainer.optimizer):
-            state = trainer.state_dict()
+            state = trainer_state(trainer)
             ranks = trainer.window.sync.ranks
             random, *others = _all_gather(trainer.random_state(), ranks)
             improved, self._improved = self._improved, False
@@ -239,7 +240,7 @@ def restore(trainer: Trainer, content: Mapping[str, Any], path: Path) -> None:
     try:
         if shard_folder is not None:
             shards.load(trainer, shard_folder)
-        trainer.load_state_dict(content)
+        restore_trainer_state(trainer, content)
     except (RuntimeError, ValueError, KeyError, TypeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UsageError(f"checkpoint {path}: does not fit this configuration: {reason}") from error

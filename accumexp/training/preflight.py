@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 from contextlib import closing
+from typing import Any, cast
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..accum import call
 from ..accum.batch import map_tensors, rank_share, steps_for
 from ..data import Batches
 from ..environment.cores import cores
@@ -49,17 +51,12 @@ def check_batch_statistics(
         return
     state = random_state()
     try:
-        with closing(train.epoch(0)) as batches:
+        with closing(cast(Any, train.epoch(0))) as batches:
             inputs = map_tensors(lambda tensor: tensor[:1], next(batches).inputs)
         trial = copy.deepcopy(model)
         device = next(trial.parameters()).device.type
         with torch.no_grad(), torch.autocast(device, autocast, enabled=autocast is not None):
-            if isinstance(inputs, dict):
-                trial(**inputs)
-            elif isinstance(inputs, tuple | list):
-                trial(*inputs)
-            else:
-                trial(inputs)
+            call(trial, inputs)
     except ValueError as error:
         if "more than 1 value per channel" not in str(error):
             raise

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
-from dataclasses import asdict
 from typing import Any
 
 from torch import nn
@@ -19,7 +18,6 @@ from ..accum import (
     StepResult,
     Window,
     WindowResult,
-    rates_as_numbers,
 )
 from ..data import Batch, Splits
 from ..environment.device import wait_for
@@ -297,39 +295,3 @@ class Trainer:
     def _emit(self, event: str, *arguments: Any) -> None:
         for listener in self._events.get(event, ()):
             listener(self, *arguments)
-
-    def state_dict(self) -> dict[str, Any]:
-        """All that the next update depends on, except the random state and the order of samples.
-
-        Model and optimizer of a fully sharded model are left out: `shards` saves them.
-        """
-        self.read()
-        scale = self.window.loss_scale
-        whole = not self.window.sync.sharded
-        return {
-            "progress": asdict(self.progress),
-            "steps": self.window.steps,
-            "model": self.model.state_dict() if whole else {},
-            "optimizer": rates_as_numbers(self.optimizer.state_dict()) if whole else {},
-            "scheduler": self.scheduler.state_dict(),
-            "loss_scale": {} if scale is None else scale.state_dict(),
-            "shortage": self.out_of_memory.state_dict(),
-            "callbacks": {name: callback.state_dict() for name, callback in self.callbacks.items()},
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restores a `state_dict`."""
-        if state["model"]:
-            self.model.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
-        self.scheduler.load_state_dict(state["scheduler"])
-        if self.window.loss_scale is not None and state.get("loss_scale"):
-            self.window.loss_scale.load_state_dict(state["loss_scale"])
-        if state.get("shortage"):
-            self.out_of_memory.load_state_dict(state["shortage"])
-        for name, callback in self.callbacks.items():
-            if state["callbacks"].get(name):
-                callback.load_state_dict(state["callbacks"][name])
-        self.progress = Progress(**state["progress"])
-        self.total_updates = self.options.total_updates(len(self.splits.train), self.progress)
-        self.log.activations.due = not self.progress.update or state.get("steps") != self.window.steps

@@ -19,7 +19,8 @@ from torchmetrics.classification import MulticlassAccuracy
 from accumexp.accum import Window, data_parallel, map_tensors, rank_share, split, split_sizes, window_loss
 from accumexp.config.instantiate import build
 from accumexp.data import Batch, Batches, InMemory, Placement, PythonSources, ResidentBatches, build_splits
-from accumexp.data.splits import _raw_tensors
+from accumexp.data.raw import raw_tensors
+from accumexp.data.samples import Layout
 from accumexp.data.text import FIRST_BYTE, IGNORED, MASK, PAD, VOCABULARY, masked, source_files
 from accumexp.errors import UsageError
 from accumexp.training.evaluation import WindowMetrics
@@ -196,8 +197,8 @@ def test_nested_tensors_are_taken_whole_unless_a_class_of_ones_own_adds_to_them(
     ones = InMemory({"a": torch.ones(4, 2), "b": (torch.zeros(4),)}, torch.arange(4))
     inputs, target = ones[2]
     assert inputs["a"].shape == (2,) and target == 2 and len(ones) == 4
-    assert _raw_tensors(ones) == (ones.inputs, ones.targets)
-    assert _raw_tensors(Reversed(ones.inputs, ones.targets)) is None
+    assert raw_tensors(ones, Layout()) == (ones.inputs, ones.targets)
+    assert raw_tensors(Reversed(ones.inputs, ones.targets), Layout()) is None
     with pytest.raises(ValueError, match="share their first dimension"):
         InMemory({"a": torch.ones(4), "b": torch.ones(3)}, torch.arange(4))
 

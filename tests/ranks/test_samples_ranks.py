@@ -77,10 +77,9 @@ def evaluated(name: str, samples: int) -> dict[str, float]:
     loss: Any = nn.CrossEntropyLoss()
     if name == "spearman":
         metric, labels, loss = SpearmanCorrCoef(), inputs.sum(1), nn.MSELoss()
-        model = nn.Sequential(model, nn.Linear(5, 1, dtype=torch.float64), nn.Flatten(0))
         torch.manual_seed(0)
-        nn.init.normal_(model[1].weight)
-        nn.init.zeros_(model[1].bias)
+        last = nn.Linear(5, 1, bias=False, dtype=torch.float64)
+        model = nn.Sequential(model, last, nn.Flatten(0))
     ranks = Ranks() if dist.is_initialized() else Ranks(alone=True)
     batches = ResidentBatches(
         inputs, labels, torch.arange(samples), SAMPLES, share=Share(rank, ranks.size, 1)

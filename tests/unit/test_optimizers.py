@@ -15,6 +15,7 @@ from accumexp.errors import UsageError
 from accumexp.training import checkpoint
 from accumexp.training.optimizers import CombinedOptimizer, build_optimizer, learning_rates
 from accumexp.training.preflight import smallest_micro_batch, workers_warning
+from accumexp.training.trainer_state import restore_trainer_state, trainer_state
 
 from ..support.experiments import trainer_of, weights
 
@@ -106,7 +107,7 @@ def test_two_optimizers_over_two_sets_make_the_updates_of_each_and_resume_to_the
     saved.seek(0)
     weights_then, state = torch.load(saved, weights_only=True)
     resumed.load_state_dict(weights_then)
-    again.load_state_dict(state)
+    restore_trainer_state(again, state)
     train(resumed, again, 4, range(3, 6))
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), resumed.parameters(), strict=True))
     assert learning_rates(again) == {"train/lr": 0.01, "train/lr/muon": 0.02}
@@ -189,10 +190,10 @@ def test_a_plateau_is_stepped_once_an_evaluation_with_the_monitored_value() -> N
         plateau.step(value)
     assert [rate for _, rate in memory.series("train/lr")] == rates
     assert len(set(rates)) > 1
-    state = trainer.state_dict()
+    state = trainer_state(trainer)
     assert state["scheduler"]["num_bad_epochs"] == plateau.num_bad_epochs
     again, _ = trainer_of(*PLATEAU, "trainer.epochs=3", "monitor=eval/loss", "mode=min")
-    again.load_state_dict(state)
+    restore_trainer_state(again, state)
     assert again.optimizer.param_groups[0]["lr"] == reference.param_groups[0]["lr"]
 
 

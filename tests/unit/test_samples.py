@@ -262,7 +262,8 @@ def test_law_1_a_list_of_micro_batches_gives_the_larger_batchs_gradient(
 def test_a_list_that_is_no_window_is_refused() -> None:
     window = Window(small_model(), nn.CrossEntropyLoss(), 2)
     inputs, targets = classification(4)
-    for given, options in (([], {}), ([inputs], {}), (inputs, {}), ([(inputs, targets)], {"samples": 3})):
+    cases: list[Any] = [([], {}), ([inputs], {}), (inputs, {}), ([(inputs, targets)], {"samples": 3})]
+    for given, options in cases:
         with pytest.raises(ValueError, match="backward: "):
             window.backward(given, **options)
 
