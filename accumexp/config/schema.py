@@ -100,7 +100,7 @@ class DataConfig:
     # A deterministic transform of samples or whole tensors, and the random one applied in training.
     transform: dict[str, Any] | None = field(default_factory=dict)
     augment: dict[str, Any] | None = field(default_factory=dict)
-    num_classes: int = count(MISSING)
+    num_classes: int = count(MISSING, at_least=0)
     # The shape of samples, for models that need it: of images, or the tokens in the longest text.
     channels: int | None = count(MISSING)
     image_size: int | None = count(MISSING)

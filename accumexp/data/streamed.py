@@ -52,7 +52,7 @@ class StreamedBatches(Batches):
         self.place = place
         self._sampler = _EpochSampler(self)
         with warnings.catch_warnings():
-            # training.preflight warns in one line that names the key.
+            # A run warns in one line that names the key (training.preflight).
             warnings.filterwarnings("ignore", message="This DataLoader will create")
             self._loader = DataLoader(
                 _Samples(dataset, SampleTransform(collate, transform, sample_augment, self.shuffle or 0)),

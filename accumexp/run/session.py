@@ -31,6 +31,7 @@ from ..training.callbacks import RunState
 from ..training.changed_settings import restore_changed
 from ..training.checkpoint import load, saved_updates
 from ..training.experiment import Experiment
+from ..training.preflight import check_experiment
 from ..training.progress import Progress
 from ..training.run_context import run_context
 from ..training.shards import folder_of
@@ -113,6 +114,7 @@ class Run:
         """Makes the experiment and its trainer, restored from a checkpoint; several runs share `splits`."""
         resume_from = self.spec.resume_from
         self.experiment = Experiment.build(self.spec.config, self.rank_info, splits)
+        check_experiment(self.experiment)
         if not resume_from:
             self.trainer = self.experiment.trainer(self.record)
         else:

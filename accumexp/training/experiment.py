@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -34,11 +33,9 @@ from .evaluation import Evaluator
 from .graphs import graphs, warn_of_eager_step
 from .metrics_sink import MetricsSink
 from .optimizers import build_optimizer
-from .preflight import check_batch_statistics, workers_warning
 from .progress import LoopOptions, default_log_every
 from .trainer import Trainer
 
-log = logging.getLogger(__name__)
 ALONE = RankInfo()
 
 
@@ -189,12 +186,6 @@ class Experiment:
         config, loop = self.config, self.config.trainer
         if loop.compile:
             self.model.compile()
-        train, steps = self.splits.train, cast(int, config.accum.steps)
-        check_batch_statistics(self.model, train, steps, self.rank_info.size, self.autocast)
-        if not self.rank_info.rank and (
-            warning := workers_warning(config.data.workers, self.rank_info.local_size)
-        ):
-            log.warning(warning)
         window = self.window()
         optimizer = self.optimizer()  # after the window: sharding replaces the parameters
         trainer = Trainer(

@@ -129,13 +129,14 @@ class MetricsLog:
         if not pending:
             return
         losses, overflows, scaling, consecutive = self._numbers(pending)
-        not_finite: TrainingError | None = None
         for update, loss, overflow in zip(pending, losses, overflows, strict=True):
-            if not_finite is None and self.check_finite and not overflow and not math.isfinite(loss):
-                not_finite = TrainingError(
-                    f"train/loss is {loss} at update {update.number}: lower optimizer.lr, set "
-                    "trainer.clip_norm, or go on regardless with trainer.check_finite=false"
-                )
+            if self.check_finite and not overflow and not math.isfinite(loss):
+                if consecutive < MOST_OVERFLOWS:
+                    raise TrainingError(
+                        f"train/loss is {loss} at update {update.number}: lower optimizer.lr, set "
+                        "trainer.clip_norm, or go on regardless with trainer.check_finite=false"
+                    )
+                break
             values = {"train/loss": loss, **{key: float(rate) for key, rate in update.rates.items()}}
             publish = extra is not None and update.number == newest
             if publish:
@@ -145,8 +146,6 @@ class MetricsLog:
                 values["accum/steps"] = self.split_steps.pop(update.number)
                 publish = True
             self.sink.record(update.number, values, publish or update.number <= FIRST_UPDATES)
-        if not_finite is not None and consecutive < MOST_OVERFLOWS:
-            raise not_finite
         skipped = scaling.get("accum/skipped_windows", 0.0)
         if consecutive >= MOST_OVERFLOWS or last and skipped == newest:
             raise TrainingError(

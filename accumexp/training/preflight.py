@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import logging
 from contextlib import closing
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -12,10 +13,29 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..accum import call
 from ..accum.batch import map_tensors, rank_share, steps_for
-from ..data import Batches
+from ..data import Batches, StreamedBatches
 from ..environment.cores import cores
 from ..environment.random_state import random_state, restore_random_state
 from ..errors import UsageError
+
+if TYPE_CHECKING:
+    from .experiment import Experiment
+
+log = logging.getLogger(__name__)
+
+
+def check_experiment(experiment: Experiment) -> None:
+    """Refuses or warns of what would come up only in the middle of a run.
+
+    Raises:
+        UsageError: naming the key, for a micro-batch of one sample that the model's BatchNorm refuses.
+    """
+    train, ranks = experiment.splits.train, experiment.rank_info
+    steps = cast(int, experiment.config.accum.steps)
+    check_batch_statistics(experiment.model, train, steps, ranks.size, experiment.autocast)
+    warning = workers_warning(experiment.config.data.workers, ranks.local_size)
+    if warning and ranks.first and isinstance(train, StreamedBatches):
+        log.warning(warning)
 
 
 def smallest_micro_batch(train: Batches, steps: int, ranks: int) -> int:

@@ -30,6 +30,7 @@ from accumexp.training.metrics_sink import MemoryMetricsSink
 from accumexp.training.replica_check import shared_splits
 from accumexp.training.replica_trainer import ReplicaTrainer
 from accumexp.training.trainer import Trainer
+from accumexp.training.trainer_state import trainer_state
 
 from ..support.command import Case, journal, left_behind, only_run, only_sweep, records, run_command, run_many
 from ..support.experiments import composed
@@ -115,7 +116,7 @@ def same(alone: Runs, together: Runs, bound: float = EXACT) -> None:
     for (trainer, memory, orders), (other, others, order) in zip(alone, together, strict=True):
         assert len(orders.seen) == len(order.seen) == trainer.progress.update > 0
         assert all(map(torch.equal, orders.seen, order.seen))
-        one, two = trainer.state_dict(), other.state_dict()
+        one, two = trainer_state(trainer), trainer_state(other)
         for key in ("model", "optimizer", "loss_scale", "scheduler"):
             assert far(one[key], two[key]) <= bound, key
         assert len(memory.rows) == len(others.rows)

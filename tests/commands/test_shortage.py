@@ -16,6 +16,7 @@ from accumexp.training.metrics_sink import MemoryMetricsSink
 from accumexp.training.noise_scale import NoiseScale
 from accumexp.training.out_of_memory import OutOfMemoryHandler
 from accumexp.training.trainer import Trainer
+from accumexp.training.trainer_state import restore_trainer_state, trainer_state
 
 from ..support.command import journal, record_of, run_command
 from ..support.experiments import composed, trainer_of, weights
@@ -102,7 +103,7 @@ def test_a_point_that_was_published_between_two_splits_has_the_measure_of_its_ti
 def test_state_of_a_run_that_was_split() -> None:
     trainer, _ = run_of(Starved(5))
     other, _ = trainer_of(*OPTIONS)
-    other.load_state_dict(trainer.state_dict())
+    restore_trainer_state(other, trainer_state(trainer))
     assert other.out_of_memory.lines == trainer.out_of_memory.lines
     assert other.out_of_memory.recovery is not None and other.out_of_memory.recovery.at_most == 13
     assert other.out_of_memory.steps_of(100) == 8

@@ -292,7 +292,7 @@ def test_a_second_sweep_into_one_folder_is_a_launch_of_its_own(tmp_path: Path) -
         (["-m", "sweep.resume="], "sweep.resume=: no sweep there"),
         (["-m", "sweep.resume={sweep}", "resume=x"], "sweep.resume: .*leave out resume="),
         (["-m", "sweep.resume={sweep}", "sweep.resume=x"], "sweep.resume: .*one folder"),
-        (["-m", "sweep.resume={sweep}", "report.margin=-1"], "^report.margin=-1.0: a difference above 0"),
+        (["-m", "sweep.resume={sweep}", "report.margin=-1"], "^report.margin=-1.0: above 0"),
         (["-m", "sweep.resume={sweep}", "report={{margin: 2}}"], "one by one, such as report.margin=2$"),
     ],
 )

@@ -20,6 +20,7 @@ from accumexp.training import graphs
 from accumexp.training.checkpoint import load, restore, save
 from accumexp.training.metrics_sink import MemoryMetricsSink
 from accumexp.training.trainer import Trainer
+from accumexp.training.trainer_state import trainer_state
 
 from ..support.experiments import composed, trainer_of, weights
 from ..support.reference import classification, gradients, larger_batch_gradient, relative_error, small_model
@@ -136,7 +137,7 @@ def test_law_8_a_replayed_run_goes_on_to_the_same_bits(
     first.total_updates = 17
     first.fit()
     path = tmp_path / "update-00000017.pt"
-    save(path, {**first.state_dict(), "random": random_state()})
+    save(path, {**trainer_state(first), "random": random_state()})
     kept = load(path)["optimizer"]["param_groups"]
     assert all(isinstance(group["lr"], float) for group in kept)
     second, *_ = graphed_trainer(monkeypatch, *RUN)

@@ -390,8 +390,8 @@ def test_the_margin_is_the_one_the_sweep_was_run_with_unless_another_is_asked_fo
     [
         ({"report.margins": "1"}, "did you mean report.margin"),
         ({"report.margin": "wide"}, "report.margin=wide"),
-        ({"report.margin": "0"}, "report.margin=0.0: a difference above 0"),
-        ({"report.confidence": "95"}, "report.confidence=95.0: from 0.5 to below 1"),
+        ({"report.margin": "0"}, "report.margin=0.0: above 0"),
+        ({"report.confidence": "95"}, "report.confidence=95.0: below 1"),
     ],
 )
 def test_a_wrong_setting_is_named(changes: dict[str, str], says: str) -> None:

@@ -20,6 +20,7 @@ from accumexp.training.checkpoint import load, restore, save
 from accumexp.training.noise_scale import GradientNoise, NoiseScale, Sums, solved
 from accumexp.training.sample_noise_scale import SampleNoiseScale
 from accumexp.training.trainer import Trainer
+from accumexp.training.trainer_state import trainer_state
 
 from ..support.experiments import trainer_of, weights
 from ..support.noise import each_samples_gradient, flat_gradient, look, of_parts, smoothed
@@ -277,7 +278,7 @@ def test_law_8_a_resumed_run_logs_the_same_noise_scale(kind: str, tmp_path: Path
     first, _ = trainer_of(*options, "trainer.max_updates=6")  # of which the third point is the last
     first.fit()
     path = tmp_path / "update-00000006.pt"
-    save(path, {**first.state_dict(), "random": random_state()})
+    save(path, {**trainer_state(first), "random": random_state()})
     second, after = trainer_of(*options, "trainer.max_updates=16")
     restore(second, load(path), path)
     second.fit()

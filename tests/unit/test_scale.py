@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from accumexp.accum import LossScale, OptimizerStep, Window, data_parallel, fully_sharded, rank_share
 from accumexp.errors import TrainingError
 from accumexp.models import LeNet5
+from accumexp.training.trainer_state import restore_trainer_state, trainer_state
 
 from ..support.experiments import trainer_of, weights
 from ..support.ranks import on_ranks
@@ -336,7 +337,7 @@ def test_law_8_the_scale_is_resumed() -> None:
     first, _ = trainer_of("accum=loss_scaled", "accum.growth_interval=4", "trainer.max_updates=6")
     first.fit()
     second, _ = trainer_of("accum=loss_scaled", "accum.growth_interval=4", "trainer.max_updates=10")
-    second.load_state_dict(first.state_dict())
+    restore_trainer_state(second, trainer_state(first))
     second.fit()
     assert second.window.loss_scale is not None and whole.window.loss_scale is not None
     assert second.window.loss_scale.state_dict() == whole.window.loss_scale.state_dict()

@@ -28,6 +28,7 @@ from accumexp.training.progress import LoopOptions
 from accumexp.training.progress_display import LossMonitor, ProgressBar
 from accumexp.training.schedules import constant
 from accumexp.training.trainer import Trainer
+from accumexp.training.trainer_state import restore_trainer_state, trainer_state
 
 from ..support.experiments import trainer_of, weights
 from ..support.reference import relative_error
@@ -128,7 +129,7 @@ def test_a_run_that_goes_on_in_other_steps_measures_its_activations_anew() -> No
     first.fit()
     for steps, share in ((2, 1.0), (8, 0.25)):
         other, _ = trainer_of(f"accum.steps={steps}", "trainer.max_updates=6")
-        other.load_state_dict(first.state_dict())
+        restore_trainer_state(other, trainer_state(first))
         other.fit()
         measured = other.progress.activation_bytes / first.progress.activation_bytes
         assert measured == pytest.approx(share, rel=0.05)
