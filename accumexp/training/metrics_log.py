@@ -114,13 +114,16 @@ class MetricsLog:
         self.throughput.mark(progress)
         return values
 
-    def read(self, newest: int, last: bool, extra: Mapping[str, float] | None) -> None:
+    def read(
+        self, newest: int, last: bool, extra: Mapping[str, float] | None, publish_first: bool = True
+    ) -> None:
         """Reads and records the updates since the last read. Waits for the device.
 
         Args:
             newest: the last update that was made.
             last: whether it is the run's last.
             extra: further values of the newest update, which is published with them.
+            publish_first: whether the first updates are published.
 
         Raises:
             TrainingError: for a loss that is not finite, or a run of skipped windows alone.
@@ -145,7 +148,8 @@ class MetricsLog:
             if update.number in self.split_steps:
                 values["accum/steps"] = self.split_steps.pop(update.number)
                 publish = True
-            self.sink.record(update.number, values, publish or update.number <= FIRST_UPDATES)
+            first = publish_first and update.number <= FIRST_UPDATES
+            self.sink.record(update.number, values, publish or first)
         skipped = scaling.get("accum/skipped_windows", 0.0)
         if consecutive >= MOST_OVERFLOWS or last and skipped == newest:
             raise TrainingError(

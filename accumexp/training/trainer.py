@@ -181,7 +181,7 @@ class Trainer:
         """Records the losses since the last read, after an error that came before the next one."""
         if self.window.sync.ranks.size == 1:  # the other ranks may be gone
             with suppress(Exception):  # of the device, or of a loss that is not finite
-                self.log.read(self.progress.update, False, None)
+                self.log.read(self.progress.update, False, None, publish_first=False)
 
     def _ended(self) -> bool:
         # A run stopped right after the last update of its last epoch still has that epoch to evaluate.

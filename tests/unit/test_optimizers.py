@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from accumexp.accum import OptimizerStep, Window
 from accumexp.errors import UsageError
 from accumexp.training import checkpoint
+from accumexp.training.experiment import Experiment
 from accumexp.training.optimizers import CombinedOptimizer, build_optimizer, learning_rates
-from accumexp.training.preflight import smallest_micro_batch, workers_warning
+from accumexp.training.preflight import check_experiment, smallest_micro_batch, workers_warning
 from accumexp.training.trainer_state import restore_trainer_state, trainer_state
 
-from ..support.experiments import trainer_of, weights
+from ..support.experiments import composed, trainer_of, weights
 
 SGD = "torch.optim.SGD"
 
@@ -227,12 +228,13 @@ def test_one_sample_for_a_batch_norm_is_refused_before_update_1() -> None:
     train = trainer.splits.train
     assert smallest_micro_batch(train, 64, 1) == smallest_micro_batch(train, 32, 2) == 1
     assert smallest_micro_batch(train, 1, 1) == train.samples % 64
-    model = f"model._target_={__name__}.normed"
-    trainer_of(model, "data.batch_size=64", "accum.steps=8", "data.drop_last=true")
+    common = ("device=cpu", f"model._target_={__name__}.normed", "data.batch_size=64")
+    check_experiment(Experiment.build(composed(*common, "accum.steps=8", "data.drop_last=true")))
+    experiment = Experiment.build(composed(*common, "accum.steps=64"))
     with pytest.raises(
         UsageError, match=r"^data\.batch_size=64: with accum\.steps=64 .*data\.drop_last=true"
     ):
-        trainer_of(model, "data.batch_size=64", "accum.steps=64")
+        check_experiment(experiment)
 
 
 def normed(**settings: Any) -> nn.Module:
