@@ -14,8 +14,7 @@ from ..data import Placement, ResidentBatches, Share, Splits, build_splits
 from ..data.replica_batches import gathered
 from ..environment.device import tf32
 from ..environment.random_state import random_state, restore_random_state, same_state, seed_everything
-from ..errors import UsageError
-from .out_of_memory import first_line
+from ..errors import UsageError, first_line
 from .replica_trainer import ReplicaTrainer
 
 # Samples of each replica in the trial window.

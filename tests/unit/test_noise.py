@@ -305,7 +305,7 @@ def test_only_windows_that_are_published_are_observed_and_nothing_is_kept() -> N
 
     class Watch(NoiseScale):
         def update_end(self, trainer: Trainer) -> None:
-            kept.append(len(self._before) + len(self._seen) + len(trainer.window.after_micro_batch))
+            kept.append(len(self._before) + len(self._rows) + len(trainer.window.after_micro_batch))
 
         def _observe(self, micro: MicroBatch) -> None:
             observed.append(trainer.progress.update + 1)
