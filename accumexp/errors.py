@@ -26,8 +26,9 @@ def unknown_key(key: str, choices: list[str]) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's text, or the name of its type."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    """The first line of an error's text, 300 characters at most, or the name of its type."""
+    lines = (line.strip() for line in str(error).splitlines())
+    return next((line[:300] for line in lines if line), type(error).__name__)
 
 
 def compiler_error(error: Exception) -> TrainingError | None:

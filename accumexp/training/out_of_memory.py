@@ -9,7 +9,7 @@ from typing import Any
 from ..accum import OutOfMemory, Recovery, Window, WindowResult, is_out_of_memory
 from ..data import Batch
 from ..environment.console import print_line
-from ..errors import TrainingError
+from ..errors import TrainingError, first_line
 
 _log = logging.getLogger(__name__)
 # MLflow tag of a run in which a window was split finer.
@@ -127,8 +127,3 @@ class NoMemoryFor:
         if isinstance(error, Exception) and is_out_of_memory(error):
             text = f"out of memory in {self.what} ({first_line(error)}): {self.advice}"
             raise TrainingError(text) from error
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of the error's message, 200 characters at most, or its type."""
-    return str(error).strip().partition("\n")[0][:200] or type(error).__name__

@@ -14,9 +14,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..accum import WindowLoss, map_tensors
 from ..accum.batch import Nested, batch_size
 from ..environment.random_state import derive_seed, drawn_from
-from ..errors import UsageError
+from ..errors import UsageError, first_line
 from .noise_scale import GradientNoise, number
-from .out_of_memory import NoMemoryFor, first_line
+from .out_of_memory import NoMemoryFor
 
 if TYPE_CHECKING:
     from .trainer import Trainer

@@ -35,6 +35,7 @@ from accumexp.training.checkpoint import load, restore, save
 from accumexp.training.experiment import Experiment
 from accumexp.training.metrics_sink import MemoryMetricsSink
 from accumexp.training.noise_scale import NoiseScale
+from accumexp.training.trainer_state import trainer_state
 
 from ..support.experiments import composed, trainer_of, weights
 from ..support.noise import look
@@ -109,7 +110,7 @@ def test_law_8_on_the_gpu_with_dropout(tmp_path: Path) -> None:
     first, _ = trainer_of(*overrides, "trainer.max_updates=7")
     first.fit()
     path = tmp_path / "update-00000007.pt"
-    save(path, {**first.state_dict(), "random": random_state()})
+    save(path, {**trainer_state(first), "random": random_state()})
     second, _ = trainer_of(*overrides, "trainer.max_updates=12")
     restore(second, load(path), path)
     second.fit()
