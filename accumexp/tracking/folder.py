@@ -6,7 +6,7 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -106,7 +106,8 @@ class RunFolder:
         return Summary.of(read_json(self.summary_file))
 
     def write_summary(self, summary: Summary) -> None:
-        write_json(self.summary_file, asdict(summary))
+        # The fields of a summary alone: a sweep's run has the folders that it lies in besides.
+        write_json(self.summary_file, {one.name: getattr(summary, one.name) for one in fields(Summary)})
 
     def write_config(self, config: Config) -> None:
         self.config.write_text(OmegaConf.to_yaml(OmegaConf.create(to_plain(config))))

@@ -147,7 +147,7 @@ def replicas(session: Session) -> None:
 def finished(folder: Path) -> list[dict[str, Any]]:
     """The summaries of the finished runs below `folder`; not that of a job of replicas, which has a list."""
     ends = [json.loads(path.read_text()) for path in sorted(folder.rglob("summary.json"))]
-    return [end for end in ends if end["status"] == "FINISHED" and "replicas" not in end]
+    return [end for end in ends if end["status"] == "FINISHED" and not end.get("replicas")]
 
 
 def update_times(folder: Path) -> list[float]:
