@@ -15,8 +15,8 @@ from torch import Tensor
 
 from ..accum.batch import Nested, map_tensors, rank_share, steps_for, tensors
 from ..environment.random_state import derive_seed
-from .sampler import SamplerOrder
 from .transforms import BatchAugment, keyed_uniforms
+from .user_sampler import SamplerOrder
 
 
 @dataclass(frozen=True)

@@ -18,11 +18,11 @@ from ..environment.random_state import drawn_from
 from ..errors import UsageError
 from .batches import Batches, ResidentBatches, Share
 from .raw import concatenated, raw_tensors
-from .sampler import SamplerOrder
 from .samples import Collate, LabelCheck, Layout, first_line
 from .stream import StreamBatches, first_samples, stream_length
 from .streamed import SampleTransform, StreamedBatches
 from .transforms import BatchAugment
+from .user_sampler import SamplerOrder
 
 RESIDENT_SHARE = 0.25
 TRANSFORM_CHUNK = 4096

@@ -105,7 +105,7 @@ class _Reader(IterableDataset[Any]):
     def __iter__(self) -> Iterator[Any]:
         stream, position = self._start(), 0
         for wanted in self.wanted:
-            if wanted and min(wanted) < position:  # where samples come again
+            if wanted and min(wanted) < position:  # the order repeats samples
                 stream, position = self._start(), 0
             needed, found = set(wanted), {}
             while position <= max(wanted):

@@ -28,7 +28,7 @@ def task(cfg: Any) -> None:
     try:
         refuse_what_has_no_plan(cfg)
         if cfg.accum.steps is None and cfg.accum.micro_batch_size is None:
-            cfg.accum.steps = AUTO  # what follows from the micro-batch then follows from each point's own
+            cfg.accum.steps = AUTO  # every point derives its settings from its own micro-batch
         config = from_hydra(cfg)
         from .frontier import plan
 

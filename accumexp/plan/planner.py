@@ -44,7 +44,7 @@ class Planner:
         self._feeding = feeding
         self._small = self._measure_small()
         needed = self.evaluation(trial.data.evaluated)
-        if len(self._small[2]) > 1 and needed > self.limit.bytes:  # from one size it is no more than a bound
+        if len(self._small[2]) > 1 and needed > self.limit.bytes:  # one size gives an upper bound only
             self._refuse_evaluation(needed)
 
     def _attempt(self, measure: Callable[[], Measured]) -> Measured | None:
@@ -58,7 +58,7 @@ class Planner:
         return None
 
     def _measure_small(self) -> dict[int, list[TrialMeasurement]]:
-        """Two sizes at most, by the micro-batches of a window: 1, and 2, which stand for all above.
+        """At most two micro-batch sizes, by the micro-batches of a window: 1, and 2 for two or more.
 
         A size that might not fit is not measured.
         """

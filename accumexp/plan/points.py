@@ -9,7 +9,7 @@ from ..environment.console import amount
 
 @dataclass(frozen=True)
 class Limit:
-    """The most bytes that tensors may take on a rank's device, and who says so."""
+    """The most bytes that tensors may take on a rank's device, and the setting that they come from."""
 
     bytes: int
     said: str

@@ -1,4 +1,4 @@
-"""Callbacks and metrics sink of a trial run."""
+"""Callbacks of a trial run."""
 
 from __future__ import annotations
 

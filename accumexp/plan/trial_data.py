@@ -15,7 +15,7 @@ UPDATES = 2
 
 
 class TrialData:
-    """The splits of a run, cut to what is tried; where there are too few samples, they come again.
+    """The splits of a run, cut to what is tried; samples are repeated if there are too few.
 
     Args:
         rank, ranks: the rank whose part of every batch is tried.
@@ -88,5 +88,5 @@ class TrialData:
 
 
 def _repeated(indices: Tensor, samples: int) -> Tensor:
-    """The first `samples` of `indices`, which come again where there are fewer."""
+    """The first `samples` of `indices`, repeated if there are fewer."""
     return indices[torch.arange(samples) % len(indices)]

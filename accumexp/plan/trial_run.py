@@ -64,8 +64,8 @@ class TrialRun:
 
     All that a run does in an update is done: its trainer, its window and its callbacks, except those that
     print or save. One process, whatever the strategy: a rank tries its own part of the batch, without the
-    others, and with gradients that stay as those of `accum=ddp` do. `beside` is held in the place of the
-    rest.
+    others, and with gradients that stay as those of `accum=ddp` do. Buffers of `beside` bytes stand for the
+    memory that a single process does not allocate.
 
     Building and using it moves torch's random state.
 
@@ -76,7 +76,7 @@ class TrialRun:
     def __init__(self, config: Config, rank_info: RankInfo = ALONE) -> None:
         self.config = config
         self.ranks, self.rank = config.accum.processes or 1, rank_info.rank
-        # One process that stands for all takes them to be on this machine.
+        # Without launched ranks, all ranks are taken to be on this machine.
         self.local_ranks = rank_info.local_size if rank_info.size > 1 else self.ranks
         self._device = device_of(config.device, rank_info)
         first = self._config(1)
@@ -123,7 +123,7 @@ class TrialRun:
         accum.init_scale = max(1.0, accum.min_scale)
         loop.epochs, loop.max_updates, loop.log_every, loop.check_finite = UPDATES + 1, None, 1, False
         loop.eval_every = 10**9
-        # What does not fit is to be seen, and a graph's memory is no tensor's.
+        # Recovery would hide what does not fit, and a graph's memory is not counted as tensors.
         accum.recover, loop.graph = False, False
         config.device = self._device
         return config
@@ -138,7 +138,7 @@ class TrialRun:
 
     @property
     def beside(self) -> dict[str, int]:
-        """Bytes of the run that one process without recovery has not, by what they hold.
+        """Bytes that recovery and DDP allocate in the run besides, by what they hold.
 
         To go back to a window's start, copies of all buffers and, on the host, torch's random state (an old
         one and a new). With `accum=ddp`, buckets: in the first window gradients are beside them, in the

@@ -83,7 +83,7 @@ def precision_checks(problem: Problem, name: str) -> list[Check]:
     for key, errors in window_errors.items():
         numbers = [error for error in errors if not math.isnan(error)]
         nearest[key] = worst(all_gather(min(numbers, default=math.nan)))
-    # The norm that clips is off by no more than the gradient is, and every parameter's part with it.
+    # The relative error of the clipping norm is at most the gradient's, and scales every parameter's part.
     whole = max(larger_errors[WHOLE])
     bounds = {key: max(errors) + shares[key] * whole for key, errors in larger_errors.items()}
     at = max(nearest, key=lambda key: excess(nearest[key], bounds[key]))

@@ -35,7 +35,7 @@ from .larger_batch import (
 from .problem import Problem, WholeBatch, cast, copy_in, rows
 
 LAMBDA = 8.0
-# A parameter of fewer numbers may lose nothing by chance: its bound is what the whole gradient loses.
+# Below this number of elements fp32 may lose nothing by chance: the bound is what the whole gradient loses.
 FEW = 32
 WINDOWS = 7
 LARGER_BATCHES = 14
@@ -86,7 +86,7 @@ def expected_update(
         lost = whole_loss if g.numel() < FEW else losses[name]
         bounds[name] = factor * (LAMBDA * 2.0**-29 * lost + (samples * U64 + clip) * size)
     if factor < 1:
-        # The norm that clips is off by no more than the gradient is, and every parameter's part with it.
+        # The clipping norm's relative error is at most the gradient's, and scales every parameter's part.
         off = math.hypot(*bounds.values()) / size
         bounds = {name: b + off * float(exact.gradient[name].norm()) for name, b in bounds.items()}
     expected = clamped(clipped(exact.gradient, clip_norm), problem.clip_value)

@@ -19,7 +19,7 @@ from ..errors import UsageError, first_line
 from ..sweeps.job import SweepJob
 from ..sweeps.job_status import JobStatus, agreed_status, job_status
 from ..tracking.folder import RunFolder, RunStatus
-from .resume_changes import ChangedJob, check_same_job
+from .resume_checks import ChangedJob, check_same_job
 from .spec import RunSpec
 
 

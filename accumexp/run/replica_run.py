@@ -26,9 +26,9 @@ from ..training.components import placement
 from ..training.replica_check import check_replicable, shared_splits
 from ..training.replica_trainer import ReplicaTrainer, mean
 from ..training.trainer import Trainer
+from .messages import announce
 from .session import Run
 from .spec import Resumed, RunSpec
-from .summary import announce
 
 REPLICAS_TAG = "accumexp.replicas"
 

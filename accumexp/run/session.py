@@ -28,15 +28,15 @@ from ..tracking.folder import CERTIFICATE_TAG, CHECKPOINTS, RunStatus, Summary
 from ..tracking.journal import ProgressFile
 from ..tracking.record import RunRecord, create_tracker, describing_tags, inequality_tag
 from ..training.callbacks import RunState
-from ..training.changed_settings import restore_changed
 from ..training.checkpoint import load, saved_updates
 from ..training.experiment import Experiment
 from ..training.preflight import check_experiment
 from ..training.progress import Progress
+from ..training.restore_changed import restore_changed
 from ..training.run_context import run_context
 from ..training.shards import folder_of
+from .messages import announce, final_values, show_summary, warn
 from .spec import RunSpec
-from .summary import announce, final_values, show_summary, warn
 
 # Seconds that a rank waits for the others after a stop signal; they may have died.
 STOP_DEADLINE = 10.0

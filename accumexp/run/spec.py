@@ -21,7 +21,7 @@ from ..sweeps.cores import check_memory, share_cores
 from ..sweeps.hydra_sweep import command_line
 from ..sweeps.job import SweepJob
 from ..tracking.folder import RunFolder
-from .resume_changes import changes, check_changes
+from .resume_checks import changes, check_changes
 
 log = logging.getLogger(__name__)
 

@@ -173,7 +173,7 @@ def launches(sweep: Path) -> dict[int, Launch]:
 
 
 def _with_files(entry: dict[str, Any]) -> dict[str, Any]:
-    """A launch's entry; before its files were kept, they stand in its command line."""
+    """A launch's entry; that of an earlier version has no files, and its command line names them."""
     return {"files": file_flags(shlex.split(entry["command"])), **entry}
 
 

@@ -99,7 +99,7 @@ def check_same_job(folder: RunFolder, config: Config) -> None:
         return
     before = from_hydra(moved(to_plain(OmegaConf.to_container(written))))
     for key, (old, new) in changes(before, config).items():
-        # An earlier version did not write every setting; one that is empty is what it did without.
+        # An earlier version did not write every setting: one that was absent and is empty is no change.
         if not key.startswith(OF_A_LAUNCH) and not (old is None and not new):
             raise ChangedJob(
                 f"{key}={new}: the run in {folder.path} was composed with {old}; take the files it was "
