@@ -23,6 +23,10 @@ SUMS = "sums_gradients"
 LISTS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
+class UnusedParameter(RuntimeError):
+    """A rank did not use a parameter, whose reduction the other ranks would wait for."""
+
+
 class Sync:
     """A model on one process: nothing is synchronised. Base of the others.
 
@@ -107,7 +111,13 @@ class DataParallelSync(Sync):
 
     def reduce_gradients(self) -> None:
         """Runs DDP's reduction, bucket by bucket and in its memory, by a backward that adds -0.0."""
-        held = [p for p in self.module.parameters() if p.requires_grad and p.grad is not None]
+        trained = [(name, p) for name, p in self.module.named_parameters() if p.requires_grad]
+        held = [p for _, p in trained if p.grad is not None]
+        if len(held) < len(trained) and not self.wrapper.find_unused_parameters:
+            name = next(name for name, p in trained if p.grad is None)
+            raise UnusedParameter(
+                f"{name} was not used in a window: accum.find_unused_parameters=true finds such parameters"
+            )
         zero = _AddNegativeZero.apply(*held)
         reducer = self.wrapper.reducer
         reducer.prepare_for_forward()

@@ -37,6 +37,8 @@ def resume_arguments(arguments: Sequence[str]) -> list[str]:
     where = next((a.partition("=")[2].strip("'\"") for a in arguments if a.startswith("resume=")), None)
     if where in (None, "", "null"):
         return arguments
+    if given := next((a for a in arguments if a.lstrip("+").startswith("hydra.run.dir=")), None):
+        raise UsageError(f"{given}: a resumed run goes on in its own folder, leave it out")
     if MULTIRUN & set(arguments):
         raise UsageError("resume: goes on with one run, leave out -m")
     folder = resumed_folder(str(where))

@@ -36,7 +36,7 @@ def restore_changed(
     if any(key.startswith(("optimizer.", *SCHEDULE)) for key in keys):
         if _follows_evaluations(trainer.scheduler):
             if rate := next((key for key in keys if key.startswith(RATE)), None):
-                name = type(trainer.scheduler).__name__
+                name = type(getattr(trainer.scheduler, "scheduler", trainer.scheduler)).__name__
                 raise UsageError(f"{rate}: {name} follows what was evaluated; begin a new run with it")
             settings = _settings(trainer, without=("lr", "initial_lr"))
         else:

@@ -19,10 +19,11 @@ from ..accum import (
     Window,
     WindowResult,
 )
+from ..accum.sync import UnusedParameter
 from ..data import Batch, Splits
 from ..environment.device import wait_for
 from ..environment.random_state import random_state
-from ..errors import compiler_error
+from ..errors import TrainingError, compiler_error
 from .callbacks import Callback, listeners
 from .evaluated_schedule import EvaluatedSchedule
 from .evaluation import Evaluator
@@ -155,6 +156,8 @@ class Trainer:
             with closing(self.batches()) as batches:
                 for batch in batches:
                     self.update(batch)
+        except UnusedParameter as error:
+            raise TrainingError(str(error)) from error
         except RuntimeError as error:
             if explained := compiler_error(error):
                 raise explained from error

@@ -92,6 +92,7 @@ def test_law_12_what_follows_from_a_given_key_follows_it(
         ("inside", ["data.split_seed=5"], "data.split_seed=5: the run stopped inside epoch 2"),
         ("epoch", ["seed=5", "trainer.epochs=3"], "seed=5: its weights and the order"),
         ("epoch", ["optimizer._target_=torch.optim.Adagrad"], "optimizer._target_=torch.optim.Adagrad: the"),
+        ("epoch", ["hydra.run.dir=elsewhere"], "hydra.run.dir=elsewhere: a resumed run goes on in its own"),
         ("epoch", ["trainer.epochs=1"], "trainer.epochs=1: the run is in epoch 3 already"),
         ("inside", ["trainer.max_updates=2"], "trainer.max_updates=2: the run has made 4 updates"),
         ("epoch", ["tracking.backend=mlflow", "trainer.epochs=3"], "tracking.backend=mlflow: the run has no"),

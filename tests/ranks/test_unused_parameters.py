@@ -93,3 +93,18 @@ def test_law_1_so_do_all_ranks(tmp_path: Path) -> None:
     expected = [larger_batch(name) for name in OPTIMIZERS for _ in (False, True)]
     for results in on_ranks(2, tmp_path, _on_rank):
         assert max(worst(one, other) for one, other in zip(results, expected, strict=True)) <= 1e-12
+
+
+def _without_looking() -> str:
+    window = Window(data_parallel(model()), nn.CrossEntropyLoss(), 2)
+    inputs, targets = batches()[0]
+    try:
+        Recovery(window).backward(inputs[:4], targets[:4])
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+def test_an_unused_parameter_is_named_where_it_is_not_looked_for(tmp_path: Path) -> None:
+    for said in on_ranks(2, tmp_path, _without_looking):
+        assert said.startswith("extra.weight was not used in a window: accum.find_unused_parameters=true")
