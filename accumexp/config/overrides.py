@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -69,11 +70,16 @@ def _follow(cfg: DictConfig, given: set[str], derived: Mapping[str, str]) -> Non
     while following := {
         key: expression
         for key, expression in derived.items()
-        if key not in changed and any(f"${{{other}}}" in expression for other in changed)
+        if key not in changed and any(_names(expression, other) for other in changed)
     }:
         for key, expression in following.items():
             OmegaConf.update(cfg, key, expression)
         changed |= following.keys()
+
+
+def _names(expression: str, key: str) -> bool:
+    """Whether an interpolation reads `key`: `${key}`, or as an argument of a resolver."""
+    return re.search(rf"[{{:,]{re.escape(key)}[}},]", expression) is not None
 
 
 def _clear_derived_sizes(cfg: DictConfig, given: set[str]) -> None:

@@ -236,6 +236,42 @@ def test_law_12_long_and_non_latin_overrides_name_folders_within_the_limit_of_by
     assert len(list(tmp_path.glob("multirun/*/*/[01]_*/summary.json"))) == 2
 
 
+# Labels that the loss ignores ---------------------------------------------------------------------------
+
+IGNORED = """
+import torch
+from torch.utils.data import TensorDataset
+
+def ignored(count):
+    inputs = torch.randn(count, 4, generator=torch.Generator().manual_seed(count))
+    labels = inputs.argmax(1) % 3
+    labels[::4] = 255
+    return TensorDataset(inputs, labels)
+"""
+
+
+@pytest.mark.parametrize("resident", ["true", "false"])
+def test_law_12_accuracy_leaves_out_what_the_loss_leaves_out(resident: str, tmp_path: Path) -> None:
+    from accumexp.training.trained_model import load_model
+
+    (tmp_path / "modules").mkdir()
+    (tmp_path / "modules" / "labels.py").write_text(IGNORED)
+    (tmp_path / "c" / "data").mkdir(parents=True)
+    lines = ["train: {_target_: labels.ignored, count: 64}", "test: {_target_: labels.ignored, count: 20}"]
+    (tmp_path / "c" / "data" / "labels.yaml").write_text("\n".join([*lines, "num_classes: 3"]) + "\n")
+    arguments = ["--config-dir", "c", "data=labels", "+loss.ignore_index=255", f"data.resident={resident}"]
+    arguments += ["model=mlp", "model.inputs=4", "data.workers=0", "data.batch_size=16", "trainer.epochs=2"]
+    arguments += ["tracking=none", "device=cpu", "hydra.run.dir=r", "callbacks.checkpoint.keep_last=1"]
+    done = run_command("run", *arguments, folder=tmp_path, env=environment(tmp_path / "modules"))
+    assert done.code == 0, done
+    scope: dict[str, Any] = {}
+    exec(IGNORED, scope)
+    inputs, labels = scope["ignored"](20).tensors
+    valid = labels != 255
+    right = (load_model(tmp_path / "r", best=False)(inputs).argmax(1) == labels)[valid]
+    assert final(tmp_path / "r")["accuracy"] == pytest.approx(right.double().mean().item(), abs=1e-6)
+
+
 # Numbers out of range ----------------------------------------------------------------------------------
 
 
