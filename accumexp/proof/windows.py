@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ..accum.batch import batch_size, tensors
+from ..accum.batch import batch_size, steps_for, tensors
 from ..accum.memory import measure_activations
 from .certificate import Check, excess
 from .fixed_draws import seeded_draws
@@ -39,19 +39,28 @@ REDUCED = "the numbers that reducing collectives carry, over the parameters': ea
 def ragged(problem: Problem, batch: WholeBatch) -> list[tuple[str, WholeBatch]]:
     """Last windows of an epoch, made of `batch`: short of samples, of a micro-batch, and of both.
 
-    In one of them the last micro-batch has a single sample on each rank, if the model accepts that.
+    In one of them the last micro-batch has a single sample on each rank, if the model accepts that. If not (a
+    norm over samples), no window has a micro-batch of one.
     """
     size = batch_size(batch)
     micro = -(-problem.samples // problem.steps)  # samples of a micro-batch, over all ranks
     half = (micro + 1) // 2
     sizes = [size - micro, size - micro - half, size - half]
-    if world_size() < micro and _accepts(problem, rows(batch, slice(0, 1))):
+    if not _accepts(problem, rows(batch, slice(0, 1))):
+        sizes = [left for left in sizes if _smallest_share(problem, left, micro) > 1]
+    elif world_size() < micro:
         sizes.append(size - micro + world_size())
     return [
         (f"{left} of {size} samples", rows(batch, slice(0, left)))
         for left in dict.fromkeys(sizes)
         if 0 < left < size and left >= world_size()
     ]
+
+
+def _smallest_share(problem: Problem, left: int, micro: int) -> int:
+    """Samples of a rank in the smallest micro-batch of a window of `left`, split evenly or not."""
+    even = left // steps_for(left, problem.samples, problem.steps)
+    return min(left % micro or micro, even) // world_size()
 
 
 def _accepts(problem: Problem, batch: WholeBatch) -> bool:

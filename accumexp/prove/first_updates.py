@@ -20,6 +20,7 @@ from ..config.validation import check
 from ..data import Batch
 from ..environment.random_state import random_state, restore_random_state
 from ..environment.ranks import RankInfo, broadcast_from_first
+from ..errors import UsageError
 from ..proof import Cause
 from ..proof.certificate import Check
 from ..proof.observation import Observation, observing
@@ -32,6 +33,7 @@ from ..training.callbacks import Callback, RunState, without_output
 from ..training.checkpoint import Checkpoints, load, restore
 from ..training.experiment import Experiment
 from ..training.metrics_sink import MemoryMetricsSink
+from ..training.preflight import check_batch_statistics
 from ..training.trainer import Trainer
 
 AnyReplay = TypeVar("AnyReplay", Float64Replay, OwnPrecisionReplay)
@@ -90,10 +92,30 @@ class FirstUpdates:
         self._random = random_state()
         splits = self.experiment.splits
         size = splits.train.batch_size
-        # Epochs end within the updates that are replayed, and end in a smaller window.
-        splits.train.indices = splits.train.indices[: epoch * size + size // 2 + 1]
+        self._shorten_epochs(epoch * size, [size // 2 + 1, *range(size - 1, -1, -1)])
         for split in (splits.eval, splits.test):
             split.indices = split.indices[:size]
+
+    def _shorten_epochs(self, whole: int, last: list[int]) -> None:
+        """Ends epochs within the updates that are replayed, after `whole` samples and a smaller window.
+
+        The window has the first number of samples in `last` of which the model takes every micro-batch: batch
+        statistics refuse a single sample.
+
+        Raises:
+            UsageError: if full windows have a micro-batch of one sample, and the model refuses it.
+        """
+        experiment, train = self.experiment, self.experiment.splits.train
+        indices, steps = train.indices, cast(int, experiment.config.accum.steps)
+        for number in last:
+            train.indices = indices[: whole + number]
+            try:
+                ranks = experiment.rank_info.size
+                check_batch_statistics(experiment.model, train, steps, ranks, experiment.autocast)
+                return
+            except UsageError:
+                if not number:
+                    raise
 
     def problem(self, problem: Problem) -> Problem:
         """`problem` with this experiment's model and loss."""

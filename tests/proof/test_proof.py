@@ -157,6 +157,24 @@ def test_means_and_sums_do_not_couple_samples(loss: nn.Module) -> None:
     assert loss_couples(problem_of(classifier(), loss, samples()), samples()) <= NEGLIGIBLE
 
 
+def test_a_norm_over_micro_batches_of_two_is_diagnosed() -> None:
+    """Smaller windows would have a micro-batch of one sample, of which the norm has no statistics."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 5))
+    inputs, targets = samples()
+
+    def pairs(model: Any, optimizer: Any, batch: Any, steps: int) -> None:
+        for few, labels in zip(batch[0].split(2), batch[1].split(2), strict=True):
+            loss = nn.functional.cross_entropy(model(few), labels, reduction="sum")
+            (loss / len(batch[1])).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    certificate = certify(pairs, model, nn.CrossEntropyLoss(), (inputs[:8], targets[:8]), 4, updates=2)
+    assert "1 (BatchNorm1d): statistics over 2 of 8 samples" in str(certificate)
+    assert "gradient, ragged last window" in {check.name for check in certificate.checks}
+
+
 class Balanced(nn.Module):
     """Returns classes and a number for the whole batch, as a mixture of experts does."""
 
