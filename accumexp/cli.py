@@ -123,9 +123,16 @@ def _unknown(key: str) -> str:
     parts = key.split(".")
     for depth, part in enumerate(parts, 1):
         if not OmegaConf.is_dict(node) or part not in node:
-            return unknown_key(".".join(parts[:depth]), [str(name) for name in node or ()])
+            line = unknown_key(".".join(parts[:depth]), [str(name) for name in node or ()])
+            # What users bring takes further keys, and so may the configuration of a run that is resumed.
+            return f"{line} (++{key}=... adds it)" if depth > 1 and _is_free(node) else line
         node = node[part]
     return unknown_key(key, [])
+
+
+def _is_free(node: Any) -> bool:
+    """Whether `node` may have any keys: it is of no dataclass of the schema."""
+    return OmegaConf.is_dict(node) and OmegaConf.get_type(node) is dict
 
 
 def command(main: Callable[[], None]) -> NoReturn:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import default_collate
 
 from ..accum.batch import Nested, batch_size
-from ..errors import UsageError
+from ..errors import UsageError, first_line
 
 
 @dataclass(frozen=True)
@@ -269,10 +269,6 @@ def _no_tensor(part: Any, name: str = "") -> tuple[str, str] | None:
     else:
         return name, f"a {type(part).__name__}"
     return next((found for name, value in children if (found := _no_tensor(value, name))), None)
-
-
-def first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def from_worker(error: UsageError) -> UsageError:

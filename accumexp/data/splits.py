@@ -15,10 +15,10 @@ from ..config.instantiate import build, lacks_argument
 from ..config.schema import DataConfig
 from ..environment.memory import free_bytes
 from ..environment.random_state import drawn_from
-from ..errors import UsageError
+from ..errors import UsageError, first_line
 from .batches import Batches, ResidentBatches, Share
 from .raw import concatenated, raw_tensors
-from .samples import Collate, LabelCheck, Layout, first_line
+from .samples import Collate, LabelCheck, Layout
 from .stream import StreamBatches, first_samples, stream_length
 from .streamed import SampleTransform, StreamedBatches
 from .transforms import BatchAugment

@@ -107,7 +107,7 @@ class _Reader(IterableDataset[Any]):
         for wanted in self.wanted:
             if wanted and min(wanted) < position:  # the order repeats samples
                 stream, position = self._start(), 0
-            needed, found = set(wanted), {}
+            needed, samples = set(wanted), {}
             while position <= max(wanted):
                 sample = next(stream, _END)
                 if sample is _END:
@@ -116,9 +116,9 @@ class _Reader(IterableDataset[Any]):
                         "declared or counted; give data.samples=<as many as it yields in each epoch>"
                     )
                 if position in needed:
-                    found[position] = self.transform(lambda s=sample: s, self.epoch, position)
+                    samples[position] = self.transform(lambda s=sample: s, self.epoch, position)
                 position += 1
-            yield self.collate([found[k] for k in wanted])
+            yield self.collate([samples[k] for k in wanted])
         if position == self.length and next(stream, _END) is not _END:
             log.warning(
                 "%s: the stream goes on after %d samples, which are left out", self.collate.key, position
@@ -132,10 +132,10 @@ def _own_draws(dataset: IterableDataset[Any], seed: int, key: str) -> Iterator[A
     """The samples of `dataset`, whose draws come from generators of its own, seeded with `seed`."""
     with drawn_from(seed):
         stream = iter(dataset)
-        own = random_state(devices=False)
+        stream_state = random_state(devices=False)
     while True:
         outside = random_state(devices=False)
-        restore_random_state(own)
+        restore_random_state(stream_state)
         try:
             sample = next(stream, _END)
         except UsageError:
@@ -143,7 +143,7 @@ def _own_draws(dataset: IterableDataset[Any], seed: int, key: str) -> Iterator[A
         except Exception as error:
             raise UsageError(f"{key}: the stream fails: {type(error).__name__}: {error}") from error
         finally:
-            own = random_state(devices=False)
+            stream_state = random_state(devices=False)
             restore_random_state(outside)
         if sample is _END:
             return

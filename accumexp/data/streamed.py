@@ -14,9 +14,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..accum.batch import Nested, tensors
 from ..environment.random_state import derive_seed, drawn_from
-from ..errors import TrainingError, UsageError
+from ..errors import TrainingError, UsageError, first_line
 from .batches import Batch, Batches
-from .samples import Collate, first_line, from_worker
+from .samples import Collate, from_worker
 
 
 class StreamedBatches(Batches):

@@ -85,17 +85,17 @@ class SamplerOrder:
         with drawn_from(start):
             sampler = copy.copy(self.sampler)
             self.generator.manual_seed(start)
-            if (own := getattr(sampler, "generator", None)) is not None:
-                own.manual_seed(start)
+            if (generator := getattr(sampler, "generator", None)) is not None:
+                generator.manual_seed(start)
             if callable(set_epoch := getattr(sampler, "set_epoch", None)):
                 set_epoch(epoch)
-            found = list(sampler)
-        if not found:
+            drawn = list(sampler)
+        if not drawn:
             raise UsageError("data.sampler: yields no position of the training split")
         try:
-            positions = torch.tensor([int(position) for position in found])
+            positions = torch.tensor([int(position) for position in drawn])
         except (TypeError, ValueError):
-            kind = type(found[0]).__name__
+            kind = type(drawn[0]).__name__
             raise UsageError(
                 f"data.sampler: yields a {kind}, a position in the training split is needed: batches are "
                 "made by data.batch_size"

@@ -63,10 +63,10 @@ def ignored_label(config: Config) -> int | None:
     """
     try:
         with drawn_from(0):
-            found = getattr(build(config.loss, "loss"), "ignore_index", None)
+            label = getattr(build(config.loss, "loss"), "ignore_index", None)
     except UsageError:  # reported in its turn
         return None
-    return found if isinstance(found, int) else None
+    return label if isinstance(label, int) else None
 
 
 def build_loss(config: Config, device: torch.device, dtype: torch.dtype) -> Any:

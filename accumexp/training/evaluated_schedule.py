@@ -38,10 +38,10 @@ class EvaluatedSchedule:
 def takes_metric(node: Mapping[str, Any]) -> bool:
     """Whether the class of `node` is a `ReduceLROnPlateau`."""
     try:
-        found = get_object(str(node.get("_target_")))
+        target = get_object(str(node.get("_target_")))
     except Exception:  # reported where it is built
         return False
-    return isinstance(found, type) and issubclass(found, ReduceLROnPlateau)
+    return isinstance(target, type) and issubclass(target, ReduceLROnPlateau)
 
 
 def steppable(scheduler: Any, target: str, monitor: str) -> Any:

@@ -152,15 +152,17 @@ def _fill_list_states(metrics: MetricCollection) -> None:
     ]
     if not states:
         return
-    own = [[(value.dtype, value.shape[1:]) for value in getattr(metric, name)[:1]] for metric, name in states]
+    kinds_here = [
+        [(value.dtype, value.shape[1:]) for value in getattr(metric, name)[:1]] for metric, name in states
+    ]
     every: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(every, own)
+    dist.all_gather_object(every, kinds_here)
     for k, (metric, name) in enumerate(states):
-        kept = getattr(metric, name)
-        found = [kinds[k][0] for kinds in every if kinds[k]]
-        if not kept and found:
-            dtype, shape = found[0]
-            kept.append(torch.empty((0, *shape), dtype=dtype, device=metric.device))
+        state = getattr(metric, name)
+        elsewhere = [kinds[k][0] for kinds in every if kinds[k]]
+        if not state and elsewhere:
+            dtype, shape = elsewhere[0]
+            state.append(torch.empty((0, *shape), dtype=dtype, device=metric.device))
 
 
 def precision(autocast: torch.dtype | None, device: torch.device) -> AbstractContextManager[Any]:

@@ -47,17 +47,17 @@ def build_optimizer(
         )
     rest, taken = _assign(groups, named)
     plain: list[tuple[dict[str, Any], Named]] = []
-    own: list[tuple[str, dict[str, Any], Named]] = []
+    separate: list[tuple[str, dict[str, Any], Named]] = []
     for number, (entry, members) in enumerate(zip(groups, taken, strict=True)):
         settings = {key: value for key, value in entry.items() if key != "params"}
         if "_target_" in settings:
-            own.append((f"optimizer.groups.{number}", settings, members))
+            separate.append((f"optimizer.groups.{number}", settings, members))
         else:
             plain.append((settings, members))
     optimizers = []
     if rest or plain:
         optimizers.append(_one(base, "optimizer", rest, plain, modules, capturable))
-    for key, settings, members in own:
+    for key, settings, members in separate:
         name = settings.pop("name", None)
         optimizer = _one(settings, key, members, [], modules, capturable)
         if name is not None:
@@ -80,10 +80,10 @@ def _assign(groups: Sequence[Any], named: Named) -> tuple[Named, list[Named]]:
     for number, wanted in enumerate(patterns):
         for pattern in wanted:
             if not any(fnmatchcase(name, pattern) for name, _ in named):
-                known = ", ".join(name for name, _ in named[:4])
+                names = ", ".join(name for name, _ in named[:4])
                 raise UsageError(
                     f"optimizer.groups.{number}.params={pattern}: matches none of the model's {len(named)} "
-                    f"parameters, take their names or patterns of them ({known}, ...)"
+                    f"parameters, take their names or patterns of them ({names}, ...)"
                 )
     rest: Named = []
     taken: list[Named] = [[] for _ in groups]
@@ -129,8 +129,8 @@ def _one(
     for settings, _ in plain:
         for setting in settings:
             if setting not in defaults:
-                known = ", ".join(sorted(optimizer.defaults))
-                raise UsageError(f"optimizer.groups: {setting} is no setting of {node['_target_']} ({known})")
+                names = ", ".join(sorted(optimizer.defaults))
+                raise UsageError(f"optimizer.groups: {setting} is no setting of {node['_target_']} ({names})")
     set_mode([optimizer], "train")
     if needed := required_arguments(optimizer.step):
         raise UsageError(
@@ -190,8 +190,8 @@ class CombinedOptimizer(Optimizer):
             optimizer.state = defaultdict(dict)
             stop = start + len(optimizer.param_groups)
             groups = state_dict["param_groups"][start:stop]
-            known = {number for group in groups for number in group["params"]}
-            state = {number: value for number, value in state_dict["state"].items() if number in known}
+            numbers = {number for group in groups for number in group["params"]}
+            state = {number: value for number, value in state_dict["state"].items() if number in numbers}
             optimizer.load_state_dict({"state": state, "param_groups": groups})
             start = stop
         self._join()

@@ -86,6 +86,9 @@ class Bad:
 BAD = {
     "unknown key": Bad(["trainer.epoch=2"], ["trainer.epoch:", "did you mean trainer.epochs?"]),
     "unknown key with +": Bad(["+accum.stpes=2"], ["accum.stpes:", "did you mean accum.steps?"]),
+    "unknown key of a class": Bad(
+        ["optimizer.lrr=2"], ["optimizer.lrr:", "did you mean optimizer.lr? (++optimizer.lrr=... adds it)"]
+    ),
     "unknown group": Bad(["modle=mlp"], ["modle:", "no such key"]),
     "unknown top-level key with +": Bad(["+sede=2"], ["sede:", "did you mean seed?"]),
     "unknown choice": Bad(["model=lenet6"], ["model=lenet6", "lenet5, mlp, resnet18"]),

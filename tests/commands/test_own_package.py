@@ -123,8 +123,8 @@ def test_it_is_trained_and_resumed_to_the_bit(project: Path) -> None:
 
 
 def test_it_is_proved(project: Path) -> None:
-    said = command(project, "accum.steps=4", "proof.updates=12", name="prove")
-    assert "\nproved" in said
+    output = command(project, "accum.steps=4", "proof.updates=12", name="prove")
+    assert "\nproved" in output
 
 
 def test_it_is_swept(project: Path) -> None:

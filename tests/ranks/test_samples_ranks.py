@@ -39,12 +39,12 @@ def weights() -> Tensor:
 def of_a_list(weighted: bool) -> dict[str, Tensor]:
     rank = dist.get_rank()
     inputs, targets = classification(SAMPLES)
-    own = slice(0, 12) if rank == 0 else slice(12, SAMPLES)
+    rank_rows = slice(0, 12) if rank == 0 else slice(12, SAMPLES)
     model = small_model()
     parts = [
         (x, (y, w) if weighted else y)
         for x, y, w in zip(
-            *(each[own].split(SIZES[rank]) for each in (inputs, targets, weights())), strict=True
+            *(each[rank_rows].split(SIZES[rank]) for each in (inputs, targets, weights())), strict=True
         )
     ]
     loss: Any = WeightedSamples(nn.CrossEntropyLoss()) if weighted else nn.CrossEntropyLoss()

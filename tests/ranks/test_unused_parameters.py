@@ -69,8 +69,8 @@ def accumulated(optimizer: str, rank: int = 0, ranks: int = 1, recover: bool = F
     backward = Recovery(window).backward if recover else window.backward
     for inputs, targets in batches():
         stepped.zero_grad(set_to_none=not window.sync.keeps_gradients)
-        mine = slice(rank * share, (rank + 1) * share)
-        backward(inputs[mine], targets[mine])
+        share_here = slice(rank * share, (rank + 1) * share)
+        backward(inputs[share_here], targets[share_here])
         step()
     return {name: value.clone() for name, value in network.state_dict().items()}
 
@@ -106,5 +106,5 @@ def _without_looking() -> str:
 
 
 def test_an_unused_parameter_is_named_where_it_is_not_looked_for(tmp_path: Path) -> None:
-    for said in on_ranks(2, tmp_path, _without_looking):
-        assert said.startswith("extra.weight was not used in a window: accum.find_unused_parameters=true")
+    for message in on_ranks(2, tmp_path, _without_looking):
+        assert message.startswith("extra.weight was not used in a window: accum.find_unused_parameters=true")

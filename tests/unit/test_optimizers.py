@@ -116,8 +116,8 @@ def test_two_optimizers_over_two_sets_make_the_updates_of_each_and_resume_to_the
 
 def test_two_optimizers_of_elementwise_rules_make_exactly_the_updates_of_each() -> None:
     model, larger = network(), network()
-    own = {"params": "*.weight", "_target_": SGD, "lr": 0.05, "momentum": 0.9}
-    train(model, built({"_target_": "torch.optim.AdamW", "lr": 0.01, "groups": [own]}, model), 4, range(5))
+    entry = {"params": "*.weight", "_target_": SGD, "lr": 0.05, "momentum": 0.9}
+    train(model, built({"_target_": "torch.optim.AdamW", "lr": 0.01, "groups": [entry]}, model), 4, range(5))
     named = dict(larger.named_parameters())
     sgd = torch.optim.SGD([named["0.weight"], named["2.weight"]], lr=0.05, momentum=0.9)
     adam = torch.optim.AdamW([named["0.bias"], named["2.bias"]], lr=0.01)
