@@ -11,7 +11,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from .ranks import Ranks
+from .sync import Sync
 
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 
@@ -37,16 +37,22 @@ class Fp32Buffers:
         """Discards the open window's gradients."""
         self._sums = None
 
-    def close(self, ranks: Ranks) -> None:
+    def close(self, sync: Sync) -> None:
+        """Ends the window. On several ranks a parameter that none of them used has the gradient None."""
         sums, self._sums = self._sums or {}, None
-        for parameter in self._parameters if ranks.size > 1 else ():
-            if not parameter.requires_grad:
-                continue
-            total = sums.get(parameter, parameter.grad)
-            if total is None:  # unused on this rank, possibly used on another
-                low = parameter.dtype in LOW_PRECISION
-                total = torch.zeros_like(parameter, dtype=torch.float32 if low else None)
-            sums[parameter] = ranks.sum(total)
+        if sync.ranks.size > 1:
+            trained = [parameter for parameter in self._parameters if parameter.requires_grad]
+            unused = {trained[index] for index in sync.unused()} - sums.keys()
+            used = sync.ranks.largest([parameter not in unused for parameter in trained])
+            for parameter, anywhere in zip(trained, used, strict=True):
+                if not anywhere:
+                    parameter.grad = None
+                    continue
+                total = sums.get(parameter, parameter.grad)
+                if total is None:
+                    low = parameter.dtype in LOW_PRECISION
+                    total = torch.zeros_like(parameter, dtype=torch.float32 if low else None)
+                sums[parameter] = sync.ranks.sum(total)
         for parameter, total in sums.items():
             parameter.grad = total.to(parameter.dtype)
 

@@ -134,7 +134,7 @@ class Recovery:
                     raise
                 reason = str(error).partition("\n")[0]
                 _clear_frames(error)
-            failure = failure or self._exchange(failed=True)
+            failure = failure or self._exchange(failed=True)[0]
             assert failure is not None
             self._start.restore()
             if failure.too_large < 2:
@@ -156,21 +156,24 @@ class Recovery:
         assert self.at_most is not None
         return self.window.sync.ranks.largest([max(requested, -(-samples // self.at_most))])[0]
 
-    def _agree(self) -> None:
-        failure = self._exchange(failed=False)
+    def _agree(self, unused: bool) -> bool:
+        failure, unused = self._exchange(failed=False, unused=unused)
         if failure is not None:
             raise _OtherRankFailed(failure)
         self._agreed = True
+        return unused
 
-    def _exchange(self, failed: bool) -> _Failure | None:
-        """The first failure in the window on any rank. A collective."""
+    def _exchange(self, failed: bool, unused: bool = False) -> tuple[_Failure | None, bool]:
+        """The first failure in the window on any rank, and whether `unused` on any. A collective."""
         ranks = self.window.sync.ranks
         # The maximum is the first rank that failed, with the micro-batch in the lower 32 bits.
         place = ((ranks.size - ranks.rank) << 32 | self.window.under_way) if failed else 0
-        place, largest, too_large = ranks.largest([place, self._largest, self._largest if failed else 0])
+        too_large = self._largest if failed else 0
+        place, largest, too_large, some = ranks.largest([place, self._largest, too_large, unused])
         if not place:
-            return None
-        return _Failure(ranks.size - (place >> 32), place & 0xFFFFFFFF, largest, too_large)
+            return None, bool(some)
+        failure = _Failure(ranks.size - (place >> 32), place & 0xFFFFFFFF, largest, too_large)
+        return failure, bool(some)
 
 
 @dataclass(frozen=True)

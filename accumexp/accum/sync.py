@@ -7,6 +7,7 @@ them, torch's default, and the window multiplies by the number of ranks.
 from __future__ import annotations
 
 import math
+import re
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -21,10 +22,6 @@ from .ranks import ALONE, Ranks
 NOTHING = nullcontext()
 SUMS = "sums_gradients"
 LISTS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
-
-
-class UnusedParameter(RuntimeError):
-    """A rank did not use a parameter, whose reduction the other ranks would wait for."""
 
 
 class Sync:
@@ -56,8 +53,19 @@ class Sync:
     def begin_without_sync(self) -> None:
         """Prepares a window whose micro-batches do not communicate; `reduce_gradients` ends it."""
 
-    def reduce_gradients(self) -> None:
-        """Adds the ranks' gradients after a window whose micro-batches did not communicate."""
+    def watch_use(self) -> None:
+        """Marks the state of all gradients, for `unused`, before the first micro-batch."""
+
+    def unused(self) -> list[int]:
+        """The indices of the trained parameters that no backward on this rank reached since `watch_use`."""
+        return []
+
+    def reduce_gradients(self, some_unused: bool = False) -> None:
+        """Adds the ranks' gradients after a window whose micro-batches did not communicate.
+
+        With `some_unused`, the same on all ranks, the gradient of a parameter that is `unused` on every rank
+        is None afterwards, with which an optimizer skips it.
+        """
 
     def gradients(self) -> list[Tensor]:
         """This process's gradients, or shards of them, as plain tensors that share their memory."""
@@ -109,22 +117,45 @@ class DataParallelSync(Sync):
             self.wrapper._sync_buffers()
         self.wrapper.require_forward_param_sync = False
 
-    def reduce_gradients(self) -> None:
+    def watch_use(self) -> None:
+        self._trained = [p for p in self.module.parameters() if p.requires_grad]
+        for parameter in self._trained:
+            if parameter.grad is not None and not parameter.grad.is_sparse:
+                # The views of a bucket share one version counter; `data` has one of its own.
+                parameter.grad = parameter.grad.data
+        self._marks = [(p.grad, _version(p.grad)) for p in self._trained]
+
+    def unused(self) -> list[int]:
+        return [
+            index
+            for index, (parameter, mark) in enumerate(zip(self._trained, self._marks, strict=True))
+            if parameter.grad is mark[0] and _version(parameter.grad) == mark[1]
+        ]
+
+    def reduce_gradients(self, some_unused: bool = False) -> None:
         """Runs DDP's reduction, bucket by bucket and in its memory, by a backward that adds -0.0."""
-        trained = [(name, p) for name, p in self.module.named_parameters() if p.requires_grad]
-        held = [p for _, p in trained if p.grad is not None]
-        if len(held) < len(trained) and not self.wrapper.find_unused_parameters:
-            name = next(name for name, p in trained if p.grad is None)
-            raise UnusedParameter(
-                f"{name} was not used in a window: accum.find_unused_parameters=true finds such parameters"
-            )
-        zero = _AddNegativeZero.apply(*held)
+        by_nobody: list[int] = []
+        if some_unused:
+            here = set(self.unused())
+            used = self.ranks.largest([index not in here for index in range(len(self._trained))])
+            by_nobody = [index for index, anywhere in enumerate(used) if not anywhere]
+        for parameter in self._trained:
+            if parameter.grad is None:  # the other ranks wait for its reduction
+                parameter.grad = torch.zeros_like(parameter)
+        zero = _AddNegativeZero.apply(*self._trained)
         reducer = self.wrapper.reducer
         reducer.prepare_for_forward()
-        # DDP searches this graph for the parameters that this rank did not use.
+        # DDP searches this graph for the parameters that this rank did not use: none.
         reducer.prepare_for_backward([zero] if self.wrapper.find_unused_parameters else [])
         zero.backward()
+        for index in by_nobody:
+            self._trained[index].grad = None
+        self._marks = []
         self.wrapper.require_forward_param_sync = True
+
+
+def _version(gradient: Tensor | None) -> int:
+    return -1 if gradient is None else gradient._version
 
 
 class _AddNegativeZero(torch.autograd.Function):
@@ -162,6 +193,13 @@ class FullyShardedSync(Sync):
         # that it reduced last, and gather one block too many.
         self.wrapper.set_requires_gradient_sync(last or self.every)
         return NOTHING
+
+
+def unused_parameters(error: RuntimeError, model: nn.Module) -> list[str]:
+    """The parameters of `model` of which DDP says in `error` that its last backward did not reach them."""
+    indices = re.search(r"did not receive grad for rank \d+: ([\d ]+)", str(error))
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    return [trained[int(index)] for index in indices[1].split()] if indices else []
 
 
 def sync_of(model: nn.Module, reduce_every_micro_batch: bool = False) -> Sync:

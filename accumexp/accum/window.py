@@ -142,7 +142,7 @@ class Window:
         samples: int | None = None,
         weight: float | None = None,
         observe: Observer | None = None,
-        agree: Callable[[], None] | None = None,
+        agree: Callable[[bool], bool] | None = None,
     ) -> WindowResult:
         """Forward and backward of every micro-batch; adds gradients to `.grad`. Does not wait for the device.
 
@@ -158,8 +158,9 @@ class Window:
             weight: the window's total weight over all ranks; it is then not counted. It must be given on
                 all ranks or on none. Ignored with `reduction="sum"`.
             observe: called with each micro-batch's detached outputs and its targets.
-            agree: used by `Recovery`: no micro-batch communicates; `agree` is called after the last one, and
-                an error that it raises ends the window before gradients are reduced.
+            agree: used by `Recovery`: no micro-batch communicates; `agree` is called after the last one, with
+                whether this rank did not use some parameter, and returns whether any rank did not. An error
+                that it raises ends the window before gradients are reduced.
 
         Raises:
             ValueError: if the batch has fewer samples than `steps` (on several ranks: no sample), its
@@ -182,6 +183,8 @@ class Window:
         done: MicroBatch | None = None
         if self._buffers:
             self._buffers.open()
+        if self._buffers or agree is not None:
+            self.sync.watch_use()
         for k, (inputs_k, targets_k) in enumerate(parts):
             self.under_way = k
             if not sizes[k]:
@@ -208,13 +211,13 @@ class Window:
             del outputs, loss_sum
         assert share is not None
         if agree is not None:
-            agree()
+            some_unused = agree(not self._buffers and bool(self.sync.unused()))
             if not self._buffers:
-                self.sync.reduce_gradients()
+                self.sync.reduce_gradients(some_unused)
             if done is not None:
                 self._notify(done)
         if self._buffers:
-            self._buffers.close(self.sync.ranks)
+            self._buffers.close(self.sync)
         total = torch.zeros_like(share) if total is None else total
         mean = total * (share_of(weights.total, total) if by_step else share)
         if not self.local_loss:

@@ -57,7 +57,8 @@ class AccumConfig:
     # Updates without an overflow after which a dynamic scale grows.
     growth_interval: int = count(2000)
     min_scale: float = number(1.0, above=0, below=LARGEST_SCALE)
-    # ddp: look for parameters that a forward pass did not use. Walks the graph once per window.
+    # ddp: look for parameters that a forward pass did not use. Walks the graph once per window. Not needed
+    # where windows are recovered from out of memory (`recover`) or have fp32 buffers.
     find_unused_parameters: bool = False
     # fsdp: reduce-scatter in every micro-batch, so that no unsharded gradient is kept between them.
     reduce_every_micro_batch: bool = False

@@ -19,7 +19,7 @@ from ..accum import (
     Window,
     WindowResult,
 )
-from ..accum.sync import UnusedParameter
+from ..accum.sync import unused_parameters
 from ..data import Batch, Splits
 from ..environment.device import wait_for
 from ..environment.random_state import random_state
@@ -156,9 +156,10 @@ class Trainer:
             with closing(self.batches()) as batches:
                 for batch in batches:
                     self.update(batch)
-        except UnusedParameter as error:
-            raise TrainingError(str(error)) from error
         except RuntimeError as error:
+            if unused := unused_parameters(error, self.model):
+                remedy = "with accum=ddp take accum.recover=true or accum.find_unused_parameters=true"
+                raise TrainingError(f"{', '.join(unused)}: not used in a window: {remedy}") from error
             if explained := compiler_error(error):
                 raise explained from error
             raise
