@@ -17,6 +17,11 @@ from .validation import check
 
 def from_hydra(cfg: DictConfig | Mapping[str, Any]) -> Config:
     """The typed and resolved configuration. Raises a `UsageError` that names an unknown key or bad value."""
+    return check(typed(cfg))
+
+
+def typed(cfg: DictConfig | Mapping[str, Any]) -> Config:
+    """`from_hydra` without a check of values, for a configuration that an earlier launch has checked."""
     try:
         plain: Any = OmegaConf.to_container(cfg, resolve=True) if isinstance(cfg, DictConfig) else dict(cfg)
         # A data shape that no model has asked for may be missing: text has no channels.
@@ -29,7 +34,7 @@ def from_hydra(cfg: DictConfig | Mapping[str, Any]) -> Config:
     except OmegaConfBaseException as error:
         raise UsageError(explain_omegaconf(error)) from error
     assert isinstance(config, Config)
-    return check(config)
+    return config
 
 
 def explain_omegaconf(error: OmegaConfBaseException) -> str:

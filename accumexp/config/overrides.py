@@ -48,7 +48,7 @@ def changed(
         if override.type is None or is_group or not (exists or override.is_add()):
             raise UsageError(
                 f"{override.input_line}: only values of the run's own configuration can be changed, "
-                "such as trainer.epochs=40"
+                "such as trainer.epochs=40; begin a new run with it"
             )
         if override.is_delete() or override.is_sweep_override():
             raise UsageError(f"{override.input_line}: a single value is needed")

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..accum import Inequality
+from ..config.no_effect import no_effect_lines
 from ..config.ranges import unusual_settings
-from ..config.schema import LossScaling
+from ..config.schema import Config, LossScaling
 from ..environment.console import console, duration, show_values
 from ..environment.device import device_name
 from ..environment.memory import MIB
@@ -33,10 +34,17 @@ def announce(experiment: Experiment, trainer: Trainer, unequal: Sequence[Inequal
         highlight=False,
         soft_wrap=True,
     )
-    for group in ("optimizer", "scheduler", "loss", "model", "callbacks"):
-        for line in unusual_settings(getattr(config, group), group):
-            console.print(f"warning: {line}", style="yellow", soft_wrap=True)
+    for line in _doubtful_settings(config):
+        console.print(f"warning: {line}", style="yellow", soft_wrap=True)
     warn(unequal)
+
+
+def _doubtful_settings(config: Config) -> list[str]:
+    groups = ("optimizer", "scheduler", "loss", "model", "callbacks")
+    lines = [line for group in groups for line in unusual_settings(getattr(config, group), group)]
+    if config.mode == "max" and config.monitor.endswith("loss"):
+        lines.append(f"monitor={config.monitor}: with mode=max the largest is the best, usual is mode=min")
+    return [*lines, *no_effect_lines(config)]
 
 
 def warn(unequal: Sequence[Inequality]) -> None:

@@ -9,6 +9,7 @@ from omegaconf import OmegaConf
 
 from ..config.instantiate import moved
 from ..config.loading import flatten, from_hydra, to_plain
+from ..config.no_effect import no_effect
 from ..config.schema import Backend, Config
 from ..errors import UsageError
 from ..tracking.folder import RunFolder
@@ -47,7 +48,10 @@ def check_changes(before: Config, after: Config, progress: Mapping[str, int], re
         UsageError: naming the key, the reason, and how to get what was asked for.
     """
     changed = changes(before, after)
+    without = no_effect(after)
     for key, (old, new) in changed.items():
+        if key in without:
+            raise UsageError(f"{key}={new}: has no effect with {without[key]}, leave it out")
         if key in KEPT:
             raise UsageError(f"{key}={new}: {KEPT[key].format(before=old)}")
         if progress["epoch_update"] and key.startswith(SAMPLES):

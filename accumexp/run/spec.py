@@ -13,7 +13,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from ..config.job_folder import store_of_command
-from ..config.loading import flatten, from_hydra
+from ..config.loading import flatten, from_hydra, typed
 from ..config.overrides import changed, interpolations, keys_of
 from ..config.schema import Config
 from ..errors import UsageError
@@ -46,7 +46,7 @@ class Resumed:
     @property
     def changes(self) -> dict[str, Any]:
         """The settings that differ from the checkpoint's, by dotted key."""
-        return changes(changed(self.content["config"], []), self.config) if self.overrides else {}
+        return changes(typed(self.content["config"]), self.config) if self.overrides else {}
 
     @property
     def interpolations(self) -> dict[str, str]:
@@ -158,8 +158,8 @@ def resumed(cfg: DictConfig, overrides: Sequence[str]) -> Resumed | None:
             "their points false; resume without changes first"
         )
     if overrides:
-        before = changed(content["config"], [])
-        check_changes(before, config, content["progress"], recorded=bool(content.get("run")))
+        before, recorded = typed(content["config"]), bool(content.get("run"))
+        check_changes(before, config, content["progress"], recorded)
     summary = folder.summary()
     if not overrides and summary and summary.finished:
         raise UsageError(f"resume={where}: the run is finished; more of it with trainer.epochs=<more>")

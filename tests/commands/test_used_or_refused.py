@@ -85,6 +85,14 @@ def test_law_12_what_follows_from_a_given_key_follows_it(
     assert written["callbacks"]["checkpoint"]["mode"] == "min"
 
 
+def test_law_12_a_run_of_one_process_goes_on_in_two(resume: Callable[..., tuple[Done, Path]]) -> None:
+    done, folder = resume("epoch", "accum.strategy=ddp", "accum.processes=2", "trainer.epochs=3")
+    assert done.code == 0, done
+    assert "on each of 2 ranks" in done.stdout
+    assert yaml.safe_load((folder / "config.yaml").read_text())["accum"]["processes"] == 2
+    assert final(folder)["updates"] == 3 * UPDATES
+
+
 @pytest.mark.parametrize(
     ("which", "overrides", "says"),
     [
@@ -96,6 +104,16 @@ def test_law_12_what_follows_from_a_given_key_follows_it(
         ("epoch", ["trainer.epochs=1"], "trainer.epochs=1: the run is in epoch 3 already"),
         ("inside", ["trainer.max_updates=2"], "trainer.max_updates=2: the run has made 4 updates"),
         ("epoch", ["tracking.backend=mlflow", "trainer.epochs=3"], "tracking.backend=mlflow: the run has no"),
+        (
+            "epoch",
+            ["accum.init_scale=4", "trainer.epochs=3"],
+            "accum.init_scale=4.0: has no effect with accum.l",
+        ),
+        (
+            "epoch",
+            ["scheduler=constant", "trainer.epochs=3"],
+            "scheduler=constant: only values of the run's own",
+        ),
     ],
 )
 def test_law_12_what_a_resumed_run_cannot_use_is_refused_by_name(

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from hydra.errors import HydraException
 
+from accumexp.config.no_effect import no_effect_lines
 from accumexp.config.ranges import Range, ranges, unusual_settings
 from accumexp.config.schema import Config
 from accumexp.errors import UsageError
@@ -83,3 +84,29 @@ def test_what_no_training_goes_well_with_is_named() -> None:
         "optimizer.momentum=1.5: usual is below 1",
         "optimizer.inner.alpha=2: usual is below 1",
     ]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        (["accum.init_scale=4"], "accum.init_scale=4.0: has no effect with accum.loss_scale=none"),
+        (
+            ["accum.loss_scale=static", "accum.growth_interval=5"],
+            "accum.growth_interval=5: has no effect with accum.loss_scale=static",
+        ),
+        (
+            ["accum.find_unused_parameters=true"],
+            "accum.find_unused_parameters=true: has no effect with accum.strategy=standalone",
+        ),
+        (
+            ["accum.fp32_buffers=true"],
+            "accum.fp32_buffers=true: has no effect with parameters of full precision",
+        ),
+        (["accum=loss_scaled", "accum.init_scale=4"], None),
+        (["accum=ddp", "accum.find_unused_parameters=true"], None),
+        (["param_precision=bf16", "accum.fp32_buffers=true"], None),
+        ([], None),
+    ],
+)
+def test_law_12_a_setting_without_effect_is_named(overrides: list[str], line: str | None) -> None:
+    assert no_effect_lines(composed(*overrides)) == ([line] if line else [])
