@@ -116,14 +116,20 @@ class GraphedWindow:
     def backward(
         self,
         inputs: Nested,
-        targets: Nested,
+        targets: Nested | None = None,
         *,
         steps: int | None = None,
         samples: int | None = None,
         weight: float | None = None,
         observe: Observer | None = None,
     ) -> WindowResult:
-        """As `Window.backward`. Later windows overwrite neither the result nor what `observe` was given."""
+        """As `Window.backward`. Later windows overwrite neither the result nor what `observe` was given.
+
+        Raises:
+            ValueError: for a list of micro-batches, whose memory another window's would not have.
+        """
+        if targets is None:
+            raise ValueError("backward: a graph is recorded of a whole batch; give inputs and targets")
         window = self.window
         steps = window.steps if steps is None else steps
         options: dict[str, Any] = {"steps": steps, "samples": samples, "weight": weight}

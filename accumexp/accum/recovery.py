@@ -90,7 +90,7 @@ class Recovery:
     def backward(
         self,
         inputs: Nested,
-        targets: Nested,
+        targets: Nested | None = None,
         *,
         steps: int | None = None,
         samples: int | None = None,
@@ -103,10 +103,13 @@ class Recovery:
         called when it is discarded.
 
         Raises:
+            ValueError: for a list of micro-batches, which is split already.
             torch.OutOfMemoryError: on all ranks, if a micro-batch of one sample is too large for one of them,
                 or if a collective runs out of memory: DDP's broadcast of buffers and its rebuilding of
                 buckets, before the first micro-batch, and the reduction of gradients.
         """
+        if targets is None:
+            raise ValueError("backward: a list of micro-batches is split already; give inputs and targets")
         window = self.window
         count = batch_size((inputs, targets)) if samples is None else samples
         requested = window.steps if steps is None else steps

@@ -130,10 +130,9 @@ class RunFolder:
             UsageError: naming `key`, which gives this folder, if it holds a run already.
         """
         if self.summary_file.exists() or self.metrics.exists() or self.checkpoints.exists():
-            raise UsageError(
-                f"{key}={self.path}: holds a run already; go on with it by resume={self.path}, or give "
-                "another folder"
-            )
+            kept = any(self.checkpoints.glob("*.pt"))
+            remedy = f"go on with it by resume={self.path}, or " if kept else "it has no checkpoint, "
+            raise UsageError(f"{key}={self.path}: holds a run already; {remedy}give another folder")
 
     def clear(self) -> None:
         """Removes the files of an earlier run; `run.log` is kept."""

@@ -74,7 +74,8 @@ class Store:
         self.ui_command = None if self._on_server else f"mlflow ui --backend-store-uri {self.uri}"
         try:
             self.client = self._client()
-            experiment_id = experiment_id or (None if config.experiment else given.get(EXPERIMENT_ID))
+            if not experiment_id and not config.experiment and EXPERIMENT_ID in given:
+                experiment_id = self._existing(given[EXPERIMENT_ID])
             name = config.experiment or given.get(EXPERIMENT) or DEFAULT_EXPERIMENT
             self.experiment_id = experiment_id or self._open(name)
             self.parent_id = given.get(RUN_ID)
@@ -223,6 +224,21 @@ class Store:
                 "choose another name"
             )
         return experiment.experiment_id
+
+    def _existing(self, experiment_id: str) -> str:
+        """`experiment_id` of the environment, if the store has such an experiment."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            stage = self.client.get_experiment(experiment_id).lifecycle_stage
+        except MlflowException:
+            stage = None
+        if stage != "active":
+            known = ", ".join(sorted(one.experiment_id for one in self.client.search_experiments()))
+            raise UsageError(
+                f"{EXPERIMENT_ID}={experiment_id}: no such experiment in {self.uri}, which has {known}"
+            )
+        return experiment_id
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
