@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
@@ -29,6 +30,7 @@ from ..support.command import (
     journal,
     left_behind,
     only_run,
+    only_sweep,
     ranked_models,
     record_of,
     records,
@@ -69,6 +71,18 @@ def test_help_imports_none_of_the_slow_packages(command: str, tmp_path: Path) ->
         {"torch", "torchvision", "torchmetrics", "mlflow", "sklearn", "scipy", "matplotlib"}
     )
     assert left_behind(tmp_path) == []
+
+
+def test_no_file_of_the_project_sets_what_hydra_would_compose_twice_for() -> None:
+    files = [yaml.safe_load(path.read_text()) for path in CONF.rglob("*.yaml")]
+    assert len(files) > 30
+    assert not [content for content in files if "mode" in ((content or {}).get("hydra") or {})]
+
+
+def test_a_mode_given_to_hydra_counts(tmp_path: Path) -> None:
+    quick = ("model=mlp", "device=cpu", "tracking=none", "trainer.max_updates=1", "report.write=false")
+    done = run_command("run", *quick, "hydra.mode=MULTIRUN", folder=tmp_path)
+    assert done.code == 0 and only_sweep(tmp_path).is_dir(), done
 
 
 # Bad input ---------------------------------------------------------------------------------------------

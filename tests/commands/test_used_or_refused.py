@@ -161,6 +161,10 @@ def test_law_12_mlflows_environment_counts_where_the_configuration_is_silent(tmp
     assert parent_of.get_experiment_by_name("theirs") is not None
     missing = {**env, "MLFLOW_RUN_ID": "0" * 32}
     assert "MLFLOW_RUN_ID=000" in run_command("run", *quick, folder=tmp_path, env=missing).error()
+    missing = {**env, "MLFLOW_EXPERIMENT_NAME": "", "MLFLOW_EXPERIMENT_ID": "77"}
+    assert (
+        "MLFLOW_EXPERIMENT_ID=77: no such" in run_command("run", *quick, folder=tmp_path, env=missing).error()
+    )
 
 
 def test_law_12_a_job_in_its_own_folder_is_recorded_where_the_command_was_run(tmp_path: Path) -> None:

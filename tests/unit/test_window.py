@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from accumexp.accum import Window, WindowLoss, measure_activations, window_loss
+from accumexp.accum import Recovery, Window, WindowLoss, measure_activations, window_loss
 from accumexp.models import LeNet5
 
 from ..support.reference import classification, gradients, larger_batch_gradient, relative_error, small_model
@@ -316,3 +316,9 @@ def test_law_2_a_window_of_known_weight_has_the_bits_of_one_that_counts(
 def test_a_loss_of_its_own_is_used_as_it_is() -> None:
     loss = window_loss(nn.CrossEntropyLoss())
     assert window_loss(loss) is loss
+
+
+def test_a_list_of_micro_batches_is_refused_where_it_cannot_be_split_again() -> None:
+    window = Window(small_model(), nn.CrossEntropyLoss(), 2)
+    with pytest.raises(ValueError, match="a list of micro-batches is split already"):
+        Recovery(window).backward([classification(2), classification(2)])
