@@ -25,13 +25,6 @@ settings.register_profile("nightly", max_examples=2000, print_blob=True, **unhur
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "push"))
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_cmdline_main(config: pytest.Config) -> None:
-    """With `-n` alone, the tests of one `xdist_group` run in one worker."""
-    if getattr(config.option, "numprocesses", None) and config.option.dist == "no":
-        config.option.dist = "loadgroup"
-
-
 @pytest.fixture
 def generator() -> torch.Generator:
     return torch.Generator().manual_seed(20)

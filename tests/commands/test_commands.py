@@ -38,7 +38,6 @@ from ..support.command import (
     run_many,
 )
 
-pytestmark = pytest.mark.xdist_group("commands")
 UPDATES_AN_EPOCH = 11  # 1,293 digits in batches of 128
 UPDATES = 3 * UPDATES_AN_EPOCH
 CONF = Path(conf_dir())

@@ -32,7 +32,6 @@ def assert_equal_runs(run: Path, reference: Path) -> None:
         assert finals[0][key] == pytest.approx(finals[1][key], rel=1e-6), key
 
 
-@pytest.mark.xdist_group("alone")
 @pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
 def test_two_ranks_train_what_one_process_trains(tmp_path: Path, alone: Path, strategy: str) -> None:
     done = run_command("run", *EXACT, f"accum={strategy}", "accum.processes=2", folder=tmp_path)
@@ -80,7 +79,6 @@ def free_port() -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("alone")
 def test_two_agents_of_torchrun_are_one_run(tmp_path: Path, alone: Path) -> None:
     """Two 'nodes' of one rank each, that only share a rendezvous and the folder they are started in."""
     port = free_port()
@@ -94,7 +92,6 @@ def test_two_agents_of_torchrun_are_one_run(tmp_path: Path, alone: Path) -> None
     assert len(records(tmp_path)) == 1
 
 
-@pytest.mark.xdist_group("alone")
 def test_shards_of_all_ranks_lie_in_the_first_ones_folder_under_torchrun(tmp_path: Path, alone: Path) -> None:
     agent = torchrun(*EXACT, "accum=fsdp", "tracking=none", folder=tmp_path)
     out, err = agent.communicate(timeout=240)

@@ -53,7 +53,6 @@ def test_law_8_a_stopped_run_of_two_ranks_goes_on_bit_for_bit(tmp_path: Path, st
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("alone")
 @pytest.mark.parametrize(("ranks", "strategy"), [(3, "fsdp"), (1, "standalone")])
 def test_a_sharded_checkpoint_opens_at_another_number_of_ranks(
     tmp_path: Path, sharded_and_stopped: Path, alone: Path, ranks: int, strategy: str

@@ -12,7 +12,6 @@ import pytest
 
 from ..support.command import Case, Done, Record, only_sweep, records, run_many
 
-pytestmark = pytest.mark.xdist_group("report")
 SMALL = [
     "model=mlp",
     "trainer.epochs=2",

@@ -27,7 +27,6 @@ from accumexp.training.checkpoint import find, load, save
 from ..support.command import Done, Record, journal, ranked_models, record_of, run_command
 from ..support.trouble import trouble
 
-pytestmark = pytest.mark.xdist_group("resume")
 UPDATES_AN_EPOCH = 11  # 1,293 digits in batches of 128
 UPDATES = 3 * UPDATES_AN_EPOCH
 

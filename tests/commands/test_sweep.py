@@ -26,7 +26,6 @@ from ..support.command import (
 from ..support.experiments import composed
 from ..support.trouble import trouble
 
-pytestmark = pytest.mark.xdist_group("sweep")
 SMALL = ["model=mlp", "trainer.epochs=2", "tracking.system_metrics=false"]
 
 

@@ -25,10 +25,7 @@ from accumexp.tracking import Store, sweep_of
 BROWSER = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None
 )
-pytestmark = [
-    pytest.mark.skipif(BROWSER is None, reason="no Chromium or Chrome on this machine"),
-    pytest.mark.xdist_group("ui"),
-]
+pytestmark = pytest.mark.skipif(BROWSER is None, reason="no Chromium or Chrome on this machine")
 STARTS_WITHIN = 120  # seconds
 
 
