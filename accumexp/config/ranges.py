@@ -21,17 +21,21 @@ class Range:
     Attributes:
         above, below: the ends that are outside.
         at_least, at_most: the ends that are inside.
+        whole: whether a fraction is outside.
     """
 
     above: float | None = None
     at_least: float | None = None
     below: float | None = None
     at_most: float | None = None
+    whole: bool = False
 
     def refusal(self, value: float) -> str | None:
         """What `value` must be, or None if it is in the range."""
         if isinstance(value, float) and not math.isfinite(value):
             return "a finite number"
+        if self.whole and value != int(value):
+            return "a whole number"
         if self.above is not None and not value > self.above:
             return f"above {self.above:g}"
         if self.at_least is not None and value < self.at_least:
@@ -74,7 +78,7 @@ def check_ranges(node: Any, prefix: str = "") -> None:
             raise UsageError(f"{key}={value}: {refusal}")
 
 
-def require(name: str, value: float | None, **limits: float) -> None:
+def require(name: str, value: float | None, **limits: Any) -> None:
     """
     Raises:
         ValueError: naming `name`, if `value` is a number outside the `Range` of `limits`.
@@ -101,6 +105,10 @@ def unusual_settings(node: Mapping[str, Any], prefix: str) -> list[str]:
     for name, value in node.items():
         if isinstance(value, Mapping):
             lines += unusual_settings(value, f"{prefix}.{name}")
+        elif isinstance(value, list):
+            for number, entry in enumerate(value):
+                if isinstance(entry, Mapping):
+                    lines += unusual_settings(entry, f"{prefix}.{name}.{number}")
         elif isinstance(value, int | float):
             reason = USUAL.get(str(name), Range()).refusal(value)
             if reason:

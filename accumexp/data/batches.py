@@ -60,7 +60,7 @@ class Batches:
         sampler: the order of an epoch in place of a shuffle; needs `shuffle` for its seed.
 
     Attributes:
-        example: the inputs of a few samples as the model gets them, where they are known.
+        example: inputs and targets of a few samples, as the model and the loss get them, where known.
     """
 
     indices: Tensor
@@ -71,7 +71,7 @@ class Batches:
     augment: BatchAugment | None = None
     share: Share = Share()
     sampler: SamplerOrder | None = None
-    example: Nested | None = field(default=None, init=False)
+    example: tuple[Nested, Nested] | None = field(default=None, init=False)
 
     def __len__(self) -> int:
         full, rest = divmod(self.samples, self.batch_size)

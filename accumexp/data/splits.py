@@ -126,8 +126,14 @@ def build_splits(
         "sampler": sampler,
     }
     eval_key = "data.eval" if config.eval else "data.train"
+    train = batches(train_set, train_indices, batch_size, augment, key="data.train", **training)
+    if not len(train):
+        raise UsageError(
+            f"data.batch_size={batch_size}: with data.drop_last=true the {train.samples} samples of an "
+            "epoch of data.sampler make no update"
+        )
     return Splits(
-        train=batches(train_set, train_indices, batch_size, augment, key="data.train", **training),
+        train=train,
         eval=batches(eval_set, eval_indices, config.eval_batch_size, key=eval_key, share=whole),
         test=batches(test_set, test_indices, config.eval_batch_size, key="data.test", share=whole),
     )
@@ -160,7 +166,11 @@ class _BatchesFactory:
         if by_sample is None and self._resident(dataset):
             inputs, targets = self._tensors(dataset, key)
             resident = ResidentBatches(inputs, targets, indices, batch_size, augment=on_device, **options)
-            resident.example = map_tensors(lambda tensor: tensor[:1], inputs)
+            few = indices[:EXAMPLES].to(tensors(inputs)[0].device)
+            resident.example = (
+                map_tensors(lambda tensor: tensor[few], inputs),
+                map_tensors(lambda tensor: tensor[few], targets),
+            )
             return resident
         if by_sample is not None and self.config.resident:
             raise UsageError(
@@ -190,7 +200,7 @@ class _BatchesFactory:
             batches = StreamedBatches(dataset, indices, batch_size, **arguments)
             few = [change(lambda i=i: dataset[i], 0, i) for i in indices[:EXAMPLES].tolist()]
         # Before the first update, and in this process, where errors are the plainest.
-        batches.example = collate(few)[0] if few else None
+        batches.example = self.place(*collate(few)) if few else None
         return batches
 
     def _resident(self, dataset: Dataset[Any]) -> bool:

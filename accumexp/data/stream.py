@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any, cast
@@ -19,6 +20,7 @@ from .samples import Collate
 from .streamed import SampleTransform, leave_group, loaded_by_workers
 
 log = logging.getLogger(__name__)
+SLOW_COUNT = 10.0  # seconds
 
 
 class StreamBatches(Batches):
@@ -161,7 +163,13 @@ def stream_length(dataset: IterableDataset[Any], key: str, declared: int | None 
     from rich.progress import track
 
     samples = _own_draws(dataset, derive_seed("stream", 0, 0), key)
-    return sum(1 for _ in track(samples, f"counting {key}", transient=True))
+    begun, count = time.monotonic(), 0
+    for count, _ in enumerate(track(samples, f"counting {key}", transient=True), 1):
+        if begun and time.monotonic() - begun > SLOW_COUNT:
+            begun = 0.0
+            remedy = "data.samples=<samples an epoch>" if key == "data.train" else "it a len() or an end"
+            log.warning("%s: %d samples and no end yet; if there is none, give %s", key, count, remedy)
+    return count
 
 
 def first_samples(dataset: IterableDataset[Any], count: int, key: str) -> list[Any]:

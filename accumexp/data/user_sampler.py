@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +14,9 @@ from torch.utils.data import Dataset, DistributedSampler, Subset
 from ..config.instantiate import build
 from ..environment.random_state import derive_seed, drawn_from
 from ..errors import UsageError
+
+# An epoch of a sampler may have this many positions, and a hundred times the split's samples.
+MOST_POSITIONS = 10_000_000
 
 
 class SamplerOrder:
@@ -89,7 +93,13 @@ class SamplerOrder:
                 generator.manual_seed(start)
             if callable(set_epoch := getattr(sampler, "set_epoch", None)):
                 set_epoch(epoch)
-            drawn = list(sampler)
+            most = max(100 * self.split_samples, MOST_POSITIONS)
+            drawn = list(itertools.islice(sampler, most + 1))
+        if len(drawn) > most:
+            raise UsageError(
+                f"data.sampler: yields more than {most} positions, an epoch needs an end; give it a "
+                "number of samples"
+            )
         if not drawn:
             raise UsageError("data.sampler: yields no position of the training split")
         try:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import copy
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from ..cli import explain
@@ -75,7 +78,12 @@ def run(configuration: Sequence[str] | DictConfig = (), *, folder: str | Path | 
     if isinstance(configuration, str):
         raise UsageError(f'{configuration}: run() takes a list of overrides, such as ["accum.steps=4"]')
     overrides = [] if isinstance(configuration, DictConfig) else [str(one) for one in configuration]
-    cfg = configuration if isinstance(configuration, DictConfig) else _compose(overrides)
+    cfg = _without_hydra(configuration) if isinstance(configuration, DictConfig) else _compose(overrides)
+    if isinstance(configuration, DictConfig) and cfg.get("resume"):
+        raise UsageError(
+            f"resume={cfg.resume}: a composed configuration does not tell what it changes of the run's own; "
+            f'give run() a list: ["resume={cfg.resume}", "trainer.epochs=40"]'
+        )
     run_folder = _folder(cfg, folder)
     if not cfg.get("resume"):
         run_folder.check_unused("folder")
@@ -87,11 +95,16 @@ def run(configuration: Sequence[str] | DictConfig = (), *, folder: str | Path | 
     spec = RunSpec(
         config, run_folder, None, resume_from, f"accumexp.run.run({overrides})", interpolations=derived
     )
-    run_folder.path.mkdir(parents=True, exist_ok=True)
+    made_here = not run_folder.path.exists()
     try:
-        _carry_out(spec)
+        run_folder.path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"folder={run_folder.path}: cannot be made: {error.strerror}") from error
+    try:
+        with _logged(run_folder):
+            _carry_out(spec)
     except UsageError:
-        if not resume_from:
+        if made_here:
             run_folder.remove_unused()
         raise
     except SystemExit as end:
@@ -102,6 +115,32 @@ def run(configuration: Sequence[str] | DictConfig = (), *, folder: str | Path | 
     if summary is None or summary.status is not RunStatus.FINISHED:
         raise TrainingError(f"{run_folder.path}: the run has not finished")
     return RunResult(run_folder.path, summary.final, summary.monitored, summary.run_id)
+
+
+@contextmanager
+def _logged(folder: RunFolder) -> Iterator[None]:
+    """Writes what is logged inside into the folder's `run.log`, as the command does."""
+    handler = logging.FileHandler(folder.log, delay=True)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    root, level = logging.getLogger(), logging.getLogger().level
+    root.addHandler(handler)
+    root.setLevel(min(level, logging.INFO))
+    try:
+        yield
+    finally:
+        root.setLevel(level)
+        root.removeHandler(handler)
+        handler.close()
+
+
+def _without_hydra(cfg: DictConfig) -> DictConfig:
+    """`cfg` without Hydra's own settings, which `hydra.compose(return_hydra_config=True)` leaves in it."""
+    if "hydra" not in cfg:
+        return cfg
+    cfg = copy.deepcopy(cfg)
+    with open_dict(cfg):
+        del cfg["hydra"]
+    return cfg
 
 
 def _carry_out(spec: RunSpec) -> None:
@@ -118,15 +157,22 @@ def _compose(overrides: Sequence[str]) -> DictConfig:
         UsageError: if the overrides compose no configuration.
     """
     from hydra import compose, initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
     from hydra.errors import HydraException
+    from hydra.initialize import get_gh_backup, restore_gh_from_backup
 
     if flag := next((one for one in overrides if one.startswith(("-", "hydra.", "hydra/", "sweep."))), None):
         raise UsageError(f"{flag}: is of the command python -m accumexp.run; run() takes `folder`")
+    # A script may be inside of an `initialize` of its own.
+    outer = get_gh_backup()
+    GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(conf_dir(), version_base="1.3"):
             return compose("config", list(overrides))
     except (HydraException, OmegaConfBaseException) as error:
         raise UsageError(explain(error)) from error
+    finally:
+        restore_gh_from_backup(outer)
 
 
 def _folder(cfg: DictConfig, folder: str | Path | None) -> RunFolder:

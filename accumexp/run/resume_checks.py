@@ -14,6 +14,8 @@ from ..config.schema import Backend, Config
 from ..errors import UsageError
 from ..tracking.folder import RunFolder
 
+# Which samples are held out of the training set for evaluation.
+HELD_OUT = ("data.eval_fraction", "data.split_seed")
 NEW_RUN = "begin a new run with it"
 # Settings that a run keeps for its whole life, and why.
 KEPT = {
@@ -21,6 +23,7 @@ KEPT = {
     "optimizer._target_": f"the checkpoint holds the state of {{before}}; {NEW_RUN}",
     "optimizer.amsgrad": f"needs state that the checkpoint does not hold; {NEW_RUN}",
     "optimizer.centered": f"needs state that the checkpoint does not hold; {NEW_RUN}",
+    "optimizer.initial_accumulator_value": f"is where the first update began; {NEW_RUN}",
     "tracking.experiment": f"its record is in the experiment {{before}}, where it stays; {NEW_RUN}",
 }
 # Settings from which the samples of an epoch and their order follow.
@@ -60,7 +63,12 @@ def check_changes(before: Config, after: Config, progress: Mapping[str, int], re
                 f"of its samples twice or not at all; resume it unchanged to the epoch's end first "
                 f"(trainer.epochs={progress['epoch'] + 1}), or {NEW_RUN}"
             )
-    _check_momentum(before, after)
+    for key in HELD_OUT:
+        if key in changed:
+            raise UsageError(
+                f"{key}={changed[key][1]}: would evaluate on samples that it trained on; {NEW_RUN}"
+            )
+    _check_optimizer_state(before, after)
     if after.tracking.backend is not Backend.none and not recorded and "tracking.backend" in changed:
         name = after.tracking.backend.name
         raise UsageError(f"tracking.backend={name}: the run has no record; {NEW_RUN}")
@@ -111,8 +119,27 @@ def check_same_job(folder: RunFolder, config: Config) -> None:
             )
 
 
-def _check_momentum(before: Config, after: Config) -> None:
+def _check_optimizer_state(before: Config, after: Config) -> None:
+    """Refuses settings of the optimizer or its groups that need another state than the checkpoint holds."""
+    old, new = before.optimizer, after.optimizer
+    _check_momentum("optimizer", old, new, str(new["_target_"]))
+    groups = [node.get("groups") or [] for node in (old, new)]
+    if groups[0] == groups[1]:
+        return
+    kinds = [[(entry.get("params"), entry.get("_target_")) for entry in entries] for entries in groups]
+    if kinds[0] != kinds[1]:
+        raise UsageError(
+            f"optimizer.groups={groups[1]}: the checkpoint holds the state of other groups; {NEW_RUN}"
+        )
+    for number, (entry, other) in enumerate(zip(*groups, strict=True)):
+        key = f"optimizer.groups.{number}"
+        _check_momentum(key, {**old, **entry}, {**new, **other}, str(other.get("_target_", new["_target_"])))
+        for name in ("amsgrad", "centered", "initial_accumulator_value"):
+            if entry.get(name) != other.get(name):
+                raise UsageError(f"{key}.{name}={other.get(name)}: {KEPT[f'optimizer.{name}']}")
+
+
+def _check_momentum(key: str, old: Mapping[str, Any], new: Mapping[str, Any], target: str) -> None:
     """Refuses the first momentum of an optimizer that makes its buffers in its first step."""
-    old, new = before.optimizer.get("momentum"), after.optimizer.get("momentum")
-    if not old and new and not str(after.optimizer["_target_"]).endswith(".SGD"):
-        raise UsageError(f"optimizer.momentum={new}: {KEPT['optimizer.centered']}")
+    if not old.get("momentum") and new.get("momentum") and not target.endswith(".SGD"):
+        raise UsageError(f"{key}.momentum={new['momentum']}: {KEPT['optimizer.centered']}")

@@ -114,7 +114,7 @@ class Run:
         """Makes the experiment and its trainer, restored from a checkpoint; several runs share `splits`."""
         resume_from = self.spec.resume_from
         self.experiment = Experiment.build(self.spec.config, self.rank_info, splits)
-        check_experiment(self.experiment)
+        check_experiment(self.experiment, resume_from.changes if resume_from else ())
         if not resume_from:
             self.trainer = self.experiment.trainer(self.record)
         else:

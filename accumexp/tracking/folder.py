@@ -90,6 +90,7 @@ class RunFolder:
         self.progress = self.path / "progress.json"
         self.certificate = self.path / "certificate.json"
         self.code_diff = self.path / "code.diff"
+        self.log = self.path / "run.log"
         self.summary_file = self.path / "summary.json"
         self.checkpoints = self.path / CHECKPOINTS
         self.best = self.checkpoints / BEST
@@ -142,7 +143,7 @@ class RunFolder:
 
     def remove_unused(self) -> None:
         """Removes the folder if it holds only what a refused command leaves."""
-        names = {".hydra", "run.log", self.metrics.name, self._job_lock.name, self._ranks_lock.name}
+        names = {".hydra", self.log.name, self.metrics.name, self._job_lock.name, self._ranks_lock.name}
         if not self.path.is_dir() or not {entry.name for entry in self.path.iterdir()} <= names:
             return
         if not self.metrics.exists() or not self.metrics.stat().st_size:

@@ -147,7 +147,7 @@ class Checkpoints(Callback):
             ("every_updates", every_updates),
             ("keep_last", keep_last),
         ):
-            require(name, value, at_least=1)
+            require(name, value, at_least=1, whole=True)
         self.every_epochs = every_epochs
         self.every_updates = every_updates
         self.keep_last = keep_last

@@ -19,6 +19,12 @@ from ..environment.ranks import RankInfo, device_of
 from ..errors import UsageError
 from .callbacks import EMA, Best, Callback
 
+# Names of `train/*`, `eval/*` and `final/*` that no metric may have.
+OWN_VALUES = {
+    *("loss", "lr", "grad_norm", "noise_scale", "gradient_variance", "gradient_square"),
+    *("test_samples", "updates", "epochs", "samples", "seconds", "samples_per_second", "update_ms"),
+    *("activation_mib", "peak_memory_mib"),
+}
 DTYPES = {
     Precision.fp32: torch.float32,
     Precision.bf16: torch.bfloat16,
@@ -95,6 +101,10 @@ def build_metrics(config: Config, device: torch.device) -> MetricCollection:
     ignored = ignored_label(config)
     offered = {} if ignored is None else {"ignore_index": ignored}
     for name, node in config.metrics.items():
+        if name in OWN_VALUES or str(name).startswith("eval_"):
+            raise UsageError(
+                f"metrics.{name}: the run records a value of its own as {name}, take another name"
+            )
         metric = build(node, f"metrics.{name}", **offered)
         if not isinstance(metric, Metric):
             raise UsageError(f"metrics.{name}: a torchmetrics Metric is needed, not {type(metric).__name__}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -41,7 +42,10 @@ class Evaluator:
 
     @torch.no_grad()
     def __call__(self, model: nn.Module, batches: Batches) -> dict[str, float]:
-        """The loss and every metric by name, over all ranks. Waits for the device once, at the end."""
+        """The loss and every metric by name, over all ranks. Waits for the device once, at the end.
+
+        The loss is nan if no item of the split counts in it.
+        """
         was_training = model.training
         model.eval()
         self.metrics.reset()
@@ -66,7 +70,8 @@ class Evaluator:
                     torch.as_tensor(value, dtype=torch.float64, device=device) for value in (total, weight)
                 ]
                 total, weight = self.ranks.sum(torch.stack(sums)).unbind()
-            values = {"loss": float(total) / (float(weight) or 1.0)}
+            # Nothing that counts is no score, and a loss of 0 would be the best there is.
+            values = {"loss": float(total) / float(weight) if weight else math.nan}
             values.update(plain_values(self.metrics))
         finally:
             self.metrics.reset()

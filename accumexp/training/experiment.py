@@ -88,7 +88,7 @@ class Experiment:
         seed_everything(config.seed, config.trainer.deterministic)
         model = build_model(config)
         if splits.train.example is not None:
-            check_inputs(model, splits.train.example)
+            check_inputs(model, splits.train.example[0])
         criterion = build_loss(config, device, dtype)
         loss = window_loss(criterion)
         evaluator = Evaluator(loss, build_metrics(config, device), autocast, ranks)

@@ -63,7 +63,9 @@ def build_optimizer(
         if name is not None:
             optimizer.param_groups[0]["name"] = name
         optimizers.append(optimizer)
-    return optimizers[0] if len(optimizers) == 1 else CombinedOptimizer(optimizers)
+    optimizer = optimizers[0] if len(optimizers) == 1 else CombinedOptimizer(optimizers)
+    _check_names(optimizer)
+    return optimizer
 
 
 def _assign(groups: Sequence[Any], named: Named) -> tuple[Named, list[Named]]:
@@ -125,12 +127,8 @@ def _one(
     if not isinstance(optimizer, Optimizer):
         made = type(optimizer).__name__
         raise UsageError(f"{key}._target_={node['_target_']}: a torch.optim.Optimizer is needed, not {made}")
-    defaults = {"name", "params", *optimizer.defaults}
     for settings, _ in plain:
-        for setting in settings:
-            if setting not in defaults:
-                names = ", ".join(sorted(optimizer.defaults))
-                raise UsageError(f"optimizer.groups: {setting} is no setting of {node['_target_']} ({names})")
+        _check_settings(settings, optimizer.defaults, str(node["_target_"]))
     set_mode([optimizer], "train")
     if needed := required_arguments(optimizer.step):
         raise UsageError(
@@ -138,6 +136,25 @@ def _one(
             "and which a window of micro-batches does not give; take one without, such as torch.optim.AdamW"
         )
     return optimizer
+
+
+def _check_settings(settings: Mapping[str, Any], defaults: Mapping[str, Any], target: str) -> None:
+    """Refuses settings of a group that the optimizer does not have, or of another type than its own."""
+    for setting, value in settings.items():
+        if setting == "name":
+            continue
+        if setting not in defaults:
+            names = ", ".join(sorted(defaults))
+            raise UsageError(f"optimizer.groups: {setting} is no setting of {target} ({names})")
+        if isinstance(defaults[setting], int | float) and not isinstance(value, int | float | Tensor):
+            raise UsageError(f"optimizer.groups: {setting}={value} is no number")
+
+
+def _check_names(optimizer: Optimizer) -> None:
+    """Refuses two groups whose learning rates would be logged under one name."""
+    names = [str(group.get("name", number)) for number, group in enumerate(optimizer.param_groups)][1:]
+    if repeated := next((name for name in names if names.count(name) > 1), None):
+        raise UsageError(f"optimizer.groups: {repeated} names two groups, whose rates are logged by name")
 
 
 def required_arguments(function: Callable[..., Any]) -> list[str]:

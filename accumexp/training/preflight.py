@@ -4,38 +4,152 @@ from __future__ import annotations
 
 import copy
 import logging
-from contextlib import closing
+import traceback
+import warnings
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import closing, contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import is_lazy
 
-from ..accum import call
+from ..accum import call, is_out_of_memory, tensors
 from ..accum.batch import map_tensors, rank_share, steps_for
 from ..data import Batches, StreamedBatches
 from ..environment.cores import cores
 from ..environment.random_state import random_state, restore_random_state
-from ..errors import UsageError
+from ..errors import UsageError, compiler_error, first_line
+from .evaluated_schedule import takes_metric
+from .evaluation import precision, unweighted
 
 if TYPE_CHECKING:
     from .experiment import Experiment
 
 log = logging.getLogger(__name__)
+TRIED_STEPS = 1000
 
 
-def check_experiment(experiment: Experiment) -> None:
+def check_experiment(experiment: Experiment, changed: Collection[str] = ()) -> None:
     """Refuses or warns of what would come up only in the middle of a run.
 
+    Args:
+        changed: the settings that a resumed run changes, by dotted key.
+
     Raises:
-        UsageError: naming the key, for a micro-batch of one sample that the model's BatchNorm refuses.
+        UsageError: naming the key, for a model, loss or metric that fails on samples of the data, a schedule
+            that fails or ends before the run, or a micro-batch of one sample that BatchNorm refuses.
     """
     train, ranks = experiment.splits.train, experiment.rank_info
+    try_example(experiment)
+    try_schedule(experiment, changed)
     steps = cast(int, experiment.config.accum.steps)
     check_batch_statistics(experiment.model, train, steps, ranks.size, experiment.autocast)
     warning = workers_warning(experiment.config.data.workers, ranks.local_size)
     if warning and ranks.first and isinstance(train, StreamedBatches):
         log.warning(warning)
+
+
+def try_example(experiment: Experiment) -> None:
+    """Tries model, loss and metrics on a few training samples, in eval mode.
+
+    Modes, buffers and the random state are left as they were.
+
+    Raises:
+        UsageError: naming the key of the one that fails.
+    """
+    example, model, loss = experiment.splits.train.example, experiment.model, experiment.loss
+    if example is None or any(map(is_lazy, [*model.parameters(), *model.buffers()])):
+        return
+    inputs, targets = example
+    device = tensors(targets)[0].device
+    parts = [model, *([loss] if isinstance(loss, nn.Module) else [])]
+    modules = [(module, module.training) for part in parts for module in part.modules()]
+    buffers = [(buffer, buffer.clone()) for part in parts for buffer in part.buffers()]
+    state = random_state()
+    model.eval()
+    try:
+        with precision(experiment.autocast, device), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of metrics that see too few samples
+            with named_by("model", experiment.config.model):
+                outputs = call(model, inputs)
+            with named_by("loss", experiment.config.loss):
+                total = loss.total(outputs, targets)
+            if total.numel() != 1 or not total.requires_grad:
+                wrong = "no gradient" if total.numel() == 1 else f"shape {tuple(total.shape)}"
+                raise UsageError(
+                    f"loss: its value has {wrong}; a loss of shape () that depends on the model is needed"
+                )
+            for name, metric in experiment.evaluator.metrics.items(keep_base=True, copy_state=False):
+                with torch.no_grad(), named_by(f"metrics.{name}", experiment.config.metrics[name]):
+                    detached = outputs.detach() if isinstance(outputs, Tensor) else outputs
+                    metric.update(detached, unweighted(loss, targets))
+    finally:
+        experiment.evaluator.metrics.reset()
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)
+        for module, mode in modules:
+            module.training = mode
+        restore_random_state(state)
+
+
+def try_schedule(experiment: Experiment, changed: Collection[str] = ()) -> None:
+    """Steps a schedule of the run's configuration through its first updates.
+
+    Raises:
+        UsageError: naming the key, if it fails, ends before the run, or sets a rate that was given otherwise.
+    """
+    node = experiment.config.scheduler
+    if takes_metric(node):
+        return
+    name, updates = str(node["_target_"]).rpartition(".")[2], experiment.updates
+    optimizer = experiment.optimizer()
+    given = [group["lr"] for group in optimizer.param_groups]
+    schedule = experiment.schedule(optimizer)
+    total = getattr(schedule, "total_steps", None)
+    if isinstance(total, int) and total < updates:
+        raise UsageError(f"scheduler.total_steps={total}: the run has {updates} updates; give as many")
+    if any(
+        group.get("initial_lr", rate) != rate
+        for group, rate in zip(optimizer.param_groups, given, strict=True)
+    ):
+        text = f"optimizer.lr={given[0]:g}: has no effect with {name}, which sets its own rates"
+        if "optimizer.lr" in changed:
+            raise UsageError(f"{text}; leave it out")
+        if experiment.rank_info.first:
+            log.warning(text)
+    with warnings.catch_warnings(), named_by("scheduler", node, "when it is stepped"):
+        warnings.simplefilter("ignore")  # that no update came before
+        for _ in range(min(updates, TRIED_STEPS)):
+            schedule.step()
+
+
+@contextmanager
+def named_by(key: str, node: Mapping[str, Any], when: str = "on samples of data.train") -> Iterator[None]:
+    """Turns an error of the object that `node` describes into one that names its key and the place.
+
+    Raises:
+        UsageError: in place of the original error.
+    """
+    try:
+        yield
+    except UsageError:
+        raise
+    except Exception as error:
+        if is_out_of_memory(error) or compiler_error(error):
+            raise
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        where = f"{Path(place.filename).name}:{place.lineno}"
+        kind = type(error).__name__
+        text = first_line(error)
+        reason = kind if text == kind else f"{kind}: {text}"
+        raise UsageError(
+            f"{key} ({node['_target_']}): fails {when}: {reason} ({where}); "
+            "ACCUMEXP_TRACEBACK=1 shows the calls"
+        ) from error
 
 
 def smallest_micro_batch(train: Batches, steps: int, ranks: int) -> int:

@@ -33,9 +33,14 @@ def restore_changed(
     """
     keys = list(changed)
     settings: list[dict[str, Any]] = []
+    evaluated = _follows_evaluations(trainer.scheduler)
+    if evaluated and (key := next((key for key in keys if key in ("monitor", "mode")), None)):
+        raise UsageError(
+            f"{key}: the schedule follows the metric that was evaluated; begin a new run with it"
+        )
     if any(key.startswith(("optimizer.", *SCHEDULE)) for key in keys):
-        if _follows_evaluations(trainer.scheduler):
-            if rate := next((key for key in keys if key.startswith(RATE)), None):
+        if evaluated:
+            if rate := next((key for key in keys if key.startswith((*RATE, "optimizer.groups"))), None):
                 name = type(getattr(trainer.scheduler, "scheduler", trainer.scheduler)).__name__
                 raise UsageError(f"{rate}: {name} follows what was evaluated; begin a new run with it")
             settings = _settings(trainer, without=("lr", "initial_lr"))

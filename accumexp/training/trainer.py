@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from typing import Any
@@ -34,6 +36,8 @@ from .out_of_memory import NoMemoryFor, OutOfMemoryHandler
 from .progress import LoopOptions, Progress
 from .schedules import step_schedule
 from .stop_request import StopRequest
+
+log = logging.getLogger(__name__)
 
 NO_MEMORY_TO_STEP = NoMemoryFor("the optimizer's step", "take one that keeps less state, or accum=fsdp")
 
@@ -278,6 +282,8 @@ class Trainer:
             self.window.sync.share_buffers()
             batches = self.splits.test if split == "test" else self.splits.eval
             values = {f"{split}/{k}": v for k, v in self.evaluator(self.model, batches).items()}
+            if math.isnan(values[f"{split}/loss"]):
+                log.warning("%s/loss is nan: the loss is, or it ignores all targets of data.%s", split, split)
             self._emit("evaluated", split, values)
             values = as_numbers(values)
             self.latest.update(values)
