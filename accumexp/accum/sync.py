@@ -24,6 +24,10 @@ SUMS = "sums_gradients"
 LISTS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
+class FrozenLater(RuntimeError):
+    """A parameter began or ceased to train after DDP was made, outside of `Recovery`."""
+
+
 class Sync:
     """A model on one process: nothing is synchronised. Base of the others.
 
@@ -102,11 +106,25 @@ class DataParallelSync(Sync):
         # A parameter that no rank used keeps the gradient None, with which an optimizer skips it.
         self.keeps_gradients = not model.find_unused_parameters
         self.module = model.module
+        # DDP reduces those that train when it is made, whatever is frozen or unfrozen later.
+        self._reduced = [p for p in model.module.parameters() if p.requires_grad]
         self.ranks = Ranks(model.process_group)
         self.factor = 1 if getattr(model, SUMS, False) else self.ranks.size
 
     def micro_batch(self, last: bool) -> AbstractContextManager[Any]:
-        return NOTHING if last else self.wrapper.no_sync()
+        if not last:
+            return self.wrapper.no_sync()
+        if len(self._late()) or not all(p.requires_grad for p in self._reduced):
+            raise FrozenLater(
+                "a parameter was frozen or unfrozen after DistributedDataParallel was made, which reduces those "
+                "of its beginning; Recovery (accum.recover=true) reduces those that train"
+            )
+        return NOTHING
+
+    def _late(self) -> list[nn.Parameter]:
+        """The parameters that train now and did not when DDP was made."""
+        reduced = set(map(id, self._reduced))
+        return [p for p in self.module.parameters() if p.requires_grad and id(p) not in reduced]
 
     def begin_without_sync(self) -> None:
         # The communication of DDP's forward. `require_forward_param_sync` is set first, because it is still
@@ -118,7 +136,7 @@ class DataParallelSync(Sync):
         self.wrapper.require_forward_param_sync = False
 
     def watch_use(self) -> None:
-        self._trained = [p for p in self.module.parameters() if p.requires_grad]
+        self._trained = [*self._reduced, *self._late()]
         for parameter in self._trained:
             if parameter.grad is not None and not parameter.grad.is_sparse:
                 # The views of a bucket share one version counter; `data` has one of its own.
@@ -142,14 +160,21 @@ class DataParallelSync(Sync):
         for parameter in self._trained:
             if parameter.grad is None:  # the other ranks wait for its reduction
                 parameter.grad = torch.zeros_like(parameter)
-        zero = _AddNegativeZero.apply(*self._trained)
+        for parameter in self._trained[len(self._reduced) :]:
+            self.ranks.sum(parameter.grad)
+        frozen = [parameter for parameter in self._reduced if not parameter.requires_grad]
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+        zero = _AddNegativeZero.apply(*self._reduced)
         reducer = self.wrapper.reducer
         reducer.prepare_for_forward()
         # DDP searches this graph for the parameters that this rank did not use: none.
         reducer.prepare_for_backward([zero] if self.wrapper.find_unused_parameters else [])
         zero.backward()
-        for index in by_nobody:
-            self._trained[index].grad = None
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+        for parameter in [*frozen, *(self._trained[index] for index in by_nobody)]:
+            parameter.grad = None
         self._marks = []
         self.wrapper.require_forward_param_sync = True
 

@@ -36,7 +36,9 @@ class Layout:
     inputs: tuple[str | int, ...] | None = None
 
     def separate(self, sample: Any, key: str) -> tuple[Any, Any]:
-        """(inputs, targets) of a sample or a batch; a single input that is not named is passed as it is.
+        """(inputs, targets) of a sample or a batch; a single input is passed as it is.
+
+        A single named input that is a dict keeps its name: the items of the model's inputs are its arguments.
 
         Args:
             key: of the data set, for errors.
@@ -54,6 +56,8 @@ class Layout:
         chosen: Any
         if len(inputs) == 1:
             chosen = fields[inputs[0]]
+            if has_names(sample) and isinstance(chosen, Mapping):
+                chosen = {inputs[0]: chosen}
         elif has_names(sample):
             chosen = {name: fields[name] for name in inputs}
         else:
@@ -74,7 +78,7 @@ class Layout:
         if not has_names(sample) and len(fields) == 2 and self == Layout():
             return changed, sample[1]
         _, _, names = self._parts(fields, has_names(sample), key)
-        if len(names) == 1:
+        if len(names) == 1 and not (has_names(sample) and isinstance(fields[names[0]], Mapping)):
             fields[names[0]] = changed
         else:
             fields.update(changed if isinstance(changed, Mapping) else zip(names, changed, strict=True))

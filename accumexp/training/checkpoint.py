@@ -7,6 +7,7 @@ import os
 import shutil
 import warnings
 import zipfile
+from collections import Counter, OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from .trainer import Trainer
 
 FORMAT = "accumexp checkpoint 1"
+# What `torch.load(weights_only=True)` reads, besides containers.
+SAVABLE = (torch.Tensor, int, float, complex, str, bytes, torch.dtype, torch.device, type(None))
 
 
 def save(path: Path, content: Mapping[str, Any]) -> None:
@@ -63,6 +66,25 @@ def _without_views(content: Any) -> Any:
     if isinstance(content, list | tuple):
         return type(content)(_without_views(value) for value in content)
     return content
+
+
+def check_savable(key: str, state: Any) -> None:
+    """Checks that a checkpoint can hold the state of the object that `key` configures.
+
+    Raises:
+        UsageError: naming the key and the first part of another type.
+    """
+    if type(state) in (dict, OrderedDict, Counter):
+        for name, value in state.items():
+            check_savable(f"{key}: {name}" if ": " not in key else f"{key}.{name}", value)
+    elif isinstance(state, list | tuple | set | frozenset):
+        for value in state:
+            check_savable(key, value)
+    elif not isinstance(state, SAVABLE):
+        raise UsageError(
+            f"{key} in its state_dict is a {type(state).__name__}, which a checkpoint does not hold; make "
+            "it of tensors, numbers, text and containers of them"
+        )
 
 
 def load(path: Path, in_file: bool = False) -> dict[str, Any]:
@@ -162,6 +184,11 @@ class Checkpoints(Callback):
     def folder(self) -> Path:
         return self.run.folder / CHECKPOINTS
 
+    def check(self, trainer: Trainer, key: str) -> None:
+        for name, callback in trainer.callbacks.items():
+            check_savable(f"callbacks.{name}", callback.state_dict())
+        check_savable("scheduler", trainer.scheduler.state_dict())
+
     def run_opened(self, trainer: Trainer, run: RunState) -> None:
         self.run = run
         if run.saved:
@@ -199,6 +226,8 @@ class Checkpoints(Callback):
                 return
             self.run.before_save()
             ended_by = trainer.stop_reason if trainer.stop_code == 1 else None  # 1: not by a signal
+            for name, saved in state["callbacks"].items():
+                check_savable(f"callbacks.{name}", saved)
             content = {**state, **self.run.identity, "evaluated": evaluated, "ended_by": ended_by}
             save(path, {**content, "random": random, "random_others": others, shards.KEY: shard_folder})
             if not self._verified:

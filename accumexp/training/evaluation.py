@@ -16,6 +16,7 @@ from ..accum import Ranks, WindowLoss, call, tensors
 from ..accum.loss import WeightedSamples
 from ..accum.ranks import ALONE
 from ..data import Batches
+from ..errors import TrainingError
 
 
 class Evaluator:
@@ -127,13 +128,35 @@ class WindowMetrics:
 
 
 def plain_values(metrics: MetricCollection) -> dict[str, float]:
-    """The computed value of every metric that is one number, over all ranks."""
+    """The computed value of every metric, over all ranks; those of a vector as `<name>/<index>`.
+
+    Raises:
+        TrainingError: naming a metric that is no number and no vector.
+    """
     with warnings.catch_warnings():
         # A rank without samples updates nothing, and computes from the other ranks' counts.
         warnings.filterwarnings("ignore", message=".*was called before the ``update`` method")
         _fill_list_states(metrics)
         computed: dict[str, Any] = metrics.compute() if len(metrics) else {}
-    return {name: float(value) for name, value in computed.items() if torch.as_tensor(value).numel() == 1}
+    values: dict[str, float] = {}
+    for name, value in computed.items():
+        values.update(_numbers(name, value))
+    return values
+
+
+def _numbers(name: str, value: Any) -> dict[str, float]:
+    try:
+        computed = torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError):
+        raise TrainingError(
+            f"metrics.{name}: is a {type(value).__name__}, one number or a vector is needed"
+        ) from None
+    if computed.numel() == 1:
+        return {name: float(computed)}
+    if computed.dim() != 1:
+        shape = tuple(computed.shape)
+        raise TrainingError(f"metrics.{name}: has the shape {shape}, one number or a vector is needed")
+    return {f"{name}/{index}": number for index, number in enumerate(computed.tolist())}
 
 
 def unweighted(loss: WindowLoss | None, targets: Any) -> Any:

@@ -44,8 +44,12 @@ def as_numbers(values: Mapping[str, Any]) -> dict[str, float]:
     """
     numbers = {}
     for key, value in values.items():
+        if not isinstance(key, str):
+            raise TrainingError(f"{key!r}: a callback logs numbers by name, not by a {type(key).__name__}")
         try:
             numbers[key] = float(value)
+        except OverflowError as error:
+            raise TrainingError(f"{key}: a callback logs a number that is larger than any float") from error
         except (TypeError, ValueError) as error:
             raise TrainingError(f"{key}: a callback logs numbers, not a {type(value).__name__}") from error
     return numbers

@@ -21,7 +21,7 @@ from ..accum import (
     Window,
     WindowResult,
 )
-from ..accum.sync import unused_parameters
+from ..accum.sync import FrozenLater, unused_parameters
 from ..data import Batch, Splits
 from ..environment.device import wait_for
 from ..environment.random_state import random_state
@@ -160,6 +160,8 @@ class Trainer:
             with closing(self.batches()) as batches:
                 for batch in batches:
                     self.update(batch)
+        except FrozenLater as error:
+            raise TrainingError(str(error)) from error
         except RuntimeError as error:
             if unused := unused_parameters(error, self.model):
                 remedy = "with accum=ddp take accum.recover=true or accum.find_unused_parameters=true"

@@ -127,3 +127,50 @@ def _without_looking() -> list[str]:
 def test_an_unused_parameter_that_ddp_waits_for_is_named(tmp_path: Path) -> None:
     for names in on_ranks(2, tmp_path, _without_looking):
         assert names == ["extra.weight", "extra.bias"]
+
+
+def frozen_and_unfrozen(rank: int = 0, ranks: int = 1) -> dict[str, Tensor]:
+    """`extra` begins to train in update 2, and `always.bias` ceases to in update 4."""
+    network: Any = model()
+    network.extra.requires_grad_(False)
+    wrapped = data_parallel(network) if ranks > 1 else network
+    window = Window(wrapped, nn.CrossEntropyLoss(), 2)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
+    backward = Recovery(window).backward if ranks > 1 else window.backward
+    share = 8 // ranks
+    for update, (inputs, targets) in enumerate(batches()):
+        network.extra.requires_grad_(update >= 2)
+        network.always.bias.requires_grad_(update < 4)
+        optimizer.zero_grad(set_to_none=not window.sync.keeps_gradients)
+        share_here = slice(rank * share, (rank + 1) * share)
+        backward(inputs[share_here], targets[share_here])
+        if ranks == 1 and update >= 4:
+            assert network.always.bias.grad is None
+        optimizer.step()
+    return {name: value.clone() for name, value in network.state_dict().items()}
+
+
+def _frozen_on_rank() -> dict[str, Tensor]:
+    return frozen_and_unfrozen(torch.distributed.get_rank(), 2)
+
+
+def test_law_1_ranks_follow_what_is_frozen_and_unfrozen(tmp_path: Path) -> None:
+    expected = frozen_and_unfrozen()
+    for result in on_ranks(2, tmp_path, _frozen_on_rank):
+        assert worst(result, expected) <= 1e-12
+
+
+def _frozen_without_recovery() -> str:
+    network = model()
+    window = Window(data_parallel(network), nn.CrossEntropyLoss(), 2)
+    network.always.bias.requires_grad_(False)
+    try:
+        window.backward(*(part[:4] for part in batches()[1]))
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+def test_ddp_says_what_it_cannot_follow(tmp_path: Path) -> None:
+    for message in on_ranks(2, tmp_path, _frozen_without_recovery):
+        assert message.startswith("a parameter was frozen or unfrozen")
