@@ -13,8 +13,11 @@ from typing import Any, Protocol, cast, runtime_checkable
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.loss import _Loss
 
 from .batch import Nested, batch_size
+
+REDUCTIONS = ("mean", "sum", "none", "batchmean")
 
 
 @runtime_checkable
@@ -187,10 +190,15 @@ def window_loss(criterion: Callable[..., Any] | WindowLoss) -> WindowLoss:
     torch's criteria and their subclasses are recognised by type and `reduction`. Any other callable is
     treated as a mean over samples. A mean over items whose number differs between samples (tokens) is not
     one: implement the methods `weight` and `total` of `WindowLoss` for it.
+
+    Raises:
+        ValueError: for a criterion of torch with a `reduction` that torch does not have.
     """
     if isinstance(criterion, WindowLoss):
         return criterion
     reduction = getattr(criterion, "reduction", None)
+    if isinstance(criterion, _Loss) and reduction not in REDUCTIONS:
+        raise ValueError(f"reduction={reduction}: one of {', '.join(REDUCTIONS)}")
     if reduction == "sum":
         return SumOverSamples(criterion)
     if isinstance(criterion, nn.CrossEntropyLoss | nn.NLLLoss):

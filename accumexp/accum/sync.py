@@ -116,8 +116,8 @@ class DataParallelSync(Sync):
             return self.wrapper.no_sync()
         if len(self._late()) or not all(p.requires_grad for p in self._reduced):
             raise FrozenLater(
-                "a parameter was frozen or unfrozen after DistributedDataParallel was made, which reduces those "
-                "of its beginning; Recovery (accum.recover=true) reduces those that train"
+                "a parameter was frozen or unfrozen after DistributedDataParallel was made, which reduces "
+                "those of its beginning; Recovery (accum.recover=true) reduces those that train"
             )
         return NOTHING
 

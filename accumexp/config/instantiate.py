@@ -76,6 +76,8 @@ def build(node: Mapping[str, Any], key: str, *args: Any, **offered: Any) -> Any:
         names = inspect.signature(function).parameters
     except (TypeError, ValueError):
         names = {}
+    for name, value in node.items():
+        _check_number(key, name, value, names.get(name), target)
     extra = {name: value for name, value in offered.items() if name in names and name not in node}
     try:
         return instantiate(dict(node), *args, **extra, _convert_="all")
@@ -88,6 +90,16 @@ def build(node: Mapping[str, Any], key: str, *args: Any, **offered: Any) -> Any:
         if reason.partition("=")[0] in node:
             raise UsageError(f"{key}.{reason}") from cause
         raise UsageError(f"{key} ({target}): {reason}") from cause
+
+
+def _check_number(key: str, name: str, value: Any, parameter: inspect.Parameter | None, target: str) -> None:
+    """Refuses text or true and false for a number of torch's or the project's, which may fail only later."""
+    if parameter is None or not target.startswith(("torch.", "accumexp.")):
+        return
+    default = parameter.default
+    is_number = isinstance(default, int | float) and not isinstance(default, bool)
+    if is_number and isinstance(value, str | bool) and "str" not in str(parameter.annotation).lower():
+        raise UsageError(f"{key}.{name}={value}: a number is needed")
 
 
 def lacks_argument(node: Mapping[str, Any]) -> bool:

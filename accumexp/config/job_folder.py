@@ -8,7 +8,11 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, flag_override
 
+from .loading import flatten
+
 SQLITE = "sqlite:///"
+# Arguments of a data set that name a file or folder end so.
+PATHS = ("path", "folder", "root", "dir", "directory", "file")
 
 
 def keep_launch_paths(cfg: DictConfig, hydra: Any) -> None:
@@ -23,6 +27,10 @@ def keep_launch_paths(cfg: DictConfig, hydra: Any) -> None:
         for key in ("data.root", "resume"):
             if path := OmegaConf.select(cfg, key):
                 OmegaConf.update(cfg, key, str(launched_from / path))
+        for key, path in flatten(OmegaConf.to_container(cfg.data)):
+            is_path = isinstance(path, str) and key.lower().endswith(PATHS) and "${" not in path
+            if is_path and (launched_from / path).exists():
+                OmegaConf.update(cfg, f"data.{key}", str(launched_from / path))
         uri = OmegaConf.select(cfg, "tracking.uri")
         if uri and uri.startswith(SQLITE):
             OmegaConf.update(cfg, "tracking.uri", absolute_store(uri, launched_from))

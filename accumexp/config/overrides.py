@@ -45,13 +45,18 @@ def changed(
         key = override.key_or_group
         exists = OmegaConf.select(cfg, key, default=_MISSING) is not _MISSING
         is_group = isinstance(plain.get(key), dict)
-        if override.type is None or is_group or not (exists or override.is_add()):
+        adds = override.is_add() or override.is_force_add()
+        if override.type is None or is_group or not (exists or adds):
             raise UsageError(
                 f"{override.input_line}: only values of the run's own configuration can be changed, "
                 "such as trainer.epochs=40; begin a new run with it"
             )
         if override.is_delete() or override.is_sweep_override():
             raise UsageError(f"{override.input_line}: a single value is needed")
+        parts = key.split(".")
+        for depth in range(1, len(parts)):
+            if OmegaConf.is_list(OmegaConf.select(cfg, whole := ".".join(parts[:depth]))):
+                raise UsageError(f"{override.input_line}: is inside of a list, give {whole}=[...]")
         OmegaConf.update(cfg, key, override.value(), force_add=True)
     given = {override.key_or_group for override in parsed}
     _follow(cfg, given, derived or {})

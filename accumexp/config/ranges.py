@@ -47,7 +47,7 @@ class Range:
         return None
 
 
-def number(default: Any, **limits: float) -> Any:
+def number(default: Any, **limits: Any) -> Any:
     """A dataclass field with `default`, within the `Range` of `limits`."""
     return field(default=default, metadata={"range": Range(**limits)})
 
@@ -96,6 +96,7 @@ USUAL = {
     "weight_decay": Range(at_least=0),
     "alpha": Range(at_least=0, below=1),
     "gamma": Range(above=0),
+    "step_size": Range(at_least=1, whole=True),
 }
 
 

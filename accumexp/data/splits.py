@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
+from ..accum import is_out_of_memory
 from ..accum.batch import Nested, map_tensors, tensors
 from ..config.instantiate import build, lacks_argument
 from ..config.schema import DataConfig
@@ -268,7 +269,7 @@ def _dataset(config: DataConfig, node: Mapping[str, Any], key: str) -> Dataset[A
         return build(node, key)
     except UsageError as error:
         cause = error.__cause__
-        if isinstance(cause, OSError | RuntimeError):
+        if isinstance(cause, OSError | RuntimeError) and not is_out_of_memory(cause):
             raise UsageError(
                 f"data.root={config.root}: {error}; give the folder that holds the data, or a "
                 "connection to download it"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import time
 from collections.abc import Callable, Iterator
@@ -132,6 +133,10 @@ class _Reader(IterableDataset[Any]):
 
 def _own_draws(dataset: IterableDataset[Any], seed: int, key: str) -> Iterator[Any]:
     """The samples of `dataset`, whose draws come from generators of its own, seeded with `seed`."""
+    try:
+        dataset = copy.deepcopy(dataset)  # a generator of its own begins anew, as it does in a worker
+    except Exception:
+        pass
     with drawn_from(seed):
         stream = iter(dataset)
         stream_state = random_state(devices=False)

@@ -22,8 +22,9 @@ MOST_POSITIONS = 10_000_000
 class SamplerOrder:
     """Positions in the training split, drawn by `data.sampler` for each epoch.
 
-    Every epoch starts from the sampler as it was built, with its generator and the global ones seeded by
-    seed and epoch, and `set_epoch` called where there is one: so its order can be drawn again on resume.
+    Every epoch starts from a copy of the sampler as it was built, with its torch generator and the global
+    ones seeded by seed and epoch, and `set_epoch` called where there is one: so its order can be drawn again
+    on resume.
 
     Args:
         node: of the sampler's class, which is offered `data_source` and `dataset` (the training split),
@@ -35,6 +36,8 @@ class SamplerOrder:
 
     def __init__(self, node: Mapping[str, Any], dataset: Dataset[Any], indices: Tensor) -> None:
         split = Subset(dataset, indices.tolist())
+        # Not copied for an epoch; a generator of the sampler's own is.
+        self._shared = (dataset, split)
         self.split_samples = len(indices)
         self.generator = torch.Generator().manual_seed(0)
         self.sampler = build(
@@ -87,7 +90,7 @@ class SamplerOrder:
     def _draw(self, seed: int, epoch: int) -> Tensor:
         start = derive_seed("sampler", seed, epoch)
         with drawn_from(start):
-            sampler = copy.copy(self.sampler)
+            sampler = copy.deepcopy(self.sampler, {id(part): part for part in self._shared})
             self.generator.manual_seed(start)
             if (generator := getattr(sampler, "generator", None)) is not None:
                 generator.manual_seed(start)

@@ -18,6 +18,8 @@ def pick_device(name: str) -> torch.device:
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.partition(":")[0] == "meta":
+        raise UsageError(f"device={name}: holds no numbers to train; take auto, cpu, cuda or cuda:<n>")
     try:
         device = torch.device(name)
         torch.empty(0, device=device)

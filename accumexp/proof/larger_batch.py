@@ -71,11 +71,16 @@ def larger_batch(
     trained = {name: p for name, p in parameters.items() if p.requires_grad}
     raw = torch.autograd.grad(value * scale, list(trained.values()), allow_unused=True)
     gradient = {
-        name: torch.zeros_like(p) if g is None else g if scale == 1 else g.double() / scale
+        name: torch.zeros_like(p) if g is None else dense(g) if scale == 1 else dense(g).double() / scale
         for (name, p), g in zip(trained.items(), raw, strict=True)
     }
     detached = outputs.detach() if isinstance(outputs, Tensor) else outputs
     return LargerBatch(value.detach(), gradient, {n: b.detach() for n, b in buffers.items()}, detached)
+
+
+def dense(gradient: Tensor) -> Tensor:
+    """`gradient`, which embeddings may make sparse, as a dense tensor."""
+    return gradient.to_dense() if gradient.is_sparse else gradient
 
 
 def mean_loss(loss: Callable[..., Any], outputs: Any, targets: Any) -> Tensor:
@@ -124,6 +129,7 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
     actual, expected = unsharded(actual.detach()), unsharded(expected.detach())
     if actual.shape != expected.shape:
         return math.inf
+    actual, expected = dense(actual), dense(expected)
     if torch.equal(actual, expected):
         return 0.0
     size = float(expected.double().norm())

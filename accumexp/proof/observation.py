@@ -17,7 +17,7 @@ from ..accum.batch import batch_size, tensors
 from ..accum.memory import SavedActivations, measure_activations
 from .fixed_draws import seeded_draws
 from .float64 import keep_float64
-from .larger_batch import Gradient
+from .larger_batch import Gradient, dense
 from .problem import TrainingState, WholeBatch, unsharded
 from .sample_ids import SampleIds
 
@@ -137,7 +137,7 @@ def observing(
         return arguments, {**keywords, "closure": observed}
 
     def record_arrival(name: str, gradient: Tensor) -> None:
-        exact = unsharded(gradient).detach().double()
+        exact = dense(unsharded(gradient)).detach().double()
         total = observation.arrived.get(name)
         observation.arrived[name] = exact.clone() if total is None else total + exact
         observation.arrived_norms[name] = observation.arrived_norms.get(name, 0.0) + float(exact.norm())
@@ -168,7 +168,7 @@ def _gradient(state: TrainingState, scale: Tensor | None) -> Gradient:
     for name, parameter in state.parameters().items():
         if parameter.requires_grad:
             grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            value = unsharded(grad).detach().clone()
+            value = dense(unsharded(grad)).detach().clone()
             copies[name] = value if scale is None else value / scale
     return copies
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..accum.batch import batch_size
 from .certificate import Check, excess
 from .float64 import keep_float64
-from .larger_batch import relative_error
+from .larger_batch import dense, relative_error
 from .observation import Observation
 from .problem import Problem, TrainingState, WholeBatch, copy_in, unsharded
 from .ranks import all_gather
@@ -132,7 +132,7 @@ def _take_over(actual: Mapping[Key, Tensor], expected: Mapping[Key, Tensor]) -> 
         errors[key] = relative_error(value, tensor)
         if errors[key] and value.shape == tensor.shape:
             with torch.no_grad():
-                tensor.copy_(value)
+                tensor.copy_(value if tensor.is_sparse else dense(value))
     return errors
 
 

@@ -24,6 +24,7 @@ from ..proof.larger_batch import norm
 from ..proof.problem import Problem, copy_in, forked_rng
 from ..proof.rounding import larger_batch_of
 from ..training.experiment import Experiment
+from ..training.preflight import try_example
 from .first_updates import FirstUpdates, fp64_config, gathered_batch, own_precision_config
 from .trainer_loop import TrainerLoop
 
@@ -43,6 +44,7 @@ def prove_experiment(
         UsageError: naming the key that cannot be built, or if the larger batch does not fit the device.
     """
     experiment = Experiment.build(config, rank_info)
+    try_example(experiment)
     problem = problem_of(experiment)
     proof = Proof(problem, stage, problem.steps if config.accum.reduce_every_micro_batch else 1)
     try:

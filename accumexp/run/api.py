@@ -77,6 +77,9 @@ def run(configuration: Sequence[str] | DictConfig = (), *, folder: str | Path | 
     """
     if isinstance(configuration, str):
         raise UsageError(f'{configuration}: run() takes a list of overrides, such as ["accum.steps=4"]')
+    if not isinstance(configuration, Sequence | DictConfig):
+        kind = type(configuration).__name__
+        raise UsageError(f"run() takes a list of overrides or a configuration of hydra.compose, not a {kind}")
     overrides = [] if isinstance(configuration, DictConfig) else [str(one) for one in configuration]
     cfg = _without_hydra(configuration) if isinstance(configuration, DictConfig) else _compose(overrides)
     if isinstance(configuration, DictConfig) and cfg.get("resume"):

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import logging
+import math
+import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,7 +19,7 @@ from ..config.schema import Backend, TrackingConfig
 from ..errors import UsageError
 from .folder import RunStatus
 from .names import LegalNames, legal_name
-from .store import Store
+from .store import URI, Store
 
 if TYPE_CHECKING:
     from ..data.digest import DatasetRecord
@@ -86,6 +88,7 @@ class MLflowTracker(Tracker):
         self._times: dict[tuple[str, int], int] = {}  # (key, step): milliseconds since 1970
         self._logged = frozenset[tuple[str, int]]()
         self._models: set[str] = set()
+        self._infinite: set[str] = set()
         if resumed:
             query = f"source_run_id = '{run_id}'"
             models = store.client.search_logged_models([store.experiment_id], filter_string=query)
@@ -133,7 +136,13 @@ class MLflowTracker(Tracker):
         now = int(time.time() * 1000)
         for key, value in ((self._legal(key), value) for key, value in values.items()):
             # A resumed run repeats the points after its checkpoint, with equal values.
-            if (key, update) not in self._logged:
+            if math.isinf(value):  # MLflow would store the largest float
+                if key not in self._infinite:
+                    self._infinite.add(key)
+                    log.warning(
+                        "tracking: %s is %s at update %d, which MLflow does not hold", key, value, update
+                    )
+            elif (key, update) not in self._logged:
                 self._queue.append(Metric(key, value, now, update))
                 if key.startswith("eval/"):
                     self._times[key, update] = now
@@ -239,6 +248,9 @@ def reopen(
     changes = changes or {}
     if "tracking.uri" not in changes:
         config.uri = identity["uri"]
+        elsewhere = os.environ.get(URI)
+        if elsewhere and elsewhere != config.uri:
+            log.warning("%s=%s: the run goes on in %s; tracking.uri=... moves it", URI, elsewhere, config.uri)
     store = Store(config, identity["experiment_id"])
     try:
         tracker = MLflowTracker(store, identity["run_id"], config, resumed=True)

@@ -63,17 +63,19 @@ class Store:
     def __init__(self, config: TrackingConfig, experiment_id: str | None = None) -> None:
         given = {name: os.environ[name] for name in GIVEN if os.environ.get(name)}
         uri = config.uri or given.get(URI) or "sqlite:///mlflow.db"
+        key = URI if URI in given and not config.uri else "tracking.uri"
         # The driver of accumexp[postgres]; SQLAlchemy's default depends on its version.
         self.uri = re.sub("^postgres(ql)?://", "postgresql+psycopg2://", uri)
         self._database: Path | None = None
         if self.uri.startswith("sqlite:///"):
             self._database = Path(self.uri.removeprefix("sqlite:///")).absolute()
             self.uri = f"sqlite:///{self._database}"
-        _check(self.uri)
+        _check(self.uri, key)
         self._on_server = self.uri.startswith("http")
         self.ui_command = None if self._on_server else f"mlflow ui --backend-store-uri {self.uri}"
         try:
-            self.client = self._client()
+            self.client = self._client(key)
+            reopened = experiment_id is not None
             if not experiment_id and not config.experiment and EXPERIMENT_ID in given:
                 experiment_id = self._existing(given[EXPERIMENT_ID])
             name = config.experiment or given.get(EXPERIMENT) or DEFAULT_EXPERIMENT
@@ -85,13 +87,17 @@ class Store:
             raise
         except ModuleNotFoundError as error:
             extra = ", pip install 'accumexp[postgres]'" if error.name == "psycopg2" else ""
-            raise UsageError(f"tracking.uri={self.uri}: needs {error.name}{extra}") from error
+            raise UsageError(f"{key}={self.uri}: needs {error.name}{extra}") from error
         except Exception as error:
-            raise UsageError(f"tracking.uri={self.uri}: cannot be used: {first_line(error)}") from error
+            raise UsageError(f"{key}={self.uri}: cannot be used: {first_line(error)}") from error
 
         ignored = {URI} if config.uri else set()
-        if config.experiment:
+        if config.experiment or reopened:
             ignored |= {EXPERIMENT, EXPERIMENT_ID}
+        if EXPERIMENT_ID in given:
+            ignored.add(EXPERIMENT)
+        if reopened:
+            ignored.add(RUN_ID)
         self.from_environment = [name for name in given if name not in ignored]
 
     def _runs_page(self) -> str:
@@ -181,9 +187,9 @@ class Store:
         except Exception as error:
             raise UsageError(f"{RUN_ID}={run_id}: no such run in {self.uri}, unset it") from error
 
-    def _client(self) -> Any:
+    def _client(self, key: str) -> Any:
         if self._on_server:
-            _check_server(self.uri)
+            _check_server(self.uri, key)
         for name, value in ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         from mlflow import MlflowClient
@@ -192,7 +198,7 @@ class Store:
         for noisy in ("mlflow", "alembic"):
             logging.getLogger(noisy).setLevel(logging.WARNING)
         if self._database is not None and not self._database.parent.is_dir():
-            raise UsageError(f"tracking.uri={self.uri}: the folder {self._database.parent} is not there")
+            raise UsageError(f"{key}={self.uri}: the folder {self._database.parent} is not there")
         with self._alone():
             client = MlflowClient(self.uri)
             if not self._on_server:
@@ -257,23 +263,23 @@ class Store:
             yield  # a server has created its tables
 
 
-def _check(uri: str) -> None:
+def _check(uri: str, key: str) -> None:
     """Refuses addresses that hold a password, and databases that need a server."""
     parts = urlsplit(uri)
     if parts.password is not None:
         place = "MLFLOW_TRACKING_PASSWORD" if uri.startswith("http") else "~/.pgpass or PGPASSWORD"
         shown = uri.replace(f":{parts.password}@", ":...@")
         raise UsageError(
-            f"tracking.uri={shown}: a password here would be written into every run; put it into {place}"
+            f"{key}={shown}: a password here would be written into every run; put it into {place}"
         )
     if parts.scheme.startswith(("mysql", "mssql")):
         raise UsageError(
-            f"tracking.uri={uri}: not a database that runs open themselves; start `mlflow server "
+            f"{key}={uri}: not a database that runs open themselves; start `mlflow server "
             f"--backend-store-uri {uri}` and give its http address"
         )
 
 
-def _check_server(uri: str) -> None:
+def _check_server(uri: str, key: str) -> None:
     try:
         with urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=5):
             pass
@@ -282,6 +288,6 @@ def _check_server(uri: str) -> None:
     except (OSError, ValueError) as error:
         reason = getattr(error, "reason", error)
         raise UsageError(
-            f"tracking.uri={uri}: no server answers ({reason}); start it with `mlflow server`, or "
-            "leave tracking.uri out for a local store"
+            f"{key}={uri}: no server answers ({reason}); start it with `mlflow server`, or "
+            f"leave {key} out for a local store"
         ) from error

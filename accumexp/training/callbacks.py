@@ -165,7 +165,7 @@ class EarlyStopping(Callback):
     def __init__(
         self, patience: int = 5, min_delta: float = 0.0, monitor: str = "eval/accuracy", mode: str = "max"
     ) -> None:
-        require("patience", patience, at_least=1, whole=True)
+        require("patience", patience, at_least=1, at_most=2**31 - 1, whole=True)
         require("min_delta", min_delta, at_least=0)
         self.patience = patience
         self.best = Best(monitor, mode, min_delta)

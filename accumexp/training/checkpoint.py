@@ -169,7 +169,7 @@ class Checkpoints(Callback):
             ("every_updates", every_updates),
             ("keep_last", keep_last),
         ):
-            require(name, value, at_least=1, whole=True)
+            require(name, value, at_least=1, at_most=2**31 - 1, whole=True)
         self.every_epochs = every_epochs
         self.every_updates = every_updates
         self.keep_last = keep_last

@@ -72,6 +72,8 @@ def ignored_label(config: Config) -> int | None:
             label = getattr(build(config.loss, "loss"), "ignore_index", None)
     except UsageError:  # reported in its turn
         return None
+    if isinstance(label, str):
+        raise UsageError(f"loss.ignore_index={label}: a whole number is needed")
     return label if isinstance(label, int) else None
 
 
@@ -141,7 +143,8 @@ def build_callbacks(config: Config) -> dict[str, Callback]:
         UsageError: naming the key that cannot be built, or a `monitor` that is never evaluated.
     """
     evaluated = {"loss", *config.metrics}
-    monitored = config.monitor.removeprefix("eval/").removeprefix("ema_")
+    # Of a metric with several values, one: eval/<name>/<index>.
+    monitored = config.monitor.removeprefix("eval/").removeprefix("ema_").partition("/")[0]
     if monitored not in evaluated or "/" not in config.monitor:
         choices = ", ".join(f"eval/{name}" for name in sorted(evaluated))
         raise UsageError(f"monitor={config.monitor}: this run evaluates {choices}")
@@ -173,7 +176,8 @@ def _check_monitors(config: Config, callbacks: dict[str, Callback], evaluated: s
         if isinstance(best, Best):
             monitors[f"callbacks.{name}.monitor"] = best.monitor
     for key, monitor in monitors.items():
-        if monitor in known or others and key != "monitor":
+        whole = "/".join(monitor.split("/")[:2])
+        if whole in known or others and key != "monitor":
             continue
         if monitor.startswith("eval/ema_") and monitor.replace("ema_", "", 1) in known:
             raise UsageError(

@@ -90,7 +90,10 @@ class Experiment:
         if splits.train.example is not None:
             check_inputs(model, splits.train.example[0])
         criterion = build_loss(config, device, dtype)
-        loss = window_loss(criterion)
+        try:
+            loss = window_loss(criterion)
+        except ValueError as error:
+            raise UsageError(f"loss.{error}") from error
         evaluator = Evaluator(loss, build_metrics(config, device), autocast, ranks)
         model = model.to(device, dtype)
         if rank_info.rank:

@@ -21,9 +21,9 @@ from ..accum.batch import map_tensors, rank_share, steps_for
 from ..data import Batches, StreamedBatches
 from ..environment.cores import cores
 from ..environment.random_state import random_state, restore_random_state
-from ..errors import UsageError, compiler_error, first_line
+from ..errors import TrainingError, UsageError, compiler_error, first_line
 from .evaluated_schedule import takes_metric
-from .evaluation import precision, unweighted
+from .evaluation import plain_values, precision, unweighted
 
 if TYPE_CHECKING:
     from .experiment import Experiment
@@ -50,6 +50,12 @@ def check_experiment(experiment: Experiment, changed: Collection[str] = ()) -> N
     warning = workers_warning(experiment.config.data.workers, ranks.local_size)
     if warning and ranks.first and isinstance(train, StreamedBatches):
         log.warning(warning)
+    data = experiment.config.data
+    if ranks.first and not data.eval and not data.eval_fraction:
+        log.warning(
+            "data.eval_fraction=0: eval/* is of the test split, and so is what best.pt is chosen by; hold "
+            "samples out, or give data.eval"
+        )
 
 
 def try_example(experiment: Experiment) -> None:
@@ -86,6 +92,8 @@ def try_example(experiment: Experiment) -> None:
                 with torch.no_grad(), named_by(f"metrics.{name}", experiment.config.metrics[name]):
                     detached = outputs.detach() if isinstance(outputs, Tensor) else outputs
                     metric.update(detached, unweighted(loss, targets))
+            if experiment.rank_info.size == 1:
+                _check_values(experiment)
     finally:
         experiment.evaluator.metrics.reset()
         with torch.no_grad():
@@ -94,6 +102,23 @@ def try_example(experiment: Experiment) -> None:
         for module, mode in modules:
             module.training = mode
         restore_random_state(state)
+
+
+def _check_values(experiment: Experiment) -> None:
+    """Refuses metrics that cannot be recorded or monitored. What fails on few samples may not on more."""
+    try:
+        values = plain_values(experiment.evaluator.metrics)
+    except TrainingError as error:
+        raise UsageError(str(error)) from error
+    except Exception:
+        log.debug("metrics of a few samples failed", exc_info=True)
+        return
+    monitor = experiment.config.monitor
+    name = monitor.removeprefix("eval/").removeprefix("ema_")
+    if name != "loss" and name not in values:
+        each = [f"eval/{other}" for other in values if other.startswith(f"{name.partition('/')[0]}/")]
+        if each:
+            raise UsageError(f"monitor={monitor}: has several values, take one of {each[0]} to {each[-1]}")
 
 
 def try_schedule(experiment: Experiment, changed: Collection[str] = ()) -> None:

@@ -104,6 +104,12 @@ def test_law_12_a_run_of_one_process_goes_on_in_two(resume: Callable[..., tuple[
         ("epoch", ["trainer.epochs=1"], "trainer.epochs=1: the run is in epoch 3 already"),
         ("inside", ["trainer.max_updates=2"], "trainer.max_updates=2: the run has made 4 updates"),
         ("epoch", ["tracking.backend=mlflow", "trainer.epochs=3"], "tracking.backend=mlflow: the run has no"),
+        ("epoch", ["data.split_seed=5", "trainer.epochs=3"], "data.split_seed=5: would evaluate on samples"),
+        (
+            "epoch",
+            ["optimizer.groups=[{params: '*.bias'}]", "trainer.epochs=3"],
+            "the checkpoint holds the state of other groups",
+        ),
         (
             "epoch",
             ["accum.init_scale=4", "trainer.epochs=3"],
