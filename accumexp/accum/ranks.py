@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+_SUMS = itertools.count()
 
 
 class Ranks:
@@ -36,6 +41,24 @@ class Ranks:
         """Starts `sum` asynchronously. Returns a function that waits for it."""
         work: Any = dist.all_reduce(tensor, dist.ReduceOp.SUM, self.group, async_op=True)
         return work.wait
+
+    def sum_if_all_come(self, tensor: Tensor, seconds: float = 2.0) -> Tensor:
+        """`sum` of a tensor of shape (n,) after an error, when a rank may be in another collective, or gone.
+
+        The numbers go through the group's store, and no rank waits longer than `seconds`.
+
+        Raises:
+            RuntimeError: if a rank does not come within `seconds`, or with another shape.
+        """
+        if self.size == 1:
+            return tensor
+        store = dist.distributed_c10d._get_default_store()
+        number = next(_SUMS)
+        keys = [f"accumexp/sum/{number}/{rank}" for rank in range(self.size)]
+        store.set(keys[self.rank], json.dumps(tensor.tolist()))
+        store.wait(keys, timedelta(seconds=seconds))
+        parts = torch.tensor([json.loads(store.get(key)) for key in keys], dtype=tensor.dtype)
+        return parts.sum(0).to(tensor.device)
 
     def any(self, flag: Tensor) -> Tensor:
         """Whether `flag`, a bool of shape (), is true on any rank; shape ()."""

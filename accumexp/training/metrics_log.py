@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -119,7 +119,12 @@ class MetricsLog:
         return values
 
     def read(
-        self, newest: int, last: bool, extra: Mapping[str, float] | None, publish_first: bool = True
+        self,
+        newest: int,
+        last: bool,
+        extra: Mapping[str, float] | None,
+        publish_first: bool = True,
+        total: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         """Reads and records the updates since the last read. Waits for the device.
 
@@ -128,6 +133,7 @@ class MetricsLog:
             last: whether it is the run's last.
             extra: further values of the newest update, which is published with them.
             publish_first: whether the first updates are published.
+            total: adds the ranks' parts of the losses, by default a collective.
 
         Raises:
             TrainingError: for a loss that is not finite, or a run of skipped windows alone.
@@ -135,7 +141,7 @@ class MetricsLog:
         pending, self._pending = self._pending, []
         if not pending:
             return
-        losses, overflows, scaling, consecutive = self._numbers(pending)
+        losses, overflows, scaling, consecutive = self._numbers(pending, total or self.window.sync.ranks.sum)
         for update, loss, overflow in zip(pending, losses, overflows, strict=True):
             if self.check_finite and not overflow and not math.isfinite(loss):
                 if consecutive < MOST_OVERFLOWS:
@@ -163,10 +169,12 @@ class MetricsLog:
                 "use precision=bf16 accum.loss_scale=none"
             )
 
-    def _numbers(self, pending: list[_Update]) -> tuple[list[float], list[float], dict[str, float], float]:
+    def _numbers(
+        self, pending: list[_Update], total: Callable[[Tensor], Tensor]
+    ) -> tuple[list[float], list[float], dict[str, float], float]:
         """Losses, overflows, metrics of the loss scale, and consecutive overflows at the smallest scale."""
         scale, count = self.window.loss_scale, len(pending)
-        losses = self.window.sync.ranks.sum(torch.cat(self._losses)[:count])
+        losses = total(torch.cat(self._losses)[:count])
         if scale is None:
             return losses.tolist(), [0.0] * count, {}, 0.0
         overflows = torch.stack([update.overflow for update in pending if update.overflow is not None])

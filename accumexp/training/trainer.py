@@ -189,9 +189,9 @@ class Trainer:
 
     def _record_rest(self) -> None:
         """Records the losses since the last read, after an error that came before the next one."""
-        if self.window.sync.ranks.size == 1:  # the other ranks may be gone
-            with suppress(Exception):  # of the device, or of a loss that is not finite
-                self.log.read(self.progress.update, False, None, publish_first=False)
+        total = self.window.sync.ranks.sum_if_all_come
+        with suppress(Exception):  # of the device, of a loss that is not finite, or because a rank is gone
+            self.log.read(self.progress.update, False, None, publish_first=False, total=total)
 
     def _ended(self) -> bool:
         # A run stopped right after the last update of its last epoch still has that epoch to evaluate.

@@ -187,3 +187,19 @@ def test_a_rank_that_cannot_hear_a_signal_ends_all_the_same(tmp_path: Path) -> N
         asked = time.monotonic()
         assert stuck.wait(60) == 143
     assert time.monotonic() - asked < 8, "a product takes longer"
+
+
+def test_an_error_on_all_ranks_loses_no_loss(tmp_path: Path) -> None:
+    options = [*SMALL, "accum=ddp", "accum.processes=2", "tracking=none", "trainer.log_every=100"]
+    done = run_command("run", *options, trouble("ERROR", 7), folder=tmp_path)
+    assert done.code == 1, done
+    assert [row["update"] for row in journal(only_run(tmp_path))] == list(range(1, 8))
+    reference = run_command(
+        "run", *SMALL, "tracking=none", "trainer.max_updates=7", folder=tmp_path / "alone"
+    )
+    assert reference.code == 0, reference
+    losses, expected = (
+        [row["train/loss"] for row in journal(only_run(folder)) if "train/loss" in row][:7]
+        for folder in (tmp_path, tmp_path / "alone")
+    )
+    assert losses == pytest.approx(expected, rel=1e-5)
