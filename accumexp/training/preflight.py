@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
@@ -59,9 +59,9 @@ def check_experiment(experiment: Experiment, changed: Collection[str] = ()) -> N
 
 
 def try_example(experiment: Experiment) -> None:
-    """Tries model, loss and metrics on a few training samples, in eval mode.
+    """Tries model, loss and metrics on a few training samples, as an evaluation does.
 
-    Modes, buffers and the random state are left as they were.
+    Modes, buffers and the random state are left as they were. Nothing is concluded from a lack of memory.
 
     Raises:
         UsageError: naming the key of the one that fails.
@@ -77,23 +77,22 @@ def try_example(experiment: Experiment) -> None:
     state = random_state()
     model.eval()
     try:
-        with precision(experiment.autocast, device), warnings.catch_warnings():
+        with torch.no_grad(), precision(experiment.autocast, device), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of metrics that see too few samples
             with named_by("model", experiment.config.model):
                 outputs = call(model, inputs)
             with named_by("loss", experiment.config.loss):
                 total = loss.total(outputs, targets)
-            if total.numel() != 1 or not total.requires_grad:
-                wrong = "no gradient" if total.numel() == 1 else f"shape {tuple(total.shape)}"
-                raise UsageError(
-                    f"loss: its value has {wrong}; a loss of shape () that depends on the model is needed"
-                )
+            if total.numel() != 1:
+                raise UsageError(f"loss: its value has shape {tuple(total.shape)}, one number is needed")
             for name, metric in experiment.evaluator.metrics.items(keep_base=True, copy_state=False):
-                with torch.no_grad(), named_by(f"metrics.{name}", experiment.config.metrics[name]):
-                    detached = outputs.detach() if isinstance(outputs, Tensor) else outputs
-                    metric.update(detached, unweighted(loss, targets))
+                with named_by(f"metrics.{name}", experiment.config.metrics[name]):
+                    metric.update(outputs, unweighted(loss, targets))
             if experiment.rank_info.size == 1:
                 _check_values(experiment)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
     finally:
         experiment.evaluator.metrics.reset()
         with torch.no_grad():
