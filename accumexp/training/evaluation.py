@@ -45,7 +45,7 @@ class Evaluator:
     def __call__(self, model: nn.Module, batches: Batches) -> dict[str, float]:
         """The loss and every metric by name, over all ranks. Waits for the device once, at the end.
 
-        The loss is nan if no item of the split counts in it.
+        All are nan if no item of the split counts in the loss.
         """
         was_training = model.training
         model.eval()
@@ -71,9 +71,9 @@ class Evaluator:
                     torch.as_tensor(value, dtype=torch.float64, device=device) for value in (total, weight)
                 ]
                 total, weight = self.ranks.sum(torch.stack(sums)).unbind()
-            # Nothing that counts is no score, and a loss of 0 would be the best there is.
-            values = {"loss": float(total) / float(weight) if weight else math.nan}
-            values.update(plain_values(self.metrics))
+            values = {"loss": float(total) / (float(weight) or 1.0), **plain_values(self.metrics)}
+            if not weight:  # a loss of 0 would be the best there is
+                values = dict.fromkeys(values, math.nan)
         finally:
             self.metrics.reset()
             model.train(was_training)

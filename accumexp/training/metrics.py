@@ -38,5 +38,5 @@ class Accuracy(Metric):
         self.total += valid.sum()
 
     def compute(self) -> Tensor:
-        """Shape (); nan where every target was ignored."""
-        return self.correct / self.total
+        """Shape (); 0 where every target was ignored."""
+        return self.correct / self.total.clamp(min=1)
