@@ -136,6 +136,7 @@ def _find_in_store(uri: str, run_id: str, folder: Path | None = None) -> Sweep:
     if parent is None:
         raise UsageError(f"sweep: {store.uri} has none yet; {REMEDY}")
     store.experiment_id = parent.experiment_id
+    store.close_dead_runs()
     return from_store(store, parent, folder)
 
 
@@ -174,6 +175,8 @@ def from_store(store: Store, parent: PastRun, folder: Path | None = None) -> Swe
 
 def from_folder(folder: Path) -> Sweep:
     """Reads a sweep that was run without tracking from the job folders in `folder`."""
+    for run in sweep_runs(folder):
+        RunFolder(run.folder).close_if_dead()
     runs = sweep_runs(folder)
     folders = [RunFolder(run.folder) for run in runs]
     ends = [path.stat().st_mtime for path in (job.metrics for job in folders) if path.exists()]

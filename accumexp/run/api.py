@@ -104,7 +104,7 @@ def run(configuration: Sequence[str] | DictConfig = (), *, folder: str | Path | 
     except OSError as error:
         raise UsageError(f"folder={run_folder.path}: cannot be made: {error.strerror}") from error
     try:
-        with _logged(run_folder):
+        with run_folder.hold_alone("resume" if resume_from else "folder"), _logged(run_folder):
             _carry_out(spec)
     except UsageError:
         if made_here:

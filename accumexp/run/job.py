@@ -38,6 +38,8 @@ def run_job(cfg: DictConfig) -> float | None:
             stack.enter_context(output_to_log(folder.path, job.parallel))
             stack.enter_context(folder.hold(job.title))
         try:
+            if not job and rank_info.first:
+                stack.enter_context(folder.hold_alone("resume" if cfg.resume else "hydra.run.dir"))
             return _run(cfg, hydra, job, folder, launched)
         except Exception as error:
             _fail(error, job, folder, rank_info, resumed=bool(cfg.resume))
@@ -110,10 +112,10 @@ def carry_out(spec: RunSpec, rank_info: RankInfo) -> float | None:
 
 
 def carry_out_in_rank(spec: RunSpec) -> None:
-    """Trains in a rank that `launch` started; the first rank holds the lock of a sweep's job."""
+    """Trains in a rank that `launch` started; the first rank holds the folder's second lock."""
     rank_info = launched_rank()
     assert rank_info is not None
-    with spec.folder.hold_for_ranks() if spec.job and rank_info.first else nullcontext():
+    with spec.folder.hold_for_ranks() if rank_info.first else nullcontext():
         carry_out(spec, rank_info)
 
 

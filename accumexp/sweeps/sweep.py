@@ -71,7 +71,7 @@ launched_sweep = LaunchedSweep()
 
 
 class SweepFolder(Callback):
-    """Hydra's callback of a sweep.
+    """Hydra's callback of a run and of a sweep.
 
     Args:
         launch: 0 for the sweep's first launch; set to the launch's number when it begins.
@@ -79,6 +79,14 @@ class SweepFolder(Callback):
 
     def __init__(self, launch: int = 0) -> None:
         self.launch = launch
+
+    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Refuses a folder that holds a run before Hydra writes into it."""
+        try:
+            if not config.resume:
+                RunFolder(Path(config.hydra.run.dir).absolute()).check_unused("hydra.run.dir")
+        except UsageError as error:  # Hydra would turn it into a warning
+            raise SystemExit(print_error(error)) from error
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         try:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import platform
 import shutil
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
@@ -11,17 +14,21 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+import psutil
 from filelock import FileLock, Timeout
 from omegaconf import DictConfig, OmegaConf
 
 from ..config.loading import to_plain
 from ..config.schema import Config
 from ..errors import UsageError
+from .journal import last_update
 from .json_file import read_json, write_json
 
 CHECKPOINTS = "checkpoints"
 BEST = "best.pt"
 CERTIFICATE_TAG = "accumexp.certificate"
+# Seconds that the children of a killed process may outlive it.
+DYING = 10.0
 
 
 class RunStatus(StrEnum):
@@ -96,6 +103,7 @@ class RunFolder:
         self.best = self.checkpoints / BEST
         self._job_lock = self.path / ".job.lock"
         self._ranks_lock = self.path / ".ranks.lock"
+        self._holder = self.path / ".holder.json"
 
     @classmethod
     def of_checkpoint(cls, path: Path) -> RunFolder:
@@ -143,14 +151,15 @@ class RunFolder:
 
     def remove_unused(self) -> None:
         """Removes the folder if it holds only what a refused command leaves."""
-        names = {".hydra", self.log.name, self.metrics.name, self._job_lock.name, self._ranks_lock.name}
+        locks = {path.name for path in (self._job_lock, self._ranks_lock, self._holder)}
+        names = {".hydra", self.log.name, self.metrics.name, *locks}
         if not self.path.is_dir() or not {entry.name for entry in self.path.iterdir()} <= names:
             return
         if not self.metrics.exists() or not self.metrics.stat().st_size:
             shutil.rmtree(self.path, ignore_errors=True)
 
     def held(self) -> bool:
-        """Whether a running process works on the job in this folder."""
+        """Whether a running process works on the run or job in this folder."""
         try:
             for lock in (self._job_lock, self._ranks_lock):
                 if lock.exists():
@@ -159,6 +168,75 @@ class RunFolder:
         except Timeout:
             return True
         return False
+
+    def check_free(self, key: str) -> None:
+        """
+        Raises:
+            UsageError: naming `key`, which gives this folder, and the process that works on the run in it.
+        """
+        if self.held():
+            raise UsageError(
+                f"{key}={self.path}: {self._described_holder()} works on this run; wait for its end"
+            )
+
+    @contextmanager
+    def hold_alone(self, key: str) -> Iterator[None]:
+        """Holds the run's lock, which the system releases however its holder ends.
+
+        Raises:
+            UsageError: as `check_free`.
+        """
+        end = time.monotonic() + DYING
+        while self.held() and self._holder_is_dead() and time.monotonic() < end:
+            time.sleep(0.1)  # its data workers, which see its end within seconds
+        self.check_free(key)
+        lock = FileLock(self._job_lock)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            self.check_free(key)
+            raise
+        with lock:
+            write_json(self._holder, {"process": os.getpid(), "host": platform.node()})
+            self._remove_partial()
+            try:
+                yield
+            finally:
+                self._holder.unlink(missing_ok=True)
+
+    def close_if_dead(self) -> bool:
+        """Marks a run as KILLED in its summary that is RUNNING there and on which no process works.
+
+        A replica's folder lies in its job's, which holds the lock. Returns whether it was marked.
+        """
+        summary = self.summary()
+        if summary is None or summary.status is not RunStatus.RUNNING:
+            return False
+        if self.held() or RunFolder(self.path.parent).held():
+            return False
+        summary.status, summary.error = RunStatus.KILLED, f"killed after update {last_update(self.metrics)}"
+        self.write_summary(summary)
+        return True
+
+    def _holder_is_dead(self) -> bool:
+        holder = read_json(self._holder)
+        here = holder.get("host") == platform.node() and "process" in holder
+        return here and not psutil.pid_exists(int(holder["process"]))
+
+    def _described_holder(self) -> str:
+        holder = read_json(self._holder)
+        if "process" not in holder:
+            return "another process"
+        elsewhere = holder.get("host") not in (None, platform.node())
+        return f"process {holder['process']}" + (f" on {holder['host']}" if elsewhere else "")
+
+    def _remove_partial(self) -> None:
+        """Removes the temporary files of a process that was killed while it wrote."""
+        for folder in (self.path, self.checkpoints):
+            for partial in folder.glob("*.partial"):
+                partial.unlink(missing_ok=True)
+            for partial in folder.glob(".*.partial"):
+                partial.unlink(missing_ok=True)
 
     @contextmanager
     def hold(self, title: str) -> Iterator[None]:

@@ -95,8 +95,7 @@ def create_tracker(
     """Creates the MLflow run with its tags, params, data sets and code version. A job has `overrides`."""
     if config.tracking.backend is Backend.none or store is None:
         return Tracker()
-    if overrides is not None:
-        store.close_left_open(folder.path)
+    store.close_dead_runs(folder.path)
     sha, diff = code_version()
     tags = {
         "accumexp.command": command,

@@ -252,6 +252,7 @@ def reopen(
         if elsewhere and elsewhere != config.uri:
             log.warning("%s=%s: the run goes on in %s; tracking.uri=... moves it", URI, elsewhere, config.uri)
     store = Store(config, identity["experiment_id"])
+    store.close_dead_runs()
     try:
         tracker = MLflowTracker(store, identity["run_id"], config, resumed=True)
         if "tracking.run_name" in changes:

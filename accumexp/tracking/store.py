@@ -21,7 +21,7 @@ from filelock import FileLock
 
 from ..config.schema import TrackingConfig
 from ..errors import UsageError, first_line
-from .folder import RunStatus
+from .folder import RunFolder, RunStatus
 from .names import legal_name
 
 COSTS = ("update_ms", "samples_per_second", "activation_mib", "peak_memory_mib")
@@ -175,11 +175,19 @@ class Store:
         self.client.update_run(run_id, status=RunStatus.RUNNING)
         self.client.set_tag(run_id, "accumexp.resumed", command)
 
-    def close_left_open(self, folder: Path) -> None:
-        """Marks the RUNNING runs of `folder`, in which no process works, as KILLED."""
-        query = f"tags.`accumexp.folder` = '{folder}' and attributes.status = 'RUNNING'"
-        for run in self.client.search_runs([self.experiment_id], query):
-            self.client.set_terminated(run.info.run_id, RunStatus.KILLED)
+    def close_dead_runs(self, own: Path | None = None) -> None:
+        """Marks as KILLED the RUNNING runs on whose folders, on this machine, no process works.
+
+        Args:
+            own: a folder whose lock this process holds for a run that it has not begun yet.
+        """
+        for run in self.client.search_runs([self.experiment_id], "attributes.status = 'RUNNING'"):
+            folder = RunFolder(Path(run.data.tags.get("accumexp.folder", os.devnull)))
+            if folder.path == own or folder.close_if_dead():
+                summary = folder.summary()
+                if summary and summary.error:
+                    self.client.set_tag(run.info.run_id, "accumexp.error", summary.error)
+                self.client.set_terminated(run.info.run_id, RunStatus.KILLED)
 
     def _check_parent(self, run_id: str) -> None:
         try:
