@@ -8,7 +8,7 @@ import platform
 import shutil
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from pathlib import Path
@@ -202,7 +202,9 @@ class RunFolder:
             try:
                 yield
             finally:
-                self._holder.unlink(missing_ok=True)
+                for path in (self._holder, self._ranks_lock, self._job_lock):
+                    with suppress(OSError):
+                        path.unlink(missing_ok=True)
 
     def close_if_dead(self) -> bool:
         """Marks a run as KILLED in its summary that is RUNNING there and on which no process works.

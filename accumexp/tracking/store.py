@@ -182,12 +182,14 @@ class Store:
             own: a folder whose lock this process holds for a run that it has not begun yet.
         """
         for run in self.client.search_runs([self.experiment_id], "attributes.status = 'RUNNING'"):
-            folder = RunFolder(Path(run.data.tags.get("accumexp.folder", os.devnull)))
-            if folder.path == own or folder.close_if_dead():
-                summary = folder.summary()
-                if summary and summary.error:
-                    self.client.set_tag(run.info.run_id, "accumexp.error", summary.error)
-                self.client.set_terminated(run.info.run_id, RunStatus.KILLED)
+            path = run.data.tags.get("accumexp.folder")
+            folder = RunFolder(Path(path)) if path else None
+            if folder is None or not (folder.path == own or folder.close_if_dead()):
+                continue
+            summary = folder.summary()
+            if summary and summary.error:
+                self.client.set_tag(run.info.run_id, "accumexp.error", summary.error)
+            self.client.set_terminated(run.info.run_id, RunStatus.KILLED)
 
     def _check_parent(self, run_id: str) -> None:
         try:

@@ -17,6 +17,7 @@ from ..support.command import environment, journal, records, run_command
 from ..support.launched import until
 
 SMALL = ("model=mlp", "device=cpu", "data.batch_size=512", "tracking.system_metrics=false")
+UPDATES = 60
 
 
 def contents(folder: Path) -> dict[str, tuple[int, int]]:
@@ -27,10 +28,21 @@ def contents(folder: Path) -> dict[str, tuple[int, int]]:
     }
 
 
+def slow(folder: Path) -> list[str]:
+    """Overrides of a run that takes half a minute while the file `slow` is there, and no time without."""
+    (folder / "slow").touch()
+    return [
+        "+callbacks.slow._target_=tests.support.odd_parts.Slow",
+        f"+callbacks.slow.mark={folder / 'slow'}",
+        f"trainer.max_updates={UPDATES}",
+        "trainer.epochs=1000",
+    ]
+
+
 @pytest.fixture
 def living(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
     """A run in `tmp_path / "run"` that goes on for long and has saved a checkpoint."""
-    line = [sys.executable, "-m", "accumexp.run", *SMALL, "trainer.epochs=1000000", "hydra.run.dir=run"]
+    line = [sys.executable, "-m", "accumexp.run", *SMALL, *slow(tmp_path), "hydra.run.dir=run"]
     with (tmp_path / "out").open("wb") as out:
         process = subprocess.Popen(line, cwd=tmp_path, env=environment(), stdout=out, stderr=out)
     try:
@@ -62,12 +74,12 @@ def test_a_living_run_is_left_alone_and_a_killed_one_is_closed(
     assert dead.tags["accumexp.error"] == f"killed after update {last}"
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "KILLED"
 
-    updates = f"trainer.max_updates={last + 5}"
-    resumed = run_command("run", "resume=run", "trainer.epochs=1000000", updates, folder=tmp_path)
+    (tmp_path / "slow").unlink()
+    resumed = run_command("run", "resume=run", folder=tmp_path)
     assert resumed.code == 0, resumed
     assert [record.status for record in records(tmp_path)] == ["FINISHED", "FINISHED"]
     steps = [step for step, _ in records(tmp_path)[0].points["train/loss"]]
-    assert len(steps) == len(set(steps))
+    assert steps == sorted(set(steps)) and steps[-1] == UPDATES
     assert not list((tmp_path / "run").rglob("*.partial"))
 
 
@@ -82,7 +94,7 @@ def test_a_folder_that_holds_a_run_is_refused_before_anything_is_written(tmp_pat
 
 def test_data_workers_that_outlive_a_killed_run_do_not_hold_it(tmp_path: Path) -> None:
     line = [sys.executable, "-m", "accumexp.run", *SMALL, "tracking=none", "data.resident=false"]
-    line += ["data.workers=1", "trainer.epochs=1000000", "hydra.run.dir=run"]
+    line += ["data.workers=1", *slow(tmp_path), "hydra.run.dir=run"]
     process = subprocess.Popen(line, cwd=tmp_path, env=environment(), stdout=subprocess.DEVNULL)
     try:
         until(lambda: any((tmp_path / "run" / "checkpoints").glob("update-*.pt")))
@@ -90,8 +102,7 @@ def test_data_workers_that_outlive_a_killed_run_do_not_hold_it(tmp_path: Path) -
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
     begun = time.monotonic()
-    last = max(row["update"] for row in journal(tmp_path / "run"))
-    updates = f"trainer.max_updates={last + 5}"
-    done = run_command("run", "resume=run", "trainer.epochs=1000000", updates, folder=tmp_path)
+    (tmp_path / "slow").unlink()
+    done = run_command("run", "resume=run", folder=tmp_path)
     assert done.code == 0, done
     assert time.monotonic() - begun < 60

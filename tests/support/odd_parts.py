@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,17 @@ class Holds(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         return {"held": self.value}
+
+
+class Slow(Callback):
+    """Sleeps in every update as long as a file of this name is there."""
+
+    def __init__(self, mark: str) -> None:
+        self.mark = Path(mark)
+
+    def update_end(self, trainer: Trainer) -> None:
+        if self.mark.exists():
+            time.sleep(0.5)
 
 
 class Logs(Callback):
