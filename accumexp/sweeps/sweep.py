@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -85,11 +87,13 @@ class SweepFolder(Callback):
         try:
             if not config.resume:
                 RunFolder(Path(config.hydra.run.dir).absolute()).check_unused("hydra.run.dir")
+            _make(Path(config.hydra.run.dir), "hydra.run.dir")
         except UsageError as error:  # Hydra would turn it into a warning
             raise SystemExit(print_error(error)) from error
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         try:
+            _make(Path(config.hydra.sweep.dir), "hydra.sweep.dir")
             self.launch = launched_sweep.begin(config)
         except UsageError as error:  # Hydra would turn it into a warning
             raise SystemExit(print_error(error)) from error
@@ -97,6 +101,19 @@ class SweepFolder(Callback):
             with read_write(config):  # the launcher composes its jobs' configuration from these
                 config.hydra.callbacks.sweep.launch = self.launch
                 config.hydra.overrides.hydra.append(f"{LAUNCH}={self.launch}")
+
+
+def _make(folder: Path, key: str) -> None:
+    """
+    Raises:
+        UsageError: naming `key`, if the folder cannot be made or written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(errno.EACCES, "no right to write")
+    except OSError as error:
+        raise UsageError(f"{key}={folder}: cannot be used: {error.strerror}; give another folder") from error
 
 
 @dataclass

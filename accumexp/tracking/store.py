@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, urlsplit
 
 from filelock import FileLock
 
@@ -36,6 +36,8 @@ ENVIRONMENT = {
 DEFAULT_EXPERIMENT = "accumexp"
 # Variables of MLflow by which a user gives a store.
 URI = "MLFLOW_TRACKING_URI"
+# Names of parameters in an address whose value is a secret.
+SECRET = re.compile(r"pass|pwd|token|secret|(api|access)_?key|credential", re.IGNORECASE)
 EXPERIMENT, EXPERIMENT_ID = "MLFLOW_EXPERIMENT_NAME", "MLFLOW_EXPERIMENT_ID"
 RUN_ID = "MLFLOW_RUN_ID"
 GIVEN = (URI, EXPERIMENT, EXPERIMENT_ID, RUN_ID)
@@ -274,7 +276,7 @@ class Store:
 
 
 def _check(uri: str, key: str) -> None:
-    """Refuses addresses that hold a password, and databases that need a server."""
+    """Refuses addresses that hold a secret, that name no file, and databases that need a server."""
     parts = urlsplit(uri)
     if parts.password is not None:
         place = "MLFLOW_TRACKING_PASSWORD" if uri.startswith("http") else "~/.pgpass or PGPASSWORD"
@@ -282,6 +284,14 @@ def _check(uri: str, key: str) -> None:
         raise UsageError(
             f"{key}={shown}: a password here would be written into every run; put it into {place}"
         )
+    if secret := next((name for name, _ in parse_qsl(parts.query) if SECRET.search(name)), None):
+        shown = f"{uri.partition('?')[0]}?{secret}=..."
+        raise UsageError(
+            f"{key}={shown}: a secret here would be written into every run; put it into "
+            "MLFLOW_TRACKING_TOKEN, or ~/.pgpass"
+        )
+    if parts.scheme == "sqlite" and (not parts.path.strip("/") or Path(parts.path[1:]).is_dir()):
+        raise UsageError(f"{key}={uri}: names no file to keep runs in; give sqlite:///mlflow.db")
     if parts.scheme.startswith(("mysql", "mssql")):
         raise UsageError(
             f"{key}={uri}: not a database that runs open themselves; start `mlflow server "

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import logging
 import os
 import shutil
 import warnings
 import zipfile
 from collections import Counter, OrderedDict
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +18,9 @@ import torch
 
 from ..accum import Ranks
 from ..config.ranges import require
+from ..environment.console import amount
 from ..environment.random_state import restore_random_state
-from ..errors import UsageError
+from ..errors import TrainingError, UsageError, first_line
 from ..tracking.folder import BEST, CHECKPOINTS
 from . import shards
 from .callbacks import Best, Callback, RunState
@@ -27,29 +30,57 @@ from .trainer_state import restore_trainer_state, trainer_state
 if TYPE_CHECKING:
     from .trainer import Trainer
 
+log = logging.getLogger(__name__)
 FORMAT = "accumexp checkpoint 1"
 # What `torch.load(weights_only=True)` reads, besides containers.
 SAVABLE = (torch.Tensor, int, float, complex, str, bytes, torch.dtype, torch.device, type(None))
 
 
 def save(path: Path, content: Mapping[str, Any]) -> None:
-    """Writes `content` atomically: to a temporary file that is flushed to disk and then renamed to `path`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Writes `content` atomically: to a temporary file that is flushed to disk and then renamed to `path`.
+
+    Raises:
+        TrainingError: if it cannot be written, with the cause, the room needed and the newest that is whole.
+    """
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with partial.open("wb") as file:
             torch.save({"format": FORMAT, **_without_views(content)}, file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
+    except (OSError, RuntimeError) as error:  # torch hides what the system said of a full disk
+        raise TrainingError(_not_written(path, content, error)) from error
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
     if os.name == "posix":
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+def needed_bytes(content: Any) -> int:
+    """The bytes of the tensors in `content`, about the size of a checkpoint of it."""
+    if isinstance(content, torch.Tensor):
+        return content.nbytes if content.layout is torch.strided else 0
+    if isinstance(content, Mapping):
+        return sum(needed_bytes(value) for value in content.values())
+    return sum(needed_bytes(value) for value in content) if isinstance(content, list | tuple) else 0
+
+
+def _not_written(path: Path, content: Any, error: Exception) -> str:
+    cause = error if isinstance(error, OSError) else error.__context__
+    reason = getattr(cause, "strerror", None) or first_line(error)
+    room = f"{amount(needed_bytes(content))} are needed"
+    with suppress(OSError):
+        room += f", {amount(shutil.disk_usage(path.parent).free)} are free"
+    whole = saved_updates(path.parent)
+    left = f"the newest that is whole is {whole[-1]}" if whole else "there is no earlier one"
+    return f"checkpoint {path}: cannot be written: {reason}; {room}; {left}"
 
 
 def _without_views(content: Any) -> Any:
@@ -191,8 +222,20 @@ class Checkpoints(Callback):
 
     def run_opened(self, trainer: Trainer, run: RunState) -> None:
         self.run = run
+        self._warn_of_room(trainer)
         if run.saved:
             self._saved_at = _position(trainer)
+
+    def _warn_of_room(self, trainer: Trainer) -> None:
+        """Warns if the disk has no room for the checkpoints that are kept, with two moments a parameter."""
+        each = 3 * needed_bytes(list(trainer.model.parameters()))
+        free = shutil.disk_usage(self.run.folder).free
+        most = self.keep_last + 2  # the best one, and the one that is being written
+        if most * each > free:
+            log.warning(
+                "%s: %d checkpoints of about %s do not fit into the %s that are free",
+                *(self.run.folder, most, amount(each), amount(free)),
+            )
 
     def update_end(self, trainer: Trainer) -> None:
         if self.every_updates and trainer.progress.update % self.every_updates == 0:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import resource
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -83,6 +84,17 @@ class Slow(Callback):
     def update_end(self, trainer: Trainer) -> None:
         if self.mark.exists():
             time.sleep(0.5)
+
+
+class Limit(Callback):
+    """After update `at`, no file may grow beyond `size` bytes."""
+
+    def __init__(self, at: int, size: int) -> None:
+        self.at, self.size = at, size
+
+    def update_end(self, trainer: Trainer) -> None:
+        if trainer.progress.update == self.at:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (self.size, self.size))
 
 
 class Logs(Callback):
