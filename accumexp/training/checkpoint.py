@@ -8,7 +8,6 @@ import os
 import shutil
 import warnings
 import zipfile
-from collections import Counter, OrderedDict
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -20,10 +19,11 @@ from ..accum import Ranks
 from ..config.ranges import require
 from ..environment.console import amount
 from ..environment.random_state import restore_random_state
-from ..errors import TrainingError, UsageError, first_line
+from ..errors import TrainingError, UsageError
 from ..tracking.folder import BEST, CHECKPOINTS
 from . import shards
 from .callbacks import Best, Callback, RunState
+from .checkpoint_content import check_savable, needed_bytes, not_written
 from .optimizers import in_eval_mode
 from .trainer_state import restore_trainer_state, trainer_state
 
@@ -32,8 +32,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 FORMAT = "accumexp checkpoint 1"
-# What `torch.load(weights_only=True)` reads, besides containers.
-SAVABLE = (torch.Tensor, int, float, complex, str, bytes, torch.dtype, torch.device, type(None))
 
 
 def save(path: Path, content: Mapping[str, Any]) -> None:
@@ -51,7 +49,8 @@ def save(path: Path, content: Mapping[str, Any]) -> None:
             os.fsync(file.fileno())
         os.replace(partial, path)
     except (OSError, RuntimeError) as error:  # torch hides what the system said of a full disk
-        raise TrainingError(_not_written(path, content, error)) from error
+        whole = next(reversed(saved_updates(path.parent)), None)
+        raise TrainingError(not_written(path, content, error, whole)) from error
     finally:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
@@ -61,26 +60,6 @@ def save(path: Path, content: Mapping[str, Any]) -> None:
             os.fsync(folder)
         finally:
             os.close(folder)
-
-
-def needed_bytes(content: Any) -> int:
-    """The bytes of the tensors in `content`, about the size of a checkpoint of it."""
-    if isinstance(content, torch.Tensor):
-        return content.nbytes if content.layout is torch.strided else 0
-    if isinstance(content, Mapping):
-        return sum(needed_bytes(value) for value in content.values())
-    return sum(needed_bytes(value) for value in content) if isinstance(content, list | tuple) else 0
-
-
-def _not_written(path: Path, content: Any, error: Exception) -> str:
-    cause = error if isinstance(error, OSError) else error.__context__
-    reason = getattr(cause, "strerror", None) or first_line(error)
-    room = f"{amount(needed_bytes(content))} are needed"
-    with suppress(OSError):
-        room += f", {amount(shutil.disk_usage(path.parent).free)} are free"
-    whole = saved_updates(path.parent)
-    left = f"the newest that is whole is {whole[-1]}" if whole else "there is no earlier one"
-    return f"checkpoint {path}: cannot be written: {reason}; {room}; {left}"
 
 
 def _without_views(content: Any) -> Any:
@@ -97,25 +76,6 @@ def _without_views(content: Any) -> Any:
     if isinstance(content, list | tuple):
         return type(content)(_without_views(value) for value in content)
     return content
-
-
-def check_savable(key: str, state: Any) -> None:
-    """Checks that a checkpoint can hold the state of the object that `key` configures.
-
-    Raises:
-        UsageError: naming the key and the first part of another type.
-    """
-    if type(state) in (dict, OrderedDict, Counter):
-        for name, value in state.items():
-            check_savable(f"{key}: {name}" if ": " not in key else f"{key}.{name}", value)
-    elif isinstance(state, list | tuple | set | frozenset):
-        for value in state:
-            check_savable(key, value)
-    elif not isinstance(state, SAVABLE):
-        raise UsageError(
-            f"{key} in its state_dict is a {type(state).__name__}, which a checkpoint does not hold; make "
-            "it of tensors, numbers, text and containers of them"
-        )
 
 
 def load(path: Path, in_file: bool = False) -> dict[str, Any]:
