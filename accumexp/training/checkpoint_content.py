@@ -14,8 +14,8 @@ import torch
 from ..environment.console import amount
 from ..errors import UsageError, first_line
 
-# What `torch.load(weights_only=True)` reads, besides tensors and containers. No subclasses: NumPy's floats are
-# Python's, too, and are not read.
+# What `torch.load(weights_only=True)` reads besides tensors and containers. No subclasses: NumPy's floats
+# are Python's, too, and are not read.
 SAVABLE = (int, float, bool, complex, str, bytes, torch.dtype, torch.device, type(None))
 
 
