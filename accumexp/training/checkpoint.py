@@ -35,11 +35,7 @@ FORMAT = "accumexp checkpoint 1"
 
 
 def save(path: Path, content: Mapping[str, Any]) -> None:
-    """Writes `content` atomically: to a temporary file that is flushed to disk and then renamed to `path`.
-
-    Raises:
-        TrainingError: if it cannot be written, with the cause, the room needed and the newest that is whole.
-    """
+    """Writes `content` atomically: to a temporary file that is flushed to disk and then renamed to `path`."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -48,9 +44,6 @@ def save(path: Path, content: Mapping[str, Any]) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
-    except (OSError, RuntimeError) as error:  # torch hides what the system said of a full disk
-        whole = next(reversed(saved_updates(path.parent)), None)
-        raise TrainingError(not_written(path, content, error, whole)) from error
     finally:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
@@ -232,7 +225,12 @@ class Checkpoints(Callback):
             for name, saved in state["callbacks"].items():
                 check_savable(f"callbacks.{name}", saved)
             content = {**state, **self.run.identity, "evaluated": evaluated, "ended_by": ended_by}
-            save(path, {**content, "random": random, "random_others": others, shards.KEY: shard_folder})
+            content |= {"random": random, "random_others": others, shards.KEY: shard_folder}
+            try:
+                save(path, content)
+            except (OSError, RuntimeError) as error:  # torch hides what the system said of a full disk
+                whole = next(reversed(saved_updates(self.folder)), None)
+                raise TrainingError(not_written(path, content, error, whole)) from error
             if not self._verified:
                 load(path, in_file=True)  # fails if a user's class has state that cannot be read back
                 self._verified = True
