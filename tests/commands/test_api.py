@@ -60,3 +60,37 @@ def test_run_in_a_script_returns_a_typed_result(tmp_path: Path) -> None:
     refused = json.loads(answer.read_text())
     assert [line.startswith(part) for line, part in zip(refused, says, strict=False)] == [True] * 5
     assert "holds a run already" in refused[5]
+
+
+def inside_of_another(answer: Path) -> None:
+    """A notebook that has initialized Hydra itself, and gives what `run` does not take."""
+    from hydra import compose, initialize_config_module
+
+    from accumexp.errors import UsageError
+    from accumexp.run import run
+
+    kept = Path("kept")
+    kept.mkdir()
+    with initialize_config_module("accumexp.conf", version_base="1.3"):
+        result = run([*SETTINGS, "optimizer.lr=0.01"])
+        again = compose("config", overrides=[*SETTINGS, f"resume='{result.folder}'", "trainer.max_updates=5"])
+        whole = compose("config", overrides=[*SETTINGS, "seed=4"], return_hydra_config=True)
+    refused = []
+    for bad, folder in ((again, None), (3, None), (["loss._target_=torch.nn.NoSuchLoss"], kept)):
+        try:
+            run(bad, folder=folder)  # type: ignore[arg-type]
+        except UsageError as error:
+            refused.append(str(error))
+    assert kept.is_dir(), "a folder of the user's is not removed"
+    run(whole, folder=kept)
+    answer.write_text(json.dumps(refused))
+
+
+def test_run_leaves_the_callers_hydra_and_folder_alone(tmp_path: Path) -> None:
+    answer = tmp_path / "answer.json"
+    done = forked(inside_of_another, answer, folder=tmp_path, env=environment(), seconds=120)
+    assert done[0] == 0, done
+    composed, number, loss = json.loads(answer.read_text())
+    assert composed.startswith("resume=") and "give run() a list" in composed
+    assert number == "run() takes a list of overrides or a configuration of hydra.compose, not a int"
+    assert loss.startswith("loss._target_=torch.nn.NoSuchLoss")
