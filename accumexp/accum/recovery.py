@@ -172,11 +172,11 @@ class Recovery:
         # The maximum is the first rank that failed, with the micro-batch in the lower 32 bits.
         place = ((ranks.size - ranks.rank) << 32 | self.window.under_way) if failed else 0
         too_large = self._largest if failed else 0
-        place, largest, too_large, some = ranks.largest([place, self._largest, too_large, unused])
+        place, largest, too_large, unused_anywhere = ranks.largest([place, self._largest, too_large, unused])
         if not place:
-            return None, bool(some)
+            return None, bool(unused_anywhere)
         failure = _Failure(ranks.size - (place >> 32), place & 0xFFFFFFFF, largest, too_large)
-        return failure, bool(some)
+        return failure, bool(unused_anywhere)
 
 
 @dataclass(frozen=True)

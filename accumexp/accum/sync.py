@@ -224,7 +224,8 @@ def unused_parameters(error: RuntimeError, model: nn.Module) -> list[str]:
     """The parameters of `model` of which DDP says in `error` that its last backward did not reach them."""
     indices = re.search(r"did not receive grad for rank \d+: ([\d ]+)", str(error))
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    return [trained[int(index)] for index in indices[1].split()] if indices else []
+    numbers = map(int, indices[1].split()) if indices else ()
+    return [trained[number] for number in numbers if number < len(trained)]
 
 
 def sync_of(model: nn.Module, reduce_every_micro_batch: bool = False) -> Sync:

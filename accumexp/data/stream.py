@@ -6,6 +6,7 @@ import copy
 import logging
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any, cast
 
@@ -133,10 +134,8 @@ class _Reader(IterableDataset[Any]):
 
 def _own_draws(dataset: IterableDataset[Any], seed: int, key: str) -> Iterator[Any]:
     """The samples of `dataset`, whose draws come from generators of its own, seeded with `seed`."""
-    try:
+    with suppress(Exception):  # of what cannot be copied, such as an open file
         dataset = copy.deepcopy(dataset)  # a generator of its own begins anew, as it does in a worker
-    except Exception:
-        pass
     with drawn_from(seed):
         stream = iter(dataset)
         stream_state = random_state(devices=False)

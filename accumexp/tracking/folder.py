@@ -235,9 +235,7 @@ class RunFolder:
     def _remove_partial(self) -> None:
         """Removes the temporary files of a process that was killed while it wrote."""
         for folder in (self.path, self.checkpoints):
-            for partial in folder.glob("*.partial"):
-                partial.unlink(missing_ok=True)
-            for partial in folder.glob(".*.partial"):
+            for partial in folder.glob("*.partial"):  # hidden files, too
                 partial.unlink(missing_ok=True)
 
     @contextmanager

@@ -252,9 +252,9 @@ class Store:
         except MlflowException:
             stage = None
         if stage != "active":
-            known = ", ".join(sorted(one.experiment_id for one in self.client.search_experiments()))
+            ids = ", ".join(sorted(one.experiment_id for one in self.client.search_experiments()))
             raise UsageError(
-                f"{EXPERIMENT_ID}={experiment_id}: no such experiment in {self.uri}, which has {known}"
+                f"{EXPERIMENT_ID}={experiment_id}: no such experiment in {self.uri}, which has {ids}"
             )
         return experiment_id
 

@@ -137,8 +137,8 @@ def test_law_12_doubtful_settings_are_warned_of(tmp_path: Path) -> None:
     ],
 )
 def test_law_12_what_no_tracker_takes_is_told_by_name(kind: str, line: str, tmp_path: Path) -> None:
-    mine = [f"+callbacks.mine._target_={ODD}.Logs", f"+callbacks.mine.kind={kind}"]
-    (done,) = run_many([Case("run", [*SMALL, *mine], str(tmp_path / "run"))], tmp_path / "scratch")
+    logs = [f"+callbacks.mine._target_={ODD}.Logs", f"+callbacks.mine.kind={kind}"]
+    (done,) = run_many([Case("run", [*SMALL, *logs], str(tmp_path / "run"))], tmp_path / "scratch")
     assert done.code == 1 and len(done.stderr.splitlines()) == 1, done
     assert done.stderr.startswith(f"error: {line}")
 
