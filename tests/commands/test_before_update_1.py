@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from accumexp.training.components import OWN_VALUES
+
 from ..support.command import Case, Done, left_behind, run_command, run_many
 
 SMALL = ("model=mlp", "device=cpu", "tracking=none", "data.batch_size=512", "trainer.epochs=1")
@@ -158,3 +160,5 @@ def test_a_metric_of_each_class_is_recorded_class_by_class(tmp_path: Path) -> No
     assert done.code == 0, done
     final = json.loads((tmp_path / "run" / "summary.json").read_text())["final"]
     assert [name for name in final if name.startswith("f1")] == [f"f1/{index}" for index in range(10)]
+    metrics = {name for name in final if name.startswith(("f1/", "eval_"))} | {"accuracy"}
+    assert final.keys() - metrics <= OWN_VALUES, "no metric may have the name of another value"
