@@ -242,9 +242,8 @@ class TrialRun:
         experiment = replace(experiment, evaluator=fresh)
         trainer = experiment.trainer(NullMetricsSink(), max(self._length, updates))
         trainer.callbacks = without_output(trainer.callbacks)
-        for metric in (*fresh.metrics.values(), *trainer.log.train_metrics.metrics.values()):
-            # Metrics look for other ranks themselves, which may be at another trial, or have none.
-            setattr(metric, "distributed_available_fn", _not_distributed)  # noqa: B010
+        for metrics in (fresh.metrics, trainer.log.train_metrics.metrics):
+            metrics.keep_to_this_process()  # the other ranks may be at another trial, or have none
         if self.config.accum.strategy is Strategy.ddp:
             trainer.window.sync.keeps_gradients = not self.config.accum.find_unused_parameters
         return trainer
@@ -273,7 +272,3 @@ def discard(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-
-
-def _not_distributed() -> bool:
-    return False

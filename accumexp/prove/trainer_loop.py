@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import nn
 from torch.optim import Optimizer
-from torchmetrics import MetricCollection
 
 from ..accum.batch import batch_size, rank_share, steps_for
 from ..data import Batch
 from ..proof.problem import WholeBatch, rows
 from ..training.experiment import Experiment
+from ..training.metrics import Metrics
 from ..training.metrics_sink import MemoryMetricsSink
 from ..training.progress import LoopOptions
 from ..training.trainer import Trainer
@@ -63,7 +63,7 @@ class TrainerLoop:
             schedule,
             self.experiment.splits,
             self.experiment.evaluator,
-            MetricCollection({}),
+            Metrics({}),
             MemoryMetricsSink(),
             {},
             options,

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torchmetrics import Metric, MetricCollection
 
 from ..accum import LossScale
 from ..accum.loss import WeightedSamples
@@ -18,6 +17,7 @@ from ..environment.random_state import drawn_from
 from ..environment.ranks import RankInfo, device_of
 from ..errors import UsageError
 from .callbacks import EMA, Best, Callback
+from .metrics import Metrics, is_metric
 
 # Names of `train/*`, `eval/*` and `final/*` that no metric may have.
 OWN_VALUES = {
@@ -93,13 +93,13 @@ def build_loss(config: Config, device: torch.device, dtype: torch.dtype) -> Any:
     return criterion.to(device, dtype) if isinstance(criterion, nn.Module) else criterion
 
 
-def build_metrics(config: Config, device: torch.device) -> MetricCollection:
-    """The torchmetrics of `metrics`, by their names there; those that can ignore what the loss ignores.
+def build_metrics(config: Config, device: torch.device) -> Metrics:
+    """The metrics of `metrics`, by their names there; those that can ignore what the loss ignores.
 
     Raises:
         UsageError: naming the key that cannot be built.
     """
-    metrics: dict[str, Metric | MetricCollection] = {}
+    metrics: dict[str, Any] = {}
     ignored = ignored_label(config)
     offered = {} if ignored is None else {"ignore_index": ignored}
     for name, node in config.metrics.items():
@@ -108,10 +108,10 @@ def build_metrics(config: Config, device: torch.device) -> MetricCollection:
                 f"metrics.{name}: the run records a value of its own as {name}, take another name"
             )
         metric = build(node, f"metrics.{name}", **offered)
-        if not isinstance(metric, Metric):
+        if not is_metric(metric):
             raise UsageError(f"metrics.{name}: a torchmetrics Metric is needed, not {type(metric).__name__}")
         metrics[name] = metric
-    return MetricCollection(metrics).to(device)
+    return Metrics(metrics, device)
 
 
 def build_loss_scale(accum: AccumConfig, device: torch.device) -> LossScale | None:

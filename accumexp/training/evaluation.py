@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import math
-import warnings
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torchmetrics import MetricCollection
 
 from ..accum import Ranks, WindowLoss, call, tensors
 from ..accum.loss import WeightedSamples
 from ..accum.ranks import ALONE
 from ..data import Batches
 from ..errors import TrainingError
+from .metrics import Metrics
 
 
 class Evaluator:
@@ -24,7 +22,7 @@ class Evaluator:
 
     Args:
         loss: that of the training; the reported loss is its mean over all items of the split.
-        metrics: torchmetrics by name, on the device of the data.
+        metrics: on the device of the data.
         autocast: dtype of `torch.autocast` around the forward pass, or None.
         ranks: the processes among which the split is divided; all of them must call.
     """
@@ -32,7 +30,7 @@ class Evaluator:
     def __init__(
         self,
         loss: WindowLoss,
-        metrics: MetricCollection,
+        metrics: Metrics,
         autocast: torch.dtype | None = None,
         ranks: Ranks = ALONE,
     ) -> None:
@@ -89,7 +87,7 @@ class WindowMetrics:
 
     LARGEST = 2**16
 
-    def __init__(self, metrics: MetricCollection, loss: WindowLoss | None = None) -> None:
+    def __init__(self, metrics: Metrics, loss: WindowLoss | None = None) -> None:
         self.metrics = metrics
         self.loss = loss
         self._pending: list[tuple[Tensor, Tensor]] = []
@@ -127,19 +125,14 @@ class WindowMetrics:
         self._size = 0
 
 
-def plain_values(metrics: MetricCollection) -> dict[str, float]:
+def plain_values(metrics: Metrics) -> dict[str, float]:
     """The computed value of every metric, over all ranks; those of a vector as `<name>/<index>`.
 
     Raises:
         TrainingError: naming a metric that is no number and no vector.
     """
-    with warnings.catch_warnings():
-        # A rank without samples updates nothing, and computes from the other ranks' counts.
-        warnings.filterwarnings("ignore", message=".*was called before the ``update`` method")
-        _fill_list_states(metrics)
-        computed: dict[str, Any] = metrics.compute() if len(metrics) else {}
     values: dict[str, float] = {}
-    for name, value in computed.items():
+    for name, value in metrics.compute().items():
         values.update(_numbers(name, value))
     return values
 
@@ -162,35 +155,6 @@ def _numbers(name: str, value: Any) -> dict[str, float]:
 def unweighted(loss: WindowLoss | None, targets: Any) -> Any:
     """The targets without the samples' weights, which metrics do not take."""
     return targets[0] if isinstance(loss, WeightedSamples) else targets
-
-
-def _fill_list_states(metrics: MetricCollection) -> None:
-    """Gives a rank that has seen no sample empty lists' tensors, of the other ranks' dtype and shape.
-
-    torchmetrics gathers what a list holds, and nothing from a rank where it is empty: the ranks' collectives
-    would not match.
-    """
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return
-    states = [
-        (metric, name)
-        for _, metric in metrics.items(keep_base=True, copy_state=False)
-        for name in metric._defaults
-        if isinstance(getattr(metric, name), list)
-    ]
-    if not states:
-        return
-    kinds_here = [
-        [(value.dtype, value.shape[1:]) for value in getattr(metric, name)[:1]] for metric, name in states
-    ]
-    every: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(every, kinds_here)
-    for k, (metric, name) in enumerate(states):
-        state = getattr(metric, name)
-        elsewhere = [kinds[k][0] for kinds in every if kinds[k]]
-        if not state and elsewhere:
-            dtype, shape = elsewhere[0]
-            state.append(torch.empty((0, *shape), dtype=dtype, device=metric.device))
 
 
 def precision(autocast: torch.dtype | None, device: torch.device) -> AbstractContextManager[Any]:

@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torchmetrics import MetricCollection
 
 from ..accum import Window
 from ..environment.memory import MIB, peak_memory_mib
 from ..errors import TrainingError
 from .evaluation import WindowMetrics
+from .metrics import Metrics
 from .metrics_sink import MetricsSink
 from .progress import Progress
 from .throughput import ActivationMeter, Throughput
@@ -60,7 +60,7 @@ class MetricsLog:
 
     Args:
         window: whose ranks' parts of a loss are added, and whose loss scale is watched.
-        train_metrics: torchmetrics over the windows of published updates.
+        train_metrics: over the windows of published updates.
         check_finite: fail on a loss that is inf or nan, unless its window was skipped.
         split_steps: by update, the micro-batches of a window that was split finer; taken out when recorded.
 
@@ -71,7 +71,7 @@ class MetricsLog:
     def __init__(
         self,
         window: Window,
-        train_metrics: MetricCollection,
+        train_metrics: Metrics,
         sink: MetricsSink,
         check_finite: bool,
         split_steps: dict[int, int],

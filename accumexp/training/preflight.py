@@ -85,7 +85,7 @@ def try_example(experiment: Experiment) -> None:
                 total = loss.total(outputs, targets)
             if total.numel() != 1:
                 raise UsageError(f"loss: its value has shape {tuple(total.shape)}, one number is needed")
-            for name, metric in experiment.evaluator.metrics.items(keep_base=True, copy_state=False):
+            for name, metric in experiment.evaluator.metrics.items():
                 with named_by(f"metrics.{name}", experiment.config.metrics[name]):
                     metric.update(outputs, unweighted(loss, targets))
             if experiment.rank_info.size == 1:

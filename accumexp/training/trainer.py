@@ -10,7 +10,6 @@ from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
-from torchmetrics import MetricCollection
 
 from ..accum import (
     GraphedStep,
@@ -29,6 +28,7 @@ from ..errors import TrainingError, compiler_error
 from .callbacks import Callback, listeners
 from .evaluated_schedule import EvaluatedSchedule
 from .evaluation import Evaluator
+from .metrics import Metrics
 from .metrics_log import MetricsLog, as_numbers
 from .metrics_sink import MetricsSink
 from .optimizers import in_eval_mode, learning_rates, set_mode
@@ -63,7 +63,7 @@ class Trainer:
     Args:
         window: accumulates a batch's gradient into the model's parameters.
         scheduler: has `step`, called once an update, `state_dict` and `load_state_dict`.
-        train_metrics: torchmetrics over the windows of published updates.
+        train_metrics: over the windows of published updates.
         graphs: records windows and steps as graphs and replays them, such as `CudaGraphs`.
 
     Attributes:
@@ -82,7 +82,7 @@ class Trainer:
         scheduler: Any,
         splits: Splits,
         evaluator: Evaluator,
-        train_metrics: MetricCollection,
+        train_metrics: Metrics,
         metrics_sink: MetricsSink,
         callbacks: Mapping[str, Callback],
         options: LoopOptions,

@@ -72,6 +72,14 @@ def test_help_imports_none_of_the_slow_packages(command: str, tmp_path: Path) ->
     assert left_behind(tmp_path) == []
 
 
+def test_a_run_imports_no_package_that_it_does_not_use(tmp_path: Path) -> None:
+    quick = ("device=cpu", "tracking=none", "trainer.max_updates=1")
+    done = run_command("run", *quick, folder=tmp_path, flags=["-X", "importtime"])
+    imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in done.stderr.splitlines()}
+    assert done.code == 0 and "torch" in imported
+    assert imported.isdisjoint({"torchvision", "torchmetrics", "transformers", "mlflow", "matplotlib"})
+
+
 def test_no_file_of_the_project_sets_what_hydra_would_compose_twice_for() -> None:
     files = [yaml.safe_load(path.read_text()) for path in CONF.rglob("*.yaml")]
     assert len(files) > 30

@@ -13,7 +13,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 from accumexp.accum import Window, data_parallel, map_tensors, rank_share, split, split_sizes, window_loss
@@ -25,7 +24,7 @@ from accumexp.data.text import FIRST_BYTE, IGNORED, MASK, PAD, VOCABULARY, maske
 from accumexp.errors import UsageError
 from accumexp.training.evaluation import WindowMetrics
 from accumexp.training.experiment import Experiment
-from accumexp.training.metrics import Accuracy
+from accumexp.training.metrics import Accuracy, Metrics
 from accumexp.training.noise_scale import GradientNoise
 
 from ..support.command import environment, journal, only_run, record_of, run_command
@@ -230,7 +229,7 @@ def test_a_windows_accuracy_is_that_of_its_bytes_not_the_mean_of_means(
 ) -> None:
     """Three bytes of one micro-batch are right, the one of the other is wrong: 3 of 4, not 1 of 2."""
     monkeypatch.setattr(WindowMetrics, "LARGEST", kept)
-    metrics = WindowMetrics(MetricCollection({"accuracy": Accuracy()}))
+    metrics = WindowMetrics(Metrics({"accuracy": Accuracy()}))
     outputs = torch.zeros(1, 2, 3)
     outputs[:, 1] = 1.0
     metrics.observe(outputs, torch.tensor([[1, 1, 1]]))

@@ -10,7 +10,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAUROC
 from torchmetrics.regression import SpearmanCorrCoef
 
@@ -18,6 +17,7 @@ from accumexp.accum import Ranks, Window, data_parallel, window_loss
 from accumexp.accum.loss import WeightedSamples
 from accumexp.data import ResidentBatches, Share
 from accumexp.training.evaluation import Evaluator
+from accumexp.training.metrics import Metrics
 
 from ..support.ranks import on_ranks
 from ..support.reference import (
@@ -84,7 +84,7 @@ def evaluated(name: str, samples: int) -> dict[str, float]:
     batches = ResidentBatches(
         inputs, labels, torch.arange(samples), SAMPLES, share=Share(rank, ranks.size, 1)
     )
-    return Evaluator(window_loss(loss), MetricCollection({name: metric}), None, ranks)(model, batches)
+    return Evaluator(window_loss(loss), Metrics({name: metric}), None, ranks)(model, batches)
 
 
 @pytest.mark.parametrize("name", ["auroc", "spearman"])

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel
 from torch.utils._python_dispatch import TorchDispatchMode
-from torchmetrics import MetricCollection
 
 from accumexp.accum import Window, window_loss
 from accumexp.accum.loss import ClassIndexLoss
@@ -22,6 +21,7 @@ from accumexp.data import ResidentBatches
 from accumexp.errors import TrainingError, UsageError
 from accumexp.training.callbacks import EMA, Callback, EarlyStopping
 from accumexp.training.evaluation import Evaluator
+from accumexp.training.metrics import Metrics
 from accumexp.training.metrics_log import MetricsLog
 from accumexp.training.metrics_sink import MemoryMetricsSink
 from accumexp.training.progress import LoopOptions
@@ -90,7 +90,7 @@ def test_law_2_a_loss_of_ones_own_is_asked_what_its_targets_weigh() -> None:
 
 def test_losses_are_read_as_they_were_however_many_wait() -> None:
     memory = MemoryMetricsSink()
-    log = MetricsLog(Window(nn.Linear(1, 1), nn.MSELoss(), 1), MetricCollection([]), memory, True, {})
+    log = MetricsLog(Window(nn.Linear(1, 1), nn.MSELoss(), 1), Metrics({}), memory, True, {})
     for count in (1, 300, 128, 129):
         losses = torch.rand(count, dtype=torch.float32)
         for update, loss in enumerate(losses):
@@ -152,7 +152,7 @@ class Outliving(nn.Module):
 
 def test_an_evaluation_keeps_no_outputs_through_the_next_forward() -> None:
     model, batches = Outliving(), ResidentBatches(torch.rand(9, 1), torch.zeros(9).long(), torch.arange(9), 2)
-    evaluate = Evaluator(window_loss(nn.CrossEntropyLoss()), MetricCollection({}))
+    evaluate = Evaluator(window_loss(nn.CrossEntropyLoss()), Metrics({}))
     assert evaluate(model, batches)["loss"] == pytest.approx(math.log(3))
     assert len(model.made) == 5 and not model.alive
 
