@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..cli import command, command_options
-from ..errors import UsageError
+from ..errors import TrainingError, UsageError
 
 HELP = """\
   sweep=<folder or parent run id>   the newest sweep of the store if none is named
   tracking.uri=<address>            the store, if it is not mlflow.db in this folder or known from the sweep's
+  sync=<folder>                     instead of a report, sends what the runs in this folder could not send
+                                    to their store
   folder=<path>                     where page, pictures and CSV go; by default <sweep>/report
   report.margin=0.5                 the largest difference that does not matter, in points of accuracy or
                                     in the metric's own unit
@@ -24,11 +26,15 @@ def main() -> None:
         "report",
         "Is accumulation equivalent to the larger batch, and what does it cost?",
         HELP,
-        {"sweep": "", "tracking.uri": "", "folder": ""},
+        {"sweep": "", "tracking.uri": "", "sync": "", "folder": ""},
     )
     for key in changes:
         if not key.startswith("report."):
             raise UsageError(f"{key}: no such key, a report has {', '.join([*options, *SETTINGS])}")
+
+    if options["sync"]:
+        _sync(Path(options["sync"]), options["tracking.uri"])
+        return
 
     # Imported after --help has been answered: these load MLflow, scipy and matplotlib.
     from ..environment.console import console
@@ -40,6 +46,24 @@ def main() -> None:
     if sweep.store and sweep.run_id:
         lines = sweep.store.sweep_lines(sweep.run_id)
         console.print("\n".join(lines), highlight=False, soft_wrap=True, markup=False)
+
+
+def _sync(folder: Path, uri: str) -> None:
+    """Sends what the runs in `folder` could not send; goes on after one that fails."""
+    from ..environment.console import print_line
+    from ..tracking.sync import send_unsent, unsent_runs
+
+    runs = unsent_runs(folder)
+    if not runs:
+        print_line(f"{folder}: nothing is left to send", markup=False)
+    errors = []
+    for run in runs:
+        try:
+            print_line(f"{run.path}: {send_unsent(run, uri)}", markup=False)
+        except TrainingError as error:
+            errors.append(str(error))
+    if errors:
+        raise TrainingError("\n".join(errors))
 
 
 if __name__ == "__main__":

@@ -144,7 +144,9 @@ class Run:
     def _open_tracker(self) -> None:
         config, resume_from, job, record = self.spec.config, self.spec.resume_from, self.job, self.record
         if resume_from:
-            record.tracker = reopen(config.tracking, resume_from.content["run"], resume_from.changes)
+            record.tracker = reopen(
+                config.tracking, resume_from.content["run"], resume_from.changes, self.folder
+            )
             record.tracker.tag({**config.tracking.tags, **record.tags, **resume_from.tags()})
             self.folder.write_config(config)
             if CERTIFICATE_TAG in record.tags:

@@ -26,6 +26,7 @@ from .json_file import read_json, write_json
 
 CHECKPOINTS = "checkpoints"
 BEST = "best.pt"
+UNSENT = "unsent.jsonl"
 CERTIFICATE_TAG = "accumexp.certificate"
 # Seconds that the children of a killed process may outlive it.
 DYING = 10.0
@@ -86,6 +87,7 @@ class RunFolder:
         config: the resolved configuration.
         metrics: every logged point, a line per update.
         progress: the progress of a job of a parallel sweep.
+        unsent: what the store has not got yet; there is none once it has all.
         code_diff: uncommitted changes of the code that was run.
     """
 
@@ -95,6 +97,7 @@ class RunFolder:
         self.config = self.path / "config.yaml"
         self.metrics = self.path / "metrics.jsonl"
         self.progress = self.path / "progress.json"
+        self.unsent = self.path / UNSENT
         self.certificate = self.path / "certificate.json"
         self.code_diff = self.path / "code.diff"
         self.log = self.path / "run.log"
@@ -145,14 +148,14 @@ class RunFolder:
 
     def clear(self) -> None:
         """Removes the files of an earlier run; `run.log` is kept."""
-        for path in (self.summary_file, self.metrics, self.progress, self.code_diff):
+        for path in (self.summary_file, self.metrics, self.progress, self.unsent, self.code_diff):
             path.unlink(missing_ok=True)
         shutil.rmtree(self.checkpoints, ignore_errors=True)
 
     def remove_unused(self) -> None:
         """Removes the folder if it holds only what a refused command leaves."""
         locks = {path.name for path in (self._job_lock, self._ranks_lock, self._holder)}
-        names = {".hydra", self.log.name, self.metrics.name, *locks}
+        names = {".hydra", self.log.name, self.metrics.name, self.unsent.name, *locks}
         if not self.path.is_dir() or not {entry.name for entry in self.path.iterdir()} <= names:
             return
         if not self.metrics.exists() or not self.metrics.stat().st_size:

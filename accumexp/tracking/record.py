@@ -111,7 +111,7 @@ def create_tracker(
         tags["mlflow.parentRunId"] = parent
     run_id = store.create_run(config.tracking.run_name or name, tags)
     try:
-        tracker = MLflowTracker(store, run_id, config.tracking)
+        tracker = MLflowTracker(store, run_id, config.tracking, folder=folder)
         _describe(tracker, config, folder, diff, datasets)
     except BaseException:
         store.client.set_terminated(run_id, RunStatus.FAILED)

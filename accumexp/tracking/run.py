@@ -1,7 +1,7 @@
 """The MLflow run of one training run.
 
-Points are sent in batches: a single `log_metric` takes milliseconds, a point of a batch a tenth of one. If
-the server stops answering, training goes on and points are queued; `metrics.jsonl` has them all.
+Points are sent in batches: a single `log_metric` takes milliseconds, a point of a batch a tenth of one. A
+thread sends them. If the store does not answer, training goes on, and what is logged waits in `unsent.jsonl`.
 """
 
 from __future__ import annotations
@@ -17,8 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 from ..config.schema import Backend, TrackingConfig
 from ..errors import UsageError
-from .folder import RunStatus
+from .delivery import Delivery, model_names
+from .folder import RunFolder, RunStatus
 from .names import LegalNames, legal_name
+from .outbox import Entry, Outbox, described, read_unsent
+from .sender import Sender
 from .store import URI, Store
 
 if TYPE_CHECKING:
@@ -26,9 +29,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 MAX_PARAM_LENGTH = 6000
-MAX_POINTS_A_CALL = 1000
-# Error codes of what a store will not take later either.
-REFUSED = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")
 
 
 class Tracker:
@@ -72,43 +72,66 @@ class Tracker:
 
 
 class MLflowTracker(Tracker):
-    """An open MLflow run."""
+    """An open MLflow run. A thread sends what is logged; no method waits for the store but `end`.
 
-    def __init__(self, store: Store, run_id: str, config: TrackingConfig, resumed: bool = False) -> None:
+    Args:
+        folder: that of the run, which keeps what is not sent yet; None for a temporary file.
+        resumed: goes on with a run that the store has.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        run_id: str,
+        config: TrackingConfig,
+        resumed: bool = False,
+        folder: RunFolder | None = None,
+    ) -> None:
         self.store = store
         self.run_id = run_id
         self.address = store.run_address(run_id)
         self.ui_command = store.ui_command
         self.from_environment = store.from_environment
-        self._config = config
-        self._queue: list[Any] = []
+        self._folder = folder
         self._legal = LegalNames()
-        self._last_flush = time.monotonic()
-        self._failing = False
         self._times: dict[tuple[str, int], int] = {}  # (key, step): milliseconds since 1970
         self._logged = frozenset[tuple[str, int]]()
-        self._models: set[str] = set()
         self._infinite: set[str] = set()
+        self._ended = False
+        left: list[Entry] = []
+        system_step, models = 0, list[str]()
+        path = folder.unsent if folder else None
         if resumed:
-            query = f"source_run_id = '{run_id}'"
-            models = store.client.search_logged_models([store.experiment_id], filter_string=query)
-            self._models = {model.name for model in models}
-            self._times = self._history()
+            models = model_names(store, run_id)
+            run = store.client.get_run(run_id)
+            self._times = self._history(list(run.data.metrics))
+            if path is not None:
+                left = [entry for entry in read_unsent(path)[1] if "status" not in entry]
+            waiting = (point for entry in left for point in entry.get("points", ()))
+            self._times |= {(key, step): time for key, _, time, step in waiting}
             self._logged = frozenset(point for point in self._times if not point[0].startswith("final/"))
+            system_steps = [step for key, step in self._times if key.startswith("system/")]
+            system_step = max(system_steps, default=-1) + 1
             store.client.update_run(run_id, status=RunStatus.RUNNING)
+        outbox = Outbox(path, self.identity(), left)
+        self._sender = Sender(
+            outbox,
+            Delivery(store, run_id, folder.path if folder else None, models),
+            config.flush_points,
+            config.flush_seconds,
+        )
         self._monitor: Any = None
         if config.system_metrics:
-            from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+            from .system_metrics import SystemMetrics
 
-            self._monitor = SystemMetricsMonitor(
-                run_id, sampling_interval=5, resume_logging=resumed, tracking_uri=store.uri
-            )
+            self._monitor = SystemMetrics(run_id, store.uri, system_step, self._log_system)
             self._monitor.start()
 
     def identity(self) -> dict[str, str]:
         return {"uri": self.store.uri, "experiment_id": self.store.experiment_id, "run_id": str(self.run_id)}
 
     def params(self, params: Mapping[str, Any]) -> None:
+        """Logs the params. Waits for the store, as `dataset` does."""
         from mlflow.entities import Param
 
         entries = [Param(self._legal(key), str(value)[:MAX_PARAM_LENGTH]) for key, value in params.items()]
@@ -124,16 +147,12 @@ class MLflowTracker(Tracker):
         self.store.client.log_inputs(self.run_id, [DatasetInput(data, tags)])
 
     def tag(self, tags: Mapping[str, str]) -> None:
-        for key, value in tags.items():
-            try:
-                self.store.client.set_tag(self.run_id, legal_name(key), value)
-            except Exception as error:
-                log.warning("tracking: the tag %s did not reach %s: %s", key, self.store.uri, error)
+        if tags:
+            self._sender.add({"tags": {legal_name(key): str(value) for key, value in tags.items()}})
 
     def log(self, update: int, values: Mapping[str, float]) -> None:
-        from mlflow.entities import Metric
-
-        now = int(time.time() * 1000)
+        now = milliseconds()
+        points = []
         for key, value in ((self._legal(key), value) for key, value in values.items()):
             # A resumed run repeats the points after its checkpoint, with equal values.
             if math.isinf(value):  # MLflow would store the largest float
@@ -143,102 +162,79 @@ class MLflowTracker(Tracker):
                         "tracking: %s is %s at update %d, which MLflow does not hold", key, value, update
                     )
             elif (key, update) not in self._logged:
-                self._queue.append(Metric(key, value, now, update))
+                points.append((key, value, now, update))
                 if key.startswith("eval/"):
                     self._times[key, update] = now
-        elapsed = time.monotonic() - self._last_flush
-        if len(self._queue) >= self._config.flush_points or elapsed >= self._config.flush_seconds:
-            self.flush()
+        if points:
+            self._sender.add({"points": points})
+
+    def _log_system(self, step: int, values: Mapping[str, float]) -> None:
+        now = milliseconds()
+        self._sender.add({"points": [(key, float(value), now, step) for key, value in values.items()]})
 
     def flush(self) -> None:
-        self._last_flush = time.monotonic()
-        try:
-            while self._queue:
-                self._send(self._queue[:MAX_POINTS_A_CALL])
-                del self._queue[:MAX_POINTS_A_CALL]
-            self._failing = False
-        except Exception as error:
-            if not self._failing:
-                log.warning("tracking: %d points wait for %s: %s", len(self._queue), self.store.uri, error)
-            self._failing = True
-
-    def _send(self, points: Sequence[Any]) -> None:
-        """Sends points; those of keys that the store refuses for good are left out, with a warning."""
-        try:
-            self.store.client.log_batch(self.run_id, points)
-        except Exception as error:
-            if getattr(error, "error_code", "") not in REFUSED:
-                raise
-            if len(keys := {point.key for point in points}) > 1:
-                for key in keys:
-                    self._send([point for point in points if point.key == key])
-            else:
-                (key,) = keys
-                log.warning(
-                    "tracking: %s refuses %d points of %s, which are in metrics.jsonl: %s",
-                    *(self.store.uri, len(points), key, error),
-                )
+        self._sender.flush()
 
     def final(self, values: Mapping[str, float]) -> None:
         self.log(0, {f"final/{key}": value for key, value in values.items()})
-        self.flush()
 
     def artifact(self, path: Path, folder: str | None = None) -> None:
-        try:
-            self.store.client.log_artifact(self.run_id, str(path), folder)
-        except Exception as error:
-            log.warning("tracking: %s is not uploaded: %s", path, error)
+        base = self._folder.path if self._folder else Path()
+        # A run's folder may have another place when the file is sent.
+        name = path.relative_to(base) if path.is_relative_to(base) else path.absolute()
+        self._sender.add({"file": str(name), "folder": folder})
 
     def checkpoint(self, path: Path, update: int, evaluated: Mapping[str, float]) -> None:
         self.artifact(path, "checkpoints")
-        if not evaluated or f"update-{update}" in self._models:
+        if not evaluated:
             return
-        from mlflow.entities import LoggedModelOutput, LoggedModelStatus, Metric
-
-        client, now = self.store.client, int(time.time() * 1000)
-        try:
-            model = client.create_logged_model(
-                self.store.experiment_id,
-                name=f"update-{update}",
-                source_run_id=self.run_id,
-                tags={"accumexp.checkpoint": f"checkpoints/{path.name}"},
-                model_type="checkpoint",
-            )
-            client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
-            # With the time of the run's own points, MLflow does not store them twice.
-            metrics = [
-                Metric(key, value, self._times.get((key, update), now), update, model_id=model.model_id)
-                for key, value in ((self._legal(key), value) for key, value in evaluated.items())
-            ]
-            client.log_batch(self.run_id, metrics)
-            client.log_outputs(self.run_id, [LoggedModelOutput(model.model_id, update)])
-        except Exception as error:
-            log.warning("tracking: no logged model for %s: %s", path, error)
+        now = milliseconds()
+        # With the time of the run's own points, MLflow does not store them twice.
+        values = [
+            (key, value, self._times.get((key, update), now), update)
+            for key, value in ((self._legal(key), value) for key, value in evaluated.items())
+        ]
+        model = {"model": f"update-{update}", "step": update, "values": values}
+        self._sender.add({**model, "checkpoint": f"checkpoints/{path.name}"})
 
     def end(self, status: RunStatus) -> None:
         if self._monitor:
             self._monitor.finish()
-        self.flush()
-        if self._queue:
-            log.warning("tracking: %d points did not reach %s", len(self._queue), self.store.uri)
-        try:
-            self.store.client.set_terminated(self.run_id, status)
-        except Exception as error:
-            log.warning("tracking: %s did not reach %s: %s", status, self.store.uri, error)
+        if self._ended:
+            return
+        self._sender.add({"status": status, "time": milliseconds()})
+        if unsent := self._sender.close():
+            command = f"python -m accumexp.report sync={self._folder.path}" if self._folder else ""
+            log.warning(
+                "tracking: %s of the run did not reach %s (%s)%s",
+                *(described(unsent), self.store.uri, self._sender.reason),
+                f"; send it with\n  {command}" if command else "",
+            )
+        self._ended = True
 
-    def _history(self) -> dict[tuple[str, int], int]:
-        keys = [key for key in self.store.client.get_run(self.run_id).data.metrics if key[:7] != "system/"]
+    def _history(self, keys: Sequence[str]) -> dict[tuple[str, int], int]:
+        """The times of the run's points by key and step; of `system/*`, of the newest ones."""
+        keys = [key for key in keys if not key.startswith("system/")]
         history = (self.store.client.get_metric_history(self.run_id, key) for key in keys)
         return {(point.key, point.step): point.timestamp for points in history for point in points}
 
 
+def milliseconds() -> int:
+    """The time as MLflow counts it, in milliseconds since 1970."""
+    return int(time.time() * 1000)
+
+
 def reopen(
-    config: TrackingConfig, identity: Mapping[str, str], changes: Mapping[str, Any] | None = None
+    config: TrackingConfig,
+    identity: Mapping[str, str],
+    changes: Mapping[str, Any] | None = None,
+    folder: RunFolder | None = None,
 ) -> Tracker:
     """Resumes the MLflow run of a checkpoint.
 
     Args:
         changes: the settings that the resumed run changes, by dotted key: a store or name given anew counts.
+        folder: that of the run, with what is not sent yet.
 
     Raises:
         UsageError: if its store cannot be reached or does not have the run any more.
@@ -254,7 +250,7 @@ def reopen(
     store = Store(config, identity["experiment_id"])
     store.close_dead_runs()
     try:
-        tracker = MLflowTracker(store, identity["run_id"], config, resumed=True)
+        tracker = MLflowTracker(store, identity["run_id"], config, resumed=True, folder=folder)
         if "tracking.run_name" in changes:
             store.client.update_run(identity["run_id"], name=config.run_name)
         return tracker

@@ -9,35 +9,32 @@ import os
 import re
 import sqlite3
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qsl, urlsplit
 
 from filelock import FileLock
 
 from ..config.schema import TrackingConfig
 from ..errors import UsageError, first_line
+from .addresses import check_address, check_server
 from .folder import RunFolder, RunStatus
 from .names import legal_name
 
 COSTS = ("update_ms", "samples_per_second", "activation_mib", "peak_memory_mib")
 LOCAL_UI = "http://127.0.0.1:5000"
-# No telemetry; two retries, so that a server that is down is found in seconds; a run prints its own address.
+REQUEST_TIMEOUT = 10  # seconds
+# No telemetry; one retry, so that a server that is down is found in seconds; a run prints its own address.
 ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": str(REQUEST_TIMEOUT),
 }
 DEFAULT_EXPERIMENT = "accumexp"
 # Variables of MLflow by which a user gives a store.
 URI = "MLFLOW_TRACKING_URI"
-# Names of parameters in an address whose value is a secret.
-SECRET = re.compile(r"pass|pwd|token|secret|(api|access)_?key|credential", re.IGNORECASE)
 EXPERIMENT, EXPERIMENT_ID = "MLFLOW_EXPERIMENT_NAME", "MLFLOW_EXPERIMENT_ID"
 RUN_ID = "MLFLOW_RUN_ID"
 GIVEN = (URI, EXPERIMENT, EXPERIMENT_ID, RUN_ID)
@@ -72,9 +69,9 @@ class Store:
         if self.uri.startswith("sqlite:///"):
             self._database = Path(self.uri.removeprefix("sqlite:///")).absolute()
             self.uri = f"sqlite:///{self._database}"
-        _check(self.uri, key)
-        self._on_server = self.uri.startswith("http")
-        self.ui_command = None if self._on_server else f"mlflow ui --backend-store-uri {self.uri}"
+        check_address(self.uri, key)
+        self.on_server = self.uri.startswith("http")
+        self.ui_command = None if self.on_server else f"mlflow ui --backend-store-uri {self.uri}"
         try:
             self.client = self._client(key)
             reopened = experiment_id is not None
@@ -93,6 +90,7 @@ class Store:
         except Exception as error:
             raise UsageError(f"{key}={self.uri}: cannot be used: {first_line(error)}") from error
 
+        self._inode = _inode(self._database) if self._database else None
         ignored = {URI} if config.uri else set()
         if config.experiment or reopened:
             ignored |= {EXPERIMENT, EXPERIMENT_ID}
@@ -102,8 +100,16 @@ class Store:
             ignored.add(RUN_ID)
         self.from_environment = [name for name in given if name not in ignored]
 
+    def check_there(self) -> None:
+        """
+        Raises:
+            FileNotFoundError: if the database's file was removed, which SQLite itself does not see.
+        """
+        if self._database is not None and _inode(self._database) != self._inode:
+            raise FileNotFoundError(f"the file {self._database} was removed or replaced during the run")
+
     def _runs_page(self) -> str:
-        base = self.uri.rstrip("/") if self._on_server else LOCAL_UI
+        base = self.uri.rstrip("/") if self.on_server else LOCAL_UI
         return f"{base}/#/experiments/{self.experiment_id}/runs"
 
     def run_address(self, run_id: str) -> str:
@@ -200,8 +206,8 @@ class Store:
             raise UsageError(f"{RUN_ID}={run_id}: no such run in {self.uri}, unset it") from error
 
     def _client(self, key: str) -> Any:
-        if self._on_server:
-            _check_server(self.uri, key)
+        if self.on_server:
+            check_server(self.uri, key)
         for name, value in ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         from mlflow import MlflowClient
@@ -213,7 +219,7 @@ class Store:
             raise UsageError(f"{key}={self.uri}: the folder {self._database.parent} is not there")
         with self._alone():
             client = MlflowClient(self.uri)
-            if not self._on_server:
+            if not self.on_server:
                 client.search_experiments(max_results=1)
             if self._database is not None:
                 connection = sqlite3.connect(self._database)
@@ -226,7 +232,7 @@ class Store:
         from mlflow.exceptions import MlflowException
 
         beside = self._database.parent if self._database else Path.cwd()
-        artifacts = None if self._on_server else (beside / "mlartifacts").as_uri()
+        artifacts = None if self.on_server else (beside / "mlartifacts").as_uri()
         with self._alone():
             experiment = self.client.get_experiment_by_name(name)
             if experiment is None:
@@ -275,39 +281,8 @@ class Store:
             yield  # a server has created its tables
 
 
-def _check(uri: str, key: str) -> None:
-    """Refuses addresses that hold a secret, that name no file, and databases that need a server."""
-    parts = urlsplit(uri)
-    if parts.password is not None:
-        place = "MLFLOW_TRACKING_PASSWORD" if uri.startswith("http") else "~/.pgpass or PGPASSWORD"
-        shown = uri.replace(f":{parts.password}@", ":...@")
-        raise UsageError(
-            f"{key}={shown}: a password here would be written into every run; put it into {place}"
-        )
-    if secret := next((name for name, _ in parse_qsl(parts.query) if SECRET.search(name)), None):
-        shown = f"{uri.partition('?')[0]}?{secret}=..."
-        raise UsageError(
-            f"{key}={shown}: a secret here would be written into every run; put it into "
-            "MLFLOW_TRACKING_TOKEN, or ~/.pgpass"
-        )
-    if parts.scheme == "sqlite" and (not parts.path.strip("/") or Path(parts.path[1:]).is_dir()):
-        raise UsageError(f"{key}={uri}: names no file to keep runs in; give sqlite:///mlflow.db")
-    if parts.scheme.startswith(("mysql", "mssql")):
-        raise UsageError(
-            f"{key}={uri}: not a database that runs open themselves; start `mlflow server "
-            f"--backend-store-uri {uri}` and give its http address"
-        )
-
-
-def _check_server(uri: str, key: str) -> None:
+def _inode(path: Path) -> int | None:
     try:
-        with urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=5):
-            pass
-    except urllib.error.HTTPError:
-        pass  # a server answers; the first call shows whether it is MLflow
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "reason", error)
-        raise UsageError(
-            f"{key}={uri}: no server answers ({reason}); start it with `mlflow server`, or "
-            f"leave {key} out for a local store"
-        ) from error
+        return path.stat().st_ino
+    except FileNotFoundError:
+        return None

@@ -1,11 +1,10 @@
-"""The record in MLflow: opened by many at once, patient with a store that does not answer."""
+"""The record in MLflow: opened by many at once, resumed, and refused where it cannot be kept."""
 
 from __future__ import annotations
 
 import os
 import shutil
 import socket
-import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -21,6 +20,8 @@ from accumexp.errors import UsageError
 from accumexp.tracking import MLflowTracker, Store, reopen
 from accumexp.tracking.folder import RunStatus
 
+from ..support.stores import config_at, history, opened
+
 WRITER = """
 import sys
 from accumexp.config.schema import TrackingConfig
@@ -33,39 +34,6 @@ for update in range(1, 501):
 tracker.end("FINISHED")
 print(tracker.run_id)
 """
-
-
-@pytest.fixture(scope="session")
-def migrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An empty store: making its tables takes seconds, copying them none."""
-    folder = tmp_path_factory.mktemp("store")
-    Store(config_at(folder)).client.search_experiments()
-    return folder / "mlflow.db"
-
-
-@pytest.fixture
-def folder(tmp_path: Path, migrated: Path) -> Path:
-    with sqlite3.connect(migrated) as source, sqlite3.connect(tmp_path / "mlflow.db") as copy:
-        source.backup(copy)
-    source.close()
-    copy.close()
-    return tmp_path
-
-
-def config_at(folder: Path) -> TrackingConfig:
-    uri = f"sqlite:///{folder / 'mlflow.db'}"
-    return TrackingConfig(uri=uri, system_metrics=False)
-
-
-def opened(folder: Path) -> MLflowTracker:
-    config = config_at(folder)
-    store = Store(config)
-    return MLflowTracker(store, store.create_run("a run", {}), config)
-
-
-def history(tracker: MLflowTracker, key: str) -> list[tuple[int, float]]:
-    assert tracker.run_id
-    return [(p.step, p.value) for p in tracker.store.client.get_metric_history(tracker.run_id, key)]
 
 
 @pytest.mark.slow
@@ -91,45 +59,6 @@ def test_the_default_store_lies_where_the_command_is_run(
     assert store.ui_command == f"mlflow ui --backend-store-uri {store.uri}"
     location = store.client.get_experiment(store.experiment_id).artifact_location
     assert location == (tmp_path / "mlartifacts").as_uri()
-
-
-def test_points_are_sent_in_batches_and_all_of_them(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tracker = opened(folder)
-    tracker._config.flush_points, tracker._config.flush_seconds = 700, 1e9
-    calls: list[int] = []
-    send = tracker.store.client.log_batch
-
-    def counted(run_id: str, metrics: Any = (), **more: Any) -> Any:
-        calls.append(len(metrics))
-        return send(run_id, metrics, **more)
-
-    monkeypatch.setattr(tracker.store.client, "log_batch", counted)
-    for update in range(1, 1001):
-        tracker.log(update, {"train/loss": 1.0 / update})
-    assert calls == [700]
-    tracker.end(RunStatus.FINISHED)
-    assert calls == [700, 300]
-    assert history(tracker, "train/loss") == [(u, 1.0 / u) for u in range(1, 1001)]
-
-
-def test_points_wait_for_a_store_that_does_not_answer(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    tracker = opened(folder)
-    tracker._config.flush_seconds = 0.0
-    send = tracker.store.client.log_batch
-
-    def dead(*arguments: Any, **more: Any) -> None:
-        raise ConnectionError("gone")
-
-    monkeypatch.setattr(tracker.store.client, "log_batch", dead)
-    for update in range(1, 6):
-        tracker.log(update, {"train/loss": float(update)})
-    warnings = [r for r in caplog.records if r.levelname == "WARNING"]
-    assert len(warnings) == 1 and "gone" in warnings[0].getMessage()
-    monkeypatch.setattr(tracker.store.client, "log_batch", send)
-    tracker.log(6, {"train/loss": 6.0})
-    assert history(tracker, "train/loss") == [(u, float(u)) for u in range(1, 7)]
 
 
 def test_law_8_a_resumed_record_doubles_no_point_and_misses_none(folder: Path) -> None:

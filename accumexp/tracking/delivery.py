@@ -1,0 +1,178 @@
+"""Entries of an outbox, brought into the MLflow run that they are of."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from .outbox import Entry
+from .store import REQUEST_TIMEOUT, Store
+
+log = logging.getLogger(__name__)
+MAX_POINTS_A_CALL = 1000
+# Error codes of what a store will not take later either.
+REFUSED = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")
+# The slowest upload that is waited for, in bytes a second.
+SLOWEST_UPLOAD = 2**20
+
+
+class Delivery:
+    """Sends entries to a run. One that is sent again changes nothing.
+
+    Points have the time at which they were logged, and of equal ones MLflow keeps one.
+
+    Args:
+        folder: that of the run, to which the paths of files are relative.
+        models: the names of the run's logged models.
+
+    Attributes:
+        failed: files and models that could not be sent while what came after them could, as when the
+            artifacts lie elsewhere than the points.
+        error: why the newest of them failed.
+        uploading: the bytes of the file that is being sent.
+    """
+
+    def __init__(self, store: Store, run_id: str, folder: Path | None, models: Sequence[str] = ()) -> None:
+        self.store = store
+        self.run_id = run_id
+        self.folder = folder or Path()
+        self.failed: list[Entry] = []
+        self.error: Exception | None = None
+        self.uploading = 0
+        self._models = set(models)
+        self._begun: set[str] = set()  # models of which a call may have arrived
+
+    def send(self, entries: Sequence[Entry], sent: Callable[[int], None]) -> None:
+        """Sends `entries` in order, the points of several in one call.
+
+        Args:
+            sent: gets the number of entries that are done, after each call.
+
+        Raises:
+            Exception: of the store, which may take the rest later.
+        """
+        done = 0
+        while done < len(entries):
+            self.store.check_there()
+            end, points = done, []
+            while end < len(entries) and "points" in entries[end] and len(points) < MAX_POINTS_A_CALL:
+                points += entries[end]["points"]
+                end += 1
+            if points:
+                self._send_points(points)
+            else:
+                self._send_other(entries[done])
+                end = done + 1
+            sent(end)
+            done = end
+
+    def send_failed(self) -> None:
+        """Tries files and models once more; `failed` has those that fail again."""
+        entries, self.failed = self.failed, []
+        self.send(entries, lambda _: None)
+
+    def _send_points(self, points: Sequence[Sequence[Any]]) -> None:
+        from mlflow.entities import Metric
+
+        for start in range(0, len(points), MAX_POINTS_A_CALL):
+            self._log([Metric(*point) for point in points[start : start + MAX_POINTS_A_CALL]])
+
+    def _log(self, points: Sequence[Any]) -> None:
+        """Sends points; those of keys that the store refuses for good are left out, with a warning."""
+        try:
+            self.store.client.log_batch(self.run_id, points)
+        except Exception as error:
+            if getattr(error, "error_code", "") not in REFUSED:
+                raise
+            if len(keys := {point.key for point in points}) > 1:
+                for key in keys:
+                    self._log([point for point in points if point.key == key])
+            else:
+                (key,) = keys
+                log.warning(
+                    "tracking: %s refuses %d points of %s, which are in metrics.jsonl: %s",
+                    *(self.store.uri, len(points), key, error),
+                )
+
+    def _send_other(self, entry: Entry) -> None:
+        try:
+            if "status" in entry:
+                self.store.client.set_terminated(self.run_id, entry["status"], entry["time"])
+            elif "tags" in entry:
+                self._send_tags(entry["tags"])
+            elif "file" in entry:
+                self._send_file(entry)
+            else:
+                self._send_model(entry)
+        except Exception as error:
+            if "file" not in entry and "model" not in entry:
+                raise
+            self.failed.append(entry)
+            self.error = error
+
+    def _send_tags(self, tags: dict[str, str]) -> None:
+        for key, value in tags.items():
+            try:
+                self.store.client.set_tag(self.run_id, key, value)
+            except Exception as error:
+                if getattr(error, "error_code", "") not in REFUSED:
+                    raise
+                log.warning("tracking: %s refuses the tag %s: %s", self.store.uri, key, error)
+
+    def _send_file(self, entry: Entry) -> None:
+        path = self.folder / entry["file"]
+        files = [path, *path.rglob("*")] if path.is_dir() else [path]
+        with self._upload(sum(file.stat().st_size for file in files)):
+            self.store.client.log_artifact(self.run_id, str(path), entry["folder"])
+
+    @contextmanager
+    def _upload(self, size: int) -> Iterator[None]:
+        """Gives MLflow's requests the time that an upload of `size` bytes takes."""
+        self.uploading = size
+        name = "MLFLOW_HTTP_REQUEST_TIMEOUT"
+        usual = os.environ.get(name)
+        if usual == str(REQUEST_TIMEOUT):  # not the user's
+            os.environ[name] = str(REQUEST_TIMEOUT + size // SLOWEST_UPLOAD)
+        try:
+            yield
+        finally:
+            self.uploading = 0
+            if usual is not None:
+                os.environ[name] = usual
+
+    def _send_model(self, entry: Entry) -> None:
+        from mlflow.entities import LoggedModelOutput, LoggedModelStatus, Metric
+
+        client, name = self.store.client, entry["model"]
+        if name in self._models:
+            return
+        model_id = self._model_id(name) if name in self._begun else None
+        self._begun.add(name)
+        if model_id is None:
+            model_id = client.create_logged_model(
+                self.store.experiment_id,
+                name=name,
+                source_run_id=self.run_id,
+                tags={"accumexp.checkpoint": entry["checkpoint"]},
+                model_type="checkpoint",
+            ).model_id
+        client.finalize_logged_model(model_id, LoggedModelStatus.READY)
+        client.log_batch(self.run_id, [Metric(*point, model_id=model_id) for point in entry["values"]])
+        client.log_outputs(self.run_id, [LoggedModelOutput(model_id, entry["step"])])
+        self._models.add(name)
+
+    def _model_id(self, name: str) -> str | None:
+        query = f"source_run_id = '{self.run_id}' AND name = '{name}'"
+        models = self.store.client.search_logged_models([self.store.experiment_id], filter_string=query)
+        return models[0].model_id if models else None
+
+
+def model_names(store: Store, run_id: str) -> list[str]:
+    """The names of a run's logged models."""
+    query = f"source_run_id = '{run_id}'"
+    models = store.client.search_logged_models([store.experiment_id], filter_string=query)
+    return [model.name for model in models]

@@ -1,0 +1,65 @@
+"""Runs in a store of a test's own, and stores that do not answer."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+from accumexp.config.schema import TrackingConfig
+from accumexp.tracking import MLflowTracker, Store
+from accumexp.tracking.folder import RunFolder
+
+
+def config_at(folder: Path, **settings: Any) -> TrackingConfig:
+    uri = f"sqlite:///{folder / 'mlflow.db'}"
+    return TrackingConfig(uri=uri, system_metrics=False, **settings)
+
+
+def opened(folder: Path, **settings: Any) -> MLflowTracker:
+    """A run whose own folder is `folder` / "run"."""
+    config = config_at(folder, **settings)
+    store = Store(config)
+    run = RunFolder(folder / "run")
+    run.path.mkdir()
+    return MLflowTracker(store, store.create_run("a run", {}), config, folder=run)
+
+
+def history(tracker: MLflowTracker, key: str) -> list[tuple[int, float]]:
+    assert tracker.run_id
+    return [(p.step, p.value) for p in tracker.store.client.get_metric_history(tracker.run_id, key)]
+
+
+class Faults:
+    """Stands before a store's client: its calls are refused, have no answer, or lose their answer.
+
+    Attributes:
+        mode: None for a store that answers, "refuse", "hang" (until the mode changes) or "lose", which makes
+            the call and raises.
+        calls: the names of the calls that were made, and what they were given.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self._client = store.client
+        self.mode: str | None = None
+        self.only: str | None = None
+        self.calls: list[tuple[str, tuple[Any, ...]]] = []
+        self.answering = threading.Event()
+        store.client = self
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(self._client, name)
+
+        def call(*arguments: Any, **named: Any) -> Any:
+            mode = self.mode if self.only in (None, name) else None
+            self.calls.append((name, arguments))
+            if mode == "refuse":
+                raise ConnectionError("gone")
+            if mode == "hang":
+                self.answering.wait(60)
+            answer = method(*arguments, **named)
+            if mode == "lose":
+                raise ConnectionError("no answer came")
+            return answer
+
+        return call

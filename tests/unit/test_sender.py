@@ -1,0 +1,338 @@
+"""Law: a store that does not answer stops no training, and what it did not get is sent later, once."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from accumexp.errors import TrainingError, UsageError
+from accumexp.report import __main__ as report
+from accumexp.tracking import MLflowTracker, reopen, sender
+from accumexp.tracking.folder import RunFolder, RunStatus
+from accumexp.tracking.outbox import Outbox, described, read_unsent
+from accumexp.tracking.sync import send_unsent, unsent_runs
+
+from ..support.stores import Faults, config_at, history, opened
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(sender, "FIRST_PAUSE", 0.02)
+    monkeypatch.setattr(sender, "DATABASE_PATIENCE", 0.3)
+    yield
+    for thread in threading.enumerate():
+        if thread.name == sender.THREAD:
+            thread.join(10)
+
+
+def until(condition: Callable[[], bool], seconds: float = 20) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def lines_of(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+
+
+def losses(count: int, first: int = 1) -> list[tuple[int, float]]:
+    return [(update, float(update)) for update in range(first, first + count)]
+
+
+def log_losses(tracker: MLflowTracker, count: int, first: int = 1) -> None:
+    for update, loss in losses(count, first):
+        tracker.log(update, {"train/loss": loss})
+
+
+def test_points_are_sent_in_batches_and_all_of_them(folder: Path) -> None:
+    tracker = opened(folder, flush_points=700, flush_seconds=1e9)
+    faults = Faults(tracker.store)
+    log_losses(tracker, 699)
+    time.sleep(0.2)
+    assert faults.calls == []
+    log_losses(tracker, 1, first=700)
+    until(lambda: bool(faults.calls))
+    log_losses(tracker, 300, first=701)
+    tracker.end(RunStatus.FINISHED)
+    sizes = [len(arguments[1]) for name, arguments in faults.calls if name == "log_batch"]
+    assert sizes == [700, 300]
+    assert history(tracker, "train/loss") == losses(1000)
+    assert list((folder / "run").iterdir()) == []
+
+
+@pytest.mark.parametrize("mode", ["refuse", "lose"])
+def test_an_outage_is_two_lines_and_loses_nothing(
+    folder: Path, caplog: pytest.LogCaptureFixture, mode: str
+) -> None:
+    tracker = opened(folder, flush_seconds=0.0)
+    faults = Faults(tracker.store)
+    faults.mode = mode
+    for update in range(1, 6):
+        log_losses(tracker, 1, first=update)
+        calls = len(faults.calls)
+        until(lambda calls=calls: len(faults.calls) > calls)
+    (line,) = lines_of(caplog)
+    assert f"{tracker.store.uri} does not take the record (" in line and "unsent.jsonl" in line
+    faults.mode = None
+    until(lambda: len(lines_of(caplog)) == 2)
+    assert lines_of(caplog)[1].endswith("takes the record again")
+    tracker.end(RunStatus.FINISHED)
+    assert history(tracker, "train/loss") == losses(5)
+    assert len(lines_of(caplog)) == 2
+
+
+def test_training_never_waits_for_a_store_that_hangs(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tracker = opened(folder, flush_seconds=0.0)
+    faults = Faults(tracker.store)
+    faults.mode = "hang"
+    start = time.monotonic()
+    log_losses(tracker, 1000)
+    tracker.tag({"a": "b"})
+    tracker.final({"loss": 0.5})
+    (folder / "run" / "last.pt").write_text("weights")
+    tracker.checkpoint(folder / "run" / "last.pt", 1000, {"eval/loss": 0.5})
+    tracker.flush()
+    assert time.monotonic() - start < 0.3
+    tracker.end(RunStatus.FINISHED)
+    assert time.monotonic() - start < 2
+    (line,) = lines_of(caplog)
+    assert "1001 points, 1 tags, 1 files, 1 logged models and the end of the run did not reach" in line
+    assert line.endswith(f"(no answer); send it with\n  python -m accumexp.report sync={folder / 'run'}")
+    faults.answering.set()
+
+
+def test_back_off_counts_from_the_end_of_a_failure(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sender, "FIRST_PAUSE", 0.2)
+    monkeypatch.setattr(sender, "DATABASE_PATIENCE", 5)
+    tracker = opened(folder, flush_seconds=0.0)
+    faults = Faults(tracker.store)
+    ends: list[float] = []
+    starts: list[float] = []
+
+    def slow_failure(*arguments: object, **named: object) -> None:
+        starts.append(time.monotonic())
+        time.sleep(0.3)
+        ends.append(time.monotonic())
+        raise ConnectionError("gone")
+
+    monkeypatch.setattr(faults, "log_batch", slow_failure, raising=False)
+    log_losses(tracker, 3)
+    until(lambda: len(starts) == 3)
+    pauses = [start - end for start, end in zip(starts[1:], ends, strict=False)]
+    assert 0.2 <= pauses[0] < 0.4 <= pauses[1]
+    monkeypatch.delattr(faults, "log_batch")
+    tracker.end(RunStatus.FINISHED)
+    assert history(tracker, "train/loss") == losses(3)
+
+
+def left(folder: Path, mode: str = "refuse") -> MLflowTracker:
+    """A run of which the store got the first two of five points."""
+    tracker = opened(folder, flush_points=1)
+    faults = Faults(tracker.store)
+    log_losses(tracker, 2)
+    until(lambda: len(history(tracker, "train/loss")) == 2)
+    faults.mode = mode
+    log_losses(tracker, 3, first=3)
+    tracker.log(5, {"eval/accuracy": 0.5})
+    tracker.final({"loss": 0.5})
+    tracker.tag({"accumexp.error": "none"})
+    checkpoint = folder / "run" / "checkpoints" / "update-00000005.pt"
+    checkpoint.parent.mkdir()
+    checkpoint.write_bytes(b"weights")
+    tracker.checkpoint(checkpoint, 5, {"eval/accuracy": 0.5})
+    tracker.end(RunStatus.FINISHED)
+    faults.mode = None
+    return tracker
+
+
+def everything_is_there(tracker: MLflowTracker) -> None:
+    assert tracker.run_id
+    client = tracker.store.client
+    run = client.get_run(tracker.run_id)
+    assert run.info.status == "FINISHED" and run.data.tags["accumexp.error"] == "none"
+    assert history(tracker, "train/loss") == losses(5)
+    assert history(tracker, "final/loss") == [(0, 0.5)]
+    assert history(tracker, "eval/accuracy") == [(5, 0.5)]
+    assert [file.path for file in client.list_artifacts(tracker.run_id, "checkpoints")] == [
+        "checkpoints/update-00000005.pt"
+    ]
+    (model,) = client.search_logged_models([tracker.store.experiment_id])
+    assert model.name == "update-5" and model.tags["accumexp.checkpoint"] == "checkpoints/update-00000005.pt"
+
+
+@pytest.mark.parametrize("mode", ["refuse", "lose"])
+def test_what_is_left_is_sent_once_by_sync(
+    folder: Path, mode: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tracker = left(folder, mode)
+    (folder / "run").rename(folder / "moved")
+    for text in ("5 points, 1 tags, 1 files, 1 logged models and the end", "nothing is left to send"):
+        monkeypatch.setattr("sys.argv", ["report", f"sync={folder}"])
+        report.main()
+        out = " ".join(capsys.readouterr().out.split())
+        assert text in out or mode == "lose" and "the end" in out
+    everything_is_there(tracker)
+    assert not list(folder.rglob("unsent.jsonl"))
+
+
+def test_sync_goes_on_where_it_was_stopped(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tracker = left(folder)
+    (run,) = unsent_runs(folder)
+    stopped = tracker.store.client
+    with monkeypatch.context() as patch:
+        patch.setattr("mlflow.MlflowClient.finalize_logged_model", lost_after(1))
+        with pytest.raises(TrainingError, match="1 logged models of run .* cannot be sent"):
+            send_unsent(run)
+    send_unsent(run)
+    assert stopped is tracker.store.client
+    everything_is_there(tracker)
+
+
+def lost_after(calls: int) -> Callable[..., None]:
+    made: list[int] = []
+
+    def call(*arguments: object, **named: object) -> None:
+        made.append(1)
+        if len(made) >= calls:
+            raise ConnectionError("gone")
+
+    return call
+
+
+def test_sync_names_what_it_cannot_use(folder: Path) -> None:
+    left(folder)
+    run = RunFolder(folder / "run")
+    with pytest.raises(UsageError, match="sync=.*nowhere: no such folder"):
+        unsent_runs(folder / "nowhere")
+    with run.hold_alone("resume"), pytest.raises(UsageError, match=r"sync=.*process \d+ works on this run"):
+        send_unsent(run)
+    (folder / "other").mkdir()
+    with pytest.raises(
+        TrainingError, match="does not take run .*give the store that has it with tracking.uri"
+    ):
+        send_unsent(run, f"sqlite:///{folder / 'other' / 'mlflow.db'}")
+    assert run.unsent.exists()
+
+
+def test_a_resumed_run_sends_what_was_left_and_doubles_no_point(folder: Path) -> None:
+    tracker = left(folder)
+    run = RunFolder(folder / "run")
+    with run.unsent.open("a") as file:
+        file.write('{"points": [["train/loss"')  # as a kill leaves it
+    again = reopen(config_at(folder), tracker.identity(), folder=run)
+    assert isinstance(again, MLflowTracker)
+    log_losses(again, 4, first=4)
+    assert again.store.client.get_run(again.run_id).info.status == "RUNNING"
+    again.end(RunStatus.FINISHED)
+    assert history(again, "train/loss") == losses(7)
+    assert not run.unsent.exists()
+    assert len(again.store.client.search_logged_models([again.store.experiment_id])) == 1
+
+
+def test_a_file_that_cannot_be_sent_holds_back_nothing_else(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tracker = opened(folder)
+    faults = Faults(tracker.store)
+    faults.mode, faults.only = "refuse", "log_artifact"
+    (folder / "run" / "config.yaml").write_text("a: 1")
+    tracker.artifact(folder / "run" / "config.yaml")
+    log_losses(tracker, 5)
+    tracker.end(RunStatus.FINISHED)
+    assert history(tracker, "train/loss") == losses(5)
+    assert faults.get_run(tracker.run_id).info.status == "FINISHED"
+    (line,) = lines_of(caplog)
+    assert "1 files of the run did not reach" in line and "(gone)" in line
+    faults.mode = None
+    assert send_unsent(RunFolder(folder / "run")).startswith("1 files: http")
+
+
+def test_the_end_after_a_second_signal_waits_only_shortly(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sender, "DATABASE_PATIENCE", 60)
+    monkeypatch.setattr(sender, "INTERRUPTED_PATIENCE", 0.1)
+    tracker = opened(folder)
+    faults = Faults(tracker.store)
+    faults.mode = "hang"
+    log_losses(tracker, 1)
+
+    def interrupt(*_: object) -> bool:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tracker._sender._done, "wait", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            tracker.end(RunStatus.FINISHED)
+    start = time.monotonic()
+    tracker.end(RunStatus.KILLED)
+    assert time.monotonic() - start < 2
+    faults.answering.set()
+    statuses = [
+        entry["status"] for entry in read_unsent(folder / "run" / "unsent.jsonl")[1] if "status" in entry
+    ]
+    assert statuses == ["FINISHED", "KILLED"]
+
+
+def test_a_removed_database_is_said(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tracker = opened(folder)
+    log_losses(tracker, 1)
+    tracker.flush()
+    until(lambda: len(history(tracker, "train/loss")) == 1)
+    (folder / "mlflow.db").unlink()
+    log_losses(tracker, 1, first=2)
+    tracker.end(RunStatus.FINISHED)
+    lost, end = lines_of(caplog)
+    assert f"the file {folder / 'mlflow.db'} was removed" in lost
+    assert "1 points and the end of the run did not reach" in end
+
+
+def test_a_store_that_takes_entries_slowly_is_waited_for(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tracker = opened(folder)
+    faults = Faults(tracker.store)
+    send = faults._client.set_tag
+
+    def slow(*arguments: str) -> None:
+        time.sleep(0.15)
+        send(*arguments)
+
+    monkeypatch.setattr(faults, "set_tag", slow, raising=False)
+    for number in range(8):
+        tracker.tag({f"tag {number}": "value"})
+    tracker.end(RunStatus.FINISHED)
+    assert not (folder / "run" / "unsent.jsonl").exists()
+
+
+def test_an_outbox_of_which_all_is_sent_starts_anew_when_it_is_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("accumexp.tracking.outbox.LARGEST_SENT", 200)
+    path = tmp_path / "unsent.jsonl"
+    outbox = Outbox(path, {"run_id": "1"})
+    for number in range(30):
+        outbox.add({"tags": {"number": str(number)}})
+    entries, ends = outbox.take(10)
+    assert [entry["tags"]["number"] for entry in entries] == [str(number) for number in range(10)]
+    outbox.sent(ends[-1])
+    assert len(read_unsent(path)[1]) == 30
+    outbox.sent(outbox.take()[1][-1])
+    outbox.flush()
+    assert path.read_text() == json.dumps({"run_id": "1"}) + "\n"
+    outbox.add({"tags": {"number": "30"}})
+    assert outbox.take()[0] == [{"tags": {"number": "30"}}]
+    outbox.close([])
+    assert not path.exists()
+
+
+def test_what_is_left_is_counted_in_words() -> None:
+    points = {"points": [["a", 1.0, 0, 0], ["b", 1.0, 0, 0]]}
+    assert described([points, {"status": "FINISHED", "time": 0}]) == "2 points and the end"
+    assert described([points, points]) == "4 points"
