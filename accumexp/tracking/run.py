@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..config.schema import Backend, TrackingConfig
+from ..environment.console import print_line
 from ..errors import UsageError
 from .delivery import Delivery, model_names
 from .folder import RunFolder, RunStatus
@@ -204,12 +205,14 @@ class MLflowTracker(Tracker):
             return
         self._sender.add({"status": status, "time": milliseconds()})
         if unsent := self._sender.close():
-            command = f"python -m accumexp.report sync={self._folder.path}" if self._folder else ""
             log.warning(
-                "tracking: %s of the run did not reach %s (%s)%s",
+                "tracking: %s of the run did not reach %s (%s)",
                 *(described(unsent), self.store.uri, self._sender.reason),
-                f"; send it with\n  {command}" if command else "",
             )
+            if self._folder:
+                print_line(
+                    f"send it with\n  python -m accumexp.report sync={self._folder.path}", markup=False
+                )
         self._ended = True
 
     def _history(self, keys: Sequence[str]) -> dict[tuple[str, int], int]:

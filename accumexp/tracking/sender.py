@@ -8,6 +8,7 @@ import time
 
 from ..errors import first_line
 from .delivery import SLOWEST_UPLOAD, Delivery
+from .folder import UNSENT
 from .outbox import Entry, Outbox
 
 log = logging.getLogger(__name__)
@@ -98,10 +99,12 @@ class Sender:
                 self._send_all(closing)
             except Exception as error:
                 if self._given_up.is_set():
-                    break
+                    break  # without a line, and the outbox is closed
                 pause = FIRST_PAUSE if self._failure is None else min(2 * pause, LONGEST_PAUSE)
                 self._note_failure(error)
             else:
+                if self._given_up.is_set():
+                    break
                 self._note_success()
                 if closing:
                     break
@@ -124,7 +127,7 @@ class Sender:
         if self._failure is None:
             log.warning(
                 "tracking: %s does not take the record (%s); training goes on, what is logged waits in %s",
-                *(self.delivery.store.uri, reason_of(error), self.outbox.path or "a temporary file"),
+                *(self.delivery.store.uri, reason_of(error), UNSENT),
             )
         self._failure = reason_of(error)
 
@@ -134,6 +137,8 @@ class Sender:
         self._failure = None
 
 
-def reason_of(error: Exception | None) -> str:
-    """The first line of a store's error, cut to a length that is read; without one it did not answer."""
+def reason_of(error: BaseException | None) -> str:
+    """The first cause of a store's error in one line, such as a refused connection; of None, "no answer"."""
+    while cause := error and (error.__cause__ or error.__context__):
+        error = cause
     return first_line(error)[:200] if error else "no answer"

@@ -215,6 +215,7 @@ class Store:
         # After the import, which sets up MLflow's own logging.
         for noisy in ("mlflow", "alembic"):
             logging.getLogger(noisy).setLevel(logging.WARNING)
+        logging.getLogger("urllib3").setLevel(logging.ERROR)  # a line for each retry
         if self._database is not None and not self._database.parent.is_dir():
             raise UsageError(f"{key}={self.uri}: the folder {self._database.parent} is not there")
         with self._alone():

@@ -87,7 +87,9 @@ def test_an_outage_is_two_lines_and_loses_nothing(
     assert len(lines_of(caplog)) == 2
 
 
-def test_training_never_waits_for_a_store_that_hangs(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_training_never_waits_for_a_store_that_hangs(
+    folder: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
     tracker = opened(folder, flush_seconds=0.0)
     faults = Faults(tracker.store)
     faults.mode = "hang"
@@ -103,7 +105,8 @@ def test_training_never_waits_for_a_store_that_hangs(folder: Path, caplog: pytes
     assert time.monotonic() - start < 2
     (line,) = lines_of(caplog)
     assert "1001 points, 1 tags, 1 files, 1 logged models and the end of the run did not reach" in line
-    assert line.endswith(f"(no answer); send it with\n  python -m accumexp.report sync={folder / 'run'}")
+    assert line.endswith("(no answer)")
+    assert capsys.readouterr().out == f"send it with\n  python -m accumexp.report sync={folder / 'run'}\n"
     faults.answering.set()
 
 

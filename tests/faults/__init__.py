@@ -1,0 +1,1 @@
+"""Faults injected into real runs: `python -m tests.faults`. Its table is in docs/reliability.md."""
