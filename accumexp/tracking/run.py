@@ -105,7 +105,10 @@ class MLflowTracker(Tracker):
         if resumed:
             models = model_names(store, run_id)
             run = store.client.get_run(run_id)
-            self._times = self._history(list(run.data.metrics))
+            keys = list(run.data.metrics)
+            # All of `system/*` have the same steps.
+            measured = [key for key in keys if key.startswith("system/")][:1]
+            self._times = self._history([key for key in keys if key[:7] != "system/"] + measured)
             if path is not None:
                 left = [entry for entry in read_unsent(path)[1] if "status" not in entry]
             waiting = (point for entry in left for point in entry.get("points", ()))
@@ -216,8 +219,7 @@ class MLflowTracker(Tracker):
         self._ended = True
 
     def _history(self, keys: Sequence[str]) -> dict[tuple[str, int], int]:
-        """The times of the run's points by key and step; of `system/*`, of the newest ones."""
-        keys = [key for key in keys if not key.startswith("system/")]
+        """The times of the run's points by key and step."""
         history = (self.store.client.get_metric_history(self.run_id, key) for key in keys)
         return {(point.key, point.step): point.timestamp for points in history for point in points}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,8 @@ from accumexp.run.spec import resumed
 from accumexp.tracking.journal import Journal
 from accumexp.training.checkpoint import find, load, save
 
-from ..support.command import Done, Record, journal, ranked_models, record_of, run_command
+from ..support.command import Done, Record, ranked_models, record_of, run_command
+from ..support.same_run import differences, doubled, points, rows, state
 from ..support.trouble import trouble
 
 UPDATES_AN_EPOCH = 11  # 1,293 digits in batches of 128
@@ -36,8 +37,6 @@ STATEFUL = [
     *("scheduler=warmup_cosine", "scheduler.warmup_updates=7", "accum.steps=3", "trainer.epochs=3"),
     *("trainer.log_every=4", "tracking.system_metrics=false"),
 ]
-# A measured time or amount of memory differs from run to run.
-MEASURED = {"final/seconds", "final/samples_per_second", "final/update_ms", "final/peak_memory_mib"}
 
 
 @dataclass(frozen=True)
@@ -114,24 +113,6 @@ def stopped(request: pytest.FixtureRequest, base: Path) -> Stopped:
     return Stopped(how, folder, first, between, second, record_of(folder))
 
 
-def differences(one: Any, other: Any, at: str = "") -> list[str]:
-    """Where two nested states differ in any bit."""
-    if type(one) is not type(other):
-        return [at]
-    if isinstance(one, torch.Tensor):
-        return [] if one.dtype == other.dtype and torch.equal(one, other) else [at]
-    if isinstance(one, Mapping):
-        if one.keys() != other.keys():
-            return [f"{at}: {sorted(map(str, one.keys() ^ other.keys()))}"]
-        return [d for key in one for d in differences(one[key], other[key], f"{at}/{key}")]
-    if isinstance(one, list | tuple):
-        if len(one) != len(other):
-            return [at]
-        pairs = enumerate(zip(one, other, strict=True))
-        return [d for number, (a, b) in pairs for d in differences(a, b, f"{at}/{number}")]
-    return [] if one == other else [at]
-
-
 def test_differences_sees_a_single_bit() -> None:
     weight = torch.ones(3)
     assert differences({"a": [weight, 1.0]}, {"a": [weight.clone(), 1.0]}) == []
@@ -151,11 +132,7 @@ def test_law_8_a_stopped_run_ends_as_its_signal_says_and_the_resumed_one_finishe
 
 
 def test_law_8_a_resumed_run_has_the_bits_of_one_never_stopped(never_stopped: Path, stopped: Stopped) -> None:
-    last = Path("checkpoints") / f"update-{UPDATES:08d}.pt"
-    one, other = load(never_stopped / last), load(stopped.folder / last)
-    for content in (one, other):
-        del content["config"], content["run"], content["progress"]["seconds"]
-        content["callbacks"].pop("trouble", None)
+    one, other = state(never_stopped), state(stopped.folder)
     assert {"model", "optimizer", "scheduler", "callbacks", "random", "progress", "evaluated"} <= one.keys()
     assert one["callbacks"]["ema"]["n_averaged"] == UPDATES
     assert differences(one, other) == []
@@ -172,12 +149,6 @@ def test_law_8_a_resumed_runs_best_checkpoint_is_that_of_one_never_stopped(
 def test_law_8_a_resumed_runs_journal_is_that_of_one_never_stopped(
     never_stopped: Path, stopped: Stopped
 ) -> None:
-    def rows(run: Path) -> list[dict[str, Any]]:
-        return [
-            {key: value for key, value in row.items() if key != "time" and not key.startswith("perf/")}
-            for row in journal(run)
-        ]
-
     expected = rows(never_stopped)
     assert [row["update"] for row in expected if "train/loss" in row] == list(range(1, UPDATES + 1))
     assert rows(stopped.folder) == expected
@@ -186,25 +157,13 @@ def test_law_8_a_resumed_runs_journal_is_that_of_one_never_stopped(
 def test_law_8_a_resumed_runs_points_are_those_of_one_never_stopped(
     never_stopped: Path, stopped: Stopped
 ) -> None:
-    def points(record: Record) -> dict[str, list[tuple[int, float]]]:
-        return {
-            key: values
-            for key, values in record.points.items()
-            if not key.startswith(("perf/", "system/")) and key not in MEASURED
-        }
-
     expected = points(record_of(never_stopped))
     assert {"train/loss", "eval/loss", "eval/ema_accuracy", "final/ema_loss"} <= expected.keys()
     assert points(stopped.record) == expected
 
 
 def test_law_8_a_resumed_run_doubles_no_point(stopped: Stopped) -> None:
-    doubled = {
-        key: values
-        for key, values in stopped.record.points.items()
-        if len(values) != len({step for step, _ in values})
-    }
-    assert doubled == {}
+    assert doubled(stopped.record) == []
     assert [step for step, _ in stopped.record.points["perf/update_ms"]] == [*range(4, UPDATES, 4), UPDATES]
 
 

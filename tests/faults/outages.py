@@ -124,6 +124,8 @@ def _outage(
     end = time.time()
     output = both[1].communicate()[0]
     print(output[-3000:])
+    if stopped is not None:
+        both[0].send_signal(signal.SIGTERM)
     both[0].communicate()
     run = only_run(folder / "with")
     until = min(stopped or end, begin + length)

@@ -33,8 +33,7 @@ def forked(
     """(exit code, stdout, stderr) of a process of its own that calls `target(*arguments)` in `folder`."""
     with TemporaryDirectory() as streams:
         outputs = [Path(streams) / name for name in ("stdout", "stderr")]
-        process = CONTEXT.Process(target=_process, args=(target, arguments, folder, dict(env), outputs))
-        process.start()
+        process = started(target, *arguments, folder=folder, env=env, outputs=outputs)
         process.join(seconds)
         hangs = process.is_alive()
         if hangs:
@@ -43,6 +42,15 @@ def forked(
         stdout, stderr = (path.read_text() for path in outputs)
         assert not hangs and process.exitcode is not None, (target, arguments, stdout, stderr)
         return process.exitcode, stdout, stderr
+
+
+def started(
+    target: Callable[..., Any], *arguments: Any, folder: Path, env: Mapping[str, str], outputs: list[Path]
+) -> Any:
+    """The process of `forked`, which runs; `outputs` are the files of its stdout and stderr."""
+    process = CONTEXT.Process(target=_process, args=(target, arguments, folder, dict(env), outputs))
+    process.start()
+    return process
 
 
 def as_main(module: str, arguments: list[str]) -> None:
@@ -123,12 +131,12 @@ def _fork_ranks(outputs: list[Path]) -> None:
         SubprocessHandler,
     )
 
-    started = SubprocessHandler._popen
+    start_fresh = SubprocessHandler._popen
 
     def popen(self: Any, args: tuple[str, ...], env: dict[str, str]) -> Any:
         is_rank = args[1:3] == ("-m", "accumexp.environment.worker")
         forks = is_rank and not FRESH_RANKS.keys() & env.keys()
-        return _Rank(args, env, outputs) if forks else started(self, args, env)
+        return _Rank(args, env, outputs) if forks else start_fresh(self, args, env)
 
     SubprocessHandler._popen = popen
     # A forked process knows the address of the server that it comes from, not that this still runs.

@@ -12,7 +12,7 @@ import pytest
 
 from accumexp.errors import TrainingError, UsageError
 from accumexp.report import __main__ as report
-from accumexp.tracking import MLflowTracker, reopen, sender
+from accumexp.tracking import MLflowTracker, Store, reopen, sender
 from accumexp.tracking.folder import RunFolder, RunStatus
 from accumexp.tracking.outbox import Outbox, described, read_unsent
 from accumexp.tracking.sync import send_unsent, unsent_runs
@@ -339,3 +339,31 @@ def test_what_is_left_is_counted_in_words() -> None:
     points = {"points": [["a", 1.0, 0, 0], ["b", 1.0, 0, 0]]}
     assert described([points, {"status": "FINISHED", "time": 0}]) == "2 points and the end"
     assert described([points, points]) == "4 points"
+
+
+def test_the_load_of_the_machine_is_sent_too_and_goes_on_at_a_resume(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("accumexp.tracking.system_metrics.INTERVAL", 0.05)
+    (folder / "run").mkdir()
+    run, config = RunFolder(folder / "run"), config_at(folder)
+    config.system_metrics = True
+    store = Store(config)
+    tracker = MLflowTracker(store, store.create_run(None, {}), config, folder=run)
+    assert measured(tracker, 3) == [0, 1, 2]
+    again = reopen(config, tracker.identity(), folder=run)
+    assert isinstance(again, MLflowTracker)
+    assert measured(again, 6) == [0, 1, 2, 3, 4, 5]
+
+
+def measured(tracker: MLflowTracker, count: int) -> list[int]:
+    """The first `count` steps of the machine's load; ends the run once it has so many."""
+
+    def steps() -> list[int]:
+        tracker.flush()
+        return [step for step, _ in history(tracker, "system/cpu_utilization_percentage")]
+
+    until(lambda: len(steps()) >= count)
+    tracker.end(RunStatus.FINISHED)
+    assert len(set(steps())) == len(steps())
+    return steps()[:count]

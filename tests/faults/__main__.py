@@ -1,0 +1,98 @@
+"""Injects faults into real runs, and prints what came of them: `python -m tests.faults [part ...]`."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import track
+from rich.table import Table
+
+from .kills import Kill, Outcome, random_kills, reference, tried
+from .outages import LONG, TITLES, outages
+
+console = Console(width=140)
+
+
+def kills(folder: Path, count: int, seed: int) -> bool:
+    """`count` kills of one process, and a tenth as many of two ranks."""
+    outcomes: list[Outcome] = []
+    for ranks, number in ((False, count), (True, max(1, count // 10))):
+        never_stopped, seconds = reference(folder / f"reference-{ranks}", ranks)
+        trials: list[Kill] = list(random_kills(number, seed, seconds, ranks))
+        for index, kill in enumerate(track(trials, "kills", console=console, transient=True)):
+            trial = folder / f"kill-{ranks}-{index}"
+            outcome = tried(trial, kill, never_stopped)
+            outcomes.append(outcome)
+            if outcome.good:
+                shutil.rmtree(trial)
+            else:
+                console.print(escape(f"{trial}: {outcome}"), style="red")
+    table = Table(
+        "killed", "tried", "before the end", "resumed", "same bits", "doubled", "partial", "still RUNNING"
+    )
+    kinds: dict[str, list[Outcome]] = defaultdict(list)
+    for outcome in outcomes:
+        kinds[outcome.kill.kind].append(outcome)
+    for kind, of_kind in [*sorted(kinds.items()), ("all", outcomes)]:
+        resumed = [one for one in of_kind if one.resumed]
+        counts = (
+            len(of_kind),
+            sum(one.reached for one in of_kind),
+            len(resumed),
+            sum(not one.different for one in resumed),
+            sum(bool(one.doubled) for one in of_kind),
+            sum(bool(one.partial) for one in of_kind),
+            sum(one.running for one in of_kind),
+        )
+        table.add_row(kind, *map(str, counts))
+    console.print(table)
+    return all(outcome.good for outcome in outcomes)
+
+
+def server(folder: Path, count: int, seed: int) -> bool:
+    """A server that fails for good, for 20 seconds, and when the run gets SIGTERM."""
+    modes = ("refuse", "500", "hang", "lose")
+    table = Table(*TITLES)
+    found = [
+        *outages(folder / "for_good", modes, [LONG], updates=2000),
+        *outages(folder / "short", modes, [20.0], updates=4000),
+        *outages(folder / "stopped", modes, [LONG], updates=100000, stop_after=8.0),
+    ]
+    for outage in found:
+        table.add_row(*outage.row())
+    console.print(table)
+    return not any(outage.lost or outage.doubled for outage in found)
+
+
+PARTS: dict[str, Callable[[Path, int, int], bool]] = {"kills": kills, "server": server}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser("python -m tests.faults", description=__doc__)
+    parser.add_argument("parts", nargs="*", choices=[[], *PARTS], help="all by default")
+    parser.add_argument("--kills", type=int, default=200, help="kills of one process (default 200)")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    good = True
+    for part in options.parts or PARTS:
+        begin = time.monotonic()
+        folder = Path(tempfile.mkdtemp(prefix=f"faults-{part}-"))
+        good = PARTS[part](folder, options.kills, options.seed) and good
+        console.print(f"{part}: {time.monotonic() - begin:.0f} s, seed {options.seed}", highlight=False)
+        if good:
+            shutil.rmtree(folder, ignore_errors=True)
+        else:
+            console.print(f"what failed is in {folder}", highlight=False)
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
