@@ -52,7 +52,8 @@ class Outbox:
     def flush(self) -> None:
         """Makes what was added survive the end of this process."""
         with self._lock:
-            self._file.flush()
+            if not self._file.closed:
+                self._file.flush()
 
     def take(self, most: int | None = None) -> tuple[list[Entry], list[int]]:
         """The oldest entries, at most `most`, and for each the argument of `sent` once it is sent."""
