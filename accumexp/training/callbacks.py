@@ -142,7 +142,7 @@ class Best:
 
     def improved(self, values: dict[str, float]) -> bool:
         value = values.get(self.monitor, math.nan)
-        if math.isnan(value):
+        if not math.isfinite(value):
             return False
         if self.value is not None and self.sign * (value - self.value) <= self.min_delta:
             return False
