@@ -47,10 +47,12 @@ def evaluate(checkpoint: str, split: str, overrides: list[str], as_json: bool) -
 
     from .environment.console import show_values
     from .training.experiment import Experiment
+    from .training.preflight import try_example
     from .training.trained_model import load_weights
 
     experiment = Experiment.build(config)
     load_weights(experiment.model, content, path)
+    try_example(experiment, split)
     batches = experiment.splits.test if split == "test" else experiment.splits.eval
     values = experiment.evaluator(experiment.model, batches)
     if as_json:

@@ -18,8 +18,9 @@ from ..environment.memory import free_bytes
 from ..environment.random_state import drawn_from
 from ..errors import UsageError, first_line
 from .batches import Batches, ResidentBatches, Share
+from .labels import LabelCheck
 from .raw import concatenated, raw_tensors
-from .samples import Collate, LabelCheck, Layout
+from .samples import Collate, Layout
 from .stream import StreamBatches, first_samples, stream_length
 from .streamed import SampleTransform, StreamedBatches
 from .transforms import BatchAugment
@@ -167,6 +168,7 @@ class _BatchesFactory:
         if by_sample is None and self._resident(dataset):
             inputs, targets = self._tensors(dataset, key)
             resident = ResidentBatches(inputs, targets, indices, batch_size, augment=on_device, **options)
+            resident.key, resident.weighted = key, self.layout.weight is not None
             few = indices[:EXAMPLES].to(tensors(inputs)[0].device)
             resident.example = (
                 map_tensors(lambda tensor: tensor[few], inputs),
@@ -178,7 +180,7 @@ class _BatchesFactory:
                 "data.resident=true: data.augment works sample by sample, so it needs "
                 "data.resident=false, or a BatchAugment such as accumexp.data.ShiftAndFlip"
             )
-        collate = Collate(key, self.layout, self.collate, self.labels)
+        collate = Collate(key, self.layout, self.collate, [self.labels])
         arguments: dict[str, Any] = {
             "collate": collate,
             "transform": self.transform,
@@ -197,11 +199,13 @@ class _BatchesFactory:
             batches: Batches = StreamBatches(dataset, indices, batch_size, length=length, **arguments)
             first = first_samples(dataset, EXAMPLES, key)
             few = [change(lambda s=s: s, 0, k) for k, s in enumerate(first)]
+            numbers = list(range(len(few)))
         else:
             batches = StreamedBatches(dataset, indices, batch_size, **arguments)
-            few = [change(lambda i=i: dataset[i], 0, i) for i in indices[:EXAMPLES].tolist()]
+            numbers = indices[:EXAMPLES].tolist()
+            few = [change(lambda i=i: dataset[i], 0, i) for i in numbers]
         # Before the first update, and in this process, where errors are the plainest.
-        batches.example = self.place(*collate(few)) if few else None
+        batches.example = self.place(*collate(few, numbers)) if few else None
         return batches
 
     def _resident(self, dataset: Dataset[Any]) -> bool:
@@ -232,7 +236,7 @@ class _BatchesFactory:
                 inputs, targets = self._read_samples(dataset, data_key)
             else:
                 inputs, targets = self._transformed(raw[0]), raw[1]
-                self.labels(cast(Any, targets)[0] if self.layout.weight is not None else targets)
+                self.labels(cast(Any, targets)[0] if self.layout.weight is not None else targets, data_key)
             self._read[key] = self.place(inputs, targets)
         return self._read[key]
 
@@ -250,13 +254,14 @@ class _BatchesFactory:
     def _read_samples(self, dataset: Dataset[Any], key: str) -> tuple[Nested, Nested]:
         from rich.progress import track
 
-        collate = Collate(key, self.layout, labels=self.labels)
+        collate = Collate(key, self.layout, checks=[self.labels])
         change = SampleTransform(collate, self.transform, None, 0)
         chunks: list[tuple[Any, Any]] = []
         with drawn_from(0):
             every = torch.arange(_length(dataset, key)).split(256)
             for indices in track(every, "reading data", transient=True):
-                chunks.append(collate([change.read(lambda i=i: dataset[i], i) for i in indices.tolist()]))
+                numbers = indices.tolist()
+                chunks.append(collate([change.read(lambda i=i: dataset[i], i) for i in numbers], numbers))
         try:
             return concatenated([c[0] for c in chunks]), concatenated([c[1] for c in chunks])
         except (RuntimeError, KeyError, ValueError) as error:
