@@ -51,6 +51,8 @@ def evaluate(checkpoint: str, split: str, overrides: list[str], as_json: bool) -
     from .training.trained_model import load_weights
 
     experiment = Experiment.build(config)
+    if split == "eval" and not experiment.splits.has_eval:
+        raise UsageError("split=eval: data.eval_fraction=0 holds no samples out, take split=test")
     load_weights(experiment.model, content, path)
     try_example(experiment, split)
     batches = experiment.splits.test if split == "test" else experiment.splits.eval

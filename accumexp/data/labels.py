@@ -1,4 +1,4 @@
-"""Checks of targets before a loss gets them. A label out of range ends a GPU's context, or is an IndexError."""
+"""Checks of targets before a loss gets them: a GPU answers a label out of range by ending the process."""
 
 from __future__ import annotations
 

@@ -34,11 +34,16 @@ EXAMPLES = 4
 
 @dataclass(frozen=True)
 class Splits:
-    """The batches of training, of the evaluation at each epoch's end, and of the final test."""
+    """The batches of training, of the evaluation at each epoch's end, and of the final test.
+
+    Attributes:
+        has_eval: whether there are samples for `eval`; if not, it is `test` and not evaluated.
+    """
 
     train: Batches
     eval: Batches
     test: Batches
+    has_eval: bool = True
 
 
 @dataclass(frozen=True)
@@ -100,7 +105,8 @@ def build_splits(
     for key, indices, given in (("data.eval", eval_indices, config.eval), ("data.test", test_indices, True)):
         if given and not len(indices):
             raise UsageError(f"{key}: has no samples, and a score of none is no score; give it some")
-    if not len(eval_indices):
+    has_eval = len(eval_indices) > 0
+    if not has_eval:
         eval_set, eval_indices = test_set, test_indices
 
     transform = build(config.transform, "data.transform") if config.transform else None
@@ -138,6 +144,7 @@ def build_splits(
         train=train,
         eval=batches(eval_set, eval_indices, config.eval_batch_size, key=eval_key, share=whole),
         test=batches(test_set, test_indices, config.eval_batch_size, key="data.test", share=whole),
+        has_eval=has_eval,
     )
 
 

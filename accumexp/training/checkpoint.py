@@ -203,9 +203,9 @@ class Checkpoints(Callback):
             self._save(trainer, {})
 
     def evaluated(self, trainer: Trainer, split: str, values: dict[str, float]) -> None:
-        if split == "eval":
-            self._evaluated = dict(values)
-            self._improved |= self.best.improved(values)
+        if split in trainer.evaluated_splits:
+            self._evaluated.update(values)
+            self._improved |= split == self.best.split and self.best.improved(values)
 
     def epoch_end(self, trainer: Trainer) -> None:
         due = self.every_epochs and trainer.progress.epoch % self.every_epochs == 0

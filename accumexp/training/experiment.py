@@ -25,6 +25,7 @@ from .components import (
     build_loss_scale,
     build_metrics,
     build_model,
+    check_monitored,
     ignored_label,
     placement,
 )
@@ -173,6 +174,8 @@ class Experiment:
         node, config = self.config.scheduler, self.config
         # A schedule's own `mode` is not that of the metric, unless it is stepped with the metric.
         offered = {"mode": config.mode} if takes_metric(node) else {}
+        if takes_metric(node):
+            check_monitored("monitor", config.monitor, self.splits.has_eval)
         made = build(node, "scheduler", optimizer, total_updates=updates or self.updates, **offered)
         return steppable(made, str(node.get("_target_")), config.monitor)
 
@@ -199,7 +202,7 @@ class Experiment:
             self.evaluator,
             build_metrics(config, self.device),
             metrics_sink,
-            build_callbacks(config),
+            build_callbacks(config, self.splits.has_eval),
             options or self.options,
             graphs(window, self.splits.train, self.device) if loop.graph else None,
         )

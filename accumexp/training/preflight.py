@@ -52,12 +52,6 @@ def check_experiment(experiment: Experiment, changed: Collection[str] = ()) -> N
     warning = workers_warning(experiment.config.data.workers, ranks.local_size)
     if warning and ranks.first and isinstance(train, StreamedBatches):
         log.warning(warning)
-    data = experiment.config.data
-    if ranks.first and not data.eval and not data.eval_fraction:
-        log.warning(
-            "data.eval_fraction=0: eval/* is of the test split, and so is what best.pt is chosen by; hold "
-            "samples out, or give data.eval"
-        )
 
 
 def try_example(experiment: Experiment, split: str = "train") -> None:
@@ -134,9 +128,10 @@ def _check_values(experiment: Experiment) -> None:
         log.debug("metrics of a few samples failed", exc_info=True)
         return
     monitor = experiment.config.monitor
-    name = monitor.removeprefix("eval/").removeprefix("ema_")
+    split, _, name = monitor.partition("/")
+    name = name.removeprefix("ema_")
     if name != "loss" and name not in values:
-        each = [f"eval/{other}" for other in values if other.startswith(f"{name.partition('/')[0]}/")]
+        each = [f"{split}/{other}" for other in values if other.startswith(f"{name.partition('/')[0]}/")]
         if each:
             raise UsageError(f"monitor={monitor}: has several values, take one of {each[0]} to {each[-1]}")
 
