@@ -14,6 +14,7 @@ from ..accum import is_out_of_memory
 from ..accum.batch import Nested, map_tensors, tensors
 from ..config.instantiate import build, lacks_argument
 from ..config.schema import DataConfig
+from ..environment.cores import most_workers
 from ..environment.memory import free_bytes
 from ..environment.random_state import drawn_from
 from ..errors import UsageError, first_line
@@ -193,7 +194,7 @@ class _BatchesFactory:
             "transform": self.transform,
             "sample_augment": by_sample,
             "place": self.place,
-            "workers": self.config.workers,
+            "workers": min(self.config.workers, most_workers()),
             "prefetch": self.config.prefetch,
             "pin_memory": self.place.device.type == "cuda",
             "augment": on_device,

@@ -35,7 +35,13 @@ def announce(experiment: Experiment, trainer: Trainer, unequal: Sequence[Inequal
         highlight=False,
         soft_wrap=True,
     )
-    for line in [*_doubtful_settings(config), *_doubtful_choice(config.monitor, experiment.splits.has_eval)]:
+    doubtful = [*_doubtful_settings(config), *_doubtful_choice(config.monitor, experiment.splits.has_eval)]
+    if train.samples < train.batch_size:
+        doubtful.append(
+            f"data.batch_size={train.batch_size}: there are {train.samples} samples, every update takes the "
+            "whole set"
+        )
+    for line in doubtful:
         console.print(f"warning: {line}", style="yellow", soft_wrap=True)
     warn(unequal)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -57,7 +58,9 @@ def build_model(config: Config) -> nn.Module:
         UsageError: naming the key that cannot be built.
     """
     split = {"window_steps": config.accum.steps, "micro_batch_size": config.accum.micro_batch_size}
-    model = build(config.model, "model", **split)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Initializing zero-element tensors")
+        model = build(config.model, "model", **split)
     if not isinstance(model, nn.Module):
         made = f"{config.model['_target_']} made a {type(model).__name__}"
         raise UsageError(f"model: {made}, a torch.nn.Module is needed")

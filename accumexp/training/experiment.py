@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -37,6 +38,7 @@ from .optimizers import build_optimizer
 from .progress import LoopOptions, default_log_every
 from .trainer import Trainer
 
+log = logging.getLogger(__name__)
 ALONE = RankInfo()
 
 
@@ -217,5 +219,9 @@ def _set_threads(config: Config, rank_info: RankInfo) -> None:
     threads = config.trainer.threads
     if threads is None and rank_info.size > 1:
         threads = max(1, cores() // rank_info.local_size)
+    if threads and threads > cores():
+        if rank_info.first:
+            log.warning("trainer.threads=%d: this machine has %d cores, as many are taken", threads, cores())
+        threads = cores()
     if threads:
         torch.set_num_threads(threads)

@@ -21,7 +21,7 @@ from ..accum.batch import map_tensors, rank_share, steps_for
 from ..accum.loss import WeightedSamples
 from ..data import Batches, StreamedBatches
 from ..data.labels import ClassIndices, Probabilities, TargetCheck
-from ..environment.cores import cores
+from ..environment.cores import cores, most_workers
 from ..environment.random_state import random_state, restore_random_state
 from ..errors import TrainingError, UsageError, compiler_error, first_line
 from .evaluated_schedule import takes_metric
@@ -250,4 +250,7 @@ def workers_warning(workers: int, ranks_here: int = 1) -> str | None:
         return None
     each = f" on each of {ranks_here} ranks" if ranks_here > 1 else ""
     best = max(1, available // ranks_here)
-    return f"data.workers={workers}{each}: this machine has {available} cores, take data.workers={best}"
+    started = f"; {most_workers()} are started" if workers > most_workers() else ""
+    return (
+        f"data.workers={workers}{each}: this machine has {available} cores, take data.workers={best}{started}"
+    )
