@@ -169,6 +169,22 @@ class RunFolder:
             return True
         return False
 
+    def launch_lock(self, launch: int) -> FileLock:
+        """The lock of launch `launch` of the sweep in this folder, which the process that launches it holds."""
+        return FileLock(self.path / f".launch-{launch}.lock")
+
+    def sweep_held(self) -> bool:
+        """Whether a running process launches the sweep in this folder or works on one of its jobs."""
+        try:
+            for lock in self.path.glob(".launch-*.lock"):
+                with FileLock(lock, timeout=0):
+                    pass
+        except Timeout:
+            return True
+        return any(RunFolder(lock.parent).held() for lock in self.path.rglob(".*s.lock")) or any(
+            RunFolder(lock.parent).held() for lock in self.path.rglob(".job.lock")
+        )
+
     def check_free(self, key: str) -> None:
         """
         Raises:

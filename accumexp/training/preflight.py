@@ -250,7 +250,5 @@ def workers_warning(workers: int, ranks_here: int = 1) -> str | None:
         return None
     each = f" on each of {ranks_here} ranks" if ranks_here > 1 else ""
     best = max(1, available // ranks_here)
-    started = f"; {most_workers()} are started" if workers > most_workers() else ""
-    return (
-        f"data.workers={workers}{each}: this machine has {available} cores, take data.workers={best}{started}"
-    )
+    line = f"data.workers={workers}{each}: this machine has {available} cores, take data.workers={best}"
+    return f"{line}; {most_workers()} are started" if workers > most_workers() else line
