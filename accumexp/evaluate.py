@@ -37,10 +37,12 @@ def main() -> None:
 def evaluate(checkpoint: str, split: str, overrides: list[str], as_json: bool) -> dict[str, float]:
     """Prints and returns loss and metrics of `checkpoint` on `split`."""
     from .config.overrides import changed
+    from .tracking.folder import RunFolder
     from .training.checkpoint import find, load
 
     path = find(Path(checkpoint), best=True)
     content = load(path)
+    RunFolder.of_checkpoint(path).close_if_dead()
     # One process evaluates, whatever has trained.
     alone = ["accum.strategy=standalone", "accum.processes=1"]
     config = changed(content["config"], [*alone, *overrides], content.get("interpolations"))

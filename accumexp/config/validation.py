@@ -11,10 +11,10 @@ from .sizes import AUTO, batch_sizes, in_bytes, processes
 def check(config: Config) -> Config:
     """Fills in ranks, precision and batch sizes. Raises a `UsageError` that names the key of a bad value."""
     check_ranges(config)
-    data = {"train": config.data.train, "eval": config.data.eval, "test": config.data.test}
-    groups = ("model", "loss", "optimizer", "scheduler", "callbacks", "metrics")
-    for group, node in {"data": data, **{name: getattr(config, name) for name in groups}}.items():
-        check_numbers(node, group)
+    for group in ("model", "loss", "optimizer", "scheduler", "callbacks", "metrics"):
+        check_numbers(getattr(config, group), group)
+    for name in ("train", "eval", "test", "transform", "augment", "collate", "sampler"):
+        check_numbers(getattr(config.data, name), f"data.{name}")
     data, accum, trainer = config.data, config.accum, config.trainer
     standalone = accum.strategy is Strategy.standalone
     accum.processes = processes(accum.processes, standalone, config.device)
