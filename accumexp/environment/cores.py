@@ -12,4 +12,4 @@ def cores() -> int:
 
 def most_workers() -> int:
     """The most data workers that a process starts: a few for each core, which may wait for a disk."""
-    return max(16, 4 * cores())
+    return max(8, 2 * cores())

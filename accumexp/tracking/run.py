@@ -11,7 +11,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -67,6 +67,9 @@ class Tracker:
     def checkpoint(self, path: Path, update: int, evaluated: Mapping[str, float]) -> None:
         """Uploads a checkpoint, and makes an evaluated one a logged model."""
 
+    def keep_models(self, updates: Collection[int]) -> None:
+        """Removes the logged models of other updates, which an earlier stop has left."""
+
     def end(self, status: RunStatus) -> None:
         """Ends the run as FINISHED, FAILED or KILLED."""
 
@@ -87,12 +90,20 @@ class MLflowTracker(Tracker):
         self._failing = False
         self._times: dict[tuple[str, int], int] = {}  # (key, step): milliseconds since 1970
         self._logged = frozenset[tuple[str, int]]()
-        self._models: set[str] = set()
+        self._models: dict[str, str] = {}  # id by name
+        self._final_updates: float | None = None  # of `final/*` that an earlier process has logged
         self._infinite: set[str] = set()
         if resumed:
+            from mlflow.entities import LoggedModelStatus
+
             query = f"source_run_id = '{run_id}'"
             models = store.client.search_logged_models([store.experiment_id], filter_string=query)
-            self._models = {model.name for model in models}
+            for model in models:
+                if model.status == LoggedModelStatus.READY:
+                    self._models[model.name] = model.model_id
+                else:  # of a process that was killed in the upload
+                    store.client.delete_logged_model(model.model_id)
+            self._final_updates = store.client.get_run(run_id).data.metrics.get("final/updates")
             self._times = self._history()
             self._logged = frozenset(point for point in self._times if not point[0].startswith("final/"))
             store.client.update_run(run_id, status=RunStatus.RUNNING)
@@ -180,6 +191,8 @@ class MLflowTracker(Tracker):
                 )
 
     def final(self, values: Mapping[str, float]) -> None:
+        if values and values.get("updates") == self._final_updates:
+            return
         self.log(0, {f"final/{key}": value for key, value in values.items()})
         self.flush()
 
@@ -204,7 +217,6 @@ class MLflowTracker(Tracker):
                 tags={"accumexp.checkpoint": f"checkpoints/{path.name}"},
                 model_type="checkpoint",
             )
-            client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
             # With the time of the run's own points, MLflow does not store them twice.
             metrics = [
                 Metric(key, value, self._times.get((key, update), now), update, model_id=model.model_id)
@@ -212,8 +224,18 @@ class MLflowTracker(Tracker):
             ]
             client.log_batch(self.run_id, metrics)
             client.log_outputs(self.run_id, [LoggedModelOutput(model.model_id, update)])
+            client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
+            self._models[f"update-{update}"] = model.model_id
         except Exception as error:
             log.warning("tracking: no logged model for %s: %s", path, error)
+
+    def keep_models(self, updates: Collection[int]) -> None:
+        kept = {f"update-{update}" for update in updates}
+        try:
+            for name in self._models.keys() - kept:
+                self.store.client.delete_logged_model(self._models.pop(name))
+        except Exception as error:
+            log.warning("tracking: a logged model of an earlier stop is not removed: %s", error)
 
     def end(self, status: RunStatus) -> None:
         if self._monitor:
