@@ -13,8 +13,6 @@ def check(config: Config) -> Config:
     check_ranges(config)
     for group in ("model", "loss", "optimizer", "scheduler", "callbacks", "metrics"):
         check_numbers(getattr(config, group), group)
-    for name in ("train", "eval", "test", "transform", "augment", "collate", "sampler"):
-        check_numbers(getattr(config.data, name), f"data.{name}")
     data, accum, trainer = config.data, config.accum, config.trainer
     standalone = accum.strategy is Strategy.standalone
     accum.processes = processes(accum.processes, standalone, config.device)
