@@ -289,7 +289,7 @@ class Trainer:
             self.window.sync.share_buffers()
             batches = self.splits.test if split == "test" else self.splits.eval
             values = {f"{split}/{k}": v for k, v in self.evaluator(self.model, batches).items()}
-            if math.isnan(values[f"{split}/loss"]):
+            if math.isnan(values[f"{split}/loss"]) and not self.window.sync.ranks.rank:
                 log.warning("%s/loss is nan: the loss is, or it ignores all targets of data.%s", split, split)
             self._emit("evaluated", split, values)
             values = as_numbers(values)
