@@ -40,7 +40,7 @@ class FiniteCheck:
     def __call__(self, trainer: Trainer) -> str | None:
         """The first of them on this rank that is not finite, described, or None. Waits for the device."""
         saved = {n: t for n, t in _tensors(trainer.model.state_dict()) if n not in self._passed_over}
-        names = {parameter: name for name, parameter in trainer.model.named_parameters()}
+        names: dict[Tensor, str] = {parameter: name for name, parameter in trainer.model.named_parameters()}
         for parameter, state in trainer.optimizer.state.items():
             for key, value in _tensors(state):
                 if value.dim():  # not a count of steps

@@ -34,7 +34,7 @@ class KilledInUpload(Callback):
             def artifact(tracker: Any, path: Path, folder: str | None = None) -> None:
                 _kill() if path.name == "metrics.jsonl" else upload(tracker, path, folder)
 
-            MLflowTracker.artifact = artifact
+            MLflowTracker.artifact = artifact  # pyright: ignore[reportAttributeAccessIssue]
         elif place == "end":
             MLflowTracker.end = _kill
 
