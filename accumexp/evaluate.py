@@ -37,20 +37,26 @@ def main() -> None:
 def evaluate(checkpoint: str, split: str, overrides: list[str], as_json: bool) -> dict[str, float]:
     """Prints and returns loss and metrics of `checkpoint` on `split`."""
     from .config.overrides import changed
+    from .tracking.folder import RunFolder
     from .training.checkpoint import find, load
 
     path = find(Path(checkpoint), best=True)
     content = load(path)
+    RunFolder.of_checkpoint(path).close_if_dead()
     # One process evaluates, whatever has trained.
     alone = ["accum.strategy=standalone", "accum.processes=1"]
     config = changed(content["config"], [*alone, *overrides], content.get("interpolations"))
 
     from .environment.console import show_values
     from .training.experiment import Experiment
+    from .training.preflight import try_example
     from .training.trained_model import load_weights
 
     experiment = Experiment.build(config)
+    if split == "eval" and not experiment.splits.has_eval:
+        raise UsageError("split=eval: data.eval_fraction=0 holds no samples out, take split=test")
     load_weights(experiment.model, content, path)
+    try_example(experiment, split)
     batches = experiment.splits.test if split == "test" else experiment.splits.eval
     values = experiment.evaluator(experiment.model, batches)
     if as_json:

@@ -27,6 +27,7 @@ class LossScale:
         good: updates since the last change of the scale or overflow.
         skipped: windows that overflowed.
         in_vain: windows that overflowed at the smallest scale since the last one without overflow.
+        in_a_row: windows that overflowed at any scale since the last one without overflow.
 
     Raises:
         ValueError: for a value out of range.
@@ -62,12 +63,14 @@ class LossScale:
         self.good = torch.zeros((), dtype=torch.int64, device=device)
         self.skipped = torch.zeros_like(self.good)
         self.in_vain = torch.zeros_like(self.good)
+        self.in_a_row = torch.zeros_like(self.good)
 
     def update(self, overflow: Tensor) -> None:
         """Updates the scale and the counters after a window; `overflow` is a bool of shape ()."""
         at_min_scale = overflow & (self.scale <= self.min_scale)
         # In place, because a recorded step works on these addresses.
         self.in_vain.copy_(torch.where(overflow, self.in_vain + at_min_scale, 0))
+        self.in_a_row.copy_(torch.where(overflow, self.in_a_row + 1, 0))
         self.skipped.add_(overflow)
         if not self.dynamic:
             return
@@ -80,15 +83,18 @@ class LossScale:
         self.good.copy_(torch.where(grows, 0, good))
 
     def counters(self) -> Tensor:
-        """(scale, skipped, in_vain) in fp64, shape (3,), which can be read in one transfer."""
-        return torch.stack([self.scale.double(), self.skipped.double(), self.in_vain.double()])
+        """(scale, skipped, in_vain, in_a_row) in fp64, shape (4,), which can be read in one transfer."""
+        return torch.stack(
+            [each.double() for each in (self.scale, self.skipped, self.in_vain, self.in_a_row)]
+        )
 
     def state_dict(self) -> dict[str, Any]:
         return {name: getattr(self, name).to("cpu", copy=True) for name in _STATE}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for name in _STATE:
-            getattr(self, name).copy_(state[name])
+            if name in state:  # that of an earlier version has no `in_a_row`
+                getattr(self, name).copy_(state[name])
 
 
-_STATE = ("scale", "good", "skipped", "in_vain")
+_STATE = ("scale", "good", "skipped", "in_vain", "in_a_row")

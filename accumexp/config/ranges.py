@@ -88,6 +88,23 @@ def require(name: str, value: float | None, **limits: Any) -> None:
         raise ValueError(f"{name}={value}: {refusal}")
 
 
+def check_numbers(node: Any, key: str) -> None:
+    """
+    Raises:
+        UsageError: naming the first number in a `_target_` node that is nan or has more than 64 bits.
+    """
+    if isinstance(node, Mapping):
+        for name, value in node.items():
+            check_numbers(value, f"{key}.{name}")
+    elif isinstance(node, list):
+        for index, value in enumerate(node):
+            check_numbers(value, f"{key}.{index}")
+    elif isinstance(node, float) and math.isnan(node):
+        raise UsageError(f"{key}=nan: is no number, give one")
+    elif isinstance(node, int) and abs(node) > LARGEST:
+        raise UsageError(f"{key}={node}: at most {LARGEST}")
+
+
 # What torch accepts of its optimizers' settings although no training goes well with it.
 USUAL = {
     "lr": Range(at_least=0),

@@ -103,9 +103,9 @@ class DataConfig:
     augment: dict[str, Any] | None = field(default_factory=dict)
     num_classes: int = count(MISSING, at_least=0)
     # The shape of samples, for models that need it: of images, or the tokens in the longest text.
-    channels: int | None = count(MISSING)
-    image_size: int | None = count(MISSING)
-    length: int | None = count(MISSING)
+    channels: int | None = count(MISSING, at_most=65536)
+    image_size: int | None = count(MISSING, at_most=16384)
+    length: int | None = count(MISSING, at_most=2**20)
     # Samples in one update. Null: accum.steps x accum.micro_batch_size, or 128.
     batch_size: int | None = count(None)
     eval_batch_size: int = count(256)
@@ -123,7 +123,7 @@ class DataConfig:
     # Null: the whole data set on the training device if it takes a quarter of the free memory at most.
     resident: bool | None = None
     workers: int = count(2, at_least=0, at_most=1024)
-    prefetch: int = count(2)
+    prefetch: int = count(2, at_most=1024)
 
 
 @dataclass

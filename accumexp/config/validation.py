@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..errors import UsageError
-from .ranges import check_ranges
+from .ranges import check_numbers, check_ranges
 from .schema import AccumConfig, Config, LossScaling, Precision, Reduction, Strategy
 from .sizes import AUTO, batch_sizes, in_bytes, processes
 
@@ -11,6 +11,8 @@ from .sizes import AUTO, batch_sizes, in_bytes, processes
 def check(config: Config) -> Config:
     """Fills in ranks, precision and batch sizes. Raises a `UsageError` that names the key of a bad value."""
     check_ranges(config)
+    for group in ("model", "loss", "optimizer", "scheduler", "callbacks", "metrics"):
+        check_numbers(getattr(config, group), group)
     data, accum, trainer = config.data, config.accum, config.trainer
     standalone = accum.strategy is Strategy.standalone
     accum.processes = processes(accum.processes, standalone, config.device)

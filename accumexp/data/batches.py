@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..accum.batch import Nested, map_tensors, rank_share, steps_for, tensors
 from ..environment.random_state import derive_seed
+from .labels import TargetCheck
 from .transforms import BatchAugment, keyed_uniforms
 from .user_sampler import SamplerOrder
 
@@ -105,6 +106,10 @@ class Batches:
         """The batches of `epoch`, from update `start` on."""
         raise NotImplementedError
 
+    def check_targets(self, check: TargetCheck) -> None:
+        """Applies `check` to the targets, at once where they are on the device, else as they are read."""
+        raise NotImplementedError
+
     def planned(self, epoch: int, start: int) -> Iterator[Batch]:
         """This rank's batches of `epoch`, from update `start` on, without inputs and targets."""
         for batch in self.order(epoch).split(self.batch_size)[start:]:
@@ -131,6 +136,10 @@ class ResidentBatches(Batches):
     Args:
         inputs, targets: of the whole data set, (samples, ...).
         indices, batch_size, options: those of `Batches`.
+
+    Attributes:
+        key: of the data set, for errors.
+        weighted: whether the targets are pairs (targets, weights).
     """
 
     def __init__(
@@ -139,6 +148,12 @@ class ResidentBatches(Batches):
         super().__init__(indices, batch_size, **options)
         self.inputs = inputs
         self.targets = targets
+        self.key = "data"
+        self.weighted = False
+
+    def check_targets(self, check: TargetCheck) -> None:
+        targets: Any = self.targets
+        check(targets[0] if self.weighted else targets, self.key)
 
     def planned(self, epoch: int, start: int) -> Iterator[Batch]:
         """As `Batches.planned`, with the indices on the device: one copy per epoch."""

@@ -34,7 +34,7 @@ def dataset_records(config: DataConfig, splits: Splits) -> list[DatasetRecord]:
     records = []
     for context, node, batches in (
         ("train", config.train, splits.train),
-        ("eval", config.eval or config.train, splits.eval),
+        *([("eval", config.eval or config.train, splits.eval)] if splits.has_eval else []),
         ("test", config.test, splits.test),
     ):
         source = json.dumps(to_plain(node))

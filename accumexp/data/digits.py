@@ -10,6 +10,10 @@ import numpy as np
 import torch
 from torch.utils.data import TensorDataset
 
+from ..environment.console import amount
+from ..environment.memory import free_bytes
+from ..errors import UsageError
+
 TEST_SAMPLES = 360
 
 
@@ -25,6 +29,9 @@ class Digits(TensorDataset):
     def __init__(self, train: bool, image_size: int = 32) -> None:
         pixels, labels = _table()
         images = torch.from_numpy(pixels).float().view(-1, 1, 8, 8) / 16
+        needed, free = 3 * 4 * len(images) * image_size**2, free_bytes(torch.device("cpu"))
+        if needed > free:  # before the system ends the process for it
+            raise UsageError(f"image_size={image_size}: needs {amount(needed)}, {amount(free)} are free")
         if image_size != 8:
             images = torch.nn.functional.interpolate(images, size=image_size, mode="bilinear")
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(1998))

@@ -9,16 +9,16 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 
 from ..accum.batch import Nested, batch_size
 from ..errors import UsageError, first_line
+from .labels import TargetCheck
 
 
 @dataclass(frozen=True)
@@ -148,16 +148,16 @@ class Collate:
     Attributes:
         key: of the data set, for errors.
         collate: of a list of samples; None for torch's default.
-        labels: checks the targets.
+        checks: of the targets.
     """
 
     key: str
     layout: Layout
     collate: Callable[[list[Any]], Any] | None = None
-    labels: Callable[[Any], None] | None = None
+    checks: list[TargetCheck] = field(default_factory=list)
 
-    def __call__(self, samples: list[Any]) -> tuple[Any, Any]:
-        """(inputs, targets) of `samples`.
+    def __call__(self, samples: list[Any], numbers: Sequence[int]) -> tuple[Any, Any]:
+        """(inputs, targets) of `samples`, whose numbers in the data set are `numbers`.
 
         Raises:
             UsageError: if they cannot be collated or hold anything but tensors.
@@ -181,8 +181,8 @@ class Collate:
         if self.layout.weight is not None and targets[1].dim() != 1:
             shape = tuple(targets[1].shape[1:])
             raise UsageError(f"data.weight={self.layout.weight}: one number a sample is needed, not {shape}")
-        if self.labels is not None:
-            self.labels(targets[0] if self.layout.weight is not None else targets)
+        for check in self.checks:
+            check(targets[0] if self.layout.weight is not None else targets, self.key, numbers)
         return inputs, targets
 
     def _collated(self, samples: list[Any]) -> Any:
@@ -232,32 +232,6 @@ def check_inputs(model: nn.Module, inputs: Nested) -> None:
             f"data.inputs: the samples give {given}, and {type(model).__name__}.forward takes {takes} "
             f"({error}); choose with data.inputs, data.target and data.weight, or rename in a data.collate"
         ) from error
-
-
-@dataclass(frozen=True)
-class LabelCheck:
-    """Refuses class labels beyond `classes`, other than the one that the loss ignores."""
-
-    classes: int
-    ignored: int | None = None
-
-    def __call__(self, targets: Any) -> None:
-        if self.classes <= 1 or not isinstance(targets, Tensor) or targets.is_floating_point():
-            return
-        if targets.dtype == torch.bool or targets.dim() > 1 and self.ignored is None or not targets.numel():
-            return
-        counted = targets if self.ignored is None else targets[targets != self.ignored]
-        if not counted.numel():
-            return
-        low, high = int(counted.min()), int(counted.max())
-        if high >= self.classes or low < 0 and self.ignored is not None:
-            ignored = (
-                "" if self.ignored is None else f", besides {self.ignored}, which loss.ignore_index ignores"
-            )
-            raise UsageError(
-                f"data.num_classes={self.classes}: the labels go from {low} up to {high}{ignored}; "
-                "give their number, or the loss's ignore_index"
-            )
 
 
 def _no_tensor(part: Any, name: str = "") -> tuple[str, str] | None:

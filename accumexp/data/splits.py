@@ -14,12 +14,14 @@ from ..accum import is_out_of_memory
 from ..accum.batch import Nested, map_tensors, tensors
 from ..config.instantiate import build, lacks_argument
 from ..config.schema import DataConfig
+from ..environment.cores import most_workers
 from ..environment.memory import free_bytes
 from ..environment.random_state import drawn_from
 from ..errors import UsageError, first_line
 from .batches import Batches, ResidentBatches, Share
+from .labels import LabelCheck
 from .raw import concatenated, raw_tensors
-from .samples import Collate, LabelCheck, Layout
+from .samples import Collate, Layout
 from .stream import StreamBatches, first_samples, stream_length
 from .streamed import SampleTransform, StreamedBatches
 from .transforms import BatchAugment
@@ -33,11 +35,16 @@ EXAMPLES = 4
 
 @dataclass(frozen=True)
 class Splits:
-    """The batches of training, of the evaluation at each epoch's end, and of the final test."""
+    """The batches of training, of the evaluation at each epoch's end, and of the final test.
+
+    Attributes:
+        has_eval: whether there are samples for `eval`; if not, it is `test` and not evaluated.
+    """
 
     train: Batches
     eval: Batches
     test: Batches
+    has_eval: bool = True
 
 
 @dataclass(frozen=True)
@@ -99,7 +106,8 @@ def build_splits(
     for key, indices, given in (("data.eval", eval_indices, config.eval), ("data.test", test_indices, True)):
         if given and not len(indices):
             raise UsageError(f"{key}: has no samples, and a score of none is no score; give it some")
-    if not len(eval_indices):
+    has_eval = len(eval_indices) > 0
+    if not has_eval:
         eval_set, eval_indices = test_set, test_indices
 
     transform = build(config.transform, "data.transform") if config.transform else None
@@ -137,6 +145,7 @@ def build_splits(
         train=train,
         eval=batches(eval_set, eval_indices, config.eval_batch_size, key=eval_key, share=whole),
         test=batches(test_set, test_indices, config.eval_batch_size, key="data.test", share=whole),
+        has_eval=has_eval,
     )
 
 
@@ -167,6 +176,7 @@ class _BatchesFactory:
         if by_sample is None and self._resident(dataset):
             inputs, targets = self._tensors(dataset, key)
             resident = ResidentBatches(inputs, targets, indices, batch_size, augment=on_device, **options)
+            resident.key, resident.weighted = key, self.layout.weight is not None
             few = indices[:EXAMPLES].to(tensors(inputs)[0].device)
             resident.example = (
                 map_tensors(lambda tensor: tensor[few], inputs),
@@ -178,13 +188,13 @@ class _BatchesFactory:
                 "data.resident=true: data.augment works sample by sample, so it needs "
                 "data.resident=false, or a BatchAugment such as accumexp.data.ShiftAndFlip"
             )
-        collate = Collate(key, self.layout, self.collate, self.labels)
+        collate = Collate(key, self.layout, self.collate, [self.labels])
         arguments: dict[str, Any] = {
             "collate": collate,
             "transform": self.transform,
             "sample_augment": by_sample,
             "place": self.place,
-            "workers": self.config.workers,
+            "workers": min(self.config.workers, most_workers()),
             "prefetch": self.config.prefetch,
             "pin_memory": self.place.device.type == "cuda",
             "augment": on_device,
@@ -197,11 +207,13 @@ class _BatchesFactory:
             batches: Batches = StreamBatches(dataset, indices, batch_size, length=length, **arguments)
             first = first_samples(dataset, EXAMPLES, key)
             few = [change(lambda s=s: s, 0, k) for k, s in enumerate(first)]
+            numbers = list(range(len(few)))
         else:
             batches = StreamedBatches(dataset, indices, batch_size, **arguments)
-            few = [change(lambda i=i: dataset[i], 0, i) for i in indices[:EXAMPLES].tolist()]
+            numbers = indices[:EXAMPLES].tolist()
+            few = [change(lambda i=i: dataset[i], 0, i) for i in numbers]
         # Before the first update, and in this process, where errors are the plainest.
-        batches.example = self.place(*collate(few)) if few else None
+        batches.example = self.place(*collate(few, numbers)) if few else None
         return batches
 
     def _resident(self, dataset: Dataset[Any]) -> bool:
@@ -232,7 +244,7 @@ class _BatchesFactory:
                 inputs, targets = self._read_samples(dataset, data_key)
             else:
                 inputs, targets = self._transformed(raw[0]), raw[1]
-                self.labels(cast(Any, targets)[0] if self.layout.weight is not None else targets)
+                self.labels(cast(Any, targets)[0] if self.layout.weight is not None else targets, data_key)
             self._read[key] = self.place(inputs, targets)
         return self._read[key]
 
@@ -250,13 +262,14 @@ class _BatchesFactory:
     def _read_samples(self, dataset: Dataset[Any], key: str) -> tuple[Nested, Nested]:
         from rich.progress import track
 
-        collate = Collate(key, self.layout, labels=self.labels)
+        collate = Collate(key, self.layout, checks=[self.labels])
         change = SampleTransform(collate, self.transform, None, 0)
         chunks: list[tuple[Any, Any]] = []
         with drawn_from(0):
             every = torch.arange(_length(dataset, key)).split(256)
             for indices in track(every, "reading data", transient=True):
-                chunks.append(collate([change.read(lambda i=i: dataset[i], i) for i in indices.tolist()]))
+                numbers = indices.tolist()
+                chunks.append(collate([change.read(lambda i=i: dataset[i], i) for i in numbers], numbers))
         try:
             return concatenated([c[0] for c in chunks]), concatenated([c[1] for c in chunks])
         except (RuntimeError, KeyError, ValueError) as error:

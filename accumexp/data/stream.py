@@ -18,6 +18,7 @@ from ..accum.batch import Nested, tensors
 from ..environment.random_state import derive_seed, drawn_from, random_state, restore_random_state
 from ..errors import UsageError
 from .batches import Batch, Batches
+from .labels import TargetCheck
 from .samples import Collate
 from .streamed import SampleTransform, leave_group, loaded_by_workers
 
@@ -73,6 +74,9 @@ class StreamBatches(Batches):
             "worker_init_fn": leave_group,
         }
 
+    def check_targets(self, check: TargetCheck) -> None:
+        self._reader.collate.checks.append(check)
+
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         batches = list(self.planned(epoch, start))
         self._reader.epoch, self._reader.wanted = epoch, [batch.indices.tolist() for batch in batches]
@@ -122,7 +126,7 @@ class _Reader(IterableDataset[Any]):
                 if position in needed:
                     samples[position] = self.transform(lambda s=sample: s, self.epoch, position)
                 position += 1
-            yield self.collate([samples[k] for k in wanted])
+            yield self.collate([samples[k] for k in wanted], wanted)
         if position == self.length and next(stream, _END) is not _END:
             log.warning(
                 "%s: the stream goes on after %d samples, which are left out", self.collate.key, position

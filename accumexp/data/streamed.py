@@ -16,6 +16,7 @@ from ..accum.batch import Nested, tensors
 from ..environment.random_state import derive_seed, drawn_from
 from ..errors import TrainingError, UsageError, first_line
 from .batches import Batch, Batches
+from .labels import TargetCheck
 from .samples import Collate, from_worker
 
 
@@ -50,6 +51,7 @@ class StreamedBatches(Batches):
     ) -> None:
         super().__init__(indices, batch_size, **options)
         self.place = place
+        self._checks = collate.checks
         self._sampler = _EpochSampler(self)
         with warnings.catch_warnings():
             # A run warns in one line that names the key (training.preflight).
@@ -66,6 +68,9 @@ class StreamedBatches(Batches):
                 # The default is torch's global generator, which is the run's.
                 generator=torch.Generator(),
             )
+
+    def check_targets(self, check: TargetCheck) -> None:
+        self._checks.append(check)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         self._sampler.epoch, self._sampler.start = epoch, start
@@ -156,7 +161,7 @@ class _CollateIndexed:
 
     def __call__(self, items: list[tuple[Any, int]]) -> tuple[Any, Any, Tensor]:
         samples, indices = zip(*items, strict=True)
-        return *self.collate(list(samples)), torch.tensor(indices)
+        return *self.collate(list(samples), indices), torch.tensor(indices)
 
 
 def loaded_by_workers(loader: DataLoader[Any]) -> Iterator[Any]:

@@ -9,6 +9,8 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from ..config.ranges import require
+
 
 class Scale:
     """Converts uint8 images (..., channels, height, width) to float32: `(x / 255 - mean) / std`."""
@@ -46,6 +48,9 @@ class ShiftAndFlip:
     shift: int = 4
     flip: bool = True
     uniforms = 3
+
+    def __post_init__(self) -> None:
+        require("shift", self.shift, at_least=0, at_most=16384, whole=True)
 
     def __call__(self, images: Tensor, draws: Tensor) -> Tensor:
         n, channels, height, width = images.shape

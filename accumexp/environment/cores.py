@@ -8,3 +8,8 @@ def cores() -> int:
     from joblib import cpu_count
 
     return cpu_count()
+
+
+def most_workers() -> int:
+    """The most data workers that a process starts: a few for each core, which may wait for a disk."""
+    return max(8, 2 * cores())

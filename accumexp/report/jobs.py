@@ -137,7 +137,7 @@ def _find_in_store(uri: str, run_id: str, folder: Path | None = None) -> Sweep:
         raise UsageError(f"sweep: {store.uri} has none yet; {REMEDY}")
     store.experiment_id = parent.experiment_id
     store.close_dead_runs()
-    return from_store(store, parent, folder)
+    return from_store(store, sweep_of(store, parent.run_id), folder)
 
 
 def from_store(store: Store, parent: PastRun, folder: Path | None = None) -> Sweep:

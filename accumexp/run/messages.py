@@ -13,6 +13,7 @@ from ..environment.device import device_name
 from ..environment.memory import MIB
 from ..tracking import Tracker
 from ..tracking.folder import RunFolder
+from ..training.checkpoint import saved_updates
 from ..training.experiment import Experiment
 from ..training.trainer import Trainer
 
@@ -34,7 +35,13 @@ def announce(experiment: Experiment, trainer: Trainer, unequal: Sequence[Inequal
         highlight=False,
         soft_wrap=True,
     )
-    for line in _doubtful_settings(config):
+    doubtful = [*_doubtful_settings(config), *_doubtful_choice(config.monitor, experiment.splits.has_eval)]
+    if train.samples < train.batch_size:
+        doubtful.append(
+            f"data.batch_size={train.batch_size}: there are {train.samples} samples, every update takes the "
+            "whole set"
+        )
+    for line in doubtful:
         console.print(f"warning: {line}", style="yellow", soft_wrap=True)
     warn(unequal)
 
@@ -45,6 +52,21 @@ def _doubtful_settings(config: Config) -> list[str]:
     if config.mode == "max" and config.monitor.endswith("loss"):
         lines.append(f"monitor={config.monitor}: with mode=max the largest is the best, usual is mode=min")
     return [*lines, *no_effect_lines(config)]
+
+
+def _doubtful_choice(monitor: str, has_eval: bool) -> list[str]:
+    """A line where the best model is chosen on the test split, as was asked for, or not at all."""
+    if monitor.startswith("test/"):
+        return [
+            f"monitor={monitor}: the best model is chosen on the test split, whose score it makes too good"
+        ]
+    if not has_eval:
+        on_test = monitor.replace("eval/", "test/", 1)
+        return [
+            "data.eval_fraction=0: no eval split: the last checkpoint is the model, without a best.pt; hold "
+            f"samples out, give data.eval, or choose on the test split by monitor={on_test}"
+        ]
+    return []
 
 
 def warn(unequal: Sequence[Inequality]) -> None:
@@ -76,6 +98,11 @@ def final_values(trainer: Trainer) -> dict[str, float]:
     return final
 
 
+def _newest(folder: RunFolder) -> str:
+    checkpoints = saved_updates(folder.checkpoints)
+    return str(checkpoints[-1]) if checkpoints else "the last update"
+
+
 def show_summary(final: dict[str, float], trainer: Trainer, tracker: Tracker, folder: RunFolder) -> None:
     """Prints the result of a finished run, its folder and its page in MLflow."""
     peak = f", {final['peak_memory_mib']:.0f} MiB at the peak" if "peak_memory_mib" in final else ""
@@ -89,6 +116,9 @@ def show_summary(final: dict[str, float], trainer: Trainer, tracker: Tracker, fo
         "ended by": trainer.stop_reason,
         "folder": folder.path,
         "best model": folder.best if folder.best.exists() else None,
+        "model": None
+        if trainer.evaluated_splits
+        else f"{_newest(folder)} (no eval split: the last is the model)",
         **tracker.links(),
     }
     show_values("summary", {name: value for name, value in values.items() if value})

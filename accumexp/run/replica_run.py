@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import statistics
 import sys
@@ -189,7 +190,8 @@ def _mean_and_deviation(summaries: Iterable[Summary]) -> str:
     for key in ("accuracy", "loss"):
         values = [final[key] for final in finals if key in final]
         if values:
-            deviation = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
+            has_deviation = len(values) > 1 and all(map(math.isfinite, values))
+            deviation = f" ± {statistics.stdev(values):.4f}" if has_deviation else ""
             parts.append(f"test {key} {statistics.fmean(values):.4f}{deviation}")
     updates, seconds = (max(final[key] for final in finals) for key in ("updates", "seconds"))
     return f"{', '.join(parts)} over {len(finals)} seeds, {updates:.0f} updates in {duration(seconds)}"

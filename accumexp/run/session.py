@@ -189,9 +189,9 @@ class Run:
     def finish(self) -> dict[str, float]:
         """Evaluates on the test split and closes the record; returns `final/*`, empty after a stop signal."""
         final = {} if self.interrupted else final_values(self.trainer)
-        self.record.tracker.final(final)
         if self.rank_info.first:
             self._upload()
+        self.record.tracker.final(final)  # last: a run that is killed in the upload has not ended
         self._close(RunStatus.KILLED if self.interrupted else RunStatus.FINISHED, final=final)
         return final
 
@@ -249,6 +249,7 @@ class Run:
                 if shards is not None:
                     tracker.artifact(shards, CHECKPOINTS)
             uploaded.add(update)
+        tracker.keep_models(uploaded)
         tracker.artifact(self.folder.metrics)
 
     def _split_finer(self, tags: Mapping[str, str]) -> None:

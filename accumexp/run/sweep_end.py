@@ -16,7 +16,7 @@ from ..environment.console import console
 from ..errors import TrainingError, first_line
 from ..sweeps.job_folders import JOBS, LAUNCHES, LOCK, has_jobs, job_folders
 from ..sweeps.sweep import PARENT, SweepRun, launched_sweep, sweep_runs
-from ..tracking.folder import RunFolder, RunStatus
+from ..tracking.folder import LAUNCH_LOCK, RunFolder, RunStatus
 from ..tracking.json_file import read_json
 
 log = logging.getLogger(__name__)
@@ -36,6 +36,15 @@ def closing_sweep(
         TrainingError: naming the failed jobs and how to resume the sweep.
     """
     launched_sweep.reset(arguments)
+    try:
+        with _closed(report_settings or {}):
+            yield
+    finally:
+        launched_sweep.release()
+
+
+@contextmanager
+def _closed(report_settings: Mapping[str, str]) -> Iterator[None]:
     handler = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     status = RunStatus.FAILED
     try:
@@ -54,7 +63,7 @@ def closing_sweep(
         launched_sweep.stop_view()
         folder, launches = launched_sweep.folder, launched_sweep.launches
         if folder is not None and any(has_jobs(folder, launch) for launch in launches):
-            _close_with_advice(folder, status, launches, report_settings or {})
+            _close_with_advice(folder, status, launches, report_settings)
 
 
 def _close_with_advice(
@@ -75,7 +84,7 @@ def _close(
 ) -> None:
     runs = sweep_runs(folder)
     if not runs:
-        if folder.is_dir() and {entry.name for entry in folder.iterdir()} <= BEFORE_JOBS:
+        if folder.is_dir() and all(_before_jobs(entry.name) for entry in folder.iterdir()):
             shutil.rmtree(folder)
         return
     elsewhere = _running_elsewhere(folder, launches)
@@ -102,6 +111,10 @@ def _close(
         lines = [f"{len(failed + died)} of {len(runs)} jobs failed"]
         lines += [f"  job {' '.join(run.overrides)}: {run.error or 'died'}" for run in failed + died]
         raise TrainingError("\n".join(lines))
+
+
+def _before_jobs(name: str) -> bool:
+    return name in BEFORE_JOBS or name.startswith(LAUNCH_LOCK)
 
 
 def _running_elsewhere(folder: Path, launches: Sequence[int]) -> list[str]:

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, read_write
 
@@ -39,10 +40,12 @@ class LaunchedSweep:
     launches: tuple[int, ...] = ()
     jobs: int | None = None
     _view: LiveView | None = None
+    _locks: list[FileLock] = field(default_factory=list)
 
     def reset(self, arguments: Sequence[str] = ()) -> None:
         """Prepares for a new command with these arguments."""
         self.stop_view()
+        self.release()
         self.arguments, self.folder, self.launches, self.jobs = arguments, None, (), None
 
     def begin(self, config: DictConfig) -> int:
@@ -56,12 +59,22 @@ class LaunchedSweep:
         command = command_line(self.arguments)
         files = file_flags(sys.argv[1:])
         number = begin_launch(folder, Launch(command, overrides["task"], overrides["hydra"], files))
+        lock = RunFolder(folder).launch_lock(number)
+        lock.acquire()
+        self._locks.append(lock)
         self.folder, self.launches = folder, (*self.launches, number)
         self.jobs, varied = count_jobs(config.hydra.sweeper, config.hydra.overrides.task)
         self.stop_view()  # of the launch before
         if runs_in_parallel(config.hydra.launcher) and config.trainer.progress is not False:
             self._view = LiveView.on_terminal(folder, number, self.jobs, varied, config.monitor, config.mode)
         return number
+
+    def release(self) -> None:
+        """Ends the launches of this process, whose locks the system releases if it is killed."""
+        while self._locks:
+            lock = self._locks.pop()
+            Path(lock.lock_file).unlink(missing_ok=True)
+            lock.release()
 
     def stop_view(self) -> None:
         if self._view is not None:

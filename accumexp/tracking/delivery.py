@@ -27,7 +27,7 @@ class Delivery:
 
     Args:
         folder: that of the run, to which the paths of files are relative.
-        models: the names of the run's logged models.
+        models: the names of the run's logged models that are complete.
 
     Attributes:
         failed: files and models that could not be sent while what came after them could, as when the
@@ -44,7 +44,6 @@ class Delivery:
         self.error: Exception | None = None
         self.uploading = 0
         self._models = set(models)
-        self._begun: set[str] = set()  # models of which a call may have arrived
 
     def send(self, entries: Sequence[Entry], sent: Callable[[int], None]) -> None:
         """Sends `entries` in order, the points of several in one call.
@@ -106,6 +105,8 @@ class Delivery:
                 self._send_tags(entry["tags"])
             elif "file" in entry:
                 self._send_file(entry)
+            elif "stale models" in entry:
+                self._delete_models(entry["stale models"])
             else:
                 self._send_model(entry)
         except Exception as error:
@@ -150,8 +151,8 @@ class Delivery:
         client, name = self.store.client, entry["model"]
         if name in self._models:
             return
-        model_id = self._model_id(name) if name in self._begun else None
-        self._begun.add(name)
+        # One that an earlier try began is completed.
+        model_id = next((model.model_id for model in self._logged_models() if model.name == name), None)
         if model_id is None:
             model_id = client.create_logged_model(
                 self.store.experiment_id,
@@ -160,19 +161,33 @@ class Delivery:
                 tags={"accumexp.checkpoint": entry["checkpoint"]},
                 model_type="checkpoint",
             ).model_id
-        client.finalize_logged_model(model_id, LoggedModelStatus.READY)
         client.log_batch(self.run_id, [Metric(*point, model_id=model_id) for point in entry["values"]])
-        client.log_outputs(self.run_id, [LoggedModelOutput(model_id, entry["step"])])
+        outputs = client.get_run(self.run_id).outputs
+        if model_id not in [output.model_id for output in outputs.model_outputs]:
+            client.log_outputs(self.run_id, [LoggedModelOutput(model_id, entry["step"])])
+        client.finalize_logged_model(model_id, LoggedModelStatus.READY)
         self._models.add(name)
 
-    def _model_id(self, name: str) -> str | None:
-        query = f"source_run_id = '{self.run_id}' AND name = '{name}'"
-        models = self.store.client.search_logged_models([self.store.experiment_id], filter_string=query)
-        return models[0].model_id if models else None
+    def _delete_models(self, names: Sequence[str]) -> None:
+        """Deletes logged models, but for those that the user has registered."""
+        client = self.store.client
+        registered = {version.model_id for version in client.search_model_versions(f"run_id='{self.run_id}'")}
+        for model in self._logged_models():
+            if model.name in names and model.model_id not in registered:
+                client.delete_logged_model(model.model_id)
+
+    def _logged_models(self) -> list[Any]:
+        return logged_models(self.store, self.run_id)
 
 
-def model_names(store: Store, run_id: str) -> list[str]:
-    """The names of a run's logged models."""
+def logged_models(store: Store, run_id: str) -> list[Any]:
     query = f"source_run_id = '{run_id}'"
-    models = store.client.search_logged_models([store.experiment_id], filter_string=query)
-    return [model.name for model in models]
+    return list(store.client.search_logged_models([store.experiment_id], filter_string=query))
+
+
+def ready_models(store: Store, run_id: str) -> list[str]:
+    """The names of a run's logged models that are complete."""
+    from mlflow.entities import LoggedModelStatus
+
+    models = logged_models(store, run_id)
+    return [model.name for model in models if model.status == LoggedModelStatus.READY]

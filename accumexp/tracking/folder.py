@@ -27,6 +27,9 @@ from .json_file import read_json, write_json
 CHECKPOINTS = "checkpoints"
 BEST = "best.pt"
 UNSENT = "unsent.jsonl"
+# Of the process that works on a run or job, of the ranks that it started, and of a sweep's launcher.
+JOB_LOCKS = (".job.lock", ".ranks.lock")
+LAUNCH_LOCK = ".launch.lock."
 CERTIFICATE_TAG = "accumexp.certificate"
 # Seconds that the children of a killed process may outlive it.
 DYING = 10.0
@@ -104,8 +107,8 @@ class RunFolder:
         self.summary_file = self.path / "summary.json"
         self.checkpoints = self.path / CHECKPOINTS
         self.best = self.checkpoints / BEST
-        self._job_lock = self.path / ".job.lock"
-        self._ranks_lock = self.path / ".ranks.lock"
+        self._job_lock = self.path / JOB_LOCKS[0]
+        self._ranks_lock = self.path / JOB_LOCKS[1]
         self._holder = self.path / ".holder.json"
 
     @classmethod
@@ -171,6 +174,27 @@ class RunFolder:
         except Timeout:
             return True
         return False
+
+    def launch_lock(self, launch: int) -> FileLock:
+        """The lock that the process that launches the sweep in this folder holds, one a launch."""
+        return FileLock(self.path / f"{LAUNCH_LOCK}{launch}")
+
+    def sweep_is_dead(self, job: Path | None = None) -> bool:
+        """Whether no process launches the sweep in this folder, or works on one of its jobs.
+
+        Args:
+            job: the folder of a job of this process, whose sweep may be launched from another machine.
+        """
+        if not self.path.is_dir() or job and job.is_relative_to(self.path):
+            return False
+        try:
+            for lock in self.path.glob(f"{LAUNCH_LOCK}*"):
+                with FileLock(lock, timeout=0):
+                    pass
+        except Timeout:
+            return False
+        jobs = {lock.parent for name in JOB_LOCKS for lock in self.path.rglob(name)}
+        return not any(RunFolder(job).held() for job in jobs)
 
     def check_free(self, key: str) -> None:
         """

@@ -11,14 +11,14 @@ import logging
 import math
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..config.schema import Backend, TrackingConfig
 from ..environment.console import print_line
 from ..errors import UsageError
-from .delivery import Delivery, model_names
+from .delivery import Delivery, ready_models
 from .folder import RunFolder, RunStatus
 from .names import LegalNames, legal_name
 from .outbox import Entry, Outbox, described, read_unsent
@@ -68,6 +68,9 @@ class Tracker:
     def checkpoint(self, path: Path, update: int, evaluated: Mapping[str, float]) -> None:
         """Uploads a checkpoint, and makes an evaluated one a logged model."""
 
+    def keep_models(self, updates: Collection[int]) -> None:
+        """Removes the logged models of other updates, which an earlier stop has left."""
+
     def end(self, status: RunStatus) -> None:
         """Ends the run as FINISHED, FAILED or KILLED."""
 
@@ -97,13 +100,15 @@ class MLflowTracker(Tracker):
         self._legal = LegalNames()
         self._times: dict[tuple[str, int], int] = {}  # (key, step): milliseconds since 1970
         self._logged = frozenset[tuple[str, int]]()
+        self._final_updates: float | None = None  # of `final/*` that an earlier process has logged
+        self._earlier_models: list[str] = []
         self._infinite: set[str] = set()
         self._ended = False
         left: list[Entry] = []
         system_step, models = 0, list[str]()
         path = folder.unsent if folder else None
         if resumed:
-            models = model_names(store, run_id)
+            self._earlier_models = models = ready_models(store, run_id)
             run = store.client.get_run(run_id)
             keys = list(run.data.metrics)
             # All of `system/*` have the same steps.
@@ -111,8 +116,10 @@ class MLflowTracker(Tracker):
             self._times = self._history([key for key in keys if key[:7] != "system/"] + measured)
             if path is not None:
                 left = [entry for entry in read_unsent(path)[1] if "status" not in entry]
-            waiting = (point for entry in left for point in entry.get("points", ()))
+            waiting = [point for entry in left for point in entry.get("points", ())]
             self._times |= {(key, step): time for key, _, time, step in waiting}
+            final = {key: value for key, value, *_ in waiting if key.startswith("final/")}
+            self._final_updates = {**run.data.metrics, **final}.get("final/updates")
             self._logged = frozenset(point for point in self._times if not point[0].startswith("final/"))
             system_steps = [step for key, step in self._times if key.startswith("system/")]
             system_step = max(system_steps, default=-1) + 1
@@ -180,6 +187,8 @@ class MLflowTracker(Tracker):
         self._sender.flush()
 
     def final(self, values: Mapping[str, float]) -> None:
+        if self._final_updates is not None and values.get("updates") == self._final_updates:
+            return
         self.log(0, {f"final/{key}": value for key, value in values.items()})
 
     def artifact(self, path: Path, folder: str | None = None) -> None:
@@ -200,6 +209,11 @@ class MLflowTracker(Tracker):
         ]
         model = {"model": f"update-{update}", "step": update, "values": values}
         self._sender.add({**model, "checkpoint": f"checkpoints/{path.name}"})
+
+    def keep_models(self, updates: Collection[int]) -> None:
+        kept = {f"update-{update}" for update in updates}
+        if stale := [name for name in self._earlier_models if name not in kept]:
+            self._sender.add({"stale models": stale})
 
     def end(self, status: RunStatus) -> None:
         if self._monitor:

@@ -189,10 +189,14 @@ class Store:
         Args:
             own: a folder whose lock this process holds for a run that it has not begun yet.
         """
-        for run in self.client.search_runs([self.experiment_id], "attributes.status = 'RUNNING'"):
+        experiments = [experiment.experiment_id for experiment in self.client.search_experiments()]
+        for run in self.client.search_runs(experiments, "attributes.status = 'RUNNING'"):
             path = run.data.tags.get("accumexp.folder")
             folder = RunFolder(Path(path)) if path else None
-            if folder is None or not (folder.path == own or folder.close_if_dead()):
+            if folder is None:
+                continue
+            is_sweep = "accumexp.sweep" in run.data.tags
+            if not (folder.sweep_is_dead(own) if is_sweep else folder.path == own or folder.close_if_dead()):
                 continue
             summary = folder.summary()
             if summary and summary.error:

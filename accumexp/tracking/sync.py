@@ -7,7 +7,7 @@ from pathlib import Path
 from ..config.schema import TrackingConfig
 from ..environment.console import steps
 from ..errors import TrainingError, UsageError
-from .delivery import MAX_POINTS_A_CALL, Delivery, model_names
+from .delivery import MAX_POINTS_A_CALL, Delivery, ready_models
 from .folder import UNSENT, RunFolder
 from .outbox import described, read_unsent
 from .sender import reason_of
@@ -47,7 +47,7 @@ def send_unsent(run: RunFolder, uri: str = "") -> str:
     run_id = identity["run_id"]
     store.close_dead_runs()
     try:
-        delivery = Delivery(store, run_id, run.path, model_names(store, run_id))
+        delivery = Delivery(store, run_id, run.path, ready_models(store, run_id))
         parts = range(0, len(entries), MAX_POINTS_A_CALL)
         for start in steps("sending", parts):
             delivery.send(entries[start : start + MAX_POINTS_A_CALL], lambda count: None)

@@ -135,6 +135,7 @@ class Best:
         if mode not in ("max", "min"):
             raise ValueError(f"mode={mode}: max or min")
         self.monitor = monitor
+        self.split = monitor.partition("/")[0]
         self.mode = mode
         self.sign = 1.0 if mode == "max" else -1.0
         self.min_delta = min_delta
@@ -142,7 +143,7 @@ class Best:
 
     def improved(self, values: dict[str, float]) -> bool:
         value = values.get(self.monitor, math.nan)
-        if math.isnan(value):
+        if not math.isfinite(value):
             return False
         if self.value is not None and self.sign * (value - self.value) <= self.min_delta:
             return False
@@ -172,10 +173,10 @@ class EarlyStopping(Callback):
         self.waited = 0
 
     def evaluated(self, trainer: Trainer, split: str, values: dict[str, float]) -> None:
-        if split != "eval":
+        if split != self.best.split:
             return
         self.waited = 0 if self.best.improved(values) else self.waited + 1
-        if self.waited >= self.patience:
+        if self.waited >= self.patience and not (split == "test" and trainer.finished):
             trainer.stop(f"early stopping: {self.best.monitor} did not improve in {self.waited} evaluations")
 
     def state_dict(self) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from ..tracking.folder import BEST, CHECKPOINTS
 from . import shards
 from .callbacks import Best, Callback, RunState
 from .checkpoint_content import check_savable, needed_bytes, not_written
+from .finite import FiniteCheck
 from .optimizers import in_eval_mode
 from .trainer_state import restore_trainer_state, trainer_state
 
@@ -135,6 +136,9 @@ class Checkpoints(Callback):
         every_epochs, every_updates: the intervals, or None.
         keep_last: number of the newest checkpoints that are kept.
         monitor, mode: the evaluated value, and whether "max" or "min", that makes `best.pt`.
+
+    A trainer of which a saved number is inf or nan is not saved: that ends the run, or with
+    `trainer.check_finite=false` is warned of once.
     """
 
     order = 1
@@ -162,6 +166,8 @@ class Checkpoints(Callback):
         self._evaluated: dict[str, float] = {}
         self._improved = False
         self._verified = False
+        self._finite = FiniteCheck()
+        self._best_saved: float | None = None
         self._saved_at: tuple[int, int] | None = None
 
     @property
@@ -175,6 +181,8 @@ class Checkpoints(Callback):
 
     def run_opened(self, trainer: Trainer, run: RunState) -> None:
         self.run = run
+        self._finite.begin(trainer.model)
+        self._best_saved = self.best.value
         self._warn_of_room(trainer)
         if run.saved:
             self._saved_at = _position(trainer)
@@ -195,9 +203,9 @@ class Checkpoints(Callback):
             self._save(trainer, {})
 
     def evaluated(self, trainer: Trainer, split: str, values: dict[str, float]) -> None:
-        if split == "eval":
-            self._evaluated = dict(values)
-            self._improved |= self.best.improved(values)
+        if split in trainer.evaluated_splits:
+            self._evaluated.update(values)
+            self._improved |= split == self.best.split and self.best.improved(values)
 
     def epoch_end(self, trainer: Trainer) -> None:
         due = self.every_epochs and trainer.progress.epoch % self.every_epochs == 0
@@ -213,9 +221,14 @@ class Checkpoints(Callback):
         with trainer.off_the_clock(), in_eval_mode(trainer.optimizer):
             state = trainer_state(trainer)
             ranks = trainer.window.sync.ranks
-            random, *others = _all_gather(trainer.random_state(), ranks)
+            gathered = _all_gather((trainer.random_state(), self._finite(trainer)), ranks)
             improved, self._improved = self._improved, False
             self._saved_at = _position(trainer)
+            if faulty := next((name for _, name in gathered if name), None):
+                self.best.value = self._best_saved
+                self._finite.refuse(faulty, trainer, saved_updates(self.folder))
+                return
+            random, *others = (state for state, _ in gathered)
             path = self.folder / f"update-{trainer.progress.update:08d}.pt"
             shard_folder = shards.save(trainer, path) if trainer.window.sync.sharded else None
             if ranks.rank:
@@ -236,6 +249,7 @@ class Checkpoints(Callback):
                 self._verified = True
             if improved:
                 _link(path, self.folder / BEST)
+                self._best_saved = self.best.value
             for old in saved_updates(self.folder)[: -self.keep_last]:
                 old.unlink(missing_ok=True)
             self._remove_unused_shards()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -25,6 +26,8 @@ OWN_VALUES = {
     *("test_samples", "updates", "epochs", "samples", "seconds", "samples_per_second", "update_ms"),
     *("activation_mib", "peak_memory_mib"),
 }
+# The splits of a `monitor`: test only where it is asked for.
+MONITORED = ("eval", "test")
 DTYPES = {
     Precision.fp32: torch.float32,
     Precision.bf16: torch.bfloat16,
@@ -55,7 +58,9 @@ def build_model(config: Config) -> nn.Module:
         UsageError: naming the key that cannot be built.
     """
     split = {"window_steps": config.accum.steps, "micro_batch_size": config.accum.micro_batch_size}
-    model = build(config.model, "model", **split)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Initializing zero-element tensors")
+        model = build(config.model, "model", **split)
     if not isinstance(model, nn.Module):
         made = f"{config.model['_target_']} made a {type(model).__name__}"
         raise UsageError(f"model: {made}, a torch.nn.Module is needed")
@@ -136,16 +141,19 @@ def build_loss_scale(accum: AccumConfig, device: torch.device) -> LossScale | No
         raise UsageError(f"accum.{error}") from error
 
 
-def build_callbacks(config: Config) -> dict[str, Callback]:
+def build_callbacks(config: Config, has_eval: bool = True) -> dict[str, Callback]:
     """The callbacks of `callbacks` that are not null, by their names there.
+
+    Args:
+        has_eval: whether there are samples to evaluate on.
 
     Raises:
         UsageError: naming the key that cannot be built, or a `monitor` that is never evaluated.
     """
     evaluated = {"loss", *config.metrics}
     # Of a metric with several values, one: eval/<name>/<index>.
-    monitored = config.monitor.removeprefix("eval/").removeprefix("ema_").partition("/")[0]
-    if monitored not in evaluated or "/" not in config.monitor:
+    split, _, name = config.monitor.partition("/")
+    if split not in MONITORED or name.removeprefix("ema_").partition("/")[0] not in evaluated:
         choices = ", ".join(f"eval/{name}" for name in sorted(evaluated))
         raise UsageError(f"monitor={config.monitor}: this run evaluates {choices}")
     callbacks: dict[str, Any] = {}
@@ -159,15 +167,30 @@ def build_callbacks(config: Config) -> dict[str, Callback]:
             )
         if not isinstance(callbacks[name], Callback):
             raise UsageError(f"callbacks.{name}: {node['_target_']} is no accumexp.callbacks.Callback")
-    _check_monitors(config, callbacks, evaluated)
+    _check_monitors(config, callbacks, evaluated, has_eval)
     return callbacks
 
 
-def _check_monitors(config: Config, callbacks: dict[str, Callback], evaluated: set[str]) -> None:
+def check_monitored(key: str, monitor: str, has_eval: bool) -> None:
+    """
+    Raises:
+        UsageError: naming `key`, if `monitor` is of an eval split and there is none.
+    """
+    if monitor.startswith("eval/") and not has_eval:
+        raise UsageError(
+            f"{key}={monitor}: there is no eval split, data.eval_fraction=0 holds no samples out; give "
+            f"data.eval, hold some out, or ask for monitor={monitor.replace('eval/', 'test/', 1)}"
+        )
+
+
+def _check_monitors(
+    config: Config, callbacks: dict[str, Callback], evaluated: set[str], has_eval: bool
+) -> None:
     """Refuses a monitor of a metric that nothing evaluates."""
-    known = {f"eval/{name}" for name in evaluated}
+    known = {f"{split}/{name}" for name in evaluated for split in MONITORED}
+    averaged = {f"{split}/ema_{name}" for name in evaluated for split in MONITORED}
     if any(isinstance(callback, EMA) for callback in callbacks.values()):
-        known |= {f"eval/ema_{name}" for name in evaluated}
+        known |= averaged
     adds = (type(callback).evaluated for callback in callbacks.values())
     others = any(not method.__module__.startswith("accumexp.") for method in adds)
     monitors = {"monitor": config.monitor}
@@ -175,13 +198,16 @@ def _check_monitors(config: Config, callbacks: dict[str, Callback], evaluated: s
         best = getattr(callback, "best", None)
         if isinstance(best, Best):
             monitors[f"callbacks.{name}.monitor"] = best.monitor
+            if not callback.saves:  # one that saves keeps the last, too
+                check_monitored(f"callbacks.{name}.monitor", best.monitor, has_eval)
     for key, monitor in monitors.items():
         whole = "/".join(monitor.split("/")[:2])
         if whole in known or others and key != "monitor":
             continue
-        if monitor.startswith("eval/ema_") and monitor.replace("ema_", "", 1) in known:
+        if whole in averaged:
             raise UsageError(
                 f"{key}={monitor}: nothing averages the weights, add callbacks=ema or take "
                 f"{monitor.replace('ema_', '', 1)}"
             )
-        raise UsageError(f"{key}={monitor}: this run evaluates {', '.join(sorted(known))}")
+        choices = ", ".join(sorted(name for name in known if name.startswith("eval/")))
+        raise UsageError(f"{key}={monitor}: this run evaluates {choices}")

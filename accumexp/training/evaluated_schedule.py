@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from hydra.utils import get_object
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from ..errors import UsageError
+from .callbacks import Best, Callback
 from .optimizers import required_arguments
 
 
@@ -33,6 +34,16 @@ class EvaluatedSchedule:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.scheduler.load_state_dict(state)
+
+
+def evaluated_splits(has_eval: bool, scheduler: Any, callbacks: Iterable[Callback]) -> list[str]:
+    """What to evaluate at the ends of epochs: "eval" if there is one, and "test" where it is monitored."""
+    bests = (getattr(callback, "best", None) for callback in callbacks)
+    monitors = [best.monitor for best in bests if isinstance(best, Best)]
+    if isinstance(scheduler, EvaluatedSchedule):
+        monitors.append(scheduler.monitor)
+    on_test = any(monitor.startswith("test/") for monitor in monitors)
+    return ["eval"] * has_eval + ["test"] * on_test
 
 
 def takes_metric(node: Mapping[str, Any]) -> bool:

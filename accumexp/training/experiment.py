@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -25,6 +26,7 @@ from .components import (
     build_loss_scale,
     build_metrics,
     build_model,
+    check_monitored,
     ignored_label,
     placement,
 )
@@ -36,6 +38,7 @@ from .optimizers import build_optimizer
 from .progress import LoopOptions, default_log_every
 from .trainer import Trainer
 
+log = logging.getLogger(__name__)
 ALONE = RankInfo()
 
 
@@ -173,6 +176,8 @@ class Experiment:
         node, config = self.config.scheduler, self.config
         # A schedule's own `mode` is not that of the metric, unless it is stepped with the metric.
         offered = {"mode": config.mode} if takes_metric(node) else {}
+        if takes_metric(node):
+            check_monitored("monitor", config.monitor, self.splits.has_eval)
         made = build(node, "scheduler", optimizer, total_updates=updates or self.updates, **offered)
         return steppable(made, str(node.get("_target_")), config.monitor)
 
@@ -199,7 +204,7 @@ class Experiment:
             self.evaluator,
             build_metrics(config, self.device),
             metrics_sink,
-            build_callbacks(config),
+            build_callbacks(config, self.splits.has_eval),
             options or self.options,
             graphs(window, self.splits.train, self.device) if loop.graph else None,
         )
@@ -214,5 +219,9 @@ def _set_threads(config: Config, rank_info: RankInfo) -> None:
     threads = config.trainer.threads
     if threads is None and rank_info.size > 1:
         threads = max(1, cores() // rank_info.local_size)
+    if threads and threads > cores():
+        if rank_info.first:
+            log.warning("trainer.threads=%d: this machine has %d cores, as many are taken", threads, cores())
+        threads = cores()
     if threads:
         torch.set_num_threads(threads)

@@ -20,8 +20,11 @@ from .throughput import ActivationMeter, Throughput
 
 # The first updates are all published: there the losses of equal windows differ by rounding alone.
 FIRST_UPDATES = 100
-# Consecutive windows that may overflow at the smallest loss scale before the run fails.
+# Consecutive windows that may overflow where a smaller loss scale does not help, before the run fails: at the
+# smallest scale, with a loss that is not finite itself, or at the end of the run.
 MOST_OVERFLOWS = 10
+# Consecutive windows that may overflow at all: halved once a window, fp32 has no scale left before.
+MOST_SKIPPED = 300
 # Losses in one tensor.
 BLOCK = 128
 
@@ -85,6 +88,7 @@ class MetricsLog:
         self.activations = ActivationMeter()
         self.throughput = Throughput()
         self._device = next(window.model.parameters()).device
+        self._not_finite = 0  # windows in a row whose loss is not finite, whatever the scale
         self._pending: list[_Update] = []
         # The losses are in a few tensors that stay. A small tensor allocated in every update would fragment
         # the heap: activations would then get other addresses, not in the cache, every time.
@@ -141,10 +145,13 @@ class MetricsLog:
         pending, self._pending = self._pending, []
         if not pending:
             return
-        losses, overflows, scaling, consecutive = self._numbers(pending, total or self.window.sync.ranks.sum)
+        losses, overflows, scaling, in_vain, in_a_row = self._numbers(
+            pending, total or self.window.sync.ranks.sum
+        )
         for update, loss, overflow in zip(pending, losses, overflows, strict=True):
+            self._not_finite = self._not_finite + 1 if overflow and not math.isfinite(loss) else 0
             if self.check_finite and not overflow and not math.isfinite(loss):
-                if consecutive < MOST_OVERFLOWS:
+                if in_vain < MOST_OVERFLOWS:
                     raise TrainingError(
                         f"train/loss is {loss} at update {update.number}: lower optimizer.lr, set "
                         "trainer.clip_norm, or go on regardless with trainer.check_finite=false"
@@ -161,24 +168,25 @@ class MetricsLog:
             first = publish_first and update.number <= FIRST_UPDATES
             self.sink.record(update.number, values, publish or first)
         skipped = scaling.get("accum/skipped_windows", 0.0)
-        if consecutive >= MOST_OVERFLOWS or last and skipped == newest:
+        useless = max(in_vain, self._not_finite, in_a_row if last else 0)
+        if useless >= MOST_OVERFLOWS or in_a_row >= MOST_SKIPPED or last and skipped == newest:
             raise TrainingError(
-                f"every window overflows: {skipped:.0f} of {pending[-1].number} were skipped, the last at "
-                f"loss scale {scaling['accum/loss_scale']:g}; look for inf or nan in the data and the "
-                "forward pass, lower accum.init_scale (and accum.min_scale, the smallest it may become), or "
-                "use precision=bf16 accum.loss_scale=none"
+                f"every window overflows: {skipped:.0f} of {pending[-1].number} were skipped, the last "
+                f"{in_a_row:.0f} in a row, the last at loss scale {scaling['accum/loss_scale']:g}; look for "
+                "inf or nan in the data and the forward pass, lower accum.init_scale (and accum.min_scale, "
+                "the smallest it may become), or use precision=bf16 accum.loss_scale=none"
             )
 
     def _numbers(
         self, pending: list[_Update], total: Callable[[Tensor], Tensor]
-    ) -> tuple[list[float], list[float], dict[str, float], float]:
-        """Losses, overflows, metrics of the loss scale, and consecutive overflows at the smallest scale."""
+    ) -> tuple[list[float], list[float], dict[str, float], float, float]:
+        """Losses, overflows, metrics of the loss scale, and its `in_vain` and `in_a_row`."""
         scale, count = self.window.loss_scale, len(pending)
         losses = total(torch.cat(self._losses)[:count])
         if scale is None:
-            return losses.tolist(), [0.0] * count, {}, 0.0
+            return losses.tolist(), [0.0] * count, {}, 0.0, 0.0
         overflows = torch.stack([update.overflow for update in pending if update.overflow is not None])
         numbers = torch.cat([losses, overflows.double(), scale.counters()]).tolist()
-        size, skipped, consecutive = numbers[-3:]
+        size, skipped, in_vain, in_a_row = numbers[-4:]
         metrics = {"accum/loss_scale": size, "accum/skipped_windows": skipped}
-        return numbers[:count], numbers[count : 2 * count], metrics, consecutive
+        return numbers[:count], numbers[count : 2 * count], metrics, in_vain, in_a_row

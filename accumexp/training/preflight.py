@@ -12,14 +12,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
 from ..accum import call, is_out_of_memory, tensors
 from ..accum.batch import map_tensors, rank_share, steps_for
+from ..accum.loss import WeightedSamples
 from ..data import Batches, StreamedBatches
-from ..environment.cores import cores
+from ..data.labels import ClassIndices, Probabilities, TargetCheck
+from ..environment.cores import cores, most_workers
 from ..environment.random_state import random_state, restore_random_state
 from ..errors import TrainingError, UsageError, compiler_error, first_line
 from .evaluated_schedule import takes_metric
@@ -50,23 +52,19 @@ def check_experiment(experiment: Experiment, changed: Collection[str] = ()) -> N
     warning = workers_warning(experiment.config.data.workers, ranks.local_size)
     if warning and ranks.first and isinstance(train, StreamedBatches):
         log.warning(warning)
-    data = experiment.config.data
-    if ranks.first and not data.eval and not data.eval_fraction:
-        log.warning(
-            "data.eval_fraction=0: eval/* is of the test split, and so is what best.pt is chosen by; hold "
-            "samples out, or give data.eval"
-        )
 
 
-def try_example(experiment: Experiment) -> None:
-    """Tries model, loss and metrics on a few training samples, as an evaluation does.
+def try_example(experiment: Experiment, split: str = "train") -> None:
+    """Tries model, loss and metrics on a few samples of `split`, as an evaluation does.
 
+    All targets that are in memory are checked against the model's outputs, the others as they are read.
     Modes, buffers and the random state are left as they were. Nothing is concluded from a lack of memory.
 
     Raises:
-        UsageError: naming the key of the one that fails.
+        UsageError: naming the key of the one that fails, or a sample whose target the loss does not take.
     """
-    example, model, loss = experiment.splits.train.example, experiment.model, experiment.loss
+    splits, model, loss = experiment.splits, experiment.model, experiment.loss
+    example, when = getattr(splits, split).example, f"on samples of data.{split}"
     if example is None or any(map(is_lazy, [*model.parameters(), *model.buffers()])):
         return
     inputs, targets = example
@@ -79,14 +77,17 @@ def try_example(experiment: Experiment) -> None:
     try:
         with torch.no_grad(), precision(experiment.autocast, device), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of metrics that see too few samples
-            with named_by("model", experiment.config.model):
+            with named_by("model", experiment.config.model, when):
                 outputs = call(model, inputs)
-            with named_by("loss", experiment.config.loss):
+            if check := target_check(experiment.criterion, outputs):
+                for batches in (splits.train, splits.eval, splits.test):
+                    batches.check_targets(check)
+            with named_by("loss", experiment.config.loss, when):
                 total = loss.total(outputs, targets)
             if total.numel() != 1:
                 raise UsageError(f"loss: its value has shape {tuple(total.shape)}, one number is needed")
             for name, metric in experiment.evaluator.metrics.items():
-                with named_by(f"metrics.{name}", experiment.config.metrics[name]):
+                with named_by(f"metrics.{name}", experiment.config.metrics[name], when):
                     metric.update(outputs, unweighted(loss, targets))
             if experiment.rank_info.size == 1:
                 _check_values(experiment)
@@ -103,6 +104,20 @@ def try_example(experiment: Experiment) -> None:
         restore_random_state(state)
 
 
+def target_check(criterion: Any, outputs: Any) -> TargetCheck | None:
+    """What `criterion`, or the one that it wraps, demands of targets for `outputs`; None if not known."""
+    if isinstance(criterion, WeightedSamples):
+        criterion = criterion.criterion
+    name, forward = type(criterion).__name__, getattr(type(criterion), "forward", None)
+    if forward in (nn.BCELoss.forward, nn.BCEWithLogitsLoss.forward):
+        return Probabilities(name)
+    of_classes = forward in (nn.CrossEntropyLoss.forward, nn.NLLLoss.forward)
+    if not of_classes or not isinstance(outputs, Tensor):  # a forward of its own may take other targets
+        return None
+    classes = outputs.shape[1] if outputs.dim() > 1 else outputs.shape[0]
+    return ClassIndices(classes, criterion.ignore_index, outputs.dim() - 1, name)
+
+
 def _check_values(experiment: Experiment) -> None:
     """Refuses metrics that cannot be recorded or monitored. What fails on few samples may not on more."""
     try:
@@ -113,9 +128,10 @@ def _check_values(experiment: Experiment) -> None:
         log.debug("metrics of a few samples failed", exc_info=True)
         return
     monitor = experiment.config.monitor
-    name = monitor.removeprefix("eval/").removeprefix("ema_")
+    split, _, name = monitor.partition("/")
+    name = name.removeprefix("ema_")
     if name != "loss" and name not in values:
-        each = [f"eval/{other}" for other in values if other.startswith(f"{name.partition('/')[0]}/")]
+        each = [f"{split}/{other}" for other in values if other.startswith(f"{name.partition('/')[0]}/")]
         if each:
             raise UsageError(f"monitor={monitor}: has several values, take one of {each[0]} to {each[-1]}")
 
@@ -234,4 +250,5 @@ def workers_warning(workers: int, ranks_here: int = 1) -> str | None:
         return None
     each = f" on each of {ranks_here} ranks" if ranks_here > 1 else ""
     best = max(1, available // ranks_here)
-    return f"data.workers={workers}{each}: this machine has {available} cores, take data.workers={best}"
+    line = f"data.workers={workers}{each}: this machine has {available} cores, take data.workers={best}"
+    return f"{line}; {most_workers()} are started" if workers > most_workers() else line

@@ -37,7 +37,7 @@ class LoopOptions:
         eval_every: epochs between two evaluations; the last is always evaluated.
         clip_norm: the 2-norm that an update's gradient is clipped to, or None.
         clip_value: the largest absolute value that an element of it keeps, or None; after `clip_norm`.
-        check_finite: fail on a loss that is inf or nan.
+        check_finite: fail on a loss, weight or optimizer state that is inf or nan.
         recover: split a window that runs out of memory into smaller micro-batches, and all that follow.
         may_stop: whether `Trainer.stop` ends the run early when it is not forced.
     """

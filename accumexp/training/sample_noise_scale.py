@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..accum import WindowLoss, map_tensors
 from ..accum.batch import Nested, batch_size
+from ..config.ranges import require
 from ..environment.random_state import derive_seed, drawn_from
 from ..errors import UsageError, first_line
 from .noise_scale import GradientNoise, number
@@ -48,8 +49,8 @@ class SampleNoiseScale(GradientNoise):
         super().__init__(decay)
         if samples < 2:
             raise ValueError(f"samples={samples}: a variance needs at least 2")
-        if chunk < 1 or every < 1:
-            raise ValueError(f"chunk={chunk} and every={every}: at least 1")
+        for name, value in (("samples", samples), ("chunk", chunk), ("every", every)):
+            require(name, value, at_least=1, at_most=2**31 - 1, whole=True)
         self.samples = samples
         self.chunk = chunk
         self.every = every

@@ -26,7 +26,7 @@ from ..environment.device import wait_for
 from ..environment.random_state import random_state
 from ..errors import TrainingError, compiler_error
 from .callbacks import Callback, listeners
-from .evaluated_schedule import EvaluatedSchedule
+from .evaluated_schedule import EvaluatedSchedule, evaluated_splits
 from .evaluation import Evaluator
 from .metrics import Metrics
 from .metrics_log import MetricsLog, as_numbers
@@ -69,6 +69,7 @@ class Trainer:
     Attributes:
         batch: this rank's samples of the present or the last update.
         log: records the metrics; `latest` are its newest values.
+        evaluated_splits: those that are evaluated at the ends of epochs.
         in_step: the trainers whose clocks stop while this one is off the clock: itself, and those whose
             updates are made together with its own.
         random_state: returns the state of the generators that a checkpoint keeps.
@@ -97,6 +98,7 @@ class Trainer:
         self.callbacks = dict(callbacks)
         self.options = options
         self.device = next(self.model.parameters()).device
+        self.evaluated_splits = evaluated_splits(splits.has_eval, scheduler, callbacks.values())
         self.total_updates = options.total_updates(len(splits.train))
         step = OptimizerStep(window, optimizer, options.clip_norm, options.clip_value)
         self.step = step if graphs is None else GraphedStep(step, graphs)
@@ -213,8 +215,11 @@ class Trainer:
         if progress.epoch_update == len(self.splits.train):
             progress.epoch, progress.epoch_update = progress.epoch + 1, 0
         if self.finished or progress.epoch % self.options.eval_every == 0:
-            values = self.evaluate("eval")
-            self.log.sink.record(progress.update, values, publish=True)
+            values: dict[str, float] = {}
+            for split in self.evaluated_splits:
+                values |= self.evaluate(split)
+            if values:
+                self.log.sink.record(progress.update, values, publish=True)
             if isinstance(self.scheduler, EvaluatedSchedule):
                 self.scheduler.evaluated(values)
             self._stop_request.now()
@@ -284,7 +289,7 @@ class Trainer:
             self.window.sync.share_buffers()
             batches = self.splits.test if split == "test" else self.splits.eval
             values = {f"{split}/{k}": v for k, v in self.evaluator(self.model, batches).items()}
-            if math.isnan(values[f"{split}/loss"]):
+            if math.isnan(values[f"{split}/loss"]) and not self.window.sync.ranks.rank:
                 log.warning("%s/loss is nan: the loss is, or it ignores all targets of data.%s", split, split)
             self._emit("evaluated", split, values)
             values = as_numbers(values)

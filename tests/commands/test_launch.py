@@ -213,6 +213,7 @@ def test_the_tutorials_resnet50_trains_on_two_ranks(tmp_path: Path) -> None:
         "data.num_classes=2",
         "data.workers=1",
         "data.eval_fraction=0",
+        "monitor=test/accuracy",
     ]
     done = run_command(
         "run",
@@ -230,4 +231,4 @@ def test_the_tutorials_resnet50_trains_on_two_ranks(tmp_path: Path) -> None:
     assert "not the larger batch: bn1 (BatchNorm2d): batch statistics over 2 of 12 samples" in done.stdout
     (record,) = records(tmp_path)
     assert (record.status, record.params["accum.reduction"]) == ("FINISHED", "sum")
-    assert [update for update, _ in record.points["eval/accuracy"]] == [2]
+    assert [update for update, _ in record.points["test/accuracy"]] == [2]

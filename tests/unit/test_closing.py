@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from filelock import FileLock
+from omegaconf import OmegaConf
 
 from accumexp.config.schema import TrackingConfig
 from accumexp.errors import TrainingError
@@ -17,6 +18,7 @@ from accumexp.run.sweep_end import closing_sweep
 from accumexp.sweeps.job_folders import Launch, begin_launch, job_folder_name
 from accumexp.sweeps.sweep import launched_sweep
 from accumexp.tracking import Store
+from accumexp.tracking.folder import RunFolder
 from accumexp.tracking.json_file import write_json
 
 GONE = "http://127.0.0.1:9"  # where nothing listens
@@ -127,3 +129,42 @@ def test_a_report_that_cannot_be_imported_is_one_line(
     assert status(store, sweeps) == "FINISHED"
     line, _ = capsys.readouterr().err.splitlines()
     assert line.startswith("no report: ") and line.endswith("again with")
+
+
+def test_the_parent_of_a_sweep_whose_launcher_was_killed_is_closed(sweep: Path, store: Store) -> None:
+    """As soon as nobody launches it and nobody works on its jobs, and not before."""
+    sweeps = parent(sweep, store)
+    launcher = RunFolder(sweep).launch_lock(1)
+    with launcher:
+        store.close_dead_runs()
+        assert status(store, sweeps) == "RUNNING"
+    job = sweep / "0_seed=0"
+    (job / ".ranks.lock").touch()
+    with FileLock(job / ".ranks.lock"):
+        store.close_dead_runs()
+        assert status(store, sweeps) == "RUNNING"
+    store.close_dead_runs(job)  # a job of it on another machine than the launcher
+    assert status(store, sweeps) == "RUNNING"
+    elsewhere = Store(TrackingConfig(uri=store.uri, experiment="other"))
+    elsewhere.close_dead_runs()
+    assert status(store, sweeps) == "KILLED"
+
+
+def test_a_launch_is_held_until_its_sweep_is_closed(tmp_path: Path) -> None:
+    cfg: Any = OmegaConf.create(
+        {
+            "hydra": {
+                "sweep": {"dir": str(tmp_path / "swept")},
+                "overrides": {"task": ["seed=0"], "hydra": []},
+                "sweeper": {"_target_": "hydra._internal.BasicSweeper"},
+                "launcher": {"_target_": "hydra._internal.BasicLauncher"},
+            }
+        }
+    )
+    folder = RunFolder(tmp_path / "swept")
+    with pytest.raises(KeyboardInterrupt), closing_sweep():
+        launched_sweep.begin(cfg)
+        assert not folder.sweep_is_dead()
+        launched_sweep.folder = None
+        raise KeyboardInterrupt
+    assert folder.sweep_is_dead() and not list(folder.path.glob(".launch*"))

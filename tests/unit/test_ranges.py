@@ -6,12 +6,17 @@ import dataclasses
 from typing import Any
 
 import pytest
+import torch
 from hydra.errors import HydraException
 
 from accumexp.config.no_effect import no_effect_lines
 from accumexp.config.ranges import Range, ranges, unusual_settings
 from accumexp.config.schema import Config
+from accumexp.data import StreamedBatches
+from accumexp.environment.cores import cores, most_workers
 from accumexp.errors import UsageError
+from accumexp.training.experiment import Experiment
+from accumexp.training.preflight import workers_warning
 
 from ..support.experiments import composed, trainer_of
 
@@ -65,6 +70,34 @@ def test_law_12_so_is_an_argument_of_what_the_project_ships(override: str) -> No
     key = override.partition("=")[0]
     with pytest.raises(UsageError, match=f"{key}="):
         trainer_of(*chosen, override)
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("optimizer.lr=nan", "optimizer.lr=nan: is no number"),
+        ("optimizer.betas=[0.9,nan]", "optimizer.betas.1=nan: is no number"),
+        ("callbacks.checkpoint.keep_last=99999999999999999999", "callbacks.checkpoint.keep_last=.*: at most"),
+        ("+loss.ignore_index=99999999999999999999", "loss.ignore_index=.*: at most"),
+    ],
+)
+def test_law_12_what_no_class_takes_for_a_number_is_refused_by_name(override: str, line: str) -> None:
+    chosen = ["optimizer=adam"] if "betas" in override else []
+    with pytest.raises(UsageError, match=line):
+        composed(*chosen, override)
+
+
+def test_more_workers_and_threads_than_the_machine_has_use_for_are_capped(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    threads: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    small = ("device=cpu", "model=mlp", "data.resident=false", "data.workers=1000", "trainer.threads=4000")
+    experiment = Experiment.build(composed(*small))
+    train = experiment.splits.train
+    assert isinstance(train, StreamedBatches) and train._loader.num_workers == most_workers() < 1000
+    assert f"{most_workers()} are started" in str(workers_warning(1000))
+    assert threads == [cores()] and "trainer.threads=4000: this machine has" in caplog.text
 
 
 def test_the_ends_of_a_range() -> None:

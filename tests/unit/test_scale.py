@@ -239,10 +239,10 @@ def test_a_static_scale_stays_and_a_dynamic_one_does_not_fall_below_its_smallest
     for _ in range(5):
         static.update(overflow)
         dynamic.update(overflow)
-    assert float(static.scale) == 256 and static.counters().tolist() == [256, 5, 5]
-    assert dynamic.counters().tolist() == [1, 5, 3], "in vain from the smallest scale on"
+    assert float(static.scale) == 256 and static.counters().tolist() == [256, 5, 5, 5]
+    assert dynamic.counters().tolist() == [1, 5, 3, 5], "in vain from the smallest scale on"
     dynamic.update(torch.tensor(False))
-    assert dynamic.counters().tolist() == [1, 5, 0]
+    assert dynamic.counters().tolist() == [1, 5, 0, 0]
 
 
 def test_a_scale_does_not_grow_to_infinity() -> None:
