@@ -11,6 +11,11 @@ from .sizes import AUTO, batch_sizes, in_bytes, processes
 def check(config: Config) -> Config:
     """Fills in ranks, precision and batch sizes. Raises a `UsageError` that names the key of a bad value."""
     check_ranges(config)
+    if config.trust:
+        raise UsageError(
+            f"trust={config.trust}: is of resume=, whose configuration comes from a checkpoint; a new run's "
+            "is your own, leave it out"
+        )
     data, accum, trainer = config.data, config.accum, config.trainer
     standalone = accum.strategy is Strategy.standalone
     accum.processes = processes(accum.processes, standalone, config.device)

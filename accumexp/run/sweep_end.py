@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import shlex
 import shutil
@@ -15,7 +14,7 @@ from pathlib import Path
 from ..environment.console import console
 from ..errors import TrainingError, first_line
 from ..sweeps.job_folders import JOBS, LAUNCHES, LOCK, has_jobs, job_folders
-from ..sweeps.sweep import PARENT, SweepRun, launched_sweep, sweep_runs
+from ..sweeps.sweep import PARENT, SweepRun, launched_sweep, parent_of, sweep_runs
 from ..tracking.folder import RunFolder, RunStatus
 from ..tracking.json_file import read_json
 
@@ -121,7 +120,7 @@ def _close_parent(folder: Path, status: RunStatus | None, died: Sequence[SweepRu
     from ..config.schema import TrackingConfig
     from ..tracking import Store
 
-    parent = json.loads((folder / PARENT).read_text())
+    parent = parent_of(folder)
     store = Store(TrackingConfig(uri=parent["uri"]), parent["experiment_id"])
     for run in died:
         if run.run_id:

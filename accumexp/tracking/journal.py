@@ -6,10 +6,12 @@ import json
 import os
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..errors import UsageError
 from .json_file import write_json
 
 
@@ -41,16 +43,34 @@ class Journal:
 
 
 def read(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a journal; a last line cut short by a kill is left out."""
-    with path.open() as file:
-        for line in file:
-            if line.endswith("\n"):
-                yield json.loads(line)
+    """The rows of a journal; a last line cut short by a kill is left out.
+
+    Raises:
+        UsageError: naming the line that is damaged.
+    """
+    if not path.is_file():  # opening a pipe would wait
+        raise UsageError(f"{path}: is no file")
+    with path.open(errors="replace") as file:
+        for number, line in enumerate(file, 1):
+            if not line.endswith("\n"):
+                continue
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError):
+                row = None
+            numbers = isinstance(row, dict) and all(isinstance(v, int | float | None) for v in row.values())
+            if not numbers or not isinstance(row.get("update"), int):
+                raise UsageError(f"{path}: line {number} is damaged; remove it to go on without its points")
+            yield row
 
 
 def last_update(path: Path) -> int:
-    """The newest update in a journal, 0 for none."""
-    return max((row["update"] for row in read(path)), default=0) if path.exists() else 0
+    """The newest update in a journal, as far as it can be read; 0 for none."""
+    newest = 0
+    with suppress(UsageError):
+        for row in read(path) if path.exists() else ():
+            newest = max(newest, row["update"])
+    return newest
 
 
 @dataclass

@@ -19,11 +19,12 @@ from ..accum import Ranks
 from ..config.ranges import require
 from ..environment.console import amount
 from ..environment.random_state import restore_random_state
-from ..errors import TrainingError, UsageError
+from ..errors import TrainingError, UsageError, first_line
 from ..tracking.folder import BEST, CHECKPOINTS
 from . import shards
 from .callbacks import Best, Callback, RunState
 from .checkpoint_content import check_savable, needed_bytes, not_written
+from .checkpoint_file import check_entries, check_storages, check_tensors
 from .optimizers import in_eval_mode
 from .trainer_state import restore_trainer_state, trainer_state
 
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 FORMAT = "accumexp checkpoint 1"
+# What loading a state of another type or shape raises.
+DAMAGED = (RuntimeError, ValueError, LookupError, TypeError, AttributeError, AssertionError, OverflowError)
 
 
 def save(path: Path, content: Mapping[str, Any]) -> None:
@@ -78,15 +81,19 @@ def load(path: Path, in_file: bool = False) -> dict[str, Any]:
         in_file: map the tensors from the file instead of reading them; the file must outlive them.
 
     Raises:
-        UsageError: if it is missing, damaged (every byte is checked against its CRC), or no checkpoint.
+        UsageError: if it is missing, damaged (every byte is checked against its CRC), declares more than it
+            holds, or is no checkpoint.
     """
-    if not path.is_file():
-        raise UsageError(f"checkpoint {path}: no such file")
+    if not path.is_file():  # opening a pipe would wait
+        raise UsageError(f"checkpoint {path}: {'is no file' if path.exists() else 'no such file'}")
     try:
         with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-        if damaged:
-            raise UsageError(f"checkpoint {path}: damaged in {damaged}; take an earlier one from its folder")
+            check_entries(path, archive, path.stat().st_size)
+            if damaged := archive.testzip():
+                raise UsageError(
+                    f"checkpoint {path}: damaged in {damaged}; take an earlier one from its folder"
+                )
+            check_storages(path, archive)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Validating sparse tensor invariants")
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=in_file)
@@ -95,11 +102,11 @@ def load(path: Path, in_file: bool = False) -> dict[str, Any]:
     except zipfile.BadZipFile as error:
         raise UsageError(f"checkpoint {path}: damaged, or not a checkpoint ({error})") from error
     except Exception as error:
-        reason = str(error).splitlines()[0]
-        raise UsageError(f"checkpoint {path}: not a checkpoint of accumexp ({reason})") from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        kind = content.get("format") if isinstance(content, dict) else type(content).__name__
-        raise UsageError(f"checkpoint {path}: of format {kind!r}, not {FORMAT!r}")
+        raise UsageError(f"checkpoint {path}: not a checkpoint of accumexp ({first_line(error)})") from error
+    found = content.get("format") if isinstance(content, dict) else type(content).__name__
+    if not isinstance(found, str) or found != FORMAT:
+        raise UsageError(f"checkpoint {path}: of format {str(found)[:60]!r}, not {FORMAT!r}")
+    check_tensors(path, content)
     return content
 
 
@@ -271,13 +278,17 @@ def restore(trainer: Trainer, content: Mapping[str, Any], path: Path) -> None:
         if shard_folder is not None:
             shards.load(trainer, shard_folder)
         restore_trainer_state(trainer, content)
-    except (RuntimeError, ValueError, KeyError, TypeError) as error:
-        reason = " ".join(str(error).split())[:300]
+    except DAMAGED as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         raise UsageError(f"checkpoint {path}: does not fit this configuration: {reason}") from error
     states = [content["random"], *content.get("random_others", [])]
     rank = trainer.window.sync.ranks.rank
     if rank < len(states):  # an additional rank keeps the state that its seed gave it
-        restore_random_state(states[rank])
+        try:
+            restore_random_state(states[rank])
+        except DAMAGED as error:
+            reason = f"its random state is damaged: {first_line(error)}"
+            raise UsageError(f"checkpoint {path}: {reason}") from error
 
 
 def _position(trainer: Trainer) -> tuple[int, int]:

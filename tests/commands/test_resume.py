@@ -110,7 +110,7 @@ def stopped(request: pytest.FixtureRequest, base: Path) -> Stopped:
     folder = base / f"{how.name}_{how.at}"
     first = run_to(base, folder.name, how)
     between = record_of(folder).status
-    second = run_command("run", f"resume={folder.name}", folder=base)
+    second = run_command("run", f"resume={folder.name}", "trust=[tests]", folder=base)
     return Stopped(how, folder, first, between, second, record_of(folder))
 
 
