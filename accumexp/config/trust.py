@@ -18,7 +18,7 @@ PACKAGE = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*")
 # After `${`: the name of a key, or of a resolver if a colon follows.
 INTERPOLATION = re.compile(r"\$\{(?:\s*([\w.\[\]-]*)\s*([:}]))?")
 # Resolvers of `accumexp.conf` and Hydra that compute with their arguments, or the time.
-PURE = {"now", "product", "scaled_rate", "micro_batch_size", "slug"}
+PURE = {"now", "oc.select", "product", "scaled_rate", "micro_batch_size", "slug"}
 ENVIRONMENT = "oc.env"
 
 
@@ -169,7 +169,7 @@ def check_interpolations(plain: Mapping[str, Any], source: str, given: Collectio
     }
     if not values:
         return
-    again = " ".join(f"{key}='{value}'" for key, value in values.items())
+    again = " ".join(f"++{key}='{value}'" for key, value in values.items())
     key, value = next(iter(values.items()))
     what = "reads the environment" if ENVIRONMENT in value else "does more than to read other keys"
     raise UsageError(

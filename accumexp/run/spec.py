@@ -190,14 +190,14 @@ def resumed(cfg: DictConfig, overrides: Sequence[str]) -> Resumed | None:
     while True:
         try:
             content = load(path)
+            check_parts(content, path)
             break
         except UsageError:
             if not older:
-                load(newest)  # raises its own error
+                check_parts(load(newest), newest)  # raises its own error
             path = older.pop()
     if path != newest:
         log.warning("checkpoint %s is damaged, going on from %s", newest, path)
-    check_parts(content, path)
     expressions = frozenset(impure_values(content["config"]))
     overrides = [one for one in overrides if keys_of([one]).isdisjoint(("resume", "trust"))]
     allowed = frozenset(environment_overrides(overrides).items()) & expressions

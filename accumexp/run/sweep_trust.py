@@ -7,10 +7,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from ..config.trust import Refusal, Trust, check_targets, impure_values
 from ..errors import UsageError, first_line
+from ..sweeps.job_folders import distinct_launches
+
+NO_TRUST = Trust()
 
 # Keys of Hydra's that choose an installed launcher or sweeper, or give it numbers and names.
 HARMLESS = re.compile(
@@ -47,8 +52,8 @@ def check_taken(lines: Sequence[str], files: Sequence[str], where: str, trust: T
         of_hydra = key.startswith("hydra") or "hydra" in str(override.package)
         if of_hydra and not (HARMLESS.fullmatch(key) and all(_is_plain(key, one) for one in values)):
             raise UsageError(
-                f"sweep.resume={where}: {line} is taken from that folder, and may run code; give it again, or "
-                "trust=true if the sweep is your own"
+                f"sweep.resume={where}: {line} is taken from that folder, and may run code; give it again, "
+                "or trust=true if the sweep is your own"
             )
         if any(True for _ in impure_values(values)):
             raise UsageError(
@@ -64,6 +69,24 @@ def check_taken(lines: Sequence[str], files: Sequence[str], where: str, trust: T
         from ..training.known_targets import refused
 
         check_targets(plain, f"sweep.resume={where}", (), trust, _any_kind(refused({})))
+
+
+def needed_trust(sweep: Path) -> str:
+    """What `sweep.resume=` of the folder needs besides; empty for nothing."""
+    lines: list[str] = []
+    files: list[str] = []
+    for launch in distinct_launches(sweep):
+        lines, files = [*lines, *launch.task, *launch.hydra], launch.files
+    named = re.findall(r"_target_[=: ]+['\"]?(\w+)", " ".join(lines))
+    packages = sorted(set(named) - {"accumexp", "torch", "torchvision", "torchmetrics"})
+    trusts = {"": NO_TRUST}
+    if packages:
+        trusts[f" trust=[{','.join(packages)}]"] = Trust(packages=frozenset(packages))
+    for text, trust in trusts.items():
+        with suppress(UsageError):
+            check_taken(lines, files, str(sweep), trust)
+            return text
+    return " trust=true"
 
 
 def _is_plain(key: str, value: Any) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from ..config.overrides import changed, keys_of
 from ..config.schema import Config
 from ..config.trust import Trust, check_interpolations, check_targets, impure, impure_values, target_nodes
 from ..errors import UsageError, first_line
+from .components import build_model
 from .known_targets import refused
 from .progress import Progress
 
@@ -135,12 +137,29 @@ def configuration(
     # An escaped interpolation is text here, and would be resolved where its node is built.
     check_interpolations(plain, source, given, Trust(trust.everything))
     check_targets(plain, source, given, trust, refused(plain))
+    if not (trust.everything or trust.packages):
+        _check_model_size(config, content["model"], source)
     return config
+
+
+def _check_model_size(config: Config, saved: Mapping[str, torch.Tensor], source: str) -> None:
+    """Refuses a model far larger than the checkpoint's, which building it would allocate."""
+    if not saved:  # in shards
+        return
+    try:
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            state = build_model(config).state_dict()
+    except Exception:  # building it says why
+        return
+    numbers, held = (sum(value.numel() for value in values) for values in (state.values(), saved.values()))
+    if numbers > 4 * held + 2**20:
+        raise UsageError(f"{source}: holds {held} numbers of a model, and its config is of one of {numbers}")
 
 
 def needed_trust(plain: Mapping[str, Any]) -> str:
     """What `resume=` needs besides, for a checkpoint of the configuration `plain`; empty for nothing."""
-    again = "".join(f" {key}='{value}'" for key, value in impure_values(plain))
+    again = "".join(f" ++{key}='{value}'" for key, value in impure_values(plain))
     why = refused(plain)
     refusals = [why(key, str(target), NO_TRUST) for key, target in target_nodes(moved(plain))]
     packages = {refusal.package for refusal in refusals if refusal}

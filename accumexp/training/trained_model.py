@@ -15,6 +15,7 @@ from . import shards
 from .checkpoint import DAMAGED, find, load
 from .checkpoint_parts import configuration
 from .components import build_model, placement
+from .restorable import check_kinds
 
 
 def load_weights(model: nn.Module, content: Mapping[str, Any], path: Path) -> None:
@@ -26,6 +27,7 @@ def load_weights(model: nn.Module, content: Mapping[str, Any], path: Path) -> No
     parts = shards.folder_of(path, content)
     try:
         if parts is None:
+            check_kinds(model, content["model"])
             model.load_state_dict(content["model"])
         else:
             shards.load_model(model, parts)
