@@ -21,6 +21,7 @@ from torch.utils.data import Dataset, Sampler
 
 from ..config.instantiate import moved
 from ..config.trust import PACKAGE, Refusal, Trust
+from ..errors import first_line
 from .callbacks import Callback
 
 # Hydra's, for an argument that is a class or a dtype itself.
@@ -141,8 +142,10 @@ def _refusal(key: str, target: str, trust: Trust) -> Refusal | None:
         return Refusal(f"{package} is no package that accumexp knows", package)
     try:
         value = _located(target)
-    except Exception:  # building it says why
-        return None
+    except Exception as error:
+        if allowed:  # building it says why
+            return None
+        return Refusal(f"there is no such class: {first_line(error)}")
     if _is_known(top, value):
         return None
     if not allowed:

@@ -56,13 +56,16 @@ class Reader(FileSystemReader):
         return metadata
 
     def _slice_file(self, file: Any, sinfo: Any) -> Any:
-        view: Any = super()._slice_file(file, sinfo)
-        with zipfile.ZipFile(view) as archive:
-            path = self.folder / str(sinfo.relative_path)
+        path = self.folder / str(sinfo.relative_path)
+        if not 0 <= sinfo.offset <= sinfo.offset + sinfo.length <= path.stat().st_size:
+            raise RuntimeError(f"{METADATA} names bytes that {path.name} does not have")
+        file.seek(sinfo.offset)
+        part = io.BytesIO(file.read(sinfo.length))
+        with zipfile.ZipFile(part) as archive:
             check_entries(path, archive, sinfo.length)
             check_storages(path, archive)
-        view.seek(0)
-        return view
+        part.seek(0)
+        return part
 
 
 class Planner(DefaultLoadPlanner):
