@@ -105,7 +105,8 @@ def load(path: Path, in_file: bool = False) -> dict[str, Any]:
         raise UsageError(f"checkpoint {path}: not a checkpoint of accumexp ({first_line(error)})") from error
     found = content.get("format") if isinstance(content, dict) else type(content).__name__
     if not isinstance(found, str) or found != FORMAT:
-        raise UsageError(f"checkpoint {path}: of format {str(found)[:60]!r}, not {FORMAT!r}")
+        kind = repr(found)[:60] if isinstance(found, str | None) else type(found).__name__
+        raise UsageError(f"checkpoint {path}: of format {kind}, not {FORMAT!r}")
     check_tensors(path, content)
     return content
 

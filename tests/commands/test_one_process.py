@@ -56,7 +56,10 @@ def living(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
 def test_a_living_run_is_left_alone_and_a_killed_one_is_closed(
     tmp_path: Path, living: subprocess.Popen[bytes]
 ) -> None:
-    for arguments, key in ((["resume=run", "trust=[tests]"], "resume"), ([*SMALL, "hydra.run.dir=run"], "hydra.run.dir")):
+    for arguments, key in (
+        (["resume=run", "trust=[tests]"], "resume"),
+        ([*SMALL, "hydra.run.dir=run"], "hydra.run.dir"),
+    ):
         error = run_command("run", *arguments, folder=tmp_path).error()
         assert error.startswith(f"{key}={tmp_path / 'run'}: ")
         if key == "resume":
