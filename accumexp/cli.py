@@ -28,7 +28,7 @@ from .config.loading import explain_omegaconf
 from .config.sizes import AUTO
 from .environment.launch import RankError
 from .environment.ranks import RankInfo, exit_immediately, skip_group_teardown
-from .errors import TrainingError, UsageError, print_error, unknown_key
+from .errors import TrainingError, UsageError, masked, print_error, unknown_key
 
 # Read before `hydra_app` sets it for Hydra, and handed on to the processes in which a launcher runs jobs.
 WANTS_TRACEBACK = os.environ.get("ACCUMEXP_TRACEBACK", os.environ.get("HYDRA_FULL_ERROR")) == "1"
@@ -182,11 +182,11 @@ def command(main: Callable[[], None]) -> NoReturn:
 
 def log_error(error: Exception) -> None:
     """Writes the error to the run's log; prints the traceback of an unexpected one, or if it is wanted."""
-    log.info("failed", exc_info=error)
+    log.info("failed\n%s", masked("".join(traceback.format_exception(error))))
     if isinstance(error, RankError):
-        print(error, file=sys.stderr)
+        print(masked(str(error)), file=sys.stderr)
     elif WANTS_TRACEBACK or not isinstance(error, UsageError | TrainingError):
-        traceback.print_exception(error)
+        print(masked("".join(traceback.format_exception(error))), end="", file=sys.stderr)
 
 
 def exit_with_error(error: Exception, rank_info: RankInfo, end_rank: bool = True) -> NoReturn:

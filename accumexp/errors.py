@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 
 
@@ -11,6 +12,29 @@ class UsageError(Exception):
 
 class TrainingError(Exception):
     """A run that cannot go on for a reason the user must decide about. Commands print it and exit with 1."""
+
+
+# Values that came from the environment, and what is shown in their place.
+_hidden: dict[str, str] = {}
+SHORTEST_HIDDEN = 4  # a shorter value is part of many words
+
+
+def hide(value: str, shown: str) -> None:
+    """Makes `masked` replace `value` by `shown` from now on."""
+    if len(value) >= SHORTEST_HIDDEN:
+        _hidden[value] = shown
+
+
+def masked(text: str) -> str:
+    """`text` without the values that `hide` was given."""
+    for value in sorted(_hidden, key=len, reverse=True):
+        text = text.replace(value, _hidden[value])
+    return text
+
+
+def markdown_text(text: str) -> str:
+    """`text` as markdown shows it, in one line: names and errors may hold any of its signs."""
+    return re.sub(r"([\\`*_{}\[\]()<>#+|~!])", r"\\\1", " ".join(text.split()))
 
 
 def unknown_key(key: str, choices: list[str]) -> str:
@@ -41,5 +65,5 @@ def compiler_error(error: Exception) -> TrainingError | None:
 
 def print_error(error: Exception, prefix: str = "") -> int:
     """Prints the error on stderr and returns the command's exit code for it: 2 or 1."""
-    print(f"{prefix}error: {error}", file=sys.stderr)
+    print(f"{prefix}error: {masked(str(error))}", file=sys.stderr)
     return 2 if isinstance(error, UsageError) else 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from .cli import command, command_options
 from .errors import UsageError
@@ -12,6 +13,7 @@ HELP = """\
   checkpoint=<path>   a checkpoint, or a run's folder, of which the best checkpoint is taken
   split=test          the split to evaluate on: test or eval
   json=false          true prints the values as one line of JSON
+  trust=[my_package]  packages of your own that the checkpoint's configuration may name classes of, or true
   key=value ...       changes to the run's own configuration: data.root=..., device=cpu, precision=fp32
 """
 
@@ -21,9 +23,9 @@ def main() -> None:
         "evaluate",
         "Loss and metrics of a checkpoint's model, rebuilt from the checkpoint's configuration.",
         HELP,
-        {"checkpoint": "", "split": "test", "json": "false"},
+        {"checkpoint": "", "split": "test", "json": "false", "trust": "false"},
     )
-    checkpoint, split, as_json = options.values()
+    checkpoint, split, as_json, trust = options.values()
     if not checkpoint:
         raise UsageError("checkpoint: a path is needed, give checkpoint=<run folder or file>")
     if split not in ("test", "eval"):
@@ -31,21 +33,26 @@ def main() -> None:
     if as_json not in ("true", "false"):
         raise UsageError(f"json={as_json}: true or false")
     overrides = [f"{key}={value}" for key, value in changes.items()]
-    evaluate(checkpoint, split, overrides, as_json=as_json == "true")
+    evaluate(checkpoint, split, overrides, as_json=as_json == "true", trust=trust)
 
 
-def evaluate(checkpoint: str, split: str, overrides: list[str], as_json: bool) -> dict[str, float]:
-    """Prints and returns loss and metrics of `checkpoint` on `split`."""
-    from .config.overrides import changed
+def evaluate(
+    checkpoint: str, split: str, overrides: list[str], as_json: bool, trust: Any = False
+) -> dict[str, float]:
+    """Prints and returns loss and metrics of `checkpoint` on `split`; `trust` as in the schema."""
+    from .config.trust import Trust
     from .tracking.folder import RunFolder
+
+    trusted = Trust.given(trust)
     from .training.checkpoint import find, load
+    from .training.checkpoint_parts import configuration
 
     path = find(Path(checkpoint), best=True)
     content = load(path)
     RunFolder.of_checkpoint(path).close_if_dead()
     # One process evaluates, whatever has trained.
     alone = ["accum.strategy=standalone", "accum.processes=1"]
-    config = changed(content["config"], [*alone, *overrides], content.get("interpolations"))
+    config = configuration(content, path, [*alone, *overrides], trusted)
 
     from .environment.console import show_values
     from .training.experiment import Experiment

@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from ..config.schema import Config, Strategy
 from ..config.sizes import AUTO, batch_sizes, processes
 from ..errors import UsageError
+from ..sweeps.hydra_sweep import typed_overrides
 from ..sweeps.job_folders import job_folder_name, slug
 
 MICRO_BATCH_SIZE = "${micro_batch_size:}"
@@ -47,9 +48,18 @@ def _micro_batch_size(*, _root_: DictConfig) -> int | str | None:
         return None
 
 
+def _place(sweep: str, launch: int, number: int, name: str, overrides: Any, *, _root_: DictConfig) -> str:
+    """`job_folder_name` for the overrides as they were typed: resolved, they may hold secrets."""
+    job: Any = OmegaConf.to_container(_root_.hydra.job, resolve=False)
+    typed, _ = typed_overrides(_root_.hydra)
+    if any("${" in one for one in typed):
+        name = slug(job["override_dirname"])
+    return job_folder_name(sweep, launch, number, name, typed)
+
+
 RESOLVERS: dict[str, Callable[..., Any]] = {
     "slug": slug,
-    "place": job_folder_name,
+    "place": _place,
     "product": lambda *factors: math.prod(int(factor) for factor in factors),
     "scaled_rate": _scaled_rate,
     "folders": lambda root: sum(entry.is_dir() for entry in Path(root).glob("*")),

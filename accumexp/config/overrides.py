@@ -75,14 +75,14 @@ def _follow(cfg: DictConfig, given: set[str], derived: Mapping[str, str]) -> Non
     while following := {
         key: expression
         for key, expression in derived.items()
-        if key not in changed and any(_names(expression, other) for other in changed)
+        if key not in changed and any(names_key(expression, other) for other in changed)
     }:
         for key, expression in following.items():
             OmegaConf.update(cfg, key, expression)
         changed |= following.keys()
 
 
-def _names(expression: str, key: str) -> bool:
+def names_key(expression: str, key: str) -> bool:
     """Whether an interpolation reads `key`: `${key}`, or as an argument of a resolver."""
     return re.search(rf"[{{:,]{re.escape(key)}[}},]", expression) is not None
 

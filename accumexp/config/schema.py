@@ -224,3 +224,6 @@ class Config:
     # Dtype of the parameters. Null: fp64 with precision=fp64, fp32 otherwise.
     param_precision: Precision | None = None
     resume: str | None = None
+    # Of a resumed run: packages whose classes its checkpoint may name, besides those that the project knows;
+    # true for anything.
+    trust: Any = False

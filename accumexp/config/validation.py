@@ -13,6 +13,11 @@ def check(config: Config) -> Config:
     check_ranges(config)
     for group in ("model", "loss", "optimizer", "scheduler", "callbacks", "metrics"):
         check_numbers(getattr(config, group), group)
+    if config.trust:
+        raise UsageError(
+            f"trust={config.trust}: is of resume=, whose configuration comes from a checkpoint; a new run's "
+            "is your own, leave it out"
+        )
     data, accum, trainer = config.data, config.accum, config.trainer
     standalone = accum.strategy is Strategy.standalone
     accum.processes = processes(accum.processes, standalone, config.device)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from ..accum.batch import map_tensors, tensors
 from ..config.loading import to_plain
-from ..config.schema import DataConfig
 from .batches import Batches, ResidentBatches
 from .splits import Splits
 
@@ -29,13 +30,13 @@ class DatasetRecord:
     samples: int
 
 
-def dataset_records(config: DataConfig, splits: Splits) -> list[DatasetRecord]:
-    """The records of the three splits."""
+def dataset_records(config: Mapping[str, Any], splits: Splits) -> list[DatasetRecord]:
+    """The records of the three splits; `config` is the recorded `data`, as plain dicts."""
     records = []
     for context, node, batches in (
-        ("train", config.train, splits.train),
-        *([("eval", config.eval or config.train, splits.eval)] if splits.has_eval else []),
-        ("test", config.test, splits.test),
+        ("train", config["train"], splits.train),
+        *([("eval", config["eval"] or config["train"], splits.eval)] if splits.has_eval else []),
+        ("test", config["test"], splits.test),
     ):
         source = json.dumps(to_plain(node))
         name = str(node["_target_"]).rpartition(".")[2].lower()

@@ -107,7 +107,7 @@ def _part(part: str | int, what: str, fields: dict[Any, Any], named: bool, key: 
     found = part
     if not named and isinstance(part, int) and part < 0:
         found = part + len(fields)
-    if found in fields and not isinstance(found, bool):
+    if isinstance(found, str | int) and found in fields and not isinstance(found, bool):
         return found
     have = ", ".join(map(str, fields)) if named else f"positions 0 to {len(fields) - 1}"
     raise UsageError(f"data.{what}={part}: the samples of {key} have no such part, they have {have}")

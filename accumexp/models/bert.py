@@ -30,7 +30,7 @@ class Bert(nn.Module):
 
     Raises:
         UsageError: if transformers is not installed.
-        ValueError: if `hidden` is no multiple of `heads`.
+        ValueError: if `hidden` is no multiple of `heads`, or for another `attention`.
     """
 
     def __init__(
@@ -44,6 +44,8 @@ class Bert(nn.Module):
         attention: str = "eager",
     ) -> None:
         super().__init__()
+        if attention not in ("eager", "sdpa"):  # transformers would fetch and run a kernel of another name
+            raise ValueError(f"attention={attention}: eager or sdpa")
         try:
             from transformers import BertConfig, BertForMaskedLM
         except ModuleNotFoundError as error:

@@ -9,6 +9,7 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from ..cli import exit_with_error, log_error
+from ..config.environment_values import environment_values
 from ..config.job_folder import keep_launch_paths, store_of_command
 from ..config.loading import from_hydra
 from ..config.schema import Config
@@ -26,6 +27,7 @@ class ProofSpec:
     config: Config
     folder: RunFolder
     command: str
+    expressions: dict[str, str]
 
 
 def prove_job(cfg: DictConfig) -> None:
@@ -65,11 +67,12 @@ def _spec(cfg: DictConfig, folder: RunFolder, launched_from: Path) -> ProofSpec:
     config.tracking.uri = config.tracking.uri or store_of_command(launched_from)
     if config.replicas != 1:
         raise UsageError(f"replicas={config.replicas}: a certificate is of one run, leave replicas out")
-    return ProofSpec(config, folder, command_line(sys.argv[1:], "prove"))
+    return ProofSpec(config, folder, command_line(sys.argv[1:], "prove"), environment_values(cfg))
 
 
 def prove(spec: ProofSpec) -> bool:
     """Makes the certificate in this process. Its imports are not needed by one that only launches ranks."""
     from .session import make_certificate
 
-    return make_certificate(spec.config, spec.folder, launched_rank() or RankInfo(), spec.command)
+    rank_info = launched_rank() or RankInfo()
+    return make_certificate(spec.config, spec.folder, rank_info, spec.command, spec.expressions)

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 from rich.markup import escape
 from rich.table import Table
 
+from ..config.environment_values import hide_values, recorded
 from ..config.schema import Backend, Config
 from ..data.digest import dataset_records
 from ..environment.console import console, show_values
 from ..environment.device import device_name, pick_device
 from ..environment.ranks import RankInfo, device_of
+from ..errors import markdown_text
 from ..plan.auto_steps import choose_steps
 from ..proof import Certificate
 from ..proof.certificate import number
@@ -28,11 +31,22 @@ from .experiment import prove_experiment
 STYLES = {"proved": "green", "proved up to": "yellow", "not proved": "red"}
 
 
-def make_certificate(config: Config, folder: RunFolder, rank_info: RankInfo, command: str = "") -> bool:
+def make_certificate(
+    config: Config,
+    folder: RunFolder,
+    rank_info: RankInfo,
+    command: str = "",
+    expressions: Mapping[str, str] | None = None,
+) -> bool:
     """Makes a certificate, shows it, and keeps it in `folder` and MLflow. Returns whether it is proved.
 
     On several ranks a collective call.
+
+    Args:
+        expressions: of values from the environment, which are kept in their place.
     """
+    expressions = expressions or {}
+    hide_values(config, expressions)
     with run_context(config, folder, rank_info) as folder:
         no_store = config.tracking.backend is Backend.none or not rank_info.first
         # A store that cannot be reached is reported before the work, not after it.
@@ -42,12 +56,14 @@ def make_certificate(config: Config, folder: RunFolder, rank_info: RankInfo, com
         with stages() as stage:
             certificate, experiment = prove_experiment(config, rank_info, stage)
     if rank_info.first:
+        kept = recorded(config, expressions)
+        certificate = replace(certificate, config=recorded(certificate.config, expressions))
         write(certificate, folder)
-        folder.write_config(config)
+        folder.write_config(kept)
         show(certificate)
         locations: dict[str, object] = {"certificate": folder.certificate}
         if store is not None:
-            locations.update(_record(certificate, experiment, folder, store, command, tags))
+            locations.update(_record(certificate, experiment, folder, store, command, tags, kept))
         console.print()
         show_values("kept", locations)
     return certificate.proved
@@ -60,6 +76,7 @@ def _record(
     store: Store,
     command: str,
     tags: dict[str, str],
+    kept: Mapping[str, Any],
 ) -> dict[str, object]:
     """Records the certificate as a run in MLflow. Returns its links."""
     config = experiment.config
@@ -70,7 +87,8 @@ def _record(
         name="certificate",
         command=command,
         tags={**describing_tags(experiment.device, []), **tags, **tags_of(certificate)},
-        datasets=dataset_records(config.data, experiment.splits),
+        datasets=dataset_records(kept["data"], experiment.splits),
+        recorded=kept,
     )
     status = RunStatus.FAILED
     try:
@@ -83,14 +101,18 @@ def _record(
     return tracker.links()
 
 
-def certified(config: Config, rank_info: RankInfo, folder: RunFolder) -> dict[str, str]:
+def certified(
+    config: Config, rank_info: RankInfo, folder: RunFolder, expressions: Mapping[str, str]
+) -> dict[str, str]:
     """Proves the window of a run that is about to begin. Returns the tag of the verdict.
 
-    The certificate is written into `folder`. All ranks call it.
+    The certificate is written into `folder`, with the `expressions` of values from the environment. All ranks
+    call it.
     """
     with stages() as stage:
         certificate, _ = prove_experiment(config, rank_info, stage)
     if rank_info.first:
+        certificate = replace(certificate, config=recorded(certificate.config, expressions))
         write(certificate, folder)
     style = "green" if certificate.proved else "yellow"
     console.print(f"certificate: {certificate}", style=style, highlight=False, soft_wrap=True, markup=False)
@@ -148,12 +170,20 @@ def show(certificate: Certificate) -> None:
 
 def markdown(certificate: Certificate) -> str:
     """The certificate as MLflow's page of the run shows it."""
-    lines = [f"**{certificate}**", "", "| check | found | at most | |", "|---|---|---|---|"]
+    lines = [
+        f"**{markdown_text(str(certificate))}**",
+        "",
+        "| check | found | at most | |",
+        "|---|---|---|---|",
+    ]
     for check in certificate.checks:
         mark = "ok" if check.passed else "**differs**"
-        lines.append(f"| {check.name} | {number(check.figure)} | {number(check.bound)} | {mark} |")
+        lines.append(
+            f"| {markdown_text(check.name)} | {number(check.figure)} | {number(check.bound)} | {mark} |"
+        )
     for cause in certificate.causes:
-        lines += ["", f"**{cause.line}**", "", f"Shown: {cause.shown}. To do: {cause.advice}."]
+        shown = markdown_text(f"Shown: {cause.shown}. To do: {cause.advice}.")
+        lines += ["", f"**{markdown_text(cause.line)}**", "", shown]
     return "\n".join(lines)
 
 

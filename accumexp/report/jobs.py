@@ -13,10 +13,11 @@ from omegaconf import OmegaConf
 from ..config.loading import flatten
 from ..config.schema import TrackingConfig
 from ..errors import UsageError
-from ..sweeps.sweep import PARENT, SweepRun, sweep_runs
+from ..sweeps.sweep import PARENT, SweepRun, parent_of, sweep_runs
 from ..tracking import PastRun, Store, curve, jobs_of, newest_sweep, sweep_of
 from ..tracking.folder import CERTIFICATE_TAG, RunFolder, RunStatus, Summary
 from ..tracking.journal import read
+from ..tracking.json_file import read_json
 
 Curve = list[tuple[int, float]]
 REMEDY = "give sweep=<folder or parent run id>, or tracking.uri=<the store's address>"
@@ -115,8 +116,10 @@ def find_sweep(sweep: str, uri: str = "") -> Sweep:
 
 def _find_in_folder(folder: Path, uri: str) -> Sweep:
     if (folder / PARENT).exists():
-        parent = json.loads((folder / PARENT).read_text())
-        return _find_in_store(uri or parent["uri"], parent["run_id"], folder)
+        if uri:
+            return _find_in_store(uri, str(read_json(folder / PARENT).get("run_id", "")), folder)
+        parent = parent_of(folder)
+        return _find_in_store(parent["uri"], parent["run_id"], folder)
     if sweep_runs(folder):
         return from_folder(folder)
     if RunFolder(folder).config.exists():

@@ -11,6 +11,7 @@ from typing import Any
 
 from ..config.overrides import report_from
 from ..environment.console import console, steps
+from ..errors import markdown_text
 from .analysis import Report, make_report
 from .groups import varied_params
 from .jobs import Sweep
@@ -139,10 +140,11 @@ def note(report: Report) -> str:
     """The report as markdown, of at most the length of a tag."""
     tables = [result_table(report).markdown(), cost_table(report).markdown()] if report.rows else []
     left_out = [
-        f"- left out: `{job.overrides_text}`: {job.status} {job.error or ''}"
+        f"- left out: {markdown_text(f'{job.overrides_text}: {job.status} {job.error or str()}')}"
         for job in report.sweep.unfinished
     ]
     footer = f"The whole report, with pictures: artifact `{FOLDER}/{PAGE}`."
-    parts = [f"**{conclusion(report)}**", *tables, noise_conclusion(report), "\n".join(left_out), footer]
+    verdict, noise = (markdown_text(text or "") for text in (conclusion(report), noise_conclusion(report)))
+    parts = [f"**{verdict}**", *tables, noise, "\n".join(left_out), footer]
     text = "\n\n".join(part for part in parts if part)
     return text if len(text) <= MAX_TAG else text[:MAX_TAG] + "\n\n... cut here; the page has it all"

@@ -15,6 +15,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from ..environment.console import console
+from ..errors import markdown_text
 from .analysis import Comparison, Report, Row
 from .wording import certificate_cell, mean_and_std, p_value, reason, signed_interval
 
@@ -40,8 +41,11 @@ class Table:
     rows: list[list[str]]
 
     def markdown(self) -> str:
-        lines = ["| " + " | ".join(self.columns) + " |", "|" + " --- |" * len(self.columns)]
-        lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in self.rows]
+        lines = [
+            "| " + " | ".join(map(markdown_text, self.columns)) + " |",
+            "|" + " --- |" * len(self.columns),
+        ]
+        lines += ["| " + " | ".join(map(markdown_text, row)) + " |" for row in self.rows]
         return "\n".join(lines)
 
 

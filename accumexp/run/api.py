@@ -16,6 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ..cli import explain
 from ..conf import conf_dir
+from ..config.environment_values import environment_values
 from ..config.loading import from_hydra
 from ..config.overrides import interpolations
 from ..environment.ranks import RankInfo
@@ -56,7 +57,7 @@ class RunResult:
         """
         from ..training.trained_model import load_model
 
-        return load_model(self.folder, best)
+        return load_model(self.folder, best, trust=True)  # this process has built and written it
 
 
 def run(configuration: Sequence[str] | DictConfig = (), *, folder: str | Path | None = None) -> RunResult:
@@ -90,13 +91,15 @@ def run(configuration: Sequence[str] | DictConfig = (), *, folder: str | Path | 
     run_folder = _folder(cfg, folder)
     if not cfg.get("resume"):
         run_folder.check_unused("folder")
-    resume_from = resumed(cfg, [one for one in overrides if not one.startswith("resume=")])
+    resume_from = resumed(cfg, overrides)
     config = resume_from.config if resume_from else from_hydra(cfg)
     if config.replicas > 1:
         raise UsageError(f"replicas={config.replicas}: are the jobs of a sweep, use python -m accumexp.run")
     derived = resume_from.interpolations if resume_from else interpolations(cfg)
     spec = RunSpec(
-        config, run_folder, None, resume_from, f"accumexp.run.run({overrides})", interpolations=derived
+        *(config, run_folder, None, resume_from, f"accumexp.run.run({overrides})"),
+        interpolations=derived,
+        from_environment=resume_from.from_environment if resume_from else environment_values(cfg),
     )
     made_here = not run_folder.path.exists()
     try:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 
 from ..config.overrides import report_from
+from ..config.trust import Trust
 from ..errors import UsageError
 from ..sweeps.hydra_sweep import ADDED, MULTIRUN, file_flags
 from ..sweeps.job_folders import REPORT, Launch, distinct_launches
 from ..tracking.folder import CHECKPOINTS, RunFolder
+from ..tracking.yaml_file import read_yaml
+from .sweep_trust import check_taken
 
 SWEEP = "sweep.resume="
 
@@ -56,6 +60,8 @@ def resumed_folder(where: str) -> Path:
     folder = Path(where)
     if not folder.exists():
         raise UsageError(f"resume={where}: no such file or folder, give a run's folder or a checkpoint")
+    if not (folder.is_file() or folder.is_dir()):
+        raise UsageError(f"resume={where}: is no file and no folder, give a run's folder or a checkpoint")
     if folder.is_file():
         folder = RunFolder.of_checkpoint(folder).path
     elif folder.name == CHECKPOINTS:
@@ -73,7 +79,8 @@ def sweep_arguments(arguments: Sequence[str]) -> tuple[list[list[str]], dict[str
         UsageError: if there is no sweep in the folder, without `-m`, or for a wrong `report.*` setting.
     """
     (where, *more) = [a.removeprefix(SWEEP) for a in arguments if a.startswith(SWEEP)]
-    rest = [a for a in arguments if a and not a.startswith(SWEEP)]
+    rest = [a for a in arguments if a and not a.startswith(SWEEP) and _key(a) != "trust"]
+    trust = Trust.given(next((a.partition("=")[2] for a in arguments if _key(a) == "trust"), None))
     if more:
         raise UsageError("sweep.resume: goes on with one sweep, give one folder")
     if any(a.startswith("resume=") for a in rest):
@@ -89,26 +96,32 @@ def sweep_arguments(arguments: Sequence[str]) -> tuple[list[list[str]], dict[str
     rest = [a for a in rest if a not in report_settings]
     earlier = distinct_launches(folder) or [_last_launch(folder)]
     if not file_flags(rest):
+        check_taken([], earlier[-1].files, where, trust)
         rest = [*earlier[-1].files, *rest]
     given = {_key(a) for a in rest if a[0] != "-" and ("=" in a or a[0] == "~")}
     if "report" in given:
         raise UsageError(f"{SWEEP}{where}: give a report's settings one by one, such as report.margin=2")
     lines = [rest]
     if all(key.startswith("hydra") for key in given):
-        lines = [
-            [*rest, *launch.task, *(a for a in launch.hydra if not _replaced(_key(a), given))]
-            for launch in earlier
+        taken = [
+            [*launch.task, *(a for a in launch.hydra if not _replaced(_key(a), given))] for launch in earlier
         ]
+        for line in taken:
+            check_taken(line, [], where, trust)
+        lines = [[*rest, *line] for line in taken]
     return [[*line, f"hydra.sweep.dir='{folder.resolve()}'"] for line in lines], changes
 
 
 def _last_launch(sweep: Path) -> Launch:
     """A sweep's newest launch, as Hydra recorded it."""
-    node = OmegaConf.load(sweep / "multirun.yaml")
-    assert isinstance(node, DictConfig)
-    overrides = OmegaConf.to_container(node.hydra.overrides, resolve=False)
-    assert isinstance(overrides, dict)
-    return Launch("", overrides["task"], overrides["hydra"])
+    path = sweep / "multirun.yaml"
+    written: Any = OmegaConf.to_container(read_yaml(path), resolve=False)
+    try:
+        overrides = written["hydra"]["overrides"]
+        task, hydra = ([str(one) for one in overrides[name]] for name in ("task", "hydra"))
+    except (KeyError, TypeError) as error:
+        raise UsageError(f"{path}: is damaged: it has no overrides") from error
+    return Launch("", task, hydra)
 
 
 def _key(override: str) -> str:

@@ -10,8 +10,10 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from ..cli import exit_with_error, log_error
+from ..config.environment_values import environment_values, recorded
 from ..config.job_folder import keep_launch_paths
-from ..config.loading import from_hydra
+from ..config.loading import from_hydra, typed
+from ..config.trust import inert
 from ..environment.console import output_to_log
 from ..environment.launch import launch
 from ..environment.ranks import RankInfo, launched_rank, skip_group_teardown
@@ -52,7 +54,7 @@ def _run(
     rank_info = launched or RankInfo()
     status = job_status(folder) if job and rank_info.first else JobStatus()
     if job and (status.finished or status.checkpoint) and rank_info.first:
-        check_same_job(folder, from_hydra(cfg))
+        check_same_job(folder, recorded(from_hydra(cfg), environment_values(cfg)))
     if status.finished and rank_info.size == 1:
         return _finished_before(job, status)
     if not job and not cfg.resume and rank_info.first:
@@ -146,4 +148,5 @@ def _close_dead_run(folder: RunFolder, status: RunStatus, error: str | None) -> 
     if unclosed and summary.run_id and written is not None:
         from ..tracking import Store
 
-        Store(from_hydra(written).tracking).client.set_terminated(summary.run_id, status)
+        tracking = typed(inert(OmegaConf.to_container(written, resolve=False))).tracking
+        Store(tracking).client.set_terminated(summary.run_id, status)

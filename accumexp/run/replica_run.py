@@ -86,13 +86,16 @@ class ReplicaRun:
             if status.finished:
                 print(f"{job.title}: finished before", flush=True)
                 continue
-            resume_from = Resumed.read(status.checkpoint) if status.checkpoint else None
+            resume_from = None
+            if status.checkpoint:
+                resume_from = Resumed.read(status.checkpoint, trust=self.spec.own_trust)
             spec = replace(
                 self.spec,
                 config=resume_from.config if resume_from else config,
                 folder=folder,
                 job=job,
                 resume_from=resume_from,
+                from_environment=(resume_from or self.spec).from_environment,
                 replicas=[],
             )
             update = resume_from.update if resume_from else 0

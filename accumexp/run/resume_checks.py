@@ -11,6 +11,7 @@ from ..config.instantiate import moved
 from ..config.loading import flatten, from_hydra, to_plain
 from ..config.no_effect import no_effect
 from ..config.schema import Backend, Config
+from ..config.trust import inert
 from ..errors import UsageError
 from ..tracking.folder import RunFolder
 
@@ -92,7 +93,7 @@ OF_A_LAUNCH = (
         "trainer.progress",
         "callbacks.progress.",
     ),
-    *("seed", "replicas"),
+    *("seed", "replicas", "trust"),
 )
 
 
@@ -100,8 +101,8 @@ class ChangedJob(UsageError):
     """A sweep's job is composed to another configuration than the run in its folder, which stays as it is."""
 
 
-def check_same_job(folder: RunFolder, config: Config) -> None:
-    """Refuses to take a sweep's job up again that is now composed to another configuration.
+def check_same_job(folder: RunFolder, config: Mapping[str, Any]) -> None:
+    """Refuses to take a sweep's job up again that is now composed to another configuration, as recorded.
 
     Raises:
         ChangedJob: naming the first key that differs.
@@ -109,8 +110,8 @@ def check_same_job(folder: RunFolder, config: Config) -> None:
     written = folder.read_config()
     if written is None:
         return
-    before = from_hydra(moved(to_plain(OmegaConf.to_container(written))))
-    for key, (old, new) in changes(before, config).items():
+    before = from_hydra(inert(moved(to_plain(OmegaConf.to_container(written, resolve=False)))))
+    for key, (old, new) in changes(before, from_hydra(inert(config))).items():
         # An earlier version did not write every setting: one that was absent and is empty is no change.
         if not key.startswith(OF_A_LAUNCH) and not (old is None and not new):
             raise ChangedJob(

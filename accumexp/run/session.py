@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ..accum import Inequality, inequalities
-from ..config.loading import to_plain
+from ..config.environment_values import hide_values, recorded
 from ..config.schema import Backend
 from ..data import Splits
 from ..data.digest import dataset_records
@@ -22,6 +22,7 @@ from ..environment.console import console, result
 from ..environment.memory import reset_peak_memory
 from ..environment.ranks import RankInfo, barrier
 from ..environment.signals import StopSignals
+from ..errors import masked
 from ..plan.auto_steps import choose_steps
 from ..tracking import Store, reopen
 from ..tracking.folder import CERTIFICATE_TAG, CHECKPOINTS, RunStatus, Summary
@@ -29,6 +30,7 @@ from ..tracking.journal import ProgressFile
 from ..tracking.record import RunRecord, create_tracker, describing_tags, inequality_tag
 from ..training.callbacks import RunState
 from ..training.checkpoint import load, saved_updates
+from ..training.checkpoint_parts import needed_trust
 from ..training.experiment import Experiment
 from ..training.preflight import check_experiment
 from ..training.progress import Progress
@@ -60,6 +62,12 @@ class Run:
         self.rank_info = rank_info
         self.folder = spec.folder
         self.record = RunRecord()
+        hide_values(spec.config, spec.from_environment)
+
+    @property
+    def recorded(self) -> dict[str, Any]:
+        """The configuration as it is kept: values from the environment as their expressions."""
+        return recorded(self.spec.config, self.spec.from_environment)
 
     @property
     def interrupted(self) -> bool:
@@ -103,7 +111,7 @@ class Run:
             return {}
         from ..prove.session import certified
 
-        tags = certified(self.spec.config, self.rank_info, self.folder)
+        tags = certified(self.spec.config, self.rank_info, self.folder, self.spec.from_environment)
         # The models of the proof are in reference cycles with their hooks.
         gc.collect()
         if torch.cuda.is_initialized():
@@ -148,14 +156,14 @@ class Run:
                 config.tracking, resume_from.content["run"], resume_from.changes, self.folder
             )
             record.tracker.tag({**config.tracking.tags, **record.tags, **resume_from.tags()})
-            self.folder.write_config(config)
+            self.folder.write_config(self.recorded)
             if CERTIFICATE_TAG in record.tags:
                 record.tracker.artifact(self.folder.certificate)
             return
         if job:
             job.same_store(config.tracking)  # another job may have begun the sweep since
         store = None if config.tracking.backend is Backend.none else Store(config.tracking)
-        self.folder.write_config(config)
+        self.folder.write_config(self.recorded)
         record.tracker = create_tracker(
             config,
             self.folder,
@@ -164,7 +172,8 @@ class Run:
             name=job.name if job else self.folder.path.name,
             command=self.spec.command,
             tags=record.tags,
-            datasets=dataset_records(config.data, self.experiment.splits),
+            datasets=dataset_records(self.recorded["data"], self.experiment.splits),
+            recorded=self.recorded,
             overrides=job.overrides if job else None,
             parent=job.parent(store) if job else None,
         )
@@ -177,7 +186,7 @@ class Run:
         if job and job.jobs:
             trainer.title = f"job {job.turn} of {job.jobs}, "
         identity = {
-            "config": to_plain(self.spec.config),
+            "config": self.recorded,
             "interpolations": self.spec.interpolations,
             "run": self.record.tracker.identity(),
         }
@@ -209,7 +218,7 @@ class Run:
         if not isinstance(error, Exception):
             self._close(RunStatus.KILLED)
             return
-        reason = str(error) or type(error).__name__
+        reason = masked(str(error)) or type(error).__name__
         self.record.tracker.tag({"accumexp.error": reason[:5000]})
         self._close(RunStatus.FAILED, error=reason)
 
@@ -270,6 +279,7 @@ class Run:
         trainer = self.trainer
         text = f"stopped by {signal.Signals(trainer.stop_code).name} after update {trainer.progress.update}"
         if not self.job and saved_updates(self.folder.checkpoints):
-            text += f"; go on with\n  python -m accumexp.run resume={self.folder.path}"
+            command = f"python -m accumexp.run resume={self.folder.path}"
+            text += f"; go on with\n  {command}{needed_trust(self.recorded)}"
         console.print(text, highlight=False, soft_wrap=True)
         sys.exit(128 + trainer.stop_code)

@@ -12,18 +12,22 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from ..config.environment_values import environment_overrides, environment_values, hide_values, recorded
 from ..config.job_folder import store_of_command
-from ..config.loading import flatten, from_hydra, typed
-from ..config.overrides import changed, interpolations, keys_of
+from ..config.loading import flatten, from_hydra, to_plain, typed
+from ..config.overrides import interpolations, keys_of
 from ..config.schema import Config
+from ..config.trust import Trust, impure_values, inert, is_given, target_paths
 from ..errors import UsageError
 from ..sweeps.cores import check_memory, share_cores
-from ..sweeps.hydra_sweep import command_line
+from ..sweeps.hydra_sweep import command_line, typed_overrides
 from ..sweeps.job import SweepJob
+from ..tracking.addresses import check_credentials
 from ..tracking.folder import RunFolder
 from .resume_checks import changes, check_changes
 
 log = logging.getLogger(__name__)
+NO_TRUST = Trust()
 
 
 @dataclass(frozen=True)
@@ -36,17 +40,40 @@ class Resumed:
     overrides: Sequence[str]
 
     @classmethod
-    def read(cls, path: Path, config: Config | None = None, overrides: Sequence[str] = ()) -> Resumed:
-        """Reads the checkpoint `path`; without `config`, the configuration is the checkpoint's."""
+    def read(
+        cls, path: Path, config: Config | None = None, overrides: Sequence[str] = (), trust: Trust = NO_TRUST
+    ) -> Resumed:
+        """Reads the checkpoint `path`; without `config`, the configuration is the checkpoint's.
+
+        Raises:
+            UsageError: if the checkpoint is damaged, or names what `trust` does not allow.
+        """
         from ..training.checkpoint import load
+        from ..training.checkpoint_parts import check_parts, configuration
 
         content = load(path)
-        return cls(config or changed(content["config"], []), content, path, overrides)
+        if config is None:
+            config = configuration(content, path, trust=trust)
+        else:
+            check_parts(content, path)
+        return cls(config, content, path, overrides)
 
     @property
     def changes(self) -> dict[str, Any]:
         """The settings that differ from the checkpoint's, by dotted key."""
-        return changes(typed(self.content["config"]), self.config) if self.overrides else {}
+        return changes(*self.compared()) if self.overrides else {}
+
+    def compared(self) -> tuple[Config, Config]:
+        """The configuration before and after the overrides, as recorded."""
+        after = recorded(self.config, self.from_environment)
+        return typed(inert(self.content["config"])), typed(inert(after))
+
+    @property
+    def from_environment(self) -> dict[str, str]:
+        """The expressions of values from the environment: the checkpoint's, and those of the overrides."""
+        given = keys_of(self.overrides)
+        kept = {key: v for key, v in impure_values(self.content["config"]) if not is_given(key, given)}
+        return {**kept, **environment_overrides(self.overrides)}
 
     @property
     def interpolations(self) -> dict[str, str]:
@@ -81,6 +108,7 @@ class RunSpec:
         command: the command line.
         replicas: the configurations of the runs that are trained together, empty for a single run.
         interpolations: the expressions of the configuration's values that are derived from others.
+        from_environment: those of the values that records keep the expression of.
     """
 
     config: Config
@@ -90,11 +118,13 @@ class RunSpec:
     command: str = ""
     replicas: list[Config] = field(default_factory=list)
     interpolations: dict[str, str] = field(default_factory=dict)
+    from_environment: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def of(cls, cfg: DictConfig, hydra: Any) -> RunSpec:
         """The run that Hydra's composition describes. Raises a `UsageError` that names a wrong key."""
-        resume_from = resumed(cfg, [o for o in hydra.overrides.task if not o.startswith("resume=")])
+        task, _ = typed_overrides(hydra)
+        resume_from = resumed(cfg, task)
         config = resume_from.config if resume_from else from_hydra(cfg)
         job = SweepJob.of(hydra)
         replicas = _replicas(cfg, config, job, resuming=resume_from is not None)
@@ -110,20 +140,37 @@ class RunSpec:
         command = job.command if job else command_line(sys.argv[1:])
         folder = RunFolder(Path(hydra.runtime.output_dir))
         derived = resume_from.interpolations if resume_from else interpolations(cfg)
-        return cls(config, folder, job, resume_from, command, replicas, derived)
+        secret = resume_from.from_environment if resume_from else environment_values(cfg)
+        hide_values(config, secret)
+        return cls(config, folder, job, resume_from, command, replicas, derived, secret)
 
     def resumed_at(self, path: Path) -> RunSpec:
         """This run resumed from the checkpoint `path`, with its configuration; the progress bar is kept."""
-        resume_from = Resumed.read(path)
+        resume_from = Resumed.read(path, trust=self.own_trust)
         callbacks = resume_from.config.callbacks
         if "progress" in callbacks and "progress" in self.config.callbacks:
             callbacks["progress"]["show"] = self.config.callbacks["progress"].get("show")
         derived = resume_from.interpolations
-        return replace(self, config=resume_from.config, resume_from=resume_from, interpolations=derived)
+        return replace(
+            self,
+            config=resume_from.config,
+            resume_from=resume_from,
+            interpolations=derived,
+            from_environment=resume_from.from_environment,
+        )
+
+    @property
+    def own_trust(self) -> Trust:
+        """The trust in a checkpoint of this run: it may name what the command itself has composed."""
+        configs = [to_plain(config) for config in (self.config, *self.replicas)]
+        targets = frozenset[str]().union(*map(target_paths, configs))
+        return Trust(targets=targets, expressions=frozenset(self.from_environment.items()))
 
 
 def resumed(cfg: DictConfig, overrides: Sequence[str]) -> Resumed | None:
-    """The run that `cfg.resume` names, with the `overrides`; None if it names nothing.
+    """The run that `cfg.resume` names, with the command's `overrides`; None if it names nothing.
+
+    An override by the expression that the checkpoint has at its key is no change, but allows it.
 
     If the newest checkpoint is damaged, the run is resumed from the one before, with a warning.
 
@@ -135,6 +182,7 @@ def resumed(cfg: DictConfig, overrides: Sequence[str]) -> Resumed | None:
         return None
     from ..tracking.journal import last_update
     from ..training.checkpoint import find, load, saved_updates
+    from ..training.checkpoint_parts import check_parts, configuration
 
     where = Path(str(cfg.resume))
     path = newest = find(where)
@@ -142,14 +190,21 @@ def resumed(cfg: DictConfig, overrides: Sequence[str]) -> Resumed | None:
     while True:
         try:
             content = load(path)
+            check_parts(content, path)
             break
         except UsageError:
             if not older:
-                load(newest)  # raises its own error
+                check_parts(load(newest), newest)  # raises its own error
             path = older.pop()
     if path != newest:
         log.warning("checkpoint %s is damaged, going on from %s", newest, path)
-    config = changed(content["config"], overrides, content.get("interpolations"))
+    expressions = frozenset(impure_values(content["config"]))
+    overrides = [one for one in overrides if keys_of([one]).isdisjoint(("resume", "trust"))]
+    allowed = frozenset(environment_overrides(overrides).items()) & expressions
+    overrides = [one for one in overrides if not allowed & environment_overrides([one]).items()]
+    trust = replace(Trust.given(_plain(cfg.get("trust"))), expressions=allowed)
+    config = configuration(content, path, overrides, trust)
+    check_credentials(content["run"].get("uri", ""), f"checkpoint {path}", keys_of(overrides), trust)
     updates = content["progress"]["update"]
     folder = RunFolder.of_checkpoint(path)
     if overrides and last_update(folder.metrics) > updates:
@@ -158,12 +213,16 @@ def resumed(cfg: DictConfig, overrides: Sequence[str]) -> Resumed | None:
             "their points false; resume without changes first"
         )
     if overrides:
-        before, recorded = typed(content["config"]), bool(content.get("run"))
-        check_changes(before, config, content["progress"], recorded)
+        before, after = Resumed(config, content, path, overrides).compared()
+        check_changes(before, after, content["progress"], bool(content.get("run")))
     summary = folder.summary()
     if not overrides and summary and summary.finished:
         raise UsageError(f"resume={where}: the run is finished; more of it with trainer.epochs=<more>")
     return Resumed(config, content, path, overrides)
+
+
+def _plain(value: Any) -> Any:
+    return OmegaConf.to_container(value, resolve=False) if OmegaConf.is_config(value) else value
 
 
 def _replicas(cfg: DictConfig, config: Config, job: SweepJob | None, resuming: bool) -> list[Config]:

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import shlex
 import shutil
 import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ..environment.console import console
-from ..errors import TrainingError, first_line
+from ..errors import TrainingError, UsageError, first_line
 from ..sweeps.job_folders import JOBS, LAUNCHES, LOCK, has_jobs, job_folders
-from ..sweeps.sweep import PARENT, SweepRun, launched_sweep, sweep_runs
+from ..sweeps.sweep import PARENT, SweepRun, launched_sweep, parent_of, sweep_runs
 from ..tracking.folder import LAUNCH_LOCK, RunFolder, RunStatus
 from ..tracking.json_file import read_json
+from .sweep_trust import needed_trust
 
 log = logging.getLogger(__name__)
 BEFORE_JOBS = {"multirun.yaml", LAUNCHES, LOCK, JOBS}  # the files of a sweep that has started no job
@@ -71,6 +71,8 @@ def _close_with_advice(
 ) -> None:
     """Closes a sweep and prints how to resume it if jobs are missing."""
     advice = f"go on with\n  python -m accumexp.run -m sweep.resume={shlex.quote(str(folder))}"
+    with suppress(UsageError):
+        advice += needed_trust(folder)
     try:
         _close(folder, status, launches, report_settings)
     except TrainingError as error:
@@ -134,7 +136,7 @@ def _close_parent(folder: Path, status: RunStatus | None, died: Sequence[SweepRu
     from ..config.schema import TrackingConfig
     from ..tracking import Store
 
-    parent = json.loads((folder / PARENT).read_text())
+    parent = parent_of(folder)
     store = Store(TrackingConfig(uri=parent["uri"]), parent["experiment_id"])
     for run in died:
         if run.run_id:

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from omegaconf import OmegaConf
+
 # Overrides that Hydra or an earlier `sweep.resume=` has added to those of the command line.
 LAUNCH = "hydra.callbacks.sweep.launch"
 ADDED = {"hydra.mode", "hydra.sweep.dir", LAUNCH}
@@ -35,6 +37,15 @@ def count_jobs(sweeper: Any, overrides: Sequence[str]) -> tuple[int | None, list
     except HydraException:
         return None, []
     return math.prod(values.values()), [key.lstrip("+") for key, count in values.items() if count > 1]
+
+
+def typed_overrides(hydra: Any) -> tuple[list[str], list[str]]:
+    """The overrides of the task and of Hydra, as they were typed.
+
+    Reading them from `hydra.overrides` resolves their interpolations, such as those of the environment.
+    """
+    lines: Any = OmegaConf.to_container(hydra.overrides, resolve=False)
+    return list(lines["task"]), list(lines["hydra"])
 
 
 FILE_FLAGS = {"-cn": "--config-name", "-cd": "--config-dir", "-cp": "--config-path"}

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
-from omegaconf import OmegaConf
 
-from ..errors import UsageError
+from ..errors import UsageError, masked
 from ..tracking.folder import RunFolder, RunStatus, Summary
 from ..tracking.json_file import write_json
-from .hydra_sweep import ADDED, MULTIRUN, command_line, count_jobs, runs_in_parallel
+from ..tracking.yaml_file import read_yaml
+from .hydra_sweep import ADDED, MULTIRUN, command_line, count_jobs, runs_in_parallel, typed_overrides
 from .job_folders import launches, number_of, record_folder, slug
-from .sweep import PARENT, launched_sweep
+from .sweep import PARENT, launched_sweep, parent_of
 
 if TYPE_CHECKING:
     from ..config.schema import TrackingConfig
@@ -57,27 +56,29 @@ class SweepJob:
 
         if hydra.mode != RunMode.MULTIRUN:
             return None
+        task, _ = typed_overrides(hydra)
         folder = (Path(hydra.runtime.cwd) / hydra.sweep.dir).absolute()
         output, launch = Path(hydra.runtime.output_dir), int(hydra.callbacks.sweep.launch)
         if not output.is_relative_to(folder) or output == folder:
             raise UsageError(f"hydra.sweep.subdir: {output} is no folder inside hydra.sweep.dir={folder}")
         job_folder = str(output.relative_to(folder))
-        record_folder(folder, launch, int(hydra.job.num), job_folder, hydra.overrides.task)
+        record_folder(folder, launch, int(hydra.job.num), job_folder, task)
         number, name = number_of(job_folder), output.name.partition("_")[2]
         if number < 0:
-            number, name = int(hydra.job.num), slug(",".join(hydra.overrides.task))
+            number, name = int(hydra.job.num), slug(",".join(task))
         multirun = folder / "multirun.yaml"  # written by Hydra's sweeper before the first job
-        overrides = OmegaConf.load(multirun).hydra.overrides if multirun.exists() else hydra.overrides
+        written: Any = read_yaml(multirun) if multirun.exists() else None
+        task_lines, hydra_lines = typed_overrides(written.hydra if written else hydra)
         arguments = list(launched_sweep.arguments or sys.argv[1:])
         if launched_sweep.folder is None:
-            typed = [override for override in overrides.hydra if override.partition("=")[0] not in ADDED]
-            arguments = ["-m", *overrides.task, *typed]
-        batch, _ = count_jobs(hydra.sweeper, overrides.task)
+            typed = [override for override in hydra_lines if override.partition("=")[0] not in ADDED]
+            arguments = ["-m", *task_lines, *typed]
+        batch, _ = count_jobs(hydra.sweeper, task_lines)
         if batch is not None:
             batch = min(batch, hydra.sweeper.get("max_batch_size") or batch)
         launched_here = launched_sweep.folder == folder
         return cls(
-            *(number, name, folder, list(hydra.overrides.task), command_line(arguments), batch),
+            *(number, name, folder, task, command_line(arguments), batch),
             parallel=runs_in_parallel(hydra.launcher),
             launch=launch,
             turn=int(hydra.job.num) + 1,
@@ -113,7 +114,7 @@ class SweepJob:
                 store.arrange_sweep(run_id)
                 entries = {"run_id": run_id, "experiment_id": store.experiment_id, "uri": store.uri}
                 write_json(path, {**entries, "launch": self.launch})
-            entries = json.loads(path.read_text())
+            entries = parent_of(self.folder)
             if entries.get("launch", 0) < self.launch:
                 store.open_again(entries["run_id"], launches(self.folder)[self.launch].command)
                 write_json(path, {**entries, "launch": self.launch})
@@ -123,11 +124,11 @@ class SweepJob:
         """Keeps a sweep in the store it began in, whatever folder it is resumed from."""
         path = self.folder / PARENT
         if tracking.uri is None and path.exists():
-            tracking.uri = json.loads(path.read_text())["uri"]
+            tracking.uri = parent_of(self.folder)["uri"]
 
     def record_failure(self, folder: RunFolder, error: Exception) -> None:
         """Writes the job's failure into its summary, where the sweep's end reads it."""
         summary = folder.summary() or Summary(RunStatus.FAILED, overrides=self.overrides)
         summary.status, summary.launch = RunStatus.FAILED, self.launch
-        summary.error = str(error) or type(error).__name__
+        summary.error = masked(str(error)) or type(error).__name__
         folder.write_summary(summary)

@@ -21,6 +21,7 @@ from filelock import FileLock
 from ..errors import UsageError
 from ..tracking.folder import RunFolder
 from ..tracking.json_file import write_json
+from ..tracking.yaml_file import read_text
 from .hydra_sweep import file_flags
 
 SWEEPER = ("hydra.sweeper", "hydra/sweeper")
@@ -94,12 +95,18 @@ def job_folders(sweep: Path) -> list[JobFolder]:
     """All job folders of a sweep, oldest first; a line cut short by a kill is left out."""
     path = sweep / JOBS
     folders = []
-    for line in path.read_text().splitlines() if path.exists() else ():
+    for line in read_text(path).splitlines() if path.exists() else ():
         try:
-            folders.append(JobFolder(**json.loads(line)))
-        except (ValueError, TypeError):
+            one = JobFolder(**json.loads(line))
+        except (ValueError, TypeError, RecursionError):
             continue
+        if isinstance(one.folder, str) and isinstance(one.launch, int) and _is_text(one.overrides):
+            folders.append(one)
     return folders
+
+
+def _is_text(values: Any) -> bool:
+    return isinstance(values, list) and all(isinstance(value, str) for value in values)
 
 
 def number_of(folder: str | Path) -> int:
@@ -166,9 +173,13 @@ def launches(sweep: Path) -> dict[int, Launch]:
     if not path.exists():
         return {}
     try:
-        entries = json.loads(path.read_text()).items()
-        return {int(number): Launch(**_with_files(entry)) for number, entry in entries}
-    except (ValueError, TypeError, AttributeError):
+        entries = json.loads(read_text(path)).items()
+        written = {int(number): Launch(**_with_files(entry)) for number, entry in entries}
+        for one in written.values():
+            if not all(map(_is_text, ([one.command], one.task, one.hydra, one.files))):
+                raise TypeError
+        return written
+    except (ValueError, TypeError, AttributeError, KeyError, RecursionError):
         raise UsageError(f"{path}: is damaged; if removed, multirun.yaml counts in its place") from None
 
 

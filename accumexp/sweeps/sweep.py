@@ -15,13 +15,29 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, read_write
 
 from ..errors import UsageError, print_error
+from ..tracking.addresses import check_credentials
 from ..tracking.folder import RunFolder, Summary
+from ..tracking.json_file import read_json
 from .hydra_sweep import LAUNCH, command_line, count_jobs, file_flags, runs_in_parallel
 from .job_folders import Launch, begin_launch, job_folders, number_of
 from .live_view import LiveView
 
 # The parent run's id, experiment and store, in the sweep's folder.
 PARENT = "sweep.json"
+
+
+def parent_of(sweep: Path) -> dict[str, Any]:
+    """The entries of the sweep's parent run: `run_id`, `experiment_id`, `uri` and `launch`.
+
+    Raises:
+        UsageError: if they are damaged, or name a server that credentials may not be sent to unasked.
+    """
+    path = sweep / PARENT
+    entries = read_json(path)
+    if not all(isinstance(entries.get(name), str) for name in ("run_id", "experiment_id", "uri")):
+        raise UsageError(f"{path}: is damaged: it names no run and store")
+    check_credentials(entries["uri"], str(path))
+    return entries
 
 
 @dataclass
@@ -63,7 +79,7 @@ class LaunchedSweep:
         lock.acquire()
         self._locks.append(lock)
         self.folder, self.launches = folder, (*self.launches, number)
-        self.jobs, varied = count_jobs(config.hydra.sweeper, config.hydra.overrides.task)
+        self.jobs, varied = count_jobs(config.hydra.sweeper, overrides["task"])
         self.stop_view()  # of the launch before
         if runs_in_parallel(config.hydra.launcher) and config.trainer.progress is not False:
             self._view = LiveView.on_terminal(folder, number, self.jobs, varied, config.monitor, config.mode)

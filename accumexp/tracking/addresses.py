@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import re
 import urllib.error
 import urllib.request
+from collections.abc import Collection
 from pathlib import Path
 from urllib.parse import parse_qsl, urlsplit
 
+from ..config.trust import Trust
 from ..errors import UsageError
 
+# The variable of MLflow by which a user gives a store.
+URI = "MLFLOW_TRACKING_URI"
 # Names of parameters in an address whose value is a secret.
 SECRET = re.compile(r"pass|pwd|token|secret|(api|access)_?key|credential", re.IGNORECASE)
 
@@ -50,3 +55,26 @@ def check_server(uri: str, key: str) -> None:
             f"{key}={uri}: no server answers ({reason}); start it with `mlflow server`, or "
             f"leave {key} out for a local store"
         ) from error
+
+
+def check_credentials(uri: str, source: str, given: Collection[str] = (), trust: Trust | None = None) -> None:
+    """Refuses to go on with a server that `source` names, where the environment has credentials for one.
+
+    MLflow sends MLFLOW_TRACKING_TOKEN and the like to whatever server it talks to.
+
+    Args:
+        given: the keys that the user has given.
+
+    Raises:
+        UsageError: naming the server, the variable and the remedy.
+    """
+    same = uri.rstrip("/") == os.environ.get(URI, "").rstrip("/")
+    if not uri or uri.startswith("sqlite:") or same or "tracking.uri" in given or trust and trust.everything:
+        return
+    prefixes = ("MLFLOW_TRACKING_", "DATABRICKS_") if uri.startswith("http") else ("PG", "DATABRICKS_")
+    credentials = [name for name in os.environ if name.startswith(prefixes) and SECRET.search(name)]
+    if credentials:
+        raise UsageError(
+            f"tracking.uri={uri}: {source} names it, and {sorted(credentials)[0]} would be sent there; if "
+            f"you trust it, give tracking.uri={uri} or {URI}={uri}"
+        )

@@ -23,6 +23,7 @@ from ..config.schema import Config
 from ..errors import UsageError
 from .journal import last_update
 from .json_file import read_json, write_json
+from .yaml_file import read_yaml
 
 CHECKPOINTS = "checkpoints"
 BEST = "best.pt"
@@ -42,6 +43,29 @@ class RunStatus(StrEnum):
     FINISHED = "FINISHED"
     FAILED = "FAILED"
     KILLED = "KILLED"
+
+
+# Of the fields of a summary: a type, or those of a container and of what it holds.
+SUMMARY_TYPES: dict[str, Any] = {
+    "status": str,
+    "error": str | None,
+    "overrides": (list, str),
+    "seed": int | None,
+    "run_id": str | None,
+    "final": (dict, int | float | None),
+    "monitored": int | float | None,
+    "launch": int,
+    "tags": (dict, str),
+    "replicas": (list, str),
+}
+
+
+def _is_of(value: Any, kind: Any) -> bool:
+    if not isinstance(kind, tuple):
+        return isinstance(value, kind)
+    container, held = kind
+    children = value.values() if isinstance(value, dict) else value
+    return isinstance(value, container) and all(isinstance(child, held) for child in children)
 
 
 @dataclass
@@ -75,6 +99,8 @@ class Summary:
         if entries.get("status") not in list(RunStatus):
             return None
         values = {item.name: entries[item.name] for item in fields(cls) if item.name in entries}
+        if not all(_is_of(value, SUMMARY_TYPES[name]) for name, value in values.items()):
+            return None
         return cls(**{**values, "status": RunStatus(entries["status"])})
 
     @property
@@ -124,16 +150,16 @@ class RunFolder:
         # The fields of a summary alone: a sweep's run has the folders that it lies in besides.
         write_json(self.summary_file, {one.name: getattr(summary, one.name) for one in fields(Summary)})
 
-    def write_config(self, config: Config) -> None:
+    def write_config(self, config: Config | Mapping[str, Any]) -> None:
         self.config.write_text(OmegaConf.to_yaml(OmegaConf.create(to_plain(config))))
 
     def read_config(self) -> DictConfig | None:
-        """The configuration as it was written; None if there is none."""
-        if not self.config.exists():
-            return None
-        written = OmegaConf.load(self.config)
-        assert isinstance(written, DictConfig)
-        return written
+        """The configuration as it was written; None if there is none.
+
+        Raises:
+            UsageError: if it is damaged.
+        """
+        return read_yaml(self.config) if self.config.exists() else None
 
     def proved(self) -> bool:
         """Whether the certificate in the folder has another verdict than `not proved`."""

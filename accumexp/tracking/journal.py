@@ -6,10 +6,12 @@ import json
 import os
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
+from ..errors import UsageError
 from .json_file import write_json
 
 
@@ -41,16 +43,38 @@ class Journal:
 
 
 def read(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a journal; a last line cut short by a kill is left out."""
-    with path.open() as file:
-        for line in file:
-            if line.endswith("\n"):
-                yield json.loads(line)
+    """The rows of a journal; a last line cut short by a kill is left out.
+
+    Raises:
+        UsageError: naming the line that is damaged.
+    """
+    if not path.is_file():  # opening a pipe would wait
+        raise UsageError(f"{path}: is no file")
+    with path.open(errors="replace") as file:
+        for number, line in enumerate(file, 1):
+            if not line.endswith("\n"):
+                continue
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError):
+                row = None
+            if not _is_row(row):
+                raise UsageError(f"{path}: line {number} is damaged; remove it to go on without its points")
+            yield row
+
+
+def _is_row(row: Any) -> TypeGuard[dict[str, Any]]:
+    numbers = isinstance(row, dict) and all(isinstance(value, int | float | None) for value in row.values())
+    return numbers and isinstance(row.get("update"), int)
 
 
 def last_update(path: Path) -> int:
-    """The newest update in a journal, 0 for none."""
-    return max((row["update"] for row in read(path)), default=0) if path.exists() else 0
+    """The newest update in a journal, as far as it can be read; 0 for none."""
+    newest = 0
+    with suppress(UsageError):
+        for row in read(path) if path.exists() else ():
+            newest = max(newest, row["update"])
+    return newest
 
 
 @dataclass

@@ -18,8 +18,10 @@ def write_json(path: Path, entries: Mapping[str, Any]) -> None:
 
 def read_json(path: Path) -> dict[str, Any]:
     """What `write_json` wrote; empty if there is no such file, or it is damaged."""
+    if not path.is_file():  # opening a pipe would wait
+        return {}
     try:
         entries = json.loads(path.read_text())
-    except (FileNotFoundError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return entries if isinstance(entries, dict) else {}

@@ -11,12 +11,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..errors import UsageError
+
 # A file of which all is sent is emptied once it has this many bytes.
 LARGEST_SENT = 2**20
 
 # One of {"points": [[key, value, milliseconds since 1970, step], ...]}, {"tags": {name: value}},
-# {"file": path, "folder": artifact folder or null}, {"model": name, ...} and {"status": status, "time": ms}.
+# {"file": path in the run's folder, "folder": artifact folder or null}, {"model": name, ...},
+# {"stale models": [name, ...]} and {"status": status, "time": milliseconds since 1970}.
 Entry = dict[str, Any]
+KINDS = {"points": list, "tags": dict, "file": str, "model": str, "stale models": list, "status": str}
 
 
 class Outbox:
@@ -87,13 +91,30 @@ def read_unsent(path: Path) -> tuple[dict[str, Any], list[Entry]]:
     """The identity and the entries of a run's `unsent.jsonl`, which may be sent already.
 
     A last line cut short by a kill is left out. Both are empty if there is no such file.
+
+    Raises:
+        UsageError: if the file is damaged, or names a file outside of its folder.
     """
-    try:
-        lines = [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
-    except FileNotFoundError:
+    if not path.is_file():  # opening a pipe would wait
         return {}, []
-    identity, *entries = [json.loads(line) for line in lines] or [{}]
+    lines = [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+    try:
+        identity, *entries = [json.loads(line) for line in lines] or [{}]
+        texts = all(isinstance(identity[key], str) for key in ("uri", "experiment_id", "run_id") if lines)
+        damaged = not texts or not all(map(_is_entry, entries))
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        identity, entries, damaged = {}, [], True
+    if damaged:
+        raise UsageError(f"{path}: is damaged; remove it to go on without what it holds")
+    folder = path.parent.resolve()
+    for name in (entry["file"] for entry in entries if "file" in entry):
+        if not (folder / name).resolve().is_relative_to(folder):
+            raise UsageError(f"{path}: names {name}, which is outside of the run's folder")
     return identity, entries
+
+
+def _is_entry(entry: Any) -> bool:
+    return any(isinstance(entry.get(key), kind) for key, kind in KINDS.items())
 
 
 def _write(path: Path, entries: Iterable[Mapping[str, Any]]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -89,10 +89,15 @@ def create_tracker(
     command: str,
     tags: Mapping[str, str],
     datasets: Sequence[DatasetRecord],
+    recorded: Mapping[str, Any] | None = None,
     overrides: Sequence[str] | None = None,
     parent: str | None = None,
 ) -> Tracker:
-    """Creates the MLflow run with its tags, params, data sets and code version. A job has `overrides`."""
+    """Creates the MLflow run with its tags, params, data sets and code version. A job has `overrides`.
+
+    Args:
+        recorded: the configuration as its params show it, by default as it is.
+    """
     if config.tracking.backend is Backend.none or store is None:
         return Tracker()
     store.close_dead_runs(folder.path)
@@ -112,7 +117,7 @@ def create_tracker(
     run_id = store.create_run(config.tracking.run_name or name, tags)
     try:
         tracker = MLflowTracker(store, run_id, config.tracking, folder=folder)
-        _describe(tracker, config, folder, diff, datasets)
+        _describe(tracker, recorded or config, folder, diff, datasets)
     except BaseException:
         store.client.set_terminated(run_id, RunStatus.FAILED)
         raise
@@ -120,7 +125,11 @@ def create_tracker(
 
 
 def _describe(
-    tracker: MLflowTracker, config: Config, folder: RunFolder, diff: str, datasets: Sequence[DatasetRecord]
+    tracker: MLflowTracker,
+    config: Config | Mapping[str, Any],
+    folder: RunFolder,
+    diff: str,
+    datasets: Sequence[DatasetRecord],
 ) -> None:
     """Records what a run is made of."""
     tracker.params(dict(flatten(config)))

@@ -18,12 +18,13 @@ from typing import TYPE_CHECKING, Any
 from ..config.schema import Backend, TrackingConfig
 from ..environment.console import print_line
 from ..errors import UsageError
+from .addresses import URI
 from .delivery import Delivery, ready_models
 from .folder import RunFolder, RunStatus
 from .names import LegalNames, legal_name
 from .outbox import Entry, Outbox, described, read_unsent
 from .sender import Sender
-from .store import URI, Store
+from .store import Store
 
 if TYPE_CHECKING:
     from ..data.digest import DatasetRecord

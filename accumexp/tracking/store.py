@@ -18,7 +18,7 @@ from filelock import FileLock
 
 from ..config.schema import TrackingConfig
 from ..errors import UsageError, first_line
-from .addresses import check_address, check_server
+from .addresses import URI, check_address, check_server
 from .folder import RunFolder, RunStatus
 from .names import legal_name
 
@@ -33,8 +33,6 @@ ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": str(REQUEST_TIMEOUT),
 }
 DEFAULT_EXPERIMENT = "accumexp"
-# Variables of MLflow by which a user gives a store.
-URI = "MLFLOW_TRACKING_URI"
 EXPERIMENT, EXPERIMENT_ID = "MLFLOW_EXPERIMENT_NAME", "MLFLOW_EXPERIMENT_ID"
 RUN_ID = "MLFLOW_RUN_ID"
 GIVEN = (URI, EXPERIMENT, EXPERIMENT_ID, RUN_ID)

@@ -7,6 +7,7 @@ from pathlib import Path
 from ..config.schema import TrackingConfig
 from ..environment.console import steps
 from ..errors import TrainingError, UsageError
+from .addresses import check_credentials
 from .delivery import MAX_POINTS_A_CALL, Delivery, ready_models
 from .folder import UNSENT, RunFolder
 from .outbox import described, read_unsent
@@ -43,6 +44,8 @@ def send_unsent(run: RunFolder, uri: str = "") -> str:
     if not entries:
         run.unsent.unlink()
         return "nothing was left to send"
+    if not uri:
+        check_credentials(identity["uri"], str(run.unsent))
     store = Store(TrackingConfig(uri=uri or identity["uri"]), identity["experiment_id"])
     run_id = identity["run_id"]
     store.close_dead_runs()

@@ -17,6 +17,7 @@ import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ..config.ranges import require
+from ..errors import TrainingError
 
 if TYPE_CHECKING:
     from .trainer import Trainer
@@ -157,6 +158,8 @@ class Best:
         """Restores the best value, unless it is one of another metric or mode."""
         same = state.get("monitor", self.monitor), state.get("mode", self.mode)
         if same == (self.monitor, self.mode):
+            if not isinstance(state["best"], int | float | None):
+                raise TypeError(f"the best value is a {type(state['best']).__name__}")
             self.value = state["best"]
 
 
@@ -204,7 +207,13 @@ class EMA(Callback):
     def run_begin(self, trainer: Trainer) -> None:
         self.average = AveragedModel(trainer.model, multi_avg_fn=get_ema_multi_avg_fn(self.decay))
         if self._state:
-            self.average.load_state_dict(self._state)
+            try:
+                self.average.load_state_dict(self._state)
+            except RuntimeError as error:
+                reason = " ".join(str(error).split())[:300]
+                raise TrainingError(
+                    f"the checkpoint's average of the weights does not fit: {reason}"
+                ) from error
 
     def update_end(self, trainer: Trainer) -> None:
         assert self.average is not None

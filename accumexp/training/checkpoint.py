@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import os
 import shutil
@@ -19,11 +18,12 @@ from ..accum import Ranks
 from ..config.ranges import require
 from ..environment.console import amount
 from ..environment.random_state import restore_random_state
-from ..errors import TrainingError, UsageError
+from ..errors import TrainingError, UsageError, first_line
 from ..tracking.folder import BEST, CHECKPOINTS
 from . import shards
 from .callbacks import Best, Callback, RunState
-from .checkpoint_content import check_savable, needed_bytes, not_written
+from .checkpoint_content import check_savable, needed_bytes, not_written, without_views
+from .checkpoint_file import check_entries, check_storages, check_tensors
 from .finite import FiniteCheck
 from .optimizers import in_eval_mode
 from .trainer_state import restore_trainer_state, trainer_state
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 FORMAT = "accumexp checkpoint 1"
+# What loading a state of another type or shape raises.
+DAMAGED = (RuntimeError, ValueError, LookupError, TypeError, AttributeError, AssertionError, OverflowError)
 
 
 def save(path: Path, content: Mapping[str, Any]) -> None:
@@ -41,7 +43,7 @@ def save(path: Path, content: Mapping[str, Any]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with partial.open("wb") as file:
-            torch.save({"format": FORMAT, **_without_views(content)}, file)
+            torch.save({"format": FORMAT, **without_views(content)}, file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
@@ -56,22 +58,6 @@ def save(path: Path, content: Mapping[str, Any]) -> None:
             os.close(folder)
 
 
-def _without_views(content: Any) -> Any:
-    """`content` with every view of a larger tensor copied: torch would save the larger tensor's storage."""
-    if isinstance(content, torch.Tensor):
-        if content.layout is not torch.strided:  # no storage of its own, and no view
-            return content
-        is_view = content.untyped_storage().nbytes() > content.numel() * content.element_size()
-        return content.clone() if is_view else content
-    if isinstance(content, dict):
-        copied = copy.copy(content)  # the state_dict of a module has attributes too
-        copied.update({key: _without_views(value) for key, value in content.items()})
-        return copied
-    if isinstance(content, list | tuple):
-        return type(content)(_without_views(value) for value in content)
-    return content
-
-
 def load(path: Path, in_file: bool = False) -> dict[str, Any]:
     """The content of a checkpoint, tensors on the CPU. Runs no code from the file.
 
@@ -79,15 +65,19 @@ def load(path: Path, in_file: bool = False) -> dict[str, Any]:
         in_file: map the tensors from the file instead of reading them; the file must outlive them.
 
     Raises:
-        UsageError: if it is missing, damaged (every byte is checked against its CRC), or no checkpoint.
+        UsageError: if it is missing, damaged (every byte is checked against its CRC), declares more than it
+            holds, or is no checkpoint.
     """
-    if not path.is_file():
-        raise UsageError(f"checkpoint {path}: no such file")
+    if not path.is_file():  # opening a pipe would wait
+        raise UsageError(f"checkpoint {path}: {'is no file' if path.exists() else 'no such file'}")
     try:
         with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-        if damaged:
-            raise UsageError(f"checkpoint {path}: damaged in {damaged}; take an earlier one from its folder")
+            check_entries(path, archive, path.stat().st_size)
+            if damaged := archive.testzip():
+                raise UsageError(
+                    f"checkpoint {path}: damaged in {damaged}; take an earlier one from its folder"
+                )
+            check_storages(path, archive)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Validating sparse tensor invariants")
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=in_file)
@@ -96,11 +86,12 @@ def load(path: Path, in_file: bool = False) -> dict[str, Any]:
     except zipfile.BadZipFile as error:
         raise UsageError(f"checkpoint {path}: damaged, or not a checkpoint ({error})") from error
     except Exception as error:
-        reason = str(error).splitlines()[0]
-        raise UsageError(f"checkpoint {path}: not a checkpoint of accumexp ({reason})") from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        kind = content.get("format") if isinstance(content, dict) else type(content).__name__
-        raise UsageError(f"checkpoint {path}: of format {kind!r}, not {FORMAT!r}")
+        raise UsageError(f"checkpoint {path}: not a checkpoint of accumexp ({first_line(error)})") from error
+    found = content.get("format") if isinstance(content, dict) else type(content).__name__
+    if not isinstance(found, str) or found != FORMAT:
+        kind = repr(found)[:60] if isinstance(found, str | None) else type(found).__name__
+        raise UsageError(f"checkpoint {path}: of format {kind}, not {FORMAT!r}")
+    check_tensors(path, content)
     return content
 
 
@@ -285,13 +276,17 @@ def restore(trainer: Trainer, content: Mapping[str, Any], path: Path) -> None:
         if shard_folder is not None:
             shards.load(trainer, shard_folder)
         restore_trainer_state(trainer, content)
-    except (RuntimeError, ValueError, KeyError, TypeError) as error:
-        reason = " ".join(str(error).split())[:300]
+    except DAMAGED as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         raise UsageError(f"checkpoint {path}: does not fit this configuration: {reason}") from error
     states = [content["random"], *content.get("random_others", [])]
     rank = trainer.window.sync.ranks.rank
     if rank < len(states):  # an additional rank keeps the state that its seed gave it
-        restore_random_state(states[rank])
+        try:
+            restore_random_state(states[rank])
+        except DAMAGED as error:
+            reason = f"its random state is damaged: {first_line(error)}"
+            raise UsageError(f"checkpoint {path}: {reason}") from error
 
 
 def _position(trainer: Trainer) -> tuple[int, int]:

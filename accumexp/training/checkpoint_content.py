@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 from collections import Counter, OrderedDict
 from collections.abc import Mapping
@@ -17,6 +18,22 @@ from ..errors import UsageError, first_line
 # What `torch.load(weights_only=True)` reads besides tensors and containers. No subclasses: NumPy's floats
 # are Python's, too, and are not read.
 SAVABLE = (int, float, bool, complex, str, bytes, torch.dtype, torch.device, type(None))
+
+
+def without_views(content: Any) -> Any:
+    """`content` with every view of a larger tensor copied: torch would save the larger tensor's storage."""
+    if isinstance(content, torch.Tensor):
+        if content.layout is not torch.strided:  # no storage of its own, and no view
+            return content
+        is_view = content.untyped_storage().nbytes() > content.numel() * content.element_size()
+        return content.clone() if is_view else content
+    if isinstance(content, dict):
+        copied = copy.copy(content)  # the state_dict of a module has attributes too
+        copied.update({key: without_views(value) for key, value in content.items()})
+        return copied
+    if isinstance(content, list | tuple):
+        return type(content)(without_views(value) for value in content)
+    return content
 
 
 def check_savable(key: str, state: Any) -> None:

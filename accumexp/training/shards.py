@@ -7,8 +7,10 @@ others wrote. Its import takes as long as half of torch, so it is imported where
 from __future__ import annotations
 
 import os
+import pickle
 import shutil
 import warnings
+import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,7 +36,10 @@ def folder_of(path: Path, content: Mapping[str, Any]) -> Path | None:
     """
     if not content.get(KEY):
         return None
-    folder = path.parent / content[KEY]
+    name = content[KEY]
+    if not isinstance(name, str) or Path(name).name != name:
+        raise UsageError(f"checkpoint {path}: {name!r} is no folder of its parts")
+    folder = path.parent / name
     if not (folder / ".metadata").is_file():
         raise UsageError(f"checkpoint {path}: its parts are not in {folder}; move both together")
     return folder
@@ -68,9 +73,11 @@ def load(trainer: Trainer, folder: Path) -> None:
     import torch.distributed.checkpoint.state_dict_loader as loader
     from torch.distributed.checkpoint.state_dict import set_state_dict
 
+    from .shard_reader import Planner, Reader
+
     with _quiet():
         state = _state(trainer)
-        loader.load(state, checkpoint_id=folder)
+        loader.load(state, storage_reader=Reader(folder), planner=Planner())
         set_state_dict(
             trainer.model,
             trainer.optimizer,
@@ -83,9 +90,11 @@ def load_model(model: nn.Module, folder: Path) -> None:
     """Reads the whole model from `folder`, in one process."""
     import torch.distributed.checkpoint.state_dict_loader as loader
 
+    from .shard_reader import Planner, Reader
+
     state = {"model": model.state_dict()}
     with _quiet():
-        loader.load(state, checkpoint_id=folder, no_dist=True)
+        loader.load(state, storage_reader=Reader(folder), planner=Planner(), no_dist=True)
     model.load_state_dict(state["model"])
 
 
@@ -113,3 +122,5 @@ def _quiet() -> Iterator[None]:
             yield
         except CheckpointException as error:  # which is a BaseException
             raise RuntimeError("; ".join(f"rank {r}: {e[0]}" for r, e in error.failures.items())) from error
+        except (pickle.UnpicklingError, EOFError, zipfile.BadZipFile) as error:
+            raise RuntimeError(f"the parts are damaged: {error}") from error

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..accum import rates_as_numbers
 from .progress import Progress
+from .restorable import check_kinds, check_optimizer, check_state
 
 if TYPE_CHECKING:
     from .trainer import Trainer
@@ -34,10 +35,13 @@ def trainer_state(trainer: Trainer) -> dict[str, Any]:
 
 
 def restore_trainer_state(trainer: Trainer, state: Mapping[str, Any]) -> None:
-    """Restores a `trainer_state`."""
+    """Restores a `trainer_state`. What fails if it does not fit is any of `checkpoint.DAMAGED`."""
     if state["model"]:
+        check_kinds(trainer.model, state["model"])
         trainer.model.load_state_dict(state["model"])
         trainer.optimizer.load_state_dict(state["optimizer"])
+        check_optimizer(trainer.optimizer)
+    check_state(trainer.scheduler.state_dict(), state["scheduler"])
     trainer.scheduler.load_state_dict(state["scheduler"])
     if trainer.window.loss_scale is not None and state.get("loss_scale"):
         trainer.window.loss_scale.load_state_dict(state["loss_scale"])
@@ -45,6 +49,7 @@ def restore_trainer_state(trainer: Trainer, state: Mapping[str, Any]) -> None:
         trainer.out_of_memory.load_state_dict(state["shortage"])
     for name, callback in trainer.callbacks.items():
         if state["callbacks"].get(name):
+            check_state(callback.state_dict(), state["callbacks"][name], f"callbacks.{name}")
             callback.load_state_dict(state["callbacks"][name])
     trainer.progress = Progress(**state["progress"])
     trainer.total_updates = trainer.options.total_updates(len(trainer.splits.train), trainer.progress)

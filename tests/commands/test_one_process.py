@@ -56,7 +56,10 @@ def living(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
 def test_a_living_run_is_left_alone_and_a_killed_one_is_closed(
     tmp_path: Path, living: subprocess.Popen[bytes]
 ) -> None:
-    for arguments, key in ((["resume=run"], "resume"), ([*SMALL, "hydra.run.dir=run"], "hydra.run.dir")):
+    for arguments, key in (
+        (["resume=run", "trust=[tests]"], "resume"),
+        ([*SMALL, "hydra.run.dir=run"], "hydra.run.dir"),
+    ):
         error = run_command("run", *arguments, folder=tmp_path).error()
         assert error.startswith(f"{key}={tmp_path / 'run'}: ")
         if key == "resume":
@@ -75,7 +78,7 @@ def test_a_living_run_is_left_alone_and_a_killed_one_is_closed(
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "KILLED"
 
     (tmp_path / "slow").unlink()
-    resumed = run_command("run", "resume=run", folder=tmp_path)
+    resumed = run_command("run", "resume=run", "trust=[tests]", folder=tmp_path)
     assert resumed.code == 0, resumed
     assert [record.status for record in records(tmp_path)] == ["FINISHED", "FINISHED"]
     steps = [step for step, _ in records(tmp_path)[0].points["train/loss"]]
@@ -103,6 +106,6 @@ def test_data_workers_that_outlive_a_killed_run_do_not_hold_it(tmp_path: Path) -
         process.wait()
     begun = time.monotonic()
     (tmp_path / "slow").unlink()
-    done = run_command("run", "resume=run", folder=tmp_path)
+    done = run_command("run", "resume=run", "trust=[tests]", folder=tmp_path)
     assert done.code == 0, done
     assert time.monotonic() - begun < 60

@@ -114,7 +114,9 @@ def test_it_is_trained_and_resumed_to_the_bit(project: Path) -> None:
     command(project, "accum.steps=4", "hydra.run.dir=whole")
     command(project, "accum.steps=4", "hydra.run.dir=half", "trainer.max_updates=13")
     env = environment(project)
-    done = run_command("run", "resume=half", "trainer.max_updates=null", folder=project, env=env)
+    done = run_command(
+        "run", "resume=half", "trust=[sentences]", "trainer.max_updates=null", folder=project, env=env
+    )
     assert done.code == 0, done
     whole, half = weights(project / "whole"), weights(project / "half")
     assert whole.keys() == half.keys()

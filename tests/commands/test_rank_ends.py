@@ -35,7 +35,7 @@ def test_law_8_a_stopped_run_of_two_ranks_goes_on_bit_for_bit(tmp_path: Path, st
     run = only_run(tmp_path / "parts")
     (record,) = records(tmp_path / "parts")
     assert record.status == "KILLED"
-    second = run_command("run", f"resume={run}", folder=tmp_path / "parts")
+    second = run_command("run", f"resume={run}", "trust=[tests]", folder=tmp_path / "parts")
     assert second.code == 0, second
     reference = only_run(tmp_path / "whole")
     found, expected = saved_weights(run), saved_weights(reference)
@@ -58,7 +58,12 @@ def test_a_sharded_checkpoint_opens_at_another_number_of_ranks(
     tmp_path: Path, sharded_and_stopped: Path, alone: Path, ranks: int, strategy: str
 ) -> None:
     run = shutil.copytree(sharded_and_stopped, tmp_path / "run")
-    options = [f"accum.strategy={strategy}", f"accum.processes={ranks}", "tracking.backend=none"]
+    options = [
+        f"accum.strategy={strategy}",
+        f"accum.processes={ranks}",
+        "tracking.backend=none",
+        "trust=[tests]",
+    ]
     done = run_command("run", f"resume={run}", *options, folder=tmp_path)
     assert done.code == 0, done
     assert relative_error(saved_weights(run), saved_weights(alone)) <= 1e-9
@@ -73,7 +78,7 @@ def sharded_and_stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert done.code == 130, done
     run = only_run(folder)
     # The evaluation command opens it in one process.
-    found = run_command("evaluate", f"checkpoint={run}", folder=folder)
+    found = run_command("evaluate", f"checkpoint={run}", "trust=[tests]", folder=folder)
     assert found.code == 0 and "accuracy" in found.stdout, found
     return run
 

@@ -484,8 +484,8 @@ def test_a_sweep_of_replicas_that_was_stopped_goes_on_where_it_was(tmp_path: Pat
     assert done.code == 128 + signal.SIGTERM, done
     whole, sweep = only_sweep(tmp_path / "whole"), only_sweep(tmp_path / "cut")
     assert [job.status for job in sweep_runs(sweep)] == ["FINISHED"] * 2 + ["KILLED"] * 2
-    assert done.stdout.splitlines()[-1].endswith(f"sweep.resume={sweep}")
-    again = run_command("run", "-m", f"sweep.resume={sweep}", folder=tmp_path / "cut")
+    assert done.stdout.splitlines()[-1].endswith(f"sweep.resume={sweep} trust=[tests]")
+    again = run_command("run", "-m", f"sweep.resume={sweep}", "trust=[tests]", folder=tmp_path / "cut")
     assert again.code == 0 and again.stdout.count("finished before") == 1, again
     found, expected = sweep_runs(sweep), sweep_runs(whole)
     assert [job.status for job in found] == ["FINISHED"] * 4

@@ -109,7 +109,7 @@ def stopped(request: pytest.FixtureRequest, base: Path) -> Stopped:
     folder = base / f"{how.name}_{how.at}"
     first = run_to(base, folder.name, how)
     between = record_of(folder).status
-    second = run_command("run", f"resume={folder.name}", folder=base)
+    second = run_command("run", f"resume={folder.name}", "trust=[tests]", folder=base)
     return Stopped(how, folder, first, between, second, record_of(folder))
 
 
@@ -197,7 +197,9 @@ def run(tmp_path: Path, plain: dict[str, Any]) -> Path:
     """A run's folder with checkpoints of updates 5 and 10."""
     for update in (5, 10):
         progress = {"update": update, "epoch": 0, "epoch_update": update}
-        content = {"config": plain, "progress": progress, "weight": torch.arange(1000.0) + update}
+        content = {"config": plain, "progress": progress, "model": {"weight": torch.arange(1000.0) + update}}
+        empty = ("optimizer", "scheduler", "callbacks", "evaluated", "run", "random")
+        content |= {part: {} for part in empty}
         save(tmp_path / "checkpoints" / f"update-{update:08d}.pt", content)
     return tmp_path
 

@@ -127,7 +127,7 @@ def test_sigterm_kills_the_job_and_the_parent_and_starts_no_other(tmp_path: Path
     ended = {child.params["accum.steps"]: child.status for child in sweep.children}
     assert ended == {"1": "FINISHED", "2": "KILLED"}
     assert [row[0] for row in table(sweep.done.stdout)] == ["1"]
-    how = ["go on with", f"  python -m accumexp.run -m sweep.resume={sweep.folder}"]
+    how = ["go on with", f"  python -m accumexp.run -m sweep.resume={sweep.folder} trust=[tests]"]
     assert sweep.done.stdout.splitlines()[-2:] == how
     assert "Traceback" not in sweep.done.stderr
 

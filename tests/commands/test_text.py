@@ -475,7 +475,7 @@ def test_law_8_a_run_on_text_goes_on_bit_for_bit_and_is_evaluated(tmp_path: Path
     assert run_command("run", *run, folder=whole).code == 0
     first = run_command("run", *run, trouble("SIGTERM", 3), folder=stopped)
     assert first.code == 143, first
-    again = run_command("run", f"resume={only_run(stopped)}", folder=stopped)
+    again = run_command("run", f"resume={only_run(stopped)}", "trust=[tests]", folder=stopped)
     assert again.code == 0 and not again.stderr, again
     found, expected = saved_weights(only_run(stopped)), saved_weights(only_run(whole))
     assert all(torch.equal(found[name], value) for name, value in expected.items())

@@ -228,7 +228,7 @@ def copied(sweep: Path, tmp_path: Path) -> Path:
 
 def test_law_12_a_sweep_goes_on_from_the_files_it_was_composed_from(copied: Path) -> None:
     shutil.rmtree(copied / "s" / "of-1")
-    done = run_command("run", "-m", "sweep.resume=s", "report.write=false", folder=copied)
+    done = run_command("run", "-m", "sweep.resume=s", "trust=true", "report.write=false", folder=copied)
     assert done.code == 0, done
     for seed in (0, 1):
         written = yaml.safe_load((copied / "s" / f"of-{seed}" / "config.yaml").read_text())
@@ -238,7 +238,7 @@ def test_law_12_a_sweep_goes_on_from_the_files_it_was_composed_from(copied: Path
 def test_law_12_a_sweep_whose_files_have_changed_is_not_mixed(copied: Path) -> None:
     _write_own(copied, 0.5)
     before = (copied / "s" / "of-0" / "summary.json").read_bytes()
-    done = run_command("run", "-m", "sweep.resume=s", "report.write=false", folder=copied)
+    done = run_command("run", "-m", "sweep.resume=s", "trust=true", "report.write=false", folder=copied)
     assert done.code == 2
     assert "optimizer.lr=0.5: the run in" in done.stderr
     assert (copied / "s" / "of-0" / "summary.json").read_bytes() == before

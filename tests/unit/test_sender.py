@@ -367,3 +367,33 @@ def measured(tracker: MLflowTracker, count: int) -> list[int]:
     tracker.end(RunStatus.FINISHED)
     assert len(set(steps())) == len(steps())
     return steps()[:count]
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ("[1]\n", "is damaged"),
+        ("{\n", "is damaged"),
+        ('{"uri": "sqlite:///a", "experiment_id": "1"}\n', "is damaged"),
+        ('IDENTITY\n{"points": 1}\n', "is damaged"),
+        ('IDENTITY\n{"file": "/etc/hostname", "folder": null}\n', "outside of the run's folder"),
+        ('IDENTITY\n{"file": "../secret", "folder": null}\n', "outside of the run's folder"),
+    ],
+)
+def test_a_file_that_is_damaged_or_names_others_is_not_sent(tmp_path: Path, lines: str, message: str) -> None:
+    identity = '{"uri": "sqlite:///mlflow.db", "experiment_id": "1", "run_id": "2"}'
+    run = RunFolder(tmp_path)
+    run.unsent.write_text(lines.replace("IDENTITY", identity))
+    with pytest.raises(UsageError, match=message):
+        send_unsent(run)
+
+
+def test_credentials_are_not_sent_to_a_server_that_only_a_file_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "secret")
+    run = RunFolder(tmp_path)
+    outbox = Outbox(run.unsent, {"uri": "http://127.0.0.1:9", "experiment_id": "1", "run_id": "2"})
+    outbox.close([{"tags": {"a": "b"}}])
+    with pytest.raises(UsageError, match="MLFLOW_TRACKING_TOKEN would be sent there"):
+        send_unsent(run)
