@@ -319,7 +319,8 @@ def test_an_outbox_of_which_all_is_sent_starts_anew_when_it_is_long(
 ) -> None:
     monkeypatch.setattr("accumexp.tracking.outbox.LARGEST_SENT", 200)
     path = tmp_path / "unsent.jsonl"
-    outbox = Outbox(path, {"run_id": "1"})
+    identity = {"uri": "sqlite:///a", "experiment_id": "1", "run_id": "1"}
+    outbox = Outbox(path, identity)
     for number in range(30):
         outbox.add({"tags": {"number": str(number)}})
     entries, ends = outbox.take(10)
@@ -328,7 +329,7 @@ def test_an_outbox_of_which_all_is_sent_starts_anew_when_it_is_long(
     assert len(read_unsent(path)[1]) == 30
     outbox.sent(outbox.take()[1][-1])
     outbox.flush()
-    assert path.read_text() == json.dumps({"run_id": "1"}) + "\n"
+    assert path.read_text() == json.dumps(identity) + "\n"
     outbox.add({"tags": {"number": "30"}})
     assert outbox.take()[0] == [{"tags": {"number": "30"}}]
     outbox.close([])
