@@ -107,7 +107,7 @@ class Accumexp(Loop):
             name="benchmark",
             command="python -m benchmarks.window",
             tags={},
-            datasets=dataset_records(to_plain(config.data), experiment.splits),
+            datasets=dataset_records(vars(config.data), experiment.splits),
         )
         stop = self.trainer.callbacks["stop"]
         assert isinstance(stop, StopAtUpdate)

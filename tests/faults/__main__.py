@@ -15,6 +15,8 @@ from rich.markup import escape
 from rich.progress import track
 from rich.table import Table
 
+from .concurrency import in_one_store, on_one_run
+from .disks import full_disks
 from .kills import Kill, Outcome, random_kills, reference, tried
 from .outages import LONG, TITLES, outages
 
@@ -72,7 +74,33 @@ def server(folder: Path, count: int, seed: int) -> bool:
     return not any(outage.lost or outage.doubled for outage in found)
 
 
-PARTS: dict[str, Callable[[Path, int, int], bool]] = {"kills": kills, "server": server}
+def disk(folder: Path, count: int, seed: int) -> bool:
+    """Disks that are full after some checkpoints."""
+    table = Table("disk", "exit code", "error", "same bits after a resume with room")
+    found = full_disks(folder, [2.0, 3.0, 4.0])
+    for full in found:
+        error = next((line for line in full.lines if line.startswith("error: ")), "")
+        table.add_row(f"{full.mebibytes} MiB", str(full.code), escape(error), str(full.same))
+    console.print(table)
+    return all(full.good for full in found)
+
+
+def concurrency(folder: Path, count: int, seed: int) -> bool:
+    """Several processes on one run, in one folder and in one store."""
+    answers = [*on_one_run(folder / "run"), in_one_store(folder / "store", 8)]
+    table = Table("tried", "as it should", "said")
+    for answer in answers:
+        table.add_row(answer.what, str(answer.good), escape(answer.said))
+    console.print(table)
+    return all(answer.good for answer in answers)
+
+
+PARTS: dict[str, Callable[[Path, int, int], bool]] = {
+    "kills": kills,
+    "server": server,
+    "disk": disk,
+    "concurrency": concurrency,
+}
 
 
 def main() -> int:
