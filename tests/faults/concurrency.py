@@ -16,10 +16,6 @@ SLOW = [
     "+callbacks.slow._target_=tests.support.odd_parts.Slow",
     *("trainer.max_updates=40", "trainer.epochs=100"),
 ]
-    "+callbacks.slow._target_=tests.support.odd_parts.Slow",
-    "trainer.max_updates=40",
-    "trainer.epochs=100",
-]
 
 
 @dataclass(frozen=True)
