@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
@@ -23,6 +24,8 @@ from ..sweeps.job_status import JobStatus, agreed_status, job_status
 from ..tracking.folder import RunFolder, RunStatus
 from .resume_checks import ChangedJob, check_same_job
 from .spec import RunSpec
+
+log = logging.getLogger(__name__)
 
 
 def run_job(cfg: DictConfig) -> float | None:
@@ -149,4 +152,7 @@ def _close_dead_run(folder: RunFolder, status: RunStatus, error: str | None) -> 
         from ..tracking import Store
 
         tracking = typed(inert(OmegaConf.to_container(written, resolve=False))).tracking
-        Store(tracking).client.set_terminated(summary.run_id, status)
+        try:
+            Store(tracking).client.set_terminated(summary.run_id, status)
+        except Exception as unreachable:
+            log.warning("tracking: %s did not reach the run's store: %s", status, first_line(unreachable))

@@ -15,7 +15,7 @@ from ..environment.console import console
 from ..errors import TrainingError, UsageError, first_line
 from ..sweeps.job_folders import JOBS, LAUNCHES, LOCK, has_jobs, job_folders
 from ..sweeps.sweep import PARENT, SweepRun, launched_sweep, parent_of, sweep_runs
-from ..tracking.folder import LAUNCH_LOCK, RunFolder, RunStatus
+from ..tracking.folder import LAUNCH_LOCK, UNSENT, RunFolder, RunStatus
 from ..tracking.json_file import read_json
 from .sweep_trust import needed_trust
 
@@ -106,6 +106,11 @@ def _close(
         recorded = False
     killed = status is RunStatus.KILLED
     _report(folder, report_settings, recorded, files=not killed)
+    if any(folder.rglob(UNSENT)):
+        print(
+            f"not all of it is in the store; send it with\n  python -m accumexp.report sync={folder}",
+            flush=True,
+        )
     if elsewhere:
         print(f"jobs of another launch still run: {', '.join(elsewhere)}", flush=True)
     console.print("\n".join([f"sweep   {folder}", *addresses]), highlight=False, soft_wrap=True, markup=False)
