@@ -17,7 +17,7 @@ def test_an_upload_that_is_killed_everywhere_records_all_once(tmp_path: Path) ->
     target = f"+callbacks.kill._target_={KilledInUpload.__module__}.KilledInUpload"
     kill = (target, f"+callbacks.kill.mark={tmp_path / 'mark'}")
     codes = [run_command("run", *SMALL, *QUIET, *kill, folder=tmp_path).code]
-    codes += [run_command("run", "resume=run", folder=tmp_path).code for _ in range(3)]
+    codes += [run_command("run", "resume=run", "trust=[tests]", folder=tmp_path).code for _ in range(3)]
     assert codes == [-signal.SIGKILL] * 3 + [0]
     (record,) = records(tmp_path)
     assert record.status == "FINISHED"
@@ -33,8 +33,8 @@ def test_a_run_that_was_stopped_twice_has_the_logged_models_of_one_that_was_not(
     stops = trouble("SIGTERM", 4).replace("callbacks.trouble", "callbacks.first")
     stops = [stops, trouble("SIGTERM", 7).replace("callbacks.trouble", "callbacks.second")]
     assert run_command("run", *SMALL, *QUIET, *stops, folder=tmp_path).code == 143
-    assert run_command("run", "resume=run", folder=tmp_path).code == 143
-    assert run_command("run", "resume=run", folder=tmp_path).code == 0
+    assert run_command("run", "resume=run", "trust=[tests]", folder=tmp_path).code == 143
+    assert run_command("run", "resume=run", "trust=[tests]", folder=tmp_path).code == 0
     (record,) = records(tmp_path)
     names = sorted(name for name, _ in ranked_models(tmp_path, record))
     assert names == ["update-12", "update-9"]
