@@ -86,6 +86,7 @@ def test_no_file_of_the_project_sets_what_hydra_would_compose_twice_for() -> Non
     assert not [content for content in files if "mode" in ((content or {}).get("hydra") or {})]
 
 
+@pytest.mark.slow
 def test_a_mode_given_to_hydra_counts(tmp_path: Path) -> None:
     quick = ("model=mlp", "device=cpu", "tracking=none", "trainer.max_updates=1", "report.write=false")
     done = run_command("run", *quick, "hydra.mode=MULTIRUN", folder=tmp_path)

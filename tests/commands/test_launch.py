@@ -92,6 +92,7 @@ def test_two_agents_of_torchrun_are_one_run(tmp_path: Path, alone: Path) -> None
     assert len(records(tmp_path)) == 1
 
 
+@pytest.mark.slow
 def test_shards_of_all_ranks_lie_in_the_first_ones_folder_under_torchrun(tmp_path: Path, alone: Path) -> None:
     agent = torchrun(*EXACT, "accum=fsdp", "tracking=none", folder=tmp_path)
     out, err = agent.communicate(timeout=240)

@@ -95,6 +95,7 @@ def test_a_folder_that_holds_a_run_is_refused_before_anything_is_written(tmp_pat
         assert contents(tmp_path) == before
 
 
+@pytest.mark.slow
 def test_data_workers_that_outlive_a_killed_run_do_not_hold_it(tmp_path: Path) -> None:
     line = [sys.executable, "-m", "accumexp.run", *SMALL, "tracking=none", "data.resident=false"]
     line += ["data.workers=1", *slow(tmp_path), "hydra.run.dir=run"]

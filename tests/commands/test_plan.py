@@ -162,6 +162,7 @@ def test_a_run_never_takes_more_than_the_limit(
     assert (chosen[-1] == 1) == (shares[-1] == 1.0)
 
 
+@pytest.mark.slow
 def test_a_rank_of_several_never_takes_more_than_was_predicted(tmp_path: Path) -> None:
     """Gradients beside ddp's buckets, and copies of buffers to go back to, are in no trial's run.
 
@@ -206,6 +207,7 @@ def test_a_look_at_a_checkpoint_leaves_its_tensors_in_the_file(tmp_path: Path) -
     assert torch.equal(looked_at, weights) and torch.equal(loaded, weights)
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_never_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     tried: list[int] = []
     whole = TrialRun.whole
@@ -423,6 +425,7 @@ def test_auto_gives_the_bits_of_the_number_and_is_recorded_as_one(tmp_path: Path
     assert only_run(tmp_path / "auto") == run and len(journal(run)) >= 10
 
 
+@pytest.mark.slow
 def test_ranks_take_the_most_steps_that_any_of_them_needs(tmp_path: Path) -> None:
     from ..support.ranks import on_ranks
 

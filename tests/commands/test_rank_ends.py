@@ -96,6 +96,7 @@ def test_a_killed_rank_ends_its_job_and_the_sweep_goes_on(tmp_path: Path) -> Non
     assert states == {"sweep": "FAILED", "0": "FAILED", "1": "FINISHED"}
 
 
+@pytest.mark.slow
 def test_the_first_rank_killed_leaves_a_failed_run(tmp_path: Path) -> None:
     killer = trouble("SIGKILL", 5, rank=0, mark=tmp_path / "mark")
     line, env = [*SMALL, "accum=ddp", "accum.processes=2", killer], environment(**FRESH_RANKS)

@@ -420,6 +420,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.slow
 def test_what_cannot_be_trained_together_is_refused_in_a_line_and_leaves_nothing(tmp_path: Path) -> None:
     line = ["replicas=2", *MLP, *SMALL, "precision=fp64"]
     asked = [

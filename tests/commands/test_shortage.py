@@ -191,6 +191,7 @@ def test_law_8_stop_and_resume_after_out_of_memory_give_the_same_bits(tmp_path: 
     assert one["shortage"] == other["shortage"]
 
 
+@pytest.mark.slow
 def test_several_ranks_go_on_and_shards_end_in_one_line(tmp_path: Path) -> None:
     options = [*SMALL, "tracking=none", "accum.steps=2", "accum.processes=2", "trainer.max_updates=4"]
     options += ["data.batch_size=400", starved(3, 1, rank=1)]

@@ -154,6 +154,7 @@ def test_law_8_a_killed_job_goes_on_to_the_bits_of_its_undisturbed_twin(tmp_path
 # Several launches in one folder --------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_bare_form_goes_through_all_that_the_launches_asked_for(tmp_path: Path) -> None:
     small = ["model=mlp", "trainer.max_updates=2", "trainer.epochs=1", "tracking=none"]
 

@@ -17,6 +17,7 @@ from rich.table import Table
 
 from .concurrency import in_one_store, on_one_run
 from .disks import full_disks
+from .hostile import hostile_checkpoints
 from .kills import Kill, Outcome, random_kills, reference, tried
 from .outages import LONG, TITLES, outages
 
@@ -95,11 +96,21 @@ def concurrency(folder: Path, count: int, seed: int) -> bool:
     return all(answer.good for answer in answers)
 
 
+def hostile(folder: Path, count: int, seed: int) -> bool:
+    """Hostile and damaged checkpoints, by both commands that read one."""
+    commands, most, wrong = hostile_checkpoints(folder)
+    table = Table("commands", "most memory above the start's", "code run, tracebacks, or more than a line")
+    table.add_row(str(commands), f"{most:.2f} GiB", escape("\n".join(wrong) or "none"))
+    console.print(table)
+    return not wrong
+
+
 PARTS: dict[str, Callable[[Path, int, int], bool]] = {
     "kills": kills,
     "server": server,
     "disk": disk,
     "concurrency": concurrency,
+    "hostile": hostile,
 }
 
 

@@ -24,6 +24,7 @@ def test_every_bug_is_caught_by_its_check_and_no_right_loop_is(loop: Loop) -> No
     assert mutants.wrong(loop, mutants.certified(loop)) == ""
 
 
+@pytest.mark.slow
 def test_every_bug_between_ranks_is_caught_by_its_check(tmp_path: Path) -> None:
     every = on_ranks(2, tmp_path, mutants.of_ranks, 6)
     troubles = [

@@ -13,6 +13,8 @@ import pytest
 
 from ..support.command import PACKAGE_PARENT
 
+pytestmark = pytest.mark.slow
+
 
 def report_of(benchmark: str, folder: Path, *options: str) -> tuple[dict[str, Any], str]:
     """The report and the output of one short run on two ranks, where every warning is an error."""

@@ -22,6 +22,8 @@ from benchmarks.pictures import growth_picture
 from benchmarks.prediction import predicted
 from benchmarks.tasks import MASKED, Samples, Task
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 FIGURES = {
     "median_ms",

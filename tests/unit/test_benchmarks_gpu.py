@@ -15,6 +15,8 @@ from benchmarks.gpu import __main__ as gpu
 from benchmarks.gpu import commands, updates
 from benchmarks.gpu.session import Session
 
+pytestmark = pytest.mark.slow
+
 HELP = """
 import sys
 from benchmarks.gpu import __main__ as gpu

@@ -119,6 +119,7 @@ def write_mnist(root: Path, train: int = 300, test: int = 70) -> None:
         (raw / f"{name}-labels-idx1-ubyte").write_bytes(struct.pack(">2i", 2049, count) + labels.tobytes())
 
 
+@pytest.mark.slow
 def test_mnist_is_read_whole_as_it_is_read_sample_by_sample(tmp_path: Path) -> None:
     write_mnist(tmp_path)
     where = ["data=mnist", f"data.root={tmp_path}"]

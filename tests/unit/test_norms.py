@@ -278,6 +278,7 @@ def test_law_10_the_reasons_of_ghost() -> None:
     assert inequalities(nn.Sequential(FrozenBatchNorm2d(3), nn.GroupNorm(1, 3)).train(), 128, 4) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("drop_last", [False, True])
 def test_law_10_a_run_says_that_its_last_batch_has_other_groups(drop_last: bool, tmp_path: Path) -> None:
     """1,293 samples in batches of 100 leave 93, whose halves of 47 and 46 are not cut as 93 are."""
@@ -415,6 +416,7 @@ def test_a_resnet_with_batch_norm_is_torchvisions(channels: int) -> None:
         assert first.std().item() == pytest.approx((2 / (64 * 49)) ** 0.5, rel=0.1)  # He et al. 2015
 
 
+@pytest.mark.slow
 def test_single_samples_have_gradients_under_frozen_statistics() -> None:
     small = [
         "data.image_size=32",

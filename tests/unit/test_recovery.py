@@ -375,6 +375,7 @@ print(result.steps, len(found), torch.equal(gradient, model.scale.grad))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="limits its own address space as Linux does")
 def test_with_real_memory_on_the_cpu() -> None:
     """768 MiB of activations in one micro-batch, and 400 MiB to have."""

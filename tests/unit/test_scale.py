@@ -214,7 +214,7 @@ def every_place(how: str) -> dict[tuple[int, int, int], Any]:
     }
 
 
-@pytest.mark.parametrize("how", ["adding", "sharded"])
+@pytest.mark.parametrize("how", ["adding", pytest.param("sharded", marks=pytest.mark.slow)])
 def test_law_6_an_overflow_on_any_rank_skips_the_window_on_all(tmp_path: Path, how: str) -> None:
     for found in on_ranks(2, tmp_path, every_place, how):
         assert len(found) == 2 * 36
