@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,23 +40,25 @@ def prove_job(cfg: DictConfig) -> None:
     folder = RunFolder(Path(hydra.runtime.output_dir))
     launched = launched_rank()
     rank_info = launched or RankInfo()
-    try:
-        if rank_info.first:
-            folder.check_unused("hydra.run.dir")
-        spec = _spec(cfg, folder, Path(hydra.runtime.cwd))
-        processes = spec.config.accum.processes or 1
-        if launched is None and processes > 1:
-            logging_config = OmegaConf.to_container(hydra.job_logging, resolve=True)
-            assert isinstance(logging_config, dict)
-            launch(prove, spec, processes, {str(key): value for key, value in logging_config.items()})
-            proved = folder.proved()
-        else:
-            proved = prove(spec)
-    except Exception as error:
-        log_error(error)
-        if rank_info.first and isinstance(error, UsageError) and not cfg.resume:
-            folder.remove_unused()
-        exit_with_error(error, rank_info)
+    with ExitStack() as stack:
+        try:
+            if rank_info.first:
+                folder.check_unused("hydra.run.dir")
+                stack.enter_context(folder.hold_alone("hydra.run.dir"))
+            spec = _spec(cfg, folder, Path(hydra.runtime.cwd))
+            processes = spec.config.accum.processes or 1
+            if launched is None and processes > 1:
+                logging_config = OmegaConf.to_container(hydra.job_logging, resolve=True)
+                assert isinstance(logging_config, dict)
+                launch(prove, spec, processes, {str(key): value for key, value in logging_config.items()})
+                proved = folder.proved()
+            else:
+                proved = prove(spec)
+        except Exception as error:
+            log_error(error)
+            if rank_info.first and isinstance(error, UsageError) and not cfg.resume:
+                folder.remove_unused()
+            exit_with_error(error, rank_info)
     if not proved:
         sys.exit(1)
 

@@ -262,13 +262,15 @@ class RunFolder:
     def close_if_dead(self) -> bool:
         """Marks a run as KILLED in its summary that is RUNNING there and on which no process works.
 
-        A replica's folder lies in its job's, which holds the lock. Returns whether it was marked.
+        A replica's folder lies in its job's, which holds the lock. A run that was killed before its first
+        update has no summary yet. Returns whether the run is dead.
         """
         summary = self.summary()
-        if summary is None or summary.status is not RunStatus.RUNNING:
+        ended = summary is not None and summary.status is not RunStatus.RUNNING
+        if ended or not self.path.is_dir() or self.held() or RunFolder(self.path.parent).held():
             return False
-        if self.held() or RunFolder(self.path.parent).held():
-            return False
+        if summary is None:
+            return True
         summary.status, summary.error = RunStatus.KILLED, f"killed after update {last_update(self.metrics)}"
         self.write_summary(summary)
         return True

@@ -168,3 +168,17 @@ def test_a_launch_is_held_until_its_sweep_is_closed(tmp_path: Path) -> None:
         launched_sweep.folder = None
         raise KeyboardInterrupt
     assert folder.sweep_is_dead() and not list(folder.path.glob(".launch*"))
+
+
+def test_a_run_that_was_killed_before_its_first_update_is_closed_and_a_held_one_is_not(
+    tmp_path: Path, store: Store
+) -> None:
+    """Its folder has no summary yet."""
+    folders = [RunFolder(tmp_path / name) for name in ("dead", "held", "gone")]
+    ids = [store.create_run(None, {"accumexp.folder": str(folder.path)}) for folder in folders]
+    for folder in folders[:2]:
+        folder.path.mkdir()
+    with folders[1].hold_alone("resume"):
+        store.close_dead_runs()
+        statuses = [store.client.get_run(run_id).info.status for run_id in ids]
+    assert statuses == ["KILLED", "RUNNING", "RUNNING"]
