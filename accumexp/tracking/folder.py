@@ -269,6 +269,7 @@ class RunFolder:
         ended = summary is not None and summary.status is not RunStatus.RUNNING
         if ended or not self.path.is_dir() or self.held() or RunFolder(self.path.parent).held():
             return False
+        self._remove_partial()
         if summary is None:
             return True
         summary.status, summary.error = RunStatus.KILLED, f"killed after update {last_update(self.metrics)}"

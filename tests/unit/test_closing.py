@@ -178,7 +178,10 @@ def test_a_run_that_was_killed_before_its_first_update_is_closed_and_a_held_one_
     ids = [store.create_run(None, {"accumexp.folder": str(folder.path)}) for folder in folders]
     for folder in folders[:2]:
         folder.path.mkdir()
+        (folder.path / ".summary.json.partial").touch()
     with folders[1].hold_alone("resume"):
         store.close_dead_runs()
         statuses = [store.client.get_run(run_id).info.status for run_id in ids]
+        partial = [folder.path.name for folder in folders if any(folder.path.glob(".*.partial"))]
     assert statuses == ["KILLED", "RUNNING", "RUNNING"]
+    assert partial == []
