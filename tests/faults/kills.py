@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
@@ -94,7 +95,9 @@ def random_kills(count: int, seed: int, longest: float, ranks: bool = False) -> 
         kind = number % 5
         if kind < 3 or ranks:  # ranks are processes of their own, in which no call is replaced
             kind = number % 3
-            yield Kill(single[kind], draw.uniform(0.1, longest), ranks=ranks, rank=draw.random() < 0.5)
+            yield Kill(
+                single[kind], draw.uniform(0.1, longest), ranks=ranks, rank=ranks and draw.random() < 0.5
+            )
         else:
             calls = WRITES if kind == 3 else UPLOADS
             most = 12 if kind == 3 else 4
@@ -167,7 +170,8 @@ def _stopped(folder: Path, kill: Kill) -> bool:
                 if number:
                     process.join(random.Random(folder.name).uniform(0, 0.3))
                 if process.is_alive():
-                    os.kill(_victim(process.pid, kill), one)
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(_victim(process.pid, kill), one)
         process.join(120)
         reached = process.exitcode != 0
         if process.is_alive():
@@ -179,7 +183,10 @@ def _stopped(folder: Path, kill: Kill) -> bool:
 
 
 def _victim(pid: int, kill: Kill) -> int:
-    children = psutil.Process(pid).children() if kill.rank else []
+    children: list[psutil.Process] = []
+    if kill.rank:
+        with contextlib.suppress(psutil.NoSuchProcess):  # it has ended just now
+            children = psutil.Process(pid).children()
     return random.Random(str(kill)).choice([child.pid for child in children]) if children else pid
 
 
