@@ -12,6 +12,7 @@ import math
 import os
 import time
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -99,44 +100,23 @@ class MLflowTracker(Tracker):
         self.from_environment = store.from_environment
         self._folder = folder
         self._legal = LegalNames()
-        self._times: dict[tuple[str, int], int] = {}  # (key, step): milliseconds since 1970
-        self._logged = frozenset[tuple[str, int]]()
-        self._final_updates: float | None = None  # of `final/*` that an earlier process has logged
-        self._earlier_models: list[str] = []
         self._infinite: set[str] = set()
         self._ended = False
-        left: list[Entry] = []
-        system_step, models = 0, list[str]()
-        path = folder.unsent if folder else None
+        earlier = _earlier(store, run_id, folder) if resumed else Earlier()
+        self._times = earlier.times
+        self._logged = frozenset(point for point in self._times if not point[0].startswith("final/"))
+        self._final_updates = earlier.final_updates
+        self._earlier_models = earlier.models
         if resumed:
-            self._earlier_models = models = ready_models(store, run_id)
-            run = store.client.get_run(run_id)
-            keys = list(run.data.metrics)
-            # All of `system/*` have the same steps.
-            measured = [key for key in keys if key.startswith("system/")][:1]
-            self._times = self._history([key for key in keys if key[:7] != "system/"] + measured)
-            if path is not None:
-                left = [entry for entry in read_unsent(path)[1] if "status" not in entry]
-            waiting = [point for entry in left for point in entry.get("points", ())]
-            self._times |= {(key, step): time for key, _, time, step in waiting}
-            final = {key: value for key, value, *_ in waiting if key.startswith("final/")}
-            self._final_updates = {**run.data.metrics, **final}.get("final/updates")
-            self._logged = frozenset(point for point in self._times if not point[0].startswith("final/"))
-            system_steps = [step for key, step in self._times if key.startswith("system/")]
-            system_step = max(system_steps, default=-1) + 1
             store.client.update_run(run_id, status=RunStatus.RUNNING)
-        outbox = Outbox(path, self.identity(), left)
-        self._sender = Sender(
-            outbox,
-            Delivery(store, run_id, folder.path if folder else None, models),
-            config.flush_points,
-            config.flush_seconds,
-        )
+        outbox = Outbox(folder.unsent if folder else None, self.identity(), earlier.unsent)
+        delivery = Delivery(store, run_id, folder.path if folder else None, earlier.models)
+        self._sender = Sender(outbox, delivery, config.flush_points, config.flush_seconds)
         self._monitor: Any = None
         if config.system_metrics:
             from .system_metrics import SystemMetrics
 
-            self._monitor = SystemMetrics(run_id, store.uri, system_step, self._log_system)
+            self._monitor = SystemMetrics(run_id, store.uri, earlier.system_step, self._log_system)
             self._monitor.start()
 
     def identity(self) -> dict[str, str]:
@@ -233,10 +213,42 @@ class MLflowTracker(Tracker):
                 )
         self._ended = True
 
-    def _history(self, keys: Sequence[str]) -> dict[tuple[str, int], int]:
-        """The times of the run's points by key and step."""
-        history = (self.store.client.get_metric_history(self.run_id, key) for key in keys)
-        return {(point.key, point.step): point.timestamp for points in history for point in points}
+
+@dataclass(frozen=True)
+class Earlier:
+    """What earlier processes have logged of a run.
+
+    Attributes:
+        times: milliseconds since 1970 of points, by key and step; of `system/*`, of one key.
+        models: the names of its logged models.
+        final_updates: the update that `final/*` is of, None if there is none.
+        unsent: the entries that its store may not have.
+    """
+
+    times: dict[tuple[str, int], int] = field(default_factory=dict)
+    models: list[str] = field(default_factory=list)
+    final_updates: float | None = None
+    unsent: list[Entry] = field(default_factory=list)
+
+    @property
+    def system_step(self) -> int:
+        """The step of the next sample of `system/*`."""
+        return max((step for key, step in self.times if key.startswith("system/")), default=-1) + 1
+
+
+def _earlier(store: Store, run_id: str, folder: RunFolder | None) -> Earlier:
+    """What the store and the run's `unsent.jsonl` hold, but for the end of the run, which goes on."""
+    values = dict(store.client.get_run(run_id).data.metrics)
+    of_system = [key for key in values if key.startswith("system/")]
+    keys = [key for key in values if key not in of_system[1:]]  # all of `system/*` have the same steps
+    histories = (store.client.get_metric_history(run_id, key) for key in keys)
+    times = {(point.key, point.step): point.timestamp for points in histories for point in points}
+    unsent = read_unsent(folder.unsent)[1] if folder else []
+    for key, value, time_logged, step in (point for entry in unsent for point in entry.get("points", ())):
+        times[key, step] = time_logged
+        values[key] = value
+    going_on = [entry for entry in unsent if "status" not in entry]
+    return Earlier(times, ready_models(store, run_id), values.get("final/updates"), going_on)
 
 
 def milliseconds() -> int:
