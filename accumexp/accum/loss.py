@@ -90,7 +90,7 @@ class ClassIndexLoss(_CriterionLoss):
         targets = cast(Tensor, targets)
         if targets.is_floating_point():
             return targets.numel() / targets.shape[1 if targets.dim() > 1 else 0]
-        valid = targets != self.criterion.ignore_index
+        valid = targets.long() != self.criterion.ignore_index  # -100 is 156 among uint8
         if self.criterion.weight is None:
             return valid.count_nonzero()
         return self.criterion.weight[targets.where(valid, 0)].where(valid, 0).sum()

@@ -85,7 +85,8 @@ class ClassIndices:
                 f"{key}: sample {sample} has the label {label} of {kind}; loss={self.loss} takes class "
                 "indices, int64"
             )
-        wrong = ((targets < 0) | (targets >= self.classes)) & (targets != self.ignored)
+        labels = targets.long()  # an ignored label of -100 is none of uint8
+        wrong = ((labels < 0) | (labels >= self.classes)) & (labels != self.ignored)
         if wrong.any():
             sample, label = _first(targets, wrong, numbers)
             raise UsageError(

@@ -60,7 +60,9 @@ def _sync(folder: Path, uri: str) -> None:
     for run in runs:
         try:
             print_line(f"{run.path}: {send_unsent(run, uri)}", markup=False)
-        except TrainingError as error:
+        except (UsageError, TrainingError) as error:
+            if len(runs) == 1:
+                raise
             errors.append(str(error))
     if errors:
         raise TrainingError("\n".join(errors))

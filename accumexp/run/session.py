@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import signal
 import sys
 from collections.abc import Iterator, Mapping
@@ -22,11 +23,12 @@ from ..environment.console import console, result
 from ..environment.memory import reset_peak_memory
 from ..environment.ranks import RankInfo, barrier
 from ..environment.signals import StopSignals
-from ..errors import masked
+from ..errors import TrainingError, masked
 from ..plan.auto_steps import choose_steps
 from ..tracking import Store, reopen
 from ..tracking.folder import CERTIFICATE_TAG, CHECKPOINTS, RunStatus, Summary
 from ..tracking.journal import ProgressFile
+from ..tracking.json_file import written
 from ..tracking.record import RunRecord, create_tracker, describing_tags, inequality_tag
 from ..training.callbacks import RunState
 from ..training.checkpoint import load, saved_updates
@@ -40,6 +42,7 @@ from ..training.shards import folder_of
 from .messages import announce, final_values, show_summary, warn
 from .spec import RunSpec
 
+log = logging.getLogger(__name__)
 # Seconds that a rank waits for the others after a stop signal; they may have died.
 STOP_DEADLINE = 10.0
 
@@ -214,7 +217,13 @@ class Run:
             raise
 
     def fail(self, error: BaseException) -> None:
-        """Closes the record after an exception."""
+        """Closes the record after an exception. What cannot be recorded of it is a line, no other error."""
+        try:
+            self._record_failure(error)
+        except (OSError, TrainingError) as unrecorded:
+            log.warning("the end of the run is not recorded: %s", unrecorded)
+
+    def _record_failure(self, error: BaseException) -> None:
         if not isinstance(error, Exception):
             self._close(RunStatus.KILLED)
             return
@@ -243,7 +252,8 @@ class Run:
             tags=self.record.tags,
             **values,
         )
-        self.record.summarise(summary)
+        with written(self.folder.summary_file):
+            self.record.summarise(summary)
 
     def _upload(self) -> None:
         """Uploads the best checkpoint and the newest ones, each update once, and the journal."""

@@ -69,10 +69,20 @@ class Delivery:
             sent(end)
             done = end
 
-    def send_failed(self) -> None:
-        """Tries files and models once more; `failed` has those that fail again."""
-        entries, self.failed = self.failed, []
-        self.send(entries, lambda _: None)
+    def send_failed(self, progress: Callable[[], None]) -> None:
+        """Tries files and models once more; `failed` has those that fail again.
+
+        Args:
+            progress: called after each that is sent.
+        """
+        for entry in list(self.failed):
+            try:
+                self._send_one(entry)
+            except Exception as error:
+                self.error = error
+            else:
+                self.failed.remove(entry)
+                progress()
 
     def _send_points(self, points: Sequence[Sequence[Any]]) -> None:
         from mlflow.entities import Metric
@@ -99,21 +109,24 @@ class Delivery:
 
     def _send_other(self, entry: Entry) -> None:
         try:
-            if "status" in entry:
-                self.store.client.set_terminated(self.run_id, entry["status"], entry["time"])
-            elif "tags" in entry:
-                self._send_tags(entry["tags"])
-            elif "file" in entry:
-                self._send_file(entry)
-            elif "stale models" in entry:
-                self._delete_models(entry["stale models"])
-            else:
-                self._send_model(entry)
+            self._send_one(entry)
         except Exception as error:
             if "file" not in entry and "model" not in entry:
                 raise
             self.failed.append(entry)
             self.error = error
+
+    def _send_one(self, entry: Entry) -> None:
+        if "status" in entry:
+            self.store.client.set_terminated(self.run_id, entry["status"], entry["time"])
+        elif "tags" in entry:
+            self._send_tags(entry["tags"])
+        elif "file" in entry:
+            self._send_file(entry)
+        elif "stale models" in entry:
+            self._delete_models(entry["stale models"])
+        else:
+            self._send_model(entry)
 
     def _send_tags(self, tags: dict[str, str]) -> None:
         for key, value in tags.items():
@@ -126,6 +139,9 @@ class Delivery:
 
     def _send_file(self, entry: Entry) -> None:
         path = self.folder / entry["file"]
+        if not path.exists():
+            log.warning("tracking: %s is not there any more, and is not sent", path)
+            return
         files = [path, *path.rglob("*")] if path.is_dir() else [path]
         with self._upload(sum(file.stat().st_size for file in files)):
             self.store.client.log_artifact(self.run_id, str(path), entry["folder"])

@@ -263,14 +263,14 @@ class RunFolder:
         """Marks a run as KILLED in its summary that is RUNNING there and on which no process works.
 
         A replica's folder lies in its job's, which holds the lock. A run that was killed before its first
-        update has no summary yet. Returns whether the run is dead.
+        update has no summary yet, one that was killed as it was resumed an older one. Returns whether nobody
+        works on it.
         """
-        summary = self.summary()
-        ended = summary is not None and summary.status is not RunStatus.RUNNING
-        if ended or not self.path.is_dir() or self.held() or RunFolder(self.path.parent).held():
+        if not self.path.is_dir() or self.held() or RunFolder(self.path.parent).held():
             return False
+        summary = self.summary()
         self._remove_partial()
-        if summary is None:
+        if summary is None or summary.status is not RunStatus.RUNNING:
             return True
         summary.status, summary.error = RunStatus.KILLED, f"killed after update {last_update(self.metrics)}"
         self.write_summary(summary)

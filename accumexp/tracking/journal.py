@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from ..errors import UsageError
-from .json_file import write_json
+from .json_file import write_json, written
 
 
 class Journal:
@@ -33,10 +33,14 @@ class Journal:
         self._file = path.open("a")
 
     def write(self, update: int, values: Mapping[str, float]) -> None:
-        self._file.write(json.dumps({"update": update, "time": round(time.time(), 3), **values}) + "\n")
+        row = json.dumps({"update": update, "time": round(time.time(), 3), **values})
+        with written(self.path):
+            self._file.write(row + "\n")
 
     def flush(self) -> None:
-        self._file.flush()
+        if not self._file.closed:
+            with written(self.path):
+                self._file.flush()
 
     def close(self) -> None:
         self._file.close()

@@ -4,9 +4,24 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from ..errors import TrainingError
+
+
+@contextmanager
+def written(path: Path) -> Iterator[None]:
+    """
+    Raises:
+        TrainingError: in place of an OSError, naming the file that cannot be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise TrainingError(f"{path}: cannot be written: {error.strerror or error}") from error
 
 
 def write_json(path: Path, entries: Mapping[str, Any]) -> None:

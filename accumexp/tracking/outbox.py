@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError
+from .json_file import written
 
 # A file of which all is sent is emptied once it has this many bytes.
 LARGEST_SENT = 2**20
@@ -50,12 +51,14 @@ class Outbox:
         self._size = self._sent = self._file.write(_line(self._identity))
 
     def add(self, entry: Entry) -> None:
-        with self._lock:
-            self._size += self._file.write(_line(entry))
+        """Adds an entry, unless the outbox is closed."""
+        with self._lock, written(self.path or Path("a temporary file")):
+            if not self._file.closed:
+                self._size += self._file.write(_line(entry))
 
     def flush(self) -> None:
         """Makes what was added survive the end of this process."""
-        with self._lock:
+        with self._lock, written(self.path or Path("a temporary file")):
             if not self._file.closed:
                 self._file.flush()
 
@@ -68,11 +71,11 @@ class Outbox:
         ends = itertools.accumulate(map(len, lines), initial=self._sent)
         return [json.loads(line) for line in lines], list(ends)[1:]
 
-    def sent(self, upto: int) -> None:
-        """Drops the entries before `upto`."""
+    def sent(self, upto: int, empties: bool = True) -> None:
+        """Drops the entries before `upto`; a long file of which all is sent is emptied if `empties`."""
         with self._lock:
             self._sent = upto
-            if self._sent == self._size > LARGEST_SENT and not self._file.closed:
+            if empties and self._sent == self._size > LARGEST_SENT and not self._file.closed:
                 self._begin()
 
     def close(self, unsent: Sequence[Entry]) -> None:

@@ -59,9 +59,9 @@ class RunRecord:
 
     def close(self, status: RunStatus) -> None:
         self.flush()
+        self.tracker.end(status)  # a signal may interrupt it, and the record is then closed again
         if self.journal:
             self.journal.close()
-        self.tracker.end(status)
 
 
 def describing_tags(device: torch.device, unequal: Sequence[Inequality]) -> dict[str, str]:

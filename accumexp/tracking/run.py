@@ -286,6 +286,8 @@ def reopen(
         if "tracking.run_name" in changes:
             store.client.update_run(identity["run_id"], name=config.run_name)
         return tracker
+    except UsageError:
+        raise
     except Exception as error:
         raise UsageError(
             f"resume: run {identity['run_id']} is not in {store.uri}: {error}; "

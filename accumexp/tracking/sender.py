@@ -37,6 +37,7 @@ class Sender:
         self._flush_points = flush_points
         self._flush_seconds = min(flush_seconds, threading.TIMEOUT_MAX)
         self._points = 0  # added since the last look
+        self._starting = threading.Lock()
         self._wake = threading.Event()
         self._closing = threading.Event()
         self._given_up = threading.Event()
@@ -49,9 +50,10 @@ class Sender:
         """Adds an entry, which is sent some time."""
         self.outbox.add(entry)
         self._points += len(entry.get("points", ()))
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._run, daemon=True, name=THREAD)
-            self._thread.start()
+        with self._starting:
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, daemon=True, name=THREAD)
+                self._thread.start()
         if self._points >= self._flush_points or not self._flush_seconds:
             self._wake.set()
 
@@ -87,13 +89,13 @@ class Sender:
         pause = FIRST_PAUSE
         while not self._given_up.is_set():
             if self._failure is None:
-                self._wake.wait(self._flush_seconds)
+                self._wake.wait(self._flush_seconds or None)
             elif self._closing.is_set():
                 self._given_up.wait(FIRST_PAUSE)
             else:
                 self._closing.wait(pause)
-            closing = self._closing.is_set()
             self._wake.clear()
+            closing = self._closing.is_set()
             self._points = 0
             try:
                 self._send_all(closing)
@@ -117,11 +119,14 @@ class Sender:
                 break
             self.delivery.send(entries, lambda count, ends=ends: self._progress(ends[count - 1]))
         if closing and self.delivery.failed:
-            self.delivery.send_failed()
+            self.delivery.send_failed(self._note_progress)
+
+    def _note_progress(self) -> None:
+        self._last_progress = time.monotonic()
 
     def _progress(self, upto: int) -> None:
-        self._last_progress = time.monotonic()
-        self.outbox.sent(upto)
+        self._note_progress()
+        self.outbox.sent(upto, empties=not self.delivery.failed)
 
     def _note_failure(self, error: Exception) -> None:
         if self._failure is None:

@@ -199,7 +199,9 @@ class Store:
             summary = folder.summary()
             if summary and summary.error:
                 self.client.set_tag(run.info.run_id, "accumexp.error", summary.error)
-            self.client.set_terminated(run.info.run_id, RunStatus.KILLED)
+            ended = summary and folder.path != own and summary.status is not RunStatus.RUNNING
+            status = summary.status if summary and ended else RunStatus.KILLED
+            self.client.set_terminated(run.info.run_id, status)
 
     def _check_parent(self, run_id: str) -> None:
         try:

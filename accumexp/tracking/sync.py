@@ -39,7 +39,12 @@ def send_unsent(run: RunFolder, uri: str = "") -> str:
         UsageError: if a process works on the run, or its store does not answer.
         TrainingError: if the store does not take all.
     """
-    run.check_free("sync")
+    RunFolder(run.path.parent).check_free("sync")  # of a replica the job's folder has the lock
+    with run.hold_alone("sync"):
+        return _send(run, uri)
+
+
+def _send(run: RunFolder, uri: str) -> str:
     identity, entries = read_unsent(run.unsent)
     if not entries:
         run.unsent.unlink()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
+log = logging.getLogger(__name__)
 # Seconds between two samples.
 INTERVAL = 5
 
@@ -29,6 +31,12 @@ class SystemMetrics(SystemMetricsMonitor):
         self._log = log
 
     def monitor(self) -> None:
+        try:
+            self._measure()
+        except Exception:  # training goes on without
+            log.debug("the load of the machine is not measured any more", exc_info=True)
+
+    def _measure(self) -> None:
         self.collect_metrics()
         while not self._shutdown_event.wait(self.sampling_interval):
             values = self.aggregate_metrics()

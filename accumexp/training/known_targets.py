@@ -92,9 +92,14 @@ def _collates(function: Any) -> bool:
     return function in (pad, default_collate)
 
 
+def _is_functional(value: Any) -> bool:
+    """Whether `value` is a function of `torch.nn.functional`, such as an activation."""
+    return callable(value) and getattr(nn.functional, getattr(value, "__name__", ""), None) is value
+
+
 def _is_loss(function: Any) -> bool:
     name = getattr(function, "__name__", "")
-    return getattr(nn.functional, name, None) is function and (name.endswith("_loss") or name in LOSSES)
+    return _is_functional(function) and (name.endswith("_loss") or name in LOSSES)
 
 
 KINDS: dict[str, tuple[tuple[Kind, ...], Callable[[Any], bool] | None]] = {
@@ -151,7 +156,8 @@ def _refusal(key: str, target: str, trust: Trust) -> Refusal | None:
     if not allowed:
         kinds = KINDS[top][0] if top else ()
         kind = " or ".join(kind.name for kind in kinds) or "function or class"
-        return Refusal(f"it is no {kind} of torch or accumexp that {top or 'an argument'} takes")
+        named = package if package in ("torchvision", "torchmetrics") else None
+        return Refusal(f"it is no {kind} of torch or accumexp that {top or 'an argument'} takes", named)
     module = str(getattr(value, "__module__", None) or type(value).__module__)
     if not trust.allows_package(module):
         package = None if module.startswith(IMPORTED) else module.partition(".")[0]
@@ -164,6 +170,8 @@ def _refusal(key: str, target: str, trust: Trust) -> Refusal | None:
 
 def _is_known(top: str, value: Any) -> bool:
     """Whether `value` is of the kind of key `top`, or of any kind for an argument below a key."""
+    if not top and (value in (torch.tensor, torch.Generator) or _is_functional(value)):
+        return True
     for kinds, is_function in [KINDS[top]] if top else KINDS.values():
         if any(value in kind for kind in kinds) or is_function is not None and is_function(value):
             return True

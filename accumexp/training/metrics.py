@@ -40,7 +40,7 @@ class Accuracy:
         self._counts = torch.zeros_like(self._counts)
 
     def update(self, outputs: Tensor, targets: Tensor) -> None:
-        valid = targets != self.ignore_index
+        valid = targets.long() != self.ignore_index
         correct = (outputs.argmax(1) == targets) & valid
         self._counts += torch.stack([correct.sum(), valid.sum()])
 

@@ -119,7 +119,8 @@ def tried(folder: Path, kill: Kill, never_stopped: Path) -> Outcome:
     runs = sorted(folder.glob("outputs/*/*"))
     resumed = bool(runs) and any((runs[0] / "checkpoints").glob("*.pt"))
     different: list[str] = []
-    if not reached:
+    finished = resumed and json.loads((runs[0] / "summary.json").read_text())["status"] == "FINISHED"
+    if not reached or finished:  # its launcher may be killed just after the ranks have ended
         different += _differences(runs[0], never_stopped)
     elif resumed:
         done = run_command("run", f"resume={runs[0]}", folder=folder)

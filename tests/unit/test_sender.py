@@ -15,6 +15,7 @@ from accumexp.report import __main__ as report
 from accumexp.tracking import MLflowTracker, Store, reopen, sender
 from accumexp.tracking.folder import RunFolder, RunStatus
 from accumexp.tracking.outbox import Outbox, described, read_unsent
+from accumexp.tracking.record import RunRecord
 from accumexp.tracking.sync import send_unsent, unsent_runs
 
 from ..support.stores import Faults, config_at, history, opened
@@ -398,3 +399,58 @@ def test_credentials_are_not_sent_to_a_server_that_only_a_file_names(
     outbox.close([{"tags": {"a": "b"}}])
     with pytest.raises(UsageError, match="MLFLOW_TRACKING_TOKEN would be sent there"):
         send_unsent(run)
+
+
+def test_a_retry_that_is_given_up_loses_no_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tracker = opened(folder)
+    faults = Faults(tracker.store)
+    faults.mode, faults.only = "refuse", "log_artifact"
+    for name in ("one", "two"):
+        (folder / "run" / name).write_text(name)
+        tracker.artifact(folder / "run" / name)
+    tracker.flush()
+    until(lambda: len(tracker._sender.delivery.failed) == 2)
+    faults.mode = "hang"
+    tracker.end(RunStatus.FINISHED)
+    faults.answering.set()
+    assert [entry["file"] for entry in read_unsent(folder / "run" / "unsent.jsonl")[1]] == ["one", "two"]
+
+
+def test_a_file_that_is_gone_is_a_line(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tracker = opened(folder)
+    tracker.artifact(folder / "run" / "gone")
+    tracker.end(RunStatus.FINISHED)
+    (line,) = lines_of(caplog)
+    assert line.endswith("run/gone is not there any more, and is not sent")
+    assert not (folder / "run" / "unsent.jsonl").exists()
+
+
+def test_a_thread_without_work_waits(folder: Path) -> None:
+    tracker = opened(folder, flush_seconds=0.0)
+    log_losses(tracker, 1)
+    until(lambda: len(history(tracker, "train/loss")) == 1)
+    before = time.process_time()
+    time.sleep(0.5)
+    assert time.process_time() - before < 0.2
+    tracker.end(RunStatus.FINISHED)
+
+
+def test_a_record_whose_end_is_interrupted_is_closed_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = RunRecord(RunFolder(tmp_path))
+    ends: list[RunStatus] = []
+
+    def end(status: RunStatus) -> None:
+        ends.append(status)
+        if len(ends) == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(record.tracker, "end", end)
+    record.record(1, {"train/loss": 1.0}, publish=True)
+    with pytest.raises(KeyboardInterrupt):
+        record.close(RunStatus.FINISHED)
+    record.close(RunStatus.KILLED)
+    record.close(RunStatus.KILLED)
+    assert ends == [RunStatus.FINISHED, RunStatus.KILLED, RunStatus.KILLED]
+    assert RunFolder(tmp_path).metrics.read_text().count("\n") == 1
