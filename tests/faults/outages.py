@@ -110,7 +110,7 @@ def _outage(
         _start(folder / "without", *limits, "tracking=none"),
         _start(folder / "with", *limits, f"tracking.uri={proxy.uri}"),
     ]
-    begin = _when_training(folder / "with", updates // 5)
+    begin = _when_training(folder / "with", min(updates // 5, 100))
     proxy.mode = mode
     stopped: float | None = None
     while both[1].poll() is None:
