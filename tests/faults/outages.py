@@ -123,7 +123,6 @@ def _outage(
         time.sleep(0.02)
     end = time.time()
     output = both[1].communicate()[0]
-    print(output[-3000:])
     if stopped is not None:
         both[0].send_signal(signal.SIGTERM)
     both[0].communicate()
