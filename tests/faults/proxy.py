@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -101,5 +102,5 @@ def tracking_server(folder: Path) -> Iterator[int]:
         yield port
     finally:
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(server.pid, 15)
+            os.killpg(server.pid, signal.SIGKILL)  # it waits for connections that hang
         server.wait(30)
