@@ -263,12 +263,14 @@ class RunFolder:
         """Marks a run as KILLED in its summary that is RUNNING there and on which no process works.
 
         A replica's folder lies in its job's, which holds the lock. A run that was killed before its first
-        update has no summary yet, one that was killed as it was resumed an older one. Returns whether nobody
-        works on it.
+        update has no summary yet, one that was killed as it was resumed an older one. Returns whether it has
+        not finished and nobody works on it.
         """
-        if not self.path.is_dir() or self.held() or RunFolder(self.path.parent).held():
-            return False
         summary = self.summary()
+        if summary and summary.finished or not self.path.is_dir():
+            return False
+        if self.held() or RunFolder(self.path.parent).held():
+            return False
         self._remove_partial()
         if summary is None or summary.status is not RunStatus.RUNNING:
             return True
