@@ -258,6 +258,7 @@ def files() -> list[Hostile]:
         try:
             here.bind(path.name)
         finally:
+            here.close()
             os.chdir(where)
 
     plain = pickle.dumps(Runs())
