@@ -155,7 +155,7 @@ class MLflowTracker(Tracker):
                     )
             elif (key, update) not in self._logged:
                 points.append((key, value, now, update))
-                if key.startswith("eval/"):
+                if key.startswith(("eval/", "test/")):
                     self._times[key, update] = now
         if points:
             self._sender.add({"points": points})
