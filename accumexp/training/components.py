@@ -187,10 +187,10 @@ def _check_monitors(
     config: Config, callbacks: dict[str, Callback], evaluated: set[str], has_eval: bool
 ) -> None:
     """Refuses a monitor of a metric that nothing evaluates."""
-    known = {f"{split}/{name}" for name in evaluated for split in MONITORED}
+    available = {f"{split}/{name}" for name in evaluated for split in MONITORED}
     averaged = {f"{split}/ema_{name}" for name in evaluated for split in MONITORED}
     if any(isinstance(callback, EMA) for callback in callbacks.values()):
-        known |= averaged
+        available |= averaged
     adds = (type(callback).evaluated for callback in callbacks.values())
     others = any(not method.__module__.startswith("accumexp.") for method in adds)
     monitors = {"monitor": config.monitor}
@@ -202,12 +202,12 @@ def _check_monitors(
                 check_monitored(f"callbacks.{name}.monitor", best.monitor, has_eval)
     for key, monitor in monitors.items():
         whole = "/".join(monitor.split("/")[:2])
-        if whole in known or others and key != "monitor":
+        if whole in available or others and key != "monitor":
             continue
         if whole in averaged:
             raise UsageError(
                 f"{key}={monitor}: nothing averages the weights, add callbacks=ema or take "
                 f"{monitor.replace('ema_', '', 1)}"
             )
-        choices = ", ".join(sorted(name for name in known if name.startswith("eval/")))
+        choices = ", ".join(sorted(name for name in available if name.startswith("eval/")))
         raise UsageError(f"{key}={monitor}: this run evaluates {choices}")

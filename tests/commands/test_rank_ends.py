@@ -78,8 +78,8 @@ def sharded_and_stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert done.code == 130, done
     run = only_run(folder)
     # The evaluation command opens it in one process.
-    found = run_command("evaluate", f"checkpoint={run}", "trust=[tests]", folder=folder)
-    assert found.code == 0 and "accuracy" in found.stdout, found
+    evaluation = run_command("evaluate", f"checkpoint={run}", "trust=[tests]", folder=folder)
+    assert evaluation.code == 0 and "accuracy" in evaluation.stdout, evaluation
     return run
 
 

@@ -64,34 +64,34 @@ def server(folder: Path, count: int, seed: int) -> bool:
     """A server that fails for good, for 20 seconds, and when the run gets SIGTERM."""
     modes = ("refuse", "500", "hang", "lose")
     table = Table(*TITLES)
-    found = [
+    results = [
         *outages(folder / "for_good", modes, [LONG], updates=2000),
         *outages(folder / "short", modes, [20.0], updates=4000),
         *outages(folder / "stopped", modes, [LONG], updates=100000, stop_after=8.0),
     ]
-    for outage in found:
+    for outage in results:
         table.add_row(*outage.row())
     console.print(table)
-    return not any(outage.lost or outage.doubled for outage in found)
+    return not any(outage.lost or outage.doubled for outage in results)
 
 
 def disk(folder: Path, count: int, seed: int) -> bool:
     """Disks that are full after some checkpoints."""
     table = Table("disk", "exit code", "error", "same bits after a resume with room")
-    found = full_disks(folder, [2.0, 3.0, 4.0])
-    for full in found:
+    disks = full_disks(folder, [2.0, 3.0, 4.0])
+    for full in disks:
         error = next((line for line in full.lines if line.startswith("error: ")), "")
         table.add_row(f"{full.mebibytes} MiB", str(full.code), escape(error), str(full.same))
     console.print(table)
-    return all(full.good for full in found)
+    return all(full.good for full in disks)
 
 
 def concurrency(folder: Path, count: int, seed: int) -> bool:
     """Several processes on one run, in one folder and in one store."""
     answers = [*on_one_run(folder / "run"), in_one_store(folder / "store", 8)]
-    table = Table("tried", "as it should", "said")
+    table = Table("tried", "as it should", "last line")
     for answer in answers:
-        table.add_row(answer.what, str(answer.good), escape(answer.said))
+        table.add_row(answer.what, str(answer.good), escape(answer.last_line))
     console.print(table)
     return all(answer.good for answer in answers)
 

@@ -20,11 +20,11 @@ SLOW = [
 
 @dataclass(frozen=True)
 class Answer:
-    """What was tried, whether it went as it should, and the last line that it said."""
+    """What was tried, whether it went as it should, and its last line or result."""
 
     what: str
     good: bool
-    said: str
+    last_line: str
 
 
 def _start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
@@ -54,9 +54,11 @@ def on_one_run(folder: Path) -> list[Answer]:
     both = [_start(folder, "resume=run", "trust=[tests]") for _ in range(2)]
     until(lambda: any(process.poll() is not None for process in both))
     (folder / "slow").unlink()
-    said = [process.communicate()[0].splitlines()[-1] for process in both]
+    last_lines = [process.communicate()[0].splitlines()[-1] for process in both]
     codes = sorted(process.returncode for process in both)
-    refused = next((line for process, line in zip(both, said, strict=True) if process.returncode == 2), "")
+    refused = next(
+        (line for process, line in zip(both, last_lines, strict=True) if process.returncode == 2), ""
+    )
     answers.append(Answer("two resume= at once", codes == [0, 2], refused))
     (record,) = records(folder)
     updates = [row["update"] for row in journal(folder / "run") if "train/loss" in row]
@@ -74,11 +76,11 @@ def in_one_store(folder: Path, count: int) -> Answer:
         for seed in range(count)
     ]
     outputs = [process.communicate()[0] for process in processes]
-    found = records(folder)
-    good = all(process.returncode == 0 for process in processes) and len(found) == count
-    good = good and all(record.status == "FINISHED" and not doubled(record) for record in found)
-    points = {len(record.points["train/loss"]) for record in found}
-    said = f"{len(found)} runs, {sorted(points)} points of train/loss each"
+    runs = records(folder)
+    good = all(process.returncode == 0 for process in processes) and len(runs) == count
+    good = good and all(record.status == "FINISHED" and not doubled(record) for record in runs)
+    points = {len(record.points["train/loss"]) for record in runs}
+    counts = f"{len(runs)} runs, {sorted(points)} points of train/loss each"
     return Answer(
-        f"{count} runs at once in a new store", good and points == {5}, said if good else outputs[0]
+        f"{count} runs at once in a new store", good and points == {5}, counts if good else outputs[0]
     )

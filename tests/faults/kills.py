@@ -134,28 +134,28 @@ def tried(folder: Path, kill: Kill, never_stopped: Path) -> Outcome:
         done = run_command("run", *quick, folder=folder)
         if done.code != 0:
             different.append(f"the next run ends with {done.code}: {done.stderr[-500:]}")
-    found = records(folder) if (folder / "mlflow.db").exists() else []
+    recorded = records(folder) if (folder / "mlflow.db").exists() else []
     return Outcome(
         kill,
         reached,
         resumed,
         different,
-        [key for record in found for key in doubled(record)],
+        [key for record in recorded for key in doubled(record)],
         [str(path) for path in folder.glob("outputs/**/*.partial")],
-        any(record.status == "RUNNING" for record in found),
+        any(record.status == "RUNNING" for record in recorded),
     )
 
 
 def _differences(run: Path, never_stopped: Path) -> list[str]:
-    found = [f"state{at}" for at in differences(state(run), state(never_stopped))]
+    places = [f"state{at}" for at in differences(state(run), state(never_stopped))]
     if rows(run) != rows(never_stopped):
-        found.append("journal")
+        places.append("journal")
     one, other = points(record_of(run)), points(record_of(never_stopped))
-    found += [f"points of {key}" for key in {*one, *other} if one.get(key) != other.get(key)]
+    places += [f"points of {key}" for key in {*one, *other} if one.get(key) != other.get(key)]
     summary = json.loads((run / "summary.json").read_text())
     if summary["status"] != "FINISHED":
-        found.append(f"summary: {summary['status']}")
-    return found
+        places.append(f"summary: {summary['status']}")
+    return places
 
 
 def _stopped(folder: Path, kill: Kill) -> bool:

@@ -323,12 +323,12 @@ def _measured(command: str, arguments: list[str]) -> None:
 def faults(done: Done, grown: float, ran: bool) -> list[str]:
     """What a command over a hostile checkpoint may not do; it may end well, if the damage was not needed."""
     lines = done.stderr.splitlines()
-    said = [line for line in lines if line.startswith("error: ")]
+    errors = [line for line in lines if line.startswith("error: ")]
     checks = {
         "code ran": ran,
         "a traceback": "Traceback" in done.stderr + done.stdout,
         "no code of an error": done.code not in (0, 1, 2),
-        "not one line": done.code != 0 and (len(said) != 1 or lines[-1:] != said),
+        "not one line": done.code != 0 and (len(errors) != 1 or lines[-1:] != errors),
         f"{grown:.2f} GiB": grown > 1,
     }
     return [name for name, wrong in checks.items() if wrong]
