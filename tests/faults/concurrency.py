@@ -55,9 +55,8 @@ def on_one_run(folder: Path) -> list[Answer]:
     until(lambda: any(process.poll() is not None for process in both))
     (folder / "slow").unlink()
     last_lines = [process.communicate()[0].splitlines()[-1] for process in both]
-    refused = next(
-        (line for process, line in zip(both, last_lines, strict=True) if process.returncode == 2), ""
-    )
+    codes = [process.returncode for process in both]
+    refused = last_lines[codes.index(2)] if 2 in codes else ""
     answers.append(Answer("two resume= at once", sorted(codes) == [0, 2], refused))
     (record,) = records(folder)
     updates = [row["update"] for row in journal(folder / "run") if "train/loss" in row]
