@@ -86,6 +86,30 @@ class Cause:
 
 
 @dataclass(frozen=True)
+class Series:
+    """A figure and its bound, by update."""
+
+    name: str
+    unit: str
+    updates: list[int]
+    figures: list[float]
+    bounds: list[float]
+
+
+@dataclass(frozen=True)
+class Counts:
+    """How often each micro-batch counts in a gradient; 1 is right.
+
+    Attributes:
+        where: the update, and the parameter group or parameter if it is not the whole gradient.
+        counts: by rank, then by micro-batch.
+    """
+
+    where: str
+    counts: list[list[float]]
+
+
+@dataclass(frozen=True)
 class Certificate:
     """The result of a proof.
 
@@ -100,6 +124,8 @@ class Certificate:
     subject: Mapping[str, Any] = field(default_factory=dict)
     environment: Mapping[str, Any] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
+    series: Sequence[Series] = ()
+    counts: Sequence[Counts] = ()
 
     @property
     def failed(self) -> list[Check]:

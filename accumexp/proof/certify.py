@@ -4,25 +4,30 @@ from __future__ import annotations
 
 import math
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
-from . import diagnosis, windows
+from . import draw_causes, windows
 from .arguments import batches_of, check_model, check_schedule
-from .certificate import Cause, Certificate, Check, worst_check
+from .certificate import Cause, Certificate, Check, Counts, Series, worst_check
+from .counts import decompose
+from .evidence import Failure
 from .float64 import DOUBLE
-from .gradients import MAX_SKIPPED, compare_window
-from .observation import observe
+from .gradients import MAX_SKIPPED, Comparison, compare_window
+from .observation import Observation, observe
+from .outside import Snapshot
 from .own_precision import OwnPrecisionReplay, precision_checks
 from .problem import Problem, Scaling, TrainingState, TrainWindow, WholeBatch, cast, copy_in, forked_rng
 from .ranks import all_gather, world_size
 from .replay_float64 import Float64Replay
-from .rounding import larger_batch_of
+from .rounding import ExpectedUpdate, larger_batch_of
+from .search import find_causes
 
 # Updates that are replayed in the run's own precision: four whole and three smaller windows.
 REPLAYED = 7
@@ -45,6 +50,10 @@ def certify(
     updates: int = 100,
     seed: int = 0,
     clip_value: float | None = None,
+    drop_last: bool = False,
+    transform_gradient: Callable[[nn.Module], Any] | None = None,
+    perturb: Callable[[nn.Module], Any] | None = None,
+    state: Mapping[str, nn.Module | Tensor] | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Certificate:
     """Certifies that `train_window` makes the update of the larger batch, or says why it does not.
@@ -76,6 +85,16 @@ def certify(
         updates: number of updates that are replayed in fp64, at least 1.
         seed: of torch's generators in every window.
         clip_value: the largest absolute value of its elements, which the loop clamps after `clip_norm`.
+        drop_last: whether the loop's loader drops the smaller last batch of an epoch: only whole windows are
+            checked.
+        transform_gradient: what the loop does to the window's whole gradient before it clips (an L2
+            penalty, adaptive clipping); called with a model that has the larger batch's gradient in `.grad`,
+            which it changes in place.
+        perturb: moves the weights of the model it is called with by their `.grad`, in place; the update's
+            gradient is then taken there (sharpness-aware minimisation).
+        state: modules and tensors outside the model that the loop changes in place (an averaged copy, a
+            loss's buffers). After every window they must be what the loop makes of them with `steps=1`.
+            Frozen parameters and buffers of the model that the loop changes are compared in the same way.
         progress: called with a description when a stage begins.
 
     Raises:
@@ -103,6 +122,10 @@ def certify(
         loss_scale,
         seed,
         clip_value=clip_value,
+        drop_last=drop_last,
+        transform_gradient=transform_gradient,
+        perturb=perturb,
+        state=state or {},
     )
     if steps < 1 or problem.samples < steps * world_size():
         raise ValueError(f"steps={steps}: a batch of {problem.samples} samples cannot be split into them")
@@ -115,8 +138,10 @@ class Proof:
     """The checks of one problem, and the search for causes where they fail.
 
     Attributes:
-        checks, causes: so far.
+        checks, causes, series, counts: so far.
         problem: with its random draws held fixed, after `fix_draws`.
+        windows: failures in windows of their own, from the first weights: the whole one first.
+        replay, own_replay: of the updates, in fp64 and in the run's own precision.
         reductions: how often the ranks may reduce the gradient in a window.
     """
 
@@ -126,6 +151,12 @@ class Proof:
         self.progress = progress
         self.checks: list[Check] = []
         self.causes: list[Cause] = []
+        self.series: list[Series] = []
+        self.counts: list[Counts] = []
+        self.windows: list[Failure] = []
+        self.unusable: list[str] = []
+        self.replay: Float64Replay | None = None
+        self.own_replay: OwnPrecisionReplay | None = None
 
     def certificate(self, updates: int) -> Certificate:
         """Makes all checks, with `updates` replayed in fp64, and finds causes."""
@@ -144,18 +175,56 @@ class Proof:
     def replayed_batch(self, number: int, interval: int, dtype: torch.dtype) -> WholeBatch:
         """The batch of update `number`; a smaller one in the last of every `interval` updates."""
         batch = self.batch(number)
-        if self.ragged and number % interval == interval - 1:
-            _, batch = self.ragged[number // interval % len(self.ragged)]
+        usable = [batch for detail, batch in self.ragged if detail not in self.unusable]
+        if usable and number % interval == interval - 1:
+            batch = usable[number // interval % len(usable)]
         return cast(batch, dtype)
 
     @cached_property
     def ragged(self) -> list[tuple[str, WholeBatch]]:
         """Descriptions and batches of smaller windows, see `windows.ragged`."""
+        if self.problem.drop_last:
+            return []
         return windows.ragged(self.problem, self.batch(0))
 
     def gradient_check(self, name: str, batch: WholeBatch, detail: str) -> Check:
         """Checks every parameter's gradient on `batch` in fp64."""
-        return compare_window(self.problem, batch)[0].as_check(name, detail)
+        try:
+            comparison, observation, expected = compare_window(self.problem, batch)
+        except Exception as error:
+            if world_size() > 1:
+                raise
+            text = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            self.unusable.append(detail)
+            self.causes.append(
+                Cause(
+                    "error in the loop",
+                    "",
+                    f"the loop fails on a smaller window, {detail}: {text[:200]}",
+                    math.nan,
+                    "",
+                    "handle windows of any size, or pass drop_last=True if the loader drops the last one",
+                )
+            )
+            return Check(name, math.inf, 0.0, "relative", "the loop makes an update", detail)
+        self.keep_failure(batch, comparison, observation, expected, detail)
+        return comparison.as_check(name, detail)
+
+    def keep_failure(
+        self,
+        batch: WholeBatch,
+        comparison: Comparison,
+        observation: Observation,
+        expected: ExpectedUpdate,
+        window: str = "",
+    ) -> None:
+        """Keeps a window from the first weights, if its gradient differs or it has not one optimizer step."""
+        steps = all_gather(observation.steps)
+        skipped = self.problem.scaling is not None and not max(steps)
+        if not comparison.equal or (any(count != 1 for count in steps) and not skipped):
+            model = copy_in(self.problem.model, DOUBLE)
+            batch = cast(batch, DOUBLE)
+            self.windows.append(Failure(batch, observation, expected, comparison, model, window=window))
 
     def add(self, *checks: Check | None) -> None:
         self.checks.extend(check for check in checks if check is not None)
@@ -172,12 +241,12 @@ class Proof:
         finite = all(bool(g.isfinite().all()) for g in exact.gradient.values())
         if not all(all_gather(finite)):
             raise ValueError("the larger batch's own gradient is not finite: there is nothing to be equal to")
-        draws = diagnosis.find_draws(problem, batch)
+        draws = draw_causes.find_draws(problem, batch)
         if draws.operators:
-            self.problem, causes = diagnosis.fix_draws(problem, batch, draws)
+            self.problem, causes = draw_causes.fix_draws(problem, batch, draws)
             self.causes.extend(causes)
         if draws.unfixed:
-            self.causes.append(diagnosis.unfixed_draws_cause(draws))
+            self.causes.append(draw_causes.unfixed_draws_cause(draws))
 
     def check_windows(self, replay: bool = True) -> None:
         """Checks single windows, and if `replay` some updates in the run's own precision."""
@@ -186,6 +255,11 @@ class Proof:
         state = TrainingState(problem, DOUBLE)
         comparison, self.first, expected = compare_window(problem, batch, state)
         self.add(comparison.as_check("gradient, fp64"))
+        self.keep_failure(batch, comparison, self.first, expected)
+        self.add(windows.micro_batches_check(problem, self.first, batch))
+        changed = windows.hand_changed(problem, state, expected.larger.buffers)
+        self.problem = problem = replace(problem, hand_changed=changed)
+        self._count_micro_batches(batch, comparison, expected)
         self.progress("ragged and weighted windows")
         if self.ragged:
             name = "gradient, ragged last window"
@@ -206,6 +280,18 @@ class Proof:
         self.add(windows.collectives_check(problem, batch, self.reductions))
         self.add(*windows.overflow_checks(problem, batch))
 
+    def _count_micro_batches(
+        self, batch: WholeBatch, comparison: Comparison, expected: ExpectedUpdate
+    ) -> None:
+        """Keeps how often each micro-batch counts in a right window."""
+        if not comparison.equal:
+            return
+        model = copy_in(self.problem.model, DOUBLE)
+        parts = decompose(self.problem, Failure(cast(batch, DOUBLE), self.first, expected, comparison, model))
+        fit = None if parts is None else parts.fit(parts.gradient)
+        if parts is not None and fit is not None:
+            self.counts.append(Counts("first window", parts.by_rank(fit.counts)))
+
     def _replay_own_precision(self, name: str) -> list[Check]:
         problem = self.problem
         state = TrainingState(problem, problem.dtype)
@@ -219,6 +305,8 @@ class Proof:
                 if not skips_left or max(all_gather(observation.steps)):
                     break
                 skips_left -= 1
+        self.own_replay = replay
+        self.series.append(replay.series(name))
         return replay.checks(name)
 
     def replay_float64(self, updates: int) -> None:
@@ -228,40 +316,26 @@ class Proof:
         replay = Float64Replay(problem, state)
         for number in range(updates):
             batch = self.replayed_batch(number, 3, DOUBLE)
+            before = Snapshot.of(state) if problem.hand_changed or problem.state else None
             observation = observe(state, batch, arrivals=problem.scaling is not None)
-            replay.compare(batch, observation)
+            replay.compare(batch, observation, before)
             if observation.loss is not None and not replay.diverged:
                 replay.compare_loss(replay.updates, observation.loss)
+        self.replay = replay
+        self.series.append(replay.series())
         self.checks.extend(replay.checks())
         self.causes.extend(replay.causes())
         if problem.clip_norm is not None and not replay.clipped:
-            self.causes.append(diagnosis.never_clipped_cause(problem.clip_norm))
+            self.causes.append(draw_causes.never_clipped_cause(problem.clip_norm))
 
     def find_causes(self) -> None:
         """Finds the causes of failed checks. An error of the search becomes a cause itself."""
-        failed = [check for check in self.checks if not check.passed]
-        if not failed:
+        if all(check.passed for check in self.checks):
             return
         self.progress("why")
-        try:
-            self._find_causes(failed)
-        except Exception as error:
-            text = f"the search for the cause failed: {type(error).__name__}: {' '.join(str(error).split())}"
-            advice = "the checks that failed stand without it"
-            self.causes.append(Cause("unknown", "", text, math.nan, "", advice))
-
-    def _find_causes(self, failed: list[Check]) -> None:
-        problem, batch = self.problem, self.batch(0)
-        uneven = windows.weighted(problem, batch)
-        others = [smaller for _, smaller in self.ragged] + ([] if uneven is None else [uneven])
-        causes = diagnosis.diagnose(problem, batch, others)
-        if not causes and any(check.name.startswith("gradient") for check in failed):
-            causes = diagnosis.gradient_carried_over(problem, [batch, self.batch(1)])
-        self.causes.extend(causes)
-        buffers = next((check for check in failed if check.name == "buffers"), None)
-        if buffers is not None:
-            self.causes.append(diagnosis.buffers_cause(problem, buffers, len(self.first.sizes)))
-        self.causes.extend(diagnosis.low_precision_causes(problem, failed))
+        causes, counts = find_causes(self)
+        self.causes = [*causes, *self.causes]
+        self.counts = counts or self.counts
 
     def result(self) -> Certificate:
         problem = self.problem
@@ -287,4 +361,6 @@ class Proof:
             "threads": torch.get_num_threads(),
             "deterministic": torch.are_deterministic_algorithms_enabled(),
         }
-        return Certificate(self.checks, self.causes, subject, environment)
+        return Certificate(
+            self.checks, self.causes, subject, environment, series=self.series, counts=self.counts
+        )

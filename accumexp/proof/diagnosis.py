@@ -1,31 +1,29 @@
-"""Causes of failed checks, by experiments that change one suspect at a time and measure the error again.
+"""Why the first update that fails is not the larger batch's, by experiments on it.
 
-Random draws are a cause in any case: they are held fixed by sample for all other checks.
+The order is that of what a mistake would hide: optimizer steps, samples, counts of the micro-batches, other
+terms, and what couples samples.
 """
 
 from __future__ import annotations
 
 import copy
-import math
-from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 
-from ..accum.batch import batch_size
-from .certificate import Cause, Check
+from .additivity import loss_average
+from .certificate import Cause, Counts, number
+from .counts import Decomposition, decompose
 from .coupling import NEGLIGIBLE, coupling_modules, loss_couples, whole_batch_outputs
-from .fixed_draws import FixedDraws, fixed_draws, sample_dims
-from .float64 import DOUBLE, keep_float64
-from .gradients import Comparison, compare, compare_window
-from .larger_batch import call, clip_factor, norm
-from .mixture import TOLERANCE, explanation, mixture
-from .observation import Observation, observe
-from .problem import Problem, TrainingState, WholeBatch, cast, copy_in, rows
-from .ranks import all_gather, world_size
-from .rounding import ExpectedUpdate, expected_update
+from .evidence import Failure
+from .float64 import DOUBLE
+from .gradients import compare_window
+from .problem import Problem, copy_in
+from .ranks import all_gather
+from .rounding import larger_batch_of, norms_of_errors
+from .terms import clipped_inside, term_cause
+from .wording import counts_in_words
 
-REDRAWN = "none needed: a window has other draws, as another run of the larger batch would"
 WITHOUT_STATISTICS = (
     "take a norm without statistics over samples (GroupNorm), or over groups that both share "
     "(ghost batch norm), or freeze the statistics"
@@ -38,30 +36,188 @@ WHOLE_WINDOW_OUTPUT = (
     "return what it is computed from, a row for each sample, and compute it in the loss on all outputs of "
     "the window at once"
 )
-Window = tuple[Comparison, Observation, ExpectedUpdate]
+# Subjects that are named one by one; more are counted.
+NAMED = 3
 
 
-def diagnose(problem: Problem, batch: WholeBatch, others: Sequence[WholeBatch]) -> list[Cause]:
-    """The causes of gradient errors in fp64, on `batch` or else on `others`; empty if none is found."""
-    window = compare_window(problem, batch)
-    comparison = window[0]
-    if not comparison.equal:
-        causes: list[Cause] = []
-        repeated, _, _ = compare_window(problem, batch)
-        if abs(repeated.error - comparison.error) > 1e-3 * comparison.error:
-            causes.append(_unrepeatable(problem, batch, comparison.error))
-        causes.extend(_coupled(problem, batch, window))
-        causes.extend(_coupling_loss(problem, batch, comparison.error))
-        if causes := causes or _denominators(problem, batch, window):
-            return causes
-    for other in others:
-        window = compare_window(problem, other)
-        if not window[0].equal and (causes := _denominators(problem, other, window)):
-            return causes
-    return []
+def diagnose(problem: Problem, failure: Failure, first_window: bool) -> tuple[list[Cause], list[Counts]]:
+    """The causes of a gradient error, and how often each micro-batch counts in it. A collective call.
+
+    Args:
+        first_window: whether the failure is in a window from the first weights, which can be repeated.
+    """
+    if cause := _steps_cause(problem, failure):
+        return [cause], []
+    causes: list[Cause] = []
+    if first_window and (cause := _unrepeatable(problem, failure)):
+        causes.append(cause)
+    parts = decompose(problem, failure)
+    found, counts = _counts_causes(problem, failure, parts) if parts is not None else ([], [])
+    if found and (average := _additivity_cause(problem, failure)):
+        found = [average]
+    causes += found
+    if not found and not failure.precision:
+        causes += _coupled(problem, failure) + _coupling_loss(problem, failure)
+    return (causes or [_unexplained(failure, parts)]), counts
 
 
-def _coupled(problem: Problem, batch: WholeBatch, window: Window) -> list[Cause]:
+def _cause(failure: Failure, source: str, reason: str, shown: str, advice: str) -> Cause:
+    when = failure.when
+    if failure.precision:
+        when = f"{when}, {failure.precision}" if when else f"in {failure.precision}"
+    reason = f"{reason}, {when}" if when else reason
+    return Cause(source, "", reason, failure.comparison.error, shown, advice)
+
+
+def _steps_cause(problem: Problem, failure: Failure) -> Cause | None:
+    """The cause if the optimizer is not stepped exactly once, at the window's end."""
+    every = all_gather(
+        (failure.observation.steps, failure.observation.passes_before_step, len(failure.observation.sizes))
+    )
+    for rank, (steps, before, passes) in enumerate(every):
+        of_rank = f"rank {rank}'s" if len(every) > 1 else "the"
+        early = [count for count in before if count < passes]
+        if steps == 1 and not (early and early[0]):
+            continue
+        if not steps:
+            return _cause(
+                failure, "no update", "the optimizer was not stepped in the window", "", "step it once"
+            )
+        if steps == 1:
+            left = ", ".join(map(str, range(early[0], passes)))
+            reason = (
+                f"{of_rank} optimizer steps after {early[0]} of {passes} micro-batches: micro-batch {left} "
+                "does not count in it"
+            )
+        elif len(set(before)) == 1:
+            reason = f"{of_rank} optimizer steps {steps} times at the end of the window"
+        else:
+            places = ", ".join(map(str, before[:6])) + (", ..." if len(before) > 6 else "")
+            times = f"{of_rank} optimizer steps {steps} times in the window"
+            reason = f"{times}: after micro-batch {places} of {passes}"
+        advice = "step it once, after the window's last micro-batch"
+        return _cause(failure, "optimizer steps", reason, "", advice)
+    return None
+
+
+def _counts_causes(
+    problem: Problem, failure: Failure, parts: Decomposition
+) -> tuple[list[Cause], list[Counts]]:
+    """Causes by micro-batch: of the whole gradient, else of each parameter group, else of each parameter."""
+    if failure.observation.moved_before and problem.perturb is None:
+        passes, factor = failure.observation.moved_before, failure.observation.moved_by
+        times = f" are multiplied by {factor:.6g}" if factor is not None else " change"
+        reason = f"the weights{times} within the window, before micro-batch {', '.join(map(str, passes[:6]))}"
+        advice = "change weights once, after the window's last micro-batch"
+        return [_cause(failure, "weights", reason, "", advice)], []
+    counts: list[Counts] = []
+    causes: list[Cause] = []
+    for subjects in _levels(problem, failure, parts):
+        reasons: dict[tuple[str, str], list[str]] = {}
+        unexplained = False
+        for subject, names in subjects.items():
+            reason, counted = _explained(problem, parts, names)
+            if counted is not None and len(counts) < NAMED:
+                counts.append(Counts(", ".join(filter(None, (failure.when, subject))), counted))
+            if reason is None:
+                unexplained = True
+            elif reason[0]:
+                reasons.setdefault(reason, []).append(subject)
+        causes = [_counts_cause(failure, *reason, names) for reason, names in reasons.items()]
+        if not unexplained:
+            break
+    else:
+        if causes:
+            causes.append(_unexplained(failure, parts))
+    # The first rank's causes for all: ranks with other gradients would read them differently.
+    return all_gather((causes, counts))[0]
+
+
+def _counts_cause(failure: Failure, reason: str, advice: str, subjects: list[str]) -> Cause:
+    if subjects != [""]:
+        subject = _subject(subjects)
+        changed = reason.replace("the gradient", subject, 1)
+        reason = f"{subject}: {reason}" if changed == reason else changed
+    shown = "the micro-batches' own gradients times those counts, and such terms, leave nothing of it"
+    return _cause(failure, "wrong denominator", reason, shown, advice)
+
+
+def _levels(problem: Problem, failure: Failure, parts: Decomposition) -> list[dict[str, list[str]]]:
+    """The subjects that are explained one by one: all of it; parameter groups; parameters that differ."""
+    levels = [{"": list(parts.gradient)}]
+    groups = parameter_groups(problem, failure)
+    if len(groups) > 1:
+        levels.append({f"parameter group {k}": names for k, names in enumerate(groups) if names})
+    gradient = failure.observation.gradient
+    assert gradient is not None
+    errors, bounds = norms_of_errors(gradient, failure.expected.gradient), failure.expected.bounds
+    differing = set().union(
+        *all_gather({name for name in parts.gradient if not errors[name] <= bounds[name]})
+    )
+    levels.append({name: [name] for name in parts.gradient if name in differing})
+    return levels
+
+
+def parameter_groups(problem: Problem, failure: Failure) -> list[list[str]]:
+    """The names of the parameters in each of the optimizer's groups."""
+    model = copy.deepcopy(failure.model)
+    names = {id(p): name for name, p in model.named_parameters()}
+    optimizer = problem.optimizer(list(model.parameters()))
+    observed = failure.observation.gradient or {}
+    grouped = [[names[id(p)] for p in group["params"] if id(p) in names] for group in optimizer.param_groups]
+    return [[name for name in group if name in observed] for group in grouped]
+
+
+def _explained(
+    problem: Problem, parts: Decomposition, names: list[str]
+) -> tuple[tuple[str, str] | None, list[list[float]] | None]:
+    """(reason and advice, counts by rank) for the gradient of the parameters `names`.
+
+    The reason is "" if the gradient is right; None instead of the pair if nothing explains it.
+    """
+    fit = parts.fit(names)
+    every = all_gather(None if fit is None else fit.counts)
+    complete = [counts for counts in every if counts is not None]
+    if len(complete) == len(every):
+        parts.every_rank = complete
+        wrong = next((c for c in complete if not all(map(parts.is_one, c))), complete[0])
+        unseen, doubled = parts.unseen_and_doubled()
+        if all(map(parts.is_one, wrong)) and not unseen and not doubled:
+            return ("", ""), parts.by_rank(wrong)
+        if clipping := all_gather(clipped_inside(problem, parts, names))[0]:
+            return clipping, parts.by_rank(wrong)
+        return counts_in_words(parts, wrong, "the gradient"), parts.by_rank(wrong)
+    return all_gather(term_cause(problem, parts, names))[0], None
+
+
+def _subject(names: list[str]) -> str:
+    if len(names) <= NAMED:
+        listed = ", ".join(names)
+    else:
+        listed = f"{', '.join(names[:2])}, ... {names[-1]} ({len(names)} parameters)"
+    return f"the gradient of {listed}"
+
+
+def _additivity_cause(problem: Problem, failure: Failure) -> Cause | None:
+    """The cause if the loss is a mean over something else than samples, which `certify` was not told."""
+    if hasattr(problem.loss, "weight") and hasattr(problem.loss, "total"):
+        return None
+    outputs = larger_batch_of(problem, copy_in(problem.model, DOUBLE), failure.batch).outputs
+    average = loss_average(problem.loss, outputs, failure.batch[1])
+    if average is None:
+        return None
+    reason = (
+        f"your loss averages over {average.description}, not over {average.samples} samples, and the loop "
+        "weighs micro-batches as if it did"
+    )
+    advice = (
+        "give the loss `weight(targets)` and `total(outputs, targets)`, and divide by the window's weight"
+    )
+    return _cause(failure, "wrong denominator", reason, "measured on parts of the batch", advice)
+
+
+def _coupled(problem: Problem, failure: Failure) -> list[Cause]:
+    batch = failure.batch
     couplings = coupling_modules(problem, batch)
     if not couplings:
         return []
@@ -69,11 +225,11 @@ def _coupled(problem: Problem, batch: WholeBatch, window: Window) -> list[Cause]
     for coupling in couplings:
         model.get_submodule("" if coupling.name == "(model)" else coupling.name).eval()
     in_eval, _, _ = compare_window(replace(problem, model=model), batch)
-    error = window[0].error
+    error = failure.comparison.error
     effect = f"in eval mode the gradient's error falls from {error:.2g} to {in_eval.error:.2g}"
     if not in_eval.equal:
         effect = f"in eval mode an error of {in_eval.error:.2g} is left of {error:.2g}"
-    most = max((size for sizes in all_gather(window[1].sizes) for size in sizes), default=0)
+    most = max((size for sizes in all_gather(failure.observation.sizes) for size in sizes), default=0)
     causes = []
     for kind in dict.fromkeys(coupling.kind for coupling in couplings):
         same_kind = [coupling for coupling in couplings if coupling.kind == kind]
@@ -88,7 +244,8 @@ def _coupled(problem: Problem, batch: WholeBatch, window: Window) -> list[Cause]
     return causes
 
 
-def _coupling_loss(problem: Problem, batch: WholeBatch, error: float) -> list[Cause]:
+def _coupling_loss(problem: Problem, failure: Failure) -> list[Cause]:
+    batch, error = failure.batch, failure.comparison.error
     if outputs := whole_batch_outputs(problem, batch):
         name = type(problem.model).__name__
         return [
@@ -110,154 +267,39 @@ def _coupling_loss(problem: Problem, batch: WholeBatch, error: float) -> list[Ca
     return [Cause("coupling loss", f"loss ({name})", reason, error, shown, WHOLE_WINDOW_LOSS)]
 
 
-def _denominators(problem: Problem, batch: WholeBatch, window: Window) -> list[Cause]:
-    comparison, observation, expected = window
-    gradient = observation.gradient
-    if not all(all_gather(gradient is not None)):
-        reason = "the optimizer was not stepped in the window"
-        return [Cause("no update", "", reason, comparison.error, "", "step it once")]
-    assert gradient is not None
-    factor = clip_factor(expected.size, problem.clip_norm)
-    if factor < 1:
-        gradient = {name: g / factor for name, g in gradient.items()}
-    model = copy_in(problem.model, DOUBLE)
-    mixed = mixture(problem, batch, model, gradient, observation.micro_batches)
-    causes = []
-    if mixed is not None and mixed.explains and not mixed.correct:
-        reason, advice = explanation(problem, mixed, world_size())
-        shown = f"the micro-batches' own gradients times those counts leave {mixed.residual:.1g} of it"
-        causes.append(Cause("wrong denominator", "", reason, comparison.error, shown, advice))
-    # The first rank's causes for all: ranks with different gradients would read them differently, and then
-    # wait for each other forever.
-    return all_gather(causes)[0]
-
-
-def gradient_carried_over(problem: Problem, batches: Sequence[WholeBatch]) -> list[Cause]:
-    """The cause if a second window's gradient contains the first one's."""
-    state = TrainingState(problem, DOUBLE)
-    first = observe(state, cast(batches[0], DOUBLE))
-    model = state.model_in(DOUBLE)
-    second = observe(state, cast(batches[1], DOUBLE))
-    if not all(all_gather(first.gradient is not None and second.gradient is not None)):
-        return []
-    assert first.gradient is not None and second.gradient is not None
-    expected = expected_update(problem, batches[1], model, problem.clip_norm)
-    if compare(second.gradient, expected).equal:
-        return []
-    mixed = mixture(problem, batches[1], model, second.gradient, second.micro_batches, first.gradient)
-    if mixed is None or not mixed.explains or (mixed.uniform and abs(mixed.previous) <= TOLERANCE):
-        return []
-    reason, advice = explanation(problem, mixed, world_size())
-    error = norm(first.gradient) * abs(mixed.previous) / (norm(second.gradient) or 1.0)
-    shown = f"the mixture leaves {mixed.residual:.1g}"
-    return [Cause("wrong denominator", "", reason, error, shown, advice)]
-
-
-def _unrepeatable(problem: Problem, batch: WholeBatch, error: float) -> Cause:
-    """Whether deterministic kernels make the window repeatable."""
+def _unrepeatable(problem: Problem, failure: Failure) -> Cause | None:
+    """The cause if the same window gives another gradient when it is repeated."""
+    error = failure.comparison.error
+    repeated, _, _ = compare_window(problem, failure.batch)
+    if not abs(repeated.error - error) > 1e-3 * error:
+        return None
     before = (
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),
     )
     try:
         torch.use_deterministic_algorithms(True, warn_only=True)
-        deterministic, _, _ = compare_window(problem, batch)
+        deterministic, _, _ = compare_window(problem, failure.batch)
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
     reason = "the same window gives another gradient each time"
     if not deterministic.equal:
-        shown = "with deterministic kernels too: something draws that is not of torch"
-        advice = "draw with torch, whose generators can be seeded"
+        reason += ": the loop draws from a generator of its own"
+        shown = "with deterministic kernels too: something draws that torch's default generator does not seed"
+        advice = "draw with torch's default generator, which can be seeded"
         return Cause("unrepeatable", "", reason, error, shown, advice)
     shown = f"with deterministic kernels the error falls from {error:.2g} to {deterministic.error:.2g}"
     advice = "torch.use_deterministic_algorithms(True), or accept what two runs of the larger batch differ by"
     return Cause("non-deterministic kernels", "", reason, error, shown, advice, excused=True)
 
 
-def buffers_cause(problem: Problem, check: Check, micro_batches: int) -> Cause:
-    """The cause of a failed buffers check: each of `micro_batches` updates the buffers."""
-    module_name, _, buffer = check.detail.removeprefix("worst at ").rpartition(".")
-    module = problem.model.get_submodule(module_name)
-    momentum = getattr(module, "momentum", None)
-    advice = "use buffers that do not follow the batch"
-    if isinstance(momentum, float) and micro_batches > 1:
-        matching = 1 - (1 - momentum) ** (1 / micro_batches)
-        advice = f"momentum {matching:.4g} instead of {momentum:g} forgets at the same pace"
-    where = f"{module_name or '(model)'} ({type(module).__name__})"
-    reason = f"running statistics updated {micro_batches} times an update"
-    shown = f"after one window {buffer} is off by {check.figure:.2g}"
-    return Cause("buffers", where, reason, math.nan, shown, advice)
-
-
-def low_precision_causes(problem: Problem, failed: Sequence[Check]) -> list[Cause]:
-    """The cause of a failed addition check, if the same gradients are added correctly in fp64."""
-    addition = next((check for check in failed if check.name.startswith("addition")), None)
-    if addition is None or any(check.name == "gradient, fp64" for check in failed):
-        return []
-    name = str(problem.dtype).removeprefix("torch.")
-    low = torch.finfo(problem.dtype).eps > torch.finfo(torch.float32).eps
-    kept = f"added in {name}" if low else f"kept in less than {name}"
-    error = f"off by {addition.figure:.2g} where rounding the sum once gives {addition.bound:.2g}"
-    reason = f"{problem.steps} gradients are {kept}, {error}"
-    shown = "in fp64 the same window is the larger batch"
-    advice = "add in fp32 and round once: accum.fp32_buffers=true"
-    return [Cause("low-precision accumulation", "", reason, addition.figure, shown, advice)]
-
-
-def never_clipped_cause(clip_norm: float) -> Cause:
-    """The excused cause if no gradient was long enough to be clipped."""
-    reason = f"no gradient was longer than clip_norm={clip_norm:g}"
-    advice = "give certify a clip_norm, and a loop that clips to it, below the gradient's norm"
-    return Cause("clipping, which never acted", "", reason, math.nan, "", advice, excused=True)
-
-
-def find_draws(problem: Problem, batch: WholeBatch) -> FixedDraws:
-    """What draws in a forward pass on `batch`."""
-    model = copy_in(problem.model, DOUBLE)
-    batch = cast(batch, DOUBLE)
-    with torch.no_grad(), keep_float64(DOUBLE), fixed_draws(model, batch, problem.seed) as draws:
-        call(model, batch[0])
-    return draws
-
-
-def fix_draws(problem: Problem, batch: WholeBatch, draws: FixedDraws) -> tuple[Problem, list[Cause]]:
-    """(the problem with its draws held fixed, the draws as causes).
-
-    They are a cause even where a generator happens to give a window's micro-batches one after the other
-    what it gives the larger batch at once, as it may for a single layer on a CPU.
-    """
-    dims: dict[str, int | None] = {}
-    if (size := batch_size(batch)) > 2:
-        # A second pass with a sample less shows which dimension of a draw indexes samples.
-        dims = sample_dims(draws.shapes, find_draws(problem, rows(batch, slice(0, size - 1))).shapes)
-    fixed = replace(problem, fixed_draws=True, sample_dims=dims)
-    comparison, observation, _ = compare_window(problem, batch)
-    if comparison.equal and problem.steps * world_size() == 1:
-        return fixed, []  # a window of one micro-batch draws what the larger batch draws
-    error, error_fixed = comparison.error, compare_window(fixed, batch)[0].error
-    drawing = sorted(draws.operators)
-    modules = [name for name in drawing if not name.startswith("(")]
-    kinds = {name: type(problem.model.get_submodule(name)).__name__ for name in modules}
-    where = ", ".join(f"{name} ({kinds[name]})" if name in kinds else name for name in drawing[:4])
-    if len(drawing) > 4:
-        where += f" and {len(drawing) - 4} more"
-    source = "dropout draws" if any("ropout" in kind for kind in kinds.values()) else "random draws"
-    reason = "random draws depend on how the batch is split"
-    falls = f"the gradient's error falls from {error:.2g} to {error_fixed:.2g}"
-    shown = f"with the same draws for every sample {falls}"
-    causes = [Cause(source, where, reason, error, shown, REDRAWN, excused=True)]
-    repeated = max(len(states) - len(set(states)) for states in all_gather(observation.random_states))
-    if repeated:
-        reason = f"{repeated} micro-batches draw what another one of their window has drawn"
-        shown = "torch's generator is in the same state when their forward passes begin"
-        causes.append(Cause("repeated draws", where, reason, math.nan, shown, "do not seed within a window"))
-    return fixed, causes
-
-
-def unfixed_draws_cause(draws: FixedDraws) -> Cause:
-    """The cause for draws that cannot be held fixed, which may hide other errors."""
-    operators = ", ".join(sorted(draws.unfixed))
-    where = ", ".join(sorted(name for name, names in draws.operators.items() if names & draws.unfixed))
-    reason = f"draws of {operators} cannot be held fixed by sample, so nothing is certified"
-    advice = "leave these draws out for the proof, or make them of rand, randn, bernoulli or exponential_"
-    return Cause("random draws", where, reason, math.nan, "", advice)
+def _unexplained(failure: Failure, parts: Decomposition | None) -> Cause:
+    """Says where, when and how much, where no experiment says why."""
+    worst = failure.comparison
+    passes = "" if parts is not None else ", and passes rows to the model that are not in the batch"
+    reason = (
+        f"no experiment explains the gradient{passes}: it is off by {number(worst.error)} of its norm, most "
+        f"at {worst.name} ({number(worst.figure)} where rounding makes at most {number(worst.bound)})"
+    )
+    advice = "compare the loop with the larger batch on this window, from these weights"
+    return _cause(failure, "unknown", reason, "", advice)

@@ -32,6 +32,10 @@ class Observation:
         unscaled_by_optimizer: whether the optimizer divides the gradient by the loss scale itself, as fused
             ones can; `gradient` is divided.
         steps: number of optimizer steps.
+        passes_before_step: forward passes before each of these steps.
+        initial: what `.grad` holds when the window begins, by parameter name; empty for zeros.
+        moved_before: forward passes before which parameters are not what they were in the pass before.
+        moved_by: by what all parameters are multiplied before the first of them; None if not all alike.
         rates: learning rate of every parameter group in the first step.
         micro_batches: sample numbers of each forward pass; None for one with rows that are not in the batch.
         sizes: number of samples in each forward pass.
@@ -47,6 +51,10 @@ class Observation:
     absent: set[str] = field(default_factory=set)
     unscaled_by_optimizer: bool = False
     steps: int = 0
+    passes_before_step: list[int] = field(default_factory=list)
+    initial: Gradient = field(default_factory=dict)
+    moved_before: list[int] = field(default_factory=list)
+    moved_by: float | None = None
     rates: list[float] = field(default_factory=list)
     micro_batches: list[list[int] | None] = field(default_factory=list)
     sizes: list[int] = field(default_factory=list)
@@ -64,6 +72,7 @@ def observe(
     """Calls the loop for its update on `batch`; records `saved_bytes` if `measure`, and arrivals if asked."""
     with ExitStack() as stack:
         stack.enter_context(state.problem.loss_in(state.dtype))
+        stack.enter_context(state.problem.outside_as(state.outside))
         saved = None
         if measure:
             inputs = [*tensors(batch[0]), *tensors(batch[1])]
@@ -93,9 +102,17 @@ def observing(
     ids = SampleIds(batch[0])
     arrivals_by_name: Counter[str] = Counter()
 
+    sizes_before: list[float] = []
+
     def before_forward(module: Any, arguments: Any, keywords: Any) -> None:
         if not torch.is_grad_enabled():
             return
+        sizes = _sizes(state)
+        if sizes_before and sizes != sizes_before:
+            if not observation.moved_before:
+                observation.moved_by = _common_ratio(sizes, sizes_before)
+            observation.moved_before.append(len(observation.sizes))
+        sizes_before[:] = sizes
         inputs = [item for item in [*arguments, *keywords.values()] if _has_tensors(item)]
         try:
             observation.sizes.append(batch_size(inputs))
@@ -114,6 +131,7 @@ def observing(
             observation.unscaled_by_optimizer = scale is not None
             observation.absent = {name for name, p in state.parameters().items() if p.grad is None}
             observation.rates = [float(group["lr"]) for group in optimizer.param_groups]
+        observation.passes_before_step.append(len(observation.sizes))
 
     def before_step(optimizer: Any, arguments: Any, keywords: Any) -> Any:
         found_inf = getattr(optimizer, "found_inf", None)
@@ -144,6 +162,9 @@ def observing(
         arrivals_by_name[name] += 1
         observation.arrivals = max(observation.arrivals, arrivals_by_name[name])
 
+    for name, parameter in state.parameters().items():
+        if parameter.grad is not None and bool(dense(unsharded(parameter.grad)).any()):
+            observation.initial[name] = dense(unsharded(parameter.grad)).detach().clone()
     with ExitStack() as stack:
         stack.enter_context(state.inner.register_forward_pre_hook(before_forward, with_kwargs=True))
         stack.enter_context(state.optimizer.register_step_pre_hook(before_step))
@@ -153,6 +174,18 @@ def observing(
         stack.enter_context(keep_float64(state.dtype))
         stack.enter_context(seeded_draws(state.problem, state.inner, batch))
         yield observation
+
+
+def _sizes(state: TrainingState) -> list[float]:
+    """The 1-norms of the parameters that are trained, which tell whether they have changed."""
+    local = [getattr(p, "_local_tensor", p).detach() for p in state.parameters().values() if p.requires_grad]
+    return torch.stack([norm.double() for norm in torch._foreach_norm(local, 1)]).tolist()
+
+
+def _common_ratio(sizes: list[float], before: list[float]) -> float | None:
+    ratios = [size / old for size, old in zip(sizes, before, strict=True) if old]
+    alike = bool(ratios) and max(ratios) - min(ratios) <= 1e-6 * abs(ratios[0])
+    return ratios[0] if alike else None
 
 
 def _random_state(device: torch.device) -> bytes:
