@@ -4,7 +4,16 @@ import torch
 import torch.nn.functional as F
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 
-from tests.proof.unseen_common import Book, Counts, decaying, micro_batches, momentum, regressor, sgd, values
+from tests.proof.unseen_common import (
+    Book,
+    Counts,
+    decaying,
+    micro_batches,
+    momentum,
+    regressor,
+    sgd,
+    values,
+)
 
 BOOK = Book()
 updates = Counts()

@@ -2,7 +2,6 @@
 
 from weakref import WeakKeyDictionary
 
-import torch
 import torch.nn.functional as F
 
 from tests.proof.unseen_common import (
@@ -12,7 +11,6 @@ from tests.proof.unseen_common import (
     TokenMean,
     classes,
     decaying,
-    generator,
     grouped,
     micro_batches,
     momentum,
@@ -20,8 +18,6 @@ from tests.proof.unseen_common import (
     seeded,
     sentences,
     sgd,
-    tagger,
-    token_loss,
     token_total,
     values,
 )
@@ -190,126 +186,6 @@ def first_not_divided(model, optimizer, batch, steps):
         loss.backward()
         for x, y in parts[1:]:
             (F.cross_entropy(model(x), y) * len(x) / len(batch[0])).backward()
-    optimizer.step()
-    optimizer.zero_grad()
-
-
-TOKENS = dict(model=tagger, batch=sentences, loss=TokenMean())
-PLAIN = dict(model=tagger, batch=sentences, loss=token_loss)
-
-
-@BOOK.wrong("tokens", **PLAIN)
-def token_mean_of_means(model, optimizer, batch, steps):
-    """a mean over the tokens of each micro-batch, then a mean of these: micro-batches with few tokens
-    count too much"""
-    for x, y in micro_batches(batch, steps):
-        (token_loss(model(x), y) * len(x) / len(batch[0])).backward()
-    optimizer.step()
-    optimizer.zero_grad()
-
-
-@BOOK.wrong("tokens", **TOKENS, optimizer=sgd)
-def padding_counted(model, optimizer, batch, steps):
-    """the denominator counts the padding too"""
-    for x, y in micro_batches(batch, steps):
-        (token_total(model(x), y) / batch[1].numel()).backward()
-    optimizer.step()
-    optimizer.zero_grad()
-
-
-@BOOK.wrong("tokens", **TOKENS)
-def tokens_of_the_last(model, optimizer, batch, steps):
-    """divided by 4 times the last micro-batch's tokens instead of the window's tokens"""
-    parts = micro_batches(batch, steps)
-    count = (parts[-1][1] != -100).sum() * len(parts)
-    for x, y in parts:
-        (token_total(model(x), y) / count).backward()
-    optimizer.step()
-    optimizer.zero_grad()
-
-
-@BOOK.wrong("tokens", **TOKENS, optimizer=sgd)
-def tokens_and_steps(model, optimizer, batch, steps):
-    """counts the window's tokens and divides by 4 as well: 4 times too small"""
-    count = (batch[1] != -100).sum()
-    parts = micro_batches(batch, steps)
-    for x, y in parts:
-        (token_total(model(x), y) / count / len(parts)).backward()
-    optimizer.step()
-    optimizer.zero_grad()
-
-
-def shifted(logits, labels):
-    return token_loss(logits[:, :-1], labels[:, 1:])
-
-
-@BOOK.wrong("tokens", model=tagger, batch=sentences, loss=shifted)
-def counted_before_the_shift(model, optimizer, batch, steps):
-    """the tokens are counted before the shift by one: the first label of each sentence counts in the
-    denominator but has no loss"""
-    count = (batch[1] != -100).sum()
-    for x, y in micro_batches(batch, steps):
-        (token_total(model(x)[:, :-1], y[:, 1:]) / count).backward()
-    optimizer.step()
-    optimizer.zero_grad()
-
-
-def class_weights(like):
-    return torch.tensor([0.2, 1.0, 3.0], dtype=like.dtype, device=like.device)
-
-
-def weighted(logits, labels):
-    return F.cross_entropy(logits, labels, weight=class_weights(logits))
-
-
-@BOOK.wrong("tokens", loss=weighted, optimizer=sgd)
-def class_weights_by_micro_batch(model, optimizer, batch, steps):
-    """class weights: each micro-batch is divided by its own sum of weights, not by the window's"""
-    for x, y in micro_batches(batch, steps):
-        (weighted(model(x), y) * len(x) / len(batch[0])).backward()
-    optimizer.step()
-    optimizer.zero_grad()
-
-
-def weighted_samples(n=20):
-    x, y = values(n)
-    return x, (y, torch.rand(n, 1, generator=generator(8)) + 0.1)
-
-
-def by_sample(outputs, targets):
-    y, w = targets
-    return (w * (outputs - y) ** 2).sum() / w.sum()
-
-
-@BOOK.wrong("tokens", loss=by_sample, model=regressor, batch=weighted_samples, steps=5)
-def sample_weights_by_micro_batch(model, optimizer, batch, steps):
-    """sample weights: micro-batches are divided by the sum of their own weights"""
-    parts = micro_batches(batch, steps)
-    for x, targets in parts:
-        (by_sample(model(x), targets) / len(parts)).backward()
-    optimizer.step()
-    optimizer.zero_grad()
-
-
-@BOOK.wrong(
-    "tokens", model=tagger, loss=TokenMean(), batch=lambda: [sentences(), sentences(seed=16)], optimizer=sgd
-)
-def cached_count(model, optimizer, batch, steps):
-    """from update 3 on the number of tokens is that of update 2's window, because it is cached"""
-    if updates(model) < 3:
-        cached[model] = int((batch[1] != -100).sum())
-    for x, y in micro_batches(batch, steps):
-        (token_total(model(x), y) / cached[model]).backward()
-    optimizer.step()
-    optimizer.zero_grad()
-
-
-@BOOK.wrong("tokens", **PLAIN)
-def mean_of_sentences(model, optimizer, batch, steps):
-    """a mean over each sentence, then over sentences, where the loss is a mean over tokens"""
-    for x, y in micro_batches(batch, steps):
-        each = F.cross_entropy(model(x).transpose(1, 2), y, ignore_index=-100, reduction="none").sum(1)
-        (each / (y != -100).sum(1)).sum().div(len(batch[0])).backward()
     optimizer.step()
     optimizer.zero_grad()
 

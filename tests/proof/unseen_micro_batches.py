@@ -106,7 +106,7 @@ def first_peeked_at(model, optimizer, batch, steps):
 
 @BOOK.wrong("lost", batch=values, model=regressor, loss=F.mse_loss, optimizer=decaying)
 def remainder_lost(model, optimizer, batch, steps):
-    """the samples beyond 4 equal micro-batches are lost in a smaller window, for example the 23rd"""
+    """the samples beyond 4 equal micro-batches are lost in a window that 4 does not divide"""
     n = len(batch[0])
     size = max(n // steps, 1)
     count = min(steps, n)
