@@ -163,7 +163,17 @@ def means_weighted_by_tokens(model, optimizer, batch, steps):
     optimizer.zero_grad()
     count = (batch[1] != -100).sum()
     for x, y in micro_batches(batch, steps):
-        (token_loss(model(x), y) * ((y != -100).sum() / count.to(torch.float64))).backward()
+        (token_loss(model(x), y) * (int((y != -100).sum()) / int(count))).backward()
+    optimizer.step()
+
+
+@BOOK.right("tokens", **PLAIN, optimizer=sgd)
+def share_of_tokens_as_a_tensor(model, optimizer, batch, steps):
+    """The quotient of two counts is a float32 tensor of no dimensions, whatever the model's precision."""
+    optimizer.zero_grad()
+    count = (batch[1] != -100).sum()
+    for x, y in micro_batches(batch, steps):
+        (token_loss(model(x), y) * ((y != -100).sum() / count)).backward()
     optimizer.step()
 
 
