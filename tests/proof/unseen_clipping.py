@@ -1,4 +1,4 @@
-"""Wrong loops that clip, penalise or decay by micro-batch."""
+"""Loops that clip, penalise or decay, once a window and wrongly."""
 
 import torch
 import torch.nn.functional as F
@@ -152,3 +152,118 @@ def decay_of_one_weight(model, optimizer, batch, steps):
         model.head.weight.grad += 0.01 * model.head.weight.detach()
     optimizer.step()
     optimizer.zero_grad()
+
+
+@BOOK.right("clip", clip_norm=0.1, optimizer=momentum)
+def norm_once_a_window(model, optimizer, batch, steps):
+    optimizer.zero_grad()
+    accumulate(model, batch, steps)
+    clip_grad_norm_(model.parameters(), 0.1)
+    optimizer.step()
+
+
+@BOOK.right("clip", clip_norm=0.1, optimizer=sgd)
+def norm_of_the_groups(model, optimizer, batch, steps):
+    optimizer.zero_grad()
+    accumulate(model, batch, steps)
+    clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 0.1, foreach=False)
+    optimizer.step()
+
+
+@BOOK.right("clip", clip_value=0.02, optimizer=decaying)
+def value_once_a_window(model, optimizer, batch, steps):
+    optimizer.zero_grad()
+    accumulate(model, batch, steps)
+    clip_grad_value_(model.parameters(), 0.02)
+    optimizer.step()
+
+
+@BOOK.right("clip", clip_norm=0.2, clip_value=0.02, optimizer=sgd)
+def norm_then_value(model, optimizer, batch, steps):
+    optimizer.zero_grad()
+    accumulate(model, batch, steps)
+    clip_grad_norm_(model.parameters(), 0.2)
+    clip_grad_value_(model.parameters(), 0.02)
+    optimizer.step()
+
+
+def adaptive(model):
+    """Adaptive gradient clipping: a row's gradient is at most a twentieth of the row."""
+    for p in model.parameters():
+        dim = tuple(range(1, p.dim()))
+        largest = 0.05 * torch.linalg.vector_norm(p.detach(), dim=dim or None, keepdim=True).clamp(min=1e-3)
+        norm = torch.linalg.vector_norm(p.grad, dim=dim or None, keepdim=True)
+        p.grad.mul_((largest / norm.clamp(min=1e-6)).clamp(max=1))
+
+
+@BOOK.right("clip", transform_gradient=adaptive, optimizer=sgd)
+def adaptive_once_a_window(model, optimizer, batch, steps):
+    optimizer.zero_grad()
+    accumulate(model, batch, steps)
+    adaptive(model)
+    optimizer.step()
+
+
+@BOOK.wrong("clip", transform_gradient=adaptive, optimizer=sgd)
+def adaptive_by_micro_batch(model, optimizer, batch, steps):
+    """adaptive clipping runs after every micro-batch instead of once a window"""
+    optimizer.zero_grad()
+    for x, y in micro_batches(batch, steps):
+        loss_of(model, x, y, batch).backward()
+        adaptive(model)
+    optimizer.step()
+
+
+def centred(model):
+    for p in model.parameters():
+        if p.dim() > 1:
+            p.grad.sub_(p.grad.mean(dim=tuple(range(1, p.dim())), keepdim=True))
+
+
+@BOOK.right("clip", transform_gradient=centred, clip_norm=0.1, optimizer=momentum)
+def centralised_then_clipped(model, optimizer, batch, steps):
+    optimizer.zero_grad()
+    accumulate(model, batch, steps)
+    centred(model)
+    clip_grad_norm_(model.parameters(), 0.1)
+    optimizer.step()
+
+
+@BOOK.right("decay", transform_gradient=l2, clip_norm=0.3, optimizer=sgd)
+def l2_once_a_window(model, optimizer, batch, steps):
+    optimizer.zero_grad()
+    accumulate(model, batch, steps)
+    sum(0.01 * p.square().sum() for p in model.parameters()).backward()
+    clip_grad_norm_(model.parameters(), 0.3)
+    optimizer.step()
+
+
+@BOOK.right("decay", transform_gradient=l2, optimizer=momentum)
+def l2_in_every_share(model, optimizer, batch, steps):
+    """The penalty is part of the loss that is divided, so its shares add up to one."""
+    optimizer.zero_grad()
+    for x, y in micro_batches(batch, steps):
+        loss = F.cross_entropy(model(x), y) + sum(0.01 * p.square().sum() for p in model.parameters())
+        (loss * len(x) / len(batch[0])).backward()
+    optimizer.step()
+
+
+@BOOK.right("decay", transform_gradient=l1, optimizer=sgd)
+def l1_in_the_first_micro_batch(model, optimizer, batch, steps):
+    optimizer.zero_grad()
+    for i, (x, y) in enumerate(micro_batches(batch, steps)):
+        loss = loss_of(model, x, y, batch)
+        if i == 0:
+            loss = loss + sum(0.01 * p.abs().sum() for p in model.parameters())
+        loss.backward()
+    optimizer.step()
+
+
+@BOOK.wrong("decay", transform_gradient=l2, optimizer=sgd)
+def l2_forgotten_in_small_windows(model, optimizer, batch, steps):
+    """the L2 penalty is left out in the smaller windows"""
+    optimizer.zero_grad()
+    accumulate(model, batch, steps)
+    if len(batch[0]) == 24:
+        l2(model)
+    optimizer.step()

@@ -1,4 +1,4 @@
-"""Right loops: ways to split, to divide, to accumulate, to clip and to step that make the larger batch's update."""
+"""Right loops: ways to split, divide, accumulate and step that make the larger batch's update."""
 
 import contextlib
 

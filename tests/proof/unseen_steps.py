@@ -1,4 +1,4 @@
-"""Wrong loops around the optimizer: steps, gradients that are carried over, rates and schedules."""
+"""Loops around the optimizer: steps, gradients that are carried over, rates and schedules."""
 
 import torch
 import torch.nn.functional as F
@@ -247,3 +247,35 @@ def bias_moved_in_between(model, optimizer, batch, steps):
                 model.body.bias.sub_(model.body.bias.grad, alpha=0.001)
     optimizer.step()
     optimizer.zero_grad()
+
+
+def waiting(optimizer):
+    return torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=200)
+
+
+@BOOK.right("schedule", optimizer=sgd, **SCHEDULED)
+def schedule_once_a_window(model, optimizer, batch, steps, schedule):
+    accumulate(model, batch, steps)
+    optimizer.step()
+    optimizer.zero_grad()
+    schedule.step()
+
+
+@BOOK.right("schedule", optimizer=grouped, scheduler=waiting)
+def one_cycle_once_a_window(model, optimizer, batch, steps, schedule):
+    parts = micro_batches(batch, steps)
+    for i, (x, y) in enumerate(parts, 1):
+        loss_of(model, x, y, batch).backward()
+        if i == len(parts):
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+
+
+@BOOK.right("zero_grad", optimizer=grouped)
+def zeroed_group_by_group(model, optimizer, batch, steps):
+    accumulate(model, batch, steps)
+    optimizer.step()
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            p.grad = None
