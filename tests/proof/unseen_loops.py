@@ -10,6 +10,7 @@ from tests.proof import (
     unseen_micro_batches,
     unseen_models,
     unseen_moved,
+    unseen_networks,
     unseen_precision,
     unseen_random,
     unseen_right_loops,
@@ -37,5 +38,6 @@ MODULES = (
     unseen_right_loops,
     unseen_models,
     unseen_architectures,
+    unseen_networks,
 )
 CASES: list[Case] = [case for module in MODULES for case in module.BOOK]
