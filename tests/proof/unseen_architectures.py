@@ -139,6 +139,8 @@ def two_heads_two_backwards(model, optimizer, batch, steps):
 
 
 class Denoiser(nn.Module):
+    kept: torch.Tensor
+
     def __init__(self):
         super().__init__()
         self.time = nn.Embedding(10, 8)
@@ -191,7 +193,7 @@ class Round(torch.autograd.Function):
         return (4 * x).round() / 4
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
         return grad
 
 
@@ -201,7 +203,7 @@ class Reverse(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
         return -0.3 * grad
 
 

@@ -75,7 +75,7 @@ def largest(model, x):
 
 
 def first_mean(model, x):
-    if model.seen == 0:
+    if int(model.seen) == 0:
         model.mean.copy_(x.mean(0))
         model.seen.fill_(1)
 
@@ -116,6 +116,8 @@ def mean_of_the_first_micro_batch():
 
 class Annealed(nn.Module):
     """Its temperature falls with every forward."""
+
+    temperature: torch.Tensor
 
     def __init__(self):
         super().__init__()
@@ -158,8 +160,8 @@ class FrozenNorm(nn.BatchNorm1d):
 
     def __init__(self, features):
         super().__init__(features)
-        self.running_mean.normal_(0, 0.3)
-        self.running_var.uniform_(0.5, 2)
+        self.register_buffer("running_mean", torch.randn(features) * 0.3)
+        self.register_buffer("running_var", torch.rand(features) + 0.5)
         self.eval()
 
     def train(self, mode=True):

@@ -233,7 +233,7 @@ def centralised_then_clipped(model, optimizer, batch, steps):
 def l2_once_a_window(model, optimizer, batch, steps):
     optimizer.zero_grad()
     accumulate(model, batch, steps)
-    sum(0.01 * p.square().sum() for p in model.parameters()).backward()
+    torch.stack([0.01 * p.square().sum() for p in model.parameters()]).sum().backward()
     clip_grad_norm_(model.parameters(), 0.3)
     optimizer.step()
 

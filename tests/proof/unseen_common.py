@@ -72,7 +72,7 @@ class Counts:
         return self.seen[model]
 
 
-def seeded(make, seed=0):
+def seeded(make, seed=0) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return make()
@@ -82,7 +82,7 @@ def generator(seed):
     return torch.Generator().manual_seed(seed)
 
 
-def two_layers(features, hidden, outputs):
+def two_layers(features, hidden, outputs) -> Any:
     layers = dict(body=nn.Linear(features, hidden), act=nn.Tanh(), head=nn.Linear(hidden, outputs))
     return nn.Sequential(OrderedDict(layers))
 
@@ -111,7 +111,7 @@ def images(n=16, size=6, labels=3, seed=5):
     return torch.randn(n, 1, size, size, generator=g), torch.randint(0, labels, (n,), generator=g)
 
 
-def sentences(n=16, length=7, words=11, seed=6):
+def sentences(n=16, length=7, words=11, seed=6) -> tuple[Any, Any]:
     """Token ids with labels that are -100 after each sentence's end."""
     g = generator(seed)
     ids = torch.randint(1, words, (n, length), generator=g)
@@ -165,7 +165,7 @@ def samples(value) -> int:
     return max((samples(v) for v in value), default=0) if isinstance(value, (list, tuple)) else 0
 
 
-def cut(value, start, stop):
+def cut(value, start, stop) -> Any:
     """The samples from start to stop; what has no samples stays as it is."""
     if isinstance(value, torch.Tensor):
         return value[start:stop] if value.dim() else value
@@ -174,7 +174,7 @@ def cut(value, start, stop):
     return tuple(cut(v, start, stop) for v in value) if isinstance(value, (list, tuple)) else value
 
 
-def micro_batches(batch, steps):
+def micro_batches(batch, steps) -> list[tuple[Any, Any]]:
     """At most ``steps`` micro-batches of equal size, the last may be smaller."""
     n = samples(batch[0])
     size = -(-n // steps)

@@ -76,10 +76,10 @@ def cached_contrast(model, optimizer, batch, steps):
     with torch.no_grad():
         outputs = [model(*x) for x, _ in parts]
     leaves = [torch.cat(o).requires_grad_() for o in zip(*outputs, strict=True)]
-    info_nce(leaves, batch[1]).backward()
+    slopes = torch.autograd.grad(info_nce(leaves, batch[1]), leaves)
     start = 0
     for x, y in parts:
-        grads = [leaf.grad[start : start + len(y)] for leaf in leaves]
+        grads = [slope[start : start + len(y)] for slope in slopes]
         torch.autograd.backward(model(*x), grads)
         start += len(y)
     optimizer.step()

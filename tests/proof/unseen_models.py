@@ -226,8 +226,8 @@ class Causal(nn.Module):
 
 
 class LogitsMean(TokenMean):
-    def total(self, outputs, labels):
-        return token_total(outputs[1], labels)
+    def total(self, logits, labels):
+        return token_total(logits[1], labels)
 
 
 def causal():

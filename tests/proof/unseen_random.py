@@ -44,7 +44,7 @@ def with_loss(loss=F.cross_entropy, **arguments):
     return given(looping(loss), loss=loss, **{"optimizer": sgd, **arguments})
 
 
-def dropping(layer=nn.Dropout):
+def dropping(layer: type[nn.Module] = nn.Dropout):
     return seeded(
         lambda: nn.Sequential(
             OrderedDict(body=nn.Linear(6, 16), act=nn.Tanh(), drop=layer(0.3), head=nn.Linear(16, 3))

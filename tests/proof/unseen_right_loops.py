@@ -181,10 +181,10 @@ def gradient_of_a_function(model, optimizer, batch, steps):
         return F.cross_entropy(functional_call(model, parameters, (x,)), y, reduction="sum")
 
     parameters = {name: p.detach() for name, p in model.named_parameters()}
-    total = None
+    total = {name: torch.zeros_like(p) for name, p in parameters.items()}
     for x, y in micro_batches(batch, steps):
         part = grad(objective)(parameters, x, y)
-        total = part if total is None else {name: total[name] + part[name] for name in part}
+        total = {name: total[name] + part[name] for name in part}
     for name, p in model.named_parameters():
         p.grad = total[name] / len(batch[0])
     optimizer.step()
@@ -275,4 +275,4 @@ def loss_kept_with_its_graph(model, optimizer, batch, steps):
         losses.append(F.cross_entropy(model(x), y) * len(x) / len(batch[0]))
         losses[-1].backward(retain_graph=True)
     optimizer.step()
-    return sum(losses).item()
+    return torch.stack(losses).sum().item()

@@ -177,6 +177,8 @@ def teacher_by_micro_batch(model, optimizer, batch, steps):
 class Contrast(nn.Module):
     """MoCo: a query against its key and a queue of older keys."""
 
+    queue: torch.Tensor
+
     def __init__(self):
         super().__init__()
         self.student = two_layers(6, 10, 4)
@@ -226,6 +228,8 @@ def queue_by_micro_batch(model, optimizer, batch, steps):
 
 class Distillation(nn.Module):
     """DINO's loss: the teacher's scores are centred before their softmax."""
+
+    centre: torch.Tensor
 
     def __init__(self):
         super().__init__()
@@ -284,12 +288,13 @@ def centre_of_the_last():
     """the centre follows the mean of the last micro-batch alone"""
 
     def loop(model, optimizer, batch, steps, criterion):
-        outputs = None
+        mean = criterion.centre
         for inputs, unused in micro_batches(batch, steps):
             outputs = model(*inputs)
             (criterion(outputs, unused) * len(unused) / len(batch[1])).backward()
+            mean = outputs[1].mean(0)
         step(optimizer)
         follow(model.teacher, model.student)
-        criterion.follow(outputs[1].mean(0))
+        criterion.follow(mean)
 
     return distillation(loop)
