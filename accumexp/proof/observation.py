@@ -33,6 +33,7 @@ class Observation:
             ones can; `gradient` is divided.
         steps: number of optimizer steps.
         passes_before_step: forward passes before each of these steps.
+        outside: the values of the tensors in `Problem.state` when the window begins.
         initial: what `.grad` holds when the window begins, by parameter name; empty for zeros.
         moved_before: forward passes before which parameters are not what they were in the pass before.
         moved_by: by what all parameters are multiplied before the first of them; None if not all alike.
@@ -52,6 +53,7 @@ class Observation:
     unscaled_by_optimizer: bool = False
     steps: int = 0
     passes_before_step: list[int] = field(default_factory=list)
+    outside: dict[str, Tensor] = field(default_factory=dict)
     initial: Gradient = field(default_factory=dict)
     moved_before: list[int] = field(default_factory=list)
     moved_by: float | None = None
@@ -72,12 +74,14 @@ def observe(
     """Calls the loop for its update on `batch`; records `saved_bytes` if `measure`, and arrivals if asked."""
     with ExitStack() as stack:
         stack.enter_context(state.problem.loss_in(state.dtype))
+        outside = {name: value.clone() for name, value in state.outside.items()}
         stack.enter_context(state.problem.outside_as(state.outside))
         saved = None
         if measure:
             inputs = [*tensors(batch[0]), *tensors(batch[1])]
             saved = stack.enter_context(measure_activations(state.inner, inputs))
         observation = stack.enter_context(observing(state, batch, arrivals, saved))
+        observation.outside = outside
         returned = state.train(batch)
     if saved is not None:
         observation.saved_bytes = saved.peak_bytes
@@ -179,7 +183,8 @@ def observing(
 def _sizes(state: TrainingState) -> list[float]:
     """The 1-norms of the parameters that are trained, which tell whether they have changed."""
     local = [getattr(p, "_local_tensor", p).detach() for p in state.parameters().values() if p.requires_grad]
-    return torch.stack([norm.double() for norm in torch._foreach_norm(local, 1)]).tolist()
+    norms = torch._foreach_norm(local, 1)  # pyright: ignore[reportPrivateImportUsage]
+    return torch.stack([norm.double() for norm in norms]).tolist()
 
 
 def _common_ratio(sizes: list[float], before: list[float]) -> float | None:

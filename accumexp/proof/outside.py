@@ -18,7 +18,7 @@ from .certificate import Check, excess
 from .evidence import updates_in_words
 from .larger_batch import relative_error
 from .observation import Observation, observe
-from .problem import Problem, TrainingState, WholeBatch, rows
+from .problem import Problem, TrainingState, WholeBatch, copy_in, rows
 from .ranks import all_gather, worst
 from .rounding import U64
 
@@ -26,6 +26,8 @@ IN_ONE = (
     "what the loop changes by hand, against the same loop with one micro-batch: 8 times what another order "
     "of the samples changes, and 8 n u"
 )
+# Relative error up to which a value may be the same but for rounding; every update is compared afterwards.
+CLOSE = 1e-8
 NO_SINGLE = "the loop makes {passes} micro-batches of the batch where steps=1 asks for one"
 
 
@@ -66,9 +68,9 @@ class HandChanges:
 
     def compare(self, number: int, before: Snapshot, after: TrainingState, batch: WholeBatch) -> None:
         """Compares the state `after` update `number` of `batch`. Calls the loop from `before`. Collective."""
-        expected, passes = self._in_one(before, batch)
+        expected, passes = self.in_one(before, batch)
         order = torch.randperm(len(_rows_of(batch)), generator=torch.Generator().manual_seed(number))
-        reordered, _ = self._in_one(before, rows(batch, order.to(self.problem.device)))
+        reordered, _ = self.in_one(before, rows(batch, order.to(self.problem.device)))
         self._passes = max(self._passes, max(all_gather(passes)))
         actual = self.values(after)
         worst_name, figure, bound = "", 0.0, 0.0
@@ -79,7 +81,7 @@ class HandChanges:
                 worst_name, figure, bound = name, error, allowed
         self._figures.append((number, figure, bound, worst_name))
 
-    def _in_one(self, before: Snapshot, batch: WholeBatch) -> tuple[dict[str, Tensor], int]:
+    def in_one(self, before: Snapshot, batch: WholeBatch) -> tuple[dict[str, Tensor], int]:
         """The state after the loop's single micro-batch of `batch`, and the forward passes it made."""
         state = TrainingState(replace(self.problem, steps=1), torch.float64)
         before.load_into(state)
@@ -106,6 +108,35 @@ class HandChanges:
                 "state", float("inf"), 0.0, "relative", IN_ONE, NO_SINGLE.format(passes=self._passes)
             )
         return Check("state", figure, bound, "relative", IN_ONE, detail)
+
+
+def hand_changed(
+    problem: Problem, batch: WholeBatch, state: TrainingState, expected: dict[str, Tensor]
+) -> frozenset[str]:
+    """Frozen parameters and buffers that the loop's first window changes as its single micro-batch does.
+
+    Args:
+        batch: of the window, in fp64.
+        state: after the window.
+        expected: the buffers after the larger batch's forward pass, which does not make the same of them.
+    """
+    buffers, parameters = state.buffers(), state.parameters()
+    bound = 8 * problem.samples * U64
+    names = {name for name, value in expected.items() if not relative_error(buffers[name], value) <= bound}
+    for name, parameter in copy_in(problem.model, torch.float64).named_parameters():
+        if not parameter.requires_grad and relative_error(parameters[name], parameter):
+            names.add(name)
+    names = set().union(*all_gather(names))
+    if not names:
+        return frozenset()
+    changes = HandChanges(problem, frozenset(names))
+    before = Snapshot.of(TrainingState(problem, torch.float64))
+    in_one, passes = changes.in_one(before, batch)
+    if max(all_gather(passes)) > 1:
+        return frozenset()
+    actual = changes.values(state)
+    alike = {name for name in names if relative_error(actual[name], in_one[name]) <= CLOSE}
+    return frozenset(set.intersection(*all_gather(alike)))
 
 
 def _rows_of(batch: WholeBatch) -> Tensor:

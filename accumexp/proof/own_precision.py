@@ -140,7 +140,8 @@ class OwnPrecisionReplay(Replay):
             self._step_schedule()  # the loss scale overflowed and the window was skipped
             return
         number = self.updates + 1
-        comparison, expected = compare_own_precision(self.problem, self.model, batch, observation)
+        with self.problem.outside_as(dict(observation.outside)):
+            comparison, expected = compare_own_precision(self.problem, self.model, batch, observation)
         if not math.isfinite(comparison.bound) and all(all_gather(observation.gradient is not None)):
             self.diverged = True
             return
@@ -162,7 +163,8 @@ class OwnPrecisionReplay(Replay):
         if observation.unscaled_by_optimizer:
             return  # the division in a fused optimizer rounds elsewhere
         for name, figure in parameters.items():
-            self._record("optimizer", figure, f" at {name}")
+            if name not in self.problem.hand_changed:
+                self._record("optimizer", figure, f" at {name}")
         for key, figure in optimizer.items():
             self._record("optimizer", figure, f" at optimizer {key}")
 

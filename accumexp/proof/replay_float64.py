@@ -77,7 +77,7 @@ class Float64Replay(Replay):
         """
         if self.diverged:
             return
-        with self.problem.outside_as(dict(before.outside) if before else self.problem.outside(DOUBLE)):
+        with self.problem.outside_as(dict(observation.outside)):
             self._compare(batch, observation)
         if before is not None and not self.diverged:
             self._by_hand.compare(self.updates, before, self.state, batch)
@@ -283,7 +283,8 @@ class LearningRates:
             for group, (rate, expected) in enumerate(zip(rates, right, strict=False)):
                 if rate != expected:
                     of_group = f" of parameter group {group}" if groups > 1 else ""
-                    reason = f"the learning rate{of_group} is {rate:.4g} in update {number}, the schedule's is {expected:.4g}"
+                    figures = f"is {rate:.4g} in update {number}, the schedule's is {expected:.4g}"
+                    reason = f"the learning rate{of_group} {figures}"
                     return [
                         Cause("schedule", "", reason, math.nan, "", "take the optimizer's own learning rate")
                     ]

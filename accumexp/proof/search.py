@@ -12,7 +12,7 @@ from .evidence import Failure
 from .outside import passes_of
 
 if TYPE_CHECKING:
-    from .certify import Proof
+    from .checks import Proof
 
 # Checks whose failure follows from a wrong gradient or from optimizer steps in the middle of a window.
 CONSEQUENCES = (

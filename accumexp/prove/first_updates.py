@@ -21,7 +21,6 @@ from ..data import Batch
 from ..environment.random_state import random_state, restore_random_state
 from ..environment.ranks import RankInfo, broadcast_from_first
 from ..errors import UsageError
-from ..proof import Cause
 from ..proof.certificate import Check
 from ..proof.observation import Observation, observing
 from ..proof.own_precision import OwnPrecisionReplay
@@ -133,24 +132,24 @@ class FirstUpdates:
         trainer.callbacks = {**without_output(trainer.callbacks), **extra}
         return trainer
 
-    def replay_own_precision(self, problem: Problem, name: str, updates: int) -> list[Check]:
-        """The checks of `updates` that are not skipped, in the run's own precision, `name`."""
+    def replay_own_precision(self, problem: Problem, updates: int) -> OwnPrecisionReplay:
+        """Compares `updates` that are not skipped, in the run's own precision."""
         observer = UpdateObserver(problem, OwnPrecisionReplay, self.stage, updates)
         self._fit(observer)
-        return observer.replay.checks(name)
+        return observer.replay
 
-    def replay_float64(self, problem: Problem) -> tuple[list[Check], list[Cause]]:
-        """The checks of all updates in fp64 and of resuming the run, and the causes of wrong rates."""
+    def replay_float64(self, problem: Problem) -> tuple[Float64Replay, list[Check]]:
+        """Compares all updates in fp64; the checks are of an epoch's samples and of resuming the run."""
         observer = UpdateObserver(problem, Float64Replay, self.stage)
         trainer = self._fit(observer)
         replay = observer.replay
         for update, values in _rows(trainer):
             if "train/loss" in values:
                 replay.compare_loss(update, values["train/loss"])
-        checks = [*replay.checks(), observer.samples_check(trainer)]
+        checks = [observer.samples_check(trainer)]
         self.stage("a stop in the middle, and the rest from the checkpoint")
         checks.append(self._resume_check())
-        return checks, replay.causes()
+        return replay, checks
 
     def _fit(self, observer: UpdateObserver[Any]) -> Trainer:
         trainer = self.trainer({"observer": observer})
