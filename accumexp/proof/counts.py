@@ -18,8 +18,11 @@ from .evidence import Failure, MicroBatches, rank_micro_batches
 from .float64 import DOUBLE
 from .larger_batch import Gradient, clip_factor
 from .problem import Problem
-from .rounding import moved, part_gradient
+from .rounding import moved, part_gradient, transformed
 from .sample_ids import SampleIds
+
+# Elements of a gradient for each micro-batch from which on any counts of them may be told.
+ENOUGH = 4
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,7 @@ class Decomposition:
         micro_batches: sample numbers, by rank.
         weights: of the micro-batches in the loss (samples or valid items), of all ranks one after the other.
         parts: their gradients, in the same order.
-        gradient: of the loop before clipping.
+        gradient: of the loop before clipping, and without what `transform_gradient` should have changed.
         every_rank: the counts in the gradient of each rank, once they are known.
         tolerance: relative error that rounding explains.
     """
@@ -59,6 +62,10 @@ class Decomposition:
         self.tolerance = failure.tolerance
         factor = clip_factor(failure.expected.size, problem.clip_norm)
         self.gradient: Gradient = {name: g.double() / factor for name, g in observed.items()}
+        if problem.transform_gradient is not None:
+            exact = failure.expected.larger.gradient
+            made = transformed(problem, failure.model, exact)
+            self.gradient = {name: g - (made[name] - exact[name]) for name, g in self.gradient.items()}
         model = moved(problem, failure.model, failure.batch)
         parts = [
             part_gradient(problem, model, failure.batch, numbers)
@@ -98,15 +105,16 @@ class Decomposition:
         if not square:
             counted = [float(gram[k, k] == 0) for k in range(len(self.parts))]
             return Fit([0.0] * len(counted)) if not all(counted) else None
-        for counts in self._candidates(gram, right):
+        enough = sum(self.gradient[name].numel() for name in names) >= ENOUGH * len(self.parts)
+        for counts in self._candidates(gram, right, enough):
             left = square - 2 * float(counts @ right) + float(counts @ gram @ counts)
             residual = (max(left, 0.0) / square) ** 0.5
             if residual <= max(self.tolerance, 1e-7):
                 return Fit([float(count) for count in counts], residual=residual)
         return None
 
-    def _candidates(self, gram: Tensor, right: Tensor) -> Iterator[Tensor]:
-        """Counts to try, common mistakes first: a small parameter has more than one solution."""
+    def _candidates(self, gram: Tensor, right: Tensor, enough: bool) -> Iterator[Tensor]:
+        """Counts to try, common mistakes first; any counts if there are `enough` elements to tell them."""
         number = len(self.parts)
         ones = torch.ones(number, dtype=DOUBLE)
         yield ones
@@ -129,14 +137,14 @@ class Decomposition:
             factor = _least_squares(gram, right - gram @ others, one)
             if factor is not None:
                 yield others + factor * one
-        for k in range(1, number):  # the first ones count differently from the last ones
+        for k in range(1, number) if enough else ():  # the first ones count differently from the last ones
             first = torch.zeros_like(ones)
             first[:k] = 1.0
             columns = torch.stack([first, ones - first], 1)
             reduced = columns.T @ gram @ columns
             if int(torch.linalg.matrix_rank(reduced, hermitian=True)) == 2:
                 yield columns @ torch.linalg.solve(reduced, columns.T @ right)
-        if int(torch.linalg.matrix_rank(gram, hermitian=True)) == number:
+        if enough and int(torch.linalg.matrix_rank(gram, hermitian=True)) == number:
             yield torch.linalg.lstsq(gram, right.unsqueeze(1), driver="gelsd").solution[:, 0]
 
     def is_one(self, count: float) -> bool:

@@ -13,6 +13,7 @@ import torch
 
 from .additivity import loss_average
 from .certificate import Cause, Counts, number
+from .count_causes import counts_causes, single_micro_batch_in_words
 from .counts import Decomposition, decompose
 from .coupling import NEGLIGIBLE, coupling_modules, loss_couples, whole_batch_outputs
 from .evidence import Failure
@@ -20,9 +21,7 @@ from .float64 import DOUBLE
 from .gradients import compare_window
 from .problem import Problem, copy_in
 from .ranks import all_gather
-from .rounding import larger_batch_of, norms_of_errors
-from .terms import clipped_inside, term_cause
-from .wording import counts_in_words
+from .rounding import larger_batch_of
 
 WITHOUT_STATISTICS = (
     "take a norm without statistics over samples (GroupNorm), or over groups that both share "
@@ -36,8 +35,6 @@ WHOLE_WINDOW_OUTPUT = (
     "return what it is computed from, a row for each sample, and compute it in the loss on all outputs of "
     "the window at once"
 )
-# Subjects that are named one by one; more are counted.
-NAMED = 3
 
 
 def diagnose(problem: Problem, failure: Failure, first_window: bool) -> tuple[list[Cause], list[Counts]]:
@@ -46,30 +43,22 @@ def diagnose(problem: Problem, failure: Failure, first_window: bool) -> tuple[li
     Args:
         first_window: whether the failure is in a window from the first weights, which can be repeated.
     """
-    if cause := _steps_cause(problem, failure):
+    if cause := steps_cause(failure) or _moved_cause(problem, failure):
         return [cause], []
     causes: list[Cause] = []
     if first_window and (cause := _unrepeatable(problem, failure)):
         causes.append(cause)
     parts = decompose(problem, failure)
-    found, counts = _counts_causes(problem, failure, parts) if parts is not None else ([], [])
-    if found and (average := _additivity_cause(problem, failure)):
+    found, counts = counts_causes(problem, failure, parts) if parts is not None else ([], [])
+    if average := _additivity_cause(problem, failure):
         found = [average]
     causes += found
     if not found and not failure.precision:
         causes += _coupled(problem, failure) + _coupling_loss(problem, failure)
-    return (causes or [_unexplained(failure, parts)]), counts
+    return (causes or [_unexplained(problem, failure, parts)]), counts
 
 
-def _cause(failure: Failure, source: str, reason: str, shown: str, advice: str) -> Cause:
-    when = failure.when
-    if failure.precision:
-        when = f"{when}, {failure.precision}" if when else f"in {failure.precision}"
-    reason = f"{reason}, {when}" if when else reason
-    return Cause(source, "", reason, failure.comparison.error, shown, advice)
-
-
-def _steps_cause(problem: Problem, failure: Failure) -> Cause | None:
+def steps_cause(failure: Failure) -> Cause | None:
     """The cause if the optimizer is not stepped exactly once, at the window's end."""
     every = all_gather(
         (failure.observation.steps, failure.observation.passes_before_step, len(failure.observation.sizes))
@@ -80,9 +69,8 @@ def _steps_cause(problem: Problem, failure: Failure) -> Cause | None:
         if steps == 1 and not (early and early[0]):
             continue
         if not steps:
-            return _cause(
-                failure, "no update", "the optimizer was not stepped in the window", "", "step it once"
-            )
+            reason = "the optimizer was not stepped in the window"
+            return failure.cause("no update", reason, "", "step it once")
         if steps == 1:
             left = ", ".join(map(str, range(early[0], passes)))
             reason = (
@@ -96,106 +84,23 @@ def _steps_cause(problem: Problem, failure: Failure) -> Cause | None:
             times = f"{of_rank} optimizer steps {steps} times in the window"
             reason = f"{times}: after micro-batch {places} of {passes}"
         advice = "step it once, after the window's last micro-batch"
-        return _cause(failure, "optimizer steps", reason, "", advice)
+        return failure.cause("optimizer steps", reason, "", advice)
     return None
 
 
-def _counts_causes(
-    problem: Problem, failure: Failure, parts: Decomposition
-) -> tuple[list[Cause], list[Counts]]:
-    """Causes by micro-batch: of the whole gradient, else of each parameter group, else of each parameter."""
-    if failure.observation.moved_before and problem.perturb is None:
-        passes, factor = failure.observation.moved_before, failure.observation.moved_by
-        times = f" are multiplied by {factor:.6g}" if factor is not None else " change"
-        reason = f"the weights{times} within the window, before micro-batch {', '.join(map(str, passes[:6]))}"
-        advice = "change weights once, after the window's last micro-batch"
-        return [_cause(failure, "weights", reason, "", advice)], []
-    counts: list[Counts] = []
-    causes: list[Cause] = []
-    for subjects in _levels(problem, failure, parts):
-        reasons: dict[tuple[str, str], list[str]] = {}
-        unexplained = False
-        for subject, names in subjects.items():
-            reason, counted = _explained(problem, parts, names)
-            if counted is not None and len(counts) < NAMED:
-                counts.append(Counts(", ".join(filter(None, (failure.when, subject))), counted))
-            if reason is None:
-                unexplained = True
-            elif reason[0]:
-                reasons.setdefault(reason, []).append(subject)
-        causes = [_counts_cause(failure, *reason, names) for reason, names in reasons.items()]
-        if not unexplained:
-            break
-    else:
-        if causes:
-            causes.append(_unexplained(failure, parts))
-    # The first rank's causes for all: ranks with other gradients would read them differently.
-    return all_gather((causes, counts))[0]
-
-
-def _counts_cause(failure: Failure, reason: str, advice: str, subjects: list[str]) -> Cause:
-    if subjects != [""]:
-        subject = _subject(subjects)
-        changed = reason.replace("the gradient", subject, 1)
-        reason = f"{subject}: {reason}" if changed == reason else changed
-    shown = "the micro-batches' own gradients times those counts, and such terms, leave nothing of it"
-    return _cause(failure, "wrong denominator", reason, shown, advice)
-
-
-def _levels(problem: Problem, failure: Failure, parts: Decomposition) -> list[dict[str, list[str]]]:
-    """The subjects that are explained one by one: all of it; parameter groups; parameters that differ."""
-    levels = [{"": list(parts.gradient)}]
-    groups = parameter_groups(problem, failure)
-    if len(groups) > 1:
-        levels.append({f"parameter group {k}": names for k, names in enumerate(groups) if names})
-    gradient = failure.observation.gradient
-    assert gradient is not None
-    errors, bounds = norms_of_errors(gradient, failure.expected.gradient), failure.expected.bounds
-    differing = set().union(
-        *all_gather({name for name in parts.gradient if not errors[name] <= bounds[name]})
+def _moved_cause(problem: Problem, failure: Failure) -> Cause | None:
+    """The cause if weights change before the window's last micro-batch."""
+    observation = failure.observation
+    if problem.perturb is not None or not any(all_gather(bool(observation.moved_before))):
+        return None
+    passes, factor, names = observation.moved_before, observation.moved_by, observation.moved
+    which = "the weights" if len(names) == len(failure.expected.gradient) else ", ".join(names[:3])
+    change = f"multiplied by {factor:.6g}" if factor is not None else "changed"
+    places = ", ".join(map(str, passes[:6]))
+    reason = (
+        f"within the window {which} {'are' if len(names) > 1 else 'is'} {change}, before micro-batch {places}"
     )
-    levels.append({name: [name] for name in parts.gradient if name in differing})
-    return levels
-
-
-def parameter_groups(problem: Problem, failure: Failure) -> list[list[str]]:
-    """The names of the parameters in each of the optimizer's groups."""
-    model = copy.deepcopy(failure.model)
-    names = {id(p): name for name, p in model.named_parameters()}
-    optimizer = problem.optimizer(list(model.parameters()))
-    observed = failure.observation.gradient or {}
-    grouped = [[names[id(p)] for p in group["params"] if id(p) in names] for group in optimizer.param_groups]
-    return [[name for name in group if name in observed] for group in grouped]
-
-
-def _explained(
-    problem: Problem, parts: Decomposition, names: list[str]
-) -> tuple[tuple[str, str] | None, list[list[float]] | None]:
-    """(reason and advice, counts by rank) for the gradient of the parameters `names`.
-
-    The reason is "" if the gradient is right; None instead of the pair if nothing explains it.
-    """
-    fit = parts.fit(names)
-    every = all_gather(None if fit is None else fit.counts)
-    complete = [counts for counts in every if counts is not None]
-    if len(complete) == len(every):
-        parts.every_rank = complete
-        wrong = next((c for c in complete if not all(map(parts.is_one, c))), complete[0])
-        unseen, doubled = parts.unseen_and_doubled()
-        if all(map(parts.is_one, wrong)) and not unseen and not doubled:
-            return ("", ""), parts.by_rank(wrong)
-        if clipping := all_gather(clipped_inside(problem, parts, names))[0]:
-            return clipping, parts.by_rank(wrong)
-        return counts_in_words(parts, wrong, "the gradient"), parts.by_rank(wrong)
-    return all_gather(term_cause(problem, parts, names))[0], None
-
-
-def _subject(names: list[str]) -> str:
-    if len(names) <= NAMED:
-        listed = ", ".join(names)
-    else:
-        listed = f"{', '.join(names[:2])}, ... {names[-1]} ({len(names)} parameters)"
-    return f"the gradient of {listed}"
+    return failure.cause("weights", reason, "", "change weights once, after the window's last micro-batch")
 
 
 def _additivity_cause(problem: Problem, failure: Failure) -> Cause | None:
@@ -213,7 +118,7 @@ def _additivity_cause(problem: Problem, failure: Failure) -> Cause | None:
     advice = (
         "give the loss `weight(targets)` and `total(outputs, targets)`, and divide by the window's weight"
     )
-    return _cause(failure, "wrong denominator", reason, "measured on parts of the batch", advice)
+    return failure.cause("wrong denominator", reason, "measured on parts of the batch", advice)
 
 
 def _coupled(problem: Problem, failure: Failure) -> list[Cause]:
@@ -293,13 +198,13 @@ def _unrepeatable(problem: Problem, failure: Failure) -> Cause | None:
     return Cause("non-deterministic kernels", "", reason, error, shown, advice, excused=True)
 
 
-def _unexplained(failure: Failure, parts: Decomposition | None) -> Cause:
+def _unexplained(problem: Problem, failure: Failure, parts: Decomposition | None) -> Cause:
     """Says where, when and how much, where no experiment says why."""
     worst = failure.comparison
-    passes = "" if parts is not None else ", and passes rows to the model that are not in the batch"
-    reason = (
-        f"no experiment explains the gradient{passes}: it is off by {number(worst.error)} of its norm, most "
-        f"at {worst.name} ({number(worst.figure)} where rounding makes at most {number(worst.bound)})"
-    )
-    advice = "compare the loop with the larger batch on this window, from these weights"
-    return _cause(failure, "unknown", reason, "", advice)
+    reason = f"the gradient is off by {number(worst.error)} of its norm, most at {worst.name}"
+    if parts is None:
+        reason += ", and the loop passes rows to the model that are not in the batch"
+    elif single := single_micro_batch_in_words(problem, failure, parts):
+        reason += f"; {single}"
+    shown = f"{number(worst.figure)} at {worst.name}, where rounding makes at most {number(worst.bound)}"
+    return failure.cause("unknown", reason, shown, "compare the loop with the larger batch on this window")

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ..accum.batch import batch_size
+from .certificate import Cause
 from .gradients import Comparison
 from .larger_batch import Gradient
 from .observation import Observation
@@ -57,6 +58,12 @@ class Failure:
             return f"in a window of {self.window}" if self.window else ""
         return f"{updates_in_words(self.updates, self.compared)}{of}".strip()
 
+    def cause(self, source: str, reason: str, shown: str, advice: str) -> Cause:
+        """A cause of this failure, which says in which updates it shows."""
+        precision = f"in {self.precision}" if self.precision else ""
+        reason = ", ".join(filter(None, (reason, self.when, precision)))
+        return Cause(source, "", reason, self.comparison.error, shown, advice)
+
 
 def updates_in_words(failing: list[int], compared: list[int]) -> str:
     """Which of the `compared` updates are `failing`; "" if all are."""
@@ -88,8 +95,19 @@ def rank_micro_batches(batch: WholeBatch, observation: Observation) -> MicroBatc
     times = Counter(number for each in known for numbers in each for number in numbers)
     most = max(times.values(), default=0)
     if most > 1 and set(times.values()) == {most} and len(times) == samples:
-        known = [each[len(each) - len(each) // most :] for each in known]
+        known = [_last_passes(each) for each in known]
     return known if any(known) else None
+
+
+def _last_passes(micro_batches: list[list[int]]) -> list[list[int]]:
+    """The last forward pass of every micro-batch that is passed several times."""
+    last: list[list[int]] = []
+    seen: set[int] = set()
+    for numbers in reversed(micro_batches):
+        if seen.isdisjoint(numbers):
+            last.append(numbers)
+            seen.update(numbers)
+    return last[::-1]
 
 
 def is_partition(micro_batches: MicroBatches, samples: int) -> bool:

@@ -36,6 +36,7 @@ class Observation:
         outside: the values of the tensors in `Problem.state` when the window begins.
         initial: what `.grad` holds when the window begins, by parameter name; empty for zeros.
         moved_before: forward passes before which parameters are not what they were in the pass before.
+        moved: names of those that change first.
         moved_by: by what all parameters are multiplied before the first of them; None if not all alike.
         rates: learning rate of every parameter group in the first step.
         micro_batches: sample numbers of each forward pass; None for one with rows that are not in the batch.
@@ -56,6 +57,7 @@ class Observation:
     outside: dict[str, Tensor] = field(default_factory=dict)
     initial: Gradient = field(default_factory=dict)
     moved_before: list[int] = field(default_factory=list)
+    moved: list[str] = field(default_factory=list)
     moved_by: float | None = None
     rates: list[float] = field(default_factory=list)
     micro_batches: list[list[int] | None] = field(default_factory=list)
@@ -106,7 +108,7 @@ def observing(
     ids = SampleIds(batch[0])
     arrivals_by_name: Counter[str] = Counter()
 
-    sizes_before: list[float] = []
+    sizes_before: dict[str, float] = {}
 
     def before_forward(module: Any, arguments: Any, keywords: Any) -> None:
         if not torch.is_grad_enabled():
@@ -114,9 +116,10 @@ def observing(
         sizes = _sizes(state)
         if sizes_before and sizes != sizes_before:
             if not observation.moved_before:
+                observation.moved = [name for name, size in sizes.items() if size != sizes_before[name]]
                 observation.moved_by = _common_ratio(sizes, sizes_before)
             observation.moved_before.append(len(observation.sizes))
-        sizes_before[:] = sizes
+        sizes_before.update(sizes)
         inputs = [item for item in [*arguments, *keywords.values()] if _has_tensors(item)]
         try:
             observation.sizes.append(batch_size(inputs))
@@ -180,15 +183,15 @@ def observing(
         yield observation
 
 
-def _sizes(state: TrainingState) -> list[float]:
-    """The 1-norms of the parameters that are trained, which tell whether they have changed."""
-    local = [getattr(p, "_local_tensor", p).detach() for p in state.parameters().values() if p.requires_grad]
-    norms = torch._foreach_norm(local, 1)  # pyright: ignore[reportPrivateImportUsage]
-    return torch.stack([norm.double() for norm in norms]).tolist()
+def _sizes(state: TrainingState) -> dict[str, float]:
+    """The 1-norms of the parameters, which tell whether they have changed."""
+    local = {name: getattr(p, "_local_tensor", p).detach() for name, p in state.parameters().items()}
+    norms = torch._foreach_norm(list(local.values()), 1)  # pyright: ignore[reportPrivateImportUsage]
+    return dict(zip(local, torch.stack([norm.double() for norm in norms]).tolist(), strict=True))
 
 
-def _common_ratio(sizes: list[float], before: list[float]) -> float | None:
-    ratios = [size / old for size, old in zip(sizes, before, strict=True) if old]
+def _common_ratio(sizes: dict[str, float], before: dict[str, float]) -> float | None:
+    ratios = [size / before[name] for name, size in sizes.items() if before[name] and size != before[name]]
     alike = bool(ratios) and max(ratios) - min(ratios) <= 1e-6 * abs(ratios[0])
     return ratios[0] if alike else None
 

@@ -63,7 +63,7 @@ def precision_checks(problem: Problem, name: str) -> list[Check]:
             problem, copy_in(problem.model, problem.dtype), batch, observation
         )
         gradients.append(_check(comparison, f"gradient, {name}"))
-        if observation.gradient is not None and world_size() == 1 and observation.arrived:
+        if _adds_what_arrives(problem, observation):
             additions.append(_addition_check(problem, observation, name))
     checks = [worst_check(gradients)]
     return [*checks, worst_check(additions)] if additions else checks
@@ -152,7 +152,7 @@ class OwnPrecisionReplay(Replay):
             self.failure.precision = self.problem.precision_name
             self.failure.tolerance = max(self.failure.tolerance, 2 * self._whole_bound(expected))
         self._previous = observation.gradient
-        if observation.gradient is not None and world_size() == 1 and observation.arrived:
+        if _adds_what_arrives(self.problem, observation):
             self._additions.append(_addition_check(self.problem, observation, f"update {number}"))
         self._is_smaller(batch)
         self.updates = number
@@ -249,6 +249,14 @@ def unclamped(gradient: Gradient, clip_value: float | None) -> Gradient:
     if clip_value is None:
         return gradient
     return {name: g.where(g.abs() < 0.99 * clip_value, 0.0) for name, g in gradient.items()}
+
+
+def _adds_what_arrives(problem: Problem, observation: Observation) -> bool:
+    """Whether the gradient is the sum of what autograd delivered, up to scaling and clipping."""
+    changed = problem.transform_gradient is not None or problem.perturb is not None
+    return (
+        world_size() == 1 and bool(observation.arrived) and observation.gradient is not None and not changed
+    )
 
 
 def _addition_check(problem: Problem, observation: Observation, precision: str) -> Check:

@@ -17,7 +17,7 @@ from .certificate import Cause, Check, Series, excess, worst_check
 from .evidence import Failure, updates_in_words
 from .float64 import DOUBLE
 from .gradients import Comparison, compare, measured_loss_scale
-from .larger_batch import Gradient, relative_error
+from .larger_batch import Gradient, loss_weight, relative_error
 from .observation import Observation
 from .outside import HandChanges, Snapshot
 from .problem import Problem, TrainingState, WholeBatch
@@ -65,7 +65,7 @@ class Float64Replay(Replay):
         self._loss: Check | None = None
         self._rates = LearningRates(problem)
         self._by_hand = HandChanges(problem, problem.hand_changed)
-        self._scales: list[tuple[int, float]] = []
+        self._scales: list[tuple[int, float, float]] = []
         large = sum(p.numel() for p in self.model.parameters()) > LARGE
         self._interval = SELDOM if large else 1
 
@@ -137,7 +137,9 @@ class Float64Replay(Replay):
         scaled = self.problem.scaling is not None and any(all_gather(bool(observation.arrived)))
         if scaled and expected.size:  # a gradient of zeros does not show the scale
             scale = measured_loss_scale(observation, expected.larger.gradient)
-            self._scales.append((number, scale))
+            # What arrives may be a sum that the loop divides later: windows of the same weight are compared.
+            with self.problem.loss_in(DOUBLE) as loss:
+                self._scales.append((number, scale, float(loss_weight(loss, batch[1]))))
 
     def _compare_buffers(self, number: int, expected: dict[str, Tensor]) -> None:
         """Compares the buffers after the loop's window with those after the larger batch, `expected`."""
@@ -233,11 +235,13 @@ class Float64Replay(Replay):
         )
 
     def _scale_check(self) -> Check:
-        scaling, first = self.problem.scaling, self._scales[0][1]
+        scaling = self.problem.scaling
         assert scaling is not None
         errors = []
-        for update, scale in self._scales:
+        references: dict[float, float] = {}
+        for update, scale, weight in self._scales:
             growths = (update - 1) // scaling.growth_interval
+            first = references.setdefault(weight, scale / scaling.growth_factor**growths)
             error = abs(math.log(max(scale / first, 1e-300)) - growths * math.log(scaling.growth_factor))
             errors.append((error, update, scale / first))
         error, update, ratio = max(errors, key=lambda item: item[0])

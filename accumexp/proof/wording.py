@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from .counts import Decomposition
+from .larger_batch import norm
 
 OWN_WEIGHT = "divide every micro-batch's sum by the window's own weight"
+WHOLE_GRADIENT = "the gradient"
 EVERY_MICRO_BATCH = "step after the window's last micro-batch, and reset gradients only then"
 
 
 def counts_in_words(parts: Decomposition, counts: Sequence[float], subject: str) -> tuple[str, str]:
     """(what `counts` mean, what to do); `subject` is the gradient that they belong to."""
     by_rank = parts.by_rank(counts)
-    unseen, doubled = parts.unseen_and_doubled()
+    unseen, doubled = parts.unseen_and_doubled() if subject == WHOLE_GRADIENT else ([], [])
     if unseen:
         verb = "is" if len(unseen) == 1 else "are"
         return (
@@ -41,7 +44,7 @@ def counts_in_words(parts: Decomposition, counts: Sequence[float], subject: str)
         elif abs(factor - 1) > max(1e-5, parts.count_tolerance):
             what = f"alike, {factor:.4g} times"
         reason = f"micro-batches count {what}, though they weigh {_list(weights)}: counts {_list(counts)}"
-        reason = reason if subject == "the gradient" else f"in {subject} {reason}"
+        reason = reason if subject == WHOLE_GRADIENT else f"in {subject} {reason}"
         return reason, f"{OWN_WEIGHT}, not its mean by their number"
     wrong = [k for k, count in enumerate(counts) if not parts.is_one(count)]
     if len(wrong) == 1:
@@ -55,7 +58,7 @@ def counts_in_words(parts: Decomposition, counts: Sequence[float], subject: str)
     if parts.ranks > 1:
         every = "; ".join(f"rank {r}: {_list(each)}" for r, each in enumerate(by_rank))
     reason = f"micro-batches count {every} of what they weigh"
-    reason = reason if subject == "the gradient" else f"in {subject} {reason}"
+    reason = reason if subject == WHOLE_GRADIENT else f"in {subject} {reason}"
     return reason, f"{OWN_WEIGHT}, and clip the whole window's gradient"
 
 
@@ -75,7 +78,7 @@ def _lost(parts: Decomposition, by_rank: list[list[float]], subject: str) -> tup
         reason = f"only {which} of {len(flat)} counts{times}: {reason}"
     elif times:
         reason += f", and the others{times}"
-    return reason if subject == "the gradient" else f"in {subject} {reason}", EVERY_MICRO_BATCH
+    return reason if subject == WHOLE_GRADIENT else f"in {subject} {reason}", EVERY_MICRO_BATCH
 
 
 def _unreduced(parts: Decomposition, by_rank: list[list[float]], subject: str) -> tuple[str, str] | None:
@@ -105,7 +108,7 @@ def _unreduced(parts: Decomposition, by_rank: list[list[float]], subject: str) -
         if kept and max(kept) < min(numbers):
             text += f": micro-batch {max(kept)} synchronises instead of the last"
         texts.append(text)
-    reason = f"in {subject} {'; '.join(texts)}" if subject != "the gradient" else "; ".join(texts)
+    reason = f"in {subject} {'; '.join(texts)}" if subject != WHOLE_GRADIENT else "; ".join(texts)
     return reason, "run forward and backward of all micro-batches but the window's last in no_sync()"
 
 
@@ -126,8 +129,29 @@ def _uniform(parts: Decomposition, count: float, subject: str) -> tuple[str, str
     ]
     near = max(1e-6, parts.count_tolerance)
     why = next((text for value, text in factors if value != 1 and abs(count - value) <= near * value), "")
+    if parts.problem.scaling is not None:
+        factors.append(
+            (count, "the loss scale is in it") if abs(math.log2(abs(count) or 1.0)) >= 5 else (1.0, "")
+        )
+    if clipping := _clipping(parts, count):
+        return clipping
     reason = f"{subject} is {count:.6g} times the larger batch's"
     return (f"{reason}: {why}" if why else reason), "divide by the window's own weight, once"
+
+
+def _clipping(parts: Decomposition, count: float) -> tuple[str, str] | None:
+    """What a common factor means where the larger batch's gradient is clipped."""
+    clip_norm, size = parts.problem.clip_norm, parts.failure.expected.size
+    observed = parts.failure.observation.gradient
+    if clip_norm is None or size <= clip_norm or observed is None:
+        return None
+    length = norm(observed)
+    if abs(length - size) <= 1e-6 * size:
+        return "the gradient is not clipped", f"clip it to a norm of {clip_norm:g}"
+    reason = f"the gradient is clipped to a norm of {length:.4g} instead of clip_norm={clip_norm:g}"
+    if abs(count - 1 / parts.problem.steps) <= 1e-4:
+        reason += f": divided by {parts.problem.steps} after it was clipped"
+    return reason, "clip the complete gradient, divided and unscaled, by its norm over all parameters"
 
 
 def _micro_batches(parts: Decomposition, numbers: Sequence[int]) -> str:
