@@ -74,7 +74,7 @@ def loss_average(
     loss: Callable[..., Any],
     outputs: Any,
     targets: Any,
-    model: Callable[..., Any] | None = None,
+    model: nn.Module | None = None,
     inputs: Any = None,
 ) -> Average | None:
     """What `loss` averages over; None if it is a mean over samples, or if that cannot be measured.
@@ -87,8 +87,8 @@ def loss_average(
         loss: a function of (outputs, targets), or an object with `weight` and `total`, as in `certify`.
         outputs: of the model for the batch: any nesting of tensors, samples first.
         targets: of the batch, samples first.
-        model, inputs: if given, the model is called on parts of `inputs` where `outputs` hold a number of the
-            whole batch, such as a loss that the model computes from labels in its inputs.
+        model, inputs: if given, a copy of the model in eval mode is called on parts of `inputs` where
+            `outputs` hold a number of the whole batch, such as a loss that the model computes from labels.
     """
     try:
         with torch.no_grad():
@@ -104,7 +104,10 @@ def _measure(loss: Any, outputs: Any, targets: Any, model: Any, inputs: Any) -> 
     if any(t.is_floating_point() and not has_samples(t, samples) for t in leaves(outputs)):
         if model is None:
             return None
-        return _Batch(loss, outputs, targets, samples, model, inputs).average(vary=False)
+        # A copy, because a forward pass may change buffers.
+        return _Batch(loss, outputs, targets, samples, copy.deepcopy(model).eval(), inputs).average(
+            vary=False
+        )
     original = leaves(outputs)[0].device
     for device in dict.fromkeys((torch.device("cpu"), original)):
         for dtype in (DOUBLE, None):

@@ -12,8 +12,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import TensorDataset
 
 from accumexp.proof.additivity import Average, loss_average
+from accumexp.training.experiment import Experiment
+from accumexp.training.preflight import check_experiment
+
+from ..support.experiments import composed
 
 N, T, C = 6, 8, 5
 
@@ -245,3 +250,76 @@ def test_state_draws_and_odd_losses() -> None:
 
     average = loss_average(halves, outputs, targets)
     assert average is not None and average.weight == VALID
+
+
+class Tokens(TensorDataset):
+    """Sequences of eight tokens, of which some are padding."""
+
+    def __init__(self, **_: Any) -> None:
+        generator = torch.Generator().manual_seed(1)
+        targets = torch.randint(0, C, (24, T), generator=generator)
+        targets[torch.rand(24, T, generator=generator) < torch.linspace(0, 0.9, 24)[:, None]] = -100
+        super().__init__(torch.randn(24, 3, T, generator=generator), targets)
+
+
+class Tagger(nn.Module):
+    def __init__(self, **_: Any) -> None:
+        super().__init__()
+        self.convolution = nn.Conv1d(3, C, 1)
+        self.norm = nn.BatchNorm1d(C, track_running_stats=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.convolution(x))
+
+
+class TaggerWithLoss(Tagger):
+    """Returns a loss of its own beside the outputs."""
+
+    def forward(self, x: Tensor) -> Any:
+        logits = super().forward(x)
+        return {"logits": logits, "loss": logits.square().mean()}
+
+
+def own_loss(outputs: Any, targets: Tensor) -> Tensor:
+    return outputs["loss"]
+
+
+class Valid(nn.Module):
+    def weight(self, targets: Tensor) -> Tensor:
+        return (targets != -100).sum()
+
+    def total(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(outputs, targets, reduction="sum")
+
+
+PLAIN = "loss._target_=torch.nn.functional.cross_entropy +loss._partial_=true"
+
+
+def warnings_of(caplog: pytest.LogCaptureFixture, loss: str, *overrides: str) -> list[str]:
+    here = __name__
+    sets = [f"data.{name}._target_={here}.Tokens" for name in ("train", "test")]
+    config = composed(
+        *("device=cpu", "data.batch_size=8", "data.num_classes=5", "metrics=none", "monitor=eval/loss"),
+        *sets,
+        f"model._target_={here}.Tagger",
+        *loss.split(),
+        *overrides,
+    )
+    caplog.clear()
+    experiment = Experiment.build(config)
+    before = {name: value.clone() for name, value in experiment.model.state_dict().items()}
+    check_experiment(experiment)
+    assert all(torch.equal(before[name], value) for name, value in experiment.model.state_dict().items())
+    return [record.getMessage() for record in caplog.records]
+
+
+def test_a_run_warns_of_a_loss_that_its_window_does_not_weigh(caplog: pytest.LogCaptureFixture) -> None:
+    (line,) = warnings_of(caplog, PLAIN, "accum.steps=4")
+    assert line.startswith("loss (torch.nn.functional.cross_entropy): your loss averages over ")
+    assert "valid targets (those other than -100), not 4 samples; give it `weight(targets)`" in line
+    assert not warnings_of(caplog, PLAIN, "accum.steps=1")  # the larger batch itself
+    assert not warnings_of(caplog, PLAIN, "accum.steps=4", "accum.reduction=sum")
+    assert not warnings_of(caplog, "loss._target_=torch.nn.CrossEntropyLoss", "accum.steps=4")
+    assert not warnings_of(caplog, f"loss._target_={__name__}.Valid", "accum.steps=4")
+    node = f"loss._target_={__name__}.own_loss +loss._partial_=true"
+    assert not warnings_of(caplog, node, "accum.steps=4", f"model._target_={__name__}.TaggerWithLoss")
