@@ -43,6 +43,7 @@ class Problem:
             a draw that all samples share.
         try_ignored_targets: check windows with ignored targets although no batch has any.
         clip_value: the largest absolute value of the gradient's elements, after `clip_norm`, or None.
+        compiled: whether the loop's model is compiled in the run's own precision. The larger batch never is.
     """
 
     train_window: TrainWindow
@@ -62,6 +63,7 @@ class Problem:
     sample_dims: Mapping[str, int | None] = field(default_factory=dict)
     try_ignored_targets: bool = False
     clip_value: float | None = None
+    compiled: bool = False
 
     @property
     def device(self) -> torch.device:
@@ -74,10 +76,13 @@ class Problem:
 
     @property
     def precision_name(self) -> str:
-        """The run's precision as checks name it, such as "bf16" or "loss-scaled fp16"."""
+        """The run's precision as checks name it, such as "bf16", "loss-scaled fp16" or "compiled fp32"."""
         names = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
         name = names[self.autocast or self.dtype]
-        return name if self.scaling is None else f"loss-scaled {name}"
+        if self.scaling is not None:
+            name = f"loss-scaled {name}"
+        # With its draws held fixed a compiled model runs eagerly, see `compilation.py`.
+        return f"compiled {name}" if self.compiled and not self.fixed_draws else name
 
     @contextmanager
     def loss_in(self, dtype: torch.dtype) -> Iterator[Callable[..., Any]]:

@@ -91,6 +91,7 @@ def problem_of(experiment: Experiment) -> Problem:
         config.seed,
         try_ignored_targets=True,
         clip_value=config.trainer.clip_value,
+        compiled=config.trainer.compile,
     )
 
 
