@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from accumexp.accum.batch import split, split_sizes
 from accumexp.environment.ranks import RankInfo
+from accumexp.errors import TrainingError
 from accumexp.proof import Certificate, certify
 from accumexp.proof.compilation import compile_forward
 from accumexp.proof.fixed_draws import fixed_draws
@@ -105,7 +106,6 @@ def assert_last_bias_fails(certificate: Certificate) -> None:
 
 def test_a_bias_that_keeps_its_last_micro_batch_in_the_runs_precision_is_named() -> None:
     torch.manual_seed(0)
-    assert certified(loop, Net()).proved
     assert_last_bias_fails(certified(loop, Net(faulty=True)))
 
 
@@ -147,10 +147,14 @@ def compiler(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], None]:
 def test_a_compiled_model_whose_backward_reuses_memory_is_not_proved(
     hooks: str, compiler: Callable[[Any], None]
 ) -> None:
+    from torch._dynamo.utils import counters
+
     torch.manual_seed(0)
     compiled = functools.partial(loop, compiled=hooks)
     compiler("aot_eager")
+    counters.clear()
     assert certified(compiled, Net()).proved
+    assert counters["stats"]["unique_graphs"] and not counters["unimplemented"]  # no recompilation limit
     torch.compiler.reset()
     compiler(faulty_backend)
     assert_last_bias_fails(certified(compiled, Net()))
@@ -207,3 +211,22 @@ def test_prove_compiles_as_the_run_does(precision: str, compiler: Callable[[Any]
     assert experiment.model._compiled_call_impl is None  # the larger batch is eager
     if precision == "fp32":
         assert {"gradient, fp64", "gradient, compiled fp32"} <= {check.name for check in certificate.checks}
+
+
+class TorchDynamoException(RuntimeError):
+    """As torch names it, which takes seconds to import."""
+
+
+@pytest.mark.slow
+def test_a_model_that_cannot_be_compiled_ends_the_proof_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(model: nn.Module) -> None:
+        raise TorchDynamoException("InvalidCxxCompiler: none was found\n\nSet TORCHDYNAMO_VERBOSE=1")
+
+    monkeypatch.setattr("accumexp.prove.trainer_loop.compile_forward", fails)
+    config = composed(
+        "device=cpu", "callbacks=none", "model=mlp", "data.batch_size=32", "trainer.compile=true"
+    )
+    with pytest.raises(
+        TrainingError, match="^trainer.compile=true: the model cannot be compiled: Inv.*found; leave"
+    ):
+        prove_experiment(config, RankInfo(), lambda stage: None)
