@@ -71,7 +71,7 @@ class Average:
 
 
 def loss_average(
-    loss: Callable[..., Any],
+    loss: Any,
     outputs: Any,
     targets: Any,
     model: nn.Module | None = None,
@@ -111,11 +111,12 @@ def _measure(loss: Any, outputs: Any, targets: Any, model: Any, inputs: Any) -> 
     original = leaves(outputs)[0].device
     for device in dict.fromkeys((torch.device("cpu"), original)):
         for dtype in (DOUBLE, None):
-            parts = (_moved(part, device, dtype) for part in (loss, outputs, targets))
+            moved = functools.partial(_moved, device=device, dtype=dtype)
             try:
                 with keep_float64(dtype or torch.float32):
                     # On a GPU an index out of bounds ends the process; on the CPU it raises.
-                    return _Batch(*parts, samples).average(vary=device.type == "cpu")
+                    batch = _Batch(moved(loss), moved(outputs), moved(targets), samples)
+                    return batch.average(vary=device.type == "cpu")
             except Exception:
                 continue
     return None

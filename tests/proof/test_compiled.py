@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
 
-from accumexp.accum.batch import split, split_sizes
+from accumexp.accum.batch import split_sizes
 from accumexp.environment.ranks import RankInfo
 from accumexp.errors import TrainingError
 from accumexp.proof import Certificate, certify
@@ -74,16 +75,17 @@ def loop(
 ) -> float:
     """A right loop; with `compiled` the model is compiled in fp32, with its hooks "outside" or "inside"."""
     inputs, targets = batch
+    network: Any = model
     if compiled and next(model.parameters()).dtype is torch.float32:
         if compiled == "outside" and model._compiled_call_impl is None:
             compile_forward(model)
         elif compiled == "inside":
-            model = torch.compile(model)
+            network = torch.compile(model)
     steps = -(-len(inputs) * steps // 24)
     sizes = split_sizes(len(inputs), steps)
     total = 0.0
-    for x, y in zip(split(inputs, sizes), split(targets, sizes), strict=True):
-        value = F.cross_entropy(model(x), y, reduction="sum") / len(inputs)
+    for x, y in zip(inputs.split(sizes), targets.split(sizes), strict=True):
+        value = F.cross_entropy(network(x), y, reduction="sum") / len(inputs)
         value.backward()
         total += float(value.detach())
     optimizer.step()
@@ -109,16 +111,22 @@ def test_a_bias_that_keeps_its_last_micro_batch_in_the_runs_precision_is_named()
     assert_last_bias_fails(certified(loop, Net(faulty=True)))
 
 
-def faulty_backend(graph: Any, inputs: Any) -> Any:
-    """Compiles, and reuses the memory of the gradient of `LAST_BIAS`."""
-    from functorch.compile import make_boxed_func
+def faulty_backend(
+    graph: Any, inputs: Any, generate: Callable[..., Any] | None = None, **options: Any
+) -> Any:
+    """Compiles, with `generate` if given, and reuses the memory of the gradient of `LAST_BIAS`."""
     from torch._dynamo.backends.common import aot_autograd
+    from torch._functorch._aot_autograd.utils import make_boxed_func
 
-    def backward(module: Any, _: Any) -> Any:
+    def forward(module: Any, examples: Any) -> Any:
+        return make_boxed_func(module) if generate is None else generate(module, examples)
+
+    def backward(module: Any, examples: Any) -> Any:
         memory: dict[torch.Size, Tensor] = {}
+        compiled = forward(module, examples)
 
         def run(*arguments: Any) -> list[Any]:
-            results = list(module(*arguments))
+            results = compiled(list(arguments))
             return [
                 in_reused_memory(memory, r) if isinstance(r, Tensor) and r.shape == (CLASSES,) else r
                 for r in results
@@ -126,9 +134,15 @@ def faulty_backend(graph: Any, inputs: Any) -> Any:
 
         return make_boxed_func(run)
 
-    return aot_autograd(fw_compiler=lambda module, _: make_boxed_func(module), bw_compiler=backward)(
-        graph, inputs
-    )
+    return aot_autograd(fw_compiler=forward, bw_compiler=backward, **options)(graph, inputs)
+
+
+def faulty_inductor(graph: Any, inputs: Any) -> Any:
+    """torch's default backend with that fault."""
+    from torch._inductor.compile_fx import compile_fx_inner
+    from torch._inductor.decomposition import select_decomp_table
+
+    return faulty_backend(graph, inputs, compile_fx_inner, decompositions=select_decomp_table())
 
 
 @pytest.fixture
@@ -143,20 +157,32 @@ def compiler(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], None]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("hooks", ["outside", "inside"])
+@pytest.mark.parametrize(
+    ("hooks", "right", "faulty"),
+    [
+        ("outside", "aot_eager", faulty_backend),
+        ("inside", "aot_eager", faulty_backend),
+        pytest.param(
+            "outside",
+            "inductor",
+            faulty_inductor,
+            marks=pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler"),
+        ),
+    ],
+)
 def test_a_compiled_model_whose_backward_reuses_memory_is_not_proved(
-    hooks: str, compiler: Callable[[Any], None]
+    hooks: str, right: str, faulty: Any, compiler: Callable[[Any], None]
 ) -> None:
     from torch._dynamo.utils import counters
 
     torch.manual_seed(0)
     compiled = functools.partial(loop, compiled=hooks)
-    compiler("aot_eager")
+    compiler(right)
     counters.clear()
     assert certified(compiled, Net()).proved
     assert counters["stats"]["unique_graphs"] and not counters["unimplemented"]  # no recompilation limit
     torch.compiler.reset()
-    compiler(faulty_backend)
+    compiler(faulty)
     assert_last_bias_fails(certified(compiled, Net()))
 
 
@@ -175,7 +201,7 @@ def test_hooks_run_outside_the_compiled_code_which_copies_share(compiler: Callab
     from torch._dynamo.utils import counters
 
     counters.clear()
-    model = Net()
+    model = each = Net()
     calls: list[tuple[int, bool]] = []
     for _ in range(3):
         each = copy.deepcopy(model)

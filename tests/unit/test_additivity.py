@@ -199,6 +199,7 @@ class Running(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
+        self.mean: Tensor
         self.register_buffer("mean", torch.zeros(()))
         self.calls = 0
 
