@@ -50,7 +50,7 @@ def diagnose(problem: Problem, failure: Failure, first_window: bool) -> tuple[li
         causes.append(cause)
     parts = decompose(problem, failure)
     found, counts = counts_causes(problem, failure, parts) if parts is not None else ([], [])
-    if average := _additivity_cause(problem, failure):
+    if parts is not None and (average := _average_cause(problem, failure, parts, counts)):
         found = [average]
     causes += found
     if not found and not failure.precision:
@@ -103,22 +103,22 @@ def _moved_cause(problem: Problem, failure: Failure) -> Cause | None:
     return failure.cause("weights", reason, "", "change weights once, after the window's last micro-batch")
 
 
-def _additivity_cause(problem: Problem, failure: Failure) -> Cause | None:
-    """The cause if the loss is a mean over something else than samples, which `certify` was not told."""
-    if hasattr(problem.loss, "weight") and hasattr(problem.loss, "total"):
+def _average_cause(
+    problem: Problem, failure: Failure, parts: Decomposition, counts: list[Counts]
+) -> Cause | None:
+    """The cause if the loop averages micro-batches whose loss is a mean over something else than samples."""
+    flat = [count for each in counts[0].counts for count in each] if counts else []
+    shares = [count * weight for count, weight in zip(flat, parts.weights, strict=False)]
+    alike = bool(shares) and max(shares) - min(shares) <= parts.count_tolerance * max(map(abs, shares))
+    if not (alike or (flat and all(map(parts.is_one, flat)))):
         return None
     outputs = larger_batch_of(problem, copy_in(problem.model, DOUBLE), failure.batch).outputs
-    average = loss_average(problem.loss, outputs, failure.batch[1])
-    if average is None:
+    inputs, targets = failure.batch
+    average = loss_average(problem.loss, outputs, targets, copy_in(problem.model, DOUBLE), inputs)
+    if average is None or average.kind == "coupled":
         return None
-    reason = (
-        f"your loss averages over {average.description}, not over {average.samples} samples, and the loop "
-        "weighs micro-batches as if it did"
-    )
-    advice = (
-        "give the loss `weight(targets)` and `total(outputs, targets)`, and divide by the window's weight"
-    )
-    return failure.cause("wrong denominator", reason, "measured on parts of the batch", advice)
+    shown = "the loss of parts of the batch was compared with that of all of it"
+    return failure.cause("loss average", average.reason, shown, average.advice)
 
 
 def _coupled(problem: Problem, failure: Failure) -> list[Cause]:

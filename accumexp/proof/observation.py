@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..accum.batch import batch_size, tensors
 from ..accum.memory import SavedActivations, measure_activations
+from .compilation import outside_graphs
 from .fixed_draws import seeded_draws
 from .float64 import keep_float64
 from .larger_batch import Gradient, dense
@@ -173,7 +174,8 @@ def observing(
         if parameter.grad is not None and bool(dense(unsharded(parameter.grad)).any()):
             observation.initial[name] = dense(unsharded(parameter.grad)).detach().clone()
     with ExitStack() as stack:
-        stack.enter_context(state.inner.register_forward_pre_hook(before_forward, with_kwargs=True))
+        hook = outside_graphs(before_forward)
+        stack.enter_context(state.inner.register_forward_pre_hook(hook, with_kwargs=True))
         stack.enter_context(state.optimizer.register_step_pre_hook(before_step))
         for name, parameter in state.parameters().items() if arrivals else ():
             if parameter.requires_grad:

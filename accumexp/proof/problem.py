@@ -45,6 +45,7 @@ class Problem:
         clip_value: the largest absolute value of the gradient's elements, after `clip_norm`, or None.
         transform_gradient, perturb, state, drop_last: see `certify`.
         hand_changed: frozen parameters and buffers that the loop itself changes.
+        compiled: whether the loop's model is compiled in the run's own precision. The larger batch never is.
     """
 
     train_window: TrainWindow
@@ -69,6 +70,7 @@ class Problem:
     state: Mapping[str, nn.Module | Tensor] = field(default_factory=dict)
     hand_changed: frozenset[str] = frozenset()
     drop_last: bool = False
+    compiled: bool = False
 
     @property
     def device(self) -> torch.device:
@@ -81,10 +83,13 @@ class Problem:
 
     @property
     def precision_name(self) -> str:
-        """The run's precision as checks name it, such as "bf16" or "loss-scaled fp16"."""
+        """The run's precision as checks name it, such as "bf16", "loss-scaled fp16" or "compiled fp32"."""
         names = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
         name = names[self.autocast or self.dtype]
-        return name if self.scaling is None else f"loss-scaled {name}"
+        if self.scaling is not None:
+            name = f"loss-scaled {name}"
+        # With its draws held fixed a compiled model runs eagerly, see `compilation.py`.
+        return f"compiled {name}" if self.compiled and not self.fixed_draws else name
 
     @contextmanager
     def loss_in(self, dtype: torch.dtype) -> Iterator[Callable[..., Any]]:

@@ -15,7 +15,7 @@ from ..config.loading import to_plain
 from ..config.schema import Config, LossScaling, Reduction, Strategy
 from ..environment.code_version import code_version
 from ..environment.ranks import RankInfo
-from ..errors import UsageError
+from ..errors import UsageError, compiler_error
 from ..proof import Cause, Certificate, Scaling
 from ..proof.checks import REPLAYED, Proof
 from ..proof.float64 import DOUBLE
@@ -64,6 +64,10 @@ def prove_experiment(
         ) from error
     except ValueError as error:
         raise UsageError(f"prove: {error}") from error
+    except Exception as error:
+        if explained := compiler_error(error):
+            raise explained from error
+        raise
     certificate = proof.result()
     causes = [_with_advice(cause, config) for cause in certificate.causes]
     environment = {**certificate.environment, **_code_versions()}
@@ -91,6 +95,7 @@ def problem_of(experiment: Experiment) -> Problem:
         config.seed,
         try_ignored_targets=True,
         clip_value=config.trainer.clip_value,
+        compiled=config.trainer.compile,
     )
 
 

@@ -34,6 +34,7 @@ from ..training.experiment import Experiment
 from ..training.metrics_sink import MemoryMetricsSink
 from ..training.preflight import check_batch_statistics
 from ..training.trainer import Trainer
+from .trainer_loop import compile_as_run
 
 AnyReplay = TypeVar("AnyReplay", Float64Replay, OwnPrecisionReplay)
 ONCE_AN_EPOCH = "every sample of the training split comes once an epoch"
@@ -49,12 +50,13 @@ RESUME = (
 
 
 def own_precision_config(config: Config, updates: int) -> Config:
-    """`config` for `updates` in its own precision, without evaluation, proof and recorded graphs."""
+    """`config` for `updates` in its own precision, without evaluation, proof, graphs and compilation."""
     changed = copy.deepcopy(config)
     changed.trainer.max_updates = updates
     changed.trainer.epochs = updates
     changed.trainer.eval_every = updates + 1
     changed.trainer.graph = False  # hooks do not run in a replayed graph
+    changed.trainer.compile = False  # the proof compiles by itself, see `compile_as_run`
     changed.prove = False
     return check(changed)
 
@@ -77,7 +79,7 @@ class FirstUpdates:
 
     Args:
         config: of the experiment that is replayed, with as many updates.
-        run: the run's experiment, which gives the length of the schedule.
+        run: the run's experiment, which gives the length of the schedule and whether it compiles.
         stage: called with a description of the progress.
         epoch: updates in an epoch before its last, smaller one.
     """
@@ -86,7 +88,7 @@ class FirstUpdates:
         self, config: Config, run: Experiment, stage: Callable[[str], None], epoch: int = EPOCH
     ) -> None:
         self.experiment = Experiment.build(config, run.rank_info)
-        self.scheduled_updates = run.updates
+        self.run = run
         self.stage = stage
         self._random = random_state()
         splits = self.experiment.splits
@@ -128,7 +130,7 @@ class FirstUpdates:
         restore_random_state(self._random)
         experiment = replace(self.experiment, model=copy.deepcopy(self.experiment.model))
         options = replace(experiment.options, may_stop=False)
-        trainer = experiment.trainer(MemoryMetricsSink(), self.scheduled_updates, options)
+        trainer = experiment.trainer(MemoryMetricsSink(), self.run.updates, options)
         trainer.callbacks = {**without_output(trainer.callbacks), **extra}
         return trainer
 
@@ -153,6 +155,7 @@ class FirstUpdates:
 
     def _fit(self, observer: UpdateObserver[Any]) -> Trainer:
         trainer = self.trainer({"observer": observer})
+        compile_as_run(self.run, trainer.model)
         observer.attach(trainer)
         trainer.fit()
         return trainer
