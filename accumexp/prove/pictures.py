@@ -18,9 +18,11 @@ WIDTH = 5.2  # inches: on a telephone's screen the labels can still be read
 RIGHT, WRONG, BOUND = "#0072B2", "#D55E00", "#000000"
 # How far from 1 a count is drawn as wrong.
 COUNT_TOLERANCE = 1e-3
-# The most panels of a picture, and the most bars with their value.
+# The most panels of a picture, the most bars with their value, and the most bars: more are lines, which are
+# drawn faster.
 MAX_PANELS = 12
 MAX_LABELLED = 16
+MAX_BARS = 128
 PANEL, ZERO_PANEL = 2.6, 1.5  # heights in inches; of a series without a difference the smaller one
 EMPTY_RANGE = (1e-17, 1.0)  # of an axis where every figure and bound is 0
 
@@ -116,10 +118,13 @@ def _draw_counts(axes: Axes, counts: Counts) -> None:
     positions = range(len(values))
     colours = [RIGHT if abs(value - 1) <= COUNT_TOLERANCE else WRONG for value in values]
     heights = [0.0 if math.isnan(value) else value for value in values]
-    bars = axes.bar(positions, heights, color=colours, width=0.7)
-    if len(values) <= MAX_LABELLED:
-        labels = ["?" if math.isnan(value) else f"{value + 0.0:.3g}" for value in values]
-        axes.bar_label(bars, labels, fontsize=8, padding=2)
+    if len(values) <= MAX_BARS:
+        bars = axes.bar(positions, heights, color=colours, width=0.7)
+        if len(values) <= MAX_LABELLED:
+            labels = ["?" if math.isnan(value) else f"{value + 0.0:.3g}" for value in values]
+            axes.bar_label(bars, labels, fontsize=8, padding=2)
+    else:
+        axes.vlines(positions, 0, heights, colours)
     axes.axhline(1, color=BOUND, lw=1.2)
     axes.axhline(0, color="#888888", lw=0.6)
     every = math.ceil(len(values) / MAX_LABELLED)

@@ -130,7 +130,7 @@ def markdown(certificate: Certificate, page: str) -> str:
         entries = [markdown_text(f"{label}: {text}") for label, text in explained(cause)]
         parts += [f"**{markdown_text(line)}**", "\n".join(f"- {entry}" for entry in entries)]
     parts += [f"Note: {markdown_text(note)}" for note in certificate.notes]
-    parts.append(f"With pictures, and where each bound comes from: artifact `{page}`.")
+    parts.append(f"All of it, with the pictures and the source of each bound: artifact `{page}`.")
     rows = ["| check | found | at most | |", "|---|---|---|---|"]
     for check in failed_first(certificate):
         word = mark(check)
