@@ -53,9 +53,9 @@ def make_certificate(
     if rank_info.first:
         kept = recorded(config, expressions)
         certificate = replace(certificate, config=recorded(certificate.config, expressions))
+        show(certificate, verbose)
         save(certificate, folder)
         folder.write_config(kept)
-        show(certificate, verbose)
         locations: dict[str, object] = {"page": folder.certificate_page, "certificate": folder.certificate}
         if store is not None:
             locations.update(_record(certificate, experiment, folder, store, command, tags, kept))

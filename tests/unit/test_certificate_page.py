@@ -115,7 +115,8 @@ def test_the_first_line_is_the_verdict_and_its_first_reason(
 
 def test_without_a_cause_the_first_failing_update_is_named() -> None:
     fine = Series("loss", "loss", [1], [0.0], [0.0])
-    (line,) = Certificate([check()], series=[fine, LATE]).lines
+    later = Series("loss", "loss", [9], [1.0], [0.0])
+    (line,) = Certificate([check()], series=[fine, LATE, later]).lines
     assert LATE.failing == [3, 4] and fine.failing == []
     assert line.endswith("(worst at e.weight, update 7), first in update 3; no experiment explains it")
 
@@ -321,7 +322,7 @@ def test_errors_are_drawn_beside_their_bounds_and_failing_updates_marked() -> No
     figure = errors_figure([LATE, bits, one])
     assert figure is not None
     axes = figure.axes[0]
-    lines = {str(line.get_label()): line for line in axes.lines}
+    lines: dict[str, Any] = {str(line.get_label()): line for line in axes.lines}
     assert list(lines) == ["bound", "found", "no difference", "above the bound in 2 of 4"]
     assert list(lines["bound"].get_ydata()) == [1e-14] * 4 and lines["bound"].get_color() == BOUND
     assert list(lines["found"].get_xdata()) == [2] and list(lines["no difference"].get_xdata()) == [1]
@@ -331,7 +332,8 @@ def test_errors_are_drawn_beside_their_bounds_and_failing_updates_marked() -> No
     assert failing.get_ydata()[0] == 0.2 and 0.2 < failing.get_ydata()[1] < high  # nan, at the upper end
     assert axes.get_yscale() == "log" and low > 0
     assert [label.get_text() for label in figure.axes[1].get_yticklabels()] == ["0"]
-    assert errors_figure([]) is None and len(errors_figure([LATE] * 40).axes) == MAX_PANELS  # type: ignore[union-attr]
+    many = errors_figure([LATE] * 40)
+    assert errors_figure([]) is None and many is not None and len(many.axes) == MAX_PANELS
 
 
 def test_counts_are_bars_by_rank_and_micro_batch_with_the_line_at_1() -> None:
@@ -339,11 +341,12 @@ def test_counts_are_bars_by_rank_and_micro_batch_with_the_line_at_1() -> None:
     assert figure is not None
     (axes,) = figure.axes
     bars: Any = axes.containers[0]
+    lines: list[Any] = list(axes.lines)
     assert [bar.get_height() for bar in bars] == [1.0, 0.25, 0.0, -2.0]
     assert [to_hex(bar.get_facecolor()).upper() for bar in bars] == [RIGHT, WRONG, WRONG, WRONG]
     assert [label.get_text() for label in axes.get_xticklabels()] == ["0", "1", "0", "1"]
     assert {"rank 0", "rank 1", "1", "0.25", "?", "-2"} <= {text.get_text() for text in axes.texts}
-    assert [1, 1] in [list(line.get_ydata()) for line in axes.lines] and axes.get_ylim()[0] < -2
+    assert [1, 1] in [list(line.get_ydata()) for line in lines] and axes.get_ylim()[0] < -2
     many = counts_figure([Counts("update 3", [[1.0] * 511 + [2.0]] * 8)])
     assert many is not None and not many.axes[0].containers and many.axes[0].collections
 
