@@ -123,7 +123,7 @@ def micro_batches_check(problem: Problem, observation: Observation, batch: Whole
     share = -(-problem.samples // (problem.steps * world_size()))
     off = 0 if made < problem.steps and largest <= share else abs(made - problem.steps)
     detail = f"steps={problem.steps} asked, {made} made, the largest of {largest} samples"
-    return Check("micro-batches a window", off, 0.0, "count", AS_ASKED, detail)
+    return Check("micro-batches a window", off, 0.0, "count", AS_ASKED, detail, about="micro-batches")
 
 
 def activations_check(problem: Problem, batch: WholeBatch) -> Check | None:
@@ -142,7 +142,7 @@ def activations_check(problem: Problem, batch: WholeBatch) -> Check | None:
     share = max(all_gather((_saved_bytes(problem, model, micro_batch) + copied) / larger))
     figure = max(all_gather(observation.saved_bytes / larger))
     of = f"of the larger batch's {larger / 2**20:.2f} MiB in fp64; a micro-batch and its targets: {share:.3g}"
-    return Check("saved activations", figure, 1.5 * share, "ratio", ONE_GRAPH, of)
+    return Check("saved activations", figure, 1.5 * share, "ratio", ONE_GRAPH, of, about="memory")
 
 
 def _saved_bytes(problem: Problem, model: nn.Module, batch: WholeBatch) -> int:
@@ -233,7 +233,8 @@ def collectives_check(problem: Problem, batch: WholeBatch, most: int = 1) -> Che
     numbers = sum(p.numel() for p in problem.model.parameters() if p.requires_grad)
     figure = max(all_gather(reductions.numbers / numbers))
     detail = f"{problem.steps} micro-batches on each of {world_size()} ranks"
-    return Check("gradient reductions a window", figure, most + 0.5, "count", REDUCED, detail)
+    name = "gradient reductions a window"
+    return Check(name, figure, most + 0.5, "count", REDUCED, detail, about="communication")
 
 
 def overflow_checks(problem: Problem, batch: WholeBatch) -> list[Check]:
