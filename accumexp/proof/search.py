@@ -6,7 +6,7 @@ import math
 from typing import TYPE_CHECKING
 
 from . import state_causes
-from .certificate import Cause, Check, Counts, number
+from .certificate import Cause, Check, Counts
 from .diagnosis import diagnose
 from .evidence import Failure
 from .outside import passes_of
@@ -42,8 +42,6 @@ def find_causes(proof: Proof) -> tuple[list[Cause], list[Counts]]:
     except Exception as error:
         text = f"the search for the cause failed: {type(error).__name__}: {' '.join(str(error).split())}"
         causes.append(Cause("unknown", "", text, math.nan, "", "the checks that failed stand without it"))
-    if not any(not cause.excused for cause in [*causes, *proof.causes]):
-        causes.append(_unexplained(failed[0]))
     return causes, counts
 
 
@@ -79,9 +77,3 @@ def _other_causes(proof: Proof, failed: list[Check], explained: bool) -> list[Ca
         elif (cause := state_causes.simple_cause(problem, check)) is not None:
             causes.append(cause)
     return causes
-
-
-def _unexplained(check: Check) -> Cause:
-    reason = f"{check.name} is off by {number(check.figure)} where {number(check.bound)} is allowed"
-    reason = f"{reason}: {check.detail}" if check.detail else reason
-    return Cause("unknown", "", f"no experiment explains it: {reason}", math.nan, "", "")

@@ -164,21 +164,6 @@ def low_precision_causes(problem: Problem, failed: Sequence[Check]) -> list[Caus
 def simple_cause(problem: Problem, check: Check) -> Cause | None:
     """The cause that a failed check states by itself, or None."""
     name = check.name
-    if name == "saved activations":
-        reason = (
-            f"the gradient is right, but a window keeps {check.figure:.3g} of the larger batch's activations "
-            f"where a micro-batch has {check.bound / 1.5:.3g}: more than one micro-batch's graph is alive"
-        )
-        return Cause(
-            "memory", "", reason, math.nan, "", "call backward for each micro-batch, and keep no outputs"
-        )
-    if name == "micro-batches a window":
-        advice = "split the batch into `steps` micro-batches"
-        return Cause("micro-batches", "", check.detail, math.nan, "", advice)
-    if name == "gradient reductions a window":
-        reason = f"the gradient is reduced {check.figure:.3g} times a window, once is enough"
-        advice = "run forward and backward of all micro-batches but the last in no_sync()"
-        return Cause("reductions", "", reason, math.nan, "", advice)
     if name.startswith("resume"):
         reason = (
             "a window after a stop differs: the loop keeps something that model, optimizer and schedule do "
