@@ -101,9 +101,9 @@ class Problem:
             yield self.loss
             return
         original = {name: value.data for name, value in _tensors_of(self.loss)}
-        for _, value in _tensors_of(self.loss):
-            value.data = value.data.clone()  # the loss may change its buffers in place
-        self.loss.to(torch.promote_types(dtype, torch.float32))
+        wide = torch.promote_types(dtype, torch.float32)
+        for _, value in _tensors_of(self.loss):  # copies: the loss may change its buffers in place
+            value.data = value.data.to(wide if value.is_floating_point() else value.dtype, copy=True)
         try:
             yield self.loss
         finally:

@@ -21,12 +21,12 @@ from .larger_batch import Gradient, loss_weight, relative_error
 from .observation import Observation
 from .outside import HandChanges, Snapshot
 from .problem import Problem, TrainingState, WholeBatch
-from .ranks import all_gather, worst
+from .ranks import all_gather, world_size, worst
 from .replay import BITS, ONE_STEP, Replay, tensors_of
 from .rounding import U32, U64, ExpectedUpdate, expected_update
 from .sample_ids import SampleIds
 from .state_causes import ChangedWeights, LoggedLoss
-from .windows import STATISTICS
+from .windows import AS_ASKED, STATISTICS, micro_batches_made
 
 # For a model with more than LARGE parameters the larger batch is computed in the first EVERY_UNTIL updates,
 # for every window that is smaller than usual, and for every SELDOM-th; the rest is compared in all.
@@ -97,7 +97,9 @@ class Float64Replay(Replay):
         self._previous = observation.gradient
         self._record("samples", self._missing_samples(batch, observation))
         self._record("number of updates", abs(observation.steps - 1))
-        self._record("learning rate", self._rates.compare(observation.rates, self.optimizer))
+        self._record_micro_batches(batch, observation)
+        passes = len(observation.sizes)
+        self._record("learning rate", self._rates.compare(observation.rates, self.optimizer, passes))
         self._before = before = self._weights()
         self._step_optimizer(observation)
         if observation.gradient is not None:
@@ -110,7 +112,26 @@ class Float64Replay(Replay):
         self._record("optimizer state", worst([0.0, *optimizer.values()]) if same else math.inf)
         if self.changed is None and not max(parameters.values()) <= self._bit_bound:
             names = [name for name, error in parameters.items() if not error <= self._bit_bound]
-            self.changed = ChangedWeights(number, names, before, expected_weights, self._weights())
+            entries = [name for (_, name), error in optimizer.items() if not error <= self._bit_bound]
+            self.changed = ChangedWeights(
+                number, names, before, expected_weights, self._weights(), list(dict.fromkeys(entries))
+            )
+
+    def _record_micro_batches(self, batch: WholeBatch, observation: Observation) -> None:
+        """Records how many micro-batches too few or too many a window makes: a smaller one only too few."""
+        made = micro_batches_made(self.problem, batch, observation)
+        if made is None:
+            return
+        count, largest = made
+        share = -(-self.problem.samples // (self.problem.steps * world_size()))
+        if batch_size(batch) < self._full:
+            fewest = -(-batch_size(batch) // (2 * share * world_size()))
+            self._record(
+                "micro-batches", max(0, fewest - count), f": {count} made of {batch_size(batch)} samples"
+            )
+        else:
+            off = 0 if count < self.problem.steps and largest <= share else abs(count - self.problem.steps)
+            self._record("micro-batches", off, f": steps={self.problem.steps} asked, {count} made")
 
     def _weights(self) -> Gradient:
         """A copy of the weights; empty for a large model."""
@@ -186,6 +207,8 @@ class Float64Replay(Replay):
         if self._loss is not None:
             checks.append(replace(worst_check(all_gather(self._loss)), name=f"logged loss, {over}"))
         checks.append(self._check("number of updates", "number of updates", 0.0, ONE_STEP, "count"))
+        made = self._check(f"micro-batches, {over}", "micro-batches", 0.0, AS_ASKED, "count")
+        checks.append(replace(made, about="micro-batches"))
         checks.append(self._check("samples", "samples", 0.0, EVERY_SAMPLE, "count"))
         if self.problem.scaling is not None and self._scales:
             checks.append(self._scale_check())
@@ -259,12 +282,18 @@ class LearningRates:
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
         self._pairs: list[tuple[list[float], list[float]]] = []
+        self._passes: list[int] = []
 
-    def compare(self, rates: list[float], optimizer: Optimizer) -> float:
-        """The largest relative error of the loop's `rates`; those of `optimizer` are right."""
+    def compare(self, rates: list[float], optimizer: Optimizer, passes: int) -> float:
+        """The largest relative error of the loop's `rates`; those of `optimizer` are right.
+
+        Args:
+            passes: forward passes of the window.
+        """
         expected = [float(group["lr"]) for group in optimizer.param_groups]
         if rates:
             self._pairs.append((rates, expected))
+            self._passes.append(passes)
         pairs = zip(rates or expected, expected, strict=False)
         return max(abs(rate - right) / (abs(right) or 1.0) for rate, right in pairs)
 
@@ -278,11 +307,14 @@ class LearningRates:
                 of_group = f" of parameter group {group}" if groups > 1 else ""
                 reason = f"the learning rate{of_group} is {ratios[0]:.4g} times the schedule's"
                 return [_cause(reason, update, "take the optimizer's own learning rate")]
-        for steps in range(2, MOST_STEPS + 1):
-            if self._follow(steps):
-                reason = f"the schedule is stepped {steps} times an update"
+        for steps in [0, *range(2, MOST_STEPS + 1)]:
+            constant = [steps] * len(self._pairs)
+            if any(self._follow(constant, before) for before in range(max(1, steps))):
+                times = f"stepped {steps} times an update" if steps else "never stepped"
                 advice = "step it once after the optimizer's step, on every rank once"
-                return [_cause(reason, update, advice)]
+                return [_cause(f"the schedule is {times}", update, advice)]
+        if any(self._follow(self._passes, before) for before in (0, self._passes[0] - 1, self._passes[0])):
+            return [_cause("the schedule is stepped once a micro-batch", update, "step it once an update")]
         for number, (rates, right) in enumerate(self._pairs, 1):
             for group, (rate, expected) in enumerate(zip(rates, right, strict=False)):
                 if rate != expected:
@@ -294,19 +326,28 @@ class LearningRates:
                     ]
         return []
 
-    def _follow(self, steps: int) -> bool:
-        """Whether the loop's rates are those of a schedule that is stepped `steps` times an update."""
+    def _follow(self, steps: list[int], before: int) -> bool:
+        """Whether the loop's rates are those of a schedule with so many `steps` in each update.
+
+        Args:
+            before: how many of the first update's steps come before the optimizer's; of a later update as
+                many fewer or more as it has steps.
+        """
         if self.problem.scheduler is None:
             return False
         optimizer = self.problem.optimizer(list(copy.deepcopy(self.problem.model).parameters()))
         schedule = self.problem.scheduler(optimizer)
-        for rates, _ in self._pairs:
-            if abs(rates[0] - float(optimizer.param_groups[0]["lr"])) > 1e-12 * abs(rates[0]):
-                return False
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # the optimizer is not stepped
-                for _ in range(steps):
+        made = 0
+        due = 0
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the optimizer is not stepped
+            for (rates, _), of_update in zip(self._pairs, steps, strict=True):
+                for _ in range(due + max(0, before + of_update - steps[0]) - made):
                     schedule.step()
+                    made += 1
+                if abs(rates[0] - float(optimizer.param_groups[0]["lr"])) > 1e-12 * abs(rates[0]):
+                    return False
+                due += of_update
         return True
 
 

@@ -59,11 +59,6 @@ def _other_causes(proof: Proof, failed: list[Check], explained: bool) -> list[Ca
     problem, replay = proof.problem, proof.replay
     passes = passes_of(proof.first, proof.batch(0))
     causes: list[Cause] = []
-    if not explained:
-        wrong_rate = any(check.name.startswith("learning rate") for check in failed)
-        if replay is not None and replay.changed is not None and not wrong_rate:
-            causes.append(state_causes.changed_weights_cause(replay.changed, passes))
-        causes += state_causes.low_precision_causes(problem, failed)
     kinds: set[str] = set()
     for check in failed:
         kind = check.name.partition(",")[0]
@@ -73,7 +68,12 @@ def _other_causes(proof: Proof, failed: list[Check], explained: bool) -> list[Ca
         if kind == "buffers":
             causes.append(state_causes.buffers_cause(problem, check, passes))
         elif kind == "logged loss" and replay is not None and replay.logged is not None:
-            causes.append(state_causes.logged_loss_cause(problem, replay.logged, check))
-        elif (cause := state_causes.simple_cause(problem, check)) is not None:
+            causes.append(state_causes.logged_loss_cause(problem, replay.logged))
+        elif (cause := state_causes.simple_cause(check)) is not None:
             causes.append(cause)
+    if explained or kinds & {"state", "buffers", "learning rate"}:
+        return causes
+    if replay is not None and replay.changed is not None:
+        causes.insert(0, state_causes.changed_weights_cause(problem, replay.changed, passes))
+    causes += state_causes.low_precision_causes(problem, failed)
     return causes

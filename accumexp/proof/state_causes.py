@@ -27,6 +27,7 @@ class ChangedWeights:
         names: the parameters that differ.
         before, expected, actual: weights before the update, as the optimizer leaves them, and as the loop
             does; empty for a large model.
+        optimizer_entries: of the optimizer's state that differ too, such as "momentum_buffer".
     """
 
     update: int
@@ -34,6 +35,7 @@ class ChangedWeights:
     before: Gradient
     expected: Gradient
     actual: Gradient
+    optimizer_entries: list[str]
 
 
 @dataclass(frozen=True)
@@ -48,13 +50,26 @@ class LoggedLoss:
     weights: Gradient
 
 
-def changed_weights_cause(changed: ChangedWeights, micro_batches: int) -> Cause:
+def changed_weights_cause(problem: Problem, changed: ChangedWeights, micro_batches: int) -> Cause:
     """The cause if weights change outside the optimizer."""
     names = changed.names
     where = ", ".join(names[:3]) + (f", ... ({len(names)} parameters)" if len(names) > 3 else "")
     reason = f"the loop changes the weights itself, beside the optimizer, in update {changed.update}"
     shown = "the optimizer's step was repeated on the same gradient"
     advice = "leave weights to the optimizer, or change them by an option of it (weight_decay)"
+    frozen = {name for name, p in problem.model.named_parameters() if not p.requires_grad}
+    if frozen.issuperset(names):
+        reason = (
+            f"the loop changes frozen parameters itself, in update {changed.update}, otherwise than with a "
+            "single micro-batch"
+        )
+        advice = "change them once a window, after the optimizer's step, and split the batch into `steps`"
+        return Cause("state", where, reason, math.nan, "", advice)
+    if changed.optimizer_entries:
+        entries = ", ".join(changed.optimizer_entries)
+        reason = f"the optimizer's {entries} is changed or lost beside its steps, in update {changed.update}"
+        advice = "leave the optimizer's state to its steps, and load it with the weights"
+        return Cause("optimizer state", where, reason, math.nan, shown, advice)
     if not changed.actual:
         return Cause("weights", where, reason, math.nan, shown, advice)
     difference = {name: changed.actual[name].double() - changed.expected[name].double() for name in names}
@@ -79,7 +94,7 @@ def changed_weights_cause(changed: ChangedWeights, micro_batches: int) -> Cause:
     return Cause("weights", where, f"{reason}, by {number(size / of)} of their norm", math.nan, shown, advice)
 
 
-def logged_loss_cause(problem: Problem, logged: LoggedLoss, check: Check) -> Cause:
+def logged_loss_cause(problem: Problem, logged: LoggedLoss) -> Cause:
     """What the loop logs instead of the larger batch's loss."""
     advice = "log the window's loss: the sum of the micro-batches' sums over the window's weight"
     reason = (
@@ -161,7 +176,7 @@ def low_precision_causes(problem: Problem, failed: Sequence[Check]) -> list[Caus
     return [Cause("low-precision accumulation", "", reason, addition.figure, shown, advice)]
 
 
-def simple_cause(problem: Problem, check: Check) -> Cause | None:
+def simple_cause(check: Check) -> Cause | None:
     """The cause that a failed check states by itself, or None."""
     name = check.name
     if name.startswith("resume"):

@@ -78,6 +78,13 @@ def _decay(problem: Problem, parts: Decomposition, rest: Gradient, size: float) 
         factor = _factor(rest, term, size, parts.tolerance)
         if factor is None:
             continue
+        right = _factor(_transformation(problem, parts, rest), term, size, parts.tolerance) or 0.0
+        total = factor + right
+        if right and abs(total - number * right) <= 1e-3 * abs(total):
+            return (
+                f"{total:.4g} times {what} is added to it: {right:.4g} in each of {number} micro-batches",
+                ONCE,
+            )
         if factor < 0:
             return f"{-factor:.4g} times {what} is missing in it", ONCE
         single = gradient_in_one(problem, parts)
@@ -88,6 +95,13 @@ def _decay(problem: Problem, parts: Decomposition, rest: Gradient, size: float) 
             return f"{factor:.4g} times {what} is added to it: {each}", ONCE
         return f"{factor:.4g} times {what} is added to it, which the loss does not have", SAY_SO
     return None
+
+
+def _transformation(problem: Problem, parts: Decomposition, rest: Gradient) -> Gradient:
+    """What `Problem.transform_gradient` should add."""
+    exact = parts.failure.expected.larger.gradient
+    made = transformed(problem, parts.failure.model, exact)
+    return {name: made[name].double() - exact[name].double() for name in rest}
 
 
 def _sum(parts: Decomposition, name: str) -> torch.Tensor:

@@ -111,18 +111,31 @@ def buffers_check(problem: Problem, state: TrainingState, expected: dict[str, Te
     return Check("buffers", figure, 8 * problem.samples * U64, "relative", STATISTICS, at)
 
 
+def micro_batches_made(
+    problem: Problem, batch: WholeBatch, observation: Observation
+) -> tuple[int, int] | None:
+    """(micro-batches that a rank makes, samples of the largest); None if no pass was seen. Collective.
+
+    Of several ranks the one that is furthest from the problem's steps.
+    """
+    every = all_gather((passes_of(observation, batch), max(observation.sizes, default=0)))
+    if not any(largest for _, largest in every):
+        return None
+    return max(every, key=lambda each: abs(each[0] - problem.steps))
+
+
 def micro_batches_check(problem: Problem, observation: Observation, batch: WholeBatch) -> Check | None:
     """Checks that the window makes as many micro-batches as were asked for.
 
     Fewer ones pass if none is larger than asked: torch.chunk makes 5 of 9 samples where 6 are asked.
     """
-    every = all_gather((passes_of(observation, batch), max(observation.sizes, default=0)))
-    if not any(largest for _, largest in every):
+    made = micro_batches_made(problem, batch, observation)
+    if made is None:
         return None
-    made, largest = max(every, key=lambda each: abs(each[0] - problem.steps))
+    count, largest = made
     share = -(-problem.samples // (problem.steps * world_size()))
-    off = 0 if made < problem.steps and largest <= share else abs(made - problem.steps)
-    detail = f"steps={problem.steps} asked, {made} made, the largest of {largest} samples"
+    off = 0 if count < problem.steps and largest <= share else abs(count - problem.steps)
+    detail = f"steps={problem.steps} asked, {count} made, the largest of {largest} samples"
     return Check("micro-batches a window", off, 0.0, "count", AS_ASKED, detail, about="micro-batches")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from ..accum.batch import tensors
 from .counts import Decomposition
 from .larger_batch import norm
 
@@ -129,6 +130,8 @@ def _uniform(parts: Decomposition, count: float, subject: str) -> tuple[str, str
     ]
     near = max(1e-6, parts.count_tolerance)
     why = next((text for value, text in factors if value != 1 and abs(count - value) <= near * value), "")
+    if not why:
+        why = _other_denominator(parts, windows / count if count else 0.0)
     if parts.problem.scaling is not None:
         factors.append(
             (count, "the loss scale is in it") if abs(math.log2(abs(count) or 1.0)) >= 5 else (1.0, "")
@@ -137,6 +140,23 @@ def _uniform(parts: Decomposition, count: float, subject: str) -> tuple[str, str
         return clipping
     reason = f"{subject} is {count:.6g} times the larger batch's"
     return (f"{reason}: {why}" if why else reason), "divide by the window's own weight, once"
+
+
+def _other_denominator(parts: Decomposition, divisor: float) -> str:
+    """What `divisor` is, by which the sum of the micro-batches' means seems to be divided; or ""."""
+    windows, weights = len(parts.weights), parts.weights
+    total = sum(weights)
+    targets = [t for t in tensors(parts.failure.batch[1]) if not t.is_floating_point()]
+    elements = targets[0].numel() if targets else 0
+    near = max(1e-6, parts.count_tolerance) * max(1.0, divisor)
+    if elements and abs(divisor * total / windows - elements) <= near * total:
+        return f"divided by all {elements} targets, where {total:g} count"
+    for place, weight in (("last", weights[-1]), ("first", weights[0])):
+        if weight != total / windows and abs(divisor * total - windows * windows * weight) <= near * total:
+            return f"divided by {windows} times the {place} micro-batch's weight, {weight:g}"
+    if divisor >= 1 and abs(divisor - round(divisor)) <= near and round(divisor) != windows:
+        return f"divided by {round(divisor)} where {windows} micro-batches are added"
+    return ""
 
 
 def _clipping(parts: Decomposition, count: float) -> tuple[str, str] | None:
