@@ -16,6 +16,7 @@ from .counts import decompose
 from .evidence import Failure
 from .float64 import DOUBLE
 from .gradients import MAX_SKIPPED, Comparison, compare_window
+from .micro_batches import micro_batches_check, passes_of
 from .observation import Observation, observe
 from .outside import Snapshot, hand_changed
 from .own_precision import OwnPrecisionReplay, precision_checks
@@ -151,7 +152,7 @@ class Proof:
         comparison, self.first, expected = compare_window(problem, batch, state)
         self.add(comparison.as_check("gradient, fp64"))
         self.keep_failure(batch, comparison, self.first, expected)
-        self.add(windows.micro_batches_check(problem, self.first, batch))
+        self.add(micro_batches_check(problem, self.first, batch))
         changed = hand_changed(problem, cast(batch, DOUBLE), state, expected.larger.buffers)
         self.problem = problem = replace(problem, hand_changed=changed)
         self._count_micro_batches(batch, comparison, expected)
@@ -237,7 +238,14 @@ class Proof:
         if all(check.passed for check in self.checks):
             return
         self.progress("why")
-        causes, counts = find_causes(self)
+        causes, counts = find_causes(
+            self.problem,
+            self.checks,
+            self.windows,
+            self.replay,
+            self.own_replay,
+            passes_of(self.first, self.batch(0)),
+        )
         self.causes = [*causes, *self.causes]
         self.counts = counts or self.counts
 

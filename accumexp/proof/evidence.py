@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass, field
-from itertools import accumulate, pairwise
 
-import torch
 from torch import nn
 
-from ..accum.batch import batch_size
 from .certificate import Cause
 from .gradients import Comparison
 from .larger_batch import Gradient
 from .observation import Observation
-from .problem import Problem, WholeBatch
-from .ranks import all_gather, world_size
+from .problem import WholeBatch
 from .rounding import ExpectedUpdate
-
-MicroBatches = list[list[list[int]]]
 
 
 @dataclass(eq=False)
@@ -76,47 +69,3 @@ def updates_in_words(failing: list[int], compared: list[int]) -> str:
         return f"from update {first} on"
     more = ", ".join(map(str, failing[:4])) + (", ..." if len(failing) > 4 else "")
     return f"in updates {more}"
-
-
-def rank_micro_batches(batch: WholeBatch, observation: Observation) -> MicroBatches | None:
-    """The sample numbers of the micro-batches of each rank; None if they are not known. A collective call.
-
-    Where a window passes every sample several times, its last pass counts. Rows that are not in the batch are
-    taken in their order on a single rank, if their number is right.
-    """
-    samples = batch_size(batch)
-    ranks = all_gather((observation.micro_batches, observation.sizes))
-    if any(numbers is None for micro_batches, _ in ranks for numbers in micro_batches):
-        sizes = ranks[0][1]
-        if world_size() > 1 or sum(sizes) != samples:
-            return None
-        return [[list(range(a, b)) for a, b in pairwise(accumulate(sizes, initial=0))]]
-    known = [[list(numbers or ()) for numbers in micro_batches] for micro_batches, _ in ranks]
-    times = Counter(number for each in known for numbers in each for number in numbers)
-    most = max(times.values(), default=0)
-    if most > 1 and set(times.values()) == {most} and len(times) == samples:
-        known = [_last_passes(each) for each in known]
-    return known if any(known) else None
-
-
-def _last_passes(micro_batches: list[list[int]]) -> list[list[int]]:
-    """The last forward pass of every micro-batch that is passed several times."""
-    last: list[list[int]] = []
-    seen: set[int] = set()
-    for numbers in reversed(micro_batches):
-        if seen.isdisjoint(numbers):
-            last.append(numbers)
-            seen.update(numbers)
-    return last[::-1]
-
-
-def is_partition(micro_batches: MicroBatches, samples: int) -> bool:
-    """Whether every sample is in exactly one of the micro-batches."""
-    numbers = sorted(number for each in micro_batches for part in each for number in part)
-    return numbers == list(range(samples))
-
-
-def even_micro_batches(problem: Problem, samples: int) -> MicroBatches:
-    """The samples in order, cut into micro-batches of the problem's size."""
-    size = -(-problem.samples // (problem.steps * world_size()))
-    return [[part.tolist() for part in torch.arange(samples).split(size)]]

@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..accum.batch import batch_size, tensors
+from ..accum.batch import tensors
 from .certificate import Check, excess
 from .evidence import updates_in_words
 from .larger_batch import relative_error
-from .observation import Observation, observe
+from .micro_batches import passes_of
+from .observation import observe
 from .problem import Problem, TrainingState, WholeBatch, copy_in, rows
 from .ranks import all_gather, worst
 from .rounding import U64
@@ -141,10 +142,3 @@ def hand_changed(
 
 def _rows_of(batch: WholeBatch) -> Tensor:
     return tensors(batch[0])[0]
-
-
-def passes_of(observation: Observation, batch: WholeBatch) -> int:
-    """The number of micro-batches of a window: forward passes over how often it passes a sample."""
-    samples = batch_size(batch)
-    times = max(1, round(sum(observation.sizes) / samples)) if samples else 1
-    return max(1, round(len(observation.sizes) / times))

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import copy
 import math
-import warnings
 from collections import Counter
 from dataclasses import replace
 from itertools import chain
 
 from torch import Tensor
-from torch.optim import Optimizer
 
 from ..accum.batch import batch_size
 from .certificate import Cause, Check, Series, excess, worst_check
@@ -18,6 +16,8 @@ from .evidence import Failure, updates_in_words
 from .float64 import DOUBLE
 from .gradients import Comparison, compare, measured_loss_scale
 from .larger_batch import Gradient, loss_weight, relative_error
+from .learning_rates import LearningRates
+from .micro_batches import AS_ASKED, micro_batches_made
 from .observation import Observation
 from .outside import HandChanges, Snapshot
 from .problem import Problem, TrainingState, WholeBatch
@@ -26,15 +26,13 @@ from .replay import BITS, ONE_STEP, Replay, tensors_of
 from .rounding import U32, U64, ExpectedUpdate, expected_update
 from .sample_ids import SampleIds
 from .state_causes import ChangedWeights, LoggedLoss
-from .windows import AS_ASKED, STATISTICS, micro_batches_made
+from .windows import STATISTICS
 
 # For a model with more than LARGE parameters the larger batch is computed in the first EVERY_UNTIL updates,
 # for every window that is smaller than usual, and for every SELDOM-th; the rest is compared in all.
 LARGE = 2_000_000
 EVERY_UNTIL = 10
 SELDOM = 10
-# The largest number of schedule steps in an update that is considered as a cause.
-MOST_STEPS = 64
 SCHEDULED = "the schedule is stepped once an update"
 EVERY_SAMPLE = "every sample of the batch is passed to the model in its window"
 LOGGED = "fp64 rounding of the larger batch's mean loss, and of one that is added up in fp32: (N+1) u of it"
@@ -274,83 +272,3 @@ class Float64Replay(Replay):
         grows = f"it grows {scaling.growth_factor:g}-fold after {interval}"
         detail = f"{ratio:g} times the first in update {update}"
         return Check("loss scale by update", error, 0.01, "log ratio", grows, detail)
-
-
-class LearningRates:
-    """The rates of every update, by parameter group: the loop's and the schedule's."""
-
-    def __init__(self, problem: Problem) -> None:
-        self.problem = problem
-        self._pairs: list[tuple[list[float], list[float]]] = []
-        self._passes: list[int] = []
-
-    def compare(self, rates: list[float], optimizer: Optimizer, passes: int) -> float:
-        """The largest relative error of the loop's `rates`; those of `optimizer` are right.
-
-        Args:
-            passes: forward passes of the window.
-        """
-        expected = [float(group["lr"]) for group in optimizer.param_groups]
-        if rates:
-            self._pairs.append((rates, expected))
-            self._passes.append(passes)
-        pairs = zip(rates or expected, expected, strict=False)
-        return max(abs(rate - right) / (abs(right) or 1.0) for rate, right in pairs)
-
-    def causes(self, update: int) -> list[Cause]:
-        """Why the rates are wrong, most of all in `update`: a constant factor, or too many schedule steps."""
-        groups = len(self._pairs[0][1]) if self._pairs else 0
-        for group in range(groups):
-            pairs = [(rates[group], right[group]) for rates, right in self._pairs if len(rates) == groups]
-            ratios = [rate / right for rate, right in pairs if right]
-            if ratios and ratios[0] != 1 and max(ratios) - min(ratios) <= 1e-9 * abs(ratios[0]):
-                of_group = f" of parameter group {group}" if groups > 1 else ""
-                reason = f"the learning rate{of_group} is {ratios[0]:.4g} times the schedule's"
-                return [_cause(reason, update, "take the optimizer's own learning rate")]
-        for steps in [0, *range(2, MOST_STEPS + 1)]:
-            constant = [steps] * len(self._pairs)
-            if any(self._follow(constant, before) for before in range(max(1, steps))):
-                times = f"stepped {steps} times an update" if steps else "never stepped"
-                advice = "step it once after the optimizer's step, on every rank once"
-                return [_cause(f"the schedule is {times}", update, advice)]
-        if any(self._follow(self._passes, before) for before in (0, self._passes[0] - 1, self._passes[0])):
-            return [_cause("the schedule is stepped once a micro-batch", update, "step it once an update")]
-        for number, (rates, right) in enumerate(self._pairs, 1):
-            for group, (rate, expected) in enumerate(zip(rates, right, strict=False)):
-                if rate != expected:
-                    of_group = f" of parameter group {group}" if groups > 1 else ""
-                    figures = f"is {rate:.4g} in update {number}, the schedule's is {expected:.4g}"
-                    reason = f"the learning rate{of_group} {figures}"
-                    return [
-                        Cause("schedule", "", reason, math.nan, "", "take the optimizer's own learning rate")
-                    ]
-        return []
-
-    def _follow(self, steps: list[int], before: int) -> bool:
-        """Whether the loop's rates are those of a schedule with so many `steps` in each update.
-
-        Args:
-            before: how many of the first update's steps come before the optimizer's; of a later update as
-                many fewer or more as it has steps.
-        """
-        if self.problem.scheduler is None:
-            return False
-        optimizer = self.problem.optimizer(list(copy.deepcopy(self.problem.model).parameters()))
-        schedule = self.problem.scheduler(optimizer)
-        made = 0
-        due = 0
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the optimizer is not stepped
-            for (rates, _), of_update in zip(self._pairs, steps, strict=True):
-                for _ in range(due + max(0, before + of_update - steps[0]) - made):
-                    schedule.step()
-                    made += 1
-                if abs(rates[0] - float(optimizer.param_groups[0]["lr"])) > 1e-12 * abs(rates[0]):
-                    return False
-                due += of_update
-        return True
-
-
-def _cause(reason: str, update: int, advice: str) -> Cause:
-    shown = f"from update {update} on the loop's learning rates are exactly those"
-    return Cause("schedule", "", reason, math.nan, shown, advice)

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 from . import state_causes
 from .certificate import Cause, Check, Counts
 from .diagnosis import diagnose
 from .evidence import Failure
-from .outside import passes_of
-
-if TYPE_CHECKING:
-    from .checks import Proof
+from .own_precision import OwnPrecisionReplay
+from .problem import Problem
+from .replay_float64 import Float64Replay
 
 # Checks whose failure follows from a wrong gradient or from optimizer steps in the middle of a window.
 CONSEQUENCES = (
@@ -27,17 +26,34 @@ CONSEQUENCES = (
 )
 
 
-def find_causes(proof: Proof) -> tuple[list[Cause], list[Counts]]:
-    """The causes of the failed checks of `proof`, the most important first. A collective call."""
-    failed = [check for check in proof.checks if not check.passed]
+def find_causes(
+    problem: Problem,
+    checks: Sequence[Check],
+    windows: Sequence[Failure],
+    replay: Float64Replay | None,
+    own_replay: OwnPrecisionReplay | None,
+    micro_batches: int,
+) -> tuple[list[Cause], list[Counts]]:
+    """The causes of the failed `checks`, the most important first, and counts. A collective call.
+
+    Args:
+        windows: failures in windows of their own, from the first weights.
+        replay, own_replay: of the updates, in fp64 and in the run's own precision.
+        micro_batches: of the first window.
+    """
+    failed = [check for check in checks if not check.passed]
     causes: list[Cause] = []
     counts: list[Counts] = []
-    failure = first_failure(proof)
+    whole = [failure for failure in windows if not failure.window]
+    replayed = replay.failure if replay is not None else None
+    own = own_replay.failure if own_replay is not None else None
+    # The first window, else the first update in fp64, else a smaller window or one in the own precision.
+    failure = next((each for each in [*whole, replayed, *windows, own] if each is not None), None)
     try:
         if failure is not None:
-            causes, counts = diagnose(proof.problem, failure, failure in proof.windows)
+            causes, counts = diagnose(problem, failure, failure in windows)
         explained = any(cause.source != "unknown" for cause in causes)
-        others = _other_causes(proof, failed, explained)
+        others = _other_causes(problem, failed, replay, micro_batches, explained)
         causes = [*causes, *others] if explained or not others else others
     except Exception as error:
         text = f"the search for the cause failed: {type(error).__name__}: {' '.join(str(error).split())}"
@@ -45,19 +61,14 @@ def find_causes(proof: Proof) -> tuple[list[Cause], list[Counts]]:
     return causes, counts
 
 
-def first_failure(proof: Proof) -> Failure | None:
-    """The first window if it fails; else the first update in fp64, a smaller window, or one in the run's
-    own precision."""
-    whole = [failure for failure in proof.windows if not failure.window]
-    replayed = proof.replay.failure if proof.replay is not None else None
-    own = proof.own_replay.failure if proof.own_replay is not None else None
-    return next((each for each in [*whole, replayed, *proof.windows, own] if each is not None), None)
-
-
-def _other_causes(proof: Proof, failed: list[Check], explained: bool) -> list[Cause]:
-    """Causes of checks that do not follow from a wrong gradient."""
-    problem, replay = proof.problem, proof.replay
-    passes = passes_of(proof.first, proof.batch(0))
+def _other_causes(
+    problem: Problem,
+    failed: Sequence[Check],
+    replay: Float64Replay | None,
+    micro_batches: int,
+    explained: bool,
+) -> list[Cause]:
+    """Causes of checks that do not follow from a wrong gradient, or of all if that is not `explained`."""
     causes: list[Cause] = []
     kinds: set[str] = set()
     for check in failed:
@@ -66,7 +77,7 @@ def _other_causes(proof: Proof, failed: list[Check], explained: bool) -> list[Ca
             continue
         kinds.add(kind)
         if kind == "buffers":
-            causes.append(state_causes.buffers_cause(problem, check, passes))
+            causes.append(state_causes.buffers_cause(problem, check, micro_batches))
         elif kind == "logged loss" and replay is not None and replay.logged is not None:
             causes.append(state_causes.logged_loss_cause(problem, replay.logged))
         elif (cause := state_causes.simple_cause(check)) is not None:
@@ -74,6 +85,6 @@ def _other_causes(proof: Proof, failed: list[Check], explained: bool) -> list[Ca
     if explained or kinds & {"state", "buffers", "learning rate"}:
         return causes
     if replay is not None and replay.changed is not None:
-        causes.insert(0, state_causes.changed_weights_cause(problem, replay.changed, passes))
+        causes.insert(0, state_causes.changed_weights_cause(problem, replay.changed, micro_batches))
     causes += state_causes.low_precision_causes(problem, failed)
     return causes

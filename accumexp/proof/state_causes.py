@@ -10,9 +10,9 @@ import torch
 
 from ..accum.batch import batch_size
 from .certificate import Cause, Check, number
-from .evidence import rank_micro_batches
 from .float64 import DOUBLE
 from .larger_batch import Gradient, dot, norm
+from .micro_batches import rank_micro_batches
 from .observation import Observation
 from .problem import Problem, WholeBatch, copy_in, rows
 from .rounding import larger_batch_of

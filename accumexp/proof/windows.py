@@ -22,7 +22,6 @@ from .float64 import DOUBLE, keep_float64
 from .gradients import first_update, measured_loss_scale
 from .larger_batch import call, larger_batch, relative_error
 from .observation import Observation, observe
-from .outside import passes_of
 from .problem import Problem, TrainingState, WholeBatch, cast, copy_in, rows, unsharded
 from .ranks import all_gather, rank, world_size, worst
 from .replay import SHARDED, tensors_of
@@ -34,7 +33,6 @@ LOADED = "state saved between two windows and loaded again: not a bit may differ
 ONE_GRADIENT = "one gradient is reduced for all ranks: not a bit may differ between them"
 SKIPPED = "a window that overflows changes no weight and no optimizer state"
 MOVES_ONCE = "it moves once a window, for any number of overflows; measured by the next window's gradient"
-AS_ASKED = "forward passes in a window, over how often it passes a sample; as many as `steps`"
 REDUCED = "the numbers that reducing collectives carry, over the parameters': each reduction adds 1"
 
 
@@ -109,34 +107,6 @@ def buffers_check(problem: Problem, state: TrainingState, expected: dict[str, Te
     figure = worst(all_gather(errors[name]))
     at = f"worst at {name}" if figure else "no difference"
     return Check("buffers", figure, 8 * problem.samples * U64, "relative", STATISTICS, at)
-
-
-def micro_batches_made(
-    problem: Problem, batch: WholeBatch, observation: Observation
-) -> tuple[int, int] | None:
-    """(micro-batches that a rank makes, samples of the largest); None if no pass was seen. Collective.
-
-    Of several ranks the one that is furthest from the problem's steps.
-    """
-    every = all_gather((passes_of(observation, batch), max(observation.sizes, default=0)))
-    if not any(largest for _, largest in every):
-        return None
-    return max(every, key=lambda each: abs(each[0] - problem.steps))
-
-
-def micro_batches_check(problem: Problem, observation: Observation, batch: WholeBatch) -> Check | None:
-    """Checks that the window makes as many micro-batches as were asked for.
-
-    Fewer ones pass if none is larger than asked: torch.chunk makes 5 of 9 samples where 6 are asked.
-    """
-    made = micro_batches_made(problem, batch, observation)
-    if made is None:
-        return None
-    count, largest = made
-    share = -(-problem.samples // (problem.steps * world_size()))
-    off = 0 if count < problem.steps and largest <= share else abs(count - problem.steps)
-    detail = f"steps={problem.steps} asked, {count} made, the largest of {largest} samples"
-    return Check("micro-batches a window", off, 0.0, "count", AS_ASKED, detail, about="micro-batches")
 
 
 def activations_check(problem: Problem, batch: WholeBatch) -> Check | None:

@@ -1,0 +1,97 @@
+"""The micro-batches that a window made: their samples, by rank, and their number."""
+
+from __future__ import annotations
+
+from collections import Counter
+from itertools import accumulate, pairwise
+
+import torch
+
+from ..accum.batch import batch_size
+from .certificate import Check
+from .observation import Observation
+from .problem import Problem, WholeBatch
+from .ranks import all_gather, world_size
+
+AS_ASKED = "forward passes in a window, over how often it passes a sample; as many as `steps`"
+# Sample numbers, by rank and micro-batch.
+MicroBatches = list[list[list[int]]]
+
+
+def rank_micro_batches(batch: WholeBatch, observation: Observation) -> MicroBatches | None:
+    """The sample numbers of the micro-batches of each rank; None if they are not known. A collective call.
+
+    Where a window passes every sample several times, its last pass counts. Rows that are not in the batch are
+    taken in their order on a single rank, if their number is right.
+    """
+    samples = batch_size(batch)
+    ranks = all_gather((observation.micro_batches, observation.sizes))
+    if any(numbers is None for micro_batches, _ in ranks for numbers in micro_batches):
+        sizes = ranks[0][1]
+        if world_size() > 1 or sum(sizes) != samples:
+            return None
+        return [[list(range(a, b)) for a, b in pairwise(accumulate(sizes, initial=0))]]
+    known = [[list(numbers or ()) for numbers in micro_batches] for micro_batches, _ in ranks]
+    times = Counter(number for each in known for numbers in each for number in numbers)
+    most = max(times.values(), default=0)
+    if most > 1 and set(times.values()) == {most} and len(times) == samples:
+        known = [_last_passes(each) for each in known]
+    return known if any(known) else None
+
+
+def _last_passes(micro_batches: list[list[int]]) -> list[list[int]]:
+    """The last forward pass of every micro-batch that is passed several times."""
+    last: list[list[int]] = []
+    seen: set[int] = set()
+    for numbers in reversed(micro_batches):
+        if seen.isdisjoint(numbers):
+            last.append(numbers)
+            seen.update(numbers)
+    return last[::-1]
+
+
+def is_partition(micro_batches: MicroBatches, samples: int) -> bool:
+    """Whether every sample is in exactly one of the micro-batches."""
+    numbers = sorted(number for each in micro_batches for part in each for number in part)
+    return numbers == list(range(samples))
+
+
+def even_micro_batches(problem: Problem, samples: int) -> MicroBatches:
+    """The samples in order, cut into micro-batches of the problem's size."""
+    size = -(-problem.samples // (problem.steps * world_size()))
+    return [[part.tolist() for part in torch.arange(samples).split(size)]]
+
+
+def passes_of(observation: Observation, batch: WholeBatch) -> int:
+    """The number of micro-batches of a window: forward passes over how often it passes a sample."""
+    samples = batch_size(batch)
+    times = max(1, round(sum(observation.sizes) / samples)) if samples else 1
+    return max(1, round(len(observation.sizes) / times))
+
+
+def micro_batches_made(
+    problem: Problem, batch: WholeBatch, observation: Observation
+) -> tuple[int, int] | None:
+    """(micro-batches that a rank makes, samples of the largest); None if no pass was seen. Collective.
+
+    Of several ranks the one that is furthest from the problem's steps.
+    """
+    every = all_gather((passes_of(observation, batch), max(observation.sizes, default=0)))
+    if not any(largest for _, largest in every):
+        return None
+    return max(every, key=lambda each: abs(each[0] - problem.steps))
+
+
+def micro_batches_check(problem: Problem, observation: Observation, batch: WholeBatch) -> Check | None:
+    """Checks that the window makes as many micro-batches as were asked for.
+
+    Fewer ones pass if none is larger than asked: torch.chunk makes 5 of 9 samples where 6 are asked.
+    """
+    made = micro_batches_made(problem, batch, observation)
+    if made is None:
+        return None
+    count, largest = made
+    share = -(-problem.samples // (problem.steps * world_size()))
+    off = 0 if count < problem.steps and largest <= share else abs(count - problem.steps)
+    detail = f"steps={problem.steps} asked, {count} made, the largest of {largest} samples"
+    return Check("micro-batches a window", off, 0.0, "count", AS_ASKED, detail, about="micro-batches")
