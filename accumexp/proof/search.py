@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from . import state_causes
+from . import diagnosis, state_causes
 from .certificate import Cause, Check, Counts
-from .diagnosis import diagnose
 from .evidence import Failure
 from .own_precision import OwnPrecisionReplay
 from .problem import Problem
@@ -51,7 +50,7 @@ def find_causes(
     failure = next((each for each in [*whole, replayed, *windows, own] if each is not None), None)
     try:
         if failure is not None:
-            causes, counts = diagnose(problem, failure, failure in windows)
+            causes, counts = diagnosis.diagnose(problem, failure, failure in windows)
         explained = any(cause.source != "unknown" for cause in causes)
         others = _other_causes(problem, failed, replay, micro_batches, explained)
         causes = [*causes, *others] if explained or not others else others

@@ -461,7 +461,7 @@ def few_are_skipped(model: Any, optimizer: Any, batch: Any, steps: int) -> None:
 
 def test_a_last_micro_batch_of_one_sample_is_tried() -> None:
     certificate = certify(few_are_skipped, classifier(), nn.CrossEntropyLoss(), samples(), STEPS, updates=1)
-    assert str(certificate) == "not proved: of the batch's samples 12 is never seen"
+    assert str(certificate).startswith("not proved: of the batch's samples 12 is never seen")
 
 
 def equal_samples(dropout: float) -> str:
