@@ -12,14 +12,14 @@ from dataclasses import replace
 
 import torch
 
-from ..accum.batch import batch_size
 from .certificate import Cause, Check
 from .coupling import NEGLIGIBLE, coupling_modules, loss_couples, whole_batch_outputs
-from .fixed_draws import FixedDraws, fixed_draws, sample_dims
+from .fixed_draws import LOSS, OUTSIDE, FixedDraws, fixed_draws, sample_dims
 from .float64 import DOUBLE, keep_float64
 from .gradients import Comparison, compare, compare_window
-from .larger_batch import call, clip_factor, norm
+from .larger_batch import call, clip_factor, mean_loss, norm
 from .mixture import TOLERANCE, explanation, mixture
+from .nested import batch_size, cloned
 from .observation import Observation, observe
 from .problem import Problem, TrainingState, WholeBatch, cast, copy_in, rows
 from .ranks import all_gather, world_size
@@ -212,11 +212,13 @@ def never_clipped_cause(clip_norm: float) -> Cause:
 
 
 def find_draws(problem: Problem, batch: WholeBatch) -> FixedDraws:
-    """What draws in a forward pass on `batch`."""
+    """What draws in a forward pass on `batch`, and in the loss."""
     model = copy_in(problem.model, DOUBLE)
-    batch = cast(batch, DOUBLE)
-    with torch.no_grad(), keep_float64(DOUBLE), fixed_draws(model, batch, problem.seed) as draws:
-        call(model, batch[0])
+    inputs, targets = batch = cloned(cast(batch, DOUBLE))
+    with problem.loss_in(DOUBLE) as loss, keep_float64(DOUBLE), fixed_draws(model, batch, problem.seed) as draws:
+        mean_loss(loss, call(model, inputs), targets)
+    if OUTSIDE in draws.operators:
+        draws.operators[LOSS] = draws.operators.pop(OUTSIDE)
     return draws
 
 

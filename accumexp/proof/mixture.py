@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..accum.batch import batch_size
 from .float64 import DOUBLE
 from .larger_batch import Gradient, dot, norm
+from .nested import batch_size
 from .problem import Problem, WholeBatch
 from .ranks import all_gather
 from .rounding import part_gradient

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -13,11 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..accum.batch import batch_size, tensors
 from ..accum.memory import SavedActivations, measure_activations
 from .fixed_draws import seeded_draws
 from .float64 import keep_float64
+from .forward_passes import ForwardPass, ForwardPasses
 from .larger_batch import Gradient, dense
+from .nested import tensors
 from .problem import TrainingState, WholeBatch, unsharded
 from .sample_ids import SampleIds
 
@@ -28,6 +28,7 @@ class Observation:
 
     Attributes:
         gradient: what `.grad` held at the optimizer's first step, by parameter name; None without a step.
+        received: those among them that are sparse or complex, which `gradient` has as dense real tensors.
         absent: parameters without a gradient then; `gradient` has zeros for them.
         unscaled_by_optimizer: whether the optimizer divides the gradient by the loss scale itself, as fused
             ones can; `gradient` is divided.
@@ -44,6 +45,7 @@ class Observation:
     """
 
     gradient: Gradient | None = None
+    received: Gradient = field(default_factory=dict)
     absent: set[str] = field(default_factory=set)
     unscaled_by_optimizer: bool = False
     steps: int = 0
@@ -66,8 +68,7 @@ def observe(
         stack.enter_context(state.problem.loss_in(state.dtype))
         saved = None
         if measure:
-            inputs = [*tensors(batch[0]), *tensors(batch[1])]
-            saved = stack.enter_context(measure_activations(state.inner, inputs))
+            saved = stack.enter_context(measure_activations(state.inner, tensors(batch)))
         observation = stack.enter_context(observing(state, batch, arrivals, saved))
         returned = state.train(batch)
     if saved is not None:
@@ -90,27 +91,21 @@ def observing(
     """
     observation = Observation()
     inputs_alive: list[Tensor] = []  # so that no activation reuses the memory of an input
-    ids = SampleIds(batch[0])
     arrivals_by_name: Counter[str] = Counter()
 
-    def before_forward(module: Any, arguments: Any, keywords: Any) -> None:
-        if not torch.is_grad_enabled():
-            return
-        inputs = [item for item in [*arguments, *keywords.values()] if _has_tensors(item)]
-        try:
-            observation.sizes.append(batch_size(inputs))
-        except ValueError:
-            return
-        observation.micro_batches.append(ids.find(inputs))
-        observation.random_states.append(_random_state(state.problem.device))
+    def before_pass(begun: ForwardPass, inputs: list[Tensor]) -> None:
+        observation.micro_batches.append(begun.samples)
+        observation.sizes.append(begun.size)
+        observation.random_states.append(begun.random_state)
         if saved is not None:
-            inputs_alive.extend(tensors(inputs))
-            saved.exclude(tensors(inputs))
+            inputs_alive.extend(inputs)
+            saved.exclude(inputs)
 
     def record_gradient(optimizer: Any) -> None:
         if observation.gradient is None:
             scale = getattr(optimizer, "grad_scale", None)
             observation.gradient = _gradient(state, scale)
+            observation.received = _received(state, scale)
             observation.unscaled_by_optimizer = scale is not None
             observation.absent = {name for name, p in state.parameters().items() if p.grad is None}
             observation.rates = [float(group["lr"]) for group in optimizer.param_groups]
@@ -145,7 +140,8 @@ def observing(
         observation.arrivals = max(observation.arrivals, arrivals_by_name[name])
 
     with ExitStack() as stack:
-        stack.enter_context(state.inner.register_forward_pre_hook(before_forward, with_kwargs=True))
+        passes = ForwardPasses(state.inner, SampleIds(batch[0], None, batch[1]), before_pass)
+        stack.enter_context(passes.hooks)
         stack.enter_context(state.optimizer.register_step_pre_hook(before_step))
         for name, parameter in state.parameters().items() if arrivals else ():
             if parameter.requires_grad:
@@ -153,13 +149,10 @@ def observing(
         stack.enter_context(keep_float64(state.dtype))
         stack.enter_context(seeded_draws(state.problem, state.inner, batch))
         yield observation
-
-
-def _random_state(device: torch.device) -> bytes:
-    digest = hashlib.blake2b(torch.get_rng_state().numpy().tobytes(), digest_size=16)
-    if device.type == "cuda":
-        digest.update(torch.cuda.get_rng_state(device).numpy().tobytes())
-    return digest.digest()
+    # Without those that turned out to be no micro-batches.
+    observation.micro_batches = [each.samples for each in passes.passes]
+    observation.sizes = [each.size for each in passes.passes]
+    observation.random_states = [each.random_state for each in passes.passes]
 
 
 def _gradient(state: TrainingState, scale: Tensor | None) -> Gradient:
@@ -173,8 +166,12 @@ def _gradient(state: TrainingState, scale: Tensor | None) -> Gradient:
     return copies
 
 
-def _has_tensors(item: Any) -> bool:
-    try:
-        return bool(tensors(item))
-    except ValueError:
-        return False
+def _received(state: TrainingState, scale: Tensor | None) -> Gradient:
+    """A copy of the gradients that are sparse or complex, as the optimizer receives them."""
+    copies = {}
+    for name, parameter in state.parameters().items():
+        gradient = parameter.grad
+        if gradient is not None and (gradient.is_sparse or gradient.is_complex()):
+            value = gradient.detach().clone()
+            copies[name] = value if scale is None else value / scale
+    return copies

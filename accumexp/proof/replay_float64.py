@@ -11,10 +11,10 @@ from itertools import chain
 
 from torch.optim import Optimizer
 
-from ..accum.batch import batch_size
 from .certificate import Cause, Check, worst_check
 from .float64 import DOUBLE
 from .gradients import Comparison, compare, measured_loss_scale
+from .nested import batch_size
 from .observation import Observation
 from .problem import Problem, TrainingState, WholeBatch
 from .ranks import all_gather, worst

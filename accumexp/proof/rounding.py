@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..accum.batch import tensors
 from .fixed_draws import seeded_draws
 from .float64 import DOUBLE, keep_float64
 from .larger_batch import (
@@ -28,11 +27,12 @@ from .larger_batch import (
     clamped,
     clip_factor,
     clipped,
-    larger_batch,
     loss_weight,
     norm,
+    whole_batch_pass,
 )
-from .problem import Problem, WholeBatch, cast, copy_in, rows
+from .nested import batch_size, samples_first
+from .problem import Problem, WholeBatch, cast, copy_in, copy_of, rows
 
 LAMBDA = 8.0
 # Below this number of elements fp32 may lose nothing by chance: the bound is what the whole gradient loses.
@@ -76,7 +76,7 @@ def expected_update(
     with _without_tf32(problem.device):
         coarse = larger_batch_of(problem, copy_in(model, torch.float32), batch)
     size = norm(exact.gradient)
-    samples = len(tensors(batch[0])[0])
+    samples = batch_size(batch)
     factor = clip_factor(size, clip_norm)
     losses = {name: float((coarse.gradient[name].double() - g).norm()) for name, g in exact.gradient.items()}
     whole_loss = math.hypot(*losses.values())
@@ -142,19 +142,20 @@ def larger_batch_of(
 
     `numbers` are those of the samples, if their order is not that of the windows.
     """
-    with prepared_pass(problem, model, batch, numbers) as (loss, batch):
-        return larger_batch(model, loss, batch, autocast, scale=scale)
+    with prepared_pass(problem, model, batch, numbers) as (model, loss, batch):
+        return whole_batch_pass(model, loss, batch, autocast, scale=scale)
 
 
 @contextmanager
 def prepared_pass(
     problem: Problem, model: nn.Module, batch: WholeBatch, numbers: Sequence[int] | None = None
-) -> Iterator[tuple[Callable[..., Any], WholeBatch]]:
-    """The loss and `batch` in the dtype of `model`, with the proof's random draws meanwhile."""
-    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+) -> Iterator[tuple[nn.Module, Callable[..., Any], WholeBatch]]:
+    """A copy of `model`, the loss and `batch` in its dtype, with the proof's random draws meanwhile."""
+    model = copy_of(model)
+    dtype = next(p.dtype.to_real() for p in model.parameters() if p.is_floating_point() or p.is_complex())
     batch = cast(batch, dtype)
     with problem.loss_in(dtype) as loss, keep_float64(dtype), seeded_draws(problem, model, batch, numbers):
-        yield loss, batch
+        yield model, loss, batch
 
 
 def scaled_larger_batch(
@@ -178,11 +179,11 @@ def part_gradient(
     scale: float = 1.0,
 ) -> tuple[Gradient, float]:
     """(the gradient that samples `numbers` of `batch` add to the larger batch's, their weight)."""
-    with prepared_pass(problem, model, batch) as (loss, batch):
-        weight = loss_weight(loss, batch[1])
+    with prepared_pass(problem, model, batch) as (model, loss, batch):
+        weight = loss_weight(loss, batch)
         part = rows(batch, torch.tensor(numbers, device=problem.device))
-        gradient = larger_batch(model, loss, part, autocast, weight, scale=scale).gradient
-        part_weight = float(loss_weight(loss, part[1]))
+        gradient = whole_batch_pass(model, loss, part, autocast, weight, scale=scale).gradient
+        part_weight = float(loss_weight(loss, part))
     if not part_weight:  # its mean is nan, but it adds nothing to the sum
         gradient = {name: torch.zeros_like(g) for name, g in gradient.items()}
     return gradient, part_weight
@@ -190,6 +191,6 @@ def part_gradient(
 
 def shuffled(batch: WholeBatch, seed: int) -> tuple[WholeBatch, list[int]]:
     """The samples of `batch` in another order, and their numbers."""
-    first = tensors(batch[0])[0]
+    first = samples_first(batch[0])[0]
     order = torch.randperm(len(first), generator=torch.Generator().manual_seed(seed))
     return rows(batch, order.to(first.device)), order.tolist()
