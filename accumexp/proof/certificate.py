@@ -93,6 +93,7 @@ class Certificate:
         subject: what was certified: samples, steps, precision, ranks.
         environment: versions, device, code.
         config: the experiment's resolved configuration, where there is one.
+        notes: what was changed for the proof, or could not be seen.
     """
 
     checks: Sequence[Check]
@@ -100,6 +101,7 @@ class Certificate:
     subject: Mapping[str, Any] = field(default_factory=dict)
     environment: Mapping[str, Any] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
+    notes: Sequence[str] = ()
 
     @property
     def failed(self) -> list[Check]:

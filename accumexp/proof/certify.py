@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import platform
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -13,10 +14,11 @@ from torch import nn
 from torch.optim import SGD, Optimizer
 
 from . import diagnosis, windows
-from .arguments import batches_of, check_model, check_schedule
+from .arguments import batches_of, check_model, check_schedule, told_apart
 from .certificate import Cause, Certificate, Check, worst_check
 from .float64 import DOUBLE
 from .gradients import MAX_SKIPPED, compare_window
+from .loop_causes import loop_causes
 from .observation import observe
 from .own_precision import OwnPrecisionReplay, precision_checks
 from .problem import Problem, Scaling, TrainingState, TrainWindow, WholeBatch, cast, copy_in, forked_rng
@@ -85,7 +87,7 @@ def certify(
     """
     if updates < 1:
         raise ValueError(f"updates={updates}: without an update that is followed there is nothing to certify")
-    batches = batches_of(batch)
+    batches, notes = told_apart(batches_of(batch))
     check_model(model)
     optimizer = optimizer or partial(SGD, lr=0.1, momentum=0.9)
     problem = Problem(
@@ -108,7 +110,8 @@ def certify(
         raise ValueError(f"steps={steps}: a batch of {problem.samples} samples cannot be split into them")
     with forked_rng(problem.device), torch.enable_grad():
         check_schedule(model, optimizer, scheduler)
-        return Proof(problem, progress or (lambda stage: None)).certificate(updates)
+        certificate = Proof(problem, progress or (lambda stage: None)).certificate(updates)
+        return replace(certificate, notes=notes)
 
 
 class Proof:
@@ -257,6 +260,7 @@ class Proof:
         causes = diagnosis.diagnose(problem, batch, others)
         if not causes and any(check.name.startswith("gradient") for check in failed):
             causes = diagnosis.gradient_carried_over(problem, [batch, self.batch(1)])
+            causes = causes or loop_causes(problem, batch)
         self.causes.extend(causes)
         buffers = next((check for check in failed if check.name == "buffers"), None)
         if buffers is not None:

@@ -178,7 +178,7 @@ def _gradient_at(problem: Problem, outputs: Any, batch: WholeBatch) -> list[Tens
         # A copy of each leaf, which a loss may write into.
         copies = map_tensors(lambda tensor: leaf(tensor).clone(), outputs)
         value = mean_loss(loss, copies, cloned(targets))
-    gradients = torch.autograd.grad(value, leaves, allow_unused=True)
+        gradients = torch.autograd.grad(value, leaves, allow_unused=True)
     return [torch.zeros_like(x) if g is None else g for x, g in zip(leaves, gradients, strict=True)]
 
 

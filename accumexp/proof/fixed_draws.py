@@ -9,11 +9,12 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -30,6 +31,11 @@ LOSS = "(loss)"
 def in_backward() -> bool:
     """Whether autograd computes, which runs the forward passes of checkpointed modules again."""
     return torch._C._current_graph_task_id() != -1
+
+
+def outside_transforms() -> AbstractContextManager[Any]:
+    """A context in which the transforms of torch.func, such as vmap, do not wrap what is computed."""
+    return temporarily_clear_interpreter_stack()
 
 
 class ModuleTracker:
@@ -66,7 +72,8 @@ class ModuleTracker:
         if module not in self._names:
             return
         if not in_backward() and (module is self._model or not self._stack):
-            self.start_pass([arguments, keywords], whole=module is self._model)
+            with outside_transforms():
+                self.start_pass([arguments, keywords], whole=module is self._model)
         self._stack.append(self._names[module])
         self._draws_on_entry[self.module] = dict(self._draws)
 
@@ -187,8 +194,9 @@ class FixedDraws(TorchDispatchMode):
 
         A checkpoint restores the state of torch's generator, which shows which draw is repeated.
         """
-        state = hashlib.blake2b(torch.get_rng_state().numpy().tobytes(), digest_size=16).digest()
-        torch.rand(())  # the next draw begins from another state
+        with outside_transforms():
+            state = hashlib.blake2b(torch.get_rng_state().numpy().tobytes(), digest_size=16).digest()
+            torch.rand(())  # the next draw begins from another state
         if in_backward() and state in self._drawn:
             return self._drawn[state]
         self._drawn[state] = self.modules.next_position(), self.modules.samples

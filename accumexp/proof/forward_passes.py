@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch._C import _functorch
 
-from .fixed_draws import in_backward
+from .fixed_draws import in_backward, outside_transforms
 from .larger_batch import dense
 from .nested import tensors
 from .sample_ids import SampleIds, row_count
@@ -86,12 +86,13 @@ class ForwardPasses:
         if torch.compiler.is_compiling() or module not in self._modules:
             return
         inputs = [arguments, keywords]
-        if module is self._model:
-            self._open.append(self._begin(inputs))
-        elif self._open or in_backward():
-            self._open.append(None)
-        else:
-            self._open.append(self._begin_part(inputs))
+        with outside_transforms():
+            if module is self._model:
+                self._open.append(self._begin(inputs))
+            elif self._open or in_backward():
+                self._open.append(None)
+            else:
+                self._open.append(self._begin_part(inputs))
 
     def _begin(self, inputs: Any) -> ForwardPass | None:
         if not torch.is_grad_enabled():

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C import _functorch
-from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 from .nested import batch_size, samples_first, tensors
 
@@ -53,8 +52,7 @@ class SampleIds:
         candidates: list[set[int]] | None = None
         # The widest tensors decide where a narrow one (a flag, a position) fits other samples by chance.
         for tensor in sorted(tensors(arguments), key=Tensor.numel, reverse=True):
-            with temporarily_clear_interpreter_stack():  # so that no transform of torch.func wraps the rows
-                rows = self._candidates(tensor)
+            rows = self._candidates(tensor)
             if rows is None:
                 continue
             if candidates is None:
@@ -95,8 +93,7 @@ class _Column:
 
 def row_count(arguments: Any) -> int:
     """The number of samples of a call, by its first tensor with dimensions; 0 without one."""
-    with temporarily_clear_interpreter_stack():
-        return next((len(_rows(tensor)[-1]) for tensor in tensors(arguments) if _rows(tensor)), 0)
+    return next((len(_rows(tensor)[-1]) for tensor in tensors(arguments) if _rows(tensor)), 0)
 
 
 def _rows(tensor: Tensor) -> list[Tensor]:
