@@ -39,7 +39,11 @@ def batches_of(argument: Any) -> list[WholeBatch]:
         wrong = _description(argument)
         raise ValueError(f"batch: one (inputs, targets) or a list of such pairs, samples first, not {wrong}")
     for pair in pairs:
-        _check_sizes(pair)
+        try:
+            batch_size(pair)
+        except ValueError as error:
+            advice = "stack or pad them, because a list with an entry for each sample is no batch"
+            raise ValueError(f"batch: {error}; {advice}") from None
     return [(inputs, targets) for inputs, targets in pairs]
 
 
@@ -48,17 +52,6 @@ def _is_pair(value: Any) -> bool:
         return False
     inputs, targets = value
     return bool(tensors(inputs)) and (targets is None or bool(tensors(targets)))
-
-
-def _check_sizes(pair: Any) -> None:
-    """Raises a ValueError unless the tensors of `pair` have the samples first."""
-    try:
-        batch_size(pair)
-    except ValueError as error:
-        advice = "tensors of shape () and what is no tensor may stand beside them"
-        if any(isinstance(part, list) for part in pair):
-            advice = "a list with an entry for each sample is no batch: stack or pad the samples into tensors"
-        raise ValueError(f"batch: {error}; {advice}") from None
 
 
 def told_apart(batches: Sequence[WholeBatch]) -> tuple[list[WholeBatch], list[str]]:
@@ -83,8 +76,8 @@ def told_apart(batches: Sequence[WholeBatch]) -> tuple[list[WholeBatch], list[st
             notes.append(f"{which} of batch {number} were equal: 1 % noise was added to tell them apart")
         elif 2 * len(equal) > len(first):
             raise ValueError(
-                f"batch: {which} of {len(first)} are equal, and micro-batches of equal samples cannot be told "
-                "apart: give a batch of samples that differ"
+                f"batch: {which} of {len(first)} are equal, so micro-batches cannot be told apart: "
+                "give a batch of samples that differ"
             )
         elif equal:
             notes.append(f"{which} of batch {number} are equal: the loop may take one for the other")

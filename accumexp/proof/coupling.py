@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +12,7 @@ from .fixed_draws import fixed_draws
 from .float64 import DOUBLE, keep_float64
 from .larger_batch import call, mean_loss
 from .nested import batch_size, cloned, map_tensors, tensors, tensors_by_path
-from .problem import Problem, WholeBatch, cast, copy_in
+from .problem import Problem, WholeBatch, cast, copy_in, rows
 from .rounding import larger_batch_of
 
 # Relative change in fp64 below which a result does not depend on the other samples.
@@ -149,15 +148,34 @@ def whole_batch_outputs(problem: Problem, batch: WholeBatch) -> list[str]:
     couples its samples.
     """
     batch = cast(batch, DOUBLE)
-    outputs = larger_batch_of(problem, copy_in(problem.model, DOUBLE), batch).outputs
     samples = batch_size(batch)
+    half = samples // 2
+    model = copy_in(problem.model, DOUBLE)
+
+    def outputs_on(part: slice) -> Any:
+        return larger_batch_of(problem, model, rows(batch, part)).outputs
+
+    outputs = outputs_on(slice(None))
     gradients = _gradient_at(problem, outputs, batch)
-    leaves = [(path, leaf) for path, leaf in tensors_by_path(outputs) if leaf.is_floating_point()]
-    return [
-        path
-        for (path, leaf), gradient in zip(leaves, gradients, strict=True)
+    suspects = {
+        path: leaf
+        for (path, leaf), gradient in zip(_floats_by_path(outputs), gradients, strict=True)
         if (not leaf.dim() or len(leaf) != samples) and bool(gradient.count_nonzero())
-    ]
+    }
+    if not suspects or not half:
+        return list(suspects)
+    # A model that returns its loss adds over the samples: the mean of the halves', or their sum.
+    first, second = (dict(_floats_by_path(outputs_on(part))) for part in (slice(0, half), slice(half, None)))
+    share = half / samples
+
+    def adds(path: str, whole: Tensor) -> bool:
+        one, other = first.get(path, whole), second.get(path, whole)
+        if one.shape != whole.shape or other.shape != whole.shape:
+            return False
+        sums = (share * one + (1 - share) * other, one + other)
+        return any(bool((each - whole).norm() <= NEGLIGIBLE * whole.norm()) for each in sums)
+
+    return [path for path, leaf in suspects.items() if not adds(path, leaf)]
 
 
 def _gradient_at(problem: Problem, outputs: Any, batch: WholeBatch) -> list[Tensor]:
@@ -184,6 +202,10 @@ def _gradient_at(problem: Problem, outputs: Any, batch: WholeBatch) -> list[Tens
 
 def _floats(values: Any) -> list[Tensor]:
     return [t.detach() for t in tensors(values) if t.is_floating_point()]
+
+
+def _floats_by_path(values: Any) -> list[tuple[str, Tensor]]:
+    return [(path, t.detach()) for path, t in tensors_by_path(values) if t.is_floating_point()]
 
 
 def _first(values: Any, rows: int) -> Any:

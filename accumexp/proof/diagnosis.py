@@ -14,11 +14,12 @@ import torch
 
 from .certificate import Cause, Check
 from .coupling import NEGLIGIBLE, coupling_modules, loss_couples, whole_batch_outputs
-from .fixed_draws import LOSS, OUTSIDE, FixedDraws, fixed_draws, sample_dims
+from .fixed_draws import FixedDraws, fixed_draws, sample_dims
 from .float64 import DOUBLE, keep_float64
 from .gradients import Comparison, compare, compare_window
 from .larger_batch import call, clip_factor, mean_loss, norm
 from .mixture import TOLERANCE, explanation, mixture
+from .module_tracker import LOSS, OUTSIDE
 from .nested import batch_size, cloned
 from .observation import Observation, observe
 from .problem import Problem, TrainingState, WholeBatch, cast, copy_in, rows
@@ -215,7 +216,11 @@ def find_draws(problem: Problem, batch: WholeBatch) -> FixedDraws:
     """What draws in a forward pass on `batch`, and in the loss."""
     model = copy_in(problem.model, DOUBLE)
     inputs, targets = batch = cloned(cast(batch, DOUBLE))
-    with problem.loss_in(DOUBLE) as loss, keep_float64(DOUBLE), fixed_draws(model, batch, problem.seed) as draws:
+    with (
+        problem.loss_in(DOUBLE) as loss,
+        keep_float64(DOUBLE),
+        fixed_draws(model, batch, problem.seed) as draws,
+    ):
         mean_loss(loss, call(model, inputs), targets)
     if OUTSIDE in draws.operators:
         draws.operators[LOSS] = draws.operators.pop(OUTSIDE)
@@ -249,7 +254,7 @@ def fix_draws(problem: Problem, batch: WholeBatch, draws: FixedDraws) -> tuple[P
     shown = f"with the same draws for every sample {falls}"
     causes = [Cause(source, where, reason, error, shown, REDRAWN, excused=True)]
     repeated = max(len(states) - len(set(states)) for states in all_gather(observation.random_states))
-    if repeated:
+    if repeated and modules:  # a loss may be computed after all forward passes
         reason = f"{repeated} micro-batches draw what another one of their window has drawn"
         shown = "torch's generator is in the same state when their forward passes begin"
         causes.append(Cause("repeated draws", where, reason, math.nan, shown, "do not seed within a window"))

@@ -9,110 +9,20 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from .module_tracker import OUTSIDE, ModuleTracker, in_backward, outside_transforms
 from .problem import Problem, WholeBatch, forked_rng
-from .sample_ids import SampleIds, row_count
+from .sample_ids import SampleIds
 
 # Operators that draw into or like their first argument.
 REPLACED = ("native_dropout", "bernoulli", "bernoulli_", "exponential_", "uniform_", "normal_")
-# What computes where no module does: the loss, or the loop itself.
-OUTSIDE = "(outside the model)"
-LOSS = "(loss)"
-
-
-def in_backward() -> bool:
-    """Whether autograd computes, which runs the forward passes of checkpointed modules again."""
-    return torch._C._current_graph_task_id() != -1
-
-
-def outside_transforms() -> AbstractContextManager[Any]:
-    """A context in which the transforms of torch.func, such as vmap, do not wrap what is computed."""
-    return temporarily_clear_interpreter_stack()
-
-
-class ModuleTracker:
-    """Follows which module computes, by forward hooks, and which samples the model was called with.
-
-    Attributes:
-        samples: numbers of the samples in the newest forward pass of the model, or of a part of it that a
-            loop calls by itself.
-        hooks: removes the hooks on exit.
-    """
-
-    def __init__(self, model: nn.Module, ids: SampleIds) -> None:
-        self.samples: list[int] = []
-        self._stack: list[str] = []
-        self._draws: dict[str, int] = {}  # by module, in this forward pass
-        self._draws_on_entry: dict[str, dict[str, int]] = {}
-        self._ids = ids
-        self._first_equal = ids.first_equal()
-        self._next_unknown = 0
-        self._model = model
-        self._names = {module: name or "(model)" for name, module in model.named_modules()}
-        self.hooks = ExitStack()
-        for module in self._names:
-            # Before the user's own hooks, which may change the inputs.
-            enter = module.register_forward_pre_hook(self._enter, with_kwargs=True, prepend=True)
-            self.hooks.enter_context(enter)
-            self.hooks.enter_context(module.register_forward_hook(self._leave, always_call=True))
-
-    def __deepcopy__(self, memo: Any) -> ModuleTracker:
-        """Itself: a copy of the model, such as a loop's teacher, has the hooks too, which ignore it."""
-        return self
-
-    def _enter(self, module: nn.Module, arguments: Any, keywords: Any) -> None:
-        if module not in self._names:
-            return
-        if not in_backward() and (module is self._model or not self._stack):
-            with outside_transforms():
-                self.start_pass([arguments, keywords], whole=module is self._model)
-        self._stack.append(self._names[module])
-        self._draws_on_entry[self.module] = dict(self._draws)
-
-    def start_pass(self, inputs: Any, whole: bool = True) -> None:
-        """Begins a forward pass on `inputs`: of the `whole` model, or of a part that is called by itself."""
-        numbers = self._ids.find(inputs)
-        size = row_count(inputs)
-        if numbers is None and not whole and size == len(self.samples):
-            return  # another part, on what the one before has made of these samples
-        self._draws.clear()
-        if numbers is None:
-            numbers = list(range(self._next_unknown, self._next_unknown + size))
-            self._next_unknown += size
-        # Equal samples have the same draws, because ranks do not know which of them each has.
-        self.samples = [self._first_equal.get(number, number) for number in numbers]
-
-    def _leave(self, module: nn.Module, *_: Any) -> None:
-        if self._stack and module in self._names:
-            self._stack.pop()
-
-    @property
-    def module(self) -> str:
-        """Name of the module that computes."""
-        return self._stack[-1] if self._stack else OUTSIDE
-
-    def next_position(self) -> str:
-        """The position of the next draw in the forward pass: the module and the number of its draw."""
-        number = self._draws[self.module] = self._draws.get(self.module, -1) + 1
-        return f"{self.module}/{number}"
-
-    @contextmanager
-    def repeated(self, module: str, samples: int) -> Iterator[None]:
-        """Repeats the draws of `module` in this forward pass, for the first `samples` samples."""
-        original = self._draws, self.samples
-        self._draws, self.samples = dict(self._draws_on_entry[module]), self.samples[:samples]
-        try:
-            yield
-        finally:
-            self._draws, self.samples = original
 
 
 class FixedDraws(TorchDispatchMode):
@@ -137,6 +47,8 @@ class FixedDraws(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if self.modules.module == OUTSIDE and not in_backward():
+            self.modules.follow(args)
         if torch.Tag.nondeterministic_seeded not in func.tags:
             return func(*args, **kwargs)
         name = func.__name__.partition(".")[0]
@@ -187,7 +99,6 @@ class FixedDraws(TorchDispatchMode):
         rest = [shape[dim] // count, *shape[:dim], *shape[dim + 1 :]]
         drawn = _keyed(samples, torch.Size([count, *rest]), salt, device)
         return drawn.flatten(0, 1).movedim(0, dim)
-
 
     def _position_and_samples(self) -> tuple[str, list[int]]:
         """Those of the next draw; in a checkpointed module's second forward pass, those of its first.

@@ -1,4 +1,4 @@
-"""The forward passes of a loop's window: which samples each received, seen by hooks on the model's modules."""
+"""The forward passes of a loop's window and the samples of each, seen by hooks on the model's modules."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch._C import _functorch
 
-from .fixed_draws import in_backward, outside_transforms
 from .larger_batch import dense
+from .module_tracker import in_backward, outside_transforms
 from .nested import tensors
 from .sample_ids import SampleIds, row_count
 

@@ -72,7 +72,9 @@ def whole_batch_pass(
     inputs, targets = cloned(batch)  # a model may write into its inputs, or differentiate by them
     if on_copies is not None:
         on_copies([*model.parameters(), *model.buffers(), *tensors([inputs, targets])])
-    with nullcontext() if autocast is None else torch.autocast(next(model.parameters()).device.type, autocast):
+    with (
+        nullcontext() if autocast is None else torch.autocast(next(model.parameters()).device.type, autocast)
+    ):
         outputs = call(model, inputs)
         value = mean_loss(loss, outputs, targets)
         if weight is not None:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .certificate import Cause
-from .fixed_draws import ModuleTracker
 from .float64 import DOUBLE
+from .module_tracker import ModuleTracker
 from .observation import observe
 from .problem import Problem, TrainingState, WholeBatch, cast
 from .ranks import all_gather
@@ -40,7 +41,7 @@ class LoopDraws(TorchDispatchMode):
 
 def loop_causes(problem: Problem, batch: WholeBatch) -> list[Cause]:
     """The cause if the model receives other rows than the batch's. A collective call."""
-    state = TrainingState(problem, DOUBLE)
+    state = TrainingState(replace(problem, fixed_draws=False), DOUBLE)
     batch = cast(batch, DOUBLE)
     modules = ModuleTracker(state.inner, SampleIds(batch[0], None, batch[1]))
     with modules.hooks, LoopDraws(modules) as draws:
@@ -50,7 +51,8 @@ def loop_causes(problem: Problem, batch: WholeBatch) -> list[Cause]:
     if not changed:
         return []
     if operators:
-        reason = f"the loop itself draws ({', '.join(operators)}), and its model receives other rows than the batch's"
+        names = ", ".join(operators)
+        reason = f"the loop itself draws ({names}), and its model receives rows that are not in the batch"
         return [Cause("draws of the loop", "", reason, math.nan, "", IN_THE_MODEL)]
     reason = "the loop changes its samples: the model receives rows that are not in the batch"
     return [Cause("other inputs", "", reason, math.nan, "", IN_THE_MODEL)]
