@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.optim import SGD
 
 from accumexp.proof import Certificate, certify
 from accumexp.proof.arguments import told_apart
@@ -16,11 +17,14 @@ from accumexp.proof.float64 import DOUBLE, keep_float64
 from accumexp.proof.larger_batch import larger_batch
 from accumexp.proof.nested import batch_size, cloned, map_tensors, tensors, tensors_by_path
 from accumexp.proof.problem import Problem, copy_in, rows
+from accumexp.proof.rounding import larger_batch_of
 from accumexp.proof.sample_ids import SampleIds
 
+from . import unusual_models
 from .unusual_loops import CASES, STEPS, Case, loop, of_output, summed
 from .unusual_models import (
     Cache,
+    Checkpointed,
     Complex,
     Named,
     Output,
@@ -75,6 +79,20 @@ def test_the_larger_batch_changes_neither_its_arguments_nor_the_losss_own_weight
     assert loss.scale.grad is not None and loss.scale.grad.tolist() == [3.0] * 5
     assert all(p.grad is None for p in model.parameters()) and not x.requires_grad
     assert set(larger.gradient) == {name for name, _ in model.named_parameters()}
+
+
+@pytest.mark.parametrize("functional", [False, True])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_checkpoint_draws_again_what_it_drew(
+    reentrant: bool, functional: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, batch = Checkpointed(reentrant, functional), (numbers(), labels())
+    problem = Problem(loop(cross_entropy), model, cross_entropy, [batch], STEPS, SGD, fixed_draws=True)
+    in_fp64 = copy_in(model, DOUBLE)
+    checkpointed = larger_batch_of(problem, in_fp64, batch).gradient
+    monkeypatch.setattr(unusual_models, "checkpoint", lambda function, x, **_: function(x))
+    for name, gradient in larger_batch_of(problem, in_fp64, batch).gradient.items():
+        torch.testing.assert_close(checkpointed[name], gradient, rtol=1e-12, atol=1e-14)
 
 
 def test_copies_have_the_complex_parts_and_plain_constants_in_their_precision() -> None:
@@ -198,7 +216,7 @@ def test_draws_and_changes_of_the_loop_itself_are_the_cause() -> None:
 
 def test_a_loss_that_the_model_returns_does_not_couple_samples() -> None:
     batch = {"input_ids": tokens(), "labels": labels()}, None
-    problem = Problem(loop(of_output), WithLabels().eval(), of_output, [batch], STEPS, lambda p: None)  # type: ignore[arg-type]
+    problem = Problem(loop(of_output), WithLabels().eval(), of_output, [batch], STEPS, SGD)
     assert whole_batch_outputs(problem, batch) == []
 
 

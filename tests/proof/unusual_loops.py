@@ -241,8 +241,7 @@ CASES: dict[str, Case] = {
             verdict="proved up to",
         )
         for reentrant in (False, True)
-        for together in (False, True)
-        for inner in (False, True)
+        for together, inner in ((False, True), (True, False))
     },
     **{
         f"checkpoint of the model, reentrant={r}": Case(
