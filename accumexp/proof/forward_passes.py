@@ -11,11 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._C import _functorch
 
 from .larger_batch import dense
 from .module_tracker import in_backward, outside_transforms
-from .nested import tensors
+from .nested import is_transformed, tensors
 from .sample_ids import SampleIds, row_count
 
 
@@ -120,7 +119,7 @@ class ForwardPasses:
     def _pass(self, samples: list[int] | None, inputs: Any) -> ForwardPass:
         size = row_count(inputs) if samples is None else len(samples)
         begun = ForwardPass(samples, size, random_state(self._device))
-        self._on_pass(begun, [tensor for tensor in tensors(inputs) if not _transformed(tensor)])
+        self._on_pass(begun, [tensor for tensor in tensors(inputs) if not is_transformed(tensor)])
         return begun
 
     def _leave(self, module: nn.Module, arguments: Any, keywords: Any, outputs: Any) -> None:
@@ -129,7 +128,7 @@ class ForwardPasses:
         begun = self._open.pop()
         if begun is not None and begun.samples is None:
             for tensor in tensors(outputs):
-                if _transformed(tensor):
+                if is_transformed(tensor):
                     begun.backward = True  # a transform of torch.func always goes back
                 elif tensor.grad_fn is not None:
                     tensor.register_hook(lambda _: setattr(begun, "backward", True))
@@ -147,13 +146,8 @@ def _content(inputs: Any) -> bytes:
     """A hash of a call's tensors."""
     digest = hashlib.blake2b(digest_size=16)
     for tensor in tensors(inputs):
-        if not _transformed(tensor):
+        if not is_transformed(tensor):
             values = dense(tensor.detach())
             digest.update(str((values.dtype, values.shape)).encode())
             digest.update(values.contiguous().reshape(-1).view(torch.uint8).cpu().numpy().tobytes())
     return digest.digest()
-
-
-def _transformed(tensor: Tensor) -> bool:
-    """Whether `tensor` is one of torch.func's, which has no storage of its own."""
-    return _functorch.is_functorch_wrapped_tensor(tensor)

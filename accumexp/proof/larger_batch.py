@@ -123,10 +123,11 @@ def mean_loss(loss: Callable[..., Any], outputs: Any, targets: Any) -> Tensor:
     if total := getattr(loss, "total", None):
         return total(outputs, targets) / loss.weight(targets)  # type: ignore[attr-defined]
     value = loss(outputs, targets)
-    classes = isinstance(loss, nn.CrossEntropyLoss | nn.NLLLoss) and not targets.is_floating_point()
-    if value.dim() and classes:  # reduction="none"
-        return value.sum() / _class_weight(loss, targets)
-    return value.mean() if value.dim() else value
+    if not value.dim():
+        return value
+    if isinstance(loss, nn.CrossEntropyLoss | nn.NLLLoss) and not targets.is_floating_point():
+        return value.sum() / _class_weight(loss, targets)  # reduction="none"
+    return value.mean()
 
 
 def loss_weight(loss: Callable[..., Any], batch: WholeBatch) -> float | Tensor:

@@ -9,10 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._C import _functorch
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
-from .nested import tensors
+from .nested import is_transformed, tensors
 from .sample_ids import SampleIds, row_count
 
 # What computes where no module does: the loss, or the loop itself.
@@ -133,6 +132,6 @@ class ModuleTracker:
 
 def _memory(tensor: Tensor) -> int | None:
     """The address of the tensor's elements; None for one without memory of its own."""
-    if _functorch.is_functorch_wrapped_tensor(tensor) or tensor.layout is not torch.strided:
+    if is_transformed(tensor) or tensor.layout is not torch.strided:
         return None
     return tensor.untyped_storage().data_ptr()

@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import Any
 
 from torch import Tensor, nn
+from torch._C import _functorch  # type: ignore[attr-defined]
 
 # Objects that are not searched for tensors.
 OPAQUE = (nn.Module, ModuleType, type)
@@ -22,6 +23,24 @@ OPAQUE = (nn.Module, ModuleType, type)
 def tensors(value: Any) -> list[Tensor]:
     """The tensors in `value`, in order: in tuples, lists, mappings, dataclasses and attributes of objects."""
     return [tensor for _, tensor in tensors_by_path(value)]
+
+
+def is_transformed(tensor: Tensor) -> bool:
+    """Whether `tensor` is a wrapper of torch.func's (grad, vmap), which has no memory of its own."""
+    return _functorch.is_functorch_wrapped_tensor(tensor)
+
+
+def unwrapped(tensor: Tensor) -> tuple[Tensor, int]:
+    """(the tensor below torch.func's wrappers, how many of its first dimensions vmap maps over)."""
+    dims = []  # of the outermost vmap first
+    while is_transformed(tensor):
+        if _functorch.is_batchedtensor(tensor):
+            dims.append(_functorch.maybe_get_bdim(tensor))
+        tensor = _functorch.get_unwrapped(tensor)
+    plain = tensor.detach()
+    for count, dim in enumerate(reversed(dims)):
+        plain = plain.movedim(dim + count, 0)
+    return plain, len(dims)
 
 
 def tensors_by_path(value: Any) -> list[tuple[str, Tensor]]:

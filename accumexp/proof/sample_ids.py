@@ -10,9 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _functorch
 
-from .nested import batch_size, samples_first, tensors
+from .nested import batch_size, samples_first, tensors, unwrapped
 
 
 class SampleIds:
@@ -102,14 +101,7 @@ def _rows(tensor: Tensor) -> list[Tensor]:
     It may be a single sample, or have the samples first. Below `torch.func.vmap` the dimensions that are
     mapped over come before both.
     """
-    dims = []  # that are mapped over, of the outermost vmap first
-    while _functorch.is_functorch_wrapped_tensor(tensor):
-        if _functorch.is_batchedtensor(tensor):
-            dims.append(_functorch.maybe_get_bdim(tensor))
-        tensor = _functorch.get_unwrapped(tensor)
-    plain, mapped = tensor.detach(), len(dims)
-    for count, dim in enumerate(reversed(dims)):
-        plain = plain.movedim(dim + count, 0)
+    plain, mapped = unwrapped(tensor)
     if not plain.dim():
         return []
     return [_matrix(plain, count) for count in (mapped, mapped + 1) if count <= plain.dim()]

@@ -143,7 +143,7 @@ def summed(loss: Any, lose: bool = False) -> Loop:
         optimizer.zero_grad()
         parts = list(zip(x.split(MICRO), y.split(MICRO), strict=True))
         parts = parts[: len(parts) - lose]
-        sum(loss(model(a), b) * len(a) / len(x) for a, b in parts).backward()
+        torch.stack([loss(model(a), b) * len(a) / len(x) for a, b in parts]).sum().backward()
         optimizer.step()
 
     return train_window
