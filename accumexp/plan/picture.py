@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
-from ..report.pictures import DPI, STYLE
+from ..report.style import DPI, STYLE
 from .points import Frontier
 
 PREDICTED, MEASURED, LIMIT, CHOSEN = "#0072B2", "#000000", "#D55E00", "#009E73"

@@ -1,32 +1,28 @@
-"""Causes of failed checks, by experiments that change one suspect at a time and measure the error again.
+"""Why the first update that fails is not the larger batch's, by experiments on it.
 
-Random draws are a cause in any case: they are held fixed by sample for all other checks.
+The order is that of what a mistake would hide: optimizer steps, samples, counts of the micro-batches, other
+terms, and what couples samples.
 """
 
 from __future__ import annotations
 
 import copy
-import math
-from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 
-from .certificate import Cause, Check
+from .additivity import loss_average
+from .certificate import Cause, Counts, number
+from .count_causes import counts_causes, single_micro_batch_in_words
+from .counts import Decomposition, decompose
 from .coupling import NEGLIGIBLE, coupling_modules, loss_couples, whole_batch_outputs
-from .fixed_draws import FixedDraws, fixed_draws, sample_dims
-from .float64 import DOUBLE, keep_float64
-from .gradients import Comparison, compare, compare_window
-from .larger_batch import call, clip_factor, mean_loss, norm
-from .mixture import TOLERANCE, explanation, mixture
-from .module_tracker import LOSS, OUTSIDE
-from .nested import batch_size, cloned
-from .observation import Observation, observe
-from .problem import Problem, TrainingState, WholeBatch, cast, copy_in, rows
-from .ranks import all_gather, world_size
-from .rounding import ExpectedUpdate, expected_update
+from .evidence import Failure
+from .float64 import DOUBLE
+from .gradients import compare_window
+from .problem import Problem, copy_in
+from .ranks import all_gather
+from .rounding import larger_batch_of
 
-REDRAWN = "none needed: a window has other draws, as another run of the larger batch would"
 WITHOUT_STATISTICS = (
     "take a norm without statistics over samples (GroupNorm), or over groups that both share "
     "(ghost batch norm), or freeze the statistics"
@@ -39,30 +35,94 @@ WHOLE_WINDOW_OUTPUT = (
     "return what it is computed from, a row for each sample, and compute it in the loss on all outputs of "
     "the window at once"
 )
-Window = tuple[Comparison, Observation, ExpectedUpdate]
 
 
-def diagnose(problem: Problem, batch: WholeBatch, others: Sequence[WholeBatch]) -> list[Cause]:
-    """The causes of gradient errors in fp64, on `batch` or else on `others`; empty if none is found."""
-    window = compare_window(problem, batch)
-    comparison = window[0]
-    if not comparison.equal:
-        causes: list[Cause] = []
-        repeated, _, _ = compare_window(problem, batch)
-        if abs(repeated.error - comparison.error) > 1e-3 * comparison.error:
-            causes.append(_unrepeatable(problem, batch, comparison.error))
-        causes.extend(_coupled(problem, batch, window))
-        causes.extend(_coupling_loss(problem, batch, comparison.error))
-        if causes := causes or _denominators(problem, batch, window):
-            return causes
-    for other in others:
-        window = compare_window(problem, other)
-        if not window[0].equal and (causes := _denominators(problem, other, window)):
-            return causes
-    return []
+def diagnose(problem: Problem, failure: Failure, first_window: bool) -> tuple[list[Cause], list[Counts]]:
+    """The causes of a gradient error, and how often each micro-batch counts in it. A collective call.
+
+    Args:
+        first_window: whether the failure is in a window from the first weights, which can be repeated.
+    """
+    if cause := steps_cause(failure) or _moved_cause(problem, failure):
+        return [cause], []
+    causes: list[Cause] = []
+    if first_window and (cause := _unrepeatable(problem, failure)):
+        causes.append(cause)
+    parts = decompose(problem, failure)
+    found, counts = counts_causes(problem, failure, parts) if parts is not None else ([], [])
+    if parts is not None and (average := _average_cause(problem, failure, parts, counts)):
+        found = [average]
+    causes += found
+    if not found and not failure.precision:
+        causes += _coupled(problem, failure) + _coupling_loss(problem, failure)
+    return (causes or [_unexplained(problem, failure, parts)]), counts
 
 
-def _coupled(problem: Problem, batch: WholeBatch, window: Window) -> list[Cause]:
+def steps_cause(failure: Failure) -> Cause | None:
+    """The cause if the optimizer is not stepped exactly once, at the window's end."""
+    every = all_gather(
+        (failure.observation.steps, failure.observation.passes_before_step, len(failure.observation.sizes))
+    )
+    for rank, (steps, before, passes) in enumerate(every):
+        of_rank = f"rank {rank}'s" if len(every) > 1 else "the"
+        early = [count for count in before if count < passes]
+        if steps == 1 and not (early and early[0]):
+            continue
+        if not steps:
+            reason = "the optimizer was not stepped in the window"
+            return failure.cause("no update", reason, "", "step it once")
+        if steps == 1:
+            left = ", ".join(map(str, range(early[0], passes)))
+            reason = (
+                f"{of_rank} optimizer steps after {early[0]} of {passes} micro-batches: micro-batch {left} "
+                "does not count in it"
+            )
+        elif len(set(before)) == 1:
+            reason = f"{of_rank} optimizer steps {steps} times at the end of the window"
+        else:
+            places = ", ".join(map(str, before[:6])) + (", ..." if len(before) > 6 else "")
+            times = f"{of_rank} optimizer steps {steps} times in the window"
+            reason = f"{times}: after micro-batch {places} of {passes}"
+        advice = "step it once, after the window's last micro-batch"
+        return failure.cause("optimizer steps", reason, "", advice)
+    return None
+
+
+def _moved_cause(problem: Problem, failure: Failure) -> Cause | None:
+    """The cause if weights change before the window's last micro-batch."""
+    observation = failure.observation
+    if problem.perturb is not None or not any(all_gather(bool(observation.moved_before))):
+        return None
+    passes, factor, names = observation.moved_before, observation.moved_by, observation.moved
+    which = "the weights" if len(names) == len(failure.expected.gradient) else ", ".join(names[:3])
+    change = f"multiplied by {factor:.6g}" if factor is not None else "changed"
+    places = ", ".join(map(str, passes[:6]))
+    reason = (
+        f"within the window {which} {'are' if len(names) > 1 else 'is'} {change}, before micro-batch {places}"
+    )
+    return failure.cause("weights", reason, "", "change weights once, after the window's last micro-batch")
+
+
+def _average_cause(
+    problem: Problem, failure: Failure, parts: Decomposition, counts: list[Counts]
+) -> Cause | None:
+    """The cause if the loop averages micro-batches whose loss is a mean over something else than samples."""
+    flat = [count for each in counts[0].counts for count in each] if counts else []
+    shares = [count * weight for count, weight in zip(flat, parts.weights, strict=False)]
+    alike = bool(shares) and max(shares) - min(shares) <= parts.count_tolerance * max(map(abs, shares))
+    if not (alike or (flat and all(map(parts.is_one, flat)))):
+        return None
+    outputs = larger_batch_of(problem, copy_in(problem.model, DOUBLE), failure.batch).outputs
+    inputs, targets = failure.batch
+    average = loss_average(problem.loss, outputs, targets, copy_in(problem.model, DOUBLE), inputs)
+    if average is None or average.kind == "coupled":
+        return None
+    shown = "the loss of parts of the batch was compared with that of all of it"
+    return failure.cause("loss average", average.reason, shown, average.advice)
+
+
+def _coupled(problem: Problem, failure: Failure) -> list[Cause]:
+    batch = failure.batch
     couplings = coupling_modules(problem, batch)
     if not couplings:
         return []
@@ -70,11 +130,11 @@ def _coupled(problem: Problem, batch: WholeBatch, window: Window) -> list[Cause]
     for coupling in couplings:
         model.get_submodule("" if coupling.name == "(model)" else coupling.name).eval()
     in_eval, _, _ = compare_window(replace(problem, model=model), batch)
-    error = window[0].error
+    error = failure.comparison.error
     effect = f"in eval mode the gradient's error falls from {error:.2g} to {in_eval.error:.2g}"
     if not in_eval.equal:
         effect = f"in eval mode an error of {in_eval.error:.2g} is left of {error:.2g}"
-    most = max((size for sizes in all_gather(window[1].sizes) for size in sizes), default=0)
+    most = max((size for sizes in all_gather(failure.observation.sizes) for size in sizes), default=0)
     causes = []
     for kind in dict.fromkeys(coupling.kind for coupling in couplings):
         same_kind = [coupling for coupling in couplings if coupling.kind == kind]
@@ -89,7 +149,8 @@ def _coupled(problem: Problem, batch: WholeBatch, window: Window) -> list[Cause]
     return causes
 
 
-def _coupling_loss(problem: Problem, batch: WholeBatch, error: float) -> list[Cause]:
+def _coupling_loss(problem: Problem, failure: Failure) -> list[Cause]:
+    batch, error = failure.batch, failure.comparison.error
     if outputs := whole_batch_outputs(problem, batch):
         name = type(problem.model).__name__
         return [
@@ -111,160 +172,39 @@ def _coupling_loss(problem: Problem, batch: WholeBatch, error: float) -> list[Ca
     return [Cause("coupling loss", f"loss ({name})", reason, error, shown, WHOLE_WINDOW_LOSS)]
 
 
-def _denominators(problem: Problem, batch: WholeBatch, window: Window) -> list[Cause]:
-    comparison, observation, expected = window
-    gradient = observation.gradient
-    if not all(all_gather(gradient is not None)):
-        reason = "the optimizer was not stepped in the window"
-        return [Cause("no update", "", reason, comparison.error, "", "step it once")]
-    assert gradient is not None
-    factor = clip_factor(expected.size, problem.clip_norm)
-    if factor < 1:
-        gradient = {name: g / factor for name, g in gradient.items()}
-    model = copy_in(problem.model, DOUBLE)
-    mixed = mixture(problem, batch, model, gradient, observation.micro_batches)
-    causes = []
-    if mixed is not None and mixed.explains and not mixed.correct:
-        reason, advice = explanation(problem, mixed, world_size())
-        shown = f"the micro-batches' own gradients times those counts leave {mixed.residual:.1g} of it"
-        causes.append(Cause("wrong denominator", "", reason, comparison.error, shown, advice))
-    # The first rank's causes for all: ranks with different gradients would read them differently, and then
-    # wait for each other forever.
-    return all_gather(causes)[0]
-
-
-def gradient_carried_over(problem: Problem, batches: Sequence[WholeBatch]) -> list[Cause]:
-    """The cause if a second window's gradient contains the first one's."""
-    state = TrainingState(problem, DOUBLE)
-    first = observe(state, cast(batches[0], DOUBLE))
-    model = state.model_in(DOUBLE)
-    second = observe(state, cast(batches[1], DOUBLE))
-    if not all(all_gather(first.gradient is not None and second.gradient is not None)):
-        return []
-    assert first.gradient is not None and second.gradient is not None
-    expected = expected_update(problem, batches[1], model, problem.clip_norm)
-    if compare(second.gradient, expected).equal:
-        return []
-    mixed = mixture(problem, batches[1], model, second.gradient, second.micro_batches, first.gradient)
-    if mixed is None or not mixed.explains or (mixed.uniform and abs(mixed.previous) <= TOLERANCE):
-        return []
-    reason, advice = explanation(problem, mixed, world_size())
-    error = norm(first.gradient) * abs(mixed.previous) / (norm(second.gradient) or 1.0)
-    shown = f"the mixture leaves {mixed.residual:.1g}"
-    return [Cause("wrong denominator", "", reason, error, shown, advice)]
-
-
-def _unrepeatable(problem: Problem, batch: WholeBatch, error: float) -> Cause:
-    """Whether deterministic kernels make the window repeatable."""
+def _unrepeatable(problem: Problem, failure: Failure) -> Cause | None:
+    """The cause if the same window gives another gradient when it is repeated."""
+    error = failure.comparison.error
+    repeated, _, _ = compare_window(problem, failure.batch)
+    if not abs(repeated.error - error) > 1e-3 * error:
+        return None
     before = (
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),
     )
     try:
         torch.use_deterministic_algorithms(True, warn_only=True)
-        deterministic, _, _ = compare_window(problem, batch)
+        deterministic, _, _ = compare_window(problem, failure.batch)
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
     reason = "the same window gives another gradient each time"
     if not deterministic.equal:
-        shown = "with deterministic kernels too: something draws that is not of torch"
-        advice = "draw with torch, whose generators can be seeded"
+        reason += ": the loop draws from a generator of its own"
+        shown = "with deterministic kernels too: something draws that torch's default generator does not seed"
+        advice = "draw with torch's default generator, which can be seeded"
         return Cause("unrepeatable", "", reason, error, shown, advice)
     shown = f"with deterministic kernels the error falls from {error:.2g} to {deterministic.error:.2g}"
     advice = "torch.use_deterministic_algorithms(True), or accept what two runs of the larger batch differ by"
     return Cause("non-deterministic kernels", "", reason, error, shown, advice, excused=True)
 
 
-def buffers_cause(problem: Problem, check: Check, micro_batches: int) -> Cause:
-    """The cause of a failed buffers check: each of `micro_batches` updates the buffers."""
-    module_name, _, buffer = check.detail.removeprefix("worst at ").rpartition(".")
-    module = problem.model.get_submodule(module_name)
-    momentum = getattr(module, "momentum", None)
-    advice = "use buffers that do not follow the batch"
-    if isinstance(momentum, float) and micro_batches > 1:
-        matching = 1 - (1 - momentum) ** (1 / micro_batches)
-        advice = f"momentum {matching:.4g} instead of {momentum:g} forgets at the same pace"
-    where = f"{module_name or '(model)'} ({type(module).__name__})"
-    reason = f"running statistics updated {micro_batches} times an update"
-    shown = f"after one window {buffer} is off by {check.figure:.2g}"
-    return Cause("buffers", where, reason, math.nan, shown, advice)
-
-
-def low_precision_causes(problem: Problem, failed: Sequence[Check]) -> list[Cause]:
-    """The cause of a failed addition check, if the same gradients are added correctly in fp64."""
-    addition = next((check for check in failed if check.name.startswith("addition")), None)
-    if addition is None or any(check.name == "gradient, fp64" for check in failed):
-        return []
-    name = str(problem.dtype).removeprefix("torch.")
-    low = torch.finfo(problem.dtype).eps > torch.finfo(torch.float32).eps
-    kept = f"added in {name}" if low else f"kept in less than {name}"
-    error = f"off by {addition.figure:.2g} where rounding the sum once gives {addition.bound:.2g}"
-    reason = f"{problem.steps} gradients are {kept}, {error}"
-    shown = "in fp64 the same window is the larger batch"
-    advice = "add in fp32 and round once: accum.fp32_buffers=true"
-    return [Cause("low-precision accumulation", "", reason, addition.figure, shown, advice)]
-
-
-def never_clipped_cause(clip_norm: float) -> Cause:
-    """The excused cause if no gradient was long enough to be clipped."""
-    reason = f"no gradient was longer than clip_norm={clip_norm:g}"
-    advice = "give certify a clip_norm, and a loop that clips to it, below the gradient's norm"
-    return Cause("clipping, which never acted", "", reason, math.nan, "", advice, excused=True)
-
-
-def find_draws(problem: Problem, batch: WholeBatch) -> FixedDraws:
-    """What draws in a forward pass on `batch`, and in the loss."""
-    model = copy_in(problem.model, DOUBLE)
-    inputs, targets = batch = cloned(cast(batch, DOUBLE))
-    with (
-        problem.loss_in(DOUBLE) as loss,
-        keep_float64(DOUBLE),
-        fixed_draws(model, batch, problem.seed) as draws,
-    ):
-        mean_loss(loss, call(model, inputs), targets)
-    if OUTSIDE in draws.operators:
-        draws.operators[LOSS] = draws.operators.pop(OUTSIDE)
-    return draws
-
-
-def fix_draws(problem: Problem, batch: WholeBatch, draws: FixedDraws) -> tuple[Problem, list[Cause]]:
-    """(the problem with its draws held fixed, the draws as causes).
-
-    They are a cause even where a generator happens to give a window's micro-batches one after the other
-    what it gives the larger batch at once, as it may for a single layer on a CPU.
-    """
-    dims: dict[str, int | None] = {}
-    if (size := batch_size(batch)) > 2:
-        # A second pass with a sample less shows which dimension of a draw indexes samples.
-        dims = sample_dims(draws.shapes, find_draws(problem, rows(batch, slice(0, size - 1))).shapes)
-    fixed = replace(problem, fixed_draws=True, sample_dims=dims)
-    comparison, observation, _ = compare_window(problem, batch)
-    if comparison.equal and problem.steps * world_size() == 1:
-        return fixed, []  # a window of one micro-batch draws what the larger batch draws
-    error, error_fixed = comparison.error, compare_window(fixed, batch)[0].error
-    drawing = sorted(draws.operators)
-    modules = [name for name in drawing if not name.startswith("(")]
-    kinds = {name: type(problem.model.get_submodule(name)).__name__ for name in modules}
-    where = ", ".join(f"{name} ({kinds[name]})" if name in kinds else name for name in drawing[:4])
-    if len(drawing) > 4:
-        where += f" and {len(drawing) - 4} more"
-    source = "dropout draws" if any("ropout" in kind for kind in kinds.values()) else "random draws"
-    reason = "random draws depend on how the batch is split"
-    falls = f"the gradient's error falls from {error:.2g} to {error_fixed:.2g}"
-    shown = f"with the same draws for every sample {falls}"
-    causes = [Cause(source, where, reason, error, shown, REDRAWN, excused=True)]
-    repeated = max(len(states) - len(set(states)) for states in all_gather(observation.random_states))
-    if repeated and modules:  # a loss may be computed after all forward passes
-        reason = f"{repeated} micro-batches draw what another one of their window has drawn"
-        shown = "torch's generator is in the same state when their forward passes begin"
-        causes.append(Cause("repeated draws", where, reason, math.nan, shown, "do not seed within a window"))
-    return fixed, causes
-
-
-def unfixed_draws_cause(draws: FixedDraws) -> Cause:
-    """The cause for draws that cannot be held fixed, which may hide other errors."""
-    operators = ", ".join(sorted(draws.unfixed))
-    where = ", ".join(sorted(name for name, names in draws.operators.items() if names & draws.unfixed))
-    reason = f"draws of {operators} cannot be held fixed by sample, so nothing is certified"
-    advice = "leave these draws out for the proof, or make them of rand, randn, bernoulli or exponential_"
-    return Cause("random draws", where, reason, math.nan, "", advice)
+def _unexplained(problem: Problem, failure: Failure, parts: Decomposition | None) -> Cause:
+    """Says where, when and how much, where no experiment says why."""
+    worst = failure.comparison
+    reason = f"the gradient is off by {number(worst.error)} of its norm, most at {worst.name}"
+    if parts is None:
+        reason += ", and the loop passes rows to the model that are not in the batch"
+    elif single := single_micro_batch_in_words(problem, failure, parts):
+        reason += f"; {single}"
+    shown = f"{number(worst.figure)} at {worst.name}, where rounding makes at most {number(worst.bound)}"
+    return failure.cause("unknown", reason, shown, "compare the loop with the larger batch on this window")

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .compilation import outside_graphs
 from .larger_batch import dense
 from .module_tracker import in_backward, outside_transforms
 from .nested import is_transformed, tensors
@@ -65,10 +66,14 @@ class ForwardPasses:
         self._pending: list[int] | None = None
         self.hooks = ExitStack()
         for module in self._modules:
+            # Those of a part are empty in compiled code; the model's own stay outside it.
+            before, after = self._enter, self._leave
+            if module is model:
+                before, after = outside_graphs(before), outside_graphs(after)
             # Before the user's own hooks, which may change the inputs.
-            enter = module.register_forward_pre_hook(self._enter, with_kwargs=True, prepend=True)
+            enter = module.register_forward_pre_hook(before, with_kwargs=True, prepend=True)
             self.hooks.enter_context(enter)
-            leave = module.register_forward_hook(self._leave, with_kwargs=True, always_call=True)
+            leave = module.register_forward_hook(after, with_kwargs=True, always_call=True)
             self.hooks.enter_context(leave)
 
     def __deepcopy__(self, memo: Any) -> ForwardPasses:

@@ -11,11 +11,10 @@ from .larger_batch import Gradient, dot, norm
 from .observation import Observation, observe
 from .problem import Problem, TrainingState, WholeBatch, cast, copy_in
 from .ranks import all_gather
-from .rounding import ROUNDING, ExpectedUpdate, expected_update
+from .rounding import ROUNDING, WHOLE, ExpectedUpdate, expected_update, norms_of_errors
 
 # Windows that a loop may skip before one counts: a loss scale of 2^16 is below 1 after that many halvings.
 MAX_SKIPPED = 24
-WHOLE = "all of it"
 
 
 @dataclass(frozen=True)
@@ -63,12 +62,6 @@ def _compare(gradient: Gradient | None, expected: ExpectedUpdate) -> Comparison:
     ratios = {name: excess(errors[name], expected.bounds[name]) for name in errors}
     name = max(ratios, key=lambda key: ratios[key])
     return Comparison(error, ratios[name], name, errors[name] / size, expected.bounds[name] / size)
-
-
-def norms_of_errors(gradient: Gradient, expected: Gradient) -> dict[str, float]:
-    """The 2-norm of each parameter's error, and under `WHOLE` that of the whole error."""
-    errors = {name: float((gradient[name].double() - g).norm()) for name, g in expected.items()}
-    return {**errors, WHOLE: math.sqrt(sum(error * error for error in errors.values()))}
 
 
 def compare_window(

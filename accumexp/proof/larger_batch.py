@@ -78,7 +78,7 @@ def whole_batch_pass(
         outputs = call(model, inputs)
         value = mean_loss(loss, outputs, targets)
         if weight is not None:
-            value = value * (loss_weight(loss, batch) / weight)
+            value = value * (loss_weight(loss, targets, batch_size(batch)) / weight)
     # An ordinary backward: reentrant checkpoints know no other.
     with _restored_gradients(value, set(parameters.values())):
         (value * scale).backward()
@@ -130,20 +130,19 @@ def mean_loss(loss: Callable[..., Any], outputs: Any, targets: Any) -> Tensor:
     return value.mean()
 
 
-def loss_weight(loss: Callable[..., Any], batch: WholeBatch) -> float | Tensor:
-    """The denominator of the mean of `loss` over `batch`: `loss.weight(targets)`, or the number of items.
+def loss_weight(loss: Callable[..., Any], targets: Any, samples: int | None = None) -> float | Tensor:
+    """The denominator of the mean of `loss` over `targets`: `loss.weight(targets)`, or the number of items.
 
     With class indices the mean is over the targets that are not ignored, each with its class's weight
-    (torch.nn.CrossEntropyLoss).
+    (torch.nn.CrossEntropyLoss). `samples` is their number, needed where the targets are None.
     """
-    targets = batch[1]
     if hasattr(loss, "total"):
         return loss.weight(targets)  # type: ignore[attr-defined]
     if getattr(loss, "reduction", None) == "sum":
         return 1.0
     if isinstance(loss, nn.CrossEntropyLoss | nn.NLLLoss) and not targets.is_floating_point():
         return _class_weight(loss, targets)
-    return float(batch_size(batch))
+    return float(batch_size(targets) if samples is None else samples)
 
 
 def _class_weight(loss: nn.CrossEntropyLoss | nn.NLLLoss, targets: Tensor) -> float | Tensor:

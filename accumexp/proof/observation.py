@@ -33,6 +33,12 @@ class Observation:
         unscaled_by_optimizer: whether the optimizer divides the gradient by the loss scale itself, as fused
             ones can; `gradient` is divided.
         steps: number of optimizer steps.
+        passes_before_step: forward passes before each of these steps.
+        outside: the values of the tensors in `Problem.state` when the window begins.
+        initial: what `.grad` holds when the window begins, by parameter name; empty for zeros.
+        moved_before: forward passes before which parameters are not what they were in the pass before.
+        moved: names of those that change first.
+        moved_by: by what all parameters are multiplied before the first of them; None if not all alike.
         rates: learning rate of every parameter group in the first step.
         micro_batches: sample numbers of each forward pass; None for one with rows that are not in the batch.
         sizes: number of samples in each forward pass.
@@ -49,6 +55,12 @@ class Observation:
     absent: set[str] = field(default_factory=set)
     unscaled_by_optimizer: bool = False
     steps: int = 0
+    passes_before_step: list[int] = field(default_factory=list)
+    outside: dict[str, Tensor] = field(default_factory=dict)
+    initial: Gradient = field(default_factory=dict)
+    moved_before: list[int] = field(default_factory=list)
+    moved: list[str] = field(default_factory=list)
+    moved_by: float | None = None
     rates: list[float] = field(default_factory=list)
     micro_batches: list[list[int] | None] = field(default_factory=list)
     sizes: list[int] = field(default_factory=list)
@@ -66,10 +78,13 @@ def observe(
     """Calls the loop for its update on `batch`; records `saved_bytes` if `measure`, and arrivals if asked."""
     with ExitStack() as stack:
         stack.enter_context(state.problem.loss_in(state.dtype))
+        outside = {name: value.clone() for name, value in state.outside.items()}
+        stack.enter_context(state.problem.outside_as(state.outside))
         saved = None
         if measure:
             saved = stack.enter_context(measure_activations(state.inner, tensors(batch)))
         observation = stack.enter_context(observing(state, batch, arrivals, saved))
+        observation.outside = outside
         returned = state.train(batch)
     if saved is not None:
         observation.saved_bytes = saved.peak_bytes
@@ -93,7 +108,16 @@ def observing(
     inputs_alive: list[Tensor] = []  # so that no activation reuses the memory of an input
     arrivals_by_name: Counter[str] = Counter()
 
+    sizes_before: dict[str, float] = {}
+
     def before_pass(begun: ForwardPass, inputs: list[Tensor]) -> None:
+        sizes = _sizes(state)
+        if sizes_before and sizes != sizes_before:
+            if not observation.moved_before:
+                observation.moved = [name for name, size in sizes.items() if size != sizes_before[name]]
+                observation.moved_by = _common_ratio(sizes, sizes_before)
+            observation.moved_before.append(len(observation.sizes))
+        sizes_before.update(sizes)
         observation.micro_batches.append(begun.samples)
         observation.sizes.append(begun.size)
         observation.random_states.append(begun.random_state)
@@ -109,6 +133,7 @@ def observing(
             observation.unscaled_by_optimizer = scale is not None
             observation.absent = {name for name, p in state.parameters().items() if p.grad is None}
             observation.rates = [float(group["lr"]) for group in optimizer.param_groups]
+        observation.passes_before_step.append(len(observation.sizes))
 
     def before_step(optimizer: Any, arguments: Any, keywords: Any) -> Any:
         found_inf = getattr(optimizer, "found_inf", None)
@@ -139,6 +164,9 @@ def observing(
         arrivals_by_name[name] += 1
         observation.arrivals = max(observation.arrivals, arrivals_by_name[name])
 
+    for name, parameter in state.parameters().items():
+        if parameter.grad is not None and bool(dense(unsharded(parameter.grad)).any()):
+            observation.initial[name] = dense(unsharded(parameter.grad)).detach().clone()
     with ExitStack() as stack:
         passes = ForwardPasses(state.inner, SampleIds(batch[0], None, batch[1]), before_pass)
         stack.enter_context(passes.hooks)
@@ -153,6 +181,19 @@ def observing(
     observation.micro_batches = [each.samples for each in passes.passes]
     observation.sizes = [each.size for each in passes.passes]
     observation.random_states = [each.random_state for each in passes.passes]
+
+
+def _sizes(state: TrainingState) -> dict[str, float]:
+    """The 1-norms of the parameters, which tell whether they have changed."""
+    local = {name: getattr(p, "_local_tensor", p).detach() for name, p in state.parameters().items()}
+    norms = torch._foreach_norm(list(local.values()), 1)  # pyright: ignore[reportPrivateImportUsage]
+    return dict(zip(local, torch.stack([norm.double() for norm in norms]).tolist(), strict=True))
+
+
+def _common_ratio(sizes: dict[str, float], before: dict[str, float]) -> float | None:
+    ratios = [size / before[name] for name, size in sizes.items() if before[name] and size != before[name]]
+    alike = bool(ratios) and max(ratios) - min(ratios) <= 1e-6 * abs(ratios[0])
+    return ratios[0] if alike else None
 
 
 def _gradient(state: TrainingState, scale: Tensor | None) -> Gradient:

@@ -1,113 +1,137 @@
-"""The loop's gradient in the run's own precision, and the rounding errors that a correct one may have."""
+"""The loop's gradient in the run's own precision, and the rounding errors that a correct one may have.
+
+An update is compared with its own micro-batches, which are computed again in the same precision on the same
+rows: a rounding that switches a ReLU in the loop switches it there too. docs/proof.md derives the bound.
+"""
 
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from dataclasses import replace
 
-from .certificate import Check, excess, worst_check
+from torch import nn
+
+from .certificate import Check, Series, excess, worst_check
+from .evidence import Failure, even_micro_batches, is_partition, rank_micro_batches
 from .float64 import DOUBLE
-from .gradients import WHOLE, first_update, measured_loss_scale, norms_of_errors
+from .gradients import Comparison, compare, first_update, measured_loss_scale
 from .larger_batch import Gradient, clamped, clipped, dot, norm
+from .nested import batch_size
 from .observation import Observation
 from .problem import Problem, TrainingState, WholeBatch, cast, copy_in
-from .ranks import all_gather, world_size, worst
+from .ranks import all_gather, world_size
 from .replay import BITS, ONE_STEP, Replay
 from .rounding import (
+    FEW,
     LAMBDA,
-    LARGER_BATCHES,
+    SMALLEST_SCALE,
     U32,
-    WINDOWS,
-    clipping_error,
+    WHOLE,
+    ExpectedUpdate,
+    clipped_bounds,
+    growth,
     larger_batch_of,
+    moved,
+    norms_of_errors,
     part_gradient,
     roundoff,
     scaled_larger_batch,
     shuffled,
+    transformed,
 )
 
-NEAREST = (
-    f"the larger batch's own distance from its fp64 gradient: the window's nearest of {WINDOWS} against the "
-    f"larger batch's farthest of {LARGER_BATCHES}, and what its micro-batches lose by themselves"
+# Single windows from the first weights, each on the samples in another order.
+WINDOWS = 2
+LOST = (
+    f"in every update, {LAMBDA:g} times what the larger batch and the window's own micro-batches lose in "
+    f"this precision, and {LAMBDA:g} u"
 )
 ONCE = (
     "adding in fp32 what autograd delivers, and rounding the sum once: (N-1) u of the terms' norms, and the "
     "rounding itself"
 )
-COARSE = (
-    f"{LAMBDA:g} times what the larger batch loses in this precision and rounding the micro-batches' parts "
-    "adds, the nearest of each kind of window, because a single rounding may switch a unit"
-)
 
 
 def precision_checks(problem: Problem, name: str) -> list[Check]:
     """Checks the gradient and its accumulation in the run's own precision, `name`."""
-    # By parameter and of the whole gradient, an entry for each pass.
-    window_errors: dict[str, list[float]] = defaultdict(list)
-    larger_errors: dict[str, list[float]] = defaultdict(list)
-    additions: list[Check] = []
-    parts: dict[str, float] = {}
-    shares: dict[str, float] = defaultdict(float)
+    gradients, additions = [], []
     for number in range(WINDOWS):
         batch, _ = shuffled(problem.batches[number % len(problem.batches)], number)
-        exact = larger_batch_of(problem, copy_in(problem.model, DOUBLE), batch).gradient
-        size = norm(exact) or 1.0
         state = TrainingState(problem, problem.dtype)
         observation = first_update(state, cast(batch, problem.dtype), arrivals=True)
-        if not all(all_gather(observation.gradient is not None)):
-            return [Check(f"gradient, {name}", math.inf, 0.0, "relative", NEAREST, "no update was made")]
-        assert observation.gradient is not None
-        expected = clipped(exact, problem.clip_norm)
-        factor = (norm(expected) or 1.0) / size
-        expected = clamped(expected, problem.clip_value)
-        _append(window_errors, norms_of_errors(observation.gradient, expected), 1 / (size * factor))
-        if world_size() == 1 and observation.arrived:
+        comparison, _ = compare_own_precision(
+            problem, copy_in(problem.model, problem.dtype), batch, observation
+        )
+        gradients.append(_check(comparison, f"gradient, {name}"))
+        if _adds_what_arrives(problem, observation):
             additions.append(_addition_check(problem, observation, name))
-        rounded = rounding_of_parts(problem, observation)
-        scale = loss_scale_of(problem, observation, exact)
-        if not number:
-            parts = _losses_of_parts(problem, batch, observation, scale)
-        for order, numbers in ((batch, None), shuffled(batch, 100 + number)):
-            model = copy_in(problem.model, problem.dtype)
-            larger = scaled_larger_batch(problem, model, order, scale, numbers)
-            _append(larger_errors, norms_of_errors(larger.gradient, exact), 1 / size)
-        # Added: what rounding and clipping N parts adds to the single rounding of the larger batch.
-        clip = clipping_error(problem.clip_norm, exact, problem.dtype)
-        for key, errors in larger_errors.items():
-            length = size if key == WHOLE else float(exact[key].norm())
-            if factor < 1:
-                shares[key] = max(shares[key], length / size)
-            errors[-1] += (rounded.get(key, 0.0) / factor + parts.get(key, 0.0) + clip * length) / size
-    nearest = {}
-    for key, errors in window_errors.items():
-        numbers = [error for error in errors if not math.isnan(error)]
-        nearest[key] = worst(all_gather(min(numbers, default=math.nan)))
-    # The relative error of the clipping norm is at most the gradient's, and scales every parameter's part.
-    whole = max(larger_errors[WHOLE])
-    bounds = {key: max(errors) + shares[key] * whole for key, errors in larger_errors.items()}
-    at = max(nearest, key=lambda key: excess(nearest[key], bounds[key]))
-    detail = f"worst at {at}"
-    overflows = [key for key, errors in larger_errors.items() if not all(map(math.isfinite, errors))]
-    if overflows:  # nothing to compare with: an infinite bound fails the check
-        at, bounds[overflows[0]] = overflows[0], math.inf
-        detail = f"the larger batch, or a part of it, overflows at {at}"
-    checks = [Check(f"gradient, {name}", nearest[at], bounds[at], "relative", NEAREST, detail)]
+    checks = [worst_check(gradients)]
     return [*checks, worst_check(additions)] if additions else checks
 
 
-def _append(lists: dict[str, list[float]], values: dict[str, float], factor: float) -> None:
-    for key, value in values.items():
-        lists[key].append(value * factor)
+def compare_own_precision(
+    problem: Problem, model: nn.Module, batch: WholeBatch, observation: Observation
+) -> tuple[Comparison, ExpectedUpdate]:
+    """Compares the gradient on `batch` from the weights of `model`, which has the run's own precision.
+
+    The bound is infinite if the larger batch, or a part of it, overflows. A collective call.
+    """
+    fine = copy_in(model, DOUBLE)
+    larger = larger_batch_of(problem, moved(problem, fine, batch), batch)
+    exact = larger.gradient
+    scale = loss_scale_of(problem, observation, exact)
+    coarse_model = moved(problem, model, batch, problem.autocast)
+    coarse = scaled_larger_batch(problem, coarse_model, batch, scale).gradient
+    window = _window_of_parts(problem, coarse_model, batch, observation, scale)
+    lost_at_once, lost_in_parts = norms_of_errors(coarse, exact), norms_of_errors(window, exact)
+    lost = {name: max(lost_at_once[name], lost_in_parts[name]) for name in lost_at_once}
+    gradient = transformed(problem, fine, exact)
+    grown = growth(problem, fine, coarse, exact, gradient, lost_at_once)
+    u = roundoff(problem.autocast or problem.dtype)
+    bounds = {
+        name: grown[name] * LAMBDA * (lost[WHOLE if g.numel() < FEW else name] + u * float(g.norm()))
+        for name, g in gradient.items()
+    }
+    bounds = clipped_bounds(bounds, gradient, problem.clip_norm, problem.dtype)
+    added = rounding_of_parts(problem, observation)
+    bounds = {name: bound + added.get(name, 0.0) for name, bound in bounds.items()}
+    expected = clamped(clipped(gradient, problem.clip_norm), problem.clip_value)
+    update = ExpectedUpdate(larger, expected, norm(gradient), bounds, math.inf)
+    comparison = compare(observation.gradient, update)
+    overflowed = next((name for name, bound in bounds.items() if not math.isfinite(bound)), None)
+    if overflowed is not None:
+        comparison = Comparison(math.inf, math.inf, overflowed, comparison.figure, math.inf)
+    return comparison, update
+
+
+def _window_of_parts(
+    problem: Problem, model: nn.Module, batch: WholeBatch, observation: Observation, scale: float
+) -> Gradient:
+    """The sum in fp64 of the window's micro-batches' gradients, each computed by `model` by itself."""
+    samples = batch_size(batch)
+    micro_batches = rank_micro_batches(batch, observation)
+    if micro_batches is None or not is_partition(micro_batches, samples):
+        micro_batches = even_micro_batches(problem, samples)
+    total: Gradient = {}
+    for numbers in (part for of_rank in micro_batches for part in of_rank if part):
+        part = scaled_part(problem, model, batch, numbers, scale)
+        total = {name: g.double() + total[name] if total else g.double() for name, g in part.items()}
+    return total
 
 
 class OwnPrecisionReplay(Replay):
-    """Compares a loop's updates in the run's own precision."""
+    """Compares a loop's updates in the run's own precision.
+
+    Attributes:
+        failure: the first update whose gradient differs by more than rounding.
+    """
 
     def __init__(self, problem: Problem, state: TrainingState) -> None:
         super().__init__(problem, state, problem.dtype)
-        # Of the whole gradient, by kind of window: first, following, smaller.
-        self._gradients: dict[str, list[Check]] = defaultdict(list)
+        self.failure: Failure | None = None
+        self._comparisons: list[tuple[int, Comparison]] = []
+        self._additions: list[Check] = []
+        self._previous: Gradient | None = None
 
     def compare(self, batch: WholeBatch, observation: Observation) -> None:
         if self.diverged:
@@ -116,15 +140,21 @@ class OwnPrecisionReplay(Replay):
             self._step_schedule()  # the loss scale overflowed and the window was skipped
             return
         number = self.updates + 1
-        smaller = self._is_smaller(batch)
-        if all(all_gather(observation.gradient is not None)):
-            error, bound = self._gradient_error(batch, observation)
-            if not math.isfinite(bound):
-                self.diverged = True
-                return
-            kind = "smaller" if smaller else "first" if number == 1 else "following"
-            at = f"update {number}, nearest of the {kind} windows"
-            self._gradients[kind].append(Check("gradient", error, bound, "relative", COARSE, at))
+        with self.problem.outside_as(dict(observation.outside)):
+            comparison, expected = compare_own_precision(self.problem, self.model, batch, observation)
+        if not math.isfinite(comparison.bound) and all(all_gather(observation.gradient is not None)):
+            self.diverged = True
+            return
+        self._comparisons.append((number, comparison))
+        if not comparison.equal and self.failure is None:
+            model = copy_in(self.model, DOUBLE)
+            self.failure = Failure(batch, observation, expected, comparison, model, self._previous)
+            self.failure.precision = self.problem.precision_name
+            self.failure.tolerance = max(self.failure.tolerance, 2 * self._whole_bound(expected))
+        self._previous = observation.gradient
+        if _adds_what_arrives(self.problem, observation):
+            self._additions.append(_addition_check(self.problem, observation, f"update {number}"))
+        self._is_smaller(batch)
         self.updates = number
         self._record("number of updates", abs(observation.steps - 1))
         self._step_optimizer(observation)
@@ -133,40 +163,57 @@ class OwnPrecisionReplay(Replay):
         if observation.unscaled_by_optimizer:
             return  # the division in a fused optimizer rounds elsewhere
         for name, figure in parameters.items():
-            self._record("optimizer", figure, f" at {name}")
+            if name not in self.problem.hand_changed:
+                self._record("optimizer", figure, f" at {name}")
         for key, figure in optimizer.items():
             self._record("optimizer", figure, f" at optimizer {key}")
-
-    def _gradient_error(self, batch: WholeBatch, observation: Observation) -> tuple[float, float]:
-        """(error of the whole gradient, its bound), both relative to it."""
-        problem = self.problem
-        assert observation.gradient is not None
-        exact = larger_batch_of(problem, copy_in(self.model, DOUBLE), batch).gradient
-        scale = loss_scale_of(problem, observation, exact)
-        coarse = scaled_larger_batch(problem, self.model, batch, scale).gradient
-        expected = clipped(exact, problem.clip_norm)
-        length = norm(expected) or 1.0
-        expected = clamped(expected, problem.clip_value)
-        error = norms_of_errors(observation.gradient, expected)[WHOLE] / length
-        lost = norms_of_errors(coarse, exact)[WHOLE] / (norm(exact) or 1.0)
-        lost += rounding_of_parts(problem, observation).get(WHOLE, 0.0) / length
-        u = roundoff(problem.autocast or problem.dtype)
-        bound = LAMBDA * (lost + u) + clipping_error(problem.clip_norm, exact, problem.dtype)
-        return worst(all_gather(error)), max(all_gather(bound))
 
     def checks(self, name: str) -> list[Check]:
         """The worst figures in precision `name`. A collective call."""
         over = f"{self.updates} updates, {name}"
-        if not self._gradients and self.diverged:
+        if not self._comparisons and self.diverged:
             return []
-        if not self._gradients:
-            return [Check(f"gradient, {over}", math.inf, 0.0, "relative", COARSE, "no update was made")]
-        nearest = [min(checks, key=lambda check: check.excess) for checks in self._gradients.values()]
-        return [
-            replace(worst_check(nearest), name=f"gradient, {over}"),
-            self._check(f"optimizer, {over}", "optimizer", self._bit_bound, BITS),
-            self._check(f"number of updates, {name}", "number of updates", 0.0, ONE_STEP, "count"),
-        ]
+        checks = [worst_check(_check(c, f"gradient, {over}", f"update {n}") for n, c in self._comparisons)]
+        if self._additions:
+            checks.append(replace(worst_check(self._additions), name=f"addition, {over}"))
+        checks.append(self._check(f"optimizer, {over}", "optimizer", self._bit_bound, BITS))
+        checks.append(self._check(f"number of updates, {name}", "number of updates", 0.0, ONE_STEP, "count"))
+        if self.failure is not None:
+            self.failure.compared = [number for number, _ in self._comparisons]
+            self.failure.updates = [number for number, c in self._comparisons if not c.equal]
+        return checks
+
+    def series(self, name: str) -> Series:
+        return Series(
+            f"gradient, {name}",
+            "relative",
+            [number for number, _ in self._comparisons],
+            [c.figure for _, c in self._comparisons],
+            [c.bound for _, c in self._comparisons],
+        )
+
+    def _whole_bound(self, expected: ExpectedUpdate) -> float:
+        return math.hypot(*expected.bounds.values()) / (norm(expected.gradient) or 1.0)
+
+
+def _check(comparison: Comparison, name: str, detail: str = "") -> Check:
+    at = f"worst at {comparison.name}" if math.isfinite(comparison.figure) else comparison.name
+    if not math.isfinite(comparison.bound):
+        at = f"the larger batch, or a part of it, overflows at {comparison.name}"
+    detail = ", ".join(part for part in (at, detail) if part)
+    return Check(name, comparison.figure, comparison.bound, "relative", LOST, detail)
+
+
+def scaled_part(
+    problem: Problem, model: nn.Module, batch: WholeBatch, numbers: list[int], scale: float
+) -> Gradient:
+    """The gradient of samples `numbers` as the run computes it, at a loss scale without overflow."""
+    while True:
+        part, _ = part_gradient(problem, model, batch, numbers, problem.autocast, scale)
+        finite = all(bool(g.isfinite().all()) for g in part.values())
+        if finite or problem.scaling is None or scale < SMALLEST_SCALE:
+            return part
+        scale /= 16
 
 
 def loss_scale_of(problem: Problem, observation: Observation, exact: Gradient) -> float:
@@ -175,24 +222,6 @@ def loss_scale_of(problem: Problem, observation: Observation, exact: Gradient) -
         return 1.0
     scale = measured_loss_scale(observation, exact)
     return 2.0 ** round(math.log2(scale)) if scale > 0 else 1.0
-
-
-def _losses_of_parts(
-    problem: Problem, batch: WholeBatch, observation: Observation, scale: float
-) -> dict[str, float]:
-    """The sums of what a window's micro-batches lose by themselves in the run's precision, by parameter."""
-    micro_batches = [numbers for each in all_gather(observation.micro_batches) for numbers in each]
-    if any(numbers is None for numbers in micro_batches):
-        return {}
-    coarse, fine = copy_in(problem.model, problem.dtype), copy_in(problem.model, DOUBLE)
-    losses: dict[str, float] = defaultdict(float)
-    for numbers in micro_batches:
-        if numbers:
-            gradient, _ = part_gradient(problem, coarse, batch, numbers, problem.autocast, scale)
-            exact, _ = part_gradient(problem, fine, batch, numbers)
-            for key, error in norms_of_errors(gradient, exact).items():
-                losses[key] += error
-    return losses
 
 
 def rounding_of_parts(problem: Problem, observation: Observation) -> dict[str, float]:
@@ -220,6 +249,14 @@ def unclamped(gradient: Gradient, clip_value: float | None) -> Gradient:
     if clip_value is None:
         return gradient
     return {name: g.where(g.abs() < 0.99 * clip_value, 0.0) for name, g in gradient.items()}
+
+
+def _adds_what_arrives(problem: Problem, observation: Observation) -> bool:
+    """Whether the gradient is the sum of what autograd delivered, up to scaling and clipping."""
+    changed = problem.transform_gradient is not None or problem.perturb is not None
+    return (
+        world_size() == 1 and bool(observation.arrived) and observation.gradient is not None and not changed
+    )
 
 
 def _addition_check(problem: Problem, observation: Observation, precision: str) -> Check:

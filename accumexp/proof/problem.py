@@ -45,6 +45,9 @@ class Problem:
             a draw that all samples share.
         try_ignored_targets: check windows with ignored targets although no batch has any.
         clip_value: the largest absolute value of the gradient's elements, after `clip_norm`, or None.
+        transform_gradient, perturb, state, drop_last: see `certify`.
+        hand_changed: frozen parameters and buffers that the loop itself changes.
+        compiled: whether the loop's model is compiled in the run's own precision. The larger batch never is.
     """
 
     train_window: TrainWindow
@@ -64,6 +67,12 @@ class Problem:
     sample_dims: Mapping[str, int | None] = field(default_factory=dict)
     try_ignored_targets: bool = False
     clip_value: float | None = None
+    transform_gradient: Callable[[nn.Module], Any] | None = None
+    perturb: Callable[[nn.Module], Any] | None = None
+    state: Mapping[str, nn.Module | Tensor] = field(default_factory=dict)
+    hand_changed: frozenset[str] = frozenset()
+    drop_last: bool = False
+    compiled: bool = False
 
     @property
     def device(self) -> torch.device:
@@ -76,10 +85,13 @@ class Problem:
 
     @property
     def precision_name(self) -> str:
-        """The run's precision as checks name it, such as "bf16" or "loss-scaled fp16"."""
+        """The run's precision as checks name it, such as "bf16", "loss-scaled fp16" or "compiled fp32"."""
         names = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
         name = names[self.autocast or self.dtype]
-        return name if self.scaling is None else f"loss-scaled {name}"
+        if self.scaling is not None:
+            name = f"loss-scaled {name}"
+        # With its draws held fixed a compiled model runs eagerly, see `compilation.py`.
+        return f"compiled {name}" if self.compiled and not self.fixed_draws else name
 
     @contextmanager
     def loss_in(self, dtype: torch.dtype) -> Iterator[Callable[..., Any]]:
@@ -91,12 +103,44 @@ class Problem:
             yield self.loss
             return
         original = {name: value.data for name, value in _tensors_of(self.loss)}
+        for _, value in _tensors_of(self.loss):
+            value.data = value.data.clone()  # the loss may change its buffers in place
         self.loss.to(torch.promote_types(dtype, torch.float32))
         try:
             yield self.loss
         finally:
             for name, value in _tensors_of(self.loss):
                 value.data = original[name]
+
+    def outside(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Copies of the tensors in `state`, floating point ones in `dtype`."""
+        return {
+            name: value.detach().to(dtype if value.is_floating_point() else value.dtype, copy=True)
+            for name, value in self._live().items()
+        }
+
+    @contextmanager
+    def outside_as(self, values: dict[str, Tensor]) -> Iterator[None]:
+        """Gives the tensors in `state` these `values`, and takes over what they are afterwards."""
+        live = self._live()
+        original = {name: tensor.data for name, tensor in live.items()}
+        for name, tensor in live.items():
+            tensor.data = values[name]
+        try:
+            yield
+        finally:
+            for name, tensor in live.items():
+                values[name] = tensor.data
+                tensor.data = original[name]
+
+    def _live(self) -> dict[str, Tensor]:
+        live = {}
+        for name, item in self.state.items():
+            if isinstance(item, Tensor):
+                live[name] = item
+            else:
+                live.update({f"{name}.{key}": tensor for key, tensor in _tensors_of(item)})
+        return live
 
 
 def _tensors_of(module: nn.Module) -> list[tuple[str, Tensor]]:
@@ -141,6 +185,7 @@ class TrainingState:
     Attributes:
         inner: the module whose parameter names the proof uses.
         model: `inner` as the loop receives it, after `Problem.prepare`.
+        outside: the values of the tensors in `Problem.state`.
     """
 
     def __init__(
@@ -153,6 +198,7 @@ class TrainingState:
         self.problem = problem
         self.dtype = dtype
         self.schedule: Any = None
+        self.outside = problem.outside(dtype)
         if inner is not None and optimizer is not None:
             self.inner = self.model = inner
             self.optimizer = optimizer
@@ -168,6 +214,11 @@ class TrainingState:
 
     def buffers(self) -> dict[str, Tensor]:
         return dict(self.inner.named_buffers())
+
+    def parts(self) -> dict[str, Any]:
+        """Model, optimizer and schedule by name, those that there are."""
+        parts = {"model": self.inner, "optimizer": self.optimizer, "schedule": self.schedule}
+        return {name: part for name, part in parts.items() if part is not None}
 
     def train(self, batch: WholeBatch) -> Any:
         """Calls the loop for its update on `batch`; returns what it returns."""

@@ -9,18 +9,24 @@ from collections import Counter
 from dataclasses import replace
 from itertools import chain
 
+from torch import Tensor
 from torch.optim import Optimizer
 
-from .certificate import Cause, Check, worst_check
+from .certificate import Cause, Check, Series, excess, worst_check
+from .evidence import Failure, updates_in_words
 from .float64 import DOUBLE
 from .gradients import Comparison, compare, measured_loss_scale
+from .larger_batch import Gradient, loss_weight, relative_error
 from .nested import batch_size
 from .observation import Observation
+from .outside import HandChanges, Snapshot
 from .problem import Problem, TrainingState, WholeBatch
 from .ranks import all_gather, worst
 from .replay import BITS, ONE_STEP, Replay, tensors_of
-from .rounding import U32, ExpectedUpdate, expected_update
+from .rounding import U32, U64, ExpectedUpdate, expected_update
 from .sample_ids import SampleIds
+from .state_causes import ChangedWeights, LoggedLoss
+from .windows import STATISTICS
 
 # For a model with more than LARGE parameters the larger batch is computed in the first EVERY_UNTIL updates,
 # for every window that is smaller than usual, and for every SELDOM-th; the rest is compared in all.
@@ -40,22 +46,43 @@ class Float64Replay(Replay):
     Attributes:
         clipped: number of updates whose gradient was longer than `clip_norm`.
         losses: the larger batch's loss, and the bound of its error, by update.
+        failure: the first update whose gradient differs, or that has not one optimizer step.
+        changed: the first update after which the weights differ although the optimizer's steps are right.
+        logged: the first update whose logged loss differs.
     """
 
     def __init__(self, problem: Problem, state: TrainingState) -> None:
         super().__init__(problem, state, DOUBLE)
         self.clipped = 0
         self.losses: dict[int, tuple[float, float]] = {}
-        self._gradient: tuple[int, Comparison] = (0, Comparison(0.0, 0.0, "", 0.0, 0.0))
+        self.failure: Failure | None = None
+        self.changed: ChangedWeights | None = None
+        self.logged: LoggedLoss | None = None
+        self._comparisons: list[tuple[int, Comparison]] = []
+        self._buffers: list[tuple[int, float, str]] = []
+        self._previous: Gradient | None = None
+        self._before: Gradient = {}
         self._loss: Check | None = None
         self._rates = LearningRates(problem)
-        self._scales: list[tuple[int, float]] = []
+        self._by_hand = HandChanges(problem, problem.hand_changed)
+        self._scales: list[tuple[int, float, float]] = []
         large = sum(p.numel() for p in self.model.parameters()) > LARGE
         self._interval = SELDOM if large else 1
 
-    def compare(self, batch: WholeBatch, observation: Observation) -> None:
+    def compare(self, batch: WholeBatch, observation: Observation, before: Snapshot | None = None) -> None:
+        """Compares the update that the loop has just made on `batch`. A collective call.
+
+        Args:
+            before: the loop's state before it, where the loop changes something by hand.
+        """
         if self.diverged:
             return
+        with self.problem.outside_as(dict(observation.outside)):
+            self._compare(batch, observation)
+        if before is not None and not self.diverged:
+            self._by_hand.compare(self.updates, before, self.state, batch)
+
+    def _compare(self, batch: WholeBatch, observation: Observation) -> None:
         number = self.updates + 1
         smaller = self._is_smaller(batch)
         if number <= EVERY_UNTIL or number % self._interval == 0 or smaller:
@@ -64,31 +91,65 @@ class Float64Replay(Replay):
             if not all(all_gather(all(map(math.isfinite, figures)))):
                 self.diverged = True
                 return
-            self._compare_gradient(number, observation, expected)
+            self._compare_gradient(number, batch, observation, expected)
+            self._compare_buffers(number, expected.larger.buffers)
         self.updates = number
+        self._previous = observation.gradient
         self._record("samples", self._missing_samples(batch, observation))
         self._record("number of updates", abs(observation.steps - 1))
         self._record("learning rate", self._rates.compare(observation.rates, self.optimizer))
+        self._before = before = self._weights()
         self._step_optimizer(observation)
         if observation.gradient is not None:
             self._step_schedule()
+        expected_weights = self._weights()
         same = tensors_of(self.optimizer).keys() == tensors_of(self.state.optimizer).keys()
         parameters, optimizer = self._take_over()
+        parameters = {n: error for n, error in parameters.items() if n not in self.problem.hand_changed}
         self._record("parameters", worst(list(parameters.values())))
         self._record("optimizer state", worst([0.0, *optimizer.values()]) if same else math.inf)
+        if self.changed is None and not max(parameters.values()) <= self._bit_bound:
+            names = [name for name, error in parameters.items() if not error <= self._bit_bound]
+            self.changed = ChangedWeights(number, names, before, expected_weights, self._weights())
 
-    def _compare_gradient(self, number: int, observation: Observation, expected: ExpectedUpdate) -> None:
+    def _weights(self) -> Gradient:
+        """A copy of the weights; empty for a large model."""
+        if self._interval > 1:
+            return {}
+        return {name: p.detach().clone() for name, p in self.model.named_parameters()}
+
+    def _compare_gradient(
+        self, number: int, batch: WholeBatch, observation: Observation, expected: ExpectedUpdate
+    ) -> None:
         self.clipped += self.problem.clip_norm is not None and expected.size > self.problem.clip_norm
         comparison = compare(observation.gradient, expected)
-        if comparison.ratio > self._gradient[1].ratio:
-            self._gradient = (number, comparison)
+        self._comparisons.append((number, comparison))
+        steps = all_gather(observation.steps)
+        if self.failure is None and (not comparison.equal or any(count != 1 for count in steps)):
+            model = copy.deepcopy(self.model)
+            self.failure = Failure(batch, observation, expected, comparison, model, self._previous)
+            if batch_size(batch) < self._full:
+                self.failure.window = f"{batch_size(batch)} of {self._full} samples"
         # The logged loss is added up in fp32 and rounded once more.
         rounding = (len(observation.sizes) + 1) * U32 * abs(expected.loss)
         self.losses[number] = (expected.loss, expected.loss_bound + rounding)
+        self._last = (number, batch, observation)
         scaled = self.problem.scaling is not None and any(all_gather(bool(observation.arrived)))
         if scaled and expected.size:  # a gradient of zeros does not show the scale
             scale = measured_loss_scale(observation, expected.larger.gradient)
-            self._scales.append((number, scale))
+            # What arrives may be a sum that the loop divides later: windows of the same weight are compared.
+            with self.problem.loss_in(DOUBLE) as loss:
+                self._scales.append((number, scale, float(loss_weight(loss, batch[1], batch_size(batch)))))
+
+    def _compare_buffers(self, number: int, expected: dict[str, Tensor]) -> None:
+        """Compares the buffers after the loop's window with those after the larger batch, `expected`."""
+        expected = {name: b for name, b in expected.items() if name not in self.problem.hand_changed}
+        if not expected or self.problem.perturb is not None:
+            return
+        buffers = self.state.buffers()
+        errors = {name: relative_error(buffers[name], value) for name, value in expected.items()}
+        name = max(errors, key=lambda key: excess(errors[key], 1.0))
+        self._buffers.append((number, worst(all_gather(errors[name])), name))
 
     def compare_loss(self, update: int, loss: float) -> None:
         """Compares the loss that the loop logged for `update`, if that update's gradient was compared."""
@@ -97,6 +158,8 @@ class Float64Replay(Replay):
             error = abs(loss - expected)
             at = f"worst at update {update}" if error else "no difference"
             check = Check("logged loss", error, bound, "loss", LOGGED, at)
+            if not check.passed and self.logged is None and self._last[0] == update:
+                self.logged = LoggedLoss(update, loss, expected, *self._last[1:], self._before)
             self._loss = check if self._loss is None else worst_check([self._loss, check])
 
     def _missing_samples(self, batch: WholeBatch, observation: Observation) -> int:
@@ -115,6 +178,7 @@ class Float64Replay(Replay):
         over = f"{self.updates} updates"
         checks = [
             self._gradient_check(over),
+            *filter(None, [self._buffers_check(over), self._by_hand.check()]),
             self._check(f"parameters, {over}", "parameters", self._bit_bound, BITS),
             self._check(f"optimizer state, {over}", "optimizer state", self._bit_bound, BITS),
             self._check(f"learning rate, {over}", "learning rate", 0.0, SCHEDULED),
@@ -133,8 +197,13 @@ class Float64Replay(Replay):
         return self._rates.causes(update) if error else []
 
     def _gradient_check(self, over: str) -> Check:
-        number, comparison = self._gradient
-        detail = f"update {number}" if number else over
+        if not self._comparisons:
+            return Comparison(0.0, 0.0, "", 0.0, 0.0).as_check(f"gradient, {over}", over)
+        number, comparison = max(self._comparisons, key=lambda entry: entry[1].ratio)
+        if self.failure is not None:
+            self.failure.compared = [n for n, _ in self._comparisons]
+            self.failure.updates = [n for n, c in self._comparisons if not c.equal]
+        detail = f"update {number}" if comparison.ratio else over
         if len(self.losses) < self.updates:
             detail += f", {len(self.losses)} of them compared"
         if self.problem.clip_norm is not None:
@@ -143,12 +212,36 @@ class Float64Replay(Replay):
             detail += ", after which the larger batch itself diverges"
         return comparison.as_check(f"gradient, {over}", detail)
 
+    def _buffers_check(self, over: str) -> Check | None:
+        if not self._buffers:
+            return None
+        bound = 8 * self.problem.samples * U64
+        number, figure, name = max(self._buffers, key=lambda entry: excess(entry[1], 1.0))
+        failing = [n for n, each, _ in self._buffers if not each <= bound]
+        when = updates_in_words(failing, [n for n, _, _ in self._buffers]) if failing else ""
+        at = f"worst at {name}, update {number}" if figure else "no difference"
+        return Check(
+            f"buffers, {over}", figure, bound, "relative", STATISTICS, ", ".join(filter(None, (at, when)))
+        )
+
+    def series(self) -> Series:
+        """The worst parameter's error by update, and its bound."""
+        return Series(
+            "gradient, fp64",
+            "relative",
+            [number for number, _ in self._comparisons],
+            [comparison.figure for _, comparison in self._comparisons],
+            [comparison.bound for _, comparison in self._comparisons],
+        )
+
     def _scale_check(self) -> Check:
-        scaling, first = self.problem.scaling, self._scales[0][1]
+        scaling = self.problem.scaling
         assert scaling is not None
         errors = []
-        for update, scale in self._scales:
+        references: dict[float, float] = {}
+        for update, scale, weight in self._scales:
             growths = (update - 1) // scaling.growth_interval
+            first = references.setdefault(weight, scale / scaling.growth_factor**growths)
             error = abs(math.log(max(scale / first, 1e-300)) - growths * math.log(scaling.growth_factor))
             errors.append((error, update, scale / first))
         error, update, ratio = max(errors, key=lambda item: item[0])
@@ -190,6 +283,15 @@ class LearningRates:
                 reason = f"the schedule is stepped {steps} times an update"
                 advice = "step it once after the optimizer's step, on every rank once"
                 return [_cause(reason, update, advice)]
+        for number, (rates, right) in enumerate(self._pairs, 1):
+            for group, (rate, expected) in enumerate(zip(rates, right, strict=False)):
+                if rate != expected:
+                    of_group = f" of parameter group {group}" if groups > 1 else ""
+                    figures = f"is {rate:.4g} in update {number}, the schedule's is {expected:.4g}"
+                    reason = f"the learning rate{of_group} {figures}"
+                    return [
+                        Cause("schedule", "", reason, math.nan, "", "take the optimizer's own learning rate")
+                    ]
         return []
 
     def _follow(self, steps: int) -> bool:

@@ -3,16 +3,15 @@
 docs/proof.md derives them. In fp64, another order of the same operations is further than lambda = 8 standard
 deviations away with probability 2 exp(-lambda^2 / 2) = 2.5e-14 (Higham and Mary, SIAM J. Sci. Comput. 41,
 2019), and adding n terms in any order loses n u of their size (Higham, Accuracy and Stability of Numerical
-Algorithms, 2nd ed., 4.2). In the run's precision all `WINDOWS` distances from fp64 are larger than all
-`LARGER_BATCHES` of the larger batch with probability 1 / C(WINDOWS + LARGER_BATCHES, WINDOWS) = 1 / 116,280
-for each parameter.
+Algorithms, 2nd ed., 4.2).
 """
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,8 +36,8 @@ from .problem import Problem, WholeBatch, cast, copy_in, copy_of, rows
 LAMBDA = 8.0
 # Below this number of elements fp32 may lose nothing by chance: the bound is what the whole gradient loses.
 FEW = 32
-WINDOWS = 7
-LARGER_BATCHES = 14
+# The key of the whole gradient beside those of the parameters.
+WHOLE = "all of it"
 SMALLEST_SCALE = 2.0**-20
 # Unit roundoffs of fp32 and fp64.
 U32 = 2.0**-24
@@ -72,28 +71,104 @@ def expected_update(
     problem: Problem, batch: WholeBatch, model: nn.Module, clip_norm: float | None = None
 ) -> ExpectedUpdate:
     """The larger batch's update on `batch` from the weights of `model`, which is in fp64."""
-    exact = larger_batch_of(problem, model, batch)
+    exact = larger_batch_of(problem, moved(problem, model, batch), batch)
     with _without_tf32(problem.device):
-        coarse = larger_batch_of(problem, copy_in(model, torch.float32), batch)
-    size = norm(exact.gradient)
+        coarse_model = copy_in(model, torch.float32)
+        coarse = larger_batch_of(problem, moved(problem, coarse_model, batch), batch)
     samples = batch_size(batch)
-    factor = clip_factor(size, clip_norm)
-    losses = {name: float((coarse.gradient[name].double() - g).norm()) for name, g in exact.gradient.items()}
-    whole_loss = math.hypot(*losses.values())
-    clip = clipping_error(clip_norm, exact.gradient, DOUBLE)
-    bounds = {}
-    for name, g in exact.gradient.items():
-        lost = whole_loss if g.numel() < FEW else losses[name]
-        bounds[name] = factor * (LAMBDA * 2.0**-29 * lost + (samples * U64 + clip) * size)
-    if factor < 1:
-        # The clipping norm's relative error is at most the gradient's, and scales every parameter's part.
-        off = math.hypot(*bounds.values()) / size
-        bounds = {name: b + off * float(exact.gradient[name].norm()) for name, b in bounds.items()}
-    expected = clamped(clipped(exact.gradient, clip_norm), problem.clip_value)
+    gradient = transformed(problem, model, exact.gradient)
+    lost = norms_of_errors(coarse.gradient, exact.gradient)
+    grown = growth(problem, coarse_model, coarse.gradient, exact.gradient, gradient, lost)
+    added = samples * U64 * max(norm(exact.gradient), norm(gradient))
+    bounds = {
+        name: grown[name] * (LAMBDA * 2.0**-29 * lost[WHOLE if g.numel() < FEW else name] + added)
+        for name, g in gradient.items()
+    }
+    bounds = clipped_bounds(bounds, gradient, clip_norm, DOUBLE)
+    size = norm(gradient)
+    expected = clamped(clipped(gradient, clip_norm), problem.clip_value)
     loss = float(exact.loss)
-    lost = abs(float(coarse.loss.double()) - loss)
-    loss_bound = LAMBDA * 2.0**-29 * lost + samples * U64 * max(abs(loss), U64)
+    loss_lost = abs(float(coarse.loss.double()) - loss)
+    loss_bound = LAMBDA * 2.0**-29 * loss_lost + samples * U64 * max(abs(loss), U64)
     return ExpectedUpdate(exact, expected, size, bounds, loss_bound)
+
+
+def clipped_bounds(
+    bounds: dict[str, float], gradient: Gradient, clip_norm: float | None, dtype: torch.dtype
+) -> dict[str, float]:
+    """The bounds of the errors, by parameter, of `gradient` after it is clipped in `dtype`."""
+    size = norm(gradient)
+    factor = clip_factor(size, clip_norm)
+    clip = clipping_error(clip_norm, gradient, dtype)
+    # The clipping norm's relative error is at most the gradient's, and scales every parameter's part.
+    off = clip + (math.hypot(*bounds.values()) / size if factor < 1 else 0.0)
+    return {name: factor * (bound + off * float(gradient[name].norm())) for name, bound in bounds.items()}
+
+
+def moved(
+    problem: Problem, model: nn.Module, batch: WholeBatch, autocast: torch.dtype | None = None
+) -> nn.Module:
+    """`model`, or a copy that `Problem.perturb` has moved by the larger batch's gradient."""
+    if problem.perturb is None:
+        return model
+    gradient = larger_batch_of(problem, model, batch, autocast).gradient
+    copied = with_gradient(model, gradient)
+    with torch.no_grad():
+        problem.perturb(copied)
+    copied.zero_grad()
+    return copied
+
+
+def transformed(problem: Problem, model: nn.Module, gradient: Gradient) -> Gradient:
+    """What `Problem.transform_gradient` makes of `gradient`, at the weights of `model`."""
+    if problem.transform_gradient is None:
+        return gradient
+    copied = with_gradient(model, gradient)
+    problem.transform_gradient(copied)
+    return {
+        name: torch.zeros_like(p) if p.grad is None else p.grad.detach()
+        for name, p in copied.named_parameters()
+        if name in gradient
+    }
+
+
+def growth(
+    problem: Problem,
+    model: nn.Module,
+    inexact: Gradient,
+    exact: Gradient,
+    expected: Gradient,
+    lost: Mapping[str, float],
+) -> dict[str, float]:
+    """By what `Problem.transform_gradient` multiplies rounding errors, by parameter; at least 1.
+
+    Measured on an `inexact` gradient and its errors, `lost`, at the weights of `model`.
+    """
+    if problem.transform_gradient is None:
+        return dict.fromkeys(exact, 1.0)
+    errors = norms_of_errors(transformed(problem, model, inexact), expected)
+    return {
+        name: max(
+            1.0,
+            errors[name] / lost[name] if lost[name] else 1.0,
+            float(expected[name].norm()) / (float(g.norm()) or 1.0),
+        )
+        for name, g in exact.items()
+    }
+
+
+def with_gradient(model: nn.Module, gradient: Gradient) -> nn.Module:
+    """A copy of `model` with `gradient` in `.grad`."""
+    copied = copy.deepcopy(model)
+    for name, parameter in copied.named_parameters():
+        parameter.grad = gradient[name].to(parameter.dtype).clone() if name in gradient else None
+    return copied
+
+
+def norms_of_errors(gradient: Gradient, expected: Gradient) -> dict[str, float]:
+    """The 2-norm of each parameter's error, and under `WHOLE` that of the whole error."""
+    errors = {name: float((gradient[name].double() - g.double()).norm()) for name, g in expected.items()}
+    return {**errors, WHOLE: math.sqrt(sum(error * error for error in errors.values()))}
 
 
 def clipping_error(clip_norm: float | None, gradient: Gradient, dtype: torch.dtype) -> float:
@@ -154,7 +229,11 @@ def prepared_pass(
     model = copy_of(model)
     dtype = next(p.dtype.to_real() for p in model.parameters() if p.is_floating_point() or p.is_complex())
     batch = cast(batch, dtype)
-    with problem.loss_in(dtype) as loss, keep_float64(dtype), seeded_draws(problem, model, batch, numbers):
+    with ExitStack() as stack:
+        loss = stack.enter_context(problem.loss_in(dtype))
+        stack.enter_context(problem.outside_as(problem.outside(dtype)))
+        stack.enter_context(keep_float64(dtype))
+        stack.enter_context(seeded_draws(problem, model, batch, numbers))
         yield model, loss, batch
 
 
@@ -180,10 +259,11 @@ def part_gradient(
 ) -> tuple[Gradient, float]:
     """(the gradient that samples `numbers` of `batch` add to the larger batch's, their weight)."""
     with prepared_pass(problem, model, batch) as (model, loss, batch):
-        weight = loss_weight(loss, batch)
+        samples = batch_size(batch)
+        weight = loss_weight(loss, batch[1], samples)
         part = rows(batch, torch.tensor(numbers, device=problem.device))
         gradient = whole_batch_pass(model, loss, part, autocast, weight, scale=scale).gradient
-        part_weight = float(loss_weight(loss, part))
+        part_weight = float(loss_weight(loss, part[1], len(numbers)))
     if not part_weight:  # its mean is nan, but it adds nothing to the sum
         gradient = {name: torch.zeros_like(g) for name, g in gradient.items()}
     return gradient, part_weight

@@ -15,9 +15,9 @@ from ..config.loading import to_plain
 from ..config.schema import Config, LossScaling, Reduction, Strategy
 from ..environment.code_version import code_version
 from ..environment.ranks import RankInfo
-from ..errors import UsageError
+from ..errors import UsageError, compiler_error
 from ..proof import Cause, Certificate, Scaling
-from ..proof.certify import REPLAYED, Proof
+from ..proof.checks import REPLAYED, Proof
 from ..proof.float64 import DOUBLE
 from ..proof.gradients import MAX_SKIPPED, compare_window
 from ..proof.larger_batch import norm
@@ -64,6 +64,10 @@ def prove_experiment(
         ) from error
     except ValueError as error:
         raise UsageError(f"prove: {error}") from error
+    except Exception as error:
+        if explained := compiler_error(error):
+            raise explained from error
+        raise
     certificate = proof.result()
     causes = [_with_advice(cause, config) for cause in certificate.causes]
     environment = {**certificate.environment, **_code_versions()}
@@ -91,6 +95,7 @@ def problem_of(experiment: Experiment) -> Problem:
         config.seed,
         try_ignored_targets=True,
         clip_value=config.trainer.clip_value,
+        compiled=config.trainer.compile,
     )
 
 
@@ -113,7 +118,8 @@ def _check_clipping(proof: Proof, experiment: Experiment) -> None:
     if half > 0 and math.isfinite(half):
         loop = TrainerLoop(experiment, clip_norm=half)
         clipping = replace(problem, train_window=loop, clip_norm=half)
-        comparison, _, _ = compare_window(clipping, batch)
+        comparison, observation, expected = compare_window(clipping, batch)
+        proof.keep_failure(batch, comparison, observation, expected, "whole size, clipped to half its norm")
         proof.add(comparison.as_check("gradient, clipped", "to half its norm"))
 
 
@@ -126,9 +132,9 @@ def _replay_float64(proof: Proof, experiment: Experiment) -> None:
     proof.progress(f"{updates} updates of the run, one by one")
     first_updates = FirstUpdates(config, experiment, proof.progress)
     problem = replace(first_updates.problem(proof.problem), scaling=_scaling(config))
-    checks, causes = first_updates.replay_float64(problem)
+    replay, checks = first_updates.replay_float64(problem)
+    proof.keep_replay(replay)
     proof.add(*checks)
-    proof.causes.extend(causes)
 
 
 def _replay_own_precision(proof: Proof, experiment: Experiment) -> None:
@@ -139,7 +145,7 @@ def _replay_own_precision(proof: Proof, experiment: Experiment) -> None:
     config = own_precision_config(experiment.config, most)
     first_updates = FirstUpdates(config, experiment, proof.progress, epoch=1)
     problem = first_updates.problem(proof.problem)
-    proof.add(*first_updates.replay_own_precision(problem, name, REPLAYED))
+    proof.keep_own_replay(first_updates.replay_own_precision(problem, REPLAYED))
 
 
 def _with_advice(cause: Cause, config: Config) -> Cause:

@@ -21,7 +21,6 @@ from ..data import Batch
 from ..environment.random_state import random_state, restore_random_state
 from ..environment.ranks import RankInfo, broadcast_from_first
 from ..errors import UsageError
-from ..proof import Cause
 from ..proof.certificate import Check
 from ..proof.observation import Observation, observing
 from ..proof.own_precision import OwnPrecisionReplay
@@ -35,6 +34,7 @@ from ..training.experiment import Experiment
 from ..training.metrics_sink import MemoryMetricsSink
 from ..training.preflight import check_batch_statistics
 from ..training.trainer import Trainer
+from .trainer_loop import compile_as_run
 
 AnyReplay = TypeVar("AnyReplay", Float64Replay, OwnPrecisionReplay)
 ONCE_AN_EPOCH = "every sample of the training split comes once an epoch"
@@ -50,12 +50,13 @@ RESUME = (
 
 
 def own_precision_config(config: Config, updates: int) -> Config:
-    """`config` for `updates` in its own precision, without evaluation, proof and recorded graphs."""
+    """`config` for `updates` in its own precision, without evaluation, proof, graphs and compilation."""
     changed = copy.deepcopy(config)
     changed.trainer.max_updates = updates
     changed.trainer.epochs = updates
     changed.trainer.eval_every = updates + 1
     changed.trainer.graph = False  # hooks do not run in a replayed graph
+    changed.trainer.compile = False  # the proof compiles by itself, see `compile_as_run`
     changed.prove = False
     return check(changed)
 
@@ -78,7 +79,7 @@ class FirstUpdates:
 
     Args:
         config: of the experiment that is replayed, with as many updates.
-        run: the run's experiment, which gives the length of the schedule.
+        run: the run's experiment, which gives the length of the schedule and whether it compiles.
         stage: called with a description of the progress.
         epoch: updates in an epoch before its last, smaller one.
     """
@@ -87,7 +88,7 @@ class FirstUpdates:
         self, config: Config, run: Experiment, stage: Callable[[str], None], epoch: int = EPOCH
     ) -> None:
         self.experiment = Experiment.build(config, run.rank_info)
-        self.scheduled_updates = run.updates
+        self.run = run
         self.stage = stage
         self._random = random_state()
         splits = self.experiment.splits
@@ -129,31 +130,32 @@ class FirstUpdates:
         restore_random_state(self._random)
         experiment = replace(self.experiment, model=copy.deepcopy(self.experiment.model))
         options = replace(experiment.options, may_stop=False)
-        trainer = experiment.trainer(MemoryMetricsSink(), self.scheduled_updates, options)
+        trainer = experiment.trainer(MemoryMetricsSink(), self.run.updates, options)
         trainer.callbacks = {**without_output(trainer.callbacks), **extra}
         return trainer
 
-    def replay_own_precision(self, problem: Problem, name: str, updates: int) -> list[Check]:
-        """The checks of `updates` that are not skipped, in the run's own precision, `name`."""
+    def replay_own_precision(self, problem: Problem, updates: int) -> OwnPrecisionReplay:
+        """Compares `updates` that are not skipped, in the run's own precision."""
         observer = UpdateObserver(problem, OwnPrecisionReplay, self.stage, updates)
         self._fit(observer)
-        return observer.replay.checks(name)
+        return observer.replay
 
-    def replay_float64(self, problem: Problem) -> tuple[list[Check], list[Cause]]:
-        """The checks of all updates in fp64 and of resuming the run, and the causes of wrong rates."""
+    def replay_float64(self, problem: Problem) -> tuple[Float64Replay, list[Check]]:
+        """Compares all updates in fp64; the checks are of an epoch's samples and of resuming the run."""
         observer = UpdateObserver(problem, Float64Replay, self.stage)
         trainer = self._fit(observer)
         replay = observer.replay
         for update, values in _rows(trainer):
             if "train/loss" in values:
                 replay.compare_loss(update, values["train/loss"])
-        checks = [*replay.checks(), observer.samples_check(trainer)]
+        checks = [observer.samples_check(trainer)]
         self.stage("a stop in the middle, and the rest from the checkpoint")
         checks.append(self._resume_check())
-        return checks, replay.causes()
+        return replay, checks
 
     def _fit(self, observer: UpdateObserver[Any]) -> Trainer:
         trainer = self.trainer({"observer": observer})
+        compile_as_run(self.run, trainer.model)
         observer.attach(trainer)
         trainer.fit()
         return trainer

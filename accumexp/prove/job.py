@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
@@ -23,15 +23,20 @@ from ..tracking.folder import RunFolder
 
 @dataclass(frozen=True)
 class ProofSpec:
-    """The experiment, folder and command line of a certificate. It can be pickled."""
+    """The experiment, folder and command line of a certificate. It can be pickled.
+
+    Attributes:
+        verbose: whether all checks are shown.
+    """
 
     config: Config
     folder: RunFolder
     command: str
     expressions: dict[str, str]
+    verbose: bool = False
 
 
-def prove_job(cfg: DictConfig) -> None:
+def prove_job(cfg: DictConfig, verbose: bool = False) -> None:
     """Makes the certificate, and ends the process with 1 if the window is not proved."""
     from hydra.core.hydra_config import HydraConfig
 
@@ -45,7 +50,7 @@ def prove_job(cfg: DictConfig) -> None:
             if rank_info.first:
                 folder.check_unused("hydra.run.dir")
                 stack.enter_context(folder.hold_alone("hydra.run.dir"))
-            spec = _spec(cfg, folder, Path(hydra.runtime.cwd))
+            spec = replace(_spec(cfg, folder, Path(hydra.runtime.cwd)), verbose=verbose)
             processes = spec.config.accum.processes or 1
             if launched is None and processes > 1:
                 logging_config = OmegaConf.to_container(hydra.job_logging, resolve=True)
@@ -78,4 +83,4 @@ def prove(spec: ProofSpec) -> bool:
     from .session import make_certificate
 
     rank_info = launched_rank() or RankInfo()
-    return make_certificate(spec.config, spec.folder, rank_info, spec.command, spec.expressions)
+    return make_certificate(spec.config, spec.folder, rank_info, spec.command, spec.expressions, spec.verbose)

@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from ..accum.batch import batch_size, rank_share, steps_for
 from ..data import Batch
+from ..proof.compilation import compile_forward
 from ..proof.problem import WholeBatch, rows
 from ..training.experiment import Experiment
 from ..training.metrics import Metrics
@@ -57,8 +58,10 @@ class TrainerLoop:
             check_finite=False,
             recover=self.experiment.config.accum.recovers,
         )
+        window = self.experiment.window(model)
+        compile_as_run(self.experiment, window.model)
         return Trainer(
-            self.experiment.window(model),
+            window,
             optimizer,
             schedule,
             self.experiment.splits,
@@ -79,3 +82,10 @@ class TrainerLoop:
         # A rank without samples computes on one as padding.
         indices = (share if len(share) else share.new_zeros(1)).to(self.experiment.device)
         return Batch(*rows(batch, indices), indices, len(share), total, steps)
+
+
+def compile_as_run(experiment: Experiment, model: nn.Module) -> None:
+    """Compiles `model`, which a loop under test trains, if the run does and `model` is in its precision."""
+    dtype = next(experiment.model.parameters()).dtype
+    if experiment.config.trainer.compile and next(model.parameters()).dtype is dtype:
+        compile_forward(model)

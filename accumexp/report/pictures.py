@@ -16,10 +16,9 @@ from matplotlib.ticker import FuncFormatter
 from .analysis import Report, Row
 from .noise import critical_batch_size
 from .statistics import Verdict
+from .style import COLOURS, DPI, STYLE
 from .trajectory import precision_epsilon
 
-# The palette of Okabe and Ito, distinguishable with all kinds of colour vision (jfly.uni-koeln.de/color).
-COLOURS = ["#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8A8A00"]
 DASHES = ["-", "--", "-.", ":", (0, (5, 1, 1, 1)), (0, (3, 1)), (0, (1, 1)), (0, (6, 2))]
 VERDICT_COLOURS = {
     "reference": "#000000",
@@ -30,19 +29,7 @@ VERDICT_COLOURS = {
 MANY_GROUPS = 8  # with more, labels are rotated, figures are wider and legends smaller
 MAX_LEGEND = 20  # groups; a larger legend would hide the curves
 MAX_LABEL = 24  # characters of a group's name on an axis; in a legend twice as many
-DPI = 110
 FRACTION = ("axes fraction", "data")  # coordinates: x from 0 to 1 over the axes, y a value
-STYLE: dict[Any, Any] = {
-    "font.size": 10,
-    "axes.titlesize": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": "#e4e4e4",
-    "grid.linewidth": 0.7,
-    "axes.axisbelow": True,
-    "legend.frameon": False,
-}
 
 
 def draw(report: Report, folder: Path) -> dict[str, Path]:

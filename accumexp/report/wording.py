@@ -13,6 +13,8 @@ from .statistics import Difference, Summary, Verdict
 
 MAX_NAMES = 8  # groups named in a sentence
 MAX_CERTIFICATE = 24  # characters in a table; the page has the whole line
+# How a certificate begins that is refused for memory or communication alone.
+SAME_UPDATE = "not proved: the update is the larger batch's"
 
 
 def mean_and_std(value: Summary, metric: Metric) -> str:
@@ -115,7 +117,11 @@ def _verdict_sentences(report: Report, verdict: Verdict) -> list[str]:
         return [f"{groups} undecided against {reference}{f' at a margin of {margin}' if margin else ''}."]
     sentences = [f"{groups} equivalent to {reference}: {report.metric.name} within {margin}."]
     not_proved = [
-        group for group in members if any(line.startswith("not proved") for line in group.certificates)
+        group
+        for group in members
+        if any(
+            line.startswith("not proved") and not line.startswith(SAME_UPDATE) for line in group.certificates
+        )
     ]
     if not_proved:
         are, updates = ("is", "its update is") if len(not_proved) == 1 else ("are", "their updates are")

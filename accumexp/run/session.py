@@ -29,7 +29,13 @@ from ..tracking import Store, reopen
 from ..tracking.folder import CERTIFICATE_TAG, CHECKPOINTS, RunStatus, Summary
 from ..tracking.journal import ProgressFile
 from ..tracking.json_file import written
-from ..tracking.record import RunRecord, create_tracker, describing_tags, inequality_tag
+from ..tracking.record import (
+    RunRecord,
+    create_tracker,
+    describing_tags,
+    inequality_tag,
+    upload_certificate,
+)
 from ..training.callbacks import RunState
 from ..training.checkpoint import load, saved_updates
 from ..training.checkpoint_parts import needed_trust
@@ -161,7 +167,7 @@ class Run:
             record.tracker.tag({**config.tracking.tags, **record.tags, **resume_from.tags()})
             self.folder.write_config(self.recorded)
             if CERTIFICATE_TAG in record.tags:
-                record.tracker.artifact(self.folder.certificate)
+                upload_certificate(record.tracker, self.folder)
             return
         if job:
             job.same_store(config.tracking)  # another job may have begun the sweep since
@@ -181,7 +187,7 @@ class Run:
             parent=job.parent(store) if job else None,
         )
         if CERTIFICATE_TAG in record.tags:
-            record.tracker.artifact(self.folder.certificate)
+            upload_certificate(record.tracker, self.folder)
 
     def attach(self) -> None:
         """Gives the callbacks that save the run's folder and record."""

@@ -128,6 +128,8 @@ class RunFolder:
         self.progress = self.path / "progress.json"
         self.unsent = self.path / UNSENT
         self.certificate = self.path / "certificate.json"
+        self.certificate_page = self.path / "certificate.html"
+        self.certificate_pictures = {n: self.path / f"certificate-{n}.png" for n in ("errors", "counts")}
         self.code_diff = self.path / "code.diff"
         self.log = self.path / "run.log"
         self.summary_file = self.path / "summary.json"

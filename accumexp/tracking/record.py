@@ -64,6 +64,13 @@ class RunRecord:
             self.journal.close()
 
 
+def upload_certificate(tracker: Tracker, folder: RunFolder) -> None:
+    """Uploads the certificate in `folder`, its page and its pictures."""
+    for path in (folder.certificate, folder.certificate_page, *folder.certificate_pictures.values()):
+        if path.exists():
+            tracker.artifact(path)
+
+
 def describing_tags(device: torch.device, unequal: Sequence[Inequality]) -> dict[str, str]:
     """Tags of the device and libraries of a run, and of why its window cannot be the larger batch."""
     return {

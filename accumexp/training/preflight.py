@@ -18,14 +18,17 @@ from torch.nn.parameter import is_lazy
 
 from ..accum import call, is_out_of_memory, tensors
 from ..accum.batch import map_tensors, rank_share, steps_for
-from ..accum.loss import WeightedSamples
+from ..accum.loss import ClassIndexLoss, WeightedSamples
+from ..config.schema import Reduction
 from ..data import Batches, StreamedBatches
 from ..data.labels import ClassIndices, Probabilities, TargetCheck
 from ..environment.cores import cores, most_workers
 from ..environment.random_state import random_state, restore_random_state
 from ..errors import TrainingError, UsageError, compiler_error, first_line
+from ..proof.additivity import loss_average
 from .evaluated_schedule import takes_metric
 from .evaluation import plain_values, precision, unweighted
+from .losses import Regression
 
 if TYPE_CHECKING:
     from .experiment import Experiment
@@ -45,7 +48,9 @@ def check_experiment(experiment: Experiment, changed: Collection[str] = ()) -> N
             that fails or ends before the run, or a micro-batch of one sample that BatchNorm refuses.
     """
     train, ranks = experiment.splits.train, experiment.rank_info
-    try_example(experiment)
+    outputs = try_example(experiment)
+    if outputs is not None and ranks.first and (warning := average_warning(experiment, outputs)):
+        log.warning(warning)
     try_schedule(experiment, changed)
     steps = cast(int, experiment.config.accum.steps)
     check_batch_statistics(experiment.model, train, steps, ranks.size, experiment.autocast)
@@ -54,8 +59,10 @@ def check_experiment(experiment: Experiment, changed: Collection[str] = ()) -> N
         log.warning(warning)
 
 
-def try_example(experiment: Experiment, split: str = "train") -> None:
+def try_example(experiment: Experiment, split: str = "train") -> Any:
     """Tries model, loss and metrics on a few samples of `split`, as an evaluation does.
+
+    Returns the model's outputs, or None if they were not computed.
 
     All targets that are in memory are checked against the model's outputs, the others as they are read.
     Modes, buffers and the random state are left as they were. Nothing is concluded from a lack of memory.
@@ -66,8 +73,9 @@ def try_example(experiment: Experiment, split: str = "train") -> None:
     splits, model, loss = experiment.splits, experiment.model, experiment.loss
     example, when = getattr(splits, split).example, f"on samples of data.{split}"
     if example is None or any(map(is_lazy, [*model.parameters(), *model.buffers()])):
-        return
+        return None
     inputs, targets = example
+    outputs = None
     device = tensors(targets)[0].device
     parts = [model, *([loss] if isinstance(loss, nn.Module) else [])]
     modules = [(module, module.training) for part in parts for module in part.modules()]
@@ -102,6 +110,26 @@ def try_example(experiment: Experiment, split: str = "train") -> None:
         for module, mode in modules:
             module.training = mode
         restore_random_state(state)
+    return outputs
+
+
+def average_warning(experiment: Experiment, outputs: Any) -> str | None:
+    """The warning of a loss that the window weighs by samples and that averages over something else, or None.
+
+    Measured on the example that gave `outputs`. None for one micro-batch, which is the larger batch.
+    """
+    criterion, example = experiment.criterion, experiment.splits.train.example
+    accum = experiment.config.accum
+    inner = criterion.criterion if isinstance(criterion, Regression) else criterion
+    known = type(experiment.loss) in (ClassIndexLoss, WeightedSamples)
+    known = known or type(inner).__module__ == nn.MSELoss.__module__
+    alone = cast(int, accum.steps) * experiment.rank_info.size == 1
+    if example is None or known or alone or accum.reduction is Reduction.sum:
+        return None
+    average = loss_average(criterion, outputs, example[1], experiment.model, example[0])
+    if average is None:
+        return None
+    return f"loss ({experiment.config.loss['_target_']}): {average.reason}; {average.advice}"
 
 
 def target_check(criterion: Any, outputs: Any) -> TargetCheck | None:

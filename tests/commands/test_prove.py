@@ -85,7 +85,7 @@ def test_a_right_window_is_proved_and_the_certificate_is_kept(tmp_path: Path) ->
     assert run.tags["accumexp.command"].startswith("python -m accumexp.prove device=cpu")
     assert "| gradient, fp64 |" in run.tags["mlflow.note.content"]
     assert run.params["accum.steps"] == "4"
-    assert {"certificate.json", "config.yaml"} <= set(run.artifacts)
+    assert {"certificate.json", "certificate.html", "config.yaml"} <= set(run.artifacts)
 
 
 @pytest.mark.parametrize(
@@ -222,7 +222,7 @@ def test_a_run_with_prove_trains_the_same_bits_and_carries_its_certificate(tmp_p
     assert losses[0] == losses[1]
     record = record_of(only_run(tmp_path / "true"))
     assert record.tags["accumexp.certificate"] == "proved"
-    assert "certificate.json" in record.artifacts
+    assert {"certificate.json", "certificate.html"} <= set(record.artifacts)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from accumexp.proof import Certificate, Check
 from accumexp.report.analysis import Report
 from accumexp.report.groups import group_jobs
 from accumexp.report.jobs import Sweep, from_folder
@@ -128,7 +129,14 @@ def test_equivalent_and_not_proved_are_both_said() -> None:
     assert conclusion(reported(swept(s4=[NOT]))).endswith(SENTENCE)
     both = conclusion(reported(swept(s2=[NOT] * 5, s4=[NOT] * 5)))
     assert "accum.steps=2 and 4 are equivalent in test accuracy and not proved: both are true, their" in both
-    for right in (swept(), swept(s2=["proved"] * 5, s4=[UP_TO] * 5), swept(s1=[NOT] * 5)):
+    memory = Certificate([Check("saved activations", 2.0, 1.0, "ratio", "", about="memory")]).lines[0]
+    assert memory.startswith("not proved: the update is the larger batch's")
+    for right in (
+        swept(),
+        swept(s2=["proved"] * 5, s4=[UP_TO] * 5),
+        swept(s1=[NOT] * 5),
+        swept(s4=[memory] * 5),
+    ):
         assert "not proved" not in conclusion(reported(right))
     undecided = conclusion(reported(swept(s4=[NOT] * 5), margin=1e-6))
     assert "equivalent" not in undecided and "not proved" not in undecided

@@ -1,0 +1,129 @@
+"""Causes by micro-batch: how much each counts in the whole gradient, a parameter group's or a parameter's."""
+
+from __future__ import annotations
+
+import copy
+
+from .certificate import Cause, Counts
+from .counts import Decomposition
+from .evidence import Failure
+from .larger_batch import norm
+from .problem import Problem
+from .ranks import all_gather
+from .rounding import norms_of_errors
+from .terms import clipping_in_words, gradient_in_one, term_in_words
+from .wording import WHOLE_GRADIENT, counts_in_words
+
+# Subjects that are named one by one; more are counted.
+NAMED = 3
+Explained = tuple[str, str] | None
+
+
+def counts_causes(
+    problem: Problem, failure: Failure, parts: Decomposition
+) -> tuple[list[Cause], list[Counts]]:
+    """The causes, and the counts that were found. A collective call.
+
+    No cause if every micro-batch counts once, or if nothing explains the gradient.
+    """
+    counts: list[Counts] = []
+    causes: list[Cause] = []
+    for subjects in _levels(problem, failure, parts):
+        reasons: dict[tuple[str, str], list[str]] = {}
+        unexplained = []
+        for subject, names in subjects.items():
+            reason, counted = _explained(problem, failure, parts, names)
+            if counted is not None and len(counts) < NAMED:
+                counts.append(Counts(", ".join(filter(None, (failure.when, subject))), counted))
+            if reason is None:
+                unexplained.append(subject)
+            elif reason[0]:
+                reasons.setdefault(reason, []).append(subject)
+        if not unexplained:
+            causes = [_cause(failure, *reason, names) for reason, names in reasons.items()]
+            break
+    # The first rank's causes for all: ranks with other gradients would read them differently.
+    return all_gather((causes, counts))[0]
+
+
+def _cause(failure: Failure, reason: str, advice: str, subjects: list[str]) -> Cause:
+    if subjects != [""]:
+        subject = _subject(subjects)
+        changed = reason.replace(WHOLE_GRADIENT, subject, 1)
+        reason = f"{subject}: {reason}" if changed == reason else changed
+    shown = "the micro-batches' own gradients times those counts, and such terms, leave nothing of it"
+    return failure.cause("wrong denominator", reason, shown, advice)
+
+
+def _levels(problem: Problem, failure: Failure, parts: Decomposition) -> list[dict[str, list[str]]]:
+    """The subjects that are explained one by one: all of it; parameter groups; parameters that differ."""
+    levels = [{"": list(parts.gradient)}]
+    groups = parameter_groups(problem, failure)
+    if len(groups) > 1:
+        levels.append({f"parameter group {k}": names for k, names in enumerate(groups) if names})
+    gradient = failure.observation.gradient
+    assert gradient is not None
+    errors, bounds = norms_of_errors(gradient, failure.expected.gradient), failure.expected.bounds
+    differing = {name for name in parts.gradient if not errors[name] <= bounds[name]}
+    differing = set().union(*all_gather(differing))
+    levels.append({name: [name] for name in parts.gradient if name in differing})
+    return levels
+
+
+def parameter_groups(problem: Problem, failure: Failure) -> list[list[str]]:
+    """The names of the parameters in each of the optimizer's groups."""
+    model = copy.deepcopy(failure.model)
+    names = {id(p): name for name, p in model.named_parameters()}
+    optimizer = problem.optimizer(list(model.parameters()))
+    observed = failure.observation.gradient or {}
+    grouped = [[names[id(p)] for p in group["params"] if id(p) in names] for group in optimizer.param_groups]
+    return [[name for name in group if name in observed] for group in grouped]
+
+
+def _explained(
+    problem: Problem, failure: Failure, parts: Decomposition, names: list[str]
+) -> tuple[Explained, list[list[float]] | None]:
+    """(reason and advice, counts by rank) for the gradient of the parameters `names`.
+
+    The reason is "" if the gradient is right; None instead of the pair if nothing explains it.
+    """
+    fit = parts.fit(names)
+    every = all_gather(None if fit is None else fit.counts)
+    complete = [counts for counts in every if counts is not None]
+    whole = len(names) == len(parts.gradient)
+    if len(complete) < len(every):
+        if failure.precision:
+            return None, None
+        return all_gather(term_in_words(problem, parts, names))[0], None
+    parts.every_rank = complete
+    wrong = next((c for c in complete if not all(map(parts.is_one, c))), complete[0])
+    unseen, doubled = parts.unseen_and_doubled() if whole else ([], [])
+    if all(map(parts.is_one, wrong)) and not unseen and not doubled:
+        if whole and problem.transform_gradient is None:
+            return ("", ""), parts.by_rank(wrong)
+        return all_gather(clipping_in_words(problem, parts, names))[0] or ("", ""), parts.by_rank(wrong)
+    simple = bool(unseen or doubled) or failure.precision or len({round(c, 5) for c in wrong}) == 1
+    if not simple and (clipping := all_gather(clipping_in_words(problem, parts, names))[0]):
+        return clipping, parts.by_rank(wrong)
+    return counts_in_words(parts, wrong, WHOLE_GRADIENT), parts.by_rank(wrong)
+
+
+def _subject(names: list[str]) -> str:
+    if len(names) <= NAMED:
+        return f"the gradient of {', '.join(names)}"
+    return f"the gradient of {', '.join(names[:2])}, ... {names[-1]} ({len(names)} parameters)"
+
+
+def single_micro_batch_in_words(problem: Problem, failure: Failure, parts: Decomposition) -> str:
+    """Whether the loop is right with a single micro-batch, in words; "" if that is not known."""
+    single = gradient_in_one(problem, parts)
+    if single is None:
+        return ""
+    expected = failure.expected.gradient
+    error = norm({name: single[name] - g.double() for name, g in expected.items()}) / (norm(expected) or 1.0)
+    if error <= parts.tolerance:
+        return (
+            "with steps=1 the same loop is right: something is computed over a micro-batch that should be "
+            "computed over the window"
+        )
+    return f"with steps=1 the same loop is off by {error:.2g}: it computes another loss than the one given"

@@ -1,0 +1,146 @@
+"""What a loop changes by hand: the live objects that `state=` names, frozen parameters, and buffers.
+
+Neither the optimizer nor the larger batch's forward pass says what they should be after a window. They must
+be what the same loop makes of them when it makes a single micro-batch.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .certificate import Check, excess
+from .evidence import updates_in_words
+from .larger_batch import relative_error
+from .nested import batch_size
+from .observation import Observation, observe
+from .problem import Problem, TrainingState, WholeBatch, copy_in, rows
+from .ranks import all_gather, worst
+from .rounding import U64
+
+IN_ONE = (
+    "what the loop changes by hand, against the same loop with one micro-batch: 8 times what another order "
+    "of the samples changes, and 8 n u"
+)
+# Relative error up to which a value may be the same but for rounding; every update is compared afterwards.
+CLOSE = 1e-8
+NO_SINGLE = "the loop makes {passes} micro-batches of the batch where steps=1 asks for one"
+
+
+@dataclass
+class Snapshot:
+    """A loop's model, optimizer, schedule and named state before an update."""
+
+    parts: dict[str, Any]
+    outside: dict[str, Tensor]
+
+    @classmethod
+    def of(cls, state: TrainingState) -> Snapshot:
+        parts = {name: part.state_dict() for name, part in state.parts().items()}
+        outside = {name: value.clone() for name, value in state.outside.items()}
+        return cls(copy.deepcopy(parts), outside)
+
+    def load_into(self, state: TrainingState) -> None:
+        for name, part in state.parts().items():
+            part.load_state_dict(copy.deepcopy(self.parts[name]))
+        state.outside.update({name: value.clone() for name, value in self.outside.items()})
+
+
+class HandChanges:
+    """Compares what a loop changes by hand with the same loop's single micro-batch, update by update.
+
+    Args:
+        names: of the frozen parameters and buffers that the loop changes; the named state is compared too.
+    """
+
+    def __init__(self, problem: Problem, names: frozenset[str]) -> None:
+        self.problem = problem
+        self.names = names
+        self._figures: list[tuple[int, float, float, str]] = []
+        self._passes = 1
+
+    def __bool__(self) -> bool:
+        return bool(self.names or self.problem.state)
+
+    def compare(self, number: int, before: Snapshot, after: TrainingState, batch: WholeBatch) -> None:
+        """Compares the state `after` update `number` of `batch`. Calls the loop from `before`. Collective."""
+        expected, passes = self.in_one(before, batch)
+        order = torch.randperm(batch_size(batch), generator=torch.Generator().manual_seed(number))
+        reordered, _ = self.in_one(before, rows(batch, order.to(self.problem.device)))
+        self._passes = max(self._passes, max(all_gather(passes)))
+        actual = self.values(after)
+        worst_name, figure, bound = "", 0.0, 0.0
+        for name, value in expected.items():
+            error = relative_error(actual[name], value)
+            allowed = 8 * relative_error(reordered[name], value) + 8 * self.problem.samples * U64
+            if not worst_name or excess(error, allowed) > excess(figure, bound):
+                worst_name, figure, bound = name, error, allowed
+        self._figures.append((number, figure, bound, worst_name))
+
+    def in_one(self, before: Snapshot, batch: WholeBatch) -> tuple[dict[str, Tensor], int]:
+        """The state after the loop's single micro-batch of `batch`, and the forward passes it made."""
+        state = TrainingState(replace(self.problem, steps=1), torch.float64)
+        before.load_into(state)
+        observation = observe(state, batch)
+        return self.values(state), passes_of(observation, batch)
+
+    def values(self, state: TrainingState) -> dict[str, Tensor]:
+        all_of_it = {**state.parameters(), **state.buffers()}
+        changed = {name: all_of_it[name].detach() for name in sorted(self.names)}
+        return {**changed, **{f"state {name}": value for name, value in state.outside.items()}}
+
+    def check(self) -> Check | None:
+        """The worst figure of all updates. A collective call."""
+        if not self._figures:
+            return None
+        number, figure, bound, name = max(self._figures, key=lambda each: excess(each[1], each[2]))
+        figure, bound = worst(all_gather(figure)), max(all_gather(bound))
+        failing = [n for n, each, most, _ in self._figures if not each <= most]
+        when = updates_in_words(failing, [n for n, *_ in self._figures]) if failing else ""
+        at = f"worst at {name}, update {number}" if figure else "no difference"
+        detail = ", ".join(filter(None, (at, when)))
+        if self._passes > 1:
+            return Check(
+                "state", float("inf"), 0.0, "relative", IN_ONE, NO_SINGLE.format(passes=self._passes)
+            )
+        return Check("state", figure, bound, "relative", IN_ONE, detail)
+
+
+def hand_changed(
+    problem: Problem, batch: WholeBatch, state: TrainingState, expected: dict[str, Tensor]
+) -> frozenset[str]:
+    """Frozen parameters and buffers that the loop's first window changes as its single micro-batch does.
+
+    Args:
+        batch: of the window, in fp64.
+        state: after the window.
+        expected: the buffers after the larger batch's forward pass, which does not make the same of them.
+    """
+    buffers, parameters = state.buffers(), state.parameters()
+    bound = 8 * problem.samples * U64
+    names = {name for name, value in expected.items() if not relative_error(buffers[name], value) <= bound}
+    for name, parameter in copy_in(problem.model, torch.float64).named_parameters():
+        if not parameter.requires_grad and relative_error(parameters[name], parameter):
+            names.add(name)
+    names = set().union(*all_gather(names))
+    if not names:
+        return frozenset()
+    changes = HandChanges(problem, frozenset(names))
+    before = Snapshot.of(TrainingState(problem, torch.float64))
+    in_one, passes = changes.in_one(before, batch)
+    if max(all_gather(passes)) > 1:
+        return frozenset()
+    actual = changes.values(state)
+    alike = {name for name in names if relative_error(actual[name], in_one[name]) <= CLOSE}
+    return frozenset(set.intersection(*all_gather(alike)))
+
+
+def passes_of(observation: Observation, batch: WholeBatch) -> int:
+    """The number of micro-batches of a window: forward passes over how often it passes a sample."""
+    samples = batch_size(batch)
+    times = max(1, round(sum(observation.sizes) / samples)) if samples else 1
+    return max(1, round(len(observation.sizes) / times))

@@ -1,0 +1,185 @@
+"""Causes of failed checks of weights, buffers, logged losses, memory and resuming."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from .certificate import Cause, Check, number
+from .evidence import rank_micro_batches
+from .float64 import DOUBLE
+from .larger_batch import Gradient, dot, norm
+from .nested import batch_size
+from .observation import Observation
+from .problem import Problem, WholeBatch, copy_in, rows
+from .rounding import larger_batch_of
+
+
+@dataclass(frozen=True)
+class ChangedWeights:
+    """The first update after which weights are not what the optimizer made of them.
+
+    Attributes:
+        update: its number.
+        names: the parameters that differ.
+        before, expected, actual: weights before the update, as the optimizer leaves them, and as the loop
+            does; empty for a large model.
+    """
+
+    update: int
+    names: list[str]
+    before: Gradient
+    expected: Gradient
+    actual: Gradient
+
+
+@dataclass(frozen=True)
+class LoggedLoss:
+    """The first update whose logged loss is not the larger batch's, and what it was made of."""
+
+    update: int
+    logged: float
+    expected: float
+    batch: WholeBatch
+    observation: Observation
+    weights: Gradient
+
+
+def changed_weights_cause(changed: ChangedWeights, micro_batches: int) -> Cause:
+    """The cause if weights change outside the optimizer."""
+    names = changed.names
+    where = ", ".join(names[:3]) + (f", ... ({len(names)} parameters)" if len(names) > 3 else "")
+    reason = f"the loop changes the weights itself, beside the optimizer, in update {changed.update}"
+    shown = "the optimizer's step was repeated on the same gradient"
+    advice = "leave weights to the optimizer, or change them by an option of it (weight_decay)"
+    if not changed.actual:
+        return Cause("weights", where, reason, math.nan, shown, advice)
+    difference = {name: changed.actual[name].double() - changed.expected[name].double() for name in names}
+    size = norm(difference)
+    for weights in (changed.before, changed.expected):
+        base = {name: weights[name].double() for name in names}
+        square = norm(base) ** 2
+        factor = dot(base, difference) / (square or 1.0)
+        left = norm({name: difference[name] - factor * base[name] for name in names})
+        if square and left <= 1e-6 * size:
+            shrunk = 1 + factor
+            reason = (
+                f"weights are multiplied by {shrunk:.6g} beside the optimizer, in update {changed.update}"
+            )
+            if 0 < shrunk < 1 and micro_batches > 1:
+                each = 1 - shrunk ** (1 / micro_batches)
+                reason += (
+                    f": as decay by hand of {each:.3g} in each of {micro_batches} micro-batches makes it"
+                )
+            return Cause("weights", where, reason, math.nan, shown, advice)
+    of = norm({name: changed.expected[name].double() for name in names}) or 1.0
+    return Cause("weights", where, f"{reason}, by {number(size / of)} of their norm", math.nan, shown, advice)
+
+
+def logged_loss_cause(problem: Problem, logged: LoggedLoss, check: Check) -> Cause:
+    """What the loop logs instead of the larger batch's loss."""
+    advice = "log the window's loss: the sum of the micro-batches' sums over the window's weight"
+    reason = (
+        f"the logged loss is {logged.logged:.6g} where the larger batch's is {logged.expected:.6g}, in "
+        f"update {logged.update}"
+    )
+    if logged.weights:
+        model = copy_in(problem.model, DOUBLE)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.copy_(logged.weights[name])
+        if what := _what_is_logged(problem, model, logged):
+            reason += f": {what}"
+    return Cause("logged loss", "", reason, math.nan, "", advice)
+
+
+def _what_is_logged(problem: Problem, model: torch.nn.Module, logged: LoggedLoss) -> str:
+    micro_batches = rank_micro_batches(logged.batch, logged.observation)
+    if micro_batches is None:
+        return ""
+    device = problem.device
+    means = [
+        float(larger_batch_of(problem, model, rows(logged.batch, torch.tensor(numbers, device=device))).loss)
+        for each in micro_batches
+        for numbers in each
+        if numbers
+    ]
+    count = len(means)
+    candidates = [
+        (means[-1], "the last micro-batch's"),
+        (means[0], "the first micro-batch's"),
+        (sum(means), f"the sum of {count} micro-batches' means"),
+        (sum(means) / count, f"the mean of {count} micro-batches' means, whatever they weigh"),
+        (means[-1] / count, f"the last micro-batch's, divided by {count}"),
+        (logged.expected / problem.steps, f"divided by {problem.steps} once more"),
+        (logged.expected * batch_size(logged.batch), "the sum over samples, not their mean"),
+        (logged.expected * problem.steps, f"{problem.steps} times it"),
+    ]
+    near = 1e-5 * max(abs(logged.logged), 1e-12)
+    return next((what for value, what in candidates if abs(value - logged.logged) <= near), "")
+
+
+def buffers_cause(problem: Problem, check: Check, micro_batches: int) -> Cause:
+    """The cause of a failed buffers check: each of `micro_batches` updates the buffers."""
+    name, *when = check.detail.removeprefix("worst at ").split(", ")
+    when = ", ".join(when[1:] if when and when[0].startswith("update") and len(when) > 1 else when)
+    module_name, _, buffer = name.rpartition(".")
+    module = problem.model.get_submodule(module_name)
+    momentum = getattr(module, "momentum", None)
+    where = f"{module_name or '(model)'} ({type(module).__name__})"
+    if isinstance(momentum, float) and hasattr(module, "running_mean"):
+        advice = "use buffers that do not follow the batch"
+        if micro_batches > 1:
+            matching = 1 - (1 - momentum) ** (1 / micro_batches)
+            advice = f"momentum {matching:.4g} instead of {momentum:g} forgets at the same pace"
+        reason = f"running statistics updated {micro_batches} times an update"
+    else:
+        advice = "change it once a window, with the whole window's figures"
+        reason = f"buffer {buffer} is not what one pass over the whole batch makes of it"
+    if when:
+        reason += f", {when}"
+    shown = f"after one window {buffer} is off by {check.figure:.2g}"
+    return Cause("buffers", where, reason, math.nan, shown, advice)
+
+
+def low_precision_causes(problem: Problem, failed: Sequence[Check]) -> list[Cause]:
+    """The cause of a failed addition check, if the same gradients are added correctly in fp64."""
+    addition = next((check for check in failed if check.name.startswith("addition")), None)
+    if addition is None or any(check.name == "gradient, fp64" for check in failed):
+        return []
+    name = str(problem.dtype).removeprefix("torch.")
+    low = torch.finfo(problem.dtype).eps > torch.finfo(torch.float32).eps
+    kept = f"added in {name}" if low else f"kept in less than {name}"
+    error = f"off by {addition.figure:.2g} where rounding the sum once gives {addition.bound:.2g}"
+    at = addition.detail.removeprefix("worst at ")
+    reason = f"{problem.steps} gradients are {kept}, most at {at}, {error}"
+    shown = "in fp64 the same window is the larger batch"
+    advice = "add in fp32 and round once: accum.fp32_buffers=true"
+    return [Cause("low-precision accumulation", "", reason, addition.figure, shown, advice)]
+
+
+def simple_cause(problem: Problem, check: Check) -> Cause | None:
+    """The cause that a failed check states by itself, or None."""
+    name = check.name
+    if name.startswith("resume"):
+        reason = (
+            "a window after a stop differs: the loop keeps something that model, optimizer and schedule do "
+            f"not save ({check.detail})"
+        )
+        return Cause("resume", "", reason, math.nan, "", "keep it in what is saved, or name it with state=")
+    if name == "state":
+        reason = f"what the loop changes by hand is not what one micro-batch makes of it: {check.detail}"
+        return Cause("state", "", reason, math.nan, "", "change it once a window, after the optimizer's step")
+    if name == "ranks agree":
+        reason = "the ranks step with different gradients"
+        return Cause("ranks", "", reason, math.nan, "", "reduce the window's whole gradient before the step")
+    if name.startswith("overflow in each"):
+        reason = f"an overflow does not skip the window: {check.detail}"
+        return Cause("loss scale", "", reason, math.nan, "", "check the whole window's gradient on all ranks")
+    if name.startswith("loss scale"):
+        reason = f"the loss scale moves otherwise than once a window: {check.detail}"
+        return Cause("loss scale", "", reason, math.nan, "", "update the scale once, after the window's step")
+    return None

@@ -1,0 +1,204 @@
+"""What is in a wrong gradient beside its micro-batches: carried over, decay, clipped or left-out parts."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import torch
+
+from .counts import Decomposition
+from .float64 import DOUBLE
+from .larger_batch import Gradient, clamped, clipped, dot, norm
+from .observation import observe
+from .problem import Problem, TrainingState, cast
+from .rounding import larger_batch_of, transformed
+
+ZERO = "set the gradients of all parameters to zero before each window"
+ONCE = "add it once a window, or divide it by the number of micro-batches as the loss is"
+WINDOW = "clip the whole window's gradient once, before the step"
+SAY_SO = "if it is meant, give certify transform_gradient=, or a loss that has it"
+# Largest share of what is to be explained that an explanation leaves.
+LEFT = 0.01
+
+
+def term_in_words(problem: Problem, parts: Decomposition, names: list[str]) -> tuple[str, str] | None:
+    """(what else is in the gradient of the parameters `names`, what to do); None if nothing explains it."""
+    rest = {name: value for name, value in parts.rest().items() if name in names}
+    size = norm({name: parts.gradient[name] for name in names}) or 1.0
+    if norm(rest) <= parts.tolerance * size:
+        return None
+    return (
+        _carried_over(parts, rest, size)
+        or _decay(problem, parts, rest, size)
+        or _unmoved(problem, parts, rest, size)
+        or clipping_in_words(problem, parts, names)
+    )
+
+
+def _factor(rest: Gradient, term: Gradient, size: float, tolerance: float) -> float | None:
+    """The factor by which `term` explains `rest`, up to `tolerance` of `size`; None if it does not."""
+    term = {name: term[name].double() for name in rest if name in term}
+    square = dot(term, term)
+    if len(term) < len(rest) or not square:
+        return None
+    factor = dot(term, rest) / square
+    left = norm({name: value - factor * term[name] for name, value in rest.items()})
+    explained = left <= tolerance * max(size, abs(factor) * math.sqrt(square))
+    return factor if explained and left <= LEFT * norm(rest) else None
+
+
+def _carried_over(parts: Decomposition, rest: Gradient, size: float) -> tuple[str, str] | None:
+    failure = parts.failure
+    held = failure.observation.initial
+    if (factor := _factor(rest, failure.previous or {}, size, parts.tolerance)) is not None:
+        times = "" if abs(factor - 1) < 0.01 else f", {factor:.3g}-fold"
+        return f"the gradient of the window before is still in it{times}", ZERO
+    initial = {name: held.get(name, torch.zeros_like(g)) for name, g in rest.items()}
+    factor = _factor(rest, initial, size, parts.tolerance)
+    if factor is None or abs(factor) <= parts.count_tolerance:
+        return None
+    times = "" if abs(factor - 1) < 0.01 else f", {factor:.3g}-fold"
+    of = f" of {', '.join(list(held)[:3])}" if len(held) < len(parts.gradient) else ""
+    return (
+        f"the gradient of the window before is still in it: what .grad{of} held when the window began{times}",
+        ZERO,
+    )
+
+
+def _decay(problem: Problem, parts: Decomposition, rest: Gradient, size: float) -> tuple[str, str] | None:
+    weights = {name: p.detach() for name, p in parts.failure.model.named_parameters() if name in rest}
+    number = sum(len(each) for each in parts.micro_batches)
+    for term, what in (
+        (weights, "the parameters (an L2 penalty)"),
+        ({name: w.sign() for name, w in weights.items()}, "the parameters' signs (an L1 penalty)"),
+    ):
+        factor = _factor(rest, term, size, parts.tolerance)
+        if factor is None:
+            continue
+        if factor < 0:
+            return f"{-factor:.4g} times {what} is missing in it", ONCE
+        single = gradient_in_one(problem, parts)
+        once = None if single is None else {name: single[name] - _sum(parts, name) for name in rest}
+        per_window = _factor(once, term, size, parts.tolerance) if once is not None else None
+        if per_window is not None and abs(factor - number * per_window) <= 1e-3 * abs(factor):
+            each = f"{per_window:.4g} in each of {number} micro-batches"
+            return f"{factor:.4g} times {what} is added to it: {each}", ONCE
+        return f"{factor:.4g} times {what} is added to it, which the loss does not have", SAY_SO
+    return None
+
+
+def _sum(parts: Decomposition, name: str) -> torch.Tensor:
+    return torch.stack([part[name].double() for part in parts.parts]).sum(0)
+
+
+def _unmoved(problem: Problem, parts: Decomposition, rest: Gradient, size: float) -> tuple[str, str] | None:
+    if problem.perturb is None:
+        return None
+    unmoved = larger_batch_of(problem, parts.failure.model, parts.failure.batch).gradient
+    factor = _factor(rest, unmoved, size, parts.tolerance)
+    if factor is None:
+        return None
+    return f"the gradient at the unmoved weights is added to it, {factor:.3g}-fold", ZERO
+
+
+def gradient_in_one(problem: Problem, parts: Decomposition) -> Gradient | None:
+    """The gradient of the loop's single micro-batch of the failing batch, from the same weights.
+
+    None if the loop fails on it, or if there are several ranks.
+    """
+    if parts.ranks > 1:
+        return None
+    single = replace(problem, model=copy.deepcopy(parts.failure.model), steps=1)
+    try:
+        gradient = observe(TrainingState(single, DOUBLE), cast(parts.failure.batch, DOUBLE)).gradient
+    except Exception:
+        return None
+    return None if gradient is None else {name: g.double() for name, g in gradient.items()}
+
+
+def clipping_in_words(problem: Problem, parts: Decomposition, names: list[str]) -> tuple[str, str] | None:
+    """(how the gradient of the parameters `names` is clipped or changed, what to do); None if it is not."""
+    target = parts.failure.observation.gradient
+    if parts.ranks > 1 or target is None:
+        return None
+    target = {name: target[name].double() for name in names}
+    size = norm(target)
+    for how, made, advice in _clippings(problem, parts, target):
+        if norm({name: made[name] - target[name] for name in names}) <= parts.tolerance * (size or 1.0):
+            return how, advice
+    return None
+
+
+def _clippings(
+    problem: Problem, parts: Decomposition, target: Gradient
+) -> Iterator[tuple[str, Gradient, str]]:
+    """Texts and gradients of loops that clip or change the gradient otherwise, and what to do."""
+    sums = {name: _sum(parts, name) for name in parts.gradient}
+    whole = len(target) == len(parts.gradient)
+    if problem.transform_gradient is not None and whole:
+        left_out = clamped(clipped(sums, problem.clip_norm), problem.clip_value)
+        yield "the change that transform_gradient makes is left out", left_out, "make it once a window"
+        model = parts.failure.model
+        yield from _inside(
+            "changed by transform_gradient",
+            parts,
+            lambda g: transformed(problem, model, g),
+            "make it once a window",
+        )
+    if problem.clip_norm is not None and whole:
+        limit = problem.clip_norm
+        each = {name: clipped({name: g}, limit)[name] for name, g in sums.items()}
+        yield "each parameter is clipped by its own norm, not by that of all parameters", each, WINDOW
+    if problem.clip_norm is not None:
+        limit = problem.clip_norm
+        some = clipped({name: sums[name] for name in target}, limit)
+        yield "the gradient is clipped by its own norm, not by that of all parameters", some, WINDOW
+        yield "the gradient is not clipped", sums, WINDOW
+    norms = dict.fromkeys([problem.clip_norm, norm(target) if whole else None])
+    values = dict.fromkeys([problem.clip_value, *_repeated_largest(target, len(parts.parts))])
+    for limit in filter(None, norms):
+        how = f"clipped by norm (to {limit:.4g})"
+        yield from _inside(how, parts, lambda g, limit=limit: clipped(g, limit), WINDOW)
+    for limit in filter(None, values):
+        how = f"clipped by value (to {limit:.4g})"
+        yield from _inside(how, parts, lambda g, limit=limit: clamped(g, limit), WINDOW)
+
+
+def _repeated_largest(target: Gradient, number: int) -> list[float]:
+    """Values to which elements may be clamped: the largest one, if several elements have it."""
+    flat = torch.cat([g.flatten().abs() for g in target.values()])
+    largest = flat.max()
+    several = int((flat >= largest * (1 - 1e-9)).sum()) > 1
+    return [float(largest), float(largest) / number] if several else []
+
+
+def _inside(
+    how: str, parts: Decomposition, change: Callable[[Gradient], Gradient], advice: str
+) -> Iterator[tuple[str, Gradient, str]]:
+    """Gradients of loops that `change` each micro-batch's part, or the sum so far."""
+    number = len(parts.parts)
+    text = f"the gradient is {how} in every micro-batch, not once for the window"
+    for multiple in (1.0, float(number)):
+        running: Gradient = {}
+        separate: Gradient = {}
+        acted = [False, False]
+        for position, part in enumerate(parts.parts):
+            part = {name: g.double() * multiple for name, g in part.items()}
+            added = {n: g + running[n] if running else g for n, g in part.items()}
+            running, once = change(added), change(part)
+            if position < number - 1:
+                acted[0] |= _differs(running, added)
+            acted[1] |= _differs(once, part)
+            separate = {n: g + separate[n] if separate else g for n, g in once.items()}
+        for made, acts in zip((running, separate), acted, strict=True):
+            if acts and number > 1:
+                yield text, change(made), advice
+                yield text, made, advice
+                yield text, {name: g / multiple for name, g in made.items()}, advice
+
+
+def _differs(one: Gradient, other: Gradient) -> bool:
+    return norm({name: one[name] - g for name, g in other.items()}) > 1e-3 * norm(other)

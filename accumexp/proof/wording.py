@@ -1,0 +1,180 @@
+"""What the counts of a decomposed gradient mean, in words and figures."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from .counts import Decomposition
+from .larger_batch import norm
+
+OWN_WEIGHT = "divide every micro-batch's sum by the window's own weight"
+WHOLE_GRADIENT = "the gradient"
+EVERY_MICRO_BATCH = "step after the window's last micro-batch, and reset gradients only then"
+
+
+def counts_in_words(parts: Decomposition, counts: Sequence[float], subject: str) -> tuple[str, str]:
+    """(what `counts` mean, what to do); `subject` is the gradient that they belong to."""
+    by_rank = parts.by_rank(counts)
+    unseen, doubled = parts.unseen_and_doubled() if subject == WHOLE_GRADIENT else ([], [])
+    if unseen:
+        verb = "is" if len(unseen) == 1 else "are"
+        return (
+            f"of the batch's samples {_numbers(unseen)} {verb} never seen",
+            "let no sample of the window's batch fall away, whatever its size",
+        )
+    if doubled:
+        verb = "is" if len(doubled) == 1 else "are"
+        reason = f"of the batch's samples {_numbers(doubled)} {verb} counted more than once"
+        return reason, "cut the batch into micro-batches that do not overlap"
+    if parts.ranks > 1 and (unreduced := _unreduced(parts, by_rank, subject)):
+        return unreduced
+    if lost := _lost(parts, by_rank, subject):
+        return lost
+    if max(counts) - min(counts) <= parts.count_tolerance * max(map(abs, counts)):
+        return _uniform(parts, counts[0], subject)
+    weights, windows, steps = parts.weights, len(counts), parts.problem.steps
+    alike = [sum(weights) / (windows * weight) if weight else 0.0 for weight in weights]
+    ratios = [count / a if a else 1.0 for count, a in zip(counts, alike, strict=True)]
+    factor = ratios[0]
+    if max(ratios) - min(ratios) <= max(1e-5, parts.count_tolerance) * max(1.0, max(map(abs, ratios))):
+        what = "alike"
+        if abs(factor - windows / steps) <= 1e-5 and windows != steps:
+            what = f"alike, and as if there were {steps}"
+        elif abs(factor - 1) > max(1e-5, parts.count_tolerance):
+            what = f"alike, {factor:.4g} times"
+        reason = f"micro-batches count {what}, though they weigh {_list(weights)}: counts {_list(counts)}"
+        reason = reason if subject == WHOLE_GRADIENT else f"in {subject} {reason}"
+        return reason, f"{OWN_WEIGHT}, not its mean by their number"
+    wrong = [k for k, count in enumerate(counts) if not parts.is_one(count)]
+    if len(wrong) == 1:
+        where = _micro_batches(parts, wrong)
+        return f"in {subject} {where} counts {counts[wrong[0]]:.4g} times instead of once", OWN_WEIGHT
+    values = {round(counts[k], 6) for k in wrong}
+    if len(values) == 1 and len(wrong) < windows:
+        where = _micro_batches(parts, wrong)
+        return f"in {subject} {where} counts {counts[wrong[0]]:.4g} times instead of once", OWN_WEIGHT
+    every = _list(counts)
+    if parts.ranks > 1:
+        every = "; ".join(f"rank {r}: {_list(each)}" for r, each in enumerate(by_rank))
+    reason = f"micro-batches count {every} of what they weigh"
+    reason = reason if subject == WHOLE_GRADIENT else f"in {subject} {reason}"
+    return reason, f"{OWN_WEIGHT}, and clip the whole window's gradient"
+
+
+def _lost(parts: Decomposition, by_rank: list[list[float]], subject: str) -> tuple[str, str] | None:
+    flat = [count for each in by_rank for count in each]
+    lost = [k for k, count in enumerate(flat) if abs(count) <= parts.count_tolerance]
+    if not lost or len(lost) == len(flat):
+        return (f"{subject} is zero", EVERY_MICRO_BATCH) if lost else None
+    left = [k for k in range(len(flat)) if k not in lost]
+    factor = flat[left[0]]
+    times = "" if all(parts.is_one(flat[k]) for k in left) else f", {factor:.4g} times"
+    where = _micro_batches(parts, lost)
+    reason = f"{where} of {len(flat)} does not count"
+    if len(left) == 1 and len(flat) > 2:
+        which = {0: "the first", len(flat) - 1: "the last"}.get(left[0])
+        which = _micro_batches(parts, left) if which is None or parts.ranks > 1 else f"{which} micro-batch"
+        reason = f"only {which} of {len(flat)} counts{times}: {reason}"
+    elif times:
+        reason += f", and the others{times}"
+    return reason if subject == WHOLE_GRADIENT else f"in {subject} {reason}", EVERY_MICRO_BATCH
+
+
+def _unreduced(parts: Decomposition, by_rank: list[list[float]], subject: str) -> tuple[str, str] | None:
+    """Which micro-batches' gradients stay on their own rank."""
+    ranks, every = parts.ranks, parts.every_rank
+    if every is None:
+        return None
+    stays: dict[int, list[int]] = {}
+    for q in range(ranks):
+        for k in range(len(by_rank[q])):
+            elsewhere = [parts.by_rank(counts)[q][k] for r, counts in enumerate(every) if r != q]
+            at_home = parts.by_rank(every[q])[q][k]
+            if (
+                all(abs(c) <= parts.count_tolerance for c in elsewhere)
+                and abs(at_home) > parts.count_tolerance
+            ):
+                stays.setdefault(q, []).append(k)
+    if not stays:
+        return None
+    if all(len(stays.get(q, ())) == len(by_rank[q]) for q in range(ranks)):
+        return f"{subject} is not reduced over the ranks", "synchronise in the window's last micro-batch"
+    texts = []
+    for q, numbers in stays.items():
+        kept = [k for k in range(len(by_rank[q])) if k not in numbers]
+        verb = "stays" if len(numbers) == 1 else "stay"
+        text = f"rank {q}'s {_named(numbers)} {verb} on it"
+        if kept and max(kept) < min(numbers):
+            text += f": micro-batch {max(kept)} synchronises instead of the last"
+        texts.append(text)
+    reason = f"in {subject} {'; '.join(texts)}" if subject != WHOLE_GRADIENT else "; ".join(texts)
+    return reason, "run forward and backward of all micro-batches but the window's last in no_sync()"
+
+
+def _uniform(parts: Decomposition, count: float, subject: str) -> tuple[str, str]:
+    steps, ranks = parts.problem.steps, parts.ranks
+    windows = sum(len(each) for each in parts.micro_batches)
+    per_rank = windows // ranks
+    factors = [
+        (windows / ranks, f"the sum of {per_rank} micro-batches' means instead of their mean"),
+        (windows, f"the sum of {windows} micro-batches' means instead of their mean"),
+        (sum(parts.weights), f"the sum over {sum(parts.weights):g} items instead of their mean"),
+        (ranks, f"added over {ranks} ranks where it should be averaged"),
+        (1 / ranks, f"divided by {ranks} ranks once more"),
+        (windows / (steps * ranks), f"{per_rank} micro-batches divided by {steps}"),
+        (1 / windows, f"divided by {windows} twice"),
+        (1 / steps, f"divided by {steps} twice"),
+        (windows / (steps * ranks) / steps, f"divided by {steps} twice"),
+    ]
+    near = max(1e-6, parts.count_tolerance)
+    why = next((text for value, text in factors if value != 1 and abs(count - value) <= near * value), "")
+    if parts.problem.scaling is not None:
+        factors.append(
+            (count, "the loss scale is in it") if abs(math.log2(abs(count) or 1.0)) >= 5 else (1.0, "")
+        )
+    if clipping := _clipping(parts, count):
+        return clipping
+    reason = f"{subject} is {count:.6g} times the larger batch's"
+    return (f"{reason}: {why}" if why else reason), "divide by the window's own weight, once"
+
+
+def _clipping(parts: Decomposition, count: float) -> tuple[str, str] | None:
+    """What a common factor means where the larger batch's gradient is clipped."""
+    clip_norm, size = parts.problem.clip_norm, parts.failure.expected.size
+    observed = parts.failure.observation.gradient
+    if clip_norm is None or size <= clip_norm or observed is None:
+        return None
+    length = norm(observed)
+    if abs(length - size) <= 1e-6 * size:
+        return "the gradient is not clipped", f"clip it to a norm of {clip_norm:g}"
+    reason = f"the gradient is clipped to a norm of {length:.4g} instead of clip_norm={clip_norm:g}"
+    if abs(count - 1 / parts.problem.steps) <= 1e-4:
+        reason += f": divided by {parts.problem.steps} after it was clipped"
+    return reason, "clip the complete gradient, divided and unscaled, by its norm over all parameters"
+
+
+def _micro_batches(parts: Decomposition, numbers: Sequence[int]) -> str:
+    """The micro-batches of these `numbers` over all ranks, named by rank if there are several."""
+    if parts.ranks == 1:
+        return _named(numbers)
+    names, start = [], 0
+    for r, each in enumerate(parts.micro_batches):
+        of_rank = [k - start for k in numbers if start <= k < start + len(each)]
+        if of_rank:
+            names.append(f"rank {r}'s {_named(of_rank)}")
+        start += len(each)
+    return " and ".join(names)
+
+
+def _named(numbers: Sequence[int]) -> str:
+    return f"micro-batch {_numbers(numbers)}"
+
+
+def _numbers(values: Sequence[int]) -> str:
+    return ", ".join(map(str, values[:6])) + (f" and {len(values) - 6} more" if len(values) > 6 else "")
+
+
+def _list(values: Sequence[float]) -> str:
+    shown = ", ".join(f"{value:.4g}" for value in values[:6])
+    return f"({shown}{', ...' if len(values) > 6 else ''})"
