@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
-from .arguments import batches_of, check_model, check_schedule
+from .arguments import batches_of, check_model, check_schedule, told_apart
 from .certificate import Certificate
 from .checks import Proof
 from .problem import Problem, Scaling, TrainWindow, WholeBatch, forked_rng
@@ -88,7 +89,7 @@ def certify(
     """
     if updates < 1:
         raise ValueError(f"updates={updates}: without an update that is followed there is nothing to certify")
-    batches = batches_of(batch)
+    batches, notes = told_apart(batches_of(batch))
     check_model(model)
     optimizer = optimizer or partial(SGD, lr=0.1, momentum=0.9)
     problem = Problem(
@@ -115,4 +116,5 @@ def certify(
         raise ValueError(f"steps={steps}: a batch of {problem.samples} samples cannot be split into them")
     with forked_rng(problem.device), torch.enable_grad():
         check_schedule(model, optimizer, scheduler)
-        return Proof(problem, progress or (lambda stage: None)).certificate(updates)
+        certificate = Proof(problem, progress or (lambda stage: None)).certificate(updates)
+        return replace(certificate, notes=[*notes, *certificate.notes])

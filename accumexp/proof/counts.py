@@ -13,11 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..accum.batch import batch_size
 from .evidence import Failure
 from .float64 import DOUBLE
 from .larger_batch import Gradient, clip_factor
 from .micro_batches import MicroBatches, rank_micro_batches
+from .nested import batch_size
 from .problem import Problem
 from .rounding import moved, part_gradient, transformed
 from .sample_ids import SampleIds

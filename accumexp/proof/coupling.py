@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves, tree_map_only
 
-from ..accum.batch import tensors
 from .fixed_draws import fixed_draws
 from .float64 import DOUBLE, keep_float64
 from .larger_batch import call, mean_loss
-from .problem import Problem, WholeBatch, cast, copy_in
+from .nested import batch_size, cloned, map_tensors, tensors, tensors_by_path
+from .problem import Problem, WholeBatch, cast, copy_in, rows
 from .rounding import larger_batch_of
 
 # Relative change in fp64 below which a result does not depend on the other samples.
@@ -33,20 +31,23 @@ class Coupling:
 def coupling_modules(problem: Problem, batch: WholeBatch) -> list[Coupling]:
     """The smallest modules that couple samples: those without a submodule that does."""
     model = copy_in(problem.model, DOUBLE)
-    inputs, _ = cast(batch, DOUBLE)
+    inputs = cloned(cast(batch, DOUBLE)[0])
     couplings: dict[str, Coupling] = {}
     # The inputs of a parametrization are weights, not samples.
     names = {
         module: name for name, module in model.named_modules() if "parametrizations" not in name.split(".")
     }
     buffers_before: dict[nn.Module, dict[str, Tensor]] = {}
-    samples = tensors(inputs)[0].shape[0]
+    received: dict[nn.Module, tuple[Any, Any]] = {}
+    samples = batch_size(inputs)
     half = samples // 2
     in_experiment = False
 
     def before_forward(module: nn.Module, arguments: Any, keywords: Any) -> None:
         if not in_experiment:
             buffers_before[module] = _buffers(module)
+            # Copies, because a module may write into its inputs.
+            received[module] = cloned(arguments), cloned(keywords)
 
     def repeated(module: nn.Module, arguments: Any, keywords: Any, count: int) -> Any:
         """Calls `module` as before, on the first `count` samples."""
@@ -54,12 +55,15 @@ def coupling_modules(problem: Problem, batch: WholeBatch) -> list[Coupling]:
         with draws.modules.repeated(names[module] or "(model)", count):
             return module(*_first(arguments, count), **_first(keywords, count))
 
-    def after_forward(module: nn.Module, arguments: Any, keywords: Any, outputs: Any) -> None:
+    def after_forward(module: nn.Module, _: Any, __: Any, outputs: Any) -> None:
         nonlocal in_experiment
+        if in_experiment:
+            return
+        arguments, keywords = received.pop(module)
         name = names[module]
         inner = any(other.startswith(f"{name}." if name else "") for other in couplings)
-        by_sample = [t.dim() > 0 and len(t) == samples for t in _tensors([arguments, keywords, outputs])]
-        if in_experiment or inner or not by_sample or not all(by_sample):
+        by_sample = [t.dim() > 0 and len(t) == samples for t in tensors([arguments, keywords, outputs])]
+        if inner or not by_sample or not all(by_sample):
             return
         in_experiment = True
         buffers_after = _buffers(module)
@@ -82,19 +86,21 @@ def coupling_modules(problem: Problem, batch: WholeBatch) -> list[Coupling]:
         module.register_forward_pre_hook(before_forward, with_kwargs=True)
         module.register_forward_hook(after_forward, with_kwargs=True)
     fixed = fixed_draws(model, cast(batch, DOUBLE), problem.seed, sample_dims=problem.sample_dims)
-    with torch.no_grad(), keep_float64(DOUBLE), fixed as draws:
+    # With gradients, which a model may take in its forward pass.
+    with keep_float64(DOUBLE), fixed as draws:
         call(model, inputs)
     return list(couplings.values())
 
 
 def _buffers(module: nn.Module) -> dict[str, Tensor]:
-    return {name: buffer.clone() for name, buffer in module.named_buffers()}
+    return {name: buffer.detach().clone() for name, buffer in module.named_buffers()}
 
 
 def _restore(module: nn.Module, buffers: dict[str, Tensor]) -> None:
     for name, buffer in module.named_buffers():
         if name in buffers and buffer.shape == buffers[name].shape:
-            buffer.copy_(buffers[name])
+            with torch.no_grad():
+                buffer.copy_(buffers[name])
 
 
 def _difference(part: Any, outputs: Any, rows: int) -> float:
@@ -113,7 +119,7 @@ def loss_couples(problem: Problem, batch: WholeBatch) -> float:
     """
     batch = cast(batch, DOUBLE)
     outputs = larger_batch_of(problem, copy_in(problem.model, DOUBLE), batch).outputs
-    samples = tensors(batch[0])[0].shape[0]
+    samples = batch_size(batch)
     half = samples // 2
     by_sample = [t.dim() > 0 and len(t) == samples for t in _floats(outputs)]
     device = next(problem.model.parameters()).device
@@ -127,9 +133,8 @@ def loss_couples(problem: Problem, batch: WholeBatch) -> float:
         moved[half:] += noise[half:] * tensor.detach().std().clamp_min(1e-3)
         return moved
 
-    with problem.loss_in(DOUBLE) as loss, keep_float64(DOUBLE):
-        original = _gradient_at(loss, outputs, batch[1])
-        moved = _gradient_at(loss, tree_map_only(Tensor, changed, outputs), batch[1])
+    original = _gradient_at(problem, outputs, batch)
+    moved = _gradient_at(problem, map_tensors(changed, outputs), batch)
     pairs = [(a[:half], b[:half]) for a, b, rows in zip(original, moved, by_sample, strict=True) if rows]
     change = sum(float((b - a).square().sum()) for a, b in pairs)
     size = sum(float(a.square().sum()) for a, _ in pairs)
@@ -143,19 +148,37 @@ def whole_batch_outputs(problem: Problem, batch: WholeBatch) -> list[str]:
     couples its samples.
     """
     batch = cast(batch, DOUBLE)
-    outputs = larger_batch_of(problem, copy_in(problem.model, DOUBLE), batch).outputs
-    samples = tensors(batch[0])[0].shape[0]
-    with problem.loss_in(DOUBLE) as loss, keep_float64(DOUBLE):
-        gradients = _gradient_at(loss, outputs, batch[1])
-    leaves = [(path, leaf) for path, leaf in tree_flatten_with_path(outputs)[0] if _floats(leaf)]
-    return [
-        keystr(path)
-        for (path, leaf), gradient in zip(leaves, gradients, strict=True)
+    samples = batch_size(batch)
+    half = samples // 2
+    model = copy_in(problem.model, DOUBLE)
+
+    def outputs_on(part: slice) -> Any:
+        return larger_batch_of(problem, model, rows(batch, part)).outputs
+
+    outputs = outputs_on(slice(None))
+    gradients = _gradient_at(problem, outputs, batch)
+    suspects = {
+        path: leaf
+        for (path, leaf), gradient in zip(_floats_by_path(outputs), gradients, strict=True)
         if (not leaf.dim() or len(leaf) != samples) and bool(gradient.count_nonzero())
-    ]
+    }
+    if not suspects or not half:
+        return list(suspects)
+    # A model that returns its loss adds over the samples: the mean of the halves', or their sum.
+    first, second = (dict(_floats_by_path(outputs_on(part))) for part in (slice(0, half), slice(half, None)))
+    share = half / samples
+
+    def adds(path: str, whole: Tensor) -> bool:
+        one, other = first.get(path, whole), second.get(path, whole)
+        if one.shape != whole.shape or other.shape != whole.shape:
+            return False
+        sums = (share * one + (1 - share) * other, one + other)
+        return any(bool((each - whole).norm() <= NEGLIGIBLE * whole.norm()) for each in sums)
+
+    return [path for path, leaf in suspects.items() if not adds(path, leaf)]
 
 
-def _gradient_at(loss: Callable[..., Any], outputs: Any, targets: Any) -> list[Tensor]:
+def _gradient_at(problem: Problem, outputs: Any, batch: WholeBatch) -> list[Tensor]:
     """The gradient of the mean loss with respect to every floating point tensor in `outputs`."""
     leaves: list[Tensor] = []
 
@@ -165,20 +188,26 @@ def _gradient_at(loss: Callable[..., Any], outputs: Any, targets: Any) -> list[T
         leaves.append(tensor.detach().clone().requires_grad_())
         return leaves[-1]
 
-    value = mean_loss(loss, tree_map_only(Tensor, leaf, outputs), targets)
-    gradients = torch.autograd.grad(value, leaves, allow_unused=True)
+    inputs, targets = batch
+    model = copy_in(problem.model, DOUBLE)
+    fixed = fixed_draws(model, batch, problem.seed, sample_dims=problem.sample_dims)
+    with problem.loss_in(DOUBLE) as loss, keep_float64(DOUBLE), fixed as draws:
+        draws.modules.start_pass(inputs)
+        # A copy of each leaf, which a loss may write into.
+        copies = map_tensors(lambda tensor: leaf(tensor).clone(), outputs)
+        value = mean_loss(loss, copies, cloned(targets))
+        gradients = torch.autograd.grad(value, leaves, allow_unused=True)
     return [torch.zeros_like(x) if g is None else g for x, g in zip(leaves, gradients, strict=True)]
 
 
-def _tensors(values: Any) -> list[Tensor]:
-    """The tensors in `values`; unlike `tensors`, skips everything else."""
-    return [value for value in tree_leaves(values) if isinstance(value, Tensor)]
-
-
 def _floats(values: Any) -> list[Tensor]:
-    return [t.detach() for t in _tensors(values) if t.is_floating_point()]
+    return [t.detach() for t in tensors(values) if t.is_floating_point()]
+
+
+def _floats_by_path(values: Any) -> list[tuple[str, Tensor]]:
+    return [(path, t.detach()) for path, t in tensors_by_path(values) if t.is_floating_point()]
 
 
 def _first(values: Any, rows: int) -> Any:
     """`values` with copies, which a module may write into, of the first `rows` of every tensor."""
-    return tree_map_only(Tensor, lambda tensor: tensor[:rows].clone(), values)
+    return cloned(map_tensors(lambda tensor: tensor[:rows], values))

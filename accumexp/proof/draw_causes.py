@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-import torch
-
-from ..accum.batch import batch_size
 from .certificate import Cause
 from .fixed_draws import FixedDraws, fixed_draws, sample_dims
 from .float64 import DOUBLE, keep_float64
 from .gradients import compare_window
-from .larger_batch import call
+from .larger_batch import call, mean_loss
+from .module_tracker import LOSS, OUTSIDE
+from .nested import batch_size, cloned
 from .problem import Problem, WholeBatch, cast, copy_in, rows
 from .ranks import all_gather, world_size
 
@@ -20,11 +19,17 @@ REDRAWN = "none needed: a window has other draws, as another run of the larger b
 
 
 def find_draws(problem: Problem, batch: WholeBatch) -> FixedDraws:
-    """What draws in a forward pass on `batch`."""
+    """What draws in a forward pass on `batch`, and in the loss."""
     model = copy_in(problem.model, DOUBLE)
-    batch = cast(batch, DOUBLE)
-    with torch.no_grad(), keep_float64(DOUBLE), fixed_draws(model, batch, problem.seed) as draws:
-        call(model, batch[0])
+    inputs, targets = batch = cloned(cast(batch, DOUBLE))
+    with (
+        problem.loss_in(DOUBLE) as loss,
+        keep_float64(DOUBLE),
+        fixed_draws(model, batch, problem.seed) as draws,
+    ):
+        mean_loss(loss, call(model, inputs), targets)
+    if OUTSIDE in draws.operators:
+        draws.operators[LOSS] = draws.operators.pop(OUTSIDE)
     return draws
 
 
@@ -55,7 +60,7 @@ def fix_draws(problem: Problem, batch: WholeBatch, draws: FixedDraws) -> tuple[P
     shown = f"with the same draws for every sample {falls}"
     causes = [Cause(source, where, reason, error, shown, REDRAWN, excused=True)]
     repeated = max(len(states) - len(set(states)) for states in all_gather(observation.random_states))
-    if repeated:
+    if repeated and modules:  # a loss may be computed after all forward passes
         reason = f"{repeated} micro-batches draw what another one of their window has drawn"
         shown = "torch's generator is in the same state when their forward passes begin"
         causes.append(Cause("repeated draws", where, reason, math.nan, shown, "do not seed within a window"))

@@ -17,75 +17,12 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..accum.batch import tensors
+from .module_tracker import OUTSIDE, ModuleTracker, in_backward, outside_transforms
 from .problem import Problem, WholeBatch, forked_rng
 from .sample_ids import SampleIds
 
 # Operators that draw into or like their first argument.
 REPLACED = ("native_dropout", "bernoulli", "bernoulli_", "exponential_", "uniform_", "normal_")
-
-
-class ModuleTracker:
-    """Follows which module computes, by forward hooks, and which samples the model was called with.
-
-    Attributes:
-        samples: numbers of the samples in the current forward pass of the model.
-        hooks: removes the hooks on exit.
-    """
-
-    def __init__(self, model: nn.Module, ids: SampleIds) -> None:
-        self.samples: list[int] = []
-        self._stack: list[str] = []
-        self._draws: dict[str, int] = {}  # by module, in this forward pass
-        self._draws_on_entry: dict[str, dict[str, int]] = {}
-        self._ids = ids
-        self._first_equal = ids.first_equal()
-        self._next_unknown = 0
-        self._model = model
-        self._names = {module: name or "(model)" for name, module in model.named_modules()}
-        self.hooks = ExitStack()
-        for module in self._names:
-            self.hooks.enter_context(module.register_forward_pre_hook(self._enter, with_kwargs=True))
-            self.hooks.enter_context(module.register_forward_hook(self._leave, always_call=True))
-
-    def _enter(self, module: nn.Module, arguments: Any, keywords: Any) -> None:
-        if module is self._model:
-            self._draws.clear()
-            inputs = [item for item in [*arguments, *keywords.values()] if item is not None]
-            numbers = self._ids.find(inputs)
-            if numbers is None:
-                first = next(iter(tensors(inputs)), None)
-                size = first.shape[0] if first is not None and first.dim() else 0
-                numbers = list(range(self._next_unknown, self._next_unknown + size))
-                self._next_unknown += size
-            # Equal samples have the same draws, because ranks do not know which of them each has.
-            self.samples = [self._first_equal.get(number, number) for number in numbers]
-        self._stack.append(self._names[module])
-        self._draws_on_entry[self.module] = dict(self._draws)
-
-    def _leave(self, *_: Any) -> None:
-        if self._stack:
-            self._stack.pop()
-
-    @property
-    def module(self) -> str:
-        """Name of the module that computes."""
-        return self._stack[-1] if self._stack else "(outside the model)"
-
-    def next_position(self) -> str:
-        """The position of the next draw in the forward pass: the module and the number of its draw."""
-        number = self._draws[self.module] = self._draws.get(self.module, -1) + 1
-        return f"{self.module}/{number}"
-
-    @contextmanager
-    def repeated(self, module: str, samples: int) -> Iterator[None]:
-        """Repeats the draws of `module` in this forward pass, for the first `samples` samples."""
-        original = self._draws, self.samples
-        self._draws, self.samples = dict(self._draws_on_entry[module]), self.samples[:samples]
-        try:
-            yield
-        finally:
-            self._draws, self.samples = original
 
 
 class FixedDraws(TorchDispatchMode):
@@ -105,9 +42,13 @@ class FixedDraws(TorchDispatchMode):
         self.operators: dict[str, set[str]] = {}
         self.unfixed: set[str] = set()
         self.shapes: dict[str, torch.Size] = {}
+        # Position and samples of each draw, by torch's generator before it.
+        self._drawn: dict[bytes, tuple[str, list[int]]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if self.modules.module == OUTSIDE and not in_backward():
+            self.modules.follow(args)
         if torch.Tag.nondeterministic_seeded not in func.tags:
             return func(*args, **kwargs)
         name = func.__name__.partition(".")[0]
@@ -146,8 +87,8 @@ class FixedDraws(TorchDispatchMode):
 
     def _uniform(self, shape: torch.Size, device: torch.device) -> Tensor:
         """Numbers in (0, 1), fp64, of `shape`: by sample along the dimension that indexes samples."""
-        samples, count = self.modules.samples, len(self.modules.samples)
-        position = self.modules.next_position()
+        position, samples = self._position_and_samples()
+        count = len(samples)
         digest = hashlib.blake2b(f"{self.seed}/{position}".encode(), digest_size=7).digest()
         salt = int.from_bytes(digest, "big")
         self.shapes[position] = shape
@@ -158,6 +99,19 @@ class FixedDraws(TorchDispatchMode):
         rest = [shape[dim] // count, *shape[:dim], *shape[dim + 1 :]]
         drawn = _keyed(samples, torch.Size([count, *rest]), salt, device)
         return drawn.flatten(0, 1).movedim(0, dim)
+
+    def _position_and_samples(self) -> tuple[str, list[int]]:
+        """Those of the next draw; in a checkpointed module's second forward pass, those of its first.
+
+        A checkpoint restores the state of torch's generator, which shows which draw is repeated.
+        """
+        with outside_transforms():
+            state = hashlib.blake2b(torch.get_rng_state().numpy().tobytes(), digest_size=16).digest()
+            torch.rand(())  # the next draw begins from another state
+        if in_backward() and state in self._drawn:
+            return self._drawn[state]
+        self._drawn[state] = self.modules.next_position(), self.modules.samples
+        return self._drawn[state]
 
 
 def _likely_sample_dim(shape: torch.Size, samples: int) -> int | None:
@@ -186,11 +140,13 @@ def fixed_draws(
     numbers: Sequence[int] | None = None,
     sample_dims: Mapping[str, int | None] | None = None,
 ) -> Iterator[FixedDraws]:
-    """Fixes the draws of forward passes of `model` on samples of `batch`, which have `numbers`.
+    """Fixes the draws of forward passes of `model`, and of the loss after each, on samples of `batch`.
+
+    These have `numbers`.
 
     `sample_dims` is as in `Problem`; at other positions the dimension is inferred from its size.
     """
-    modules = ModuleTracker(model, SampleIds(batch[0], numbers))
+    modules = ModuleTracker(model, SampleIds(batch[0], numbers, batch[1]))
     draws = FixedDraws(modules, seed, sample_dims or {})
     # Fused attention draws inside its kernel; the math backend calls an operator.
     with modules.hooks, sdpa_kernel([SDPBackend.MATH]), draws:

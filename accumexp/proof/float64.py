@@ -24,7 +24,9 @@ FACTORIES = {
 
 
 class Float64(TorchDispatchMode):
-    """While active, casts of fp64 tensors to narrower dtypes and narrower new tensors give fp64.
+    """While active, casts to dtypes narrower than fp64, and new tensors of such dtypes, give fp64.
+
+    Casts of integers and masks do too: `images.float() / 255` is computed with weights in fp64.
 
     Tensors of shape () without a gradient are exempt: loss scales, and losses for the log.
     """
@@ -37,7 +39,8 @@ class Float64(TorchDispatchMode):
         wide = {**kwargs, "dtype": DOUBLE}
         if name == "_to_copy":
             source: Tensor = args[0]
-            if source.dtype is DOUBLE and (source.dim() or source.requires_grad):
+            wider = source.dtype is DOUBLE or not (source.is_floating_point() or source.is_complex())
+            if wider and (source.dim() or source.requires_grad):
                 return func(*args, **wide)
         elif name in FACTORIES:
             made = func(*args, **kwargs)

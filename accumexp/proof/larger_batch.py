@@ -1,22 +1,21 @@
 """The larger batch: the whole batch in one forward and backward pass, independent of the window's code.
 
-Its gradient comes from `torch.func.functional_call` and one `torch.autograd.grad`.
+Its gradient comes from one ordinary forward pass and one `backward()` of a copy of the model.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
-from ..accum.batch import Nested, batch_size
-from .problem import WholeBatch, unsharded
+from .nested import batch_size, cloned, map_tensors, tensors
+from .problem import WholeBatch, copy_of, unsharded
 
 Gradient = dict[str, Tensor]
 
@@ -51,36 +50,70 @@ def larger_batch(
 
     Args:
         weight: divides the sum of the items' losses, instead of their own weight.
-        on_copies: called with the copies of parameters and buffers that the pass uses.
+        on_copies: called with the copies of parameters, buffers and batch that the pass uses.
         scale: multiplies the loss before backward, and divides the gradient in fp64.
     """
-    parameters = {
-        name: p.detach().clone().requires_grad_(p.requires_grad) for name, p in model.named_parameters()
-    }
-    buffers = {name: b.detach().clone() for name, b in model.named_buffers()}
+    return whole_batch_pass(copy_of(model), loss, batch, autocast, weight, on_copies, scale)
+
+
+def whole_batch_pass(
+    model: nn.Module,
+    loss: Callable[..., Any],
+    batch: WholeBatch,
+    autocast: torch.dtype | None = None,
+    weight: float | Tensor | None = None,
+    on_copies: Callable[[list[Tensor]], Any] | None = None,
+    scale: float = 1.0,
+) -> LargerBatch:
+    """As `larger_batch`, but the pass changes the buffers and gradients of `model`."""
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    for parameter in parameters.values():
+        parameter.grad = None
+    inputs, targets = cloned(batch)  # a model may write into its inputs, or differentiate by them
     if on_copies is not None:
-        on_copies([*parameters.values(), *buffers.values()])
-    inputs, targets = batch
-    arguments, keywords = _arguments(inputs)
-    device = next(iter(parameters.values())).device
-    with nullcontext() if autocast is None else torch.autocast(device.type, autocast):
-        outputs = functional_call(model, (parameters, buffers), arguments, keywords)
+        on_copies([*model.parameters(), *model.buffers(), *tensors([inputs, targets])])
+    with (
+        nullcontext() if autocast is None else torch.autocast(next(model.parameters()).device.type, autocast)
+    ):
+        outputs = call(model, inputs)
         value = mean_loss(loss, outputs, targets)
         if weight is not None:
-            value = value * (loss_weight(loss, targets) / weight)
-    trained = {name: p for name, p in parameters.items() if p.requires_grad}
-    raw = torch.autograd.grad(value * scale, list(trained.values()), allow_unused=True)
-    gradient = {
-        name: torch.zeros_like(p) if g is None else dense(g) if scale == 1 else dense(g).double() / scale
-        for (name, p), g in zip(trained.items(), raw, strict=True)
-    }
-    detached = outputs.detach() if isinstance(outputs, Tensor) else outputs
-    return LargerBatch(value.detach(), gradient, {n: b.detach() for n, b in buffers.items()}, detached)
+            value = value * (loss_weight(loss, targets, batch_size(batch)) / weight)
+    # An ordinary backward: reentrant checkpoints know no other.
+    with _restored_gradients(value, set(parameters.values())):
+        (value * scale).backward()
+    gradient = {}
+    for name, p in parameters.items():
+        g = dense(torch.zeros_like(p) if p.grad is None else p.grad).detach()
+        gradient[name] = g if scale == 1 else g.double() / scale
+    buffers = {name: buffer.detach() for name, buffer in model.named_buffers()}
+    return LargerBatch(value.detach(), gradient, buffers, map_tensors(Tensor.detach, outputs))
 
 
-def dense(gradient: Tensor) -> Tensor:
-    """`gradient`, which embeddings may make sparse, as a dense tensor."""
-    return gradient.to_dense() if gradient.is_sparse else gradient
+@contextmanager
+def _restored_gradients(value: Tensor, except_for: set[nn.Parameter]) -> Iterator[None]:
+    """Restores the `.grad` of what `value` depends on beside the parameters: weights of the loss itself."""
+    nodes, seen, others = [value.grad_fn], set(), []
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        variable = getattr(node, "variable", None)  # of a leaf
+        if isinstance(variable, Tensor) and variable not in except_for:
+            others.append((variable, None if variable.grad is None else variable.grad.clone()))
+        nodes.extend(following for following, _ in node.next_functions)
+    try:
+        yield
+    finally:
+        for variable, gradient in others:
+            variable.grad = gradient
+
+
+def dense(tensor: Tensor) -> Tensor:
+    """`tensor`, which may be sparse or complex, as a dense real one; complex elements become pairs."""
+    tensor = tensor.to_dense() if tensor.is_sparse else tensor
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
 def mean_loss(loss: Callable[..., Any], outputs: Any, targets: Any) -> Tensor:
@@ -90,25 +123,31 @@ def mean_loss(loss: Callable[..., Any], outputs: Any, targets: Any) -> Tensor:
     if total := getattr(loss, "total", None):
         return total(outputs, targets) / loss.weight(targets)  # type: ignore[attr-defined]
     value = loss(outputs, targets)
-    if value.dim() and isinstance(loss, nn.CrossEntropyLoss | nn.NLLLoss):  # reduction="none"
-        return value.sum() / loss_weight(loss, targets)
-    return value.mean() if value.dim() else value
+    if not value.dim():
+        return value
+    if isinstance(loss, nn.CrossEntropyLoss | nn.NLLLoss) and not targets.is_floating_point():
+        return value.sum() / _class_weight(loss, targets)  # reduction="none"
+    return value.mean()
 
 
-def loss_weight(loss: Callable[..., Any], targets: Any) -> float | Tensor:
+def loss_weight(loss: Callable[..., Any], targets: Any, samples: int | None = None) -> float | Tensor:
     """The denominator of the mean of `loss` over `targets`: `loss.weight(targets)`, or the number of items.
 
     With class indices the mean is over the targets that are not ignored, each with its class's weight
-    (torch.nn.CrossEntropyLoss).
+    (torch.nn.CrossEntropyLoss). `samples` is their number, needed where the targets are None.
     """
     if hasattr(loss, "total"):
         return loss.weight(targets)  # type: ignore[attr-defined]
     if getattr(loss, "reduction", None) == "sum":
         return 1.0
     if isinstance(loss, nn.CrossEntropyLoss | nn.NLLLoss) and not targets.is_floating_point():
-        counted = targets[targets != loss.ignore_index]
-        return float(len(counted)) if loss.weight is None else loss.weight[counted].sum()
-    return float(batch_size(targets))
+        return _class_weight(loss, targets)
+    return float(batch_size(targets) if samples is None else samples)
+
+
+def _class_weight(loss: nn.CrossEntropyLoss | nn.NLLLoss, targets: Tensor) -> float | Tensor:
+    counted = targets[targets != loss.ignore_index]
+    return float(len(counted)) if loss.weight is None else loss.weight[counted].sum()
 
 
 def norm(gradient: Mapping[str, Tensor]) -> float:
@@ -159,13 +198,8 @@ def clamped(gradient: Gradient, clip_value: float | None) -> Gradient:
     return {name: g.clamp(-clip_value, clip_value) for name, g in gradient.items()}
 
 
-def call(model: nn.Module, inputs: Nested) -> Any:
-    """`model` on `inputs`: a mapping as keywords, a tuple or list as positional arguments."""
-    arguments, keywords = _arguments(inputs)
-    return model(*arguments, **keywords)
-
-
-def _arguments(inputs: Nested) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def call(model: nn.Module, inputs: Any) -> Any:
+    """`model` on `inputs`: a mapping as keywords, a tuple or list as positional arguments, else as one."""
     if isinstance(inputs, Mapping):
-        return (), dict(inputs)
-    return (inputs,) if isinstance(inputs, Tensor) else tuple(inputs), {}
+        return model(**inputs)
+    return model(*inputs) if isinstance(inputs, tuple | list) else model(inputs)

@@ -7,8 +7,8 @@ from itertools import accumulate, pairwise
 
 import torch
 
-from ..accum.batch import batch_size
 from .certificate import Check
+from .nested import batch_size
 from .observation import Observation
 from .problem import Problem, WholeBatch
 from .ranks import all_gather, world_size

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -13,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..accum.batch import batch_size, tensors
 from ..accum.memory import SavedActivations, measure_activations
-from .compilation import outside_graphs
 from .fixed_draws import seeded_draws
 from .float64 import keep_float64
+from .forward_passes import ForwardPass, ForwardPasses
 from .larger_batch import Gradient, dense
+from .nested import tensors
 from .problem import TrainingState, WholeBatch, unsharded
 from .sample_ids import SampleIds
 
@@ -29,6 +28,7 @@ class Observation:
 
     Attributes:
         gradient: what `.grad` held at the optimizer's first step, by parameter name; None without a step.
+        received: those among them that are sparse or complex, which `gradient` has as dense real tensors.
         absent: parameters without a gradient then; `gradient` has zeros for them.
         unscaled_by_optimizer: whether the optimizer divides the gradient by the loss scale itself, as fused
             ones can; `gradient` is divided.
@@ -51,6 +51,7 @@ class Observation:
     """
 
     gradient: Gradient | None = None
+    received: Gradient = field(default_factory=dict)
     absent: set[str] = field(default_factory=set)
     unscaled_by_optimizer: bool = False
     steps: int = 0
@@ -81,8 +82,7 @@ def observe(
         stack.enter_context(state.problem.outside_as(state.outside))
         saved = None
         if measure:
-            inputs = [*tensors(batch[0]), *tensors(batch[1])]
-            saved = stack.enter_context(measure_activations(state.inner, inputs))
+            saved = stack.enter_context(measure_activations(state.inner, tensors(batch)))
         observation = stack.enter_context(observing(state, batch, arrivals, saved))
         observation.outside = outside
         returned = state.train(batch)
@@ -106,14 +106,11 @@ def observing(
     """
     observation = Observation()
     inputs_alive: list[Tensor] = []  # so that no activation reuses the memory of an input
-    ids = SampleIds(batch[0])
     arrivals_by_name: Counter[str] = Counter()
 
     sizes_before: dict[str, float] = {}
 
-    def before_forward(module: Any, arguments: Any, keywords: Any) -> None:
-        if not torch.is_grad_enabled():
-            return
+    def before_pass(begun: ForwardPass, inputs: list[Tensor]) -> None:
         sizes = _sizes(state)
         if sizes_before and sizes != sizes_before:
             if not observation.moved_before:
@@ -121,21 +118,18 @@ def observing(
                 observation.moved_by = _common_ratio(sizes, sizes_before)
             observation.moved_before.append(len(observation.sizes))
         sizes_before.update(sizes)
-        inputs = [item for item in [*arguments, *keywords.values()] if _has_tensors(item)]
-        try:
-            observation.sizes.append(batch_size(inputs))
-        except ValueError:
-            return
-        observation.micro_batches.append(ids.find(inputs))
-        observation.random_states.append(_random_state(state.problem.device))
+        observation.micro_batches.append(begun.samples)
+        observation.sizes.append(begun.size)
+        observation.random_states.append(begun.random_state)
         if saved is not None:
-            inputs_alive.extend(tensors(inputs))
-            saved.exclude(tensors(inputs))
+            inputs_alive.extend(inputs)
+            saved.exclude(inputs)
 
     def record_gradient(optimizer: Any) -> None:
         if observation.gradient is None:
             scale = getattr(optimizer, "grad_scale", None)
             observation.gradient = _gradient(state, scale)
+            observation.received = _received(state, scale)
             observation.unscaled_by_optimizer = scale is not None
             observation.absent = {name for name, p in state.parameters().items() if p.grad is None}
             observation.rates = [float(group["lr"]) for group in optimizer.param_groups]
@@ -174,8 +168,8 @@ def observing(
         if parameter.grad is not None and bool(dense(unsharded(parameter.grad)).any()):
             observation.initial[name] = dense(unsharded(parameter.grad)).detach().clone()
     with ExitStack() as stack:
-        hook = outside_graphs(before_forward)
-        stack.enter_context(state.inner.register_forward_pre_hook(hook, with_kwargs=True))
+        passes = ForwardPasses(state.inner, SampleIds(batch[0], None, batch[1]), before_pass)
+        stack.enter_context(passes.hooks)
         stack.enter_context(state.optimizer.register_step_pre_hook(before_step))
         for name, parameter in state.parameters().items() if arrivals else ():
             if parameter.requires_grad:
@@ -183,6 +177,10 @@ def observing(
         stack.enter_context(keep_float64(state.dtype))
         stack.enter_context(seeded_draws(state.problem, state.inner, batch))
         yield observation
+    # Without those that turned out to be no micro-batches.
+    observation.micro_batches = [each.samples for each in passes.passes]
+    observation.sizes = [each.size for each in passes.passes]
+    observation.random_states = [each.random_state for each in passes.passes]
 
 
 def _sizes(state: TrainingState) -> dict[str, float]:
@@ -198,13 +196,6 @@ def _common_ratio(sizes: dict[str, float], before: dict[str, float]) -> float | 
     return ratios[0] if alike else None
 
 
-def _random_state(device: torch.device) -> bytes:
-    digest = hashlib.blake2b(torch.get_rng_state().numpy().tobytes(), digest_size=16)
-    if device.type == "cuda":
-        digest.update(torch.cuda.get_rng_state(device).numpy().tobytes())
-    return digest.digest()
-
-
 def _gradient(state: TrainingState, scale: Tensor | None) -> Gradient:
     """A copy of every `.grad`, unsharded and divided by `scale`; zeros for None."""
     copies = {}
@@ -216,8 +207,12 @@ def _gradient(state: TrainingState, scale: Tensor | None) -> Gradient:
     return copies
 
 
-def _has_tensors(item: Any) -> bool:
-    try:
-        return bool(tensors(item))
-    except ValueError:
-        return False
+def _received(state: TrainingState, scale: Tensor | None) -> Gradient:
+    """A copy of the gradients that are sparse or complex, as the optimizer receives them."""
+    copies = {}
+    for name, parameter in state.parameters().items():
+        gradient = parameter.grad
+        if gradient is not None and (gradient.is_sparse or gradient.is_complex()):
+            value = gradient.detach().clone()
+            copies[name] = value if scale is None else value / scale
+    return copies

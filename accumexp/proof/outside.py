@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..accum.batch import tensors
 from .certificate import Check, excess
 from .evidence import updates_in_words
 from .larger_batch import relative_error
 from .micro_batches import passes_of
+from .nested import tensors
 from .observation import observe
 from .problem import Problem, TrainingState, WholeBatch, copy_in, rows
 from .ranks import all_gather, worst
@@ -70,7 +70,7 @@ class HandChanges:
     def compare(self, number: int, before: Snapshot, after: TrainingState, batch: WholeBatch) -> None:
         """Compares the state `after` update `number` of `batch`. Calls the loop from `before`. Collective."""
         expected, passes = self.in_one(before, batch)
-        order = torch.randperm(len(_rows_of(batch)), generator=torch.Generator().manual_seed(number))
+        order = torch.randperm(batch_size(batch), generator=torch.Generator().manual_seed(number))
         reordered, _ = self.in_one(before, rows(batch, order.to(self.problem.device)))
         self._passes = max(self._passes, max(all_gather(passes)))
         actual = self.values(after)

@@ -11,13 +11,13 @@ from dataclasses import replace
 
 from torch import nn
 
-from ..accum.batch import batch_size
 from .certificate import Check, Series, excess, worst_check
 from .evidence import Failure
 from .float64 import DOUBLE
 from .gradients import Comparison, compare, first_update, measured_loss_scale
 from .larger_batch import Gradient, clamped, clipped, dot, norm
 from .micro_batches import even_micro_batches, is_partition, rank_micro_batches
+from .nested import batch_size
 from .observation import Observation
 from .problem import Problem, TrainingState, WholeBatch, cast, copy_in
 from .ranks import all_gather, world_size

@@ -12,11 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..accum.batch import Nested, batch_size, map_tensors
+from .nested import batch_size, cloned, map_tensors, tensors
 
 TrainWindow = Callable[..., Any]
-# (inputs, targets) of all samples of an update.
-WholeBatch = tuple[Nested, Nested]
+# Attributes of every module: its registries, and what torch itself keeps.
+MODULE_STATE = frozenset(vars(nn.Module()))
+# (inputs, targets) of all samples of an update, see `nested.py`.
+WholeBatch = tuple[Any, Any]
 
 
 @dataclass(frozen=True)
@@ -146,19 +148,32 @@ def _tensors_of(module: nn.Module) -> list[tuple[str, Tensor]]:
 
 
 def cast(batch: WholeBatch, dtype: torch.dtype) -> WholeBatch:
-    """`batch` with its floating point tensors in `dtype`; targets in fp32 at least."""
+    """`batch` with its floating point tensors in `dtype`; targets in fp32 at least.
+
+    Tensors of shape () stay: they are counts of items, which a narrow dtype would round.
+    """
     inputs, targets = batch
     wide = torch.promote_types(dtype, torch.float32)
     return (
-        map_tensors(lambda t: t.to(dtype) if t.is_floating_point() else t, inputs),
-        map_tensors(lambda t: t.to(wide) if t.is_floating_point() else t, targets),
+        map_tensors(lambda t: _in(t, dtype) if t.dim() else t, inputs),
+        map_tensors(lambda t: _in(t, wide) if t.dim() else t, targets),
     )
 
 
+def _in(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """`tensor` in `dtype` if it has floating point elements; complex ones become pairs of at least fp32."""
+    if tensor.is_complex():
+        return tensor.to(torch.promote_types(dtype, torch.float32).to_complex())
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+
 def rows(batch: WholeBatch, indices: Tensor | slice) -> WholeBatch:
-    """The samples of `batch` at `indices`."""
+    """The samples of `batch` at `indices`; tensors of shape () and what is no tensor stay as they are."""
     inputs, targets = batch
-    return map_tensors(lambda t: t[indices], inputs), map_tensors(lambda t: t[indices], targets)
+    return (
+        map_tensors(lambda t: t[indices] if t.dim() else t, inputs),
+        map_tensors(lambda t: t[indices] if t.dim() else t, targets),
+    )
 
 
 class TrainingState:
@@ -208,8 +223,7 @@ class TrainingState:
     def train(self, batch: WholeBatch) -> Any:
         """Calls the loop for its update on `batch`; returns what it returns."""
         # Cloned, because a loop may change its batch in place.
-        copied = tuple(map_tensors(torch.clone, part) for part in batch)
-        arguments: list[Any] = [self.model, self.optimizer, copied, self.problem.steps]
+        arguments: list[Any] = [self.model, self.optimizer, cloned(batch), self.problem.steps]
         if self.schedule is not None:
             arguments.append(self.schedule)
         return self.problem.train_window(*arguments)
@@ -225,8 +239,37 @@ class TrainingState:
 
 
 def copy_in(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """A copy of `model` in `dtype`."""
-    return copy.deepcopy(model).to(dtype)
+    """A copy of `model` in `dtype`, with the tensors that its modules keep as plain attributes."""
+    # As `Module.to`, which would drop the imaginary part of complex parameters.
+    copied = copy_of(model)._apply(lambda tensor: _in(tensor, dtype))
+    wide = torch.promote_types(dtype, torch.float32)
+    for module in copied.modules():
+        for name, value in _attributes(module).items():
+            if any(_constant_in(tensor, wide) is not tensor for tensor in tensors(value)):
+                setattr(module, name, map_tensors(lambda t: _constant_in(t, wide), value))
+    return copied
+
+
+def copy_of(model: nn.Module) -> nn.Module:
+    """A deep copy of `model`; tensors that a forward pass has left in its attributes lose their graph."""
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for tensor in tensors(list(_attributes(module).values())):
+            if tensor.grad_fn is not None:
+                memo[id(tensor)] = tensor.detach().clone()
+    return copy.deepcopy(model, memo)
+
+
+def _attributes(module: nn.Module) -> dict[str, Any]:
+    """What `module` keeps beside parameters, buffers and submodules."""
+    return {name: value for name, value in vars(module).items() if name not in MODULE_STATE}
+
+
+def _constant_in(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A plain attribute in `dtype`, as the parameters that it is computed with are; others as they are."""
+    changes = dtype is torch.float64 or tensor.dtype is torch.float64
+    plain = not isinstance(tensor, nn.Parameter) and tensor.dim()
+    return _in(tensor, dtype) if changes and plain else tensor
 
 
 def unsharded(tensor: Tensor) -> Tensor:

@@ -14,10 +14,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ..accum.batch import batch_size
 from .certificate import Check, excess
 from .float64 import keep_float64
 from .larger_batch import dense, relative_error
+from .nested import batch_size
 from .observation import Observation
 from .problem import Problem, TrainingState, WholeBatch, copy_in, unsharded
 from .ranks import all_gather
@@ -70,7 +70,8 @@ class Replay(ABC):
             return
         with torch.no_grad():
             for name, parameter in self.model.named_parameters():
-                gradient = None if name in observation.absent else observation.gradient.get(name)
+                gradient = observation.received.get(name, observation.gradient.get(name))
+                gradient = None if name in observation.absent else gradient
                 parameter.grad = None if gradient is None else gradient.to(parameter)
         _begin_momentum(self.optimizer)
         with keep_float64(self.dtype):  # torch's optimizers count steps in the default dtype

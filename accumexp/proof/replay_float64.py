@@ -10,7 +10,6 @@ from itertools import chain
 
 from torch import Tensor
 
-from ..accum.batch import batch_size
 from .certificate import Cause, Check, Series, excess, worst_check
 from .evidence import Failure, updates_in_words
 from .float64 import DOUBLE
@@ -18,6 +17,7 @@ from .gradients import Comparison, compare, measured_loss_scale
 from .larger_batch import Gradient, loss_weight, relative_error
 from .learning_rates import LearningRates
 from .micro_batches import AS_ASKED, micro_batches_made
+from .nested import batch_size
 from .observation import Observation
 from .outside import HandChanges, Snapshot
 from .problem import Problem, TrainingState, WholeBatch
@@ -158,7 +158,7 @@ class Float64Replay(Replay):
             scale = measured_loss_scale(observation, expected.larger.gradient)
             # What arrives may be a sum that the loop divides later: windows of the same weight are compared.
             with self.problem.loss_in(DOUBLE) as loss:
-                self._scales.append((number, scale, float(loss_weight(loss, batch[1]))))
+                self._scales.append((number, scale, float(loss_weight(loss, batch[1], batch_size(batch)))))
 
     def _compare_buffers(self, number: int, expected: dict[str, Tensor]) -> None:
         """Compares the buffers after the loop's window with those after the larger batch, `expected`."""

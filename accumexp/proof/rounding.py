@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..accum.batch import tensors
 from .fixed_draws import seeded_draws
 from .float64 import DOUBLE, keep_float64
 from .larger_batch import (
@@ -27,11 +26,12 @@ from .larger_batch import (
     clamped,
     clip_factor,
     clipped,
-    larger_batch,
     loss_weight,
     norm,
+    whole_batch_pass,
 )
-from .problem import Problem, WholeBatch, cast, copy_in, rows
+from .nested import batch_size, samples_first
+from .problem import Problem, WholeBatch, cast, copy_in, copy_of, rows
 
 LAMBDA = 8.0
 # Below this number of elements fp32 may lose nothing by chance: the bound is what the whole gradient loses.
@@ -75,7 +75,7 @@ def expected_update(
     with _without_tf32(problem.device):
         coarse_model = copy_in(model, torch.float32)
         coarse = larger_batch_of(problem, moved(problem, coarse_model, batch), batch)
-    samples = len(tensors(batch[0])[0])
+    samples = batch_size(batch)
     gradient = transformed(problem, model, exact.gradient)
     lost = norms_of_errors(coarse.gradient, exact.gradient)
     grown = growth(problem, coarse_model, coarse.gradient, exact.gradient, gradient, lost)
@@ -217,23 +217,24 @@ def larger_batch_of(
 
     `numbers` are those of the samples, if their order is not that of the windows.
     """
-    with prepared_pass(problem, model, batch, numbers) as (loss, batch):
-        return larger_batch(model, loss, batch, autocast, scale=scale)
+    with prepared_pass(problem, model, batch, numbers) as (model, loss, batch):
+        return whole_batch_pass(model, loss, batch, autocast, scale=scale)
 
 
 @contextmanager
 def prepared_pass(
     problem: Problem, model: nn.Module, batch: WholeBatch, numbers: Sequence[int] | None = None
-) -> Iterator[tuple[Callable[..., Any], WholeBatch]]:
-    """The loss and `batch` in the dtype of `model`, with the proof's random draws meanwhile."""
-    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+) -> Iterator[tuple[nn.Module, Callable[..., Any], WholeBatch]]:
+    """A copy of `model`, the loss and `batch` in its dtype, with the proof's random draws meanwhile."""
+    model = copy_of(model)
+    dtype = next(p.dtype.to_real() for p in model.parameters() if p.is_floating_point() or p.is_complex())
     batch = cast(batch, dtype)
     with ExitStack() as stack:
         loss = stack.enter_context(problem.loss_in(dtype))
         stack.enter_context(problem.outside_as(problem.outside(dtype)))
         stack.enter_context(keep_float64(dtype))
         stack.enter_context(seeded_draws(problem, model, batch, numbers))
-        yield loss, batch
+        yield model, loss, batch
 
 
 def scaled_larger_batch(
@@ -257,11 +258,12 @@ def part_gradient(
     scale: float = 1.0,
 ) -> tuple[Gradient, float]:
     """(the gradient that samples `numbers` of `batch` add to the larger batch's, their weight)."""
-    with prepared_pass(problem, model, batch) as (loss, batch):
-        weight = loss_weight(loss, batch[1])
+    with prepared_pass(problem, model, batch) as (model, loss, batch):
+        samples = batch_size(batch)
+        weight = loss_weight(loss, batch[1], samples)
         part = rows(batch, torch.tensor(numbers, device=problem.device))
-        gradient = larger_batch(model, loss, part, autocast, weight, scale=scale).gradient
-        part_weight = float(loss_weight(loss, part[1]))
+        gradient = whole_batch_pass(model, loss, part, autocast, weight, scale=scale).gradient
+        part_weight = float(loss_weight(loss, part[1], len(numbers)))
     if not part_weight:  # its mean is nan, but it adds nothing to the sum
         gradient = {name: torch.zeros_like(g) for name, g in gradient.items()}
     return gradient, part_weight
@@ -269,6 +271,6 @@ def part_gradient(
 
 def shuffled(batch: WholeBatch, seed: int) -> tuple[WholeBatch, list[int]]:
     """The samples of `batch` in another order, and their numbers."""
-    first = tensors(batch[0])[0]
+    first = samples_first(batch[0])[0]
     order = torch.randperm(len(first), generator=torch.Generator().manual_seed(seed))
     return rows(batch, order.to(first.device)), order.tolist()

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from . import diagnosis, state_causes
 from .certificate import Cause, Check, Counts
 from .evidence import Failure
+from .loop_causes import loop_causes
 from .own_precision import OwnPrecisionReplay
 from .problem import Problem
 from .replay_float64 import Float64Replay
@@ -52,6 +53,9 @@ def find_causes(
         if failure is not None:
             causes, counts = diagnosis.diagnose(problem, failure, failure in windows)
         explained = any(cause.source != "unknown" for cause in causes)
+        if failure is not None and not explained:
+            causes = loop_causes(problem, failure.batch) or causes
+            explained = any(cause.source != "unknown" for cause in causes)
         others = _other_causes(problem, failed, replay, micro_batches, explained)
         causes = [*causes, *others] if explained or not others else others
     except Exception as error:

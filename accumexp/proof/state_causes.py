@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 import torch
 
-from ..accum.batch import batch_size
 from .certificate import Cause, Check, number
 from .float64 import DOUBLE
 from .larger_batch import Gradient, dot, norm
 from .micro_batches import rank_micro_batches
+from .nested import batch_size
 from .observation import Observation
 from .problem import Problem, WholeBatch, copy_in, rows
 from .rounding import larger_batch_of

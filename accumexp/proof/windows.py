@@ -14,13 +14,14 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ..accum.batch import batch_size, steps_for, tensors
+from ..accum.batch import steps_for
 from ..accum.memory import measure_activations
 from .certificate import Check, excess
 from .fixed_draws import seeded_draws
 from .float64 import DOUBLE, keep_float64
 from .gradients import first_update, measured_loss_scale
-from .larger_batch import call, larger_batch, relative_error
+from .larger_batch import call, dense, relative_error, whole_batch_pass
+from .nested import batch_size, cloned, tensors
 from .observation import Observation, observe
 from .problem import Problem, TrainingState, WholeBatch, cast, copy_in, rows, unsharded
 from .ranks import all_gather, rank, world_size, worst
@@ -66,9 +67,10 @@ def _smallest_share(problem: Problem, left: int, micro: int) -> int:
 def _accepts(problem: Problem, batch: WholeBatch) -> bool:
     """Whether a forward pass on `batch` works: norms over samples reject a single one."""
     try:
-        with torch.no_grad(), keep_float64(DOUBLE), seeded_draws(problem, problem.model, batch):
-            call(copy_in(problem.model, DOUBLE), cast(batch, DOUBLE)[0])
-    except (ValueError, RuntimeError):
+        model = copy_in(problem.model, DOUBLE)
+        with keep_float64(DOUBLE), seeded_draws(problem, model, batch):
+            call(model, cloned(cast(batch, DOUBLE)[0]))
+    except Exception:  # the model's own refusal, whatever its class
         return False
     return True
 
@@ -114,24 +116,37 @@ def activations_check(problem: Problem, batch: WholeBatch) -> Check | None:
     batch = cast(batch, DOUBLE)
     state = TrainingState(problem, DOUBLE)
     observe(state, batch)  # a loop may itself measure activations in its first window
-    observation = observe(state, batch, measure=True)
+    try:
+        observation = observe(state, batch, measure=True)
+    except RuntimeError as error:
+        if "saved tensor hooks" not in str(error):
+            raise
+        detail = "not measured: torch.func's gradients do not show what they keep for backward"
+        return Check("saved activations", math.nan, math.nan, "ratio", ONE_GRAPH, detail, decided=False)
     if not any(observation.sizes) or not observation.saved_bytes:
         return None
     model = copy_in(problem.model, DOUBLE)
-    micro_batch = rows(batch, slice(0, max(observation.sizes)))
     larger = _saved_bytes(problem, model, batch)
-    # The loop's copy of its targets counts as an activation.
-    copied = sum(t.numel() * t.element_size() for t in tensors(micro_batch[1]))
-    share = max(all_gather((_saved_bytes(problem, model, micro_batch) + copied) / larger))
+    largest = max(observation.sizes)
+    # What a sample needs may depend on its length.
+    known = [numbers for numbers in observation.micro_batches if numbers and len(numbers) == largest]
+    numbered = [torch.tensor(numbers, device=problem.device) for numbers in known]
+    needs = []
+    for indices in numbered or [slice(0, largest)]:
+        micro_batch = rows(batch, indices)
+        # The loop's copy of its targets counts as an activation.
+        copied = sum(t.numel() * t.element_size() for t in tensors(micro_batch[1]))
+        needs.append(_saved_bytes(problem, model, micro_batch) + copied)
+    share = max(all_gather(max(needs) / larger))
     figure = max(all_gather(observation.saved_bytes / larger))
     of = f"of the larger batch's {larger / 2**20:.2f} MiB in fp64; a micro-batch and its targets: {share:.3g}"
     return Check("saved activations", figure, 1.5 * share, "ratio", ONE_GRAPH, of, about="memory")
 
 
 def _saved_bytes(problem: Problem, model: nn.Module, batch: WholeBatch) -> int:
-    with prepared_pass(problem, model, batch) as (loss, batch):
-        with measure_activations(model, [*tensors(batch[0]), *tensors(batch[1])]) as saved:
-            larger_batch(model, loss, batch, on_copies=saved.exclude)
+    with prepared_pass(problem, model, batch) as (model, loss, batch):
+        with measure_activations(model, tensors(batch)) as saved:
+            whole_batch_pass(model, loss, batch, on_copies=saved.exclude)
     return saved.peak_bytes
 
 
@@ -264,14 +279,14 @@ def _overflow(problem: Problem, batch: WholeBatch, numbers: Collection[int]) -> 
         if key in optimizer_before:
             changed += _differs(value, optimizer_before[key])
         else:  # a fused optimizer that skips may create its state, of zeros
-            changed += bool(unsharded(value).any())
+            changed += bool(dense(unsharded(value)).any())
     exact = larger_batch_of(problem, state.model_in(DOUBLE), batch).gradient
     after = measured_loss_scale(observe(state, batch, arrivals=True), exact)
     return float(changed), after / before
 
 
 def _differs(value: Tensor, before: Tensor) -> bool:
-    return not torch.equal(unsharded(value), unsharded(before))
+    return not torch.equal(dense(unsharded(value)), dense(unsharded(before)))
 
 
 @contextmanager

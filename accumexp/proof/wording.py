@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from ..accum.batch import tensors
 from .counts import Decomposition
 from .larger_batch import norm
+from .nested import tensors
 
 OWN_WEIGHT = "divide every micro-batch's sum by the window's own weight"
 WHOLE_GRADIENT = "the gradient"

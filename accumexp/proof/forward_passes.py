@@ -1,0 +1,158 @@
+"""The forward passes of a loop's window and the samples of each, seen by hooks on the model's modules."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .compilation import outside_graphs
+from .larger_batch import dense
+from .module_tracker import in_backward, outside_transforms
+from .nested import is_transformed, tensors
+from .sample_ids import SampleIds, row_count
+
+
+@dataclass
+class ForwardPass:
+    """A forward pass that autograd records.
+
+    Attributes:
+        samples: their numbers; None if its rows are not in the batch.
+        size: number of samples.
+        random_state: hash of torch's generator states before it.
+        backward: whether a gradient came back to it, where that is watched.
+    """
+
+    samples: list[int] | None
+    size: int
+    random_state: bytes
+    backward: bool = False
+
+
+class ForwardPasses:
+    """Records the forward passes of `model`, or of its parts where a loop calls those by themselves.
+
+    Not recorded: passes without gradients, the second pass of a checkpointed module, and passes on other
+    samples through which no gradient goes back (an evaluation).
+
+    Args:
+        on_pass: called with each pass when it begins, and the tensors that it receives.
+
+    Attributes:
+        hooks: removes the hooks on exit.
+    """
+
+    def __init__(
+        self, model: nn.Module, ids: SampleIds, on_pass: Callable[[ForwardPass, list[Tensor]], Any]
+    ) -> None:
+        self._model = model
+        self._ids = ids
+        self._on_pass = on_pass
+        self._device = next(model.parameters()).device
+        self._modules = set(model.modules())
+        self._open: list[ForwardPass | None] = []  # by module that computes
+        self._whole: list[ForwardPass] = []
+        self._of_parts: list[ForwardPass] = []
+        # Passes by their inputs, to recognise the second pass of a checkpoint.
+        self._recorded: Counter[bytes] = Counter()
+        # Samples of a part's pass, until a part that is trained has computed on them.
+        self._pending: list[int] | None = None
+        self.hooks = ExitStack()
+        for module in self._modules:
+            # Those of a part are empty in compiled code; the model's own stay outside it.
+            before, after = self._enter, self._leave
+            if module is model:
+                before, after = outside_graphs(before), outside_graphs(after)
+            # Before the user's own hooks, which may change the inputs.
+            enter = module.register_forward_pre_hook(before, with_kwargs=True, prepend=True)
+            self.hooks.enter_context(enter)
+            leave = module.register_forward_hook(after, with_kwargs=True, always_call=True)
+            self.hooks.enter_context(leave)
+
+    def __deepcopy__(self, memo: Any) -> ForwardPasses:
+        """Itself: a copy of the model, such as a loop's teacher, has the hooks too, which ignore it."""
+        return self
+
+    @property
+    def passes(self) -> list[ForwardPass]:
+        """Those of the whole model; of its parts if the loop never calls it."""
+        passes = self._whole or self._of_parts
+        return [each for each in passes if each.samples is not None or each.backward]
+
+    def _enter(self, module: nn.Module, arguments: Any, keywords: Any) -> None:
+        if torch.compiler.is_compiling() or module not in self._modules:
+            return
+        inputs = [arguments, keywords]
+        with outside_transforms():
+            if module is self._model:
+                self._open.append(self._begin(inputs))
+            elif self._open or in_backward():
+                self._open.append(None)
+            else:
+                self._open.append(self._begin_part(inputs))
+
+    def _begin(self, inputs: Any) -> ForwardPass | None:
+        if not torch.is_grad_enabled():
+            return None
+        content = _content(inputs)
+        if in_backward() and self._recorded[content]:
+            self._recorded[content] -= 1
+            return None
+        self._recorded[content] += not in_backward()
+        self._whole.append(self._pass(self._ids.find(inputs), inputs))
+        return self._whole[-1]
+
+    def _begin_part(self, inputs: Any) -> ForwardPass | None:
+        samples = self._ids.find(inputs)
+        if samples is not None:
+            self._pending = samples
+        elif self._pending is not None and row_count(inputs) == len(self._pending):
+            samples = self._pending  # computed from them
+        if not torch.is_grad_enabled() or (samples is None and self._of_parts):
+            return None
+        self._pending = None
+        self._of_parts.append(self._pass(samples, inputs))
+        return self._of_parts[-1]
+
+    def _pass(self, samples: list[int] | None, inputs: Any) -> ForwardPass:
+        size = row_count(inputs) if samples is None else len(samples)
+        begun = ForwardPass(samples, size, random_state(self._device))
+        self._on_pass(begun, [tensor for tensor in tensors(inputs) if not is_transformed(tensor)])
+        return begun
+
+    def _leave(self, module: nn.Module, arguments: Any, keywords: Any, outputs: Any) -> None:
+        if torch.compiler.is_compiling() or module not in self._modules or not self._open:
+            return
+        begun = self._open.pop()
+        if begun is not None and begun.samples is None:
+            for tensor in tensors(outputs):
+                if is_transformed(tensor):
+                    begun.backward = True  # a transform of torch.func always goes back
+                elif tensor.grad_fn is not None:
+                    tensor.register_hook(lambda _: setattr(begun, "backward", True))
+
+
+def random_state(device: torch.device) -> bytes:
+    """A hash of the states of torch's generators on the CPU and `device`."""
+    digest = hashlib.blake2b(torch.get_rng_state().numpy().tobytes(), digest_size=16)
+    if device.type == "cuda":
+        digest.update(torch.cuda.get_rng_state(device).numpy().tobytes())
+    return digest.digest()
+
+
+def _content(inputs: Any) -> bytes:
+    """A hash of a call's tensors."""
+    digest = hashlib.blake2b(digest_size=16)
+    for tensor in tensors(inputs):
+        if not is_transformed(tensor):
+            values = dense(tensor.detach())
+            digest.update(str((values.dtype, values.shape)).encode())
+            digest.update(values.contiguous().reshape(-1).view(torch.uint8).cpu().numpy().tobytes())
+    return digest.digest()
