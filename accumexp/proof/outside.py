@@ -17,7 +17,7 @@ from .certificate import Check, excess
 from .evidence import updates_in_words
 from .larger_batch import relative_error
 from .micro_batches import passes_of
-from .nested import tensors
+from .nested import batch_size
 from .observation import observe
 from .problem import Problem, TrainingState, WholeBatch, copy_in, rows
 from .ranks import all_gather, worst
