@@ -12,6 +12,7 @@ from .gradients import compare_window
 from .larger_batch import call, mean_loss
 from .module_tracker import LOSS, OUTSIDE
 from .nested import batch_size, cloned
+from .observation import Observation
 from .problem import Problem, WholeBatch, cast, copy_in, rows
 from .ranks import all_gather, world_size
 
@@ -43,28 +44,45 @@ def fix_draws(problem: Problem, batch: WholeBatch, draws: FixedDraws) -> tuple[P
     if (size := batch_size(batch)) > 2:
         # A second pass with a sample less shows which dimension of a draw indexes samples.
         dims = sample_dims(draws.shapes, find_draws(problem, rows(batch, slice(0, size - 1))).shapes)
-    fixed = replace(problem, fixed_draws=True, sample_dims=dims)
-    comparison, observation, _ = compare_window(problem, batch)
-    if comparison.equal and problem.steps * world_size() == 1:
-        return fixed, []  # a window of one micro-batch draws what the larger batch draws
-    error, error_fixed = comparison.error, compare_window(fixed, batch)[0].error
     drawing = sorted(draws.operators)
     modules = [name for name in drawing if not name.startswith("(")]
     kinds = {name: type(problem.model.get_submodule(name)).__name__ for name in modules}
     where = ", ".join(f"{name} ({kinds[name]})" if name in kinds else name for name in drawing[:4])
     if len(drawing) > 4:
         where += f" and {len(drawing) - 4} more"
+    in_forward = any(name not in (LOSS, OUTSIDE) for name in drawing)
+    fixed = replace(problem, fixed_draws=True, sample_dims=dims, drawing=where if in_forward else "")
+    comparison, observation, _ = compare_window(problem, batch)
+    if comparison.equal and problem.steps * world_size() == 1:
+        return fixed, []  # a window of one micro-batch draws what the larger batch draws
+    error, error_fixed = comparison.error, compare_window(fixed, batch)[0].error
     source = "dropout draws" if any("ropout" in kind for kind in kinds.values()) else "random draws"
     reason = "random draws depend on how the batch is split"
     falls = f"the gradient's error falls from {error:.2g} to {error_fixed:.2g}"
     shown = f"with the same draws for every sample {falls}"
     causes = [Cause(source, where, reason, error, shown, REDRAWN, excused=True)]
-    repeated = max(len(states) - len(set(states)) for states in all_gather(observation.random_states))
-    if repeated and modules:  # a loss may be computed after all forward passes
-        reason = f"{repeated} micro-batches draw what another one of their window has drawn"
-        shown = "torch's generator is in the same state when their forward passes begin"
-        causes.append(Cause("repeated draws", where, reason, math.nan, shown, "do not seed within a window"))
+    repeated = repeated_draws(fixed, observation)
+    if repeated:
+        causes.append(repeated_draws_cause(fixed, repeated))
     return fixed, causes
+
+
+def repeated_draws(problem: Problem, observation: Observation) -> int:
+    """The number of micro-batches that draw what another one of their window has drawn. Collective.
+
+    0 where only the loss draws: it may be computed after all forward passes.
+    """
+    if not problem.drawing:
+        return 0
+    return max(len(states) - len(set(states)) for states in all_gather(observation.random_states))
+
+
+def repeated_draws_cause(problem: Problem, repeated: int, when: str = "") -> Cause:
+    reason = f"{repeated} micro-batches draw what another one of their window has drawn"
+    shown = "torch's generator is in the same state when their forward passes begin"
+    reason = ", ".join(filter(None, (reason, when)))
+    advice = "do not seed within a window"
+    return Cause("repeated draws", problem.drawing, reason, math.nan, shown, advice)
 
 
 def unfixed_draws_cause(draws: FixedDraws) -> Cause:

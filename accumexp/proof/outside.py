@@ -138,7 +138,3 @@ def hand_changed(
     actual = changes.values(state)
     alike = {name for name in names if relative_error(actual[name], in_one[name]) <= CLOSE}
     return frozenset(set.intersection(*all_gather(alike)))
-
-
-def _rows_of(batch: WholeBatch) -> Tensor:
-    return tensors(batch[0])[0]

@@ -43,6 +43,7 @@ class Problem:
         fixed_draws: whether random draws are a function of the sample, see `fixed_draws.py`.
         sample_dims: by position in the forward pass, the dimension of a draw that indexes samples; None for
             a draw that all samples share.
+        drawing: the modules that draw, as a cause names them; "" if none does.
         try_ignored_targets: check windows with ignored targets although no batch has any.
         clip_value: the largest absolute value of the gradient's elements, after `clip_norm`, or None.
         transform_gradient, perturb, state, drop_last: see `certify`.
@@ -65,6 +66,7 @@ class Problem:
     seed: int = 0
     fixed_draws: bool = False
     sample_dims: Mapping[str, int | None] = field(default_factory=dict)
+    drawing: str = ""
     try_ignored_targets: bool = False
     clip_value: float | None = None
     transform_gradient: Callable[[nn.Module], Any] | None = None

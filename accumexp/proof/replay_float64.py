@@ -11,6 +11,7 @@ from itertools import chain
 from torch import Tensor
 
 from .certificate import Cause, Check, Series, excess, worst_check
+from .draw_causes import repeated_draws, repeated_draws_cause
 from .evidence import Failure, updates_in_words
 from .float64 import DOUBLE
 from .gradients import Comparison, compare, measured_loss_scale
@@ -58,6 +59,7 @@ class Float64Replay(Replay):
         self.logged: LoggedLoss | None = None
         self._comparisons: list[tuple[int, Comparison]] = []
         self._buffers: list[tuple[int, float, str]] = []
+        self._repeated: list[tuple[int, int]] = []
         self._previous: Gradient | None = None
         self._before: Gradient = {}
         self._loss: Check | None = None
@@ -96,6 +98,7 @@ class Float64Replay(Replay):
         self._record("samples", self._missing_samples(batch, observation))
         self._record("number of updates", abs(observation.steps - 1))
         self._record_micro_batches(batch, observation)
+        self._repeated.append((number, repeated_draws(self.problem, observation)))
         passes = len(observation.sizes)
         self._record("learning rate", self._rates.compare(observation.rates, self.optimizer, passes))
         self._before = before = self._weights()
@@ -213,9 +216,15 @@ class Float64Replay(Replay):
         return checks
 
     def causes(self) -> list[Cause]:
-        """Why learning rates are wrong."""
+        """Why learning rates are wrong, and draws repeated after the first window."""
         error, update, _ = self._worst.get("learning rate", (0.0, 0, ""))
-        return self._rates.causes(update) if error else []
+        causes = self._rates.causes(update) if error else []
+        repeating = [number for number, count in self._repeated if count]
+        if repeating and not self._repeated[0][1]:
+            most = max(count for _, count in self._repeated)
+            when = updates_in_words(repeating, [number for number, _ in self._repeated])
+            causes.append(repeated_draws_cause(self.problem, most, when))
+        return causes
 
     def _gradient_check(self, over: str) -> Check:
         if not self._comparisons:
