@@ -28,6 +28,8 @@ from .search import find_causes
 
 # Updates that are replayed in the run's own precision: four whole and three smaller windows.
 REPLAYED = 7
+# A relative error below which a cast to fp32 may be the reason.
+NARROWED = 1e-5
 
 
 class Proof:
@@ -164,6 +166,8 @@ class Proof:
         if uneven is not None:
             self.add(self.gradient_check("gradient, weighted items", uneven, "with ignored targets"))
         self.add(windows.buffers_check(problem, state, expected.larger.buffers))
+        # The windows so far have every size, and the updates that follow are of their kinds.
+        problem.narrowing.possible = problem.narrowing.seen
         name = problem.precision_name
         if problem.dtype is not DOUBLE:
             self.progress(f"the gradient in {name}")
@@ -220,6 +224,17 @@ class Proof:
     def replay_float64(self, updates: int) -> None:
         """Checks updates from one start, every third of them a smaller window."""
         problem = self.problem
+        replay = self._replayed(updates)
+        failure = replay.failure
+        if failure is not None and not problem.narrowing.possible and failure.comparison.error < NARROWED:
+            problem.narrowing.possible = True
+            replay = self._replayed(updates)
+        self.keep_replay(replay)
+        if problem.clip_norm is not None and not replay.clipped:
+            self.causes.append(draw_causes.never_clipped_cause(problem.clip_norm))
+
+    def _replayed(self, updates: int) -> Float64Replay:
+        problem = self.problem
         state = TrainingState(problem, DOUBLE)
         replay = Float64Replay(problem, state)
         for number in range(updates):
@@ -229,9 +244,7 @@ class Proof:
             replay.compare(batch, observation, before)
             if observation.loss is not None and not replay.diverged:
                 replay.compare_loss(replay.updates, observation.loss)
-        self.keep_replay(replay)
-        if problem.clip_norm is not None and not replay.clipped:
-            self.causes.append(draw_causes.never_clipped_cause(problem.clip_norm))
+        return replay
 
     def find_causes(self) -> None:
         """Finds the causes of failed checks. An error of the search becomes a cause itself."""

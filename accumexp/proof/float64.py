@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,7 +30,14 @@ class Float64(TorchDispatchMode):
     Casts of integers and masks do too: `images.float() / 255` is computed with weights in fp64.
 
     Tensors of shape () without a gradient are exempt: loss scales, and losses for the log.
+
+    Attributes:
+        acted: whether it has changed a dtype.
     """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.acted = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -41,23 +49,47 @@ class Float64(TorchDispatchMode):
             source: Tensor = args[0]
             wider = source.dtype is DOUBLE or not (source.is_floating_point() or source.is_complex())
             if wider and (source.dim() or source.requires_grad):
+                self.acted = True
                 return func(*args, **wide)
         elif name in FACTORIES:
             made = func(*args, **kwargs)
+            self.acted |= bool(made.dim())
             return func(*args, **wide) if made.dim() else made
         return func(*args, **kwargs)
 
 
+@dataclass
+class Narrowing:
+    """Whether a loop, model or loss narrows fp64: a mode that sees every operator is slow, and often useless.
+
+    Attributes:
+        possible: whether `Float64` has to be active.
+        seen: whether it has changed a dtype.
+    """
+
+    possible: bool = True
+    seen: bool = False
+
+
 @contextmanager
-def keep_float64(dtype: torch.dtype) -> Iterator[None]:
-    """Activates `Float64`, with fp64 as the default dtype, if `dtype` is fp64; else changes nothing."""
+def keep_float64(dtype: torch.dtype, narrowing: Narrowing | None = None) -> Iterator[None]:
+    """Activates `Float64`, with fp64 as the default dtype, if `dtype` is fp64; else changes nothing.
+
+    Args:
+        narrowing: without `possible` only the default dtype is set; takes over whether a dtype was changed.
+    """
     if dtype is not DOUBLE:
         yield
         return
     default = torch.get_default_dtype()
     torch.set_default_dtype(DOUBLE)
     try:
-        with Float64():
+        if narrowing is not None and not narrowing.possible:
             yield
+            return
+        with Float64() as mode:
+            yield
+        if narrowing is not None:
+            narrowing.seen |= mode.acted
     finally:
         torch.set_default_dtype(default)

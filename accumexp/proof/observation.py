@@ -174,7 +174,7 @@ def observing(
         for name, parameter in state.parameters().items() if arrivals else ():
             if parameter.requires_grad:
                 stack.enter_context(parameter.register_hook(partial(record_arrival, name)))
-        stack.enter_context(keep_float64(state.dtype))
+        stack.enter_context(keep_float64(state.dtype, state.problem.narrowing))
         stack.enter_context(seeded_draws(state.problem, state.inner, batch))
         yield observation
     # Without those that turned out to be no micro-batches.

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from .float64 import Narrowing
 from .nested import batch_size, cloned, map_tensors, tensors
 
 TrainWindow = Callable[..., Any]
@@ -43,6 +44,7 @@ class Problem:
         fixed_draws: whether random draws are a function of the sample, see `fixed_draws.py`.
         sample_dims: by position in the forward pass, the dimension of a draw that indexes samples; None for
             a draw that all samples share.
+        narrowing: whether fp64 is narrowed in a window, once that is known.
         drawing: the modules that draw, as a cause names them; "" if none does.
         try_ignored_targets: check windows with ignored targets although no batch has any.
         clip_value: the largest absolute value of the gradient's elements, after `clip_norm`, or None.
@@ -67,6 +69,7 @@ class Problem:
     fixed_draws: bool = False
     sample_dims: Mapping[str, int | None] = field(default_factory=dict)
     drawing: str = ""
+    narrowing: Narrowing = field(default_factory=Narrowing)
     try_ignored_targets: bool = False
     clip_value: float | None = None
     transform_gradient: Callable[[nn.Module], Any] | None = None

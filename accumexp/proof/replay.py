@@ -74,7 +74,9 @@ class Replay(ABC):
                 gradient = None if name in observation.absent else gradient
                 parameter.grad = None if gradient is None else gradient.to(parameter)
         _begin_momentum(self.optimizer)
-        with keep_float64(self.dtype):  # torch's optimizers count steps in the default dtype
+        with keep_float64(
+            self.dtype, self.problem.narrowing
+        ):  # torch's optimizers count steps in the default dtype
             self.optimizer.step()
 
     def _step_schedule(self) -> None:

@@ -232,7 +232,7 @@ def prepared_pass(
     with ExitStack() as stack:
         loss = stack.enter_context(problem.loss_in(dtype))
         stack.enter_context(problem.outside_as(problem.outside(dtype)))
-        stack.enter_context(keep_float64(dtype))
+        stack.enter_context(keep_float64(dtype, problem.narrowing))
         stack.enter_context(seeded_draws(problem, model, batch, numbers))
         yield model, loss, batch
 
