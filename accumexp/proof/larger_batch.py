@@ -84,7 +84,8 @@ def whole_batch_pass(
         (value * scale).backward()
     gradient = {}
     for name, p in parameters.items():
-        g = dense(torch.zeros_like(p) if p.grad is None else p.grad).detach()
+        # A copy: a recorded graph may write its next gradient into the same memory.
+        g = dense(torch.zeros_like(p) if p.grad is None else p.grad).detach().clone()
         gradient[name] = g if scale == 1 else g.double() / scale
     buffers = {name: buffer.detach() for name, buffer in model.named_buffers()}
     return LargerBatch(value.detach(), gradient, buffers, map_tensors(Tensor.detach, outputs))
