@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..accum.memory import measure_activations
 from .fixed_draws import fixed_draws
 from .float64 import DOUBLE, keep_float64
 from .larger_batch import call, mean_loss
@@ -176,6 +177,21 @@ def whole_batch_outputs(problem: Problem, batch: WholeBatch) -> list[str]:
         return any(bool((each - whole).norm() <= NEGLIGIBLE * whole.norm()) for each in sums)
 
     return [path for path, leaf in suspects.items() if not adds(path, leaf)]
+
+
+def loss_bytes(problem: Problem, batch: WholeBatch) -> int:
+    """The bytes that a loss which couples samples saves for backward on all outputs of `batch`; 0 for others.
+
+    A loop may cache the outputs of its micro-batches and compute such a loss on all of them.
+    """
+    if not loss_couples(problem, batch) > NEGLIGIBLE:
+        return 0
+    batch = cast(batch, DOUBLE)
+    model = copy_in(problem.model, DOUBLE)
+    outputs = larger_batch_of(problem, model, batch).outputs
+    with measure_activations(model, tensors(batch)) as saved:
+        _gradient_at(problem, outputs, batch)
+    return saved.peak_bytes
 
 
 def _gradient_at(problem: Problem, outputs: Any, batch: WholeBatch) -> list[Tensor]:

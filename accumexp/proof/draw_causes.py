@@ -58,6 +58,8 @@ def fix_draws(problem: Problem, batch: WholeBatch, draws: FixedDraws) -> tuple[P
     error, error_fixed = comparison.error, compare_window(fixed, batch)[0].error
     source = "dropout draws" if any("ropout" in kind for kind in kinds.values()) else "random draws"
     reason = "random draws depend on how the batch is split"
+    if any(dim is None for dim in dims.values()):
+        reason += "; some are shared by all samples of a micro-batch: the window has one for each"
     falls = f"the gradient's error falls from {error:.2g} to {error_fixed:.2g}"
     shown = f"with the same draws for every sample {falls}"
     causes = [Cause(source, where, reason, error, shown, REDRAWN, excused=True)]

