@@ -25,19 +25,27 @@ console = Console(width=140)
 
 
 def kills(folder: Path, count: int, seed: int) -> bool:
-    """`count` kills of one process, and a tenth as many of two ranks."""
+    """`count` kills of one process."""
+    return _kills(folder, count, seed, ranks=False)
+
+
+def rank_kills(folder: Path, count: int, seed: int) -> bool:
+    """A tenth as many kills of two ranks, whose processes start as users' do."""
+    return _kills(folder, max(1, count // 10), seed, ranks=True)
+
+
+def _kills(folder: Path, count: int, seed: int, ranks: bool) -> bool:
     outcomes: list[Outcome] = []
-    for ranks, number in ((False, count), (True, max(1, count // 10))):
-        never_stopped, seconds = reference(folder / f"reference-{ranks}", ranks)
-        trials: list[Kill] = list(random_kills(number, seed, seconds, ranks))
-        for index, kill in enumerate(track(trials, "kills", console=console, transient=True)):
-            trial = folder / f"kill-{ranks}-{index}"
-            outcome = tried(trial, kill, never_stopped)
-            outcomes.append(outcome)
-            if outcome.good:
-                shutil.rmtree(trial)
-            else:
-                console.print(escape(f"{trial}: {outcome}"), style="red")
+    never_stopped, seconds = reference(folder / "reference", ranks)
+    trials: list[Kill] = list(random_kills(count, seed, seconds, ranks))
+    for index, kill in enumerate(track(trials, "kills", console=console, transient=True)):
+        trial = folder / f"kill-{index}"
+        outcome = tried(trial, kill, never_stopped)
+        outcomes.append(outcome)
+        if outcome.good:
+            shutil.rmtree(trial)
+        else:
+            console.print(escape(f"{trial}: {outcome}"), style="red")
     table = Table(
         "killed", "tried", "before the end", "resumed", "same bits", "doubled", "partial", "still RUNNING"
     )
@@ -107,6 +115,7 @@ def hostile(folder: Path, count: int, seed: int) -> bool:
 
 PARTS: dict[str, Callable[[Path, int, int], bool]] = {
     "kills": kills,
+    "rank_kills": rank_kills,
     "server": server,
     "disk": disk,
     "concurrency": concurrency,

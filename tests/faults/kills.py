@@ -19,7 +19,7 @@ from typing import Any
 import psutil
 
 from tests.support.command import environment, only_run, record_of, records, run_command
-from tests.support.forked import as_main, started
+from tests.support.forked import FRESH_RANKS, as_main, started
 from tests.support.same_run import differences, doubled, points, rows, state
 
 SETTINGS = [
@@ -108,7 +108,8 @@ def reference(folder: Path, ranks: bool) -> tuple[Path, float]:
     """A run that is never stopped, and the seconds that it took."""
     run_command("run", "--help", folder=folder / "first")  # the process that all are forked from starts now
     begin = time.monotonic()
-    done = run_command("run", *SETTINGS, *(RANKS if ranks else []), folder=folder)
+    env = environment(**FRESH_RANKS) if ranks else None
+    done = run_command("run", *SETTINGS, *(RANKS if ranks else []), folder=folder, env=env)
     assert done.code == 0, done
     return only_run(folder), time.monotonic() - begin
 
@@ -164,7 +165,14 @@ def _stopped(folder: Path, kill: Kill) -> bool:
     with tempfile.TemporaryDirectory() as streams:
         outputs = [Path(streams) / name for name in ("stdout", "stderr")]
         process = started(
-            _run, arguments, kill.call, kill.nth, folder=folder, env=environment(), outputs=outputs
+            # The launcher ends the ranks that it finds among its children, which forked ones are not.
+            _run,
+            arguments,
+            kill.call,
+            kill.nth,
+            folder=folder,
+            env=environment(**FRESH_RANKS) if kill.ranks else environment(),
+            outputs=outputs,
         )
         if kill.seconds is not None:
             process.join(kill.seconds)
