@@ -143,7 +143,7 @@ def dropped_outputs(outputs, labels):
     return F.cross_entropy(F.dropout(outputs, 0.2), labels)
 
 
-@BOOK.wrong_case("random")
+@BOOK.right_case("draws")
 def dropout_in_the_loss():
     """the loss drops outputs at random, with draws of its own for every micro-batch"""
     return with_loss(dropped_outputs)
@@ -153,7 +153,7 @@ def random_smoothing(outputs, labels):
     return F.cross_entropy(outputs, labels, label_smoothing=0.5 * torch.rand(()).item())
 
 
-@BOOK.wrong_case("random")
+@BOOK.right_case("draws")
 def smoothing_drawn_by_micro_batch():
     """the label smoothing is drawn once a micro-batch, the larger batch draws it once for all samples"""
     return with_loss(random_smoothing, optimizer=momentum)
@@ -183,7 +183,7 @@ class LayerDrop(nn.Module):
         return self.head(x)
 
 
-@BOOK.wrong_case("random")
+@BOOK.right_case("draws")
 def layer_dropped_by_forward():
     """the layer second is left out at random once a forward: 4 draws in a window instead of one"""
     return with_loss(model=lambda: seeded(LayerDrop))
@@ -200,7 +200,7 @@ def locked():
     return nn.Sequential(nn.Linear(6, 16), LockedDropout(), nn.Linear(16, 3))
 
 
-@BOOK.wrong_case("random")
+@BOOK.right_case("draws")
 def one_mask_for_the_batch():
     """the dropout mask is shared by the samples of a micro-batch, the larger batch has one mask for all"""
     return with_loss(

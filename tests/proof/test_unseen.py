@@ -1,0 +1,88 @@
+"""Loops by a reader who had not seen the proof: wrong ones are caught and explained, right ones proved."""
+
+from __future__ import annotations
+
+import pytest
+
+from accumexp.proof import Certificate, certify
+
+from .unseen_loops import CASES, Case
+
+# Words of the cause, by case: of every kind a few, which run at every push.
+WORDS = {
+    "never_divided": "4 times the larger batch's",
+    "divided_by_steps_when_fewer": "3 micro-batches divided by 4, in updates 3",
+    "first_not_divided": "micro-batch 0 counts 4 times instead of once",
+    "second_group_not_divided": "the gradient of parameter group 1 is 4 times the larger batch's",
+    "head_bias_divided_twice": "the gradient of head.bias is 0.25 times the larger batch's",
+    "token_mean_of_means": "your loss averages over 64 valid targets (those other than -100), not 16 samples",
+    "padding_counted": "divided by all 112 targets, where 64 count",
+    "zeroed_after_the_first": "micro-batch 0 of 4 does not count, from update 2 on",
+    "body_from_the_last_alone": "body.weight, body.bias: only the last micro-batch of 4 counts",
+    "step_at_half_time": "the optimizer steps 2 times in the window: after micro-batch 2, 4 of 4",
+    "step_too_early": "the optimizer steps after 3 of 4 micro-batches",
+    "carried_over_the_epoch": "the gradient of the window before is still in it",
+    "one_bias_kept_once": "what .grad of head.bias held when the window began, in update 3",
+    "schedule_by_micro_batch": "the schedule is stepped",
+    "momentum_thrown_away": "the optimizer's momentum_buffer is changed or lost beside its steps",
+    "norm_by_micro_batch": "clipped by norm (to 0.1) in every micro-batch",
+    "value_by_micro_batch": "clipped by value (to 0.02) in every micro-batch",
+    "clipped_one_by_one": "each parameter is clipped by its own norm",
+    "l2_by_micro_batch": "0.02 in each of 4 micro-batches",
+    "decay_of_one_weight": "the gradient of head.weight: 0.05 times the parameters",
+    "shrunk_by_micro_batch": "multiplied by 0.999, before micro-batch 1, 2, 3",
+    "adaptive_by_micro_batch": "changed by transform_gradient in every micro-batch",
+    "average_twice_from_update_3": "from update 3 on",
+    "mean_by_micro_batch_later": "buffer mean is not what one pass over the whole batch makes of it",
+    "whole_batch": "steps=4 asked, 1 made",
+    "whole_batch_later": "off in update 4: steps=4 asked, 1 made",
+    "state_of_the_generator_restored": "draw what another one of their window has drawn, from update 2 on",
+    "body_summed_in_bf16_later": "most at body.weight",
+    "log_of_the_last": "the last micro-batch's",
+    "contrast_within_micro_batches": "couples samples",
+}
+BY_NAME = {case.name: case for case in CASES}
+
+
+# The loops are as people write them, and torch warns of some.
+pytestmark = pytest.mark.filterwarnings("default")
+
+
+def certified(case: Case, updates: int = 20) -> Certificate:
+    return certify(**{**case.make(), "updates": updates})
+
+
+def only_memory(certificate: Certificate) -> bool:
+    return {check.about for check in certificate.failed} == {"memory"} and not certificate.causes
+
+
+@pytest.mark.parametrize("name", WORDS)
+def test_the_cause_of_a_wrong_loop_is_told(name: str) -> None:
+    certificate = certified(BY_NAME[name], updates=6)
+    assert not certificate.proved
+    assert WORDS[name] in certificate.lines[0]
+
+
+def test_names_are_unique() -> None:
+    assert len(BY_NAME) == len(CASES)
+    assert BY_NAME.keys() >= WORDS.keys()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [case for case in CASES if case.wrong], ids=lambda case: case.name)
+def test_no_wrong_loop_is_proved(case: Case) -> None:
+    certificate = certified(case)
+    assert not certificate.proved
+    assert certificate.causes or certificate.failed[0].about != "update" or "samples" in str(certificate)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [case for case in CASES if not case.wrong], ids=lambda case: case.name)
+def test_no_right_loop_is_refused(case: Case) -> None:
+    certificate = certified(case)
+    if case.kind == "memory":
+        assert only_memory(certificate)
+    elif case.kind in ("dropout", "draws"):
+        assert certificate.verdict == "proved up to"
+    else:
+        assert certificate.proved, str(certificate)
