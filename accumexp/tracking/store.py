@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from filelock import FileLock
 
@@ -223,6 +224,13 @@ class Store:
         if self._database is not None and not self._database.parent.is_dir():
             raise UsageError(f"{key}={self.uri}: the folder {self._database.parent} is not there")
         with self._alone():
+            if self._database is not None and not _is_begun(self._database):
+                # A process that is killed among the migrations leaves a database that none can open.
+                for left in self._database.parent.glob(f"{self._database.name}.*.new*"):
+                    left.unlink(missing_ok=True)
+                new = Path(f"{self._database}.{uuid4().hex[:8]}.new")
+                MlflowClient(f"sqlite:///{new}").search_experiments(max_results=1)
+                os.replace(new, self._database)
             client = MlflowClient(self.uri)
             if not self.on_server:
                 client.search_experiments(max_results=1)
@@ -284,6 +292,16 @@ class Store:
                 yield
         else:
             yield  # a server has created its tables
+
+
+def _is_begun(database: Path) -> bool:
+    """Whether the file holds anything; a missing or unreadable one is left to SQLite's own message."""
+    try:
+        return database.stat().st_size > 0
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
 
 
 def _inode(path: Path) -> int | None:

@@ -50,6 +50,32 @@ def test_a_new_store_opened_by_several_processes_at_once_loses_nothing(tmp_path:
         assert client.get_run(run_id).info.status == "FINISHED"
 
 
+KILLED_IN_THE_MIGRATIONS = """
+import os, signal, sys
+from alembic.runtime import migration
+from accumexp.config.schema import TrackingConfig
+from accumexp.tracking import Store
+steps = []
+def killed(self, *arguments, original=migration.HeadMaintainer.update_to_step, **keywords):
+    steps.append(1)
+    if len(steps) == 9:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(self, *arguments, **keywords)
+migration.HeadMaintainer.update_to_step = killed
+Store(TrackingConfig(uri=sys.argv[1]))
+"""
+
+
+def test_a_kill_while_the_tables_are_made_leaves_a_store_that_opens(tmp_path: Path) -> None:
+    config = config_at(tmp_path)
+    killed = subprocess.run([sys.executable, "-c", KILLED_IN_THE_MIGRATIONS, str(config.uri)], timeout=240)
+    assert killed.returncode == -9
+    assert not (tmp_path / "mlflow.db").exists()
+    assert len(list(tmp_path.glob("mlflow.db.*.new"))) == 1
+    assert Store(config).client.search_experiments()
+    assert not list(tmp_path.glob("mlflow.db.*.new*"))
+
+
 def test_the_default_store_lies_where_the_command_is_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
