@@ -190,8 +190,9 @@ class ReportConfig:
 class ProofConfig:
     """The settings of a certificate."""
 
-    # Updates that are compared one by one with the larger batch's.
-    updates: int = count(100)
+    # Updates that are compared one by one with the larger batch's; by default 100, or 36 for models with more
+    # than 2 million parameters.
+    updates: int | None = count(None)
 
 
 @dataclass

@@ -22,14 +22,17 @@ from ..proof.float64 import DOUBLE
 from ..proof.gradients import MAX_SKIPPED, compare_window
 from ..proof.larger_batch import norm
 from ..proof.problem import Problem, copy_in, forked_rng
+from ..proof.replay_float64 import LARGE
 from ..proof.rounding import larger_batch_of
 from ..training.experiment import Experiment
 from ..training.preflight import try_example
-from .first_updates import FirstUpdates, fp64_config, gathered_batch, own_precision_config
+from .first_updates import EPOCH, FirstUpdates, fp64_config, gathered_batch, own_precision_config
 from .trainer_loop import TrainerLoop
 
 # Batches for the checks of single windows.
 BATCHES = 5
+# Updates that are compared in fp64 by default.
+UPDATES, UPDATES_IF_LARGE = 100, 36
 VERSIONS = ("accumexp", "torch", "torchvision", "numpy")
 
 
@@ -125,12 +128,14 @@ def _check_clipping(proof: Proof, experiment: Experiment) -> None:
 
 def _replay_float64(proof: Proof, experiment: Experiment) -> None:
     """Checks the run's first updates in fp64."""
-    updates = min(experiment.config.proof.updates, experiment.updates)
+    large = sum(p.numel() for p in experiment.model.parameters()) > LARGE
+    updates = experiment.config.proof.updates or (UPDATES_IF_LARGE if large else UPDATES)
+    updates = min(updates, experiment.updates)
     # Modules with groups of a fixed size compute something else on a smaller batch.
     whole = any(hasattr(module, "statistics_groups") for module in experiment.model.modules())
     config = fp64_config(experiment.config, experiment.rank_info, updates, whole)
     proof.progress(f"{updates} updates of the run, one by one")
-    first_updates = FirstUpdates(config, experiment, proof.progress)
+    first_updates = FirstUpdates(config, experiment, proof.progress, min(EPOCH, max(1, updates // 3)))
     problem = replace(first_updates.problem(proof.problem), scaling=_scaling(config))
     replay, checks = first_updates.replay_float64(problem)
     proof.keep_replay(replay)

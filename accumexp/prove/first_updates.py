@@ -40,8 +40,8 @@ AnyReplay = TypeVar("AnyReplay", Float64Replay, OwnPrecisionReplay)
 ONCE_AN_EPOCH = "every sample of the training split comes once an epoch"
 # Updates in an epoch of the replayed run, before its last and smaller one: three epochs in 100 updates.
 EPOCH = 33
-# Updates of the run that is resumed midway: beyond the end of an epoch.
-RESUMED = 40
+# Updates beyond the end of the first epoch of the run that is resumed midway.
+BEYOND = 7
 # Samples in a micro-batch: a BatchNorm needs two, and the ragged last windows halve them.
 MICRO_BATCH = 4
 RESUME = (
@@ -90,6 +90,7 @@ class FirstUpdates:
         self.experiment = Experiment.build(config, run.rank_info)
         self.run = run
         self.stage = stage
+        self.epoch = epoch
         self._random = random_state()
         splits = self.experiment.splits
         size = splits.train.batch_size
@@ -162,7 +163,7 @@ class FirstUpdates:
 
     def _resume_check(self) -> Check:
         """Compares the run that is stopped midway and resumed with the run without a stop."""
-        updates = min(cast(int, self.experiment.config.trainer.max_updates), RESUMED)
+        updates = min(cast(int, self.experiment.config.trainer.max_updates), self.epoch + BEYOND)
         half = max(1, updates // 2)
         undisturbed = self.trainer({"end": StopAt(updates)})
         undisturbed.fit()
