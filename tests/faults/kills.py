@@ -95,9 +95,9 @@ def random_kills(count: int, seed: int, longest: float, ranks: bool = False) -> 
         kind = number % 5
         if kind < 3 or ranks:  # ranks are processes of their own, in which no call is replaced
             kind = number % 3
-            yield Kill(
-                single[kind], draw.uniform(0.1, longest), ranks=ranks, rank=ranks and draw.random() < 0.5
-            )
+            # The ranks' processes start for more than half of the time.
+            seconds = draw.uniform(0.5 * longest if ranks else 0.1, longest)
+            yield Kill(single[kind], seconds, ranks=ranks, rank=ranks and draw.random() < 0.5)
         else:
             calls = WRITES if kind == 3 else UPLOADS
             most = 12 if kind == 3 else 4
