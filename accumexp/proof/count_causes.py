@@ -8,12 +8,15 @@ from .certificate import Cause, Counts
 from .counts import Decomposition
 from .evidence import Failure
 from .larger_batch import norm
+from .nested import batch_size
 from .problem import Problem
-from .ranks import all_gather
+from .ranks import all_gather, world_size
 from .rounding import norms_of_errors
 from .terms import clipping_in_words, gradient_in_one, term_in_words
 from .wording import WHOLE_GRADIENT, counts_in_words
 
+# Samples of a batch up to which it is tried how much each counts.
+MOST_SAMPLES = 64
 # Subjects that are named one by one; more are counted.
 NAMED = 3
 Explained = tuple[str, str] | None
@@ -105,13 +108,31 @@ def _explained(
     simple = bool(unseen or doubled) or failure.precision or len({round(c, 5) for c in wrong}) == 1
     if not simple and (clipping := all_gather(clipping_in_words(problem, parts, names))[0]):
         return clipping, parts.by_rank(wrong)
-    return counts_in_words(parts, wrong, WHOLE_GRADIENT), parts.by_rank(wrong)
+    if not whole and problem.clip_norm is not None:
+        if clipping := all_gather(clipping_in_words(problem, parts, names))[0]:
+            return clipping, parts.by_rank(wrong)
+    return counts_in_words(parts, wrong, WHOLE_GRADIENT, whole), parts.by_rank(wrong)
 
 
 def _subject(names: list[str]) -> str:
     if len(names) <= NAMED:
         return f"the gradient of {', '.join(names)}"
     return f"the gradient of {', '.join(names[:2])}, ... {names[-1]} ({len(names)} parameters)"
+
+
+def samples_in_words(problem: Problem, failure: Failure) -> str:
+    """How much single samples count, where that explains the gradient; "" otherwise."""
+    samples = batch_size(failure.batch)
+    if samples > MOST_SAMPLES or world_size() > 1:
+        return ""
+    single = Decomposition(problem, failure, [[[number] for number in range(samples)]])
+    fit = single.fit(single.gradient)
+    if fit is None or all(map(single.is_one, fit.counts)):
+        return ""
+    least, most = min(fit.counts), max(fit.counts)
+    at = fit.counts.index(least), fit.counts.index(most)
+    span = f"from {least:.3g} times (sample {at[0]}) to {most:.3g} times (sample {at[1]})"
+    return f"its samples count unevenly, {span}"
 
 
 def single_micro_batch_in_words(problem: Problem, failure: Failure, parts: Decomposition) -> str:

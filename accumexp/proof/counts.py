@@ -75,9 +75,36 @@ class Decomposition:
         ]
         self.parts = [part for part, _ in parts]
         self.weights = [weight for _, weight in parts]
+        if not hasattr(problem.loss, "total"):
+            self._weigh_by_items()
         self._gram = _products(self.parts, self.parts)
         self._right = _products(self.parts, [self.gradient])
         self._squares = {name: float(g.square().sum()) for name, g in self.gradient.items()}
+
+    def _weigh_by_items(self) -> None:
+        """Gives the parts the weights by which they add up to the larger batch's gradient.
+
+        A plain function is taken as a mean over samples; it may be one over valid targets.
+        """
+        exact = self.failure.expected.larger.gradient
+        if len(self.parts) < 2 or sum(g.numel() for g in exact.values()) < ENOUGH * len(self.parts):
+            return
+        gram = torch.stack([*_products(self.parts, self.parts).values()]).sum(0)
+        right = torch.stack([*_products(self.parts, [exact]).values()]).sum(0)[:, 0]
+        ones = torch.ones(len(self.parts), dtype=DOUBLE)
+        square = sum(float(g.double().square().sum()) for g in exact.values()) or 1.0
+
+        def left(shares: Tensor) -> float:
+            return max(0.0, square - 2 * float(shares @ right) + float(shares @ gram @ shares)) / square
+
+        if left(ones) <= 1e-12 or int(torch.linalg.matrix_rank(gram, hermitian=True)) < len(self.parts):
+            return
+        shares = torch.linalg.lstsq(gram, right.unsqueeze(1), driver="gelsd").solution[:, 0]
+        if left(shares) > 1e-12 or not bool((shares > 0).all()):
+            return
+        for k, share in enumerate(shares.tolist()):
+            self.parts[k] = {name: share * g for name, g in self.parts[k].items()}
+            self.weights[k] *= share
 
     @property
     def ranks(self) -> int:

@@ -112,8 +112,11 @@ def _difference(part: Any, outputs: Any, rows: int) -> float:
     )
 
 
-def loss_couples(problem: Problem, batch: WholeBatch) -> float:
+def loss_couples(problem: Problem, batch: WholeBatch, by_targets: bool = False) -> float:
     """The relative change of the gradient at one half's outputs when the other half's outputs change.
+
+    Args:
+        by_targets: change the other half's floating point targets instead.
 
     0 for every weighted mean of the samples' own losses. Outputs without a dimension of samples stay as they
     are, see `whole_batch_outputs`.
@@ -135,7 +138,10 @@ def loss_couples(problem: Problem, batch: WholeBatch) -> float:
         return moved
 
     original = _gradient_at(problem, outputs, batch)
-    moved = _gradient_at(problem, map_tensors(changed, outputs), batch)
+    if by_targets:
+        moved = _gradient_at(problem, outputs, (batch[0], map_tensors(changed, batch[1])))
+    else:
+        moved = _gradient_at(problem, map_tensors(changed, outputs), batch)
     pairs = [(a[:half], b[:half]) for a, b, rows in zip(original, moved, by_sample, strict=True) if rows]
     change = sum(float((b - a).square().sum()) for a, b in pairs)
     size = sum(float(a.square().sum()) for a, _ in pairs)

@@ -13,14 +13,16 @@ import torch
 
 from .additivity import loss_average
 from .certificate import Cause, Counts, number
-from .count_causes import counts_causes, single_micro_batch_in_words
+from .count_causes import counts_causes, samples_in_words, single_micro_batch_in_words
 from .counts import Decomposition, decompose
 from .coupling import NEGLIGIBLE, coupling_modules, loss_couples, whole_batch_outputs
 from .evidence import Failure
 from .float64 import DOUBLE
 from .gradients import compare_window
+from .micro_batches import even_micro_batches, is_partition
+from .nested import batch_size
 from .problem import Problem, copy_in
-from .ranks import all_gather
+from .ranks import all_gather, world_size
 from .rounding import larger_batch_of
 
 WITHOUT_STATISTICS = (
@@ -50,9 +52,13 @@ def diagnose(problem: Problem, failure: Failure, first_window: bool) -> tuple[li
         causes.append(cause)
     parts = decompose(problem, failure)
     found, counts = counts_causes(problem, failure, parts) if parts is not None else ([], [])
+    if not found and not failure.precision and (even := _evenly_cut(problem, failure, parts)) is not None:
+        found, counts = counts_causes(problem, failure, even)
     if parts is not None and (average := _average_cause(problem, failure, parts, counts)):
         found = [average]
     causes += found
+    if not found and (cause := _changed_buffers_cause(failure)):
+        return [*causes, cause], counts
     if not found and not failure.precision:
         causes += _coupled(problem, failure) + _coupling_loss(problem, failure)
     return (causes or [_unexplained(problem, failure, parts)]), counts
@@ -88,6 +94,14 @@ def steps_cause(failure: Failure) -> Cause | None:
     return None
 
 
+def _evenly_cut(problem: Problem, failure: Failure, parts: Decomposition | None) -> Decomposition | None:
+    """The decomposition into even micro-batches, where the passes that were seen do not have all samples."""
+    samples = batch_size(failure.batch)
+    if parts is None or world_size() > 1 or is_partition(parts.micro_batches, samples):
+        return None
+    return Decomposition(problem, failure, even_micro_batches(problem, samples))
+
+
 def _moved_cause(problem: Problem, failure: Failure) -> Cause | None:
     """The cause if weights change before the window's last micro-batch."""
     observation = failure.observation
@@ -101,6 +115,17 @@ def _moved_cause(problem: Problem, failure: Failure) -> Cause | None:
         f"within the window {which} {'are' if len(names) > 1 else 'is'} {change}, before micro-batch {places}"
     )
     return failure.cause("weights", reason, "", "change weights once, after the window's last micro-batch")
+
+
+def _changed_buffers_cause(failure: Failure) -> Cause | None:
+    """The cause if the loop changes buffers before the window's last micro-batch."""
+    changed = all_gather(failure.observation.changed_buffers)[0]
+    if not changed:
+        return None
+    names = ", ".join(sorted({name for each in changed.values() for name in each})[:3])
+    places = ", ".join(map(str, changed))
+    reason = f"the loop changes buffer {names} within the window, before micro-batch {places}"
+    return failure.cause("buffers", reason, "", "change it once, after the window's last micro-batch")
 
 
 def _average_cause(
@@ -163,11 +188,13 @@ def _coupling_loss(problem: Problem, failure: Failure) -> list[Cause]:
                 WHOLE_WINDOW_OUTPUT,
             )
         ]
-    effect = loss_couples(problem, batch)
+    effect, what = loss_couples(problem, batch), "samples"
+    if not effect > NEGLIGIBLE:
+        effect, what = loss_couples(problem, batch, by_targets=True), "samples' targets"
     if not effect > NEGLIGIBLE:
         return []
     name = getattr(problem.loss, "__name__", type(problem.loss).__name__)
-    reason = "couples samples: a sample's term depends on the other samples of its micro-batch"
+    reason = f"couples samples: a sample's term depends on the other {what} of its micro-batch"
     shown = f"the gradient at one half's outputs moves by {effect:.2g} when only the other half's change"
     return [Cause("coupling loss", f"loss ({name})", reason, error, shown, WHOLE_WINDOW_LOSS)]
 
@@ -198,13 +225,28 @@ def _unrepeatable(problem: Problem, failure: Failure) -> Cause | None:
     return Cause("non-deterministic kernels", "", reason, error, shown, advice, excused=True)
 
 
+def underflow_in_words(failure: Failure) -> str:
+    """How many elements of the gradient are zero that should not be, in words; "" for few."""
+    gradient = failure.observation.gradient or {}
+    expected = failure.expected.gradient
+    lost = [(gradient[name] == 0) & (g != 0) for name, g in expected.items() if name in gradient]
+    zero = sum(int(each.sum()) for each in lost)
+    due = sum(int((g != 0).sum()) for g in expected.values())
+    if zero < 0.1 * due:
+        return ""
+    return f"; {zero} of its {due} elements are zero by underflow: losses are too small for this precision"
+
+
 def _unexplained(problem: Problem, failure: Failure, parts: Decomposition | None) -> Cause:
     """Says where, when and how much, where no experiment says why."""
     worst = failure.comparison
     reason = f"the gradient is off by {number(worst.error)} of its norm, most at {worst.name}"
     if parts is None:
         reason += ", and the loop passes rows to the model that are not in the batch"
-    elif single := single_micro_batch_in_words(problem, failure, parts):
-        reason += f"; {single}"
+    elif failure.precision:
+        reason += underflow_in_words(failure)
+    else:
+        texts = [samples_in_words(problem, failure), single_micro_batch_in_words(problem, failure, parts)]
+        reason += "".join(f"; {text}" for text in texts if text)
     shown = f"{number(worst.figure)} at {worst.name}, where rounding makes at most {number(worst.bound)}"
     return failure.cause("unknown", reason, shown, "compare the loop with the larger batch on this window")

@@ -13,6 +13,9 @@ from .observation import Observation
 from .problem import WholeBatch
 from .rounding import ExpectedUpdate
 
+# Causes that concern the optimizer's steps alone.
+STEPS = ("no update", "optimizer steps")
+
 
 @dataclass(eq=False)
 class Failure:
@@ -27,6 +30,8 @@ class Failure:
         window: what kind of window it is where it is not a whole one, such as "12 of 16 samples".
         updates: numbers of all updates that fail; empty for a window of its own, from the first weights.
         compared: numbers of all updates that were compared.
+        steps: numbers of the updates without exactly one optimizer step.
+        smaller: numbers of the updates on smaller windows.
         precision: that the update was made in; "" for fp64.
         tolerance: the relative error that rounding explains.
     """
@@ -40,21 +45,28 @@ class Failure:
     window: str = ""
     updates: list[int] = field(default_factory=list)
     compared: list[int] = field(default_factory=list)
+    steps: list[int] = field(default_factory=list)
+    smaller: list[int] = field(default_factory=list)
     precision: str = ""
     tolerance: float = 1e-6
 
     @property
     def when(self) -> str:
         """The updates that fail, in words, such as "from update 3 on"; "" if all do."""
-        of = f" (a window of {self.window})" if self.window else ""
         if not self.updates:
             return f"in a window of {self.window}" if self.window else ""
-        return f"{updates_in_words(self.updates, self.compared)}{of}".strip()
+        return self.in_words(self.updates)
+
+    def in_words(self, updates: list[int]) -> str:
+        """Which `updates` these are; with the first one's window if all of them are smaller windows."""
+        of = f" (a window of {self.window})" if self.window and set(updates) <= set(self.smaller) else ""
+        return f"{updates_in_words(updates, self.compared)}{of}".strip()
 
     def cause(self, source: str, reason: str, shown: str, advice: str) -> Cause:
         """A cause of this failure, which says in which updates it shows."""
         precision = f"in {self.precision}" if self.precision else ""
-        reason = ", ".join(filter(None, (reason, self.when, precision)))
+        when = self.in_words(self.steps) if self.steps and source in STEPS else self.when
+        reason = ", ".join(filter(None, (reason, when, precision)))
         return Cause(source, "", reason, self.comparison.error, shown, advice)
 
 

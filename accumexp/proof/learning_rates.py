@@ -54,6 +54,8 @@ class LearningRates:
                 return [_cause(f"the schedule is {times}", update, advice)]
         if any(self._follow(self._passes, before) for before in (0, self._passes[0] - 1, self._passes[0])):
             return [_cause("the schedule is stepped once a micro-batch", update, "step it once an update")]
+        if ahead := self._extra_steps():
+            return [ahead]
         for number, (rates, right) in enumerate(self._pairs, 1):
             for group, (rate, expected) in enumerate(zip(rates, right, strict=False)):
                 if rate != expected:
@@ -64,6 +66,27 @@ class LearningRates:
                         Cause("schedule", "", reason, math.nan, "", "take the optimizer's own learning rate")
                     ]
         return []
+
+    def _extra_steps(self) -> Cause | None:
+        """The cause if the schedule is stepped otherwise than once before one of the updates."""
+        if self.problem.scheduler is None:
+            return None
+        first = next((k for k, (rates, right) in enumerate(self._pairs) if rates != right), 0)
+        optimizer = self.problem.optimizer(list(copy.deepcopy(self.problem.model).parameters()))
+        schedule = self.problem.scheduler(optimizer)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the optimizer is not stepped
+            for made in range(first + MOST_STEPS):
+                if [float(group["lr"]) for group in optimizer.param_groups] == self._pairs[first][0]:
+                    steps = made - first + 1
+                    reason = f"the schedule is stepped {steps} times between updates {first} and {first + 1}"
+                    return (
+                        Cause("schedule", "", reason, math.nan, "", "step it once an update")
+                        if first
+                        else None
+                    )
+                schedule.step()
+        return None
 
     def _follow(self, steps: list[int], before: int) -> bool:
         """Whether the loop's rates are those of a schedule with so many `steps` in each update.

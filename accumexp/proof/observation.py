@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..accum.memory import SavedActivations, measure_activations
+from .compilation import outside_graphs
 from .fixed_draws import seeded_draws
 from .float64 import keep_float64
 from .forward_passes import ForwardPass, ForwardPasses
@@ -37,6 +38,7 @@ class Observation:
         outside: the values of the tensors in `Problem.state` when the window begins.
         initial: what `.grad` holds when the window begins, by parameter name; empty for zeros.
         moved_before: forward passes before which parameters are not what they were in the pass before.
+        changed_buffers: names of buffers that change between two forward passes, by the second's number.
         moved: names of those that change first.
         moved_by: by what all parameters are multiplied before the first of them; None if not all alike.
         rates: learning rate of every parameter group in the first step.
@@ -59,6 +61,7 @@ class Observation:
     outside: dict[str, Tensor] = field(default_factory=dict)
     initial: Gradient = field(default_factory=dict)
     moved_before: list[int] = field(default_factory=list)
+    changed_buffers: dict[int, list[str]] = field(default_factory=dict)
     moved: list[str] = field(default_factory=list)
     moved_by: float | None = None
     rates: list[float] = field(default_factory=list)
@@ -109,15 +112,23 @@ def observing(
     arrivals_by_name: Counter[str] = Counter()
 
     sizes_before: dict[str, float] = {}
+    buffers: dict[str, float] = {}  # after the last forward pass
+
+    def after_forward(*_: Any) -> None:
+        if torch.is_grad_enabled():
+            buffers.update(_sizes(state.buffers()))
 
     def before_pass(begun: ForwardPass, inputs: list[Tensor]) -> None:
-        sizes = _sizes(state)
+        sizes = _sizes(state.parameters())
         if sizes_before and sizes != sizes_before:
             if not observation.moved_before:
                 observation.moved = [name for name, size in sizes.items() if size != sizes_before[name]]
                 observation.moved_by = _common_ratio(sizes, sizes_before)
             observation.moved_before.append(len(observation.sizes))
         sizes_before.update(sizes)
+        now = _sizes(state.buffers())
+        if changed := [name for name, size in now.items() if size != buffers.get(name, size)]:
+            observation.changed_buffers[len(observation.sizes)] = changed
         observation.micro_batches.append(begun.samples)
         observation.sizes.append(begun.size)
         observation.random_states.append(begun.random_state)
@@ -170,6 +181,7 @@ def observing(
     with ExitStack() as stack:
         passes = ForwardPasses(state.inner, SampleIds(batch[0], None, batch[1]), before_pass)
         stack.enter_context(passes.hooks)
+        stack.enter_context(state.inner.register_forward_hook(outside_graphs(after_forward)))
         stack.enter_context(state.optimizer.register_step_pre_hook(before_step))
         for name, parameter in state.parameters().items() if arrivals else ():
             if parameter.requires_grad:
@@ -183,16 +195,22 @@ def observing(
     observation.random_states = [each.random_state for each in passes.passes]
 
 
-def _sizes(state: TrainingState) -> dict[str, float]:
-    """The 1-norms of the parameters, which tell whether they have changed."""
-    local = {name: getattr(p, "_local_tensor", p).detach() for name, p in state.parameters().items()}
+def _sizes(tensors_by_name: Mapping[str, Tensor]) -> dict[str, float]:
+    """The 1-norms of the floating point tensors, which tell whether they have changed."""
+    local = {
+        name: getattr(tensor, "_local_tensor", tensor).detach()
+        for name, tensor in tensors_by_name.items()
+        if tensor.is_floating_point() or tensor.is_complex()
+    }
+    if not local:
+        return {}
     norms = torch._foreach_norm(list(local.values()), 1)  # pyright: ignore[reportPrivateImportUsage]
     return dict(zip(local, torch.stack([norm.double() for norm in norms]).tolist(), strict=True))
 
 
 def _common_ratio(sizes: dict[str, float], before: dict[str, float]) -> float | None:
     ratios = [size / before[name] for name, size in sizes.items() if before[name] and size != before[name]]
-    alike = bool(ratios) and max(ratios) - min(ratios) <= 1e-6 * abs(ratios[0])
+    alike = len(ratios) > 1 and max(ratios) - min(ratios) <= 1e-6 * abs(ratios[0])
     return ratios[0] if alike else None
 
 

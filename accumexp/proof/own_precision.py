@@ -12,7 +12,7 @@ from dataclasses import replace
 from torch import nn
 
 from .certificate import Check, Series, excess, worst_check
-from .evidence import Failure
+from .evidence import Failure, updates_in_words
 from .float64 import DOUBLE
 from .gradients import Comparison, compare, first_update, measured_loss_scale
 from .larger_batch import Gradient, clamped, clipped, dot, norm
@@ -131,7 +131,7 @@ class OwnPrecisionReplay(Replay):
         super().__init__(problem, state, problem.dtype)
         self.failure: Failure | None = None
         self._comparisons: list[tuple[int, Comparison]] = []
-        self._additions: list[Check] = []
+        self._additions: list[tuple[int, Check]] = []
         self._previous: Gradient | None = None
 
     def compare(self, batch: WholeBatch, observation: Observation) -> None:
@@ -154,7 +154,8 @@ class OwnPrecisionReplay(Replay):
             self.failure.tolerance = max(self.failure.tolerance, 2 * self._whole_bound(expected))
         self._previous = observation.gradient
         if _adds_what_arrives(self.problem, observation):
-            self._additions.append(_addition_check(self.problem, observation, f"update {number}"))
+            check = _addition_check(self.problem, observation, f"update {number}")
+            self._additions.append((number, check))
         self._is_smaller(batch)
         self.updates = number
         self._record("number of updates", abs(observation.steps - 1))
@@ -176,7 +177,11 @@ class OwnPrecisionReplay(Replay):
             return []
         checks = [worst_check(_check(c, f"gradient, {over}", f"update {n}") for n, c in self._comparisons)]
         if self._additions:
-            checks.append(replace(worst_check(self._additions), name=f"addition, {over}"))
+            worst = worst_check(check for _, check in self._additions)
+            failing = [number for number, check in self._additions if not check.passed]
+            when = updates_in_words(failing, [n for n, _ in self._additions]) if failing else ""
+            detail = ", ".join(filter(None, (worst.detail, when)))
+            checks.append(replace(worst, name=f"addition, {over}", detail=detail))
         checks.append(self._check(f"optimizer, {over}", "optimizer", self._bit_bound, BITS))
         checks.append(self._check(f"number of updates, {name}", "number of updates", 0.0, ONE_STEP, "count"))
         if self.failure is not None:
@@ -272,7 +277,9 @@ def _addition_check(problem: Problem, observation: Observation, precision: str) 
         else arrived
     )
     square = dot(base, base)
-    factor = dot(base, kept) / square if square else 1.0
+    # The median over the parameters: one that is added wrongly must not move it.
+    factors = sorted(dot({n: g}, kept) / dot({n: g}, {n: g}) for n, g in base.items() if bool(g.any()))
+    factor = factors[len(factors) // 2] if factors else 1.0
     size = norm(gradient) or 1.0
     rounded_again = problem.clip_norm is not None or problem.scaling is not None
     errors, bounds, sizes = {}, {}, {}
@@ -291,4 +298,7 @@ def _addition_check(problem: Problem, observation: Observation, precision: str) 
     bounds = {name: bound + slack * sizes[name] for name, bound in bounds.items()}
     name = max(errors, key=lambda key: excess(errors[key], bounds[key]))
     error, bound = errors[name] / size, bounds[name] / size
-    return Check(f"addition, {precision}", error, bound, "relative", ONCE, f"worst at {name}")
+    failing = [key for key in errors if not errors[key] <= bounds[key]]
+    others = f", {len(failing)} of {len(errors)} parameters" if len(failing) > 1 else ""
+    others = ", no other" if len(failing) == 1 and len(errors) > 1 else others
+    return Check(f"addition, {precision}", error, bound, "relative", ONCE, f"worst at {name}{others}")

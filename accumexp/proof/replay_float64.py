@@ -60,6 +60,8 @@ class Float64Replay(Replay):
         self._comparisons: list[tuple[int, Comparison]] = []
         self._buffers: list[tuple[int, float, str]] = []
         self._repeated: list[tuple[int, int]] = []
+        self._wrong_steps: list[int] = []
+        self._smaller: list[int] = []
         self._previous: Gradient | None = None
         self._before: Gradient = {}
         self._loss: Check | None = None
@@ -147,6 +149,10 @@ class Float64Replay(Replay):
         comparison = compare(observation.gradient, expected)
         self._comparisons.append((number, comparison))
         steps = all_gather(observation.steps)
+        if any(count != 1 for count in steps):
+            self._wrong_steps.append(number)
+        if batch_size(batch) < self._full:
+            self._smaller.append(number)
         if self.failure is None and (not comparison.equal or any(count != 1 for count in steps)):
             model = copy.deepcopy(self.model)
             self.failure = Failure(batch, observation, expected, comparison, model, self._previous)
@@ -232,7 +238,10 @@ class Float64Replay(Replay):
         number, comparison = max(self._comparisons, key=lambda entry: entry[1].ratio)
         if self.failure is not None:
             self.failure.compared = [n for n, _ in self._comparisons]
-            self.failure.updates = [n for n, c in self._comparisons if not c.equal]
+            self.failure.steps = self._wrong_steps
+            failing = {n for n, c in self._comparisons if not c.equal} | set(self._wrong_steps)
+            self.failure.updates = sorted(failing)
+            self.failure.smaller = self._smaller
         detail = f"update {number}" if comparison.ratio else over
         if len(self.losses) < self.updates:
             detail += f", {len(self.losses)} of them compared"

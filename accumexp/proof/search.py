@@ -49,6 +49,11 @@ def find_causes(
     own = own_replay.failure if own_replay is not None else None
     # The first window, else the first update in fp64, else a smaller window or one in the own precision.
     failure = next((each for each in [*whole, replayed, *windows, own] if each is not None), None)
+    if failure is not None and replayed is not None and not failure.updates:
+        failure.updates, failure.compared = replayed.updates, replayed.compared
+        failure.steps, failure.smaller = replayed.steps, replayed.smaller
+        if failure.window and not set(failure.updates) <= set(failure.smaller):
+            failure.updates = []
     try:
         if failure is not None:
             causes, counts = diagnosis.diagnose(problem, failure, failure in windows)

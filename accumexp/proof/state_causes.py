@@ -65,6 +65,13 @@ def changed_weights_cause(problem: Problem, changed: ChangedWeights, micro_batch
         )
         advice = "change them once a window, after the optimizer's step, and split the batch into `steps`"
         return Cause("state", where, reason, math.nan, "", advice)
+    if problem.perturb is not None:
+        reason = (
+            f"the weights are not what the optimizer makes of the unmoved ones, in update {changed.update}"
+        )
+        reason += ": are they moved back before the step?"
+        advice = "restore the weights that perturb= has moved, then step"
+        return Cause("weights", where, reason, math.nan, shown, advice)
     if changed.optimizer_entries:
         entries = ", ".join(changed.optimizer_entries)
         reason = f"the optimizer's {entries} is changed or lost beside its steps, in update {changed.update}"
@@ -162,7 +169,8 @@ def buffers_cause(problem: Problem, check: Check, micro_batches: int) -> Cause:
 
 def low_precision_causes(problem: Problem, failed: Sequence[Check]) -> list[Cause]:
     """The cause of a failed addition check, if the same gradients are added correctly in fp64."""
-    addition = next((check for check in failed if check.name.startswith("addition")), None)
+    # The last one is that of the updates, which says in which of them.
+    addition = next((check for check in reversed(failed) if check.name.startswith("addition")), None)
     if addition is None or any(check.name == "gradient, fp64" for check in failed):
         return []
     name = str(problem.dtype).removeprefix("torch.")
@@ -170,7 +178,7 @@ def low_precision_causes(problem: Problem, failed: Sequence[Check]) -> list[Caus
     kept = f"added in {name}" if low else f"kept in less than {name}"
     error = f"off by {addition.figure:.2g} where rounding the sum once gives {addition.bound:.2g}"
     at = addition.detail.removeprefix("worst at ")
-    reason = f"{problem.steps} gradients are {kept}, most at {at}, {error}"
+    reason = f"sums of {problem.steps} gradients are {kept}, most at {at}: {error}"
     shown = "in fp64 the same window is the larger batch"
     advice = "add in fp32 and round once: accum.fp32_buffers=true"
     return [Cause("low-precision accumulation", "", reason, addition.figure, shown, advice)]
@@ -194,6 +202,12 @@ def simple_cause(check: Check) -> Cause | None:
     if name.startswith("overflow in each"):
         reason = f"an overflow does not skip the window: {check.detail}"
         return Cause("loss scale", "", reason, math.nan, "", "check the whole window's gradient on all ranks")
+    if name.startswith("loss scale after") and check.detail.startswith("times 1 "):
+        reason = f"the loss scale is not lowered after an overflow: {check.detail}"
+        return Cause("loss scale", "", reason, math.nan, "", "keep one scale over all windows, and update it")
+    if name.startswith("loss scale by") and check.detail.startswith("1 times"):
+        reason = f"the loss scale never grows: {check.detail}"
+        return Cause("loss scale", "", reason, math.nan, "", "keep one scale over all windows, and update it")
     if name.startswith("loss scale"):
         reason = f"the loss scale moves otherwise than once a window: {check.detail}"
         return Cause("loss scale", "", reason, math.nan, "", "update the scale once, after the window's step")

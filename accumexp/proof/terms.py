@@ -12,11 +12,13 @@ import torch
 from .counts import Decomposition
 from .float64 import DOUBLE
 from .larger_batch import Gradient, clamped, clipped, dot, norm
+from .nested import batch_size
 from .observation import observe
-from .problem import Problem, TrainingState, cast
-from .rounding import larger_batch_of, transformed
+from .problem import Problem, TrainingState, cast, rows
+from .rounding import larger_batch_of, moved, part_gradient, transformed
 
 ZERO = "set the gradients of all parameters to zero before each window"
+MOVE_ONCE = "move the weights once, along the whole window's gradient, then compute the window again"
 ONCE = "add it once a window, or divide it by the number of micro-batches as the loss is"
 WINDOW = "clip the whole window's gradient once, before the step"
 SAY_SO = "if it is meant, give certify transform_gradient=, or a loss that has it"
@@ -34,6 +36,8 @@ def term_in_words(problem: Problem, parts: Decomposition, names: list[str]) -> t
         _carried_over(parts, rest, size)
         or _decay(problem, parts, rest, size)
         or _unmoved(problem, parts, rest, size)
+        or _moved_by_each(problem, parts, names, size)
+        or _labels_of_others(problem, parts, names, size)
         or clipping_in_words(problem, parts, names)
     )
 
@@ -118,6 +122,49 @@ def _unmoved(problem: Problem, parts: Decomposition, rest: Gradient, size: float
     return f"the gradient at the unmoved weights is added to it, {factor:.3g}-fold", ZERO
 
 
+def _moved_by_each(
+    problem: Problem, parts: Decomposition, names: list[str], size: float
+) -> tuple[str, str] | None:
+    """Whether each micro-batch moves the weights along its own gradient, not along the window's."""
+    if problem.perturb is None or parts.ranks > 1:
+        return None
+    batch = parts.failure.batch
+    total = {name: torch.zeros_like(g) for name, g in parts.gradient.items()}
+    for numbers in parts.micro_batches[0]:
+        part = rows(batch, torch.tensor(numbers, device=problem.device))
+        model = moved(problem, parts.failure.model, part)
+        gradient, _ = part_gradient(problem, model, batch, numbers)
+        total = {name: value + gradient[name] for name, value in total.items()}
+    if norm({name: total[name] - parts.gradient[name] for name in names}) > parts.tolerance * size:
+        return None
+    return "each micro-batch moves the weights along its own gradient, not along the window's", MOVE_ONCE
+
+
+def _labels_of_others(
+    problem: Problem, parts: Decomposition, names: list[str], size: float
+) -> tuple[str, str] | None:
+    """Whether the inputs of a micro-batch meet the targets that come next in the batch."""
+    order = [number for numbers in parts.micro_batches[0] for number in numbers]
+    samples = batch_size(parts.failure.batch)
+    if parts.ranks > 1 or sorted(order) != list(range(samples)) or order == list(range(samples)):
+        return None
+    inputs, targets = parts.failure.batch
+    device = problem.device
+    targets_in_order = rows((targets, None), torch.tensor(order, device=device).argsort())[0]
+    gradient = larger_batch_of(problem, parts.failure.model, (inputs, targets_in_order)).gradient
+    if (
+        norm({name: gradient[name].double() - parts.gradient[name] for name in names})
+        > parts.tolerance * size
+    ):
+        return None
+    first = ", ".join(map(str, order[:4]))
+    reason = (
+        f"inputs meet the targets of other samples: those of samples {first}, ... meet "
+        "the targets of samples 0, 1, 2, 3, ..."
+    )
+    return reason, "cut inputs and targets in the same way"
+
+
 def gradient_in_one(problem: Problem, parts: Decomposition) -> Gradient | None:
     """The gradient of the loop's single micro-batch of the failing batch, from the same weights.
 
@@ -168,14 +215,15 @@ def _clippings(
         yield "each parameter is clipped by its own norm, not by that of all parameters", each, WINDOW
     if problem.clip_norm is not None:
         limit = problem.clip_norm
+        yield "the gradient is not clipped", sums, WINDOW
         some = clipped({name: sums[name] for name in target}, limit)
         yield "the gradient is clipped by its own norm, not by that of all parameters", some, WINDOW
-        yield "the gradient is not clipped", sums, WINDOW
     norms = dict.fromkeys([problem.clip_norm, norm(target) if whole else None])
     values = dict.fromkeys([problem.clip_value, *_repeated_largest(target, len(parts.parts))])
     for limit in filter(None, norms):
         how = f"clipped by norm (to {limit:.4g})"
         yield from _inside(how, parts, lambda g, limit=limit: clipped(g, limit), WINDOW)
+    values |= dict.fromkeys(_clamping(parts, target))
     for limit in filter(None, values):
         how = f"clipped by value (to {limit:.4g})"
         yield from _inside(how, parts, lambda g, limit=limit: clamped(g, limit), WINDOW)
@@ -187,6 +235,21 @@ def _repeated_largest(target: Gradient, number: int) -> list[float]:
     largest = flat.max()
     several = int((flat >= largest * (1 - 1e-9)).sum()) > 1
     return [float(largest), float(largest) / number] if several else []
+
+
+def _clamping(parts: Decomposition, target: Gradient) -> list[float]:
+    """The value to which each part's elements are clamped, if clamped parts add up to `target`."""
+    columns = [torch.cat([part[name].double().flatten() for name in target]) for part in parts.parts]
+    goal = torch.cat([g.flatten() for g in target.values()])
+    low, high = 0.0, float(torch.stack(columns).abs().max())
+    for _ in range(60):
+        middle = (low + high) / 2
+        clamped_sum = torch.stack([column.clamp(-middle, middle) for column in columns]).sum(0)
+        if float(clamped_sum @ goal) < float(goal @ goal):
+            low = middle
+        else:
+            high = middle
+    return [high]
 
 
 def _inside(

@@ -14,14 +14,21 @@ WHOLE_GRADIENT = "the gradient"
 EVERY_MICRO_BATCH = "step after the window's last micro-batch, and reset gradients only then"
 
 
-def counts_in_words(parts: Decomposition, counts: Sequence[float], subject: str) -> tuple[str, str]:
-    """(what `counts` mean, what to do); `subject` is the gradient that they belong to."""
+def counts_in_words(
+    parts: Decomposition, counts: Sequence[float], subject: str, whole: bool = True
+) -> tuple[str, str]:
+    """(what `counts` mean, what to do); `subject` is the gradient that they belong to.
+
+    Args:
+        whole: whether it is that of all parameters.
+    """
     by_rank = parts.by_rank(counts)
-    unseen, doubled = parts.unseen_and_doubled() if subject == WHOLE_GRADIENT else ([], [])
+    unseen, doubled = parts.unseen_and_doubled() if subject == WHOLE_GRADIENT and whole else ([], [])
     if unseen:
         verb = "is" if len(unseen) == 1 else "are"
+        more = f", and {_numbers(doubled)} more than once" if doubled else ""
         return (
-            f"of the batch's samples {_numbers(unseen)} {verb} never seen",
+            f"of the batch's samples {_numbers(unseen)} {verb} never seen{more}",
             "let no sample of the window's batch fall away, whatever its size",
         )
     if doubled:
@@ -33,7 +40,7 @@ def counts_in_words(parts: Decomposition, counts: Sequence[float], subject: str)
     if lost := _lost(parts, by_rank, subject):
         return lost
     if max(counts) - min(counts) <= parts.count_tolerance * max(map(abs, counts)):
-        return _uniform(parts, counts[0], subject)
+        return _uniform(parts, counts[0], subject, whole)
     weights, windows, steps = parts.weights, len(counts), parts.problem.steps
     alike = [sum(weights) / (windows * weight) if weight else 0.0 for weight in weights]
     ratios = [count / a if a else 1.0 for count, a in zip(counts, alike, strict=True)]
@@ -113,7 +120,7 @@ def _unreduced(parts: Decomposition, by_rank: list[list[float]], subject: str) -
     return reason, "run forward and backward of all micro-batches but the window's last in no_sync()"
 
 
-def _uniform(parts: Decomposition, count: float, subject: str) -> tuple[str, str]:
+def _uniform(parts: Decomposition, count: float, subject: str, whole: bool) -> tuple[str, str]:
     steps, ranks = parts.problem.steps, parts.ranks
     windows = sum(len(each) for each in parts.micro_batches)
     per_rank = windows // ranks
@@ -132,11 +139,10 @@ def _uniform(parts: Decomposition, count: float, subject: str) -> tuple[str, str
     why = next((text for value, text in factors if value != 1 and abs(count - value) <= near * value), "")
     if not why:
         why = _other_denominator(parts, windows / count if count else 0.0)
-    if parts.problem.scaling is not None:
-        factors.append(
-            (count, "the loss scale is in it") if abs(math.log2(abs(count) or 1.0)) >= 5 else (1.0, "")
-        )
-    if clipping := _clipping(parts, count):
+    exponent = math.log2(abs(count) or 1.0)
+    if not why and abs(exponent) >= 5 and abs(exponent - round(exponent)) <= 1e-3:
+        why = f"2^{round(exponent)}, as loss scales are: it is clipped or stepped before it is unscaled"
+    if subject == WHOLE_GRADIENT and whole and (clipping := _clipping(parts, count)):
         return clipping
     reason = f"{subject} is {count:.6g} times the larger batch's"
     return (f"{reason}: {why}" if why else reason), "divide by the window's own weight, once"
@@ -168,7 +174,14 @@ def _clipping(parts: Decomposition, count: float) -> tuple[str, str] | None:
     length = norm(observed)
     if abs(length - size) <= 1e-6 * size:
         return "the gradient is not clipped", f"clip it to a norm of {clip_norm:g}"
+    largest = max(float(g.abs().max()) for g in observed.values() if g.numel())
+    if abs(largest - clip_norm) <= 1e-3 * clip_norm:
+        reason = f"the gradient is clipped by its largest element to {clip_norm:g}, not by its 2-norm"
+        return reason, "clip by the 2-norm over all parameters"
     reason = f"the gradient is clipped to a norm of {length:.4g} instead of clip_norm={clip_norm:g}"
+    exponent = math.log2(clip_norm / length) if length else 0.0
+    if exponent >= 5 and abs(exponent - round(exponent)) <= 0.01:
+        reason += f": 2^-{round(exponent)} of it, as if clipped before a loss scale was divided out"
     if abs(count - 1 / parts.problem.steps) <= 1e-4:
         reason += f": divided by {parts.problem.steps} after it was clipped"
     return reason, "clip the complete gradient, divided and unscaled, by its norm over all parameters"
