@@ -102,7 +102,7 @@ def _explained(
     wrong = next((c for c in complete if not all(map(parts.is_one, c))), complete[0])
     unseen, doubled = parts.unseen_and_doubled() if whole else ([], [])
     if all(map(parts.is_one, wrong)) and not unseen and not doubled:
-        if whole and problem.transform_gradient is None:
+        if problem.transform_gradient is None:
             return ("", ""), parts.by_rank(wrong)
         return all_gather(clipping_in_words(problem, parts, names))[0] or ("", ""), parts.by_rank(wrong)
     simple = bool(unseen or doubled) or failure.precision or len({round(c, 5) for c in wrong}) == 1

@@ -26,7 +26,7 @@ from ..proof.replay_float64 import LARGE
 from ..proof.rounding import larger_batch_of
 from ..training.experiment import Experiment
 from ..training.preflight import try_example
-from .first_updates import EPOCH, FirstUpdates, fp64_config, gathered_batch, own_precision_config
+from .first_updates import BEYOND, EPOCH, FirstUpdates, fp64_config, gathered_batch, own_precision_config
 from .trainer_loop import TrainerLoop
 
 # Batches for the checks of single windows.
@@ -135,7 +135,8 @@ def _replay_float64(proof: Proof, experiment: Experiment) -> None:
     whole = any(hasattr(module, "statistics_groups") for module in experiment.model.modules())
     config = fp64_config(experiment.config, experiment.rank_info, updates, whole)
     proof.progress(f"{updates} updates of the run, one by one")
-    first_updates = FirstUpdates(config, experiment, proof.progress, min(EPOCH, max(1, updates // 3)))
+    epoch = EPOCH if updates >= EPOCH + BEYOND else max(1, updates // 3)
+    first_updates = FirstUpdates(config, experiment, proof.progress, epoch)
     problem = replace(first_updates.problem(proof.problem), scaling=_scaling(config))
     replay, checks = first_updates.replay_float64(problem)
     proof.keep_replay(replay)
