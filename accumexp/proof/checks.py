@@ -17,6 +17,7 @@ from .evidence import Failure
 from .float64 import DOUBLE
 from .gradients import MAX_SKIPPED, Comparison, compare_window
 from .micro_batches import micro_batches_check, passes_of
+from .nested import batch_size
 from .observation import Observation, observe
 from .outside import Snapshot, hand_changed
 from .own_precision import OwnPrecisionReplay, precision_checks
@@ -53,6 +54,7 @@ class Proof:
         self.counts: list[Counts] = []
         self.windows: list[Failure] = []
         self.unusable: list[str] = []
+        self.notes: list[str] = []
         self.replay: Float64Replay | None = None
         self.own_replay: OwnPrecisionReplay | None = None
 
@@ -86,7 +88,10 @@ class Proof:
         return windows.ragged(self.problem, self.batch(0))
 
     def gradient_check(self, name: str, batch: WholeBatch, detail: str) -> Check:
-        """Checks every parameter's gradient on `batch` in fp64."""
+        """Checks every parameter's gradient on `batch` in fp64.
+
+        Undecided if the loop fails on a window with fewer samples than micro-batches.
+        """
         try:
             comparison, observation, expected = compare_window(self.problem, batch)
         except Exception as error:
@@ -94,6 +99,10 @@ class Proof:
                 raise
             text = f"{type(error).__name__}: {' '.join(str(error).split())}"
             self.unusable.append(detail)
+            if batch_size(batch) < self.problem.steps:
+                self.notes.append(f"the loop refuses a window of {detail}, fewer than steps: {text[:200]}")
+                why = "a window with fewer samples than micro-batches may be refused"
+                return Check(name, 0.0, 0.0, "relative", why, detail, decided=False)
             self.causes.append(
                 Cause(
                     "error in the loop",
@@ -161,7 +170,9 @@ class Proof:
         self.progress("ragged and weighted windows")
         if self.ragged:
             name = "gradient, ragged last window"
-            self.add(worst_check(self.gradient_check(name, part, detail) for detail, part in self.ragged))
+            checks = [self.gradient_check(name, part, detail) for detail, part in self.ragged]
+            decided = [check for check in checks if check.decided]
+            self.add(worst_check(decided or checks))
         uneven = windows.weighted(problem, batch)
         if uneven is not None:
             self.add(self.gradient_check("gradient, weighted items", uneven, "with ignored targets"))
@@ -287,5 +298,11 @@ class Proof:
             "deterministic": torch.are_deterministic_algorithms_enabled(),
         }
         return Certificate(
-            self.checks, self.causes, subject, environment, series=self.series, counts=self.counts
+            self.checks,
+            self.causes,
+            subject,
+            environment,
+            series=self.series,
+            counts=self.counts,
+            notes=self.notes,
         )

@@ -23,6 +23,7 @@ CONSEQUENCES = (
     "addition",
     "overflow",
     "resume",
+    "logged loss",
 )
 
 

@@ -192,8 +192,8 @@ def test_bf16_sums_are_told_from_sums_in_fp32(tmp_path: Path) -> None:
     ("name", "checks", "words"),
     [
         ("HalfRate", {"learning rate, 40 updates"}, "the learning rate is 0.5 times the schedule's"),
-        ("TripledInFp32", {"gradient, 7 updates, fp32"}, "gradient, 7 updates, fp32"),
-        ("MeanOfMeans", {"gradient, 40 updates", "logged loss, 40 updates"}, "gradient, 40 updates"),
+        ("TripledInFp32", {"gradient, 7 updates, fp32"}, "3 times the larger batch's, in fp32"),
+        ("MeanOfMeans", {"gradient, 40 updates", "logged loss, 40 updates"}, "micro-batches count alike"),
     ],
 )
 def test_a_callback_that_changes_the_run_is_seen(
