@@ -32,7 +32,8 @@ Options:
   --cfg job           print the configuration that the overrides compose
 
 Keys, as key=value (all of `python -m accumexp.run --help`, and of the proof itself):
-  proof.updates=100   updates that are compared one by one with the larger batch's
+  proof.updates=null  updates that are compared one by one with the larger batch's: 100, or 36 for models with
+                      more than 2 million parameters
 
 Examples:
   python -m accumexp.prove accum.steps=4

@@ -398,7 +398,8 @@ def test_prove_has_a_help_of_its_own(
     assert {"0 ", "1 ", "2 "} <= {line.strip()[:2] for line in text.splitlines()}
     assert "--verbose" in text and text.count("python -m accumexp.prove ") == 4
     for item in dataclasses.fields(ProofConfig):
-        assert f"  proof.{item.name}={item.default} " in text
+        default = "null" if item.default is None else item.default
+        assert f"  proof.{item.name}={default} " in text
     assert max(map(len, text.splitlines())) <= 110
 
 
