@@ -1,0 +1,110 @@
+"""transformers.Trainer, with a user's own module or a model of transformers.
+
+The `own_loss` is a `compute_loss_func`, which divides by `num_items_in_batch` as the documentation tells users to.
+The optimizer is the Trainer's default, AdamW.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from ..models import WithLoss, model_of
+from ..samples import collate, samples_of
+from ..settings import WARM_UP_UPDATES, Setting, Watch, cross_entropy, focal_losses, optimizer_of, quiet
+
+PACKAGE = "transformers"
+SETTINGS = (
+    "classes",
+    "tokens",
+    "label_smoothing",
+    "own_loss",
+    "groups",
+    "clipping",
+    "schedule",
+    "epoch",
+    "short_epoch",
+    "two_ranks",
+    "bf16",
+    "dropout",
+    "sequence_classification",
+    "token_classification",
+    "masked_lm",
+    "causal_lm",
+)
+
+
+def fit(setting: Setting, watch: Watch, steps: int, micro: int) -> None:
+    dtype = setting.dtype(watch)
+    model = model_of(setting, dtype)
+    if setting.model == "mlp":
+        model = WithLoss(model, cross_entropy(setting))
+    model = watch(model)
+    with TemporaryDirectory() as folder, quiet():
+        trainer = Trainer(
+            model,
+            TrainingArguments(folder, **arguments_of(setting, steps, micro)),
+            data_collator=partial(named, setting),
+            train_dataset=samples_of(setting, dtype),  # type: ignore[arg-type]
+            compute_loss_func=focal_loss if setting.own_loss else None,
+            optimizers=(optimizer_of(setting, model) if setting.groups else None, None),
+            callbacks=[ReportLoss(watch)],
+        )
+        trainer.train()
+
+
+def arguments_of(setting: Setting, steps: int, micro: int) -> dict[str, Any]:
+    """The arguments of the training, for TrainingArguments and the classes that inherit from it."""
+    return {
+        "per_device_train_batch_size": micro,
+        "gradient_accumulation_steps": steps,
+        "num_train_epochs": setting.epochs,
+        "learning_rate": 0.01,
+        "lr_scheduler_type": "constant_with_warmup" if setting.schedule else "constant",
+        "warmup_steps": WARM_UP_UPDATES if setting.schedule else 0,
+        "max_grad_norm": setting.clip_norm or 0.0,
+        "label_smoothing_factor": setting.label_smoothing,
+        "bf16": setting.mixed,
+        "seed": setting.seed,
+        "train_sampling_strategy": "sequential",
+        "remove_unused_columns": False,
+        "use_cpu": True,
+        "dataloader_pin_memory": False,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+    }
+
+
+def named(setting: Setting, samples: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """A micro-batch under the names of the model's arguments."""
+    inputs, labels = collate(samples)
+    if setting.model == "mlp":
+        return {"inputs": inputs, "labels": labels}
+    return {"input_ids": inputs, "attention_mask": (inputs != 0).long(), "labels": labels}
+
+
+def focal_loss(
+    outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None
+) -> Tensor:
+    """The user's own loss: the sum over the micro-batch's labels, divided by the update's."""
+    logits = outputs["logits"]
+    losses = focal_losses(logits, labels)
+    return losses.sum() / (losses.count_nonzero() if num_items_in_batch is None else num_items_in_batch)
+
+
+class ReportLoss(TrainerCallback):
+    """Hands the loss that the Trainer logs to `watch`."""
+
+    def __init__(self, watch: Watch) -> None:
+        self.watch = watch
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **keywords: Any) -> None:
+        if "loss" in logs:
+            self.watch.loss(logs["loss"])
