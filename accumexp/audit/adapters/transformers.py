@@ -10,7 +10,6 @@ from functools import partial
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -90,9 +89,7 @@ def named(setting: Setting, samples: list[dict[str, Tensor]]) -> dict[str, Tenso
     return {"input_ids": inputs, "attention_mask": (inputs != 0).long(), "labels": labels}
 
 
-def focal_loss(
-    outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None
-) -> Tensor:
+def focal_loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
     """The user's own loss: the sum over the micro-batch's labels, divided by the update's."""
     logits = outputs["logits"]
     losses = focal_losses(logits, labels)
