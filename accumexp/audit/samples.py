@@ -25,8 +25,8 @@ def samples_of(setting: Setting, dtype: torch.dtype) -> list[Sample]:
     """The samples of an epoch.
 
     Returns:
-        "inputs", of shape (FEATURES,) and `dtype` for classes of an mlp, else token ids (length,); "labels", a
-        class, or for the task "tokens" the ids (length,), of which a prompt is ignored.
+        "inputs", of shape (FEATURES,) and `dtype` for classes of an mlp, else token ids (length,);
+        "labels", a class, or for the task "tokens" the ids (length,), of which a prompt is ignored.
     """
     generator = torch.Generator().manual_seed(setting.seed)
     return [_sample(setting, dtype, generator) for _ in range(setting.samples)]

@@ -42,8 +42,8 @@ class Setting:
     Attributes:
         name: of the setting, as in `accumexp/conf/audit/`.
         model: "mlp", or a model of transformers, see `accumexp.audit.models`.
-        task: "classes" (a label a sample) or "tokens" (sequences of several lengths, a label a token, of which
-            some are ignored).
+        task: "classes" (a label a sample) or "tokens" (sequences of several lengths, a label a token, some of
+            which are ignored).
         label_smoothing: of the cross entropy.
         own_loss: train with a loss of the user's own, `focal_loss`.
         groups: two parameter groups with different learning rates.

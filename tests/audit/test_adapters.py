@@ -1,4 +1,4 @@
-"""Adapters of the audit train what their setting says, with `steps` micro-batches of `micro` samples an update."""
+"""Adapters train what their setting says, with `steps` micro-batches of `micro` samples an update."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""DeepSpeed's engine with `gradient_accumulation_steps`, without ZeRO, as its training guide writes the loop."""
+"""DeepSpeed's engine with `gradient_accumulation_steps`, without ZeRO, in the loop of its training guide."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Lightning Fabric's documented loop with `fabric.no_backward_sync(model, enabled=is_accumulating)`.
 
-The documentation's example leaves the loss's factor to the user and steps where `iteration % steps == 0`, so that an
-epoch's first update has one micro-batch. Here the loss is divided by `steps`, and an update ends after each `steps`
-micro-batches and after an epoch's last one.
+The documentation's example leaves the loss's factor to the user and steps where `iteration % steps == 0`,
+so that an epoch's first update has one micro-batch. Here the loss is divided by `steps`, and an update ends
+after each `steps` micro-batches and after an epoch's last one.
 """
 
 from __future__ import annotations

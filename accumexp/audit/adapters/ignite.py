@@ -1,7 +1,7 @@
 """ignite's `create_supervised_trainer(gradient_accumulation_steps=...)`.
 
-Left out: `clipping`, for which the function has no option, and `bf16`, as its `amp_mode="amp"` is autocast of CUDA.
-The schedule steps on `Events.ITERATION_COMPLETED(every=steps)`.
+Left out: `clipping`, for which the function has no option, and `bf16`, as its `amp_mode="amp"` is autocast
+of CUDA. The schedule steps on `Events.ITERATION_COMPLETED(every=steps)`.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """timm's training loop, as `train_one_epoch` of its repository's train.py runs it.
 
-The distribution has the loop's parts (`ClassificationTask`, `NativeScaler`, `dispatch_clip_grad`, schedules) and not
-the loop itself, so that it is written here: windows of `steps` micro-batches, where the number of micro-batches left
-over at the end of an epoch replaces `steps` from the last window's first micro-batch on.
+The distribution has the loop's parts (`ClassificationTask`, `NativeScaler`, `dispatch_clip_grad`,
+schedules) and not the loop itself, so that it is written here: windows of `steps` micro-batches, where the
+number of micro-batches left over at the end of an epoch replaces `steps` from the last window's first
+micro-batch on.
 
 Left out: `tokens`, as timm trains images.
 """

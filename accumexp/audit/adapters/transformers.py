@@ -1,7 +1,7 @@
 """transformers.Trainer, with a user's own module or a model of transformers.
 
-The `own_loss` is a `compute_loss_func`, which divides by `num_items_in_batch` as the documentation tells users to.
-The optimizer is the Trainer's default, AdamW.
+The `own_loss` is a `compute_loss_func`, which divides by `num_items_in_batch` as the documentation tells
+users to. The optimizer is the Trainer's default, AdamW.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """trl's SFTTrainer, which trains causal language models: settings of classes are left out.
 
-Without a model in the setting it trains a Llama. Sequences are tokenised beforehand, with the prompt's labels ignored.
-The optimizer is the trainer's default, AdamW. Left out: `own_loss`, whose argument `compute_loss_func` is deprecated.
+Without a model in the setting it trains a Llama. Sequences are tokenised beforehand, with the prompt's
+labels ignored. The optimizer is the trainer's default, AdamW. Left out: `own_loss`, whose argument
+`compute_loss_func` is deprecated.
 """
 
 from __future__ import annotations
