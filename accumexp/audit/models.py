@@ -12,6 +12,7 @@ from .settings import Setting
 
 WIDTH = 16
 POSITIONS = 32
+CAUSAL = ("gpt2", "llama")  # models that predict the next token
 
 
 def model_of(setting: Setting, dtype: torch.dtype) -> nn.Module:
@@ -54,7 +55,7 @@ def transformer(setting: Setting) -> nn.Module:
     if setting.task == "classes":
         config.num_labels = CLASSES
         return transformers.AutoModelForSequenceClassification.from_config(config)
-    if kind in ("llama", "gpt2"):
+    if kind in CAUSAL:
         return transformers.AutoModelForCausalLM.from_config(config)
     if setting.model.endswith("_mlm"):
         return transformers.AutoModelForMaskedLM.from_config(config)

@@ -6,6 +6,7 @@ users to. The optimizer is the Trainer's default, AdamW.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -13,9 +14,8 @@ from typing import Any
 from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from ..models import WithLoss, model_of
-from ..samples import collate, samples_of
-from ..settings import WARM_UP_UPDATES, Setting, Watch, cross_entropy, focal_losses, optimizer_of, quiet
+from ..models import CAUSAL, WithLoss, model_of from ..samples import PADDING, collate, samples_of from
+..settings import IGNORED, WARM_UP_UPDATES, Setting, Watch, cross_entropy, focal_losses, optimizer_of, quiet
 
 PACKAGE = "transformers"
 SETTINGS = (
@@ -50,7 +50,7 @@ def fit(setting: Setting, watch: Watch, steps: int, micro: int) -> None:
             TrainingArguments(folder, **arguments_of(setting, steps, micro)),
             data_collator=partial(named, setting),
             train_dataset=samples_of(setting, dtype),  # type: ignore[arg-type]
-            compute_loss_func=focal_loss if setting.own_loss else None,
+            compute_loss_func=own_loss_of(setting),
             optimizers=(optimizer_of(setting, model) if setting.groups else None, None),
             callbacks=[ReportLoss(watch)],
         )
@@ -86,14 +86,22 @@ def named(setting: Setting, samples: list[dict[str, Tensor]]) -> dict[str, Tenso
     inputs, labels = collate(samples)
     if setting.model == "mlp":
         return {"inputs": inputs, "labels": labels}
-    return {"input_ids": inputs, "attention_mask": (inputs != 0).long(), "labels": labels}
+    return {"input_ids": inputs, "attention_mask": (inputs != PADDING).long(), "labels": labels}
 
 
-def focal_loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
-    """The user's own loss: the sum over the micro-batch's labels, divided by the update's."""
-    logits = outputs["logits"]
-    losses = focal_losses(logits, labels)
-    return losses.sum() / (losses.count_nonzero() if num_items_in_batch is None else num_items_in_batch)
+def own_loss_of(setting: Setting) -> Callable[..., Tensor] | None:
+    """The user's own loss as a `compute_loss_func`: the micro-batch's sum, divided by the update's labels."""
+    if not setting.own_loss:
+        return None
+
+    def loss_of(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+        logits = outputs["logits"]
+        if setting.model in CAUSAL:
+            logits, labels = logits[:, :-1], labels[:, 1:]
+        items = (labels != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
+        return focal_losses(logits, labels).sum() / items
+
+    return loss_of
 
 
 class ReportLoss(TrainerCallback):

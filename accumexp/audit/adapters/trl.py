@@ -1,8 +1,9 @@
-"""trl's SFTTrainer, which trains causal language models: settings of classes are left out.
+"""trl's SFTTrainer, which trains causal language models: it trains on tokens in every setting.
 
 Without a model in the setting it trains a Llama. Sequences are tokenised beforehand, with the prompt's
-labels ignored. The optimizer is the trainer's default, AdamW. Left out: `own_loss`, whose argument
-`compute_loss_func` is deprecated.
+labels ignored. The optimizer is the trainer's default, AdamW. `label_smoothing` and `own_loss` use
+arguments (`label_smoothing_factor`, `compute_loss_func`) that trl deprecates. Left out: `classes`, which it
+cannot train.
 """
 
 from __future__ import annotations
@@ -16,32 +17,43 @@ from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
 
-from ..models import model_of
+from ..models import CAUSAL, model_of
 from ..samples import VOCABULARY, samples_of
 from ..settings import Setting, Watch, optimizer_of, quiet
-from .transformers import ReportLoss, arguments_of
+from .transformers import ReportLoss, arguments_of, own_loss_of
 
 PACKAGE = "trl"
 SETTINGS = (
     "tokens",
+    "label_smoothing",
+    "own_loss",
+    "groups",
+    "clipping",
+    "schedule",
+    "epoch",
+    "short_epoch",
+    "two_ranks",
+    "bf16",
+    "dropout",
     "causal_lm",
 )
 
 
 def fit(setting: Setting, watch: Watch, steps: int, micro: int) -> None:
-    if setting.model == "mlp":
-        setting = replace(setting, model="llama")
+    model_name = setting.model if setting.model in CAUSAL else "llama"
+    setting = replace(setting, task="tokens", model=model_name)
     model = watch(model_of(setting, setting.dtype(watch)))
     samples = samples_of(setting, setting.dtype(watch))
     with TemporaryDirectory() as folder, quiet():
-        arguments = arguments_of(setting, steps, micro)
+        arguments = arguments_of(setting, steps, micro) | {"remove_unused_columns": True}
         trainer = SFTTrainer(
             model,  # type: ignore[arg-type]
-            SFTConfig(folder, **{**arguments, "remove_unused_columns": True}),
+            SFTConfig(folder, **arguments),
             train_dataset=Dataset.from_list(
                 [{"input_ids": s["inputs"].tolist(), "labels": s["labels"].tolist()} for s in samples]
             ),
             processing_class=tokenizer(),
+            compute_loss_func=own_loss_of(setting),
             optimizers=(optimizer_of(setting, model) if setting.groups else None, None),
             callbacks=[ReportLoss(watch)],
         )
