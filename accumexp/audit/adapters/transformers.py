@@ -14,8 +14,18 @@ from typing import Any
 from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from ..models import CAUSAL, WithLoss, model_of from ..samples import PADDING, collate, samples_of from
-..settings import IGNORED, WARM_UP_UPDATES, Setting, Watch, cross_entropy, focal_losses, optimizer_of, quiet
+from ..models import CAUSAL, WithLoss, model_of
+from ..samples import PADDING, collate, samples_of
+from ..settings import (
+    IGNORED,
+    WARM_UP_UPDATES,
+    Setting,
+    Watch,
+    cross_entropy,
+    focal_losses,
+    optimizer_of,
+    quiet,
+)
 
 PACKAGE = "transformers"
 SETTINGS = (
