@@ -16,6 +16,7 @@ from rich.progress import track
 from rich.table import Table
 
 from .concurrency import in_one_store, on_one_run
+from .cost import COST_TITLES, cost
 from .disks import full_disks
 from .hostile import hostile_checkpoints
 from .kills import Kill, Outcome, random_kills, reference, tried
@@ -69,7 +70,7 @@ def _kills(folder: Path, count: int, seed: int, ranks: bool) -> bool:
 
 
 def server(folder: Path, count: int, seed: int) -> bool:
-    """A server that fails for good, for 20 seconds, and when the run gets SIGTERM."""
+    """A server that fails for good, for 20 seconds, and when the run gets SIGTERM; the cost of an update."""
     modes = ("refuse", "500", "hang", "lose")
     table = Table(*TITLES)
     results = [
@@ -79,6 +80,10 @@ def server(folder: Path, count: int, seed: int) -> bool:
     ]
     for outage in results:
         table.add_row(*outage.row())
+    console.print(table)
+    table = Table(*COST_TITLES)
+    for mode in modes:
+        table.add_row(*cost(folder / "cost" / mode, mode, updates=4000).row())
     console.print(table)
     return not any(outage.lost or outage.doubled for outage in results)
 

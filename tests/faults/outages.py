@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import statistics
 import subprocess
 import sys
 import time
@@ -25,7 +24,6 @@ class Outage:
     """One run, and what became of it.
 
     Attributes:
-        ratio: the time of its updates during the outage to that of a run with tracking=none beside it.
         lines: the lines about the server that it printed.
         late: points that the server had only after the sync.
         lost: points of the journal that the server does not have after the sync.
@@ -36,7 +34,6 @@ class Outage:
 
     mode: str
     seconds: float
-    ratio: float
     lines: int
     late: int
     lost: int
@@ -47,10 +44,8 @@ class Outage:
     def row(self) -> list[str]:
         stop = "" if self.stop_seconds is None else f"{self.stop_seconds:.1f} s"
         length = "for good" if self.seconds >= LONG else f"{self.seconds:.0f} s"
-        ratio = f"{self.ratio:.3f}"
         return [
             f"{self.mode}, {length}",
-            ratio,
             *map(str, (self.lines, self.late, self.lost, self.doubled)),
             stop,
         ]
@@ -58,7 +53,6 @@ class Outage:
 
 TITLES = [
     "server",
-    "time an update, to tracking=none",
     "lines",
     "sent later",
     "lost",
@@ -84,8 +78,9 @@ def outages(
         proxy = Proxy(port)
         try:
             cases = [(mode, length) for length in lengths for mode in modes]
+            limits = [f"trainer.max_updates={updates}", "trainer.epochs=100000"]
             return [
-                _outage(folder / f"{mode}-{length:.0f}", proxy, mode, length, updates, stop_after)
+                _outage(folder / f"{mode}-{length:.0f}", proxy, mode, length, limits, stop_after)
                 for mode, length in cases
             ]
         finally:
@@ -101,37 +96,28 @@ def _start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
 
 
 def _outage(
-    folder: Path, proxy: Proxy, mode: str, length: float, updates: int, stop_after: float | None
+    folder: Path, proxy: Proxy, mode: str, length: float, settings: Sequence[str], stop_after: float | None
 ) -> Outage:
     proxy.mode = "pass"
-    limits = (f"trainer.max_updates={updates}", "trainer.epochs=100000", "eval.every_epochs=0")
-    limits = limits[:2]
-    both = [
-        _start(folder / "without", *limits, "tracking=none"),
-        _start(folder / "with", *limits, f"tracking.uri={proxy.uri}"),
-    ]
-    begin = _when_training(folder / "with", min(updates // 5, 100))
+    process = _start(folder, *settings, f"tracking.uri={proxy.uri}")
+    begin = when_training(folder, 100)
     proxy.mode = mode
     stopped: float | None = None
-    while both[1].poll() is None:
+    while process.poll() is None:
         now = time.time()
         if now - begin > length:
             proxy.mode = "pass"
         if stop_after is not None and stopped is None and now - begin > stop_after:
-            both[1].send_signal(signal.SIGTERM)
+            process.send_signal(signal.SIGTERM)
             stopped = now
         time.sleep(0.02)
     end = time.time()
-    output = both[1].communicate()[0]
-    if stopped is not None:
-        both[0].send_signal(signal.SIGTERM)
-    both[0].communicate()
-    run = only_run(folder / "with")
-    until = min(stopped or end, begin + length)
+    output = process.communicate()[0]
+    run = only_run(folder)
     proxy.mode = "pass"
     before = _points(run, proxy)
     if (run / "unsent.jsonl").exists():
-        done = run_command("report", f"sync={run}", folder=folder / "with")
+        done = run_command("report", f"sync={run}", folder=folder)
         assert done.code == 0, done
     after = _points(run, proxy)
     logged = {(key, row["update"]) for row in journal(run) for key in row if key.startswith("train/loss")}
@@ -140,17 +126,16 @@ def _outage(
     return Outage(
         mode,
         length,
-        _update_seconds(run, begin, until) / _update_seconds(only_run(folder / "without"), begin, until),
         sum("tracking:" in line for line in output.splitlines()),
         late,
         len(logged - set(stored)),
         len(stored) - len(set(stored)),
         None if stopped is None else end - stopped,
-        both[1].returncode,
+        process.returncode,
     )
 
 
-def _when_training(folder: Path, update: int) -> float:
+def when_training(folder: Path, update: int) -> float:
     """Waits for an update; returns the time."""
     end = time.monotonic() + 120
     while time.monotonic() < end:
@@ -159,12 +144,6 @@ def _when_training(folder: Path, update: int) -> float:
                 return time.time()
         time.sleep(0.05)
     raise TimeoutError(f"{folder}: no update {update}")
-
-
-def _update_seconds(run: Path, begin: float, end: float) -> float:
-    """The median time of an update between `begin` and `end`."""
-    times = [row["time"] for row in journal(run) if begin <= row["time"] <= end and "train/loss" in row]
-    return statistics.median(later - earlier for earlier, later in zip(times, times[1:], strict=False))
 
 
 def _points(run: Path, proxy: Proxy) -> list[tuple[str, int]]:
