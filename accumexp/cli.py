@@ -108,8 +108,12 @@ def _group_options(loader: Any, group_name: str, results_filter: Any = ObjectTyp
     return loader.repository.get_group_options(group_name, results_filter)
 
 
-def explain(error: BaseException) -> str:
-    """The one-line message for an error of Hydra's composition: the key or choice, and the remedy."""
+def explain(error: BaseException, folder: str | None = None) -> str:
+    """The one-line message for an error of Hydra's composition: the key or choice, and the remedy.
+
+    Args:
+        folder: of the configuration that was composed, by default `accumexp/conf`.
+    """
     cause = error.__cause__
     text = str(error)
     if isinstance(error, OverrideParseException):
@@ -118,7 +122,8 @@ def explain(error: BaseException) -> str:
         choice = re.search(r"Could not find '([^']*)/([^'/]*)'", text)
         options = getattr(error, "options", None)
         if choice:
-            listed = f"{choice[1]} is one of {', '.join(sorted(options))}" if options else "see --help"
+            options = sorted(set(options or ()) - {"schema"})
+            listed = f"{choice[1]} is one of {', '.join(options)}" if options else "see --help"
             return f"{choice[1]}={choice[2]}: no such choice, {listed}"
     override = re.search(r"(?:Could not override|Error merging override) '?([^'\s]+)'?", text)
     if override and isinstance(cause, OmegaConfBaseException):
@@ -127,7 +132,7 @@ def explain(error: BaseException) -> str:
         # A key inside of a dict that was given whole.
         inner = full_key if full_key.startswith(f"{key.lstrip('+')}.") else ""
         if "Could not override" in text:
-            return _unknown(inner or key)
+            return _unknown(inner or key, folder)
         if inner:
             return explain_omegaconf(cause)
         reason = str(cause.msg or cause).splitlines()[0]
@@ -136,20 +141,20 @@ def explain(error: BaseException) -> str:
         return f"{key}={value}: {reason}"
     missing = re.search(r"(?:Could not override|Key) '([^']+)'", text)
     if missing:
-        return _unknown(missing[1])
+        return _unknown(missing[1], folder)
     origin = cause if isinstance(error, ConfigCompositionException) else error
     if isinstance(origin, OmegaConfBaseException):
         return explain_omegaconf(origin)
     return " ".join(line.strip() for line in text.splitlines() if line.strip()) or type(error).__name__
 
 
-def _unknown(key: str) -> str:
+def _unknown(key: str, folder: str | None) -> str:
     """The message for a key that the default configuration does not have; names its first wrong part."""
     from hydra import compose, initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
 
     GlobalHydra.instance().clear()
-    with initialize_config_dir(conf_dir(), version_base="1.3"):
+    with initialize_config_dir(folder or conf_dir(), version_base="1.3"):
         node: Any = compose("config")
     parts = key.split(".")
     for depth, part in enumerate(parts, 1):

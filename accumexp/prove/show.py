@@ -142,15 +142,15 @@ def markdown(certificate: Certificate, page: str) -> str:
 
 
 @contextmanager
-def stages() -> Iterator[Callable[[str], None]]:
-    """A function that shows the current stage on a terminal; elsewhere it has no effect.
+def stages(title: str = "proving") -> Iterator[Callable[[str], None]]:
+    """A function that shows the current stage on a terminal, behind `title`; elsewhere it has no effect.
 
     "update 12 of 100" is shown behind the stage that it is a part of.
     """
     if not console.is_terminal or console.quiet:
         yield lambda stage: None
         return
-    columns = SpinnerColumn(), TextColumn("proving: {task.description}"), TimeElapsedColumn()
+    columns = SpinnerColumn(), TextColumn(f"{escape(title)}: {{task.description}}"), TimeElapsedColumn()
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("the experiment is built", total=None)
         current = ""
