@@ -276,10 +276,9 @@ def _addition_check(problem: Problem, observation: Observation, precision: str) 
         if problem.clip_value
         else arrived
     )
-    square = dot(base, base)
     # The median over the parameters: one that is added wrongly must not move it.
-    factors = sorted(dot({n: g}, kept) / dot({n: g}, {n: g}) for n, g in base.items() if bool(g.any()))
-    factor = factors[len(factors) // 2] if factors else 1.0
+    factors = {n: dot({n: g}, kept) / dot({n: g}, {n: g}) for n, g in base.items() if bool(g.any())}
+    factor = sorted(factors.values())[len(factors) // 2] if factors else 1.0
     size = norm(gradient) or 1.0
     rounded_again = problem.clip_norm is not None or problem.scaling is not None
     errors, bounds, sizes = {}, {}, {}
@@ -291,10 +290,12 @@ def _addition_check(problem: Problem, observation: Observation, precision: str) 
         once = abs(factor) * float((exact.to(dtype).double() - exact).norm())
         terms = abs(factor) * observation.arrived_norms[name]
         added = max(0, observation.arrivals - 1) * U32 * terms
-        bounds[name] = once + added + rounded_again * roundoff(dtype) * sizes[name]
-    # The factor follows from rounded numbers: by Cauchy and Schwarz it is off by their error at most.
-    whole = factor * factor * square or 1.0
-    slack = math.sqrt(sum(b * b for b in bounds.values()) / whole)
+        # Next to a tie, the error of the sum makes it round to the other side, and counts twice.
+        bounds[name] = once + 2 * added + rounded_again * roundoff(dtype) * sizes[name]
+    # Each parameter's factor is off by its own bound at most; so at least half of the parameters have bounds
+    # as large as the error of the median.
+    slacks = sorted(bounds[name] / sizes[name] for name in factors if sizes[name])
+    slack = slacks[len(slacks) // 2] if slacks else 0.0
     bounds = {name: bound + slack * sizes[name] for name, bound in bounds.items()}
     name = max(errors, key=lambda key: excess(errors[key], bounds[key]))
     error, bound = errors[name] / size, bounds[name] / size
