@@ -117,7 +117,7 @@ def test_every_remainder_is_tried_where_the_loop_takes_samples() -> None:
 
     assert sorted({count % 4 for count in seen if count > 2}) == [0, 1, 2, 3]
     assert certificate.verdict == "not proved"
-    assert "(an epoch of 7 micro-batches, 3 more than windows of 4 take)" in str(certificate)
+    assert "; with 7 micro-batches an epoch (3 left over)" in str(certificate)
     assert str(audit(lambda watch, steps, micro, samples: Loop()(watch, steps, micro, samples))) == "proved"
     assert [-(-size // 8) % 4 for size in epoch_sizes(4, 8)] == [0, 1, 2, 3]
 
