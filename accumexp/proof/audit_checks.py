@@ -15,13 +15,20 @@ LOGGED = 1e-3
 
 
 def all_checks(comparison: Comparison) -> tuple[list[Check], list[Series]]:
-    checks = [_updates_check(comparison), _samples_check(comparison), _steps_check(comparison)]
+    """The checks that have something to compare, and the gradient's figures by update."""
     gradient, series = _gradient_checks(comparison)
-    checks += [*gradient, _weights_check(comparison), _buffers_check(comparison), _rates_check(comparison)]
-    if comparison.ranks > 1:
-        checks.append(_agreement_check(comparison))
-    checks.append(_loss_check(comparison))
-    checks.append(_own_loss_check(comparison))
+    checks = [
+        _updates_check(comparison),
+        _samples_check(comparison),
+        _steps_check(comparison),
+        *gradient,
+        _weights_check(comparison),
+        _buffers_check(comparison),
+        _rates_check(comparison),
+        _agreement_check(comparison) if comparison.ranks > 1 else None,
+        _loss_check(comparison),
+        _own_loss_check(comparison),
+    ]
     return [check for check in checks if check is not None], series
 
 

@@ -120,11 +120,15 @@ class Comparison:
         return [pair for pair, error, _ in self.errors if not error <= self.bound(pair)]
 
     def hidden(self, pair: Pair) -> bool:
-        """Whether the gradients of `pair` differ before they are clipped, which may hide it."""
+        """Whether the gradients of `pair` are clipped, and differ before, which clipping may hide."""
         one, other = pair.update.first.before_clipping, pair.larger.first.before_clipping
         if one is None or other is None:
             return False
-        return not relative_error(one, other)[0] <= self.bound(pair)
+        clips = any(
+            relative_error(update.first.gradient, before)[0] > self.unit
+            for update, before in ((pair.update, one), (pair.larger, other))
+        )
+        return clips and not relative_error(one, other)[0] <= self.bound(pair)
 
     def measure(self, rounded: list[FitRecord], how: str) -> Levels:
         """The levels, by the larger batch `rounded` otherwise."""
