@@ -5,6 +5,7 @@ It trains in fp32, as it reduces no gradients of fp64. Its first start compiles 
 
 from __future__ import annotations
 
+import atexit
 import os
 from typing import Any
 from unittest.mock import patch
@@ -45,6 +46,9 @@ ONE_PROCESS = {
 def fit(setting: Setting, watch: Watch, steps: int, micro: int) -> None:
     several = setting.processes > 1
     with quiet(), patch.dict(os.environ, {} if several else ONE_PROCESS):
+        if not torch.distributed.is_initialized():
+            deepspeed.init_distributed("gloo")
+            atexit.register(torch.distributed.destroy_process_group)  # the engine keeps groups between fits
         model = watch(model_of(setting, torch.float32))
         loss_of = cross_entropy(setting)
         optimizer = optimizer_of(setting, model)
@@ -60,8 +64,6 @@ def fit(setting: Setting, watch: Watch, steps: int, micro: int) -> None:
                 loss = loss_of(engine(inputs), labels)
                 engine.backward(loss)
                 engine.step()
-        if not several:
-            torch.distributed.destroy_process_group()
 
 
 def config_of(setting: Setting, steps: int, micro: int) -> dict[str, Any]:

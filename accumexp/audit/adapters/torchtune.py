@@ -71,7 +71,7 @@ def config_of(setting: Setting, steps: int, micro: int, folder: str) -> dict[str
         "model": {
             "_component_": "torchtune.models.llama2.llama2",
             "vocab_size": VOCABULARY,
-            "num_layers": 2,
+            "num_layers": 1,
             "num_heads": 2,
             "num_kv_heads": 2,
             "embed_dim": 16,
