@@ -1,6 +1,7 @@
 """DeepSpeed's engine with `gradient_accumulation_steps`, without ZeRO, in the loop of its training guide.
 
-It trains in fp32, as it reduces no gradients of fp64. Its first start compiles an operator, which takes minutes.
+It trains in fp32, as it reduces no gradients of fp64. Its first start compiles an operator, which takes
+minutes.
 """
 
 from __future__ import annotations
