@@ -90,7 +90,16 @@ class Cell:
 def cell_of(case: Case, certificate: Certificate | None, refusal: str, seconds: float) -> Cell:
     """The cell of a certificate, or of the line that says why there is none."""
     package = adapter_of(case.trainer).PACKAGE if case.setting else ""
-    cell = Cell(case.trainer, package, version_of(package), case.name, UNDECIDED, [refusal], [], seconds)
+    cell = Cell(
+        case.trainer,
+        package,
+        version_of(package) if package else "",
+        case.name,
+        UNDECIDED,
+        [refusal],
+        [],
+        seconds,
+    )
     if certificate is None:
         return cell
     causes = [cause for cause in certificate.causes if not cause.excused]
