@@ -80,8 +80,8 @@ def check_changes(before: Config, after: Config, progress: Mapping[str, int], re
         raise UsageError(f"trainer.epochs={loop.epochs}: the run is in epoch {epoch + 1} already")
 
 
-# Settings that an earlier launch of a job may have had otherwise: those of the machine, of its tracker, of its
-# proof and report, and those that the run itself chooses.
+# Settings that an earlier launch of a job may have had otherwise: those of the machine, of its tracker, proof
+# and report, and those that the run itself chooses.
 OF_A_LAUNCH = (
     *("accum.steps", "accum.micro_batch_size", "accum.processes", "accum.memory_limit", "data.workers"),
     *("device", "tracking.", "report.", "prove", "proof.", "resume", "trainer.threads", "trainer.progress"),
