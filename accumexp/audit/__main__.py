@@ -54,6 +54,8 @@ From Python: `accumexp.proof.audit(fit)`. docs/audit.md has the matrix of traine
 def main() -> None:
     options = _options()
     if options.trainer == "all":
+        if options.folder or options.mlflow:
+            raise UsageError("--folder and --mlflow keep the certificates of one trainer, not of all")
         cells, left_out = _audit_all(options.arguments)
     else:
         cells, left_out = _audit_one(options), []
@@ -80,6 +82,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("arguments", nargs="*", metavar="key=value")
     parser.add_argument("-v", "--verbose", action="store_true", help="all checks of each certificate")
     parser.add_argument("--folder", help="keep each certificate, its page and pictures in this folder")
+    parser.add_argument("--mlflow", action="store_true", help="keep each certificate as a run in MLflow too")
     parser.add_argument("--json", help="write the results as JSON to this file")
     parser.add_argument("--write", metavar="PAGE.md", help="write the matrix as Markdown, and JSON beside it")
     options = parser.parse_intermixed_args()
@@ -90,26 +93,29 @@ def _options() -> argparse.Namespace:
 
 
 def _audit_one(options: argparse.Namespace) -> list[Cell]:
-    from ..tracking.folder import RunFolder
     from .cases import cases_of
     from .cells import judge
-    from .show import show_cell, show_certificate, stages
+    from .show import show_cell, show_certificate, show_locations, stages
 
     cases = cases_of(options.trainer, options.arguments)
     alone = len(cases) == 1
+    folder = Path(options.folder or "audit")
     cells = []
     for case in cases:
         with stages(f"{case.trainer} {case.name}") as stage:
             certificate, cell = judge(case, stage)
         cells.append(cell)
         show_cell(cell, alone)
-        if certificate is not None and (alone or options.verbose):
+        if certificate is None:
+            continue
+        if alone or options.verbose:
             show_certificate(certificate, options.verbose)
-        if certificate is not None and options.folder:
-            from ..prove.page import save
+        if options.folder or options.mlflow:
+            from .keep import keep
 
-            folder = RunFolder(Path(options.folder) / case.name if not alone else Path(options.folder))
-            save(certificate, folder)
+            show_locations(
+                keep(certificate, cell, folder if alone else folder / cell.setting, options.mlflow)
+            )
     return cells
 
 

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 
 from rich.markup import escape
 
-from ..environment.console import print_line
+from ..environment.console import print_line, show_values
 from ..proof import Certificate
 from ..prove import show as prove_show
 from .cells import EQUAL, UNDECIDED, UNEQUAL, Cell
@@ -30,6 +30,10 @@ def show_cell(cell: Cell, alone: bool = False) -> None:
 
 def show_certificate(certificate: Certificate, verbose: bool) -> None:
     prove_show.show(certificate, verbose)
+
+
+def show_locations(locations: Mapping[str, object]) -> None:
+    show_values("kept", locations)
 
 
 def show_left_out(line: str) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ..support.command import run_command
+from ..support.command import records, run_command
 
 OWN = '''
 import torch
@@ -57,12 +57,14 @@ def test_an_own_loop_that_is_the_larger_batch_is_equal(own: Path) -> None:
 
 
 def test_an_own_loop_that_is_not_exits_with_1_and_its_cause(own: Path) -> None:
-    done = run_command("audit", "my_training:always_by_steps", "--folder", "kept", folder=own)
+    done = run_command("audit", "my_training:always_by_steps", "--folder", "kept", "--mlflow", folder=own)
     assert done.code == 1, done
     assert "0.75 times the larger batch's" in done.stdout
     certificate = json.loads((own / "kept" / "certificate.json").read_text())
     assert certificate["verdict"] == "not proved"
     assert "0.75" in (own / "kept" / "certificate.html").read_text()
+    (record,) = records(own)
+    assert "0.75" in record.tags["accumexp.certificate"] and "certificate.html" in record.artifacts
 
 
 @pytest.mark.parametrize(
