@@ -21,7 +21,7 @@ COMMANDS = re.findall(
 
 
 def test_the_loop_in_readme_trains(capsys: pytest.CaptureFixture[str]) -> None:
-    loop, continued, _ = re.findall(r"```python[ a-z]*\n(.*?)```", README, flags=re.DOTALL)
+    loop, continued, *_ = re.findall(r"```python[ a-z]*\n(.*?)```", README, flags=re.DOTALL)
     names: dict[str, Any] = {}
     exec(compile(loop, "README.md", "exec"), names)
     lines = capsys.readouterr().out.splitlines()
@@ -32,12 +32,22 @@ def test_the_loop_in_readme_trains(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_loop_in_readme_is_not_certified_as_readme_says(capsys: pytest.CaptureFixture[str]) -> None:
-    *_, loop = re.findall(r"```python[ a-z]*\n(.*?)```", README, flags=re.DOTALL)
+    *_, loop, _ = re.findall(r"```python[ a-z]*\n(.*?)```", README, flags=re.DOTALL)
     exec(compile(loop, "README.md", "exec"), {})
     (line,) = capsys.readouterr().out.splitlines()
     assert line in README.splitlines() and line.startswith("not proved")
     exec(compile(loop.replace("/ steps", "* len(y) / len(batch[1])"), "README.md", "exec"), {})
     assert capsys.readouterr().out == "proved\n"
+
+
+def test_the_trainer_in_readme_is_audited_as_readme_says(capsys: pytest.CaptureFixture[str]) -> None:
+    *_, loop, trainer = re.findall(r"```python[ a-z]*\n(.*?)```", README, flags=re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(compile(loop, "README.md", "exec"), names)
+    capsys.readouterr()
+    exec(compile(trainer, "README.md", "exec"), names)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines and all(line in README.splitlines() for line in lines)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
