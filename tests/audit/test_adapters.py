@@ -41,8 +41,13 @@ def setting_of(name: str) -> Setting:
     return Setting(**yaml.safe_load((CONF / f"{name}.yaml").read_text()))
 
 
-def test_every_setting_has_a_file_of_its_name(adapter: Any) -> None:
-    assert all(setting_of(name).name == name for name in adapter.SETTINGS)
+def test_every_file_is_a_setting_of_its_name() -> None:
+    names = [path.stem for path in CONF.glob("*.yaml")]
+    assert len(names) > 10 and all(setting_of(name).name == name for name in names)
+
+
+def test_every_setting_of_an_adapter_has_a_file(adapter: Any) -> None:
+    assert len(adapter.SETTINGS) > 5 and all(setting_of(name) for name in adapter.SETTINGS)
 
 
 def test_windows_hold_the_samples_of_the_larger_batch(adapter: Any) -> None:
