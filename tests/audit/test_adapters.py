@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import warnings
 from importlib import import_module
-from pathlib import Path
 from pkgutil import iter_modules
 from typing import Any
 
 import pytest
 import torch
-import yaml
 
 from accumexp.audit import adapters
+from accumexp.audit.cases import CONF, composed
 from accumexp.audit.settings import LEARNING_RATE, Setting
-from accumexp.conf import conf_dir
 
 from .watched import watched
 
-CONF = Path(conf_dir()) / "audit"
 NAMES = [module.name for module in iter_modules(adapters.__path__)]
 STEPS, MICRO = 4, 8
 # Trainers whose loaders leave out an epoch's smaller last micro-batch, with what they keep of 84 samples.
@@ -38,11 +35,11 @@ def adapter(request: pytest.FixtureRequest) -> Any:
 
 
 def setting_of(name: str) -> Setting:
-    return Setting(**yaml.safe_load((CONF / f"{name}.yaml").read_text()))
+    return Setting(**composed([f"setting={name}"])["setting"])
 
 
 def test_every_file_is_a_setting_of_its_name() -> None:
-    names = [path.stem for path in CONF.glob("*.yaml")]
+    names = [path.stem for path in (CONF / "setting").glob("*.yaml")]
     assert len(names) > 10 and all(setting_of(name).name == name for name in names)
 
 

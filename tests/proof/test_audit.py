@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy
 
 from accumexp.proof import audit
 from accumexp.proof.audit import epoch_sizes
-from accumexp.proof.audit_samples import sample_keys
+from accumexp.proof.audit.samples import sample_keys
 
 from ..support.ranks import on_ranks
 from .audited_loops import (

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .audit_records import JointUpdate, Update
-from .audit_samples import sample_keys
-from .fixed_draws import FixedDraws, in_unit_interval, mixed
-from .larger_batch import Gradient
-from .module_tracker import OUTSIDE, ModuleTracker, in_backward
-from .nested import map_tensors
-from .sample_ids import SampleIds, row_count
+from ..fixed_draws import FixedDraws, in_unit_interval, mixed
+from ..larger_batch import Gradient
+from ..module_tracker import OUTSIDE, ModuleTracker, in_backward
+from ..nested import map_tensors
+from ..sample_ids import SampleIds, row_count
+from .records import JointUpdate, Update
+from .samples import sample_keys
 
 # A factor that is no power of two: a gradient that is multiplied by it is rounded otherwise.
 RESCALE = 0.7

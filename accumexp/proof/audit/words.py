@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .audit_counts import MicroBatchCounts
-from .audit_pairs import Pair
+from .counts import MicroBatchCounts
+from .pairs import Pair
 
 
 def counts_in_words(found: MicroBatchCounts, pair: Pair, steps: int, tolerance: float) -> str | None:

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from .audit_samples import multiset
-from .larger_batch import Gradient
+from ..larger_batch import Gradient
+from .samples import multiset
 
 
 class AuditError(ValueError):

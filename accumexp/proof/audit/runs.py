@@ -11,15 +11,15 @@ from typing import Any
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from .audit_calls import clipping_calls, scaler_steps
-from .audit_causes import find_causes
-from .audit_checks import all_checks
-from .audit_pairs import Comparison
-from .audit_records import AuditError, FitRecord
-from .audit_refusals import check_order, check_pairs, level_or_refuse, unwatchable
-from .audit_rerun import Rounding, Starts
-from .audit_watch import Watch
-from .ranks import all_gather
+from ..ranks import all_gather
+from .calls import clipping_calls, scaler_steps
+from .causes import find_causes
+from .checks import all_checks
+from .pairs import Comparison
+from .records import AuditError, FitRecord
+from .refusals import check_order, check_pairs, level_or_refuse, unwatchable
+from .rerun import Rounding, Starts
+from .watch import Watch
 
 
 class Result:

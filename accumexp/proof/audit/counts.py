@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .audit_records import JointUpdate
-from .float64 import DOUBLE
-from .larger_batch import Gradient, norm
+from ..float64 import DOUBLE
+from ..larger_batch import Gradient, norm
+from .records import JointUpdate
 
 # Singular values below this part of the largest one tell nothing apart.
 DEPENDENT = 1e-7

@@ -6,13 +6,13 @@ import math
 from collections.abc import Iterator
 from dataclasses import replace
 
-from .audit_counts import least_squares, micro_batch_counts, relative_error
-from .audit_order import sample_causes, step_causes
-from .audit_pairs import Comparison, Pair
-from .audit_words import counts_in_words, factor_in_words, updates_in_words
-from .certificate import Cause, Counts, number
-from .diagnosis import WITHOUT_STATISTICS
-from .larger_batch import Gradient
+from ..certificate import Cause, Counts, number
+from ..diagnosis import WITHOUT_STATISTICS
+from ..larger_batch import Gradient
+from .counts import least_squares, micro_batch_counts, relative_error
+from .order import sample_causes, step_causes
+from .pairs import Comparison, Pair
+from .words import counts_in_words, factor_in_words, updates_in_words
 
 DIVIDE = "divide every micro-batch's sum by the weight of the whole window, once"
 # An error of the clipped gradient that training would hardly show.

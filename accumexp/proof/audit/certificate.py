@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 
-from .audit_pairs import Comparison
-from .audit_records import FitRecord
-from .audit_runs import Result, Runs
-from .audit_words import listed
-from .certificate import Cause, Certificate, Check, Counts, Series, worst_check
-from .draw_causes import REDRAWN
+from ..certificate import Cause, Certificate, Check, Counts, Series, worst_check
+from ..draw_causes import REDRAWN
+from .pairs import Comparison
+from .records import FitRecord
+from .runs import Result, Runs
+from .words import listed
 
 # A comparison, and the number of micro-batches in its epochs if the audit chose it, else 0.
 OfEpoch = tuple[int, Result]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad
 
-from .audit_records import FitRecord
+from .records import FitRecord
 
 # Inner functions first: loops import the public ones by name, before they could be replaced.
 CLIPPING = ("_clip_grads_with_norm_", "clip_grad_value_")

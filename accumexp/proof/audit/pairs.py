@@ -8,13 +8,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
-from .audit_counts import cancellation, relative_error
-from .audit_records import FitRecord, JointUpdate, joint_updates
-from .larger_batch import Gradient
-from .ranks import worst
-from .rounding import LAMBDA, U64
+from ..larger_batch import Gradient
+from ..ranks import worst
+from ..rounding import LAMBDA
+from .counts import cancellation, relative_error
+from .records import FitRecord, JointUpdate, joint_updates
 
-UNIT = {"float64": U64, "float32": 2.0**-24, "bfloat16": 2.0**-8, "float16": 2.0**-11}
+U32 = 2.0**-24
+UNIT = {"bfloat16": 2.0**-8, "float16": 2.0**-11}
 
 
 @dataclass(frozen=True)
@@ -108,8 +109,11 @@ class Comparison:
 
     @property
     def unit(self) -> float:
-        """The unit roundoff of the coarsest dtype that gradients were delivered in."""
-        return max((UNIT.get(name, U64) for record in self.run for name in record.dtypes), default=U64)
+        """The unit roundoff of the coarsest dtype that gradients were delivered in, at least that of fp32.
+
+        Trainers keep a loss, or what they scale it by, in fp32 whatever the model's dtype.
+        """
+        return max((UNIT.get(name, U32) for record in self.run for name in record.dtypes), default=U32)
 
     @cached_property
     def errors(self) -> list[tuple[Pair, float, str]]:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
-from .audit_pairs import Comparison, Levels
-from .audit_records import AuditError, FitRecord
-from .audit_samples import multiset
-from .audit_watch import Watch
-from .certificate import number
+from ..certificate import number
+from .pairs import Comparison, Levels
+from .records import AuditError, FitRecord
+from .samples import multiset
+from .watch import Watch
 
 # Two runs of the larger batch that differ by more cannot be told from a wrong one.
 MOST = 1e-2

@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 
-from .audit_certificate import joined_certificate
-from .audit_records import AuditError
-from .audit_runs import Runs
-from .certificate import Certificate
-from .float64 import DOUBLE
-from .ranks import world_size
+from ..certificate import Certificate
+from ..float64 import DOUBLE
+from ..ranks import world_size
+from .certificate import joined_certificate
+from .records import AuditError
+from .runs import Runs
 
 # Updates whose gradients, weights and optimizer state are kept and compared.
 UPDATES = 32

@@ -12,8 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .audit_records import AuditError, FitRecord, MicroBatch, Update
-from .audit_rerun import (
+from ..compilation import outside_graphs
+from ..fixed_draws import SDPBackend, sdpa_kernel
+from ..larger_batch import Gradient
+from ..module_tracker import in_backward
+from ..nested import cloned
+from .records import AuditError, FitRecord, MicroBatch, Update
+from .rerun import (
     ModelDraws,
     Rounding,
     Starts,
@@ -22,12 +27,7 @@ from .audit_rerun import (
     loss_gradient,
     optimizer_state,
 )
-from .audit_samples import sample_keys
-from .compilation import outside_graphs
-from .fixed_draws import SDPBackend, sdpa_kernel
-from .larger_batch import Gradient
-from .module_tracker import in_backward
-from .nested import cloned
+from .samples import sample_keys
 
 
 class Watch:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 
-from .audit_counts import relative_error
-from .audit_pairs import Comparison, Pair, buffers_differ, moved_otherwise, size_over_step
-from .audit_words import updates_in_words
-from .certificate import Check, Series, number, worst_check
-from .rounding import LAMBDA
+from ..certificate import Check, Series, number, worst_check
+from ..rounding import LAMBDA
+from .counts import relative_error
+from .pairs import Comparison, Pair, buffers_differ, moved_otherwise, size_over_step
+from .words import updates_in_words
 
 # Logged losses are often rounded to four digits.
 LOGGED = 1e-3

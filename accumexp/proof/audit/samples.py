@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .nested import tensors_by_path
-from .sample_ids import row_count
+from ..nested import tensors_by_path
+from ..sample_ids import row_count
 
 # Values that fill token ids and labels up to a common length.
 PADDING = (0, -100)

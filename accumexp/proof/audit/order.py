@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from .audit_counts import least_squares
-from .audit_pairs import Comparison
-from .audit_samples import epochs_of
-from .audit_words import listed, of_samples, updates_in_words
-from .certificate import Cause
+from ..certificate import Cause
+from .counts import least_squares
+from .pairs import Comparison
+from .samples import epochs_of
+from .words import listed, of_samples, updates_in_words
 
 STEP_ONCE = "step once, after the window's last micro-batch"
 TO_THE_END = "end the window with the epoch: step after its last micro-batch, whatever their number"
