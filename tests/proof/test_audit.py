@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from accumexp.proof import audit
-from accumexp.proof.audit import epoch_sizes
+from accumexp.proof.audit.audit import epoch_sizes
 from accumexp.proof.audit.samples import sample_keys
 
 from ..support.ranks import on_ranks

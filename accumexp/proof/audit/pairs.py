@@ -10,11 +10,10 @@ from functools import cached_property
 
 from ..larger_batch import Gradient
 from ..ranks import worst
-from ..rounding import LAMBDA
+from ..rounding import LAMBDA, U32
 from .counts import cancellation, relative_error
 from .records import FitRecord, JointUpdate, joint_updates
 
-U32 = 2.0**-24
 UNIT = {"bfloat16": 2.0**-8, "float16": 2.0**-11}
 
 
