@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
@@ -14,11 +13,10 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ..cli import explain
 from ..errors import UsageError
-from .cells import Case
+from .cells import CONF, Case
 from .settings import Setting
 from .trainers import adapter_of
 
-CONF = Path(__file__).resolve().parent / "conf"
 CHOICE = "setting="
 
 

@@ -12,12 +12,15 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import yaml
+
 from ..environment.launch import launch
 from ..errors import UsageError, first_line
 from ..proof import Certificate
 from .settings import Setting
 from .trainers import adapter_of, fit_of, version_of
 
+CONF = Path(__file__).resolve().parent / "conf"
 EQUAL, UNEQUAL, UNDECIDED = "equal", "not equal", "not audited"
 VERDICTS = {"proved": EQUAL, "proved up to": EQUAL, "not proved": UNEQUAL}
 
@@ -103,10 +106,20 @@ def cell_of(case: Case, certificate: Certificate | None, refusal: str, seconds: 
     if certificate is None:
         return cell
     causes = [cause for cause in certificate.causes if not cause.excused]
-    excused = [cause.line for cause in certificate.causes if cause.excused]
+    excused = [
+        f"up to {c.source}" + (f" ({c.where})" if c.where else "") for c in certificate.causes if c.excused
+    ]
     lines = excused if certificate.proved else [_without_verdict(line) for line in certificate.lines]
     advice = list(dict.fromkeys(cause.advice for cause in causes if cause.advice))
+    if causes and (special := advice_of(case.trainer, case.name)):
+        advice = [special]
     return replace(cell, verdict=VERDICTS[certificate.verdict], lines=lines, advice=advice)
+
+
+def advice_of(trainer: str, setting: str) -> str | None:
+    """What a user of the trainer should do where `setting` differs, if `conf/advice.yaml` says so."""
+    entries = yaml.safe_load((CONF / "advice.yaml").read_text(encoding="utf-8")).get(trainer, {})
+    return entries.get(setting, entries.get("all"))
 
 
 def _without_verdict(line: str) -> str:

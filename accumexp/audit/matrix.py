@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 from collections import defaultdict
@@ -15,11 +16,16 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from ..errors import UsageError, markdown_text
-from .cells import UNDECIDED, Cell, from_json
+from .cells import CONF, UNDECIDED, Cell, from_json
 from .trainers import trainer_names
 
 MARKS = {"equal": "equal", "not equal": "**differs**", UNDECIDED: "not audited"}
 NOTHING = "–"
+# Settings of the page, the general ones first.
+ORDER = (
+    *("classes", "tokens", "epoch", "short_epoch", "label_smoothing", "own_loss", "groups", "clipping"),
+    *("schedule", "two_ranks", "bf16", "dropout"),
+)
 
 
 def all_trainers(arguments: Sequence[str]) -> Iterator[tuple[str, list[Cell] | str]]:
@@ -64,9 +70,10 @@ def markdown(cells: Sequence[Cell], left_out: Sequence[str], command: str) -> st
         command: the command line that makes the page.
     """
     trainers = list(dict.fromkeys(cell.trainer for cell in cells))
-    settings = list(dict.fromkeys(cell.setting for cell in cells))
+    settings = sorted({cell.setting for cell in cells}, key=_rank)
     by_place = {(cell.trainer, cell.setting): cell for cell in cells}
     versions = {cell.trainer: f"{cell.package} {cell.version}" for cell in cells}
+    packages = ", ".join(f"{name} ({versions[name]})" for name in trainers)
     import torch
 
     counts = {verdict: sum(cell.verdict == verdict for cell in cells) for verdict in MARKS}
@@ -76,54 +83,51 @@ def markdown(cells: Sequence[Cell], left_out: Sequence[str], command: str) -> st
         "",
         "Is a trainer's gradient accumulation the larger batch? Each cell trains a small model with this",
         "trainer twice, unmodified: with 4 micro-batches of 8 samples an update, and with one of 32. All",
-        "updates are compared, each from the same weights. [proof.md](proof.md#audit) says how, and what an",
-        "audit cannot see.",
+        "updates are compared, each from the same weights.",
+        "[proof.md](proof.md#a-trainer-that-is-not-yours) says how, and what an audit cannot see.",
         "",
         f"Made on {date.today().isoformat()} by `{command}`, with torch {torch.__version__} and Python",
-        f"{platform.python_version()}, on a CPU: {totals}. `accumexp/audit/conf/setting/` has the settings.",
+        f"{platform.python_version()}, on a CPU: {totals}. The trainers: {packages}.",
         "",
-        "| setting | " + " | ".join(versions[trainer] for trainer in trainers) + " |",
-        "|---" * (len(trainers) + 1) + "|",
+        "| setting | what is trained | " + " | ".join(trainers) + " |",
+        "|---" * (len(trainers) + 2) + "|",
     ]
     for setting in settings:
         row = [by_place.get((trainer, setting)) for trainer in trainers]
-        lines.append(f"| {setting} | " + " | ".join(MARKS[c.verdict] if c else NOTHING for c in row) + " |")
-    lines += [
-        "",
-        f"{NOTHING}: the trainer has no such setting, for a reason that its adapter's docstring names.",
-        "",
-    ]
-    lines += ["## What differs", "", *_differences(cells)]
-    named = [cell for cell in cells if cell.equal and cell.lines]
-    if named:
-        lines += ["", "## Equal, up to a source that is named", "", *_grouped(named)]
-    undecided = [cell for cell in cells if cell.verdict == UNDECIDED]
+        marks = [MARKS[cell.verdict] if cell else NOTHING for cell in row]
+        lines.append(f"| {setting} | {described(setting)} | {' | '.join(marks)} |")
+    lines += ["", f"{NOTHING}: the trainer has no such setting; its adapter's docstring says why.", ""]
+    lines += ["## What differs", "", *(_grouped(cells, "not equal") or ["Nothing."])]
+    undecided = _grouped(cells, UNDECIDED)
     if undecided or left_out:
-        lines += [
-            "",
-            "## Not audited",
-            "",
-            *_grouped(undecided),
-            *(f"- {markdown_text(line)}" for line in left_out),
-        ]
+        lines += ["", "## Not audited", "", *undecided]
+        lines += [f"- {markdown_text(line)}" for line in left_out]
     return "\n".join(lines) + "\n"
 
 
-def _differences(cells: Sequence[Cell]) -> list[str]:
-    different = [cell for cell in cells if cell.verdict == "not equal"]
-    return _grouped(different) or ["Nothing."]
+def _rank(setting: str) -> tuple[int, str]:
+    return (ORDER.index(setting) if setting in ORDER else len(ORDER), setting)
 
 
-def _grouped(cells: Sequence[Cell]) -> list[str]:
-    """One entry for the cells of a trainer that say the same."""
-    groups: dict[tuple[str, str, str], list[Cell]] = defaultdict(list)
-    for cell in cells:
-        groups[cell.trainer, "; ".join(cell.lines), " ".join(cell.advice)].append(cell)
+def described(setting: str) -> str:
+    """The first line of a setting's file, without its full stop."""
+    path = CONF / "setting" / f"{setting}.yaml"
+    return path.read_text().splitlines()[0].removeprefix("# ").rstrip(".") if path.exists() else ""
+
+
+def _grouped(cells: Sequence[Cell], verdict: str) -> list[str]:
+    """An entry for each setting and kind of difference, with the trainers that have it and what to do."""
+    groups: dict[tuple[str, str], list[Cell]] = defaultdict(list)
+    for cell in sorted(cells, key=lambda cell: _rank(cell.setting)):
+        if cell.verdict == verdict:
+            # Trainers that round otherwise differ in the last digits.
+            rounded = re.sub(r"\d+\.\d{3,}", lambda match: f"{float(match[0]):.4g}", "; ".join(cell.lines))
+            groups[cell.setting, rounded].append(cell)
     entries = []
-    for (trainer, text, advice), members in groups.items():
-        names = ", ".join(cell.setting for cell in members)
-        entry = f"- **{trainer}**, {names}: {markdown_text(text)}."
-        entries.append(entry + (f" *To do:* {markdown_text(advice)}." if advice else ""))
+    for (setting, text), members in groups.items():
+        names = ", ".join(cell.trainer for cell in members)
+        entries.append(f"- {setting}, **{names}**: {markdown_text(text)}.")
+        entries += [f"  - {c.trainer}: {'; '.join(c.advice)}." for c in members if c.advice]
     return entries
 
 

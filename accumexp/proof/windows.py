@@ -269,8 +269,13 @@ def overflow_checks(problem: Problem, batch: WholeBatch) -> list[Check]:
 
 
 def _overflow(problem: Problem, batch: WholeBatch, numbers: Collection[int]) -> tuple[float, float]:
-    """(number of tensors that an overflow in `numbers` changed, factor by which the scale moved)."""
+    """(number of tensors that an overflow in `numbers` changed, factor by which the scale moved).
+
+    The scale is measured at the first weights: after an update of a run that diverges, gradients may not be
+    finite at any scale.
+    """
     state = TrainingState(problem, problem.dtype)
+    first = {name: p.detach().clone() for name, p in state.parameters().items()}
     exact = larger_batch_of(problem, state.model_in(DOUBLE), batch).gradient
     before = measured_loss_scale(first_update(state, batch, arrivals=True), exact)
     weights = {name: p.detach().clone() for name, p in state.parameters().items()}
@@ -283,7 +288,9 @@ def _overflow(problem: Problem, batch: WholeBatch, numbers: Collection[int]) -> 
             changed += _differs(value, optimizer_before[key])
         else:  # a fused optimizer that skips may create its state, of zeros
             changed += bool(dense(unsharded(value)).any())
-    exact = larger_batch_of(problem, state.model_in(DOUBLE), batch).gradient
+    with torch.no_grad():
+        for name, parameter in state.parameters().items():
+            parameter.copy_(first[name])
     after = measured_loss_scale(observe(state, batch, arrivals=True), exact)
     return float(changed), after / before
 

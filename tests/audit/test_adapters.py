@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from accumexp.audit import adapters
-from accumexp.audit.cases import CONF, composed
+from accumexp.audit.cases import composed
+from accumexp.audit.cells import CONF
 from accumexp.audit.settings import LEARNING_RATE, Setting
 
 from .watched import watched
