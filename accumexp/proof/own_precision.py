@@ -64,8 +64,8 @@ def precision_checks(problem: Problem, name: str) -> list[Check]:
             problem, copy_in(problem.model, problem.dtype), batch, observation
         )
         gradients.append(_check(comparison, f"gradient, {name}"))
-        if _adds_what_arrives(problem, observation):
-            additions.append(_addition_check(problem, observation, name))
+        addition = _addition_check(problem, observation, batch, name)
+        additions += [addition] if addition else []
     checks = [worst_check(gradients)]
     return [*checks, worst_check(additions)] if additions else checks
 
@@ -153,9 +153,8 @@ class OwnPrecisionReplay(Replay):
             self.failure.precision = self.problem.precision_name
             self.failure.tolerance = max(self.failure.tolerance, 2 * self._whole_bound(expected))
         self._previous = observation.gradient
-        if _adds_what_arrives(self.problem, observation):
-            check = _addition_check(self.problem, observation, f"update {number}")
-            self._additions.append((number, check))
+        if addition := _addition_check(self.problem, observation, batch, f"update {number}"):
+            self._additions.append((number, addition))
         self._is_smaller(batch)
         self.updates = number
         self._record("number of updates", abs(observation.steps - 1))
@@ -265,7 +264,21 @@ def _adds_what_arrives(problem: Problem, observation: Observation) -> bool:
     )
 
 
-def _addition_check(problem: Problem, observation: Observation, precision: str) -> Check:
+def _addition_check(
+    problem: Problem, observation: Observation, batch: WholeBatch, precision: str
+) -> Check | None:
+    """Checks the addition of gradients; None for a loop that weighs each micro-batch's after backward."""
+    if not _adds_what_arrives(problem, observation):
+        return None
+    check = _sum_check(problem, observation, precision)
+    if check.passed:
+        return check
+    exact = first_update(TrainingState(problem, DOUBLE), cast(batch, DOUBLE), arrivals=True)
+    adds = _adds_what_arrives(problem, exact) and _sum_check(problem, exact, precision).passed
+    return check if adds else None
+
+
+def _sum_check(problem: Problem, observation: Observation, precision: str) -> Check:
     """Checks `.grad` against the sum of what autograd delivered; figures relative to the whole gradient."""
     gradient, arrived = observation.gradient, observation.arrived
     assert gradient is not None

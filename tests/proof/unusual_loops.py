@@ -149,6 +149,26 @@ def summed(loss: Any, lose: bool = False) -> Loop:
     return train_window
 
 
+def weighted_afterwards(lose: bool) -> Loop:
+    """Means' gradients, each multiplied by its share of the samples after backward."""
+
+    def train_window(model: nn.Module, optimizer: Any, batch: Any, steps: int) -> None:
+        x, y = batch
+        parameters = list(model.parameters())
+        total = [torch.zeros_like(p) for p in parameters]
+        parts = list(zip(x.split(MICRO), y.split(MICRO), strict=True))
+        for a, b in parts[: len(parts) - lose]:
+            for sum_of, g in zip(
+                total, torch.autograd.grad(cross_entropy(model(a), b), parameters), strict=True
+            ):
+                sum_of.add_(g, alpha=len(a) / len(x))
+        for parameter, gradient in zip(parameters, total, strict=True):
+            parameter.grad = gradient
+        optimizer.step()
+
+    return train_window
+
+
 def functional(lose: bool = False, per_sample: bool = False, single: bool = False) -> Loop:
     """Gradients of torch.func, of each sample by vmap if `per_sample`."""
 
@@ -251,6 +271,7 @@ CASES: dict[str, Case] = {
         )
         for r in (False, True)
     },
+    "weighted after backward": Case(classifier, weighted_afterwards),
     "torch.func": Case(classifier, lambda lose: functional(lose)),
     "torch.func by sample": Case(classifier, lambda lose: functional(lose, True)),
     "torch.func, single samples": Case(classifier, lambda lose: functional(lose, True, True)),
