@@ -1,8 +1,8 @@
 """Plain PyTorch: is the gradient handed to the optimizer the gradient of the larger batch?
 
 Nothing here comes from `accumexp.proof`. For every update, the larger batch's gradient is computed anew: a
-copy of the weights as they are before the update, and one forward and one backward in float64 over all samples
-that this update should hold, in the data set's order.
+copy of the weights as they are before the update, and one forward and one backward in float64 over all the
+samples that this update should hold, in the data set's order.
 """
 
 import copy
