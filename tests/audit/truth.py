@@ -33,8 +33,9 @@ from tests.audit.larger_batch import Task, find_truth
 
 STEPS, MICRO = 4, 8
 NOT_JUDGED = {"dropout": "a draw by micro-batch has no larger batch"}
-# Llama's normalisation and rotary embedding compute in fp32; autocast computes in bf16.
-BOUNDS = {"fp64": 1e-9, "llama": 1e-5, "bf16": 0.03}
+# In fp32 are Llama's normalisation and rotary embedding, Composer's weights of micro-batches and the outputs of a
+# model of Fabric's; autocast computes in bf16.
+BOUNDS = {"fp64": 1e-9, "composer": 1e-6, "fabric": 1e-5, "llama": 1e-5, "trl": 1e-5, "bf16": 0.03}
 
 
 def pad(rows: Sequence[Tensor], value: int) -> Tensor:
@@ -55,7 +56,7 @@ def mean_loss(setting: Setting, logits: Tensor, labels: Tensor) -> Tensor:
     return ((1 - smoothing) * losses - smoothing * chances.mean(-1)).mean()
 
 
-def task_of(setting: Setting) -> Task:
+def task_of(trainer: str, setting: Setting) -> Task:
     """The setting's data set and loss in plain PyTorch."""
     samples = samples_of(setting, torch.float32 if setting.precision == "bf16" else torch.float64)
     rows = [sample["inputs"] for sample in samples]
@@ -72,14 +73,14 @@ def task_of(setting: Setting) -> Task:
             output = model(pad(given, 0) if setting.task == "tokens" else torch.stack(given).double())
         return mean_loss(setting, output if torch.is_tensor(output) else output["logits"], target)
 
-    kind = "bf16" if setting.precision == "bf16" else setting.model
+    bound = max(BOUNDS.get(kind, BOUNDS["fp64"]) for kind in (setting.precision, setting.model, trainer))
     return Task(
         rows,
         loss,
         epochs=setting.epochs,
         processes=setting.processes,
         clip_norm=setting.clip_norm,
-        bound=BOUNDS.get(kind, BOUNDS["fp64"]),
+        bound=bound,
     )
 
 
@@ -88,7 +89,7 @@ def judge(trainer: str, setting: Setting, steps: int, micro: int) -> dict[str, A
     adapter = import_module(f"accumexp.audit.adapters.{trainer}")
     if trainer == "trl" and setting.model not in ("gpt2", "llama"):
         setting = replace(setting, model="llama", task="tokens")
-    task = task_of(setting)
+    task = task_of(trainer, setting)
 
     def fit(watch: Any, steps: int, micro: int) -> None:
         adapter.fit(setting, watch, steps, micro)
