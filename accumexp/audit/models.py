@@ -33,6 +33,8 @@ def mlp(setting: Setting) -> nn.Module:
 class WithLoss(nn.Module):
     """A model that returns its own loss, as the Trainer of transformers expects of any module."""
 
+    config = None  # the Trainer reads it for label smoothing
+
     def __init__(self, model: nn.Module, loss: Any) -> None:
         super().__init__()
         self.model, self.loss = model, loss

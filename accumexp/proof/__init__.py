@@ -6,8 +6,9 @@ certificate = certify(train_window, model, loss, (inputs, targets), steps=4)
 print(certificate)                         # proved, or not proved and why
 """
 
+from .audit import audit
 from .certificate import Cause, Certificate, Check, Counts, Series
 from .certify import certify
 from .problem import Scaling
 
-__all__ = ["Cause", "Certificate", "Check", "Counts", "Scaling", "Series", "certify"]
+__all__ = ["Cause", "Certificate", "Check", "Counts", "Scaling", "Series", "audit", "certify"]

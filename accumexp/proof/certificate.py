@@ -9,12 +9,13 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 Verdict = Literal["proved", "proved up to", "not proved"]
-About = Literal["update", "memory", "communication", "micro-batches"]
+About = Literal["update", "memory", "communication", "micro-batches", "logging"]
 # What is wrong if checks about something else than the update fail.
 BROKEN_PROMISES: dict[About, str] = {
     "memory": "more memory than promised",
     "communication": "more communication than promised",
     "micro-batches": "another number of micro-batches than asked for",
+    "logging": "another loss is logged than the larger batch's",
 }
 
 

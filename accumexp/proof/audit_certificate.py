@@ -1,0 +1,127 @@
+"""One certificate of the comparisons of an audit."""
+
+from __future__ import annotations
+
+import math
+import platform
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from .audit_pairs import Comparison
+from .audit_records import FitRecord
+from .audit_runs import Result, Runs
+from .certificate import Cause, Certificate, Check, Counts, Series, worst_check
+from .draw_causes import REDRAWN
+
+
+def joined_certificate(results: Sequence[tuple[str, Result]], runs: Runs) -> Certificate:
+    """One certificate of comparisons on epochs of several sizes."""
+    checks: dict[str, list[tuple[str, Check]]] = {}
+    for epoch, result in results:
+        for check in result.checks:
+            checks.setdefault(check.name, []).append((epoch, check))
+    causes: dict[str, tuple[Cause, list[str]]] = {}
+    for epoch, result in results:
+        for cause in result.causes:
+            causes.setdefault(cause.source, (cause, []))[1].append(epoch)
+    first = next((result for _, result in results if result.causes), results[0][1])
+    record = first.comparison.run[0]
+    comparison = first.comparison
+    series: list[Series] = []
+    counts: list[Counts] = []
+    for epoch, result in results:
+        where = f" ({epoch})" if epoch else ""
+        series += [Series(s.name + where, s.unit, s.updates, s.figures, s.bounds) for s in result.series]
+        counts += [Counts(c.where + where, c.counts) for c in result.counts]
+    updates = comparison.updates
+    subject = {
+        "fit": f"{getattr(runs.fit, '__module__', '')}.{getattr(runs.fit, '__qualname__', '')}",
+        "samples": runs.steps * runs.micro * comparison.ranks,
+        "steps": runs.steps,
+        "ranks": comparison.ranks,
+        "micro_batch_size": runs.micro,
+        "precision": ", ".join(sorted(record.dtypes)),
+        "parameters": record.parameters,
+        "model": record.model,
+        "seed": runs.seed,
+        "updates": len(updates),
+        "updates_of_larger_batch": len(comparison.larger_updates),
+        "micro_batches_by_update": [update.sizes for update in updates],
+        "samples_by_update": [sum(map(sum, update.sizes)) for update in updates],
+        "samples_never_used": sum(comparison.never_used.values()),
+        "learning_rates": [update.first.rates for update in updates],
+        "logged_losses": [update.first.loss for update in updates],
+    }
+    environment = {
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "threads": torch.get_num_threads(),
+    }
+    return Certificate(
+        [_worst(each) for each in checks.values()],
+        [*(_in_epochs(*each, len(results)) for each in causes.values()), *_draw_causes(record)],
+        subject,
+        environment,
+        series=series,
+        counts=counts,
+        notes=[note for _, result in results for note in _notes(result.comparison)],
+    )
+
+
+def _worst(found: list[tuple[str, Check]]) -> Check:
+    """The worst of the same check on several epochs, which it names if it fails."""
+    decided = [check for _, check in found if check.decided]
+    check = worst_check(decided or [check for _, check in found])
+    epoch = next(epoch for epoch, other in found if other is check)
+    if check.passed or not epoch:
+        return check
+    return replace(check, detail=", ".join(filter(None, (check.detail, epoch))))
+
+
+def _in_epochs(cause: Cause, epochs: list[str], all_epochs: int) -> Cause:
+    """`cause`, with the epochs that show it if others do not."""
+    if len(epochs) == all_epochs or not epochs[0]:
+        return cause
+    more = f" and {len(epochs) - 1} more" if len(epochs) > 1 else ""
+    return replace(cause, reason=f"{cause.reason} ({epochs[0]}{more})")
+
+
+def _draw_causes(record: FitRecord) -> list[Cause]:
+    """The draws of the model: excused where they were held fixed by sample."""
+    if not record.drawing:
+        return []
+    names = sorted(record.drawing)
+    where = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+    operators = {operator for each in record.drawing.values() for operator in each}
+    source = "dropout draws" if any("dropout" in name or "bernoulli" in name for name in operators) else ""
+    if record.unfixed:
+        reason = f"draws of {', '.join(sorted(record.unfixed))} cannot be held fixed by sample"
+        advice = "leave these draws out for the audit"
+        return [Cause("random draws", where, reason, math.nan, "", advice)]
+    reason = "random draws depend on how the batch is split"
+    shown = "all gradients were compared with the same draws for every sample"
+    return [Cause(source or "random draws", where, reason, math.nan, shown, REDRAWN, excused=True)]
+
+
+def _notes(comparison: Comparison) -> list[str]:
+    """What a reader of the verdict must know beside it."""
+    notes = []
+    if comparison.left_out:
+        count = sum(sum(map(sum, comparison.updates[i].sizes)) for i in comparison.left_out)
+        notes.append(
+            f"{count} samples are in updates of which the larger batch has none, because the loader leaves "
+            "out incomplete batches: these updates were not judged"
+        )
+    rest = sum(len(each.samples) for record in comparison.larger for each in record.rest)
+    if rest:
+        notes.append(f"{rest} samples reach no optimizer step with one micro-batch either")
+    skipped = sum(update.first.skipped for update in comparison.updates)
+    if skipped:
+        notes.append(f"{skipped} updates that the loss scaler skipped were not compared")
+    kept = sum(bool(update.first.before) for update in comparison.updates)
+    if kept < len(comparison.updates):
+        notes.append(f"gradients were compared in the first {kept} of {len(comparison.updates)} updates")
+    return notes

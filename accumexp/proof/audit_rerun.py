@@ -1,0 +1,150 @@
+"""How a second run of the same loop is changed: where its updates begin, its draws, and its rounding."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .audit_records import JointUpdate, Update
+from .audit_samples import sample_keys
+from .fixed_draws import FixedDraws
+from .module_tracker import OUTSIDE, ModuleTracker, in_backward
+from .nested import map_tensors
+from .sample_ids import SampleIds, row_count
+
+# A factor that is no power of two: a gradient that is multiplied by it is rounded otherwise.
+RESCALE = 0.7
+
+
+class Starts:
+    """Finds the update of the first run whose weights an update of the second run begins from.
+
+    Args:
+        updates: of the first run.
+    """
+
+    def __init__(self, updates: list[JointUpdate]) -> None:
+        self.updates = updates
+        self._samples = [update.samples for update in updates]
+        self._next = 0
+
+    def find(self, samples: list[int]) -> int | None:
+        """Its number, by the samples of this rank's first forward pass: the same ones, else some of them."""
+        wanted = Counter(samples)
+        ahead = range(self._next, len(self.updates))
+        tests = (
+            lambda k: self._samples[k] == wanted,
+            lambda k: len(self.updates[k].ranks) > 1 and wanted <= self._samples[k],
+            lambda k: bool(wanted & self._samples[k]),
+        )
+        for exact, test in zip((True, True, False), tests, strict=True):
+            found = next((k for k in ahead if test(k)), None)
+            if found is not None:
+                self._next = found + 1 if exact else found
+                return found
+        return None
+
+
+def load_start(module: nn.Module, update: Update) -> None:
+    """Copies the parameters and buffers with which `update` began into `module`."""
+    tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    with torch.no_grad():
+        for name, value in update.before.items():
+            if name in tensors and tensors[name].shape == value.shape:
+                tensors[name].copy_(value)
+
+
+def load_optimizer_state(optimizer: torch.optim.Optimizer, update: Update, names: Mapping[int, str]) -> None:
+    """Gives every parameter of `optimizer` the state that it had in `update`."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if (name := names.get(id(parameter))) is None:
+                continue
+            optimizer.state.pop(parameter, None)
+            if state := update.optimizer_state.get(name):
+                optimizer.state[parameter] = {key: _copy(value) for key, value in state.items()}
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer, names: Mapping[int, str]) -> dict[str, dict[str, Any]]:
+    """A copy of the state of every parameter, by name."""
+    return {
+        names[id(parameter)]: {key: _copy(value) for key, value in state.items()}
+        for parameter, state in optimizer.state.items()
+        if id(parameter) in names
+    }
+
+
+def _copy(value: Any) -> Any:
+    return value.detach().clone() if isinstance(value, Tensor) else value
+
+
+class Rounding:
+    """Makes a run round otherwise: samples in another order within the batch, gradients at another scale.
+
+    Neither changes the result but for rounding: outputs are put back into the samples' order, and what
+    autograd delivers is divided by the factor that the outputs' gradients are multiplied by.
+    """
+
+    def __init__(self, reorder: bool, rescale: bool, seed: int) -> None:
+        self.reorder = reorder
+        self.factor = RESCALE if rescale else 1.0
+        self._generator = torch.Generator().manual_seed(seed)
+        self._order = torch.zeros(0, dtype=torch.int64)
+
+    def inputs(self, arguments: Any, keywords: Any) -> tuple[Any, Any]:
+        size = row_count([arguments, keywords])
+        self._order = torch.randperm(size, generator=self._generator)
+        return self._rows((arguments, keywords), self._order) if self.reorder else (arguments, keywords)
+
+    def outputs(self, outputs: Any) -> Any:
+        if self.factor != 1.0:
+            outputs = map_tensors(self._rescaled, outputs)
+        return self._rows(outputs, self._order.argsort()) if self.reorder else outputs
+
+    def _rescaled(self, tensor: Tensor) -> Tensor:
+        return _Rescale.apply(tensor, self.factor) if tensor.requires_grad else tensor  # type: ignore[return-value]
+
+    def _rows(self, value: Any, order: Tensor) -> Any:
+        def rows(tensor: Tensor) -> Tensor:
+            if not tensor.dim() or len(tensor) != len(order):
+                return tensor
+            return tensor[order.to(tensor.device)]
+
+        return map_tensors(rows, value)
+
+
+class _Rescale(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # pyright: ignore
+        return gradient * ctx.factor, None
+
+
+class ContentIds(SampleIds):
+    """Numbers of samples by their content, without knowing the batch beforehand."""
+
+    def __init__(self) -> None:
+        super().__init__(torch.zeros(0, 1))
+
+    def find(self, arguments: Any) -> list[int] | None:
+        return sample_keys(arguments) or None
+
+
+class ModelDraws(FixedDraws):
+    """Holds the draws of a model's forward passes fixed by sample, and leaves alone what the loop draws."""
+
+    def __init__(self, model: nn.Module, seed: int) -> None:
+        super().__init__(ModuleTracker(model, ContentIds()), seed, {})
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self.modules.module == OUTSIDE and not in_backward():
+            return func(*args, **(kwargs or {}))
+        return super().__torch_dispatch__(func, types, args, kwargs)
