@@ -68,11 +68,10 @@ def audit(
         raise AuditError(f"the audit needs steps >= 2 and micro >= 1, got steps={steps} and micro={micro}")
     runs = Runs(fit, steps, micro, loss, updates, seed, dtype, progress or (lambda _: None))
     if "samples" not in inspect.signature(fit).parameters:
-        return joined_certificate([("", runs.compare(None))], runs)
-    epochs = epoch_sizes(steps, micro * world_size())
-    return joined_certificate(
-        [(_epoch(size, micro * world_size(), steps), runs.compare(size)) for size in epochs], runs
-    )
+        return joined_certificate([(0, runs.compare(None))], runs)
+    of_ranks = micro * world_size()
+    sizes = epoch_sizes(steps, of_ranks)
+    return joined_certificate([(-(-size // of_ranks), runs.compare(size)) for size in sizes], runs)
 
 
 def epoch_sizes(steps: int, micro: int) -> list[int]:
@@ -82,8 +81,3 @@ def epoch_sizes(steps: int, micro: int) -> list[int]:
     """
     whole = 2 * steps * micro
     return [whole, *(whole // 2 + rest * micro - micro // 2 for rest in range(1, steps))]
-
-
-def _epoch(samples: int, micro: int, steps: int) -> str:
-    count = -(-samples // micro)
-    return f"an epoch of {count} micro-batches, {count % steps} more than windows of {steps} take"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 
 from .audit_counts import least_squares, micro_batch_counts, relative_error
 from .audit_order import sample_causes, step_causes
@@ -14,6 +15,10 @@ from .diagnosis import WITHOUT_STATISTICS
 from .larger_batch import Gradient
 
 DIVIDE = "divide every micro-batch's sum by the weight of the whole window, once"
+# An error of the clipped gradient that training would hardly show.
+LITTLE = 1e-3
+# Updates whose counts a certificate shows.
+MOST_COUNTS = 8
 CLIP_ONCE = "clip once, after the window's last micro-batch"
 
 
@@ -22,8 +27,7 @@ def find_causes(comparison: Comparison, steps: int) -> tuple[list[Cause], list[C
     causes = [*step_causes(comparison), *sample_causes(comparison)]
     of_gradients, counts = _gradient_causes(comparison, steps)
     causes += of_gradients
-    causes += _before_clipping_causes(comparison, steps, bool(of_gradients))
-    if cause := _rate_cause(comparison, steps):
+    if cause := _rate_cause(comparison):
         causes.append(cause)
     causes += _rank_causes(comparison)
     if cause := _own_loss_cause(comparison):
@@ -32,29 +36,33 @@ def find_causes(comparison: Comparison, steps: int) -> tuple[list[Cause], list[C
 
 
 def _gradient_causes(comparison: Comparison, steps: int) -> tuple[list[Cause], list[Counts]]:
-    causes: list[Cause] = []
     counts: list[Counts] = []
-    seen: set[str] = set()
-    explained = [pair for pair in comparison.pairs if pair not in comparison.failing][:1]
-    for pair in [*explained, *comparison.failing]:
-        found = micro_batch_counts(pair.update, pair.larger.first.gradient)
-        if found is not None and found.residual <= _tolerance(comparison, pair):
-            if len(counts) < 8:
-                counts.append(Counts(f"update {pair.number + 1}", _by_rank(pair, found.counts)))
-    for pair in comparison.failing:
+    wrong = [pair for pair in comparison.pairs if pair in comparison.failing or comparison.hidden(pair)]
+    right = [pair for pair in comparison.pairs if pair not in wrong]
+    for pair in [*right[:1], *wrong[:MOST_COUNTS]]:
+        own, larger, _ = _gradients(comparison, pair)
+        found = micro_batch_counts(pair.update, own, larger)
+        if found is not None and found.explains(_tolerance(comparison, pair)):
+            counts.append(Counts(f"update {pair.number + 1}", _by_rank(pair, found.counts)))
+    causes: dict[str, tuple[Cause, list[int]]] = {}
+    for pair in wrong:
         cause = _cause_of(comparison, pair, steps)
-        if cause.source in seen:
-            continue
-        seen.add(cause.source)
-        alike = [p.number for p in comparison.failing if p.update.sizes == pair.update.sizes]
-        causes.append(_when(comparison, cause, alike))
-    return causes, counts
+        causes.setdefault(cause.source, (cause, []))[1].append(pair.number)
+    total = len(comparison.updates)
+    return [
+        cause
+        if len(numbers) == len(comparison.pairs)
+        else replace(cause, reason=f"{cause.reason} ({updates_in_words(numbers)} of {total})")
+        for cause, numbers in causes.values()
+    ], counts
 
 
-def _when(comparison: Comparison, cause: Cause, numbers: list[int]) -> Cause:
-    total = len(comparison.pairs)
-    when = "" if len(numbers) == total else f"in {updates_in_words(numbers)} of {len(comparison.updates)} "
-    return Cause(cause.source, cause.where, when + cause.reason, cause.effect, cause.shown, cause.advice)
+def _gradients(comparison: Comparison, pair: Pair) -> tuple[Gradient, Gradient, str]:
+    """(the update's gradient, the larger batch's, when), before they are clipped if they differ there."""
+    one, other = pair.update.first, pair.larger.first
+    if comparison.hidden(pair) and one.before_clipping is not None and other.before_clipping is not None:
+        return one.before_clipping, other.before_clipping, "before it is clipped, "
+    return one.gradient, other.gradient, ""
 
 
 def _tolerance(comparison: Comparison, pair: Pair) -> float:
@@ -62,32 +70,35 @@ def _tolerance(comparison: Comparison, pair: Pair) -> float:
 
 
 def _cause_of(comparison: Comparison, pair: Pair, steps: int) -> Cause:
-    error, where = pair.error()
-    update, expected = pair.update, pair.larger.first.gradient
+    gradient, expected, when = _gradients(comparison, pair)
+    error, where = relative_error(gradient, expected)
+    update, first = pair.update, pair.update.first
     tolerance = _tolerance(comparison, pair)
+    clipped_error, _ = pair.error()
+    hides = f"; clipping leaves {number(clipped_error)} of it" if when and clipped_error < LITTLE else ""
 
     def cause(source: str, reason: str, shown: str, advice: str) -> Cause:
-        return Cause(source, "", reason, error, shown, advice)
+        return Cause(source, "", f"{when}{reason}{hides}", error, shown, advice)
 
-    if not update.first.gradient:
-        return cause("no gradient", "the optimizer receives no gradient", "", DIVIDE)
-    early = sorted({k for k in update.first.clipped_after if k < len(update.first.micro_batches)})
+    early = sorted({k for k in first.clipped_after if k < len(first.micro_batches)})
     if early:
         places = ", ".join(map(str, early))
-        reason = f"gradients are clipped after micro-batch {places} of {len(update.first.micro_batches)} too"
-        return cause("clipping by micro-batch", reason, "calls that clip were observed", CLIP_ONCE)
-    if carried := _carried_over(pair, tolerance):
+        reason = f"gradients are clipped after micro-batch {places} of {len(first.micro_batches)} too"
+        return Cause("clipping by micro-batch", "", reason, error, "calls that clip were seen", CLIP_ONCE)
+    if carried := _carried_over(pair, gradient, tolerance):
         return cause("carried-over gradient", carried, "least squares", "reset gradients after every step")
     shown = "least squares of the gradient on what autograd delivered for each micro-batch"
-    found = micro_batch_counts(update, expected)
-    if found is not None and found.residual <= tolerance:
+    found = micro_batch_counts(update, gradient, expected)
+    if found is not None and found.explains(tolerance):
         words = counts_in_words(found, pair, steps, tolerance)
         if words is not None:
             return cause("micro-batch counts", words, shown, DIVIDE)
-    if (factor := _factor(update.first.gradient, expected, tolerance)) is not None:
+    if (factor := _factor(gradient, expected, tolerance)) is not None:
         reason = f"the gradient is {factor_in_words(factor, pair, steps, tolerance)}"
+        if not when and first.before_clipping is not None:
+            reason = f"{reason}, and was not before it was clipped"
         return cause("micro-batch counts", reason, shown, DIVIDE)
-    if words := _by_group(pair, steps, tolerance):
+    if words := _by_group(pair, gradient, expected, steps, tolerance):
         return cause("parameter groups", words, shown, "divide the gradients of all parameters alike")
     return _coupled(comparison, pair, found is not None and found.residual > tolerance)
 
@@ -97,38 +108,38 @@ def _factor(gradient: Gradient, expected: Gradient, tolerance: float) -> float |
     return found.factors[0] if found is not None and found.residual <= tolerance else None
 
 
-def _carried_over(pair: Pair, tolerance: float) -> str | None:
+def _carried_over(pair: Pair, gradient: Gradient, tolerance: float) -> str | None:
     """What of the window before is in the gradient, in words."""
     first = pair.update.first
     parts = [each.gradient for each in pair.update.micro_batches]
-    own = least_squares(parts, first.gradient)
+    own = least_squares(parts, gradient)
     if not first.carried or own is None or own.residual <= tolerance:
         return None
-    whole = least_squares([*parts, first.carried], first.gradient)
+    whole = least_squares([*parts, first.carried], gradient)
     if whole is None or whole.residual > tolerance:
         return None
     return f"the gradient of the window before is still in it, {whole.factors[-1]:.4g} times"
 
 
-def _by_group(pair: Pair, steps: int, tolerance: float) -> str | None:
+def _by_group(pair: Pair, gradient: Gradient, expected: Gradient, steps: int, tolerance: float) -> str | None:
     """The parameter groups, or parameters, whose micro-batches do not count once."""
     groups = pair.update.first.groups
     named = [(f"parameter group {k}", names) for k, names in enumerate(groups) if names]
     if len(named) < 2:
         named = []
-    for choice in (named, [(name, [name]) for name in sorted(pair.larger.first.gradient)]):
+    for choice in (named, [(name, [name]) for name in sorted(expected)]):
         texts = []
         for subject, names in choice:
-            one = {name: g for name, g in pair.update.first.gradient.items() if name in names}
-            other = {name: g for name, g in pair.larger.first.gradient.items() if name in names}
+            one = {name: g for name, g in gradient.items() if name in names}
+            other = {name: g for name, g in expected.items() if name in names}
             if relative_error(one, other)[0] <= tolerance or not other:
                 continue
             factor = _factor(one, other, tolerance)
-            found = micro_batch_counts(pair.update, pair.larger.first.gradient, names)
+            found = micro_batch_counts(pair.update, gradient, expected, names)
             if factor is not None:
                 words = factor_in_words(factor, pair, steps, tolerance)
                 texts.append(f"the gradient of {subject} is {words}")
-            elif found is not None and found.residual <= tolerance:
+            elif found is not None and found.explains(tolerance):
                 if words := counts_in_words(found, pair, steps, tolerance):
                     texts.append(f"in {subject} {words}")
             else:
@@ -163,28 +174,7 @@ def _coupled(comparison: Comparison, pair: Pair, independent: bool) -> Cause:
     return Cause("unknown", "", reason, error, "", "compare the loop with one micro-batch on this window")
 
 
-def _before_clipping_causes(comparison: Comparison, steps: int, known: bool) -> Iterator[Cause]:
-    """A wrong gradient that clipping hides."""
-    for pair in () if known else comparison.pairs:
-        one, other = pair.update.first.before_clipping, pair.larger.first.before_clipping
-        if one is None or other is None:
-            continue
-        error, where = relative_error(one, other)
-        tolerance = _tolerance(comparison, pair)
-        if error <= comparison.bound(pair):
-            continue
-        factor = _factor(one, other, tolerance)
-        what = f"off by {number(error)} of its norm, most at {where}"
-        if factor is not None:
-            what = factor_in_words(factor, pair, steps, tolerance)
-        reason = (
-            f"before it is clipped, the gradient is {what}; clipping hides it in update {pair.number + 1}"
-        )
-        yield Cause("micro-batch counts", "", reason, error, "gradients were recorded when clipped", DIVIDE)
-        return
-
-
-def _rate_cause(comparison: Comparison, steps: int) -> Cause | None:
+def _rate_cause(comparison: Comparison) -> Cause | None:
     if not comparison.other_rates:
         return None
     pair = comparison.other_rates[0]
@@ -192,19 +182,19 @@ def _rate_cause(comparison: Comparison, steps: int) -> Cause | None:
     reason = f"the learning rate of update {pair.number + 1} is {one[0]:.6g} instead of {other[0]:.6g}"
     if len(one) != len(other):
         reason = f"update {pair.number + 1} has {len(one)} parameter groups instead of {len(other)}"
-    by_number = {p.larger_number: p.larger.first.rates for p in comparison.pairs}
-    passes = _passes_before(comparison, pair.number)
-    expected = by_number.get(passes)
-    if expected is not None and expected != other and all(map(math.isclose, one, expected)):
-        reason += f", that of update {passes + 1}: the schedule is stepped once a micro-batch"
-    elif pair.number and len(set(map(tuple, (p.update.first.rates for p in comparison.pairs)))) == 1:
-        reason += ": it never changes"
+    rates = {p.larger_number: p.larger.first.rates for p in comparison.pairs}
+    before = sum(len(update.first.micro_batches) for update in comparison.updates[: pair.number])
+    # The schedule is stepped before the optimizer, or after it.
+    for passes in (before + len(pair.update.first.micro_batches) - 1, before):
+        expected = rates.get(passes)
+        if expected is not None and expected != other and all(map(math.isclose, one, expected)):
+            reason += f", that of update {passes + 1}: the schedule is stepped once a micro-batch"
+            break
+    else:
+        if pair.number and len({tuple(p.update.first.rates) for p in comparison.pairs}) == 1:
+            reason += ": it never changes"
     advice = "step the schedule once an update"
     return Cause("learning rate", "", reason, math.nan, "learning rates at the optimizer's steps", advice)
-
-
-def _passes_before(comparison: Comparison, index: int) -> int:
-    return sum(len(update.first.micro_batches) for update in comparison.updates[:index])
 
 
 def _rank_causes(comparison: Comparison) -> Iterator[Cause]:

@@ -6,38 +6,63 @@ import math
 import platform
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 
 from .audit_pairs import Comparison
 from .audit_records import FitRecord
 from .audit_runs import Result, Runs
+from .audit_words import listed
 from .certificate import Cause, Certificate, Check, Counts, Series, worst_check
 from .draw_causes import REDRAWN
 
+# A comparison, and the number of micro-batches in its epochs if the audit chose it, else 0.
+OfEpoch = tuple[int, Result]
 
-def joined_certificate(results: Sequence[tuple[str, Result]], runs: Runs) -> Certificate:
+
+def joined_certificate(results: Sequence[OfEpoch], runs: Runs) -> Certificate:
     """One certificate of comparisons on epochs of several sizes."""
-    checks: dict[str, list[tuple[str, Check]]] = {}
+    checks: dict[str, list[tuple[int, Check]]] = {}
+    causes: dict[str, list[tuple[int, Cause]]] = {}
+    series: list[Series] = []
+    counts: list[Counts] = []
+    notes: list[str] = []
     for epoch, result in results:
         for check in result.checks:
             checks.setdefault(check.name, []).append((epoch, check))
-    causes: dict[str, tuple[Cause, list[str]]] = {}
-    for epoch, result in results:
         for cause in result.causes:
-            causes.setdefault(cause.source, (cause, []))[1].append(epoch)
-    first = next((result for _, result in results if result.causes), results[0][1])
-    record = first.comparison.run[0]
-    comparison = first.comparison
-    series: list[Series] = []
-    counts: list[Counts] = []
-    for epoch, result in results:
-        where = f" ({epoch})" if epoch else ""
-        series += [Series(s.name + where, s.unit, s.updates, s.figures, s.bounds) for s in result.series]
-        counts += [Counts(c.where + where, c.counts) for c in result.counts]
-    updates = comparison.updates
-    subject = {
-        "fit": f"{getattr(runs.fit, '__module__', '')}.{getattr(runs.fit, '__qualname__', '')}",
+            causes.setdefault(cause.source, []).append((epoch, cause))
+        where = f", {_with_epochs([epoch], runs.steps)}" if epoch else ""
+        series += [replace(each, name=each.name + where) for each in result.series]
+        counts += [replace(each, where=each.where + where) for each in result.counts]
+        notes += [note for note in _notes(result.comparison) if note not in notes]
+    shown = next((result for _, result in results if result.causes), results[0][1])
+    return Certificate(
+        [_worst(each, runs.steps) for each in checks.values()],
+        [
+            *(_in_epochs(each, len(results), runs.steps) for each in causes.values()),
+            *_draw_causes(shown.comparison.run[0]),
+        ],
+        _subject(shown.comparison, runs),
+        {
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            "platform": platform.platform(),
+            "threads": torch.get_num_threads(),
+        },
+        series=series,
+        counts=counts,
+        notes=notes,
+    )
+
+
+def _subject(comparison: Comparison, runs: Runs) -> dict[str, Any]:
+    """What was audited, and what its updates were."""
+    record, updates = comparison.run[0], comparison.updates
+    name = getattr(runs.fit, "__qualname__", type(runs.fit).__name__)
+    return {
+        "fit": f"{runs.fit.__module__}.{name}",
         "samples": runs.steps * runs.micro * comparison.ranks,
         "steps": runs.steps,
         "ranks": comparison.ranks,
@@ -54,39 +79,29 @@ def joined_certificate(results: Sequence[tuple[str, Result]], runs: Runs) -> Cer
         "learning_rates": [update.first.rates for update in updates],
         "logged_losses": [update.first.loss for update in updates],
     }
-    environment = {
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "threads": torch.get_num_threads(),
-    }
-    return Certificate(
-        [_worst(each) for each in checks.values()],
-        [*(_in_epochs(*each, len(results)) for each in causes.values()), *_draw_causes(record)],
-        subject,
-        environment,
-        series=series,
-        counts=counts,
-        notes=[note for _, result in results for note in _notes(result.comparison)],
-    )
 
 
-def _worst(found: list[tuple[str, Check]]) -> Check:
+def _worst(found: Sequence[tuple[int, Check]], steps: int) -> Check:
     """The worst of the same check on several epochs, which it names if it fails."""
     decided = [check for _, check in found if check.decided]
     check = worst_check(decided or [check for _, check in found])
     epoch = next(epoch for epoch, other in found if other is check)
     if check.passed or not epoch:
         return check
-    return replace(check, detail=", ".join(filter(None, (check.detail, epoch))))
+    return replace(check, detail=", ".join(filter(None, (check.detail, _with_epochs([epoch], steps)))))
 
 
-def _in_epochs(cause: Cause, epochs: list[str], all_epochs: int) -> Cause:
-    """`cause`, with the epochs that show it if others do not."""
-    if len(epochs) == all_epochs or not epochs[0]:
+def _in_epochs(found: Sequence[tuple[int, Cause]], results: int, steps: int) -> Cause:
+    """The first of the same cause on several epochs, with those that show it if others do not."""
+    epoch, cause = found[0]
+    if len(found) == results or not epoch:
         return cause
-    more = f" and {len(epochs) - 1} more" if len(epochs) > 1 else ""
-    return replace(cause, reason=f"{cause.reason} ({epochs[0]}{more})")
+    return replace(cause, reason=f"{cause.reason}; {_with_epochs([epoch for epoch, _ in found], steps)}")
+
+
+def _with_epochs(epochs: Sequence[int], steps: int) -> str:
+    rest = listed([epoch % steps for epoch in epochs])
+    return f"with {listed(epochs)} micro-batches an epoch ({rest} left over)"
 
 
 def _draw_causes(record: FitRecord) -> list[Cause]:

@@ -6,6 +6,7 @@ import math
 
 from .audit_counts import relative_error
 from .audit_pairs import Comparison, Pair, buffers_differ, moved_otherwise, size_over_step
+from .audit_words import updates_in_words
 from .certificate import Check, Series, number, worst_check
 from .rounding import LAMBDA
 
@@ -14,13 +15,20 @@ LOGGED = 1e-3
 
 
 def all_checks(comparison: Comparison) -> tuple[list[Check], list[Series]]:
-    checks = [_updates_check(comparison), _samples_check(comparison)]
+    """The checks that have something to compare, and the gradient's figures by update."""
     gradient, series = _gradient_checks(comparison)
-    checks += [*gradient, _weights_check(comparison), _buffers_check(comparison), _rates_check(comparison)]
-    if comparison.ranks > 1:
-        checks.append(_agreement_check(comparison))
-    checks.append(_loss_check(comparison))
-    checks.append(_own_loss_check(comparison))
+    checks = [
+        _updates_check(comparison),
+        _samples_check(comparison),
+        _steps_check(comparison),
+        *gradient,
+        _weights_check(comparison),
+        _buffers_check(comparison),
+        _rates_check(comparison),
+        _agreement_check(comparison) if comparison.ranks > 1 else None,
+        _loss_check(comparison),
+        _own_loss_check(comparison),
+    ]
     return [check for check in checks if check is not None], series
 
 
@@ -46,6 +54,14 @@ def _samples_check(comparison: Comparison) -> Check:
     figure = max(len(extra), len(missing))
     why = "every update takes the samples of one of the larger batch's"
     return Check("samples by update", figure, 0.0, "count", why, detail if figure else "")
+
+
+def _steps_check(comparison: Comparison) -> Check:
+    other = comparison.other_steps
+    figure = max((abs(p.update.steps - p.larger.steps) for p in other), default=0)
+    why = "as often as with one micro-batch"
+    detail = updates_in_words([p.number for p in other]) if other else ""
+    return Check("optimizer steps an update", figure, 0.0, "count", why, detail)
 
 
 def _gradient_checks(comparison: Comparison) -> tuple[list[Check], list[Series]]:

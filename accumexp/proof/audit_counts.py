@@ -77,18 +77,22 @@ class MicroBatchCounts:
     residual: float
     own_residual: float
 
+    def explains(self, tolerance: float) -> bool:
+        """Whether both gradients are sums of what autograd delivered."""
+        return max(self.residual, self.own_residual) <= tolerance
+
 
 def micro_batch_counts(
-    update: JointUpdate, larger: Gradient, names: Iterable[str] | None = None
+    update: JointUpdate, gradient: Gradient, larger: Gradient, names: Iterable[str] | None = None
 ) -> MicroBatchCounts | None:
-    """The counts of the micro-batches of `update` in the gradient of the parameters `names`.
+    """The counts of the micro-batches of `update` in its `gradient` of the parameters `names` (all).
 
-    With the update's gradient a sum of the delivered ones d_k times b_k, and `larger` a sum of d_k times a_k,
-    micro-batch k counts b_k / a_k times. None if delivered gradients are not independent.
+    With `gradient` a sum of the delivered ones d_k times b_k, and `larger` one of d_k times a_k, micro-batch
+    k counts b_k / a_k times. None if delivered gradients are not independent.
     """
     parts = [each.gradient for each in update.micro_batches]
     names = None if names is None else list(names)
-    own, right = least_squares(parts, update.first.gradient, names), least_squares(parts, larger, names)
+    own, right = least_squares(parts, gradient, names), least_squares(parts, larger, names)
     if own is None or right is None:
         return None
     counts = [

@@ -16,10 +16,12 @@ TO_THE_END = "end the window with the epoch: step after its last micro-batch, wh
 
 
 def step_causes(comparison: Comparison) -> Iterator[Cause]:
-    several = [i for i, update in enumerate(comparison.updates) if max(u.steps for u in update.ranks) > 1]
-    if several:
-        most = max(u.steps for i in several for u in comparison.updates[i].ranks)
-        reason = f"the optimizer steps {most} times at the end of {updates_in_words(several)}"
+    if several := comparison.other_steps:
+        pair = several[0]
+        reason = (
+            f"the optimizer steps {pair.update.steps} times at the end of "
+            f"{updates_in_words([p.number for p in several])}, with one micro-batch {pair.larger.steps}"
+        )
         yield Cause("optimizer steps", "", reason, math.nan, "steps were counted", STEP_ONCE)
 
 

@@ -119,6 +119,17 @@ class Comparison:
     def failing(self) -> list[Pair]:
         return [pair for pair, error, _ in self.errors if not error <= self.bound(pair)]
 
+    def hidden(self, pair: Pair) -> bool:
+        """Whether the gradients of `pair` are clipped, and differ before, which clipping may hide."""
+        one, other = pair.update.first.before_clipping, pair.larger.first.before_clipping
+        if one is None or other is None:
+            return False
+        clips = any(
+            relative_error(update.first.gradient, before)[0] > self.unit
+            for update, before in ((pair.update, one), (pair.larger, other))
+        )
+        return clips and not relative_error(one, other)[0] <= self.bound(pair)
+
     def measure(self, rounded: list[FitRecord], how: str) -> Levels:
         """The levels, by the larger batch `rounded` otherwise."""
         gradient = weights = buffers = 0.0
@@ -162,6 +173,11 @@ class Comparison:
     def other_rates(self) -> list[Pair]:
         """The pairs of the same number in both runs whose learning rates differ."""
         return [p for p in self.pairs if p.number == p.larger_number and not self.same_rates(p)]
+
+    @cached_property
+    def other_steps(self) -> list[Pair]:
+        """The pairs in which an optimizer steps a different number of times."""
+        return [pair for pair in self.pairs if pair.update.steps != pair.larger.steps]
 
 
 def _change(update: JointUpdate, names: set[str]) -> Gradient:

@@ -128,6 +128,11 @@ class JointUpdate:
         return multiset(update.samples for update in self.ranks)
 
     @property
+    def steps(self) -> int:
+        """How often an optimizer stepped, on any rank."""
+        return max(update.steps for update in self.ranks)
+
+    @property
     def sizes(self) -> list[list[int]]:
         """Samples of the micro-batches, by rank."""
         return [update.sizes for update in self.ranks]

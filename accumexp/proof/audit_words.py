@@ -62,7 +62,7 @@ def _why(factor: float, pair: Pair, steps: int, near: float) -> str:
     samples = sum(map(sum, pair.update.sizes))
     reasons = [
         (passes, f"the means of {passes} micro-batches are added and not divided by their number"),
-        (passes / steps, f"{passes} micro-batches are divided by {steps}"),
+        (passes / steps, f"{passes} micro-batch{'es are' if passes > 1 else ' is'} divided by {steps}"),
         (1 / passes, f"divided by {passes} twice"),
         (1 / steps, f"divided by {steps} twice"),
         (ranks, f"added over {ranks} ranks and not averaged"),

@@ -7,7 +7,6 @@ of the sample, the draw's position in the forward pass and a seed, independent o
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -172,11 +171,14 @@ def seeded_draws(
 def _keyed(ids: list[int], shape: torch.Size, salt: int, device: torch.device) -> Tensor:
     """Uniform fp64 numbers of `shape`; row k is a function of `ids[k]` and `salt`: splitmix64 of a counter.
 
+    An element depends on its index in every dimension, not on their sizes: padding of another length leaves
+    the draws of the other positions as they are.
+
     Source: Steele, Lea and Flood, Fast Splittable Pseudorandom Number Generators, OOPSLA 2014.
     """
-    row = torch.tensor(ids, dtype=torch.int64, device=device).unsqueeze(1)
-    column = torch.arange(math.prod(shape[1:]), dtype=torch.int64, device=device).unsqueeze(0)
-    mixed = _mix(_mix(row + salt) + column)
+    mixed = _mix(torch.tensor(ids, dtype=torch.int64, device=device) + salt)
+    for size in shape[1:]:
+        mixed = _mix(mixed.unsqueeze(-1) + torch.arange(size, dtype=torch.int64, device=device))
     return ((_shift(mixed, 11).double() + 0.5) * 2.0**-53).reshape(shape)
 
 

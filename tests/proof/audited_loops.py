@@ -45,7 +45,7 @@ class Loop:
     clip: float | None = None
     clip_each: bool = False
     zero: bool = True
-    steps_a_window: int = 1
+    step_for_each: bool = False
     schedule: str = ""
     unscaled_head: bool = False
     logged: Callable[[float, int], float] | None = None
@@ -77,7 +77,7 @@ class Loop:
                         parameter.grad *= len(window)  # type: ignore[operator]
                 if self.clip is not None and not self.clip_each:
                     nn.utils.clip_grad_norm_(model.parameters(), self.clip)
-                for _ in range(self.steps_a_window):
+                for _ in window if self.step_for_each else window[:1]:
                     optimizer.step()
                 if self.schedule == "update":
                     schedule.step()
@@ -212,7 +212,7 @@ def closure(watch: Any, steps: int, micro: int) -> None:
         for part in window[:-1]:
             backward(part, len(window))
         last, count = window[-1], len(window)
-        optimizer.step(lambda last=last, count=count: float(backward(last, count)))
+        optimizer.step(lambda last=last, count=count: backward(last, count).item())
 
 
 def scaled(autocast: torch.dtype, wrong: bool = False) -> Callable[..., None]:
