@@ -73,7 +73,11 @@ def judge(python: Path, fault: Fault, release: str, truth: bool) -> Verdict:
     environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
     environment |= {"HF_HUB_OFFLINE": "1", "HOME": str(python.parents[1])}
     done = subprocess.run(
-        [*command, *(["--truth"] if truth else [])], env=environment, capture_output=True, text=True, timeout=300
+        [*command, *(["--truth"] if truth else [])],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     lines = [line for line in done.stdout.splitlines() if line.startswith("ANSWER ")]
     if not lines:

@@ -49,7 +49,9 @@ def sentences(samples: int, *, ragged: bool) -> list[Tensor]:
 
 
 def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    return functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED)
+    return functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED
+    )
 
 
 def logits_of(model: nn.Module, tokens: Tensor) -> Tensor:
@@ -74,7 +76,9 @@ def small(kind: str) -> nn.Module:
     return model.double()
 
 
-def train(trainer_class: type, config_class: type, model: nn.Module, rows: Any, steps: int, micro: int, **more: Any):
+def train(
+    trainer_class: type, config_class: type, model: nn.Module, rows: Any, steps: int, micro: int, **more: Any
+):
     """Trains with a Trainer of transformers or trl, in the order of the rows."""
 
     class InOrder(trainer_class):
@@ -160,9 +164,11 @@ def own_module(samples: int) -> Case:
 
         def forward(self, inputs: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
             logits = self.layers(inputs)
-            return {"loss": functional.cross_entropy(logits, labels), "logits": logits} if labels is not None else {
-                "logits": logits
-            }
+            return (
+                {"loss": functional.cross_entropy(logits, labels), "logits": logits}
+                if labels is not None
+                else {"logits": logits}
+            )
 
     inputs, labels = vectors(samples)
     rows = [{"inputs": row, "labels": label} for row, label in zip(inputs, labels, strict=True)]

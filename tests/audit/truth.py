@@ -66,11 +66,14 @@ def task_of(trainer: str, setting: Setting) -> Task:
         wanted = [labels[index] for index in held]
         target = pad(wanted, -100) if wanted[0].dim() else torch.stack(wanted)
         given = [rows[index] for index in held]
-        if setting.model != "mlp":
-            tokens = pad(given, 0)
+        tokens = pad(given, 0) if given[0].dtype == torch.int64 else torch.stack(given).double()
+        if trainer == "torchtune":
+            chunks = model(tokens)
+            output = torch.cat(chunks, dim=1) if isinstance(chunks, list) else chunks
+        elif setting.model != "mlp":
             output = model(input_ids=tokens, attention_mask=(tokens != 0).long())
         else:
-            output = model(pad(given, 0) if setting.task == "tokens" else torch.stack(given).double())
+            output = model(tokens)
         return mean_loss(setting, output if torch.is_tensor(output) else output["logits"], target)
 
     bound = 1e-5 if {trainer, setting.model} & FP32 else 1e-9
@@ -89,8 +92,8 @@ def task_of(trainer: str, setting: Setting) -> Task:
 def judge(trainer: str, setting: Setting, steps: int, micro: int) -> dict[str, Any]:
     """Judges one cell in this process, which is one of the setting's ranks."""
     adapter = import_module(f"accumexp.audit.adapters.{trainer}")
-    if trainer == "trl" and setting.model not in ("gpt2", "llama"):
-        setting = replace(setting, model="llama", task="tokens")
+    if trainer in ("trl", "torchtune") and setting.model not in ("gpt2", "llama"):
+        setting = replace(setting, model="llama", task="tokens")  # as their adapters do
     task = task_of(trainer, setting)
 
     def fit(watch: Any, steps: int, micro: int) -> None:
