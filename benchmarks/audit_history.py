@@ -2,9 +2,9 @@
 
     python -m benchmarks.audit_history [fault ...] [--folder DIR] [--truth] [--write history.json]
 
-Makes a virtual environment for each release, which sees the packages of this interpreter (for torch) behind its
-own, and installs the release there. `--truth` asks plain PyTorch instead of the audit, see `tests/audit`.
-Each environment takes some tens of seconds to install and 100 to 300 MiB; not run in CI.
+Makes a virtual environment for each release, which sees the packages of this interpreter (for torch) behind
+its own, and installs the release there. `--truth` asks plain PyTorch instead of the audit, see `tests/audit`.
+Not run in CI.
 """
 
 import argparse

@@ -1,6 +1,6 @@
-"""Fits for releases of the past, and what they train: run by `audit_history.py` in each release's environment.
+"""Fits for releases of the past: run by `audit_history.py` in each release's environment.
 
-    python -m benchmarks.audit_history_fits <fit> [samples=N] ...
+    python -m benchmarks.audit_history_fits <case> [key=value ...]
 
 prints what the audit says as JSON, and with `--truth` what plain PyTorch says. Needs torch, the release and
 whatever the release needs; the data are made here, equally for every release.

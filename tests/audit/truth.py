@@ -22,12 +22,12 @@ from typing import Any
 
 import torch
 import yaml
-from accumexp.audit import adapters
-from accumexp.audit.samples import samples_of
-from accumexp.audit.settings import Setting
 from torch import Tensor, distributed, nn
 from torch.nn import functional
 
+from accumexp.audit import adapters
+from accumexp.audit.samples import samples_of
+from accumexp.audit.settings import Setting
 from accumexp.conf import conf_dir
 from tests.audit.larger_batch import Task, find_truth
 
