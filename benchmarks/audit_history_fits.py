@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, SequentialSampler
 from tests.audit.larger_batch import Task
 
 VOCABULARY, PADDING, IGNORED, CLASSES, FEATURES, WIDTH, EPOCHS = 32, 0, -100, 4, 8, 16, 2
+PROMPT, BETA = 4, 0.1
 LLAMA_BOUND = 1e-5  # its normalisation and rotary embedding compute in fp32
 
 
@@ -238,16 +239,16 @@ def preferences(samples: int, method: str) -> Case:
     words = {"<pad>": 0, "<s>": 1, "</s>": 2} | {f"w{index}": index for index in range(3, VOCABULARY)}
     base = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
     base.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
+    special = {"pad_token": "<pad>", "eos_token": "</s>"}
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=base, **special)
     ids = torch.stack(sentences(2 * samples, ragged=False))
 
     def text(row: Tensor) -> str:
         return " ".join(f"w{int(token)}" for token in row)
 
-    columns = {"prompt": [text(row[:4]) for row in ids[:samples]]}
-    columns |= {"chosen": [" " + text(row[4:]) for row in ids[:samples]]}
-    columns |= {"rejected": [" " + text(row[4:]) for row in ids[samples:]]}
+    columns = {"prompt": [text(row[:PROMPT]) for row in ids[:samples]]}
+    columns |= {"chosen": [" " + text(row[PROMPT:]) for row in ids[:samples]]}
+    columns |= {"rejected": [" " + text(row[PROMPT:]) for row in ids[samples:]]}
     trainer, config = getattr(trl, f"{method}Trainer"), getattr(trl, f"{method}Config")
     names = inspect.signature(trainer.__init__).parameters
     given = {"processing_class" if "processing_class" in names else "tokenizer": tokenizer}
@@ -262,7 +263,35 @@ def preferences(samples: int, method: str) -> Case:
         chosen = {name: value for name, value in options.items() if name in known}
         train(trainer, config, watch(model), rows, steps, micro, config=chosen, **given, **more)
 
-    return Case(fit, Task([], lambda model, held: torch.zeros(()), epochs=EPOCHS))
+    end = torch.full((samples, 1), 2)
+    chosen_ids = torch.cat([ids[:samples], end], dim=1)
+    rejected_ids = torch.cat([ids[:samples, :PROMPT], ids[samples:, PROMPT:], end], dim=1)
+    reference = small("llama")
+
+    def loss(model: nn.Module, held: Sequence[int]) -> Tensor:
+        both = torch.cat([chosen_ids[list(held)], rejected_ids[list(held)]])
+        logits = logits_of(model, both)
+        chosen, rejected = answer_chances(logits, both).chunk(2)
+        if method == "DPO":
+            with torch.no_grad():
+                before, after = answer_chances(logits_of(reference, both), both).chunk(2)
+            return -functional.logsigmoid(
+                BETA * (chosen.sum(1) - rejected.sum(1) - before.sum(1) + after.sum(1))
+            ).mean()
+        chosen, rejected = chosen.mean(1), rejected.mean(1)
+        odds = chosen - rejected - torch.log1p(-chosen.exp()) + torch.log1p(-rejected.exp())
+        return (
+            next_token_loss(logits[: len(held)], both[: len(held)])
+            - BETA * functional.logsigmoid(odds).mean()
+        )
+
+    return Case(fit, Task(list(chosen_ids), loss, epochs=EPOCHS, bound=LLAMA_BOUND))
+
+
+def answer_chances(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Log-probabilities of the tokens after the prompt, of shape (sequences, tokens of an answer)."""
+    chances = logits[:, :-1].log_softmax(-1).gather(-1, tokens[:, 1:, None])[..., 0]
+    return chances[:, PROMPT - 1 :]
 
 
 CASES: dict[str, Callable[..., Case]] = {

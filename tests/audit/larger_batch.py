@@ -202,7 +202,8 @@ def find_truth(fit: Fit, task: Task, steps: int, micro: int) -> Truth:
         window = windows[number] if number < len(windows) else []
         seen = [find_samples(task.rows, batch) for batch in watch.inputs]
         watch.inputs.clear()
-        samples = [index for batch in seen for index in batch]
+        # Rows that are no sample: what a trainer puts beside one, as the rejected answer of a pair.
+        samples = [index for batch in seen for index in batch if index >= 0]
         # A rank sees its share of the window.
         in_order = samples == window if task.processes == 1 else set(samples) <= set(window)
         wanted = larger_batch(watch.module, task, window or list(range(len(task.rows))))
