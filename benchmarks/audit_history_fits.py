@@ -64,7 +64,12 @@ def small(kind: str) -> nn.Module:
     import transformers
 
     torch.manual_seed(0)
-    sizes = {"hidden_size": WIDTH, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    sizes: dict[str, Any] = {
+        "hidden_size": WIDTH,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+    }
     sizes |= {"vocab_size": VOCABULARY, "max_position_embeddings": 32, "pad_token_id": PADDING}
     if kind == "bert":
         sizes |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "num_labels": CLASSES}
@@ -208,7 +213,7 @@ def evaluated(samples: int) -> Case:
         accelerator = Accelerator(gradient_accumulation_steps=steps, cpu=True)
         model = watch(network())
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        given = (model, optimizer, DataLoader(rows, micro), DataLoader(rows[:16], 4))
+        given = (model, optimizer, DataLoader(rows, micro), DataLoader(rows[:16], 4))  # type: ignore[arg-type]
         model, optimizer, loader, evaluation = accelerator.prepare(*given)
         for _ in range(EPOCHS):
             for x, y in loader:

@@ -22,7 +22,7 @@ Fit = Callable[[Any, int, int], Any]
 class Task:
     """What is trained, in the words of plain PyTorch.
 
-    `rows` holds each sample's input, a tensor of any shape and length, in the data set's order.
+    `rows` holds each sample's input, of shape (features,) or (length,), in the data set's order.
     `loss(model, indices)` is the loss of those samples as one batch, which calls `model` once.
     """
 
@@ -124,14 +124,12 @@ class Watch:
 
 def find_samples(rows: Sequence[Tensor], batch: Tensor) -> list[int]:
     """Returns each row's index in the data set, -1 where there is none; padding may follow a row."""
+    table = {tuple(sample.to(batch.dtype).tolist()): index for index, sample in enumerate(rows)}
+    lengths = sorted({len(sample) for sample in rows}, reverse=True)
     found = []
-    for row in batch.cpu():
-        candidates = [
-            (len(sample), index)
-            for index, sample in enumerate(rows)
-            if len(sample) <= len(row) and torch.equal(row[: len(sample)], sample.to(row.dtype))
-        ]
-        found.append(max(candidates)[1] if candidates else -1)
+    for row in batch.tolist():
+        keys = (tuple(row[:length]) for length in lengths)
+        found.append(next((table[key] for key in keys if key in table), -1))
     return found
 
 
