@@ -33,7 +33,7 @@ def unwatchable(watch: Watch) -> str:
     if not record.updates:
         return "no torch optimizer of the watched model stepped: train for at least one window"
     delivered = any(each.gradient for update in record.updates for each in update.micro_batches)
-    if not delivered or not any(update.gradient for update in record.updates):
+    if not delivered or not any(u.gradient or u.skipped for u in record.updates):
         return "all gradients of the watched model are None when its optimizer steps"
     return ""
 
@@ -89,3 +89,13 @@ def check_order(comparison: Comparison) -> None:
             "the order of the samples depends on the micro-batch size: give the trainer a loader that does "
             "not shuffle"
         )
+
+
+def check_pairs(comparison: Comparison) -> None:
+    """Raises AuditError if all updates match, and none can be compared."""
+    if comparison.pairs or any(True for _ in comparison.segments()):
+        return
+    total = len(comparison.updates)
+    skipped = sum(update.first.skipped for update in comparison.updates)
+    why = f"the loss scaler skipped {skipped} of {total}" if skipped else "none has a gradient in both runs"
+    raise AuditError(f"no update could be compared: {why}")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .audit_records import JointUpdate, Update
 from .audit_samples import sample_keys
-from .fixed_draws import FixedDraws
+from .fixed_draws import FixedDraws, in_unit_interval, mixed
 from .module_tracker import OUTSIDE, ModuleTracker, in_backward
 from .nested import map_tensors
 from .sample_ids import SampleIds, row_count
@@ -148,3 +148,10 @@ class ModelDraws(FixedDraws):
         if self.modules.module == OUTSIDE and not in_backward():
             return func(*args, **(kwargs or {}))
         return super().__torch_dispatch__(func, types, args, kwargs)
+
+    def keyed(self, ids: list[int], shape: torch.Size, salt: int, device: torch.device) -> Tensor:
+        """Depends on an element's index in every dimension, not on their sizes, which padding changes."""
+        bits = mixed(torch.tensor(ids, dtype=torch.int64, device=device) + salt)
+        for size in shape[1:]:
+            bits = mixed(bits.unsqueeze(-1) + torch.arange(size, dtype=torch.int64, device=device))
+        return in_unit_interval(bits).reshape(shape)

@@ -16,7 +16,7 @@ from .audit_causes import find_causes
 from .audit_checks import all_checks
 from .audit_pairs import Comparison
 from .audit_records import AuditError, FitRecord
-from .audit_refusals import check_order, level_or_refuse, unwatchable
+from .audit_refusals import check_order, check_pairs, level_or_refuse, unwatchable
 from .audit_rerun import Rounding, Starts
 from .audit_watch import Watch
 from .ranks import all_gather
@@ -91,6 +91,7 @@ class Runs:
 
         comparison = Comparison(run, larger())
         check_order(comparison)
+        check_pairs(comparison)
         self.progress("its rounding")
         names = {(True, True): "another order of the samples and scale of the loss"}
         names |= {(True, False): "another order of the samples", (False, True): "another scale of the loss"}

@@ -96,12 +96,14 @@ class Watch:
         """The model's hooks. Functions: a copy of the model has the same ones."""
 
         def before_forward(module: nn.Module, arguments: Any, keywords: Any) -> Any:
-            if self._ignored():
+            if not self.calls and not self._ignored():
+                self.model = module  # a trainer may train a copy of the model that was given
+            if module is not self.model or self._ignored():
                 return None
             return self._before_forward(module, arguments, keywords)
 
         def after_forward(module: nn.Module, arguments: Any, keywords: Any, outputs: Any) -> Any:
-            if self._ignored():
+            if module is not self.model or self._ignored():
                 return None
             return self._after_forward(outputs)
 
@@ -144,7 +146,6 @@ class Watch:
     def _begin_update(self, module: nn.Module, samples: list[int]) -> None:
         self._close()
         self._open = update = Update()
-        self.model = module  # the one that is called, which may be a copy of the one that was given
         self._observe_parameters(module)
         if not self._stores:
             return

@@ -7,6 +7,7 @@ of the sample, the draw's position in the forward pass and a seed, independent o
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -93,11 +94,20 @@ class FixedDraws(TorchDispatchMode):
         self.shapes[position] = shape
         dim = self.sample_dims.get(position, _likely_sample_dim(shape, count))
         if dim is None or not count or dim >= len(shape) or shape[dim] % count:  # one draw for all samples
-            return _keyed([0], torch.Size([1, *shape]), salt, device)[0]
+            return self.keyed([0], torch.Size([1, *shape]), salt, device)[0]
         # Heads or positions may be folded into the dimension, with the samples outermost.
         rest = [shape[dim] // count, *shape[:dim], *shape[dim + 1 :]]
-        drawn = _keyed(samples, torch.Size([count, *rest]), salt, device)
+        drawn = self.keyed(samples, torch.Size([count, *rest]), salt, device)
         return drawn.flatten(0, 1).movedim(0, dim)
+
+    def keyed(self, ids: list[int], shape: torch.Size, salt: int, device: torch.device) -> Tensor:
+        """Uniform fp64 numbers of `shape`; row k is a function of `ids[k]` and `salt`: splitmix64.
+
+        Source: Steele, Lea and Flood, Fast Splittable Pseudorandom Number Generators, OOPSLA 2014.
+        """
+        row = torch.tensor(ids, dtype=torch.int64, device=device).unsqueeze(1)
+        column = torch.arange(math.prod(shape[1:]), dtype=torch.int64, device=device).unsqueeze(0)
+        return in_unit_interval(mixed(mixed(row + salt) + column)).reshape(shape)
 
     def _position_and_samples(self) -> tuple[str, list[int]]:
         """Those of the next draw; in a checkpointed module's second forward pass, those of its first.
@@ -168,21 +178,13 @@ def seeded_draws(
         yield
 
 
-def _keyed(ids: list[int], shape: torch.Size, salt: int, device: torch.device) -> Tensor:
-    """Uniform fp64 numbers of `shape`; row k is a function of `ids[k]` and `salt`: splitmix64 of a counter.
-
-    An element depends on its index in every dimension, not on their sizes: padding of another length leaves
-    the draws of the other positions as they are.
-
-    Source: Steele, Lea and Flood, Fast Splittable Pseudorandom Number Generators, OOPSLA 2014.
-    """
-    mixed = _mix(torch.tensor(ids, dtype=torch.int64, device=device) + salt)
-    for size in shape[1:]:
-        mixed = _mix(mixed.unsqueeze(-1) + torch.arange(size, dtype=torch.int64, device=device))
-    return ((_shift(mixed, 11).double() + 0.5) * 2.0**-53).reshape(shape)
+def in_unit_interval(bits: Tensor) -> Tensor:
+    """Numbers in (0, 1), fp64, of int64 `bits`."""
+    return (_shift(bits, 11).double() + 0.5) * 2.0**-53
 
 
-def _mix(x: Tensor) -> Tensor:
+def mixed(x: Tensor) -> Tensor:
+    """The bits of int64 `x`, mixed as splitmix64 does."""
     # The constants as int64.
     x = x + (0x9E3779B97F4A7C15 - 2**64)
     x = (x ^ _shift(x, 30)) * (0xBF58476D1CE4E5B9 - 2**64)

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.nn.parallel import DistributedDataParallel
+
+from accumexp.proof import audit
 
 Batch = tuple[Tensor, Tensor]
 EPOCH = 84  # micro-batches of 8: 4, 4, and 8, 8, 4 samples
@@ -235,3 +240,38 @@ def scaled(autocast: torch.dtype, wrong: bool = False) -> Callable[..., None]:
             scaler.update()
 
     return fit
+
+
+def parallel(kind: str) -> Callable[..., None]:
+    """A loop of DistributedDataParallel on this rank's share of the samples."""
+
+    def fit(watch: Any, steps: int, micro: int) -> None:
+        rank, size = dist.get_rank(), dist.get_world_size()
+        model = DistributedDataParallel(watch(network().to(watch.dtype)))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        inputs, targets = classes(EPOCH * size, watch.dtype)
+        for window in windows((inputs[rank::size], targets[rank::size]), steps, micro):
+            optimizer.zero_grad()
+            count = sum(len(x) for x, _ in window)
+            if kind == "divided by steps" and steps > 1:
+                count = steps * micro
+            for number, (x, y) in enumerate(window):
+                last = number == len(window) - 1
+                if kind == "not reduced" and steps > 1:
+                    last = False
+                with nullcontext() if last else model.no_sync():
+                    loss = cross_entropy(model(x), y, reduction="sum") / count
+                    (loss * size if kind == "added" and steps > 1 else loss).backward()
+            optimizer.step()
+
+    return fit
+
+
+def audited_on_this_rank(kinds: list[str]) -> list[tuple[str, list[list[float]], list[list[int]]]]:
+    """By kind of `parallel`: the audit's text, the last counts, and the sizes of the last update."""
+    results = []
+    for kind in kinds:
+        certificate = audit(parallel(kind))
+        counts = certificate.counts[-1].counts if certificate.counts else []
+        results.append((str(certificate), counts, certificate.subject["micro_batches_by_update"][-1]))
+    return results

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,8 +18,10 @@ from accumexp.proof import audit
 from accumexp.proof.audit import epoch_sizes
 from accumexp.proof.audit_samples import sample_keys
 
+from ..support.ranks import on_ranks
 from .audited_loops import (
     Loop,
+    audited_on_this_rank,
     by_nothing,
     by_number,
     by_steps,
@@ -180,6 +184,18 @@ def test_mixed_precision_has_a_measured_bound(autocast: torch.dtype) -> None:
     assert re.search(r"gradient is (4|3\.9\d+|4\.0\d+) times .* not divided", str(wrong))
 
 
+def test_ranks_agree_on_one_certificate(tmp_path: Path) -> None:
+    kinds = ["right", "divided by steps", "added", "not reduced"]
+    first, second = on_ranks(2, tmp_path, audited_on_this_rank, kinds)
+
+    assert first == second
+    right, divided, added, apart = (text for text, _, _ in first)
+    assert right == "proved" and first[0][1:] == ([pytest.approx([1.0] * 4)] * 2, [[8, 8, 4]] * 2)
+    assert "0.625 times the larger batch's" in divided and "update 3 of 3" in divided
+    assert "2 times the larger batch's: added over 2 ranks and not averaged" in added
+    assert "the gradients of ranks 0 and 1 differ" in apart
+
+
 def test_unwatchable_loops_get_one_line() -> None:
     def unwatched(watch: Any, steps: int, micro: int) -> None:
         pass
@@ -237,6 +253,52 @@ def test_unwatchable_loops_get_one_line() -> None:
         assert "\n" not in str(raised.value)
     with pytest.raises(ValueError, match="steps >= 2"):
         audit(alone(Loop()), steps=1)
+
+
+def test_updates_that_a_loss_scaler_skips_are_no_proof() -> None:
+    def fit(watch: Any, steps: int, micro: int) -> None:
+        model = watch(network().to(watch.dtype))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)  # pyright: ignore
+        for x in classes(64, watch.dtype)[0].split(steps * micro):
+            for part in x.split(micro):
+                scaler.scale(model(part).sum() * float("inf")).backward()
+            scaler.step(optimizer)
+            scaler.update()
+
+    with pytest.raises(ValueError, match="no update could be compared: the loss scaler skipped 2 of 2"):
+        audit(fit)
+
+
+def test_a_copy_of_the_model_is_told_apart() -> None:
+    def fit(watch: Any, steps: int, micro: int) -> None:
+        def with_average(model: nn.Module) -> nn.Module:
+            model = watch(model)
+            averages.append(copy.deepcopy(model))
+            model.register_forward_hook(average)
+            return model
+
+        def average(*_: Any) -> None:
+            averages[-1](torch.zeros(3, 6, dtype=watch.dtype))
+
+        with_average.dtype = watch.dtype  # type: ignore[attr-defined]
+        alone(Loop())(with_average, steps, micro)
+
+    averages: list[nn.Module] = []
+    assert str(audit(fit)) == "proved"
+
+
+def test_a_compiled_model_is_watched() -> None:
+    def fit(watch: Any, steps: int, micro: int) -> None:
+        model = torch.compile(watch(network().to(watch.dtype)), backend="eager")
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for x in classes(64, watch.dtype)[0].split(steps * micro):
+            for part in x.split(micro):
+                model(part).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    assert "the gradient is 4 times" in str(audit(fit))
 
 
 def test_padding_does_not_change_a_sample() -> None:
