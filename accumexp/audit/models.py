@@ -68,13 +68,13 @@ def transformer(setting: Setting) -> nn.Module:
 def _sizes(kind: str, dropout: float) -> dict[str, Any]:
     tokens = {"vocab_size": VOCABULARY, "pad_token_id": PADDING, "bos_token_id": 1, "eos_token_id": 2}
     if kind == "gpt2":
-        sizes = {"n_embd": WIDTH, "n_layer": 2, "n_head": 2, "n_positions": POSITIONS}
+        sizes = {"n_embd": WIDTH, "n_layer": 1, "n_head": 2, "n_positions": POSITIONS}
         return {**tokens, **sizes, "resid_pdrop": dropout, "embd_pdrop": dropout, "attn_pdrop": dropout}
     if kind == "distilbert":
-        sizes = {"dim": WIDTH, "n_layers": 2, "n_heads": 2, "hidden_dim": 2 * WIDTH}
+        sizes = {"dim": WIDTH, "n_layers": 1, "n_heads": 2, "hidden_dim": 2 * WIDTH}
         drops = {"dropout": dropout, "attention_dropout": dropout, "seq_classif_dropout": dropout}
         return {**tokens, **sizes, **drops, "max_position_embeddings": POSITIONS}
-    sizes = {"hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes = {"hidden_size": WIDTH, "num_hidden_layers": 1, "num_attention_heads": 2}
     sizes |= {"intermediate_size": 2 * WIDTH, "max_position_embeddings": POSITIONS}
     if kind == "llama":
         return {**tokens, **sizes, "num_key_value_heads": 2, "attention_dropout": dropout}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
@@ -123,7 +124,11 @@ def schedule_of(setting: Setting, optimizer: torch.optim.Optimizer) -> LambdaLR:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keeps a trainer's prints, warnings and log messages below errors from the audit's output."""
+    """Keeps a trainer's prints, warnings and log messages below errors from the audit's output.
+
+    What is in memory is left out of garbage collections, which some trainers start after every training.
+    """
+    gc.freeze()
     with catch_warnings(), redirect_stdout(StringIO()), redirect_stderr(StringIO()):
         simplefilter("ignore")
         disable(WARNING)
@@ -131,3 +136,4 @@ def quiet() -> Iterator[None]:
             yield
         finally:
             disable(NOTSET)
+            gc.unfreeze()

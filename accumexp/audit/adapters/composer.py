@@ -1,7 +1,8 @@
 """Composer's Trainer with `device_train_microbatch_size`: the loader yields the whole batch of an update.
 
 The Trainer's loss of a batch weighs its micro-batches by their samples;
-`accumulate_train_batch_on_tokens=True` weighs them by tokens, which is not its default. Left out: `bf16`, which it refuses on a CPU.
+`accumulate_train_batch_on_tokens=True` weighs them by tokens, which is not its default. Left out: `bf16`,
+which it refuses on a CPU.
 """
 
 from __future__ import annotations

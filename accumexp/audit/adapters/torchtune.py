@@ -43,7 +43,8 @@ def fit(setting: Setting, watch: Watch, steps: int, micro: int) -> None:
         config = OmegaConf.create(config_of(setting, steps, micro, folder))
         torch.manual_seed(setting.seed)
         model = torchtune.config.instantiate(config.model).to(watch.dtype)
-        torch.save(model.state_dict(), Path(folder, "model.pt"))
+        Path(folder, "input").mkdir()
+        torch.save(model.state_dict(), Path(folder, "input", "model.pt"))
         recipe = watched_recipe(watch)(config)
         recipe.setup(config)
         recipe.train()
@@ -71,7 +72,7 @@ def config_of(setting: Setting, steps: int, micro: int, folder: str) -> dict[str
         "model": {
             "_component_": "torchtune.models.llama2.llama2",
             "vocab_size": VOCABULARY,
-            "num_layers": 2,
+            "num_layers": 1,
             "num_heads": 2,
             "num_kv_heads": 2,
             "embed_dim": 16,
@@ -82,7 +83,7 @@ def config_of(setting: Setting, steps: int, micro: int, folder: str) -> dict[str
         "dataset": {"_component_": f"{here}.dataset", "setting": asdict(setting)},
         "checkpointer": {
             "_component_": "torchtune.training.FullModelTorchTuneCheckpointer",
-            "checkpoint_dir": folder,
+            "checkpoint_dir": f"{folder}/input",
             "checkpoint_files": ["model.pt"],
             "output_dir": f"{folder}/output",
             "model_type": "LLAMA2",
