@@ -37,7 +37,24 @@ class Fault:
     also: tuple[str, ...] = ()  # what both releases need beside what pip finds for them
 
 
-FAULTS: tuple[Fault, ...] = ()
+FAULTS = (
+    Fault(
+        "mean of means",
+        "huggingface/transformers#34191",
+        "transformers",
+        "4.45.2",
+        "4.46.1",
+        "causal samples=96",
+    ),
+    Fault(
+        "not divided",
+        "huggingface/transformers#35207",
+        "transformers",
+        "4.47.1",
+        "4.48.0",
+        "classes samples=96",
+    ),
+)
 
 
 @dataclass

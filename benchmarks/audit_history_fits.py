@@ -101,6 +101,7 @@ def train(
             learning_rate=0.05,
             lr_scheduler_type="constant",
             max_grad_norm=0.0,
+            bf16=False,
             optim="sgd",
             remove_unused_columns=False,
             dataloader_pin_memory=False,
