@@ -12,6 +12,8 @@ from .rounding import LAMBDA
 
 # Logged losses are often rounded to four digits.
 LOGGED = 1e-3
+# A bound of the change of the weights above which it tells nothing.
+WIDE = 0.1
 
 
 def all_checks(comparison: Comparison) -> tuple[list[Check], list[Series]]:
@@ -91,15 +93,19 @@ def _gradient_checks(comparison: Comparison) -> tuple[list[Check], list[Series]]
 
 
 def _weights_check(comparison: Comparison) -> Check | None:
+    """Undecided where the bound is wide: an optimizer such as Adam turns rounding into whole steps."""
     checks = []
-    bound = LAMBDA * (comparison.levels.weights + comparison.unit)
-    why = f"{LAMBDA:g} times {number(comparison.levels.weights)}, as for the gradient, and {LAMBDA:g} u"
+    bound = LAMBDA**2 * (comparison.levels.weights + comparison.unit)
+    why = (
+        f"{LAMBDA**2:g} times {number(comparison.levels.weights)}, as for the gradient, and {LAMBDA**2:g} u: "
+        "optimizers enlarge the rounding of small elements"
+    )
     for pair in comparison.pairs:
         if pair not in comparison.failing and pair.update.first.after and comparison.same_rates(pair):
             error = moved_otherwise(pair.update, pair.larger)
             limit = pair.cancellation * bound + LAMBDA * comparison.unit * size_over_step(pair.larger)
             detail = f"update {pair.number + 1}"
-            decided = limit <= 0.1  # an optimizer may turn rounding into whole steps
+            decided = limit <= WIDE
             checks.append(Check("change of the weights", error, limit, "relative", why, detail, decided))
     return worst_check([c for c in checks if c.decided] or checks) if checks else None
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .audit_records import JointUpdate, Update
 from .audit_samples import sample_keys
 from .fixed_draws import FixedDraws, in_unit_interval, mixed
+from .larger_batch import Gradient
 from .module_tracker import OUTSIDE, ModuleTracker, in_backward
 from .nested import map_tensors
 from .sample_ids import SampleIds, row_count
@@ -80,6 +81,22 @@ def optimizer_state(optimizer: torch.optim.Optimizer, names: Mapping[int, str]) 
 
 def _copy(value: Any) -> Any:
     return value.detach().clone() if isinstance(value, Tensor) else value
+
+
+def loss_gradient(
+    model: nn.Module, loss: Callable[..., Any], arguments: Any, keywords: Any, targets: Any
+) -> Gradient:
+    """The gradient of `loss(model, inputs, targets)`, in fp64; leaves the model's buffers as they are."""
+    inputs = keywords if not arguments else arguments[0] if len(arguments) == 1 else arguments
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    with torch.enable_grad():
+        value = loss(model, inputs, targets)
+        found = torch.autograd.grad(value, list(parameters.values()), allow_unused=True)
+    with torch.no_grad():
+        for name, buffer in model.named_buffers():
+            buffer.copy_(buffers[name])
+    return {name: g.double() for name, g in zip(parameters, found, strict=True) if g is not None}
 
 
 class Rounding:

@@ -13,7 +13,15 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .audit_records import AuditError, FitRecord, MicroBatch, Update
-from .audit_rerun import ModelDraws, Rounding, Starts, load_optimizer_state, load_start, optimizer_state
+from .audit_rerun import (
+    ModelDraws,
+    Rounding,
+    Starts,
+    load_optimizer_state,
+    load_start,
+    loss_gradient,
+    optimizer_state,
+)
 from .audit_samples import sample_keys
 from .compilation import outside_graphs
 from .fixed_draws import SDPBackend, sdpa_kernel
@@ -259,22 +267,12 @@ class Watch:
 
     def _own_gradient(self, update: Update) -> Gradient:
         assert self._own_loss is not None and self.model is not None
-        arguments, keywords = update.forward_inputs[0]
-        inputs = keywords if not arguments else arguments[0] if len(arguments) == 1 else arguments
         targets = self._targets[-1] if self._targets else None
-        buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
-        parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         self._paused = True
         try:
-            with torch.enable_grad():
-                value = self._own_loss(self.model, inputs, targets)
-                found = torch.autograd.grad(value, list(parameters.values()), allow_unused=True)
+            return loss_gradient(self.model, self._own_loss, *update.forward_inputs[0], targets)
         finally:
             self._paused = False
-            with torch.no_grad():
-                for name, buffer in self.model.named_buffers():
-                    buffer.copy_(buffers[name])
-        return {name: g.double() for name, g in zip(parameters, found, strict=True) if g is not None}
 
     def _close(self) -> None:
         if self._open is not None:

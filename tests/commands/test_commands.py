@@ -44,7 +44,7 @@ CONF = Path(conf_dir())
 CHOICES = sorted(
     (path.parent.relative_to(CONF).as_posix(), path.stem)
     for path in CONF.rglob("*.yaml")
-    if path.parent != CONF
+    if path.parent not in (CONF, CONF / "audit")  # of a command with settings of its own
 )
 
 

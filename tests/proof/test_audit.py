@@ -33,6 +33,7 @@ from .audited_loops import (
     shuffled,
     stream,
     tokens,
+    windows,
 )
 
 RIGHT: dict[str, Callable[..., Any]] = {
@@ -85,6 +86,8 @@ def test_right_loops_are_proved(name: str) -> None:
     assert str(certificate) == "proved"
     assert {check.name for check in certificate.checks} >= {"gradient", "samples by update", "learning rate"}
     assert all(check.decided for check in certificate.checks)
+    gradient = next(check for check in certificate.checks if check.name == "gradient")
+    assert "another order of the samples and scale of the loss" in gradient.why
     assert all(abs(count - 1) < 1e-9 for each in certificate.counts for row in each.counts for count in row)
 
 
@@ -105,6 +108,30 @@ def test_dropout_is_held_fixed_by_sample() -> None:
     assert str(certificate) == "proved up to dropout draws (3)"
     wrong = audit(alone(Loop(dropout=0.3, divide=by_nothing, mean=True)))
     assert str(wrong).startswith("not proved: ") and "4 times the larger batch's" in str(wrong)
+
+
+def test_dropout_does_not_change_the_order_of_a_shuffled_loader() -> None:
+    def fit(watch: Any, steps: int, micro: int) -> None:
+        model = watch(network(dropout=0.3).to(watch.dtype))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        inputs, targets = classes(64, watch.dtype)
+        for _ in range(3):
+            order = torch.randperm(64)
+            for window in windows((inputs[order], targets[order]), steps, micro):
+                for x, y in window:
+                    (cross_entropy(model(x), y) / len(window)).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+
+    assert str(audit(fit)) == "proved up to dropout draws (3)"
+
+
+def test_every_update_is_judged_by_itself() -> None:
+    """With an optimizer that has a memory of the updates that are wrong."""
+    certificate = audit(alone(Loop(divide=by_steps, mean=True, optimizer=torch.optim.AdamW)))
+
+    assert certificate.series[0].failing == [3, 6]
+    assert [check.name for check in certificate.failed] == ["gradient"]
 
 
 def test_every_remainder_is_tried_where_the_loop_takes_samples() -> None:
@@ -290,8 +317,9 @@ def test_a_copy_of_the_model_is_told_apart() -> None:
 
 def test_a_compiled_model_is_watched() -> None:
     def fit(watch: Any, steps: int, micro: int) -> None:
-        model = torch.compile(watch(network().to(watch.dtype)), backend="eager")
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        watched = watch(network().to(watch.dtype))
+        model = torch.compile(watched, backend="eager")
+        optimizer = torch.optim.SGD(watched.parameters(), lr=0.1)
         for x in classes(64, watch.dtype)[0].split(steps * micro):
             for part in x.split(micro):
                 model(part).square().mean().backward()

@@ -5,6 +5,8 @@ The Trainer's loss of a batch weighs its micro-batches by their samples;
 which it refuses on a CPU.
 """
 
+# The package is not installed where types are checked, and this module has its name.
+# pyright: reportMissingImports=false, reportGeneralTypeIssues=false, reportCallIssue=false
 from __future__ import annotations
 
 from typing import Any

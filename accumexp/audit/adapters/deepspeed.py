@@ -4,6 +4,8 @@ It trains in fp32, as it reduces no gradients of fp64. Its first start compiles 
 minutes.
 """
 
+# The package is not installed where types are checked, and this module has its name.
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 from __future__ import annotations
 
 import atexit
@@ -19,6 +21,7 @@ from ..samples import loader_of
 from ..settings import Setting, Watch, cross_entropy, optimizer_of, quiet, schedule_of
 
 PACKAGE = "deepspeed"
+DTYPE = torch.float32  # of the weights
 SETTINGS = (
     "classes",
     "tokens",
@@ -50,7 +53,7 @@ def fit(setting: Setting, watch: Watch, steps: int, micro: int) -> None:
         if not torch.distributed.is_initialized():
             deepspeed.init_distributed("gloo")
             atexit.register(torch.distributed.destroy_process_group)  # the engine keeps groups between fits
-        model = watch(model_of(setting, torch.float32))
+        model = watch(model_of(setting, DTYPE))
         loss_of = cross_entropy(setting)
         optimizer = optimizer_of(setting, model)
         engine, _, _, _ = deepspeed.initialize(
@@ -59,7 +62,7 @@ def fit(setting: Setting, watch: Watch, steps: int, micro: int) -> None:
             lr_scheduler=schedule_of(setting, optimizer),
             config=config_of(setting, steps, micro),
         )
-        loader = loader_of(setting, micro, torch.float32, sharded=several)
+        loader = loader_of(setting, micro, DTYPE, sharded=several)
         for _ in range(setting.epochs):
             for inputs, labels in loader:
                 loss = loss_of(engine(inputs), labels)

@@ -5,6 +5,8 @@ so that an epoch's first update has one micro-batch. Here the loss is divided by
 after each `steps` micro-batches and after an epoch's last one.
 """
 
+# The package is not installed where types are checked.
+# pyright: reportMissingImports=false
 from __future__ import annotations
 
 from typing import Any

@@ -4,6 +4,8 @@ Left out: `clipping`, for which the function has no option, and `bf16`, as its `
 of CUDA. The schedule steps on `Events.ITERATION_COMPLETED(every=steps)`.
 """
 
+# The package is not installed where types are checked.
+# pyright: reportMissingImports=false
 from __future__ import annotations
 
 import torch

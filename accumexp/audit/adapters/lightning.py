@@ -1,5 +1,7 @@
 """Lightning's Trainer with `accumulate_grad_batches`."""
 
+# The package is not installed where types are checked, and this module has its name.
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 from __future__ import annotations
 
 from typing import Any

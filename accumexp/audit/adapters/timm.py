@@ -8,6 +8,8 @@ micro-batch on.
 Left out: `tokens`, as timm trains images.
 """
 
+# The package is not installed where types are checked.
+# pyright: reportMissingImports=false
 from __future__ import annotations
 
 from contextlib import nullcontext

@@ -6,6 +6,8 @@ weights are bf16 then. torchtune 0.6.1 imports with torchao up to 0.13. Its reci
 last micro-batch if it is smaller.
 """
 
+# The package is not installed where types are checked, and this module has its name.
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 from __future__ import annotations
 
 from dataclasses import asdict, replace

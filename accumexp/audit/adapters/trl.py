@@ -6,6 +6,8 @@ arguments (`label_smoothing_factor`, `compute_loss_func`) that trl deprecates. L
 cannot train.
 """
 
+# The package is not installed where types are checked, and this module has its name.
+# pyright: reportMissingImports=false, reportCallIssue=false
 from __future__ import annotations
 
 from dataclasses import replace
