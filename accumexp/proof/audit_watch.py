@@ -29,8 +29,6 @@ from .larger_batch import Gradient
 from .module_tracker import in_backward
 from .nested import cloned
 
-WATCHED_ONCE = "watch(model) was called for a second model: watch the one that is trained"
-
 
 class Watch:
     """What `audit` gives to a loop: `model = watch(model)` makes a model observable and returns it.
@@ -77,7 +75,7 @@ class Watch:
 
     def __call__(self, model: nn.Module) -> nn.Module:
         if self.model is not None and model is not self.model:
-            raise AuditError(WATCHED_ONCE)
+            raise AuditError("watch(model) was called for a second model: watch the one that is trained")
         if self.model is None:
             self.model = model
             if self._fix_draws:
@@ -86,7 +84,8 @@ class Watch:
                 self._hooks.enter_context(sdpa_kernel([SDPBackend.MATH]))
                 self._hooks.enter_context(self._draws)
             before, after = self._observers()
-            self._hooks.enter_context(model.register_forward_pre_hook(before, with_kwargs=True, prepend=True))
+            handle = model.register_forward_pre_hook(before, with_kwargs=True, prepend=True)
+            self._hooks.enter_context(handle)
             self._hooks.enter_context(model.register_forward_hook(after, with_kwargs=True))
         return model
 
@@ -132,7 +131,7 @@ class Watch:
             newest.samples.extend(samples)
         else:
             self._open.micro_batches.append(MicroBatch(samples))
-        if self._stores and self._own_loss is not None:
+        if self._own_loss is not None and self._stores:
             self._open.forward_inputs.append(cloned((arguments, keywords)))
         self._random_state = torch.get_rng_state()
         if self._rounding is not None:
@@ -218,15 +217,13 @@ class Watch:
         update = self._open
         if not self._trains(optimizer) or update is None:
             return
-        found_inf = getattr(optimizer, "found_inf", None)
-        update.skipped = found_inf is not None and bool(found_inf)
+        update.skipped = bool(getattr(optimizer, "found_inf", False))
         first = not self._stepped[id(optimizer)]
         self._stepped[id(optimizer)] += 1
         update.steps = max(self._stepped.values())
         if not self._stores or not first:
             return
-        scale = getattr(optimizer, "grad_scale", None)
-        scale = 1.0 if scale is None else float(scale)
+        scale = float(getattr(optimizer, "grad_scale", None) or 1.0)
         for group in optimizer.param_groups:
             names = [self._names[id(p)] for p in group["params"] if id(p) in self._names]
             update.groups.append(names)
@@ -267,10 +264,11 @@ class Watch:
 
     def _own_gradient(self, update: Update) -> Gradient:
         assert self._own_loss is not None and self.model is not None
+        arguments, keywords = update.forward_inputs[0]
         targets = self._targets[-1] if self._targets else None
         self._paused = True
         try:
-            return loss_gradient(self.model, self._own_loss, *update.forward_inputs[0], targets)
+            return loss_gradient(self.model, self._own_loss, arguments, keywords, targets)
         finally:
             self._paused = False
 
