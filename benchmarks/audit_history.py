@@ -14,7 +14,7 @@ import sys
 import tempfile
 import venv
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ class Fault:
     """One fault, the last release that has it and the first that does not."""
 
     name: str
-    issue: str
+    number: int  # of the issue or pull request
     package: str
     before: str
     after: str
@@ -37,34 +37,28 @@ class Fault:
     also: tuple[str, ...] = ()  # what both releases need beside what pip finds for them
 
 
+TRANSFORMERS, TRL = "transformers", "trl"
+ISSUES = {
+    TRANSFORMERS: "huggingface/transformers#",
+    TRL: "huggingface/trl#",
+    "accelerate": "huggingface/accelerate#",
+}
 FAULTS = (
+    Fault("mean-of-means", 34191, TRANSFORMERS, "4.45.2", "4.46.1", "causal samples=96"),
+    Fault("classes-not-divided", 35207, TRANSFORMERS, "4.47.1", "4.48.0", "classes samples=96"),
+    Fault("tokens-not-divided", 35651, TRANSFORMERS, "4.48.0", "4.48.1", "causal samples=96"),
     Fault(
-        "mean of means",
-        "huggingface/transformers#34191",
-        "transformers",
-        "4.45.2",
-        "4.46.1",
-        "causal samples=96",
+        "over-epoch-ends", 33673, TRANSFORMERS, "4.46.3", "4.47.1", "causal samples=88 ragged=false updates=6"
+    ),
+    Fault("stops-early", 37923, TRANSFORMERS, "4.51.3", "4.52.4", "causal samples=88 ragged=false"),
+    Fault("last-window", 39659, TRANSFORMERS, "4.54.1", "4.55.0", "classes samples=88"),
+    Fault(
+        "dpo", 2615, TRL, "0.13.0", "0.14.0", 'preferences samples=96 method="DPO"', ("transformers==4.48.1",)
     ),
     Fault(
-        "not divided",
-        "huggingface/transformers#35207",
-        "transformers",
-        "4.47.1",
-        "4.48.0",
-        "classes samples=96",
+        "evaluation", 1162, "accelerate", "0.17.1", "0.18.0", "evaluated samples=96", ("setuptools==80.9.0",)
     ),
 )
-
-
-@dataclass
-class Verdict:
-    """What is said of a release: equal, different, or nothing where it could not be judged."""
-
-    release: str
-    equal: bool | None
-    says: str
-    details: dict[str, Any] = field(default_factory=dict)
 
 
 def make_environment(folder: Path, requirements: Sequence[str]) -> Path:
@@ -75,7 +69,7 @@ def make_environment(folder: Path, requirements: Sequence[str]) -> Path:
         return python
     venv.create(home, clear=True)
     packages = home / "lib" / f"python3.{sys.version_info.minor}" / "site-packages"
-    (packages / "this_interpreter.pth").write_text(str(Path(torch.__file__).parents[1]) + "\n")
+    (packages / "this_interpreter.pth").write_text(str(Path(str(torch.__file__)).parents[1]) + "\n")
     constraints = home / "constraints.txt"
     constraints.write_text(f"torch=={version('torch')}\n")
     pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", "-c", str(constraints)]
@@ -84,24 +78,18 @@ def make_environment(folder: Path, requirements: Sequence[str]) -> Path:
     return python
 
 
-def judge(python: Path, fault: Fault, release: str, truth: bool) -> Verdict:
-    """Runs the fault's case in an environment."""
+def judge(python: Path, fault: Fault, truth: bool) -> dict[str, Any]:
+    """Runs the fault's case in an environment; "equal" is None where it could not be judged."""
     command = [str(python), "-W", "ignore", "-m", "benchmarks.audit_history_fits", *fault.case.split()]
     environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
     environment |= {"HF_HUB_OFFLINE": "1", "HOME": str(python.parents[1])}
-    done = subprocess.run(
-        [*command, *(["--truth"] if truth else [])],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    command += ["--truth"] if truth else []
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     lines = [line for line in done.stdout.splitlines() if line.startswith("ANSWER ")]
-    if not lines:
-        last = (done.stderr.strip().splitlines() or ["no answer"])[-1]
-        return Verdict(release, None, last, {"stderr": done.stderr[-4000:]})
-    answer = json.loads(lines[-1].removeprefix("ANSWER "))
-    return Verdict(release, answer["equal"], answer["says"], answer)
+    if lines:
+        return json.loads(lines[-1].removeprefix("ANSWER "))
+    last = (done.stderr.strip().splitlines() or ["no answer"])[-1]
+    return {"equal": None, "says": last, "stderr": done.stderr[-4000:]}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -116,16 +104,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for fault in FAULTS:
             if given.faults and fault.name not in given.faults:
                 continue
-            for release in (fault.before, fault.after):
+            row: dict[str, Any] = {"fault": asdict(fault), "issue": f"{ISSUES[fault.package]}{fault.number}"}
+            for when, release in (("before", fault.before), ("after", fault.after)):
                 requirements = (f"{fault.package}=={release}", *fault.also)
                 python = make_environment(given.folder or Path(temporary), requirements)
-                verdict = judge(python, fault, release, given.truth)
-                rows.append({"fault": asdict(fault), "verdict": asdict(verdict)})
-                word = {True: "equal", False: "different", None: "not judged"}[verdict.equal]
-                print(f"{fault.name:20} {fault.package:13} {release:8} {word:10} {verdict.says}", flush=True)
+                verdict = row[when] = judge(python, fault, given.truth)
+                word = {True: "equal", False: "different", None: "not judged"}[verdict["equal"]]
+                says = " ".join(verdict["says"].split())
+                print(f"{fault.name:20} {row['issue']:32} {release:7} {word:10} {says}", flush=True)
+            row["found"] = row["before"]["equal"] is False and row["after"]["equal"] is True
+            rows.append(row)
+    found = sum(row["found"] for row in rows)
+    print(f"{found} of {len(rows)} faults are found before and gone after")
     if given.write is not None:
         given.write.write_text(json.dumps(rows, indent=1) + "\n")
-    return 0
+    return 0 if found == len(rows) else 1
 
 
 if __name__ == "__main__":

@@ -114,8 +114,11 @@ def train(
         InOrder(model=model, args=arguments, train_dataset=rows, **more).train()
 
 
-def causal(samples: int, kind: str = "llama", ragged: bool = True) -> Case:
-    """The Trainer on next tokens; the first of each sequence are a prompt, whose labels are ignored."""
+def causal(samples: int, kind: str = "llama", ragged: bool = True, updates: int = -1) -> Case:
+    """The Trainer on next tokens; the first of each sequence are a prompt, whose labels are ignored.
+
+    `updates`: after which the Trainer is told to stop, -1 for `EPOCHS` epochs.
+    """
     from transformers import Trainer, TrainingArguments
 
     tokens = sentences(samples, ragged=ragged)
@@ -128,7 +131,17 @@ def causal(samples: int, kind: str = "llama", ragged: bool = True) -> Case:
         return {"input_ids": ids, "attention_mask": (ids != PADDING).long(), "labels": wanted}
 
     def fit(watch: Any, steps: int, micro: int) -> None:
-        train(Trainer, TrainingArguments, watch(small(kind)), rows, steps, micro, data_collator=collate)
+        limit = {"max_steps": updates}
+        train(
+            Trainer,
+            TrainingArguments,
+            watch(small(kind)),
+            rows,
+            steps,
+            micro,
+            data_collator=collate,
+            config=limit,
+        )
 
     def loss(model: nn.Module, held: Sequence[int]) -> Tensor:
         batch = collate([rows[index] for index in held])
@@ -327,7 +340,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from accumexp.proof import audit
 
         certificate = audit(case.fit, case.steps, case.micro)
-        answer = {"equal": certificate.proved, "says": str(certificate)}
+        answer = {"equal": certificate.proved, "says": str(certificate), "causes": certificate.causes}
     print("ANSWER " + json.dumps(answer))
     return 0
 
