@@ -56,7 +56,7 @@ FAULTS = (
         "dpo", 2615, TRL, "0.13.0", "0.14.0", 'preferences samples=96 method="DPO"', ("transformers==4.48.1",)
     ),
     Fault(
-        "evaluation", 1483, "accelerate", "0.19.0", "0.20.0", "evaluated samples=96", ("setuptools==80.9.0",)
+        "evaluation", 1483, "accelerate", "0.19.0", "0.20.3", "evaluated samples=96", ("setuptools==80.9.0",)
     ),
 )
 
