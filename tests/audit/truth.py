@@ -34,7 +34,7 @@ from tests.audit.larger_batch import Task, find_truth
 STEPS, MICRO = 4, 8
 NOT_JUDGED = {"dropout": "a draw by micro-batch has no larger batch"}
 # Computed in fp32 whatever the weights are: losses of transformers' models, Llama's normalisation, Composer's
-# weights of micro-batches, the outputs of a model of Fabric's and DeepSpeed's gradients. Autocast computes in bf16.
+# weights of micro-batches, the outputs of a model of Fabric's and DeepSpeed's gradients. Autocast: bf16.
 FP32 = {"composer", "deepspeed", "fabric", "trl", "torchtune", "bert", "bert_mlm", "gpt2", "llama"}
 
 
