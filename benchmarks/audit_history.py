@@ -52,9 +52,7 @@ FAULTS = (
     ),
     Fault("stops-early", 37923, TRANSFORMERS, "4.51.3", "4.52.4", "causal samples=88 ragged=false"),
     Fault("last-window", 39659, TRANSFORMERS, "4.54.1", "4.55.0", "classes samples=88"),
-    Fault(
-        "dpo", 2615, TRL, "0.13.0", "0.14.0", 'preferences samples=96 method="DPO"', ("transformers==4.48.1",)
-    ),
+    Fault("dpo", 2615, TRL, "0.13.0", "0.14.0", "preferences samples=96", ("transformers==4.48.1",)),
     Fault(
         "evaluation", 1483, "accelerate", "0.19.0", "0.20.3", "evaluated samples=96", ("setuptools==80.9.0",)
     ),

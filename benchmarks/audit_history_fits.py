@@ -8,7 +8,6 @@ whatever the release needs; the data are made here, equally for every release.
 
 import argparse
 import copy
-import inspect
 import json
 import sys
 import tempfile
@@ -60,7 +59,7 @@ def logits_of(model: nn.Module, tokens: Tensor) -> Tensor:
 
 
 def small(kind: str) -> nn.Module:
-    """A model of transformers with random weights, in float64: llama, gpt2, gemma3, or bert to classify."""
+    """A model of transformers with random weights, in float64: llama, or bert to classify."""
     import transformers
 
     torch.manual_seed(0)
@@ -74,9 +73,6 @@ def small(kind: str) -> nn.Module:
     if kind == "bert":
         sizes |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "num_labels": CLASSES}
         model = transformers.BertForSequenceClassification(transformers.BertConfig(**sizes))
-    elif kind == "gemma3":
-        sizes |= {"num_key_value_heads": 2, "head_dim": 8, "sliding_window": 32}
-        model = transformers.Gemma3ForCausalLM(transformers.Gemma3TextConfig(**sizes))
     else:
         model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, num_key_value_heads=2))
     return model.double()
@@ -114,7 +110,7 @@ def train(
         InOrder(model=model, args=arguments, train_dataset=rows, **more).train()
 
 
-def causal(samples: int, kind: str = "llama", ragged: bool = True, updates: int = -1) -> Case:
+def causal(samples: int, ragged: bool = True, updates: int = -1) -> Case:
     """The Trainer on next tokens; the first of each sequence are a prompt, whose labels are ignored.
 
     `updates`: after which the Trainer is told to stop, -1 for `EPOCHS` epochs.
@@ -135,7 +131,7 @@ def causal(samples: int, kind: str = "llama", ragged: bool = True, updates: int 
         train(
             Trainer,
             TrainingArguments,
-            watch(small(kind)),
+            watch(small("llama")),
             rows,
             steps,
             micro,
@@ -171,35 +167,6 @@ def classes(samples: int) -> Case:
         return functional.cross_entropy(logits, labels[list(held)])
 
     return Case(fit, Task(tokens, loss, epochs=EPOCHS))
-
-
-def own_module(samples: int) -> Case:
-    """The Trainer on a module of the user's own that returns its loss."""
-    from transformers import Trainer, TrainingArguments
-
-    class Classifier(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layers = network()
-
-        def forward(self, inputs: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
-            logits = self.layers(inputs)
-            return (
-                {"loss": functional.cross_entropy(logits, labels), "logits": logits}
-                if labels is not None
-                else {"logits": logits}
-            )
-
-    inputs, labels = vectors(samples)
-    rows = [{"inputs": row, "labels": label} for row, label in zip(inputs, labels, strict=True)]
-
-    def fit(watch: Any, steps: int, micro: int) -> None:
-        train(Trainer, TrainingArguments, watch(Classifier()), rows, steps, micro)
-
-    def loss(model: nn.Module, held: Sequence[int]) -> Tensor:
-        return functional.cross_entropy(model(inputs[list(held)])["logits"], labels[list(held)])
-
-    return Case(fit, Task(list(inputs), loss, epochs=EPOCHS))
 
 
 def vectors(samples: int) -> tuple[Tensor, Tensor]:
@@ -248,12 +215,12 @@ def evaluated(samples: int) -> Case:
     return Case(fit, Task(list(inputs), loss, epochs=EPOCHS))
 
 
-def preferences(samples: int, method: str) -> Case:
-    """trl's DPOTrainer or ORPOTrainer; prompts and answers all have the same length."""
-    import trl
+def preferences(samples: int) -> Case:
+    """trl's DPOTrainer; prompts and answers all have the same length."""
     from datasets import Dataset
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
+    from trl import DPOConfig, DPOTrainer
 
     words = {"<pad>": 0, "<s>": 1, "</s>": 2} | {f"w{index}": index for index in range(3, VOCABULARY)}
     base = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
@@ -268,19 +235,12 @@ def preferences(samples: int, method: str) -> Case:
     columns = {"prompt": [text(row[:PROMPT]) for row in ids[:samples]]}
     columns |= {"chosen": [" " + text(row[PROMPT:]) for row in ids[:samples]]}
     columns |= {"rejected": [" " + text(row[PROMPT:]) for row in ids[samples:]]}
-    trainer, config = getattr(trl, f"{method}Trainer"), getattr(trl, f"{method}Config")
-    names = inspect.signature(trainer.__init__).parameters
-    given = {"processing_class" if "processing_class" in names else "tokenizer": tokenizer}
     options = {"max_length": 32, "max_prompt_length": 16, "disable_dropout": False}
 
     def fit(watch: Any, steps: int, micro: int) -> None:
-        torch.manual_seed(0)
         model = small("llama")
-        more = {"ref_model": copy.deepcopy(model)} if method == "DPO" else {}
-        rows = Dataset.from_dict(columns)
-        known = inspect.signature(config.__init__).parameters
-        chosen = {name: value for name, value in options.items() if name in known}
-        train(trainer, config, watch(model), rows, steps, micro, config=chosen, **given, **more)
+        more = {"ref_model": copy.deepcopy(model), "processing_class": tokenizer, "config": options}
+        train(DPOTrainer, DPOConfig, watch(model), Dataset.from_dict(columns), steps, micro, **more)
 
     end = torch.full((samples, 1), 2)
     chosen_ids = torch.cat([ids[:samples], end], dim=1)
@@ -289,20 +249,10 @@ def preferences(samples: int, method: str) -> Case:
 
     def loss(model: nn.Module, held: Sequence[int]) -> Tensor:
         both = torch.cat([chosen_ids[list(held)], rejected_ids[list(held)]])
-        logits = logits_of(model, both)
-        chosen, rejected = answer_chances(logits, both).chunk(2)
-        if method == "DPO":
-            with torch.no_grad():
-                before, after = answer_chances(logits_of(reference, both), both).chunk(2)
-            return -functional.logsigmoid(
-                BETA * (chosen.sum(1) - rejected.sum(1) - before.sum(1) + after.sum(1))
-            ).mean()
-        chosen, rejected = chosen.mean(1), rejected.mean(1)
-        odds = chosen - rejected - torch.log1p(-chosen.exp()) + torch.log1p(-rejected.exp())
-        return (
-            next_token_loss(logits[: len(held)], both[: len(held)])
-            - BETA * functional.logsigmoid(odds).mean()
-        )
+        chosen, rejected = answer_chances(logits_of(model, both), both).sum(1).chunk(2)
+        with torch.no_grad():
+            before, after = answer_chances(logits_of(reference, both), both).sum(1).chunk(2)
+        return -functional.logsigmoid(BETA * (chosen - rejected - before + after)).mean()
 
     return Case(fit, Task(list(chosen_ids), loss, epochs=EPOCHS, bound=LLAMA_BOUND))
 
@@ -316,7 +266,6 @@ def answer_chances(logits: Tensor, tokens: Tensor) -> Tensor:
 CASES: dict[str, Callable[..., Case]] = {
     "causal": causal,
     "classes": classes,
-    "own_module": own_module,
     "evaluated": evaluated,
     "preferences": preferences,
 }
