@@ -43,8 +43,8 @@ ISSUES = {
     TRL: "huggingface/trl#",
     "accelerate": "huggingface/accelerate#",
 }
-# transformers 4.46.0 and 4.52.0 are not on the registry. 4.47.0 has tokens-added, so that over-epoch-ends is first
-# right in 4.47.1.
+# transformers 4.46.0 and 4.52.0 are not on the registry. 4.47.0 has tokens-added, so that over-epoch-ends is
+# first right in 4.47.1.
 FAULTS = (
     Fault("mean-of-means", 34191, TRANSFORMERS, "4.45.2", "4.46.1", "causal samples=96"),
     Fault(
