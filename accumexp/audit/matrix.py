@@ -89,6 +89,10 @@ def markdown(cells: Sequence[Cell], left_out: Sequence[str], command: str) -> st
         f"Made on {date.today().isoformat()} by `{command}`, with torch {torch.__version__} and Python",
         f"{platform.python_version()}, on a CPU: {totals}. The trainers: {packages}.",
         "",
+        "In a checkout, `python -m tests.audit.truth --against docs/audit.json` compares the cells with plain",
+        "PyTorch that shares no code with the audit. `python -m benchmarks.audit_history` audits releases before",
+        "and after faults were mended; [benchmarks/README.md](../benchmarks/README.md) has the results.",
+        "",
         "| setting | what is trained | " + " | ".join(trainers) + " |",
         "|---" * (len(trainers) + 2) + "|",
     ]

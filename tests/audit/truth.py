@@ -21,14 +21,14 @@ from pkgutil import iter_modules
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor, distributed, nn
 from torch.nn import functional
 
 from accumexp.audit import adapters
+from accumexp.audit.cases import composed
+from accumexp.audit.cells import CONF
 from accumexp.audit.samples import samples_of
 from accumexp.audit.settings import Setting
-from accumexp.conf import conf_dir
 from tests.audit.larger_batch import Task, find_truth
 
 STEPS, MICRO = 4, 8
@@ -138,8 +138,8 @@ def judge_ranks(trainer: str, setting: Setting, steps: int, micro: int) -> dict[
 
 
 def settings() -> dict[str, Setting]:
-    files = sorted((Path(conf_dir()) / "audit").glob("*.yaml"))
-    return {path.stem: Setting(**yaml.safe_load(path.read_text())) for path in files}
+    names = sorted(path.stem for path in (CONF / "setting").glob("*.yaml"))
+    return {name: Setting(**composed([f"setting={name}"])["setting"]) for name in names}
 
 
 def find_cells(trainers: Sequence[str], names: Sequence[str], steps: int, micro: int) -> list[dict[str, Any]]:
@@ -179,6 +179,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--micro", type=int, default=MICRO)
     parser.add_argument("--write", type=Path, help="a JSON file")
+    parser.add_argument(
+        "--against", type=Path, help="a matrix's JSON; differing cells are printed, and exit 1"
+    )
     given = parser.parse_args(arguments)
     names = [name for name in given.settings.split(",") if name]
     cells = find_cells(given.trainers, names, given.steps, given.micro)
@@ -187,7 +190,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     wrong = sum(cell.get("equal") is False and cell["valid"] for cell in cells)
     right = sum(cell.get("equal") is True and cell["valid"] for cell in cells)
     print(f"{right} cells equal, {wrong} wrong, {len(cells) - right - wrong} not judged")
-    return 0
+    if given.against is None:
+        return 0
+    return 1 if differing(cells, json.loads(given.against.read_text())) else 0
+
+
+def differing(cells: Sequence[dict[str, Any]], audited: Sequence[dict[str, Any]]) -> int:
+    """Prints the judged cells of which the audit says otherwise; returns their number."""
+    verdicts = {(cell["trainer"], cell["setting"]): cell["verdict"] for cell in audited}
+    judged = [cell for cell in cells if "equal" in cell and cell["valid"]]
+    both = [cell for cell in judged if (cell["trainer"], cell["setting"]) in verdicts]
+    other = [c for c in both if (verdicts[c["trainer"], c["setting"]] == "equal") != c["equal"]]
+    for cell in other:
+        audit = verdicts[cell["trainer"], cell["setting"]]
+        print(f"{cell['trainer']} {cell['setting']}: the audit says {audit}, plain PyTorch {cell['says']}")
+    print(f"{len(both) - len(other)} of {len(both)} cells agree with the audit")
+    return len(other)
 
 
 if __name__ == "__main__":

@@ -54,7 +54,9 @@ class Classifier(lightning.LightningModule):
 def fit(setting: Setting, watch: Watch, steps: int, micro: int) -> None:
     ranks: dict[str, Any] = {"devices": 1}
     if setting.processes > 1:
+        # Its own sampler of several ranks shuffles.
         ranks = {"devices": setting.processes, "strategy": "ddp", "plugins": TorchElasticEnvironment()}
+        ranks["use_distributed_sampler"] = False
     with quiet():
         trainer = lightning.Trainer(
             accelerator="cpu",
@@ -68,7 +70,9 @@ def fit(setting: Setting, watch: Watch, steps: int, micro: int) -> None:
             enable_model_summary=False,
             **ranks,
         )
-        trainer.fit(Classifier(setting, watch), loader_of(setting, micro, setting.dtype(watch)))
+        sharded = setting.processes > 1
+        loader = loader_of(setting, micro, setting.dtype(watch), sharded=sharded)
+        trainer.fit(Classifier(setting, watch), loader)
 
 
 def precision_of(dtype: torch.dtype) -> Any:
