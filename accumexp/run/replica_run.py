@@ -20,8 +20,8 @@ from ..environment.ranks import RankInfo
 from ..environment.signals import StopSignals
 from ..errors import TrainingError
 from ..sweeps.job_status import job_status
-from ..tracking.folder import RunFolder, RunStatus, Summary
 from ..tracking.journal import ProgressFile
+from ..tracking.run_folder import RunFolder, RunStatus, Summary
 from ..training.callbacks import Callback
 from ..training.components import placement
 from ..training.replica_check import check_replicable, shared_splits

@@ -13,7 +13,7 @@ from ..config.no_effect import no_effect
 from ..config.schema import Backend, Config
 from ..config.trust import inert
 from ..errors import UsageError
-from ..tracking.folder import RunFolder
+from ..tracking.run_folder import RunFolder
 
 # Which samples are held out of the training set for evaluation.
 HELD_OUT = ("data.eval_fraction", "data.split_seed")

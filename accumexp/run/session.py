@@ -26,7 +26,6 @@ from ..environment.signals import StopSignals
 from ..errors import TrainingError, masked
 from ..plan.auto_steps import choose_steps
 from ..tracking import Store, reopen
-from ..tracking.folder import CERTIFICATE_TAG, CHECKPOINTS, RunStatus, Summary
 from ..tracking.journal import ProgressFile
 from ..tracking.json_file import written
 from ..tracking.record import (
@@ -36,6 +35,7 @@ from ..tracking.record import (
     inequality_tag,
     upload_certificate,
 )
+from ..tracking.run_folder import CERTIFICATE_TAG, CHECKPOINTS, RunStatus, Summary
 from ..training.callbacks import RunState
 from ..training.checkpoint import load, saved_updates
 from ..training.checkpoint_parts import needed_trust

@@ -23,7 +23,7 @@ from ..sweeps.cores import check_memory, share_cores
 from ..sweeps.hydra_sweep import command_line, typed_overrides
 from ..sweeps.job import SweepJob
 from ..tracking.addresses import check_credentials
-from ..tracking.folder import RunFolder
+from ..tracking.run_folder import RunFolder
 from .resume_checks import changes, check_changes
 
 log = logging.getLogger(__name__)

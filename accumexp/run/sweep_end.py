@@ -15,8 +15,8 @@ from ..environment.console import console
 from ..errors import TrainingError, UsageError, first_line
 from ..sweeps.job_folders import JOBS, LAUNCHES, LOCK, has_jobs, job_folders
 from ..sweeps.sweep import PARENT, SweepRun, launched_sweep, parent_of, sweep_runs
-from ..tracking.folder import LAUNCH_LOCK, UNSENT, RunFolder, RunStatus
 from ..tracking.json_file import read_json
+from ..tracking.run_folder import LAUNCH_LOCK, UNSENT, RunFolder, RunStatus
 from .sweep_trust import needed_trust
 
 log = logging.getLogger(__name__)

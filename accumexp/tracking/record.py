@@ -13,9 +13,9 @@ from ..config.loading import flatten
 from ..config.schema import Backend, Config
 from ..environment.code_version import code_version
 from ..environment.device import device_name, tf32
-from .folder import RunFolder, RunStatus, Summary
 from .journal import Journal, ProgressFile
 from .run import MLflowTracker, Tracker
+from .run_folder import RunFolder, RunStatus, Summary
 from .store import Store
 
 if TYPE_CHECKING:

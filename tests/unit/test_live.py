@@ -113,7 +113,7 @@ def test_a_thousand_jobs_fit_a_terminal_and_ended_ones_are_read_once(
     assert "and 84 more are running" in lines
     assert any(line.startswith("900 of 2000 done, 0 failed, 100 running, 1000 waiting") for line in lines)
     looked: list[str] = []
-    monkeypatch.setattr("accumexp.tracking.folder.read_json", lambda path: looked.append(path.name) or {})
+    monkeypatch.setattr("accumexp.tracking.run_folder.read_json", lambda path: looked.append(path.name) or {})
     assert seen.read() == []
     assert looked.count("summary.json") == 100
 
