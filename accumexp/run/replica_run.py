@@ -20,7 +20,7 @@ from ..environment.ranks import RankInfo
 from ..environment.signals import StopSignals
 from ..errors import TrainingError
 from ..sweeps.job_status import job_status
-from ..tracking.journal import ProgressFile
+from ..tracking.metrics_file import ProgressFile
 from ..tracking.run_folder import RunFolder, RunStatus, Summary
 from ..training.callbacks import Callback
 from ..training.components import placement

@@ -26,8 +26,8 @@ from ..environment.signals import StopSignals
 from ..errors import TrainingError, masked
 from ..plan.auto_steps import choose_steps
 from ..tracking import Store, reopen
-from ..tracking.journal import ProgressFile
 from ..tracking.json_file import written
+from ..tracking.metrics_file import ProgressFile
 from ..tracking.record import (
     RunRecord,
     create_tracker,

@@ -180,7 +180,7 @@ def resumed(cfg: DictConfig, overrides: Sequence[str]) -> Resumed | None:
     """
     if not cfg.resume:
         return None
-    from ..tracking.journal import last_update
+    from ..tracking.metrics_file import last_update
     from ..training.checkpoint import find, load, saved_updates
     from ..training.checkpoint_parts import check_parts, configuration
 

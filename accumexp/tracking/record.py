@@ -13,7 +13,7 @@ from ..config.loading import flatten
 from ..config.schema import Backend, Config
 from ..environment.code_version import code_version
 from ..environment.device import device_name, tf32
-from .journal import Journal, ProgressFile
+from .metrics_file import Journal, ProgressFile
 from .run import MLflowTracker, Tracker
 from .run_folder import RunFolder, RunStatus, Summary
 from .store import Store

@@ -21,7 +21,7 @@ from accumexp.config.overrides import changed
 from accumexp.errors import UsageError
 from accumexp.run.arguments import resume_arguments
 from accumexp.run.spec import resumed
-from accumexp.tracking.journal import Journal
+from accumexp.tracking.metrics_file import Journal
 from accumexp.training.checkpoint import find, load, save
 
 from ..support.command import Done, Record, ranked_models, record_of, run_command
