@@ -15,8 +15,8 @@ from accumexp.report import __main__ as report
 from accumexp.tracking import MLflowTracker, Store, reopen, sender
 from accumexp.tracking.outbox import Outbox, described, read_unsent
 from accumexp.tracking.record import RunRecord
+from accumexp.tracking.resend import send_unsent, unsent_runs
 from accumexp.tracking.run_folder import RunFolder, RunStatus
-from accumexp.tracking.sync import send_unsent, unsent_runs
 
 from ..support.stores import Faults, config_at, history, opened
 
