@@ -11,8 +11,8 @@ from ..prove.session import tags_of
 from ..prove.show import markdown
 from ..tracking import Store
 from ..tracking.record import upload_certificate
-from ..tracking.run import MLflowTracker
 from ..tracking.run_folder import RunFolder, RunStatus
+from ..tracking.tracker import MLflowTracker
 from .cells import Cell
 
 

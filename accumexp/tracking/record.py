@@ -14,9 +14,9 @@ from ..config.schema import Backend, Config
 from ..environment.code_version import code_version
 from ..environment.device import device_name, tf32
 from .metrics_file import Journal, ProgressFile
-from .run import MLflowTracker, Tracker
 from .run_folder import RunFolder, RunStatus, Summary
 from .store import Store
+from .tracker import MLflowTracker, Tracker
 
 if TYPE_CHECKING:
     from ..data.digest import DatasetRecord
