@@ -16,10 +16,10 @@ from .counts import decompose
 from .evidence import Failure
 from .float64 import DOUBLE
 from .gradients import MAX_SKIPPED, Comparison, compare_window
+from .hand_changes import Snapshot, hand_changed
 from .micro_batches import micro_batches_check, passes_of
 from .nested import batch_size
 from .observation import Observation, observe
-from .outside import Snapshot, hand_changed
 from .own_precision import OwnPrecisionReplay, precision_checks
 from .problem import Problem, TrainingState, WholeBatch, cast, copy_in
 from .ranks import all_gather, world_size
