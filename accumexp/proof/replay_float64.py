@@ -27,7 +27,7 @@ from .replay import BITS, ONE_STEP, Replay, tensors_of
 from .rounding import U32, U64, ExpectedUpdate, expected_update
 from .sample_ids import SampleIds
 from .state_causes import ChangedWeights, LoggedLoss
-from .windows import STATISTICS
+from .window_checks import STATISTICS
 
 # For a model with more than LARGE parameters the larger batch is computed in the first EVERY_UNTIL updates,
 # for every window that is smaller than usual, and for every SELDOM-th; the rest is compared in all.

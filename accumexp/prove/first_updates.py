@@ -27,7 +27,7 @@ from ..proof.own_precision import OwnPrecisionReplay
 from ..proof.problem import Problem, TrainingState, WholeBatch
 from ..proof.ranks import all_gather, world_size
 from ..proof.replay_float64 import Float64Replay
-from ..proof.windows import state_errors
+from ..proof.window_checks import state_errors
 from ..training.callbacks import Callback, RunState, without_output
 from ..training.checkpoint import Checkpoints, load, restore
 from ..training.experiment import Experiment
