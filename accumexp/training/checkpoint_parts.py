@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from omegaconf.errors import OmegaConfBaseException
 
-from ..config.instantiate import moved
+from ..config.instantiate import with_present_targets
 from ..config.loading import to_plain
 from ..config.overrides import changed, keys_of
 from ..config.schema import Config
@@ -161,7 +161,7 @@ def needed_trust(plain: Mapping[str, Any]) -> str:
     """What `resume=` needs besides, for a checkpoint of the configuration `plain`; empty for nothing."""
     again = "".join(f" ++{key}='{value}'" for key, value in impure_values(plain))
     why = refused(plain)
-    refusals = [why(key, str(target), NO_TRUST) for key, target in target_nodes(moved(plain))]
+    refusals = [why(key, str(target), NO_TRUST) for key, target in target_nodes(with_present_targets(plain))]
     packages = {refusal.package for refusal in refusals if refusal}
     if None in packages:
         return " trust=true"
