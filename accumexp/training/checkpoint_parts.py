@@ -14,7 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ..config.instantiate import with_present_targets
 from ..config.loading import to_plain
-from ..config.overrides import changed, keys_of
+from ..config.overrides import keys_of, with_overrides
 from ..config.schema import Config
 from ..config.trust import Trust, check_interpolations, check_targets, impure, impure_values, target_nodes
 from ..errors import UsageError, first_line
@@ -129,7 +129,7 @@ def configuration(
     if not trust.everything:
         derived = {key: value for key, value in derived.items() if not impure(value)}
     try:
-        config = changed(content["config"], overrides, derived)
+        config = with_overrides(content["config"], overrides, derived)
     except (OmegaConfBaseException, TypeError, ValueError, KeyError, AttributeError, RecursionError) as error:
         reason = f"its config cannot be read: {first_line(error)}"
         raise UsageError(f"{source}: {reason}; take another from its folder") from error
