@@ -12,12 +12,12 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ..errors import UsageError, unknown_key
 from .schema import Config
-from .validation import check
+from .validation import complete
 
 
 def from_hydra(cfg: DictConfig | Mapping[str, Any]) -> Config:
     """The typed and resolved configuration. Raises a `UsageError` that names an unknown key or bad value."""
-    return check(typed(cfg))
+    return complete(typed(cfg))
 
 
 def typed(cfg: DictConfig | Mapping[str, Any]) -> Config:

@@ -16,7 +16,7 @@ import torch
 
 from ..accum.batch import map_tensors, tensors
 from ..config.schema import Config, Precision
-from ..config.validation import check
+from ..config.validation import complete
 from ..data import Batch
 from ..environment.random_state import random_state, restore_random_state
 from ..environment.ranks import RankInfo, broadcast_from_first
@@ -58,7 +58,7 @@ def own_precision_config(config: Config, updates: int) -> Config:
     changed.trainer.graph = False  # hooks do not run in a replayed graph
     changed.trainer.compile = False  # the proof compiles by itself, see `compile_as_run`
     changed.prove = False
-    return check(changed)
+    return complete(changed)
 
 
 def fp64_config(config: Config, rank_info: RankInfo, updates: int, whole: bool) -> Config:
@@ -71,7 +71,7 @@ def fp64_config(config: Config, rank_info: RankInfo, updates: int, whole: bool) 
         changed.data.batch_size = min(full, MICRO_BATCH * steps * rank_info.size + 1)
     changed.accum.micro_batch_size = None
     changed.accum.growth_interval = min(changed.accum.growth_interval, 10)
-    return check(changed)
+    return complete(changed)
 
 
 class FirstUpdates:
