@@ -37,7 +37,7 @@ def _micro_batch_size(*, _root_: DictConfig) -> int | str | None:
     """`accum.micro_batch_size`, given or derived from the batch, the steps and the ranks.
 
     None if they disagree: `config.validation.complete` then raises. With `accum.steps=auto` the interpolation
-    stays until there is a number (`config.loading.settled`).
+    stays until there is a number (`config.loading.with_steps`).
     """
     data, accum = _root_.data, _root_.accum
     try:

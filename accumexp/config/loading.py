@@ -52,7 +52,7 @@ def explain_omegaconf(error: OmegaConfBaseException) -> str:
     return f"{key}: {reason}"
 
 
-def settled(config: Config, steps: int, batch_size: int | None = None) -> Config:
+def with_steps(config: Config, steps: int, batch_size: int | None = None) -> Config:
     """A copy of `config` with other `accum.steps` and `data.batch_size`, and the derived micro-batch size."""
     plain = to_plain(config)
     plain["accum"].update(steps=steps, micro_batch_size=None)

@@ -22,7 +22,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from accumexp.accum import extrapolated, held_bytes, measure_peak, tensors
 from accumexp.accum.peak import Peak
-from accumexp.config.loading import from_hydra, settled, to_plain
+from accumexp.config.loading import from_hydra, to_plain, with_steps
 from accumexp.config.schema import Config
 from accumexp.config.sizes import batch_sizes, in_bytes
 from accumexp.data import ResidentBatches
@@ -156,7 +156,7 @@ def test_a_run_never_takes_more_than_the_limit(
         config = composed(*overrides, f"accum.memory_limit={limit}")
         point, _ = measure_steps(config, RankInfo())
         chosen.append(point.steps)
-        taken = taken_by(settled(config, point.steps), tmp_path / "trace")
+        taken = taken_by(with_steps(config, point.steps), tmp_path / "trace")
         assert 0.6 * limit < taken <= limit, (limit, point)
     assert chosen == sorted(chosen, reverse=True) and len(set(chosen)) == len(shares)
     assert (chosen[-1] == 1) == (shares[-1] == 1.0)
@@ -185,7 +185,7 @@ def _taken() -> Any:
         point = planner.measure(4)
         parts = planner.parts(point)
     with tempfile.TemporaryDirectory() as folder:
-        taken = taken_by(settled(config, 4), Path(folder) / "trace", RankInfo(rank, 2, rank, 2))
+        taken = taken_by(with_steps(config, 4), Path(folder) / "trace", RankInfo(rank, 2, rank, 2))
     return taken, point.predicted, point.measured, parts
 
 
@@ -383,7 +383,7 @@ def test_what_follows_from_the_micro_batch_waits_for_it() -> None:
     assert config.accum.steps == "auto" and config.accum.micro_batch_size is None
     again = from_hydra(json.loads(json.dumps(to_plain(config))))  # as it is handed to ranks
     given = composed(*RESNET[:1], *RESNET[2:], "accum.steps=3", "model.norm=ghost")
-    assert to_plain(settled(again, 3)) == to_plain(given)
+    assert to_plain(with_steps(again, 3)) == to_plain(given)
     assert given.model["ghost_size"] == 8
 
 

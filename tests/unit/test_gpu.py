@@ -21,7 +21,7 @@ from accumexp.accum import (
     fully_sharded,
     rank_share,
 )
-from accumexp.config.loading import settled
+from accumexp.config.loading import with_steps
 from accumexp.data import ResidentBatches
 from accumexp.environment.random_state import random_state
 from accumexp.environment.ranks import RankInfo
@@ -368,7 +368,7 @@ def test_auto_steps_stay_below_the_limit_on_the_gpu(share: float) -> None:
     limit = int(least + share * (most - least))
     config = composed(*overrides, f"accum.memory_limit={limit}")
     point, _ = measure_steps(config, RankInfo())
-    chosen = settled(config, point.steps)
+    chosen = with_steps(config, point.steps)
     chosen.trainer.max_updates = 3
     chosen.callbacks.clear()
     gc.collect()  # what earlier tests have left would count
