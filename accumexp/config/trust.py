@@ -97,14 +97,14 @@ def check_targets(
     source: str,
     given: Collection[str],
     trust: Trust,
-    refused: Callable[[str, str, Trust], Refusal | None],
+    refusal_of: Callable[[str, str, Trust], Refusal | None],
 ) -> None:
     """Refuses the targets of `plain` that may not be built; nothing is built here.
 
     Args:
         source: the file that `plain` was read from, for the error.
         given: keys that are the user's own.
-        refused: why a target at a key may not be built, or None.
+        refusal_of: why a target at a key may not be built, or None.
 
     Raises:
         UsageError: naming the first one, and what to add to allow all of them.
@@ -117,7 +117,7 @@ def check_targets(
             continue
         if not isinstance(target, str):
             raise UsageError(f"{key}._target_={target}: in {source} is no path of a class")
-        if refusal := refused(key, target, trust):
+        if refusal := refusal_of(key, target, trust):
             refusals.append((f"{key}._target_={target}", refusal))
     if not refusals:
         return

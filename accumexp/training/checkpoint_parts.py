@@ -19,7 +19,7 @@ from ..config.schema import Config
 from ..config.trust import Trust, check_interpolations, check_targets, impure, impure_values, target_nodes
 from ..errors import UsageError, first_line
 from .components import build_model
-from .known_targets import refused
+from .known_targets import refusal_of_targets
 from .progress import Progress
 
 NO_TRUST = Trust()
@@ -136,7 +136,7 @@ def configuration(
     plain = to_plain(config)
     # An escaped interpolation is text here, and would be resolved where its node is built.
     check_interpolations(plain, source, given, Trust(trust.everything))
-    check_targets(plain, source, given, trust, refused(plain))
+    check_targets(plain, source, given, trust, refusal_of_targets(plain))
     if not (trust.everything or trust.packages):
         _check_model_size(config, content["model"], source)
     return config
@@ -160,8 +160,8 @@ def _check_model_size(config: Config, saved: Mapping[str, torch.Tensor], source:
 def needed_trust(plain: Mapping[str, Any]) -> str:
     """What `resume=` needs besides, for a checkpoint of the configuration `plain`; empty for nothing."""
     again = "".join(f" ++{key}='{value}'" for key, value in impure_values(plain))
-    why = refused(plain)
-    refusals = [why(key, str(target), NO_TRUST) for key, target in target_nodes(with_present_targets(plain))]
+    refusal_of, nodes = refusal_of_targets(plain), target_nodes(with_present_targets(plain))
+    refusals = [refusal_of(key, str(target), NO_TRUST) for key, target in nodes]
     packages = {refusal.package for refusal in refusals if refusal}
     if None in packages:
         return " trust=true"

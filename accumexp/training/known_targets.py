@@ -122,8 +122,8 @@ NAMED = ("metrics", "callbacks")
 GROUPS = "optimizer.groups."
 
 
-def refused(plain: Mapping[str, Any]) -> Callable[[str, str, Trust], Refusal | None]:
-    """`check_targets`' function for the configuration `plain`."""
+def refusal_of_targets(plain: Mapping[str, Any]) -> Callable[[str, str, Trust], Refusal | None]:
+    """The `refusal_of` of `check_targets` for the configuration `plain`."""
 
     def why(key: str, target: str, trust: Trust) -> Refusal | None:
         if target in LOOKUPS:

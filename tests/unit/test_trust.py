@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from accumexp.config.environment_values import environment_values, recorded
 from accumexp.config.trust import Trust, check_targets, impure, inert
 from accumexp.errors import UsageError, markdown_text
-from accumexp.training.known_targets import refused
+from accumexp.training.known_targets import refusal_of_targets
 
 KNOWN = [
     ("model", "accumexp.models.MLP"),
@@ -62,7 +62,7 @@ def check(key: str, target: Any, trust: Trust = Trust(), given: tuple[str, ...] 
     plain: dict[str, Any] = {"_target_": target}
     for name in reversed(key.split(".")):
         plain = {name: plain}
-    check_targets(plain, "checkpoint x", given, trust, refused(plain))
+    check_targets(plain, "checkpoint x", given, trust, refusal_of_targets(plain))
 
 
 @pytest.mark.parametrize(("key", "target"), KNOWN)
