@@ -23,9 +23,9 @@ from .iterable_batches import StreamBatches, first_samples, stream_length
 from .labels import LabelCheck
 from .raw import concatenated, raw_tensors
 from .samples import Collate, Layout
-from .streamed import SampleTransform, StreamedBatches
 from .transforms import BatchAugment
 from .user_sampler import SamplerOrder
+from .worker_batches import SampleTransform, StreamedBatches
 
 RESIDENT_SHARE = 0.25
 TRANSFORM_CHUNK = 4096
