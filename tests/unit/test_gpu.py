@@ -362,7 +362,7 @@ def test_auto_steps_stay_below_the_limit_on_the_gpu(share: float) -> None:
     overrides = ["device=cuda", "accum.steps=auto", "data.batch_size=96", "data.eval_batch_size=8"]
     with trial_run(composed(*overrides)) as trial:
         planner = Planner(trial)
-        most, least = planner.predicted(1), planner.predicted(48)
+        most, least = planner.predicted_peak(1), planner.predicted_peak(48)
         point = planner.measure(2)
         assert point.measured and abs(point.predicted / point.measured - 1) < 0.1
     limit = int(least + share * (most - least))
