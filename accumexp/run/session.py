@@ -22,7 +22,7 @@ from ..data.digest import dataset_records
 from ..environment.console import console, result
 from ..environment.memory import reset_peak_memory
 from ..environment.ranks import RankInfo, barrier
-from ..environment.signals import StopSignals
+from ..environment.signals import StopSignals, exit_code_of
 from ..errors import TrainingError, masked
 from ..plan.auto_steps import choose_steps
 from ..tracking import Store, reopen
@@ -298,4 +298,4 @@ class Run:
             command = f"python -m accumexp.run resume={self.folder.path}"
             text += f"; go on with\n  {command}{needed_trust(self.recorded)}"
         console.print(text, highlight=False, soft_wrap=True)
-        sys.exit(128 + trainer.stop_code)
+        sys.exit(exit_code_of(trainer.stop_code))
