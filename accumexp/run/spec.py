@@ -19,9 +19,9 @@ from ..config.overrides import interpolations, keys_of
 from ..config.schema import Config
 from ..config.trust import Trust, impure_values, inert, is_given, target_paths
 from ..errors import UsageError
-from ..sweeps.cores import check_memory, share_cores
 from ..sweeps.hydra_sweep import command_line, typed_overrides
 from ..sweeps.job import SweepJob
+from ..sweeps.job_resources import check_memory, share_cores
 from ..tracking.addresses import check_credentials
 from ..tracking.run_folder import RunFolder
 from .resume_checks import changes, check_changes
