@@ -41,7 +41,7 @@ def evaluate(
 ) -> dict[str, float]:
     """Prints and returns loss and metrics of `checkpoint` on `split`; `trust` as in the schema."""
     from .config.trust import Trust
-    from .tracking.folder import RunFolder
+    from .tracking.run_folder import RunFolder
 
     trusted = Trust.given(trust)
     from .training.checkpoint import find, load

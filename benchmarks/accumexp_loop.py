@@ -10,7 +10,7 @@ from typing import ClassVar
 
 from omegaconf import open_dict
 
-from accumexp.tracking.folder import RunStatus
+from accumexp.tracking.run_folder import RunStatus
 from accumexp.training.callbacks import Callback
 from accumexp.training.trainer import Trainer
 
@@ -51,8 +51,8 @@ class Accumexp(Loop):
         from accumexp.config.schema import TrackingConfig
         from accumexp.data.digest import dataset_records
         from accumexp.tracking import Store
-        from accumexp.tracking.folder import RunFolder
         from accumexp.tracking.record import RunRecord, create_tracker
+        from accumexp.tracking.run_folder import RunFolder
         from accumexp.training.experiment import Experiment
 
         self.task = task

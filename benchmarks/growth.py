@@ -18,8 +18,8 @@ from rich.table import Table
 from accumexp.config.schema import TrackingConfig
 from accumexp.environment.device import pick_device
 from accumexp.tracking import MLflowTracker, Store
-from accumexp.tracking.folder import RunFolder, RunStatus
 from accumexp.tracking.record import RunRecord
+from accumexp.tracking.run_folder import RunFolder, RunStatus
 
 from . import ranks
 from .accumexp_loop import Accumexp

@@ -10,8 +10,8 @@ for inputs, targets in loader:             # the whole batch of the update
 """
 
 from .batch import batch_size, map_tensors, rank_share, split, split_sizes, steps_for, tensors
-from .exactness import Inequality, inequalities
 from .graph import CudaGraphs, GraphedStep, GraphedWindow, GraphRecorder, rates_as_numbers
+from .inequality import Inequality, inequalities
 from .loss import WindowLoss, window_loss
 from .memory import SavedActivations, is_out_of_memory, measure_activations
 from .peak import Peak, extrapolated, held_bytes, measure_peak

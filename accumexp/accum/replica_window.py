@@ -17,8 +17,8 @@ from torch.utils import _pytree as pytree
 
 from .batch import Nested, batch_size, map_tensors, split, split_sizes
 from .buffers import LOW_PRECISION
+from .denominators import reciprocal_of
 from .loss import ClassIndexLoss, MeanOverSamples, SumOverSamples, WindowLoss
-from .weights import share_of
 from .window import MicroBatch, Observer, Window, WindowResult
 
 
@@ -122,7 +122,7 @@ class ReplicaWindow:
             with first._precision():
                 outputs, loss_sum = self._forward(inputs_k, targets_k)
             if share is None or by_step:
-                share = share_of(weights[k if by_step else 0], loss_sum).expand_as(loss_sum)
+                share = reciprocal_of(weights[k if by_step else 0], loss_sum).expand_as(loss_sum)
             trained = [p for p in self.parameters if p.requires_grad]
             self._add(torch.autograd.grad(loss_sum, trained, self._seed(share), allow_unused=True))
             detached = loss_sum.detach()
@@ -134,7 +134,7 @@ class ReplicaWindow:
         assert share is not None and total is not None
         counts = getattr(first.loss, "counts", True)
         weight = sum(weights[1:], weights[0]) if counts else weights[0]
-        mean = total * (share_of(weight, total) if by_step else share)
+        mean = total * (reciprocal_of(weight, total) if by_step else share)
         each = weight.unbind() if isinstance(weight, Tensor) else [weight] * len(mean)
         return [WindowResult(m, w, samples, steps) for m, w in zip(mean.unbind(), each, strict=True)]
 

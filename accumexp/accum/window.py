@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from .batch import Nested, batch_size, map_tensors, split, split_sizes
 from .buffers import Fp32Buffers
+from .denominators import Weights, reciprocal_of
 from .loss import WindowLoss, window_loss
 from .scale import LossScale
 from .sync import NOTHING, sync_of
-from .weights import Weights, share_of
 
 Reduction = Literal["mean", "sum"]
 Observer = Callable[[Any, Nested], None]
@@ -195,7 +195,7 @@ class Window:
                     outputs = call(self.sync.forward, inputs_k)
                     loss_sum = self.loss.total(outputs, targets_k)
                 if share is None or by_step:
-                    share = share_of(weights.of(k), loss_sum)
+                    share = reciprocal_of(weights.of(k), loss_sum)
                 # The gradient of loss_sum / weight, without a division in the graph.
                 loss_sum.backward(self._seed(share) if sizes[k] else torch.zeros_like(share))
             if self.after_micro_batch:
@@ -219,7 +219,7 @@ class Window:
         if self._buffers:
             self._buffers.close(self.sync)
         total = torch.zeros_like(share) if total is None else total
-        mean = total * (share_of(weights.total, total) if by_step else share)
+        mean = total * (reciprocal_of(weights.total, total) if by_step else share)
         if not self.local_loss:
             self.sync.ranks.sum(mean)
         return WindowResult(mean, weights.total, samples, steps)

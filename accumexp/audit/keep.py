@@ -10,9 +10,9 @@ from ..prove.page import save
 from ..prove.session import tags_of
 from ..prove.show import markdown
 from ..tracking import Store
-from ..tracking.folder import RunFolder, RunStatus
 from ..tracking.record import upload_certificate
-from ..tracking.run import MLflowTracker
+from ..tracking.run_folder import RunFolder, RunStatus
+from ..tracking.tracker import MLflowTracker
 from .cells import Cell
 
 

@@ -36,8 +36,8 @@ def _scaled_rate(rate: float, reference: int, batch: int | None, rule: str) -> f
 def _micro_batch_size(*, _root_: DictConfig) -> int | str | None:
     """`accum.micro_batch_size`, given or derived from the batch, the steps and the ranks.
 
-    None if they disagree: `config.validation.check` then raises. With `accum.steps=auto` the interpolation
-    stays until there is a number (`config.loading.settled`).
+    None if they disagree: `config.validation.complete` then raises. With `accum.steps=auto` the interpolation
+    stays until there is a number (`config.loading.with_steps`).
     """
     data, accum = _root_.data, _root_.accum
     try:

@@ -28,10 +28,10 @@ MOVED_MODULES = {
 }
 
 
-def moved(node: Any) -> Any:
+def with_present_targets(node: Any) -> Any:
     """`node` with every `_target_` that has moved replaced by its present path."""
     if isinstance(node, Mapping):
-        moved_node = {key: moved(value) for key, value in node.items()}
+        moved_node = {key: with_present_targets(value) for key, value in node.items()}
         target = str(node.get("_target_", ""))
         module, _, name = target.rpartition(".")
         if target in MOVED_CLASSES:
@@ -40,7 +40,7 @@ def moved(node: Any) -> Any:
             moved_node["_target_"] = f"{MOVED_MODULES[module]}.{name}"
         return moved_node
     if isinstance(node, list | tuple):
-        return [moved(value) for value in node]
+        return [with_present_targets(value) for value in node]
     return node
 
 
@@ -60,7 +60,7 @@ def build(node: Mapping[str, Any], key: str, *args: Any, **offered: Any) -> Any:
 
     if not isinstance(node, Mapping) or "_target_" not in node:
         raise UsageError(f"{key}: names no class, give {key}._target_=package.Class")
-    node = moved(node)
+    node = with_present_targets(node)
     target = str(node["_target_"])
     hydra_log = logging.getLogger("hydra.utils")
     was_disabled, hydra_log.disabled = hydra_log.disabled, True  # Hydra also prints the error it raises
@@ -109,7 +109,7 @@ def lacks_argument(node: Mapping[str, Any]) -> bool:
     if "_target_" not in node or "_partial_" in node or node.get("_args_"):
         return False
     try:
-        parameters = inspect.signature(get_object(moved(node)["_target_"])).parameters.values()
+        parameters = inspect.signature(get_object(with_present_targets(node)["_target_"])).parameters.values()
     except Exception:  # `build` says why
         return False
     return any(

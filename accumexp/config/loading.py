@@ -12,12 +12,12 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ..errors import UsageError, unknown_key
 from .schema import Config
-from .validation import check
+from .validation import complete
 
 
 def from_hydra(cfg: DictConfig | Mapping[str, Any]) -> Config:
     """The typed and resolved configuration. Raises a `UsageError` that names an unknown key or bad value."""
-    return check(typed(cfg))
+    return complete(typed(cfg))
 
 
 def typed(cfg: DictConfig | Mapping[str, Any]) -> Config:
@@ -52,7 +52,7 @@ def explain_omegaconf(error: OmegaConfBaseException) -> str:
     return f"{key}: {reason}"
 
 
-def settled(config: Config, steps: int, batch_size: int | None = None) -> Config:
+def with_steps(config: Config, steps: int, batch_size: int | None = None) -> Config:
     """A copy of `config` with other `accum.steps` and `data.batch_size`, and the derived micro-batch size."""
     plain = to_plain(config)
     plain["accum"].update(steps=steps, micro_batch_size=None)

@@ -25,7 +25,7 @@ def interpolations(cfg: DictConfig) -> dict[str, str]:
     return {key: value for key, value in flatten(raw) if isinstance(value, str) and "${" in value}
 
 
-def changed(
+def with_overrides(
     plain: dict[str, Any], overrides: Sequence[str], derived: Mapping[str, str] | None = None
 ) -> Config:
     """A checkpoint's configuration with `key=value` overrides of single values, not of config groups.

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import UsageError
-from .instantiate import moved
+from .instantiate import with_present_targets
 
 PACKAGE = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*")
 # After `${`: the name of a key, or of a resolver if a colon follows.
@@ -88,7 +88,7 @@ def target_nodes(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:
 
 def target_paths(plain: Any) -> frozenset[str]:
     """The paths that `plain` names, as they are now and as they were written."""
-    nodes = [*target_nodes(plain), *target_nodes(moved(plain))]
+    nodes = [*target_nodes(plain), *target_nodes(with_present_targets(plain))]
     return frozenset(target for _, target in nodes if isinstance(target, str))
 
 
@@ -97,14 +97,14 @@ def check_targets(
     source: str,
     given: Collection[str],
     trust: Trust,
-    refused: Callable[[str, str, Trust], Refusal | None],
+    refusal_of: Callable[[str, str, Trust], Refusal | None],
 ) -> None:
     """Refuses the targets of `plain` that may not be built; nothing is built here.
 
     Args:
         source: the file that `plain` was read from, for the error.
         given: keys that are the user's own.
-        refused: why a target at a key may not be built, or None.
+        refusal_of: why a target at a key may not be built, or None.
 
     Raises:
         UsageError: naming the first one, and what to add to allow all of them.
@@ -112,12 +112,12 @@ def check_targets(
     if trust.everything:
         return
     refusals: list[tuple[str, Refusal]] = []
-    for key, target in target_nodes(moved(plain)):
+    for key, target in target_nodes(with_present_targets(plain)):
         if is_given(f"{key}._target_", given) or isinstance(target, str) and target in trust.targets:
             continue
         if not isinstance(target, str):
             raise UsageError(f"{key}._target_={target}: in {source} is no path of a class")
-        if refusal := refused(key, target, trust):
+        if refusal := refusal_of(key, target, trust):
             refusals.append((f"{key}._target_={target}", refusal))
     if not refusals:
         return

@@ -8,8 +8,12 @@ from .schema import AccumConfig, Config, LossScaling, Precision, Reduction, Stra
 from .sizes import AUTO, batch_sizes, in_bytes, processes
 
 
-def check(config: Config) -> Config:
-    """Fills in ranks, precision and batch sizes. Raises a `UsageError` that names the key of a bad value."""
+def complete(config: Config) -> Config:
+    """Checks `config`, and fills in its ranks, precision and batch sizes.
+
+    Raises:
+        UsageError: naming the key of a bad value.
+    """
     check_ranges(config)
     for group in ("model", "loss", "optimizer", "scheduler", "callbacks", "metrics"):
         check_numbers(getattr(config, group), group)

@@ -5,9 +5,9 @@ from .digits import Digits
 from .in_memory import InMemory
 from .padding import pad
 from .splits import Placement, Splits, build_splits
-from .streamed import StreamedBatches
 from .text import PythonSources
 from .transforms import BatchAugment, Scale, ShiftAndFlip
+from .worker_batches import StreamedBatches
 
 __all__ = [
     "Batch",

@@ -19,13 +19,13 @@ from ..environment.memory import free_bytes
 from ..environment.random_state import drawn_from
 from ..errors import UsageError, first_line
 from .batches import Batches, ResidentBatches, Share
+from .iterable_batches import StreamBatches, first_samples, stream_length
 from .labels import LabelCheck
 from .raw import concatenated, raw_tensors
 from .samples import Collate, Layout
-from .stream import StreamBatches, first_samples, stream_length
-from .streamed import SampleTransform, StreamedBatches
 from .transforms import BatchAugment
 from .user_sampler import SamplerOrder
+from .worker_batches import SampleTransform, StreamedBatches
 
 RESIDENT_SHARE = 0.25
 TRANSFORM_CHUNK = 4096

@@ -21,6 +21,7 @@ from typing import Any
 import psutil
 
 from ..errors import TrainingError, UsageError
+from .signals import exit_code_of
 
 EXPECTED = {error.__name__: error for error in (UsageError, TrainingError)}
 WORKER = "accumexp.environment.worker"
@@ -70,7 +71,7 @@ def launch(
         except ChildFailedError as error:
             raise _cause(folder, error.failures) from None
         except SignalException as stop:
-            raise SystemExit(128 + stop.sigval) from None
+            raise SystemExit(exit_code_of(stop.sigval)) from None
         finally:
             for child in set(psutil.Process().children(recursive=True)) - before:
                 if WORKER in _arguments(child):

@@ -9,6 +9,11 @@ from types import FrameType
 from typing import Any, Protocol
 
 
+def exit_code_of(number: int) -> int:
+    """128 + the signal's number, the convention of shells: 130 and 143."""
+    return 128 + number
+
+
 class Stoppable(Protocol):
     """A trainer of one or several runs."""
 
@@ -33,11 +38,6 @@ class StopSignals:
         self.trainer: Stoppable | None = None
         self._previous: dict[int, Any] = {}
 
-    @property
-    def exit_code(self) -> int:
-        """128 + the signal's number, the convention of shells: 130 and 143."""
-        return 128 + (self.received or 0)
-
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
@@ -56,7 +56,7 @@ class StopSignals:
             while written := os.read(reads, 1):
                 stops = written[0] in (signal.SIGINT, signal.SIGTERM)  # not SIGCHLD, for example
                 if stops and not self._handled.wait(deadline):
-                    os._exit(128 + written[0])
+                    os._exit(exit_code_of(written[0]))
             os.close(reads)
 
         threading.Thread(target=watch, daemon=True, name="stop-signals").start()
@@ -75,5 +75,5 @@ class StopSignals:
         again = self.received is not None
         self.received = signal.Signals(number)
         if again or self.trainer is None:
-            raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(self.exit_code)
+            raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(exit_code_of(number))
         self.trainer.stop(self.received.name, number)

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..cli import WANTS_TRACEBACK, command, hydra_app
 from ..errors import UsageError, print_error
-from ..tracking.folder import RunFolder
+from ..tracking.run_folder import RunFolder
 
 
 def task(cfg: Any) -> None:

@@ -6,7 +6,7 @@ import logging
 
 import torch.distributed as dist
 
-from ..config.loading import settled
+from ..config.loading import with_steps
 from ..config.schema import Config
 from ..config.sizes import AUTO
 from ..environment.console import amount, print_line
@@ -52,7 +52,7 @@ def choose_steps(
         f"{amount(point.predicted)}, measured {amount(point.measured or 0)}, at most {limit}"
     )
     print_line(f"accum.steps={AUTO}: {summary}")
-    return settled(config, point.steps), {TAG: summary}
+    return with_steps(config, point.steps), {TAG: summary}
 
 
 def measure_steps(config: Config, rank_info: RankInfo) -> tuple[Point, Limit]:

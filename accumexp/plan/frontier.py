@@ -85,7 +85,7 @@ def measure_frontier(config: Config, given: int | None, stage: Stage, points_of:
 
 def _point(planner: Planner, steps: int) -> Point:
     """The point at `steps`, measured unless it is predicted not to fit."""
-    predicted = planner.predicted(steps)
+    predicted = planner.predicted_peak(steps)
     if predicted > planner.limit.bytes:
         trial = planner.trial
         return Point(steps, micro_batch(trial.data.batch_size, steps, trial.ranks), predicted, False)

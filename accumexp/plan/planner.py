@@ -102,7 +102,7 @@ class Planner:
         """Bytes of the data during a window of the whole batch."""
         return self._feeding.end - self._feeding.start
 
-    def predicted(self, steps: int) -> int:
+    def predicted_peak(self, steps: int) -> int:
         """The peak of updates of the whole batch in `steps`, in bytes."""
         data = self.trial.data
         samples = min(data.batch_size, data.samples)
@@ -163,7 +163,7 @@ class Planner:
 
     def measure(self, steps: int) -> Point:
         """A trial of `steps`: two updates and an evaluated batch, measured."""
-        trial, predicted = self.trial, self.predicted(steps)
+        trial, predicted = self.trial, self.predicted_peak(steps)
         micro = micro_batch(trial.data.batch_size, steps, trial.ranks)
         self.stage(f"{steps} micro-batches of {micro}")
         point = Point(steps, micro, predicted, False)
@@ -187,14 +187,14 @@ class Planner:
         factor = 1.0  # measured to predicted, over the trials that did not fit
         last: Point | None = None
         for steps in self.splits():
-            if self.predicted(steps) * factor > self.limit.bytes:
+            if self.predicted_peak(steps) * factor > self.limit.bytes:
                 continue
             last = self.measure(steps)
             if last.fits:
                 return last
             factor = max(factor * 1.02, (last.measured or 0) / last.predicted)
         finest = self.trial.data.batch_size // self.trial.ranks
-        predicted = self.predicted(finest)
+        predicted = self.predicted_peak(finest)
         if last is None:
             raise self._too_little(1, f"needs {amount(predicted)}")
         if last.steps != finest and predicted <= self.limit.bytes:

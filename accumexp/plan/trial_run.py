@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..accum import Peak, held_bytes, measure_peak
-from ..config.loading import settled
+from ..config.loading import with_steps
 from ..config.schema import Config, Strategy
 from ..config.sizes import AUTO, micro_batch
 from ..environment.ranks import RankInfo, device_of, local_first
@@ -116,7 +116,7 @@ class TrialRun:
 
     def _config(self, steps: int, batch: int | None = None) -> Config:
         """A rank's part of the run in `steps`, as a run of its own without an end."""
-        config = settled(self.config, steps, batch)
+        config = with_steps(self.config, steps, batch)
         accum, loop = config.accum, config.trainer
         accum.strategy = Strategy.standalone
         # A scale that overflows would leave the optimizer without its state.

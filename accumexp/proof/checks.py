@@ -10,16 +10,16 @@ from functools import cached_property
 
 import torch
 
-from . import draw_causes, windows
+from . import draw_causes, window_checks
 from .certificate import Cause, Certificate, Check, Counts, Series, worst_check
 from .counts import decompose
 from .evidence import Failure
 from .float64 import DOUBLE
 from .gradients import MAX_SKIPPED, Comparison, compare_window
+from .hand_changes import Snapshot, hand_changed
 from .micro_batches import micro_batches_check, passes_of
 from .nested import batch_size
 from .observation import Observation, observe
-from .outside import Snapshot, hand_changed
 from .own_precision import OwnPrecisionReplay, precision_checks
 from .problem import Problem, TrainingState, WholeBatch, cast, copy_in
 from .ranks import all_gather, world_size
@@ -65,7 +65,7 @@ class Proof:
         self.progress(f"{updates} updates, one by one")
         self.replay_float64(updates)
         self.progress("a stop between two windows")
-        self.add(windows.resume_check(self.problem, [self.batch(0), self.batch(1)]))
+        self.add(window_checks.resume_check(self.problem, [self.batch(0), self.batch(1)]))
         self.find_causes()
         return self.result()
 
@@ -82,10 +82,10 @@ class Proof:
 
     @cached_property
     def ragged(self) -> list[tuple[str, WholeBatch]]:
-        """Descriptions and batches of smaller windows, see `windows.ragged`."""
+        """Descriptions and batches of smaller windows, see `window_checks.ragged`."""
         if self.problem.drop_last:
             return []
-        return windows.ragged(self.problem, self.batch(0))
+        return window_checks.ragged(self.problem, self.batch(0))
 
     def gradient_check(self, name: str, batch: WholeBatch, detail: str) -> Check:
         """Checks every parameter's gradient on `batch` in fp64.
@@ -173,10 +173,10 @@ class Proof:
             checks = [self.gradient_check(name, part, detail) for detail, part in self.ragged]
             decided = [check for check in checks if check.decided]
             self.add(worst_check(decided or checks))
-        uneven = windows.weighted(problem, batch)
+        uneven = window_checks.weighted(problem, batch)
         if uneven is not None:
             self.add(self.gradient_check("gradient, weighted items", uneven, "with ignored targets"))
-        self.add(windows.buffers_check(problem, state, expected.larger.buffers))
+        self.add(window_checks.buffers_check(problem, state, expected.larger.buffers))
         # The windows so far have every size, and the updates that follow are of their kinds.
         problem.narrowing.possible = problem.narrowing.seen
         name = problem.precision_name
@@ -187,9 +187,9 @@ class Proof:
                 self.progress(f"windows one after the other in {name}")
                 self.keep_own_replay(self._replay_own_precision())
         self.progress("memory, ranks and overflow")
-        self.add(windows.activations_check(problem, batch), windows.agreement_check(self.first))
-        self.add(windows.collectives_check(problem, batch, self.reductions))
-        self.add(*windows.overflow_checks(problem, batch))
+        self.add(window_checks.activations_check(problem, batch), window_checks.agreement_check(self.first))
+        self.add(window_checks.collectives_check(problem, batch, self.reductions))
+        self.add(*window_checks.overflow_checks(problem, batch))
 
     def _count_micro_batches(
         self, batch: WholeBatch, comparison: Comparison, expected: ExpectedUpdate

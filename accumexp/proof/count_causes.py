@@ -5,15 +5,15 @@ from __future__ import annotations
 import copy
 
 from .certificate import Cause, Counts
+from .count_wording import WHOLE_GRADIENT, counts_in_words
 from .counts import Decomposition
 from .evidence import Failure
+from .extra_terms import clipping_in_words, gradient_in_one, term_in_words
 from .larger_batch import norm
 from .nested import batch_size
 from .problem import Problem
 from .ranks import all_gather, world_size
 from .rounding import norms_of_errors
-from .terms import clipping_in_words, gradient_in_one, term_in_words
-from .wording import WHOLE_GRADIENT, counts_in_words
 
 # Samples of a batch up to which it is tried how much each counts.
 MOST_SAMPLES = 64

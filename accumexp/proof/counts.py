@@ -19,7 +19,7 @@ from .larger_batch import Gradient, clip_factor
 from .micro_batches import MicroBatches, rank_micro_batches
 from .nested import batch_size
 from .problem import Problem
-from .rounding import moved, part_gradient, transformed
+from .rounding import part_gradient, perturbed_model, transformed
 from .sample_ids import SampleIds
 
 # Elements of a gradient for each micro-batch from which on any counts of them may be told.
@@ -67,7 +67,7 @@ class Decomposition:
             exact = failure.expected.larger.gradient
             made = transformed(problem, failure.model, exact)
             self.gradient = {name: g - (made[name] - exact[name]) for name, g in self.gradient.items()}
-        model = moved(problem, failure.model, failure.batch)
+        model = perturbed_model(problem, failure.model, failure.batch)
         parts = [
             part_gradient(problem, model, failure.batch, numbers)
             for each in micro_batches

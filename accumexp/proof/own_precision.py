@@ -32,9 +32,9 @@ from .rounding import (
     clipped_bounds,
     growth,
     larger_batch_of,
-    moved,
     norms_of_errors,
     part_gradient,
+    perturbed_model,
     roundoff,
     scaled_larger_batch,
     shuffled,
@@ -78,10 +78,10 @@ def compare_own_precision(
     The bound is infinite if the larger batch, or a part of it, overflows. A collective call.
     """
     fine = copy_in(model, DOUBLE)
-    larger = larger_batch_of(problem, moved(problem, fine, batch), batch)
+    larger = larger_batch_of(problem, perturbed_model(problem, fine, batch), batch)
     exact = larger.gradient
     scale = loss_scale_of(problem, observation, exact)
-    coarse_model = moved(problem, model, batch, problem.autocast)
+    coarse_model = perturbed_model(problem, model, batch, problem.autocast)
     coarse = scaled_larger_batch(problem, coarse_model, batch, scale).gradient
     window = _window_of_parts(problem, coarse_model, batch, observation, scale)
     lost_at_once, lost_in_parts = norms_of_errors(coarse, exact), norms_of_errors(window, exact)

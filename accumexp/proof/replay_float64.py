@@ -15,19 +15,19 @@ from .draw_causes import repeated_draws, repeated_draws_cause
 from .evidence import Failure, updates_in_words
 from .float64 import DOUBLE
 from .gradients import Comparison, compare, measured_loss_scale
+from .hand_changes import HandChanges, Snapshot
 from .larger_batch import Gradient, loss_weight, relative_error
 from .learning_rates import LearningRates
 from .micro_batches import AS_ASKED, micro_batches_made
 from .nested import batch_size
 from .observation import Observation
-from .outside import HandChanges, Snapshot
 from .problem import Problem, TrainingState, WholeBatch
 from .ranks import all_gather, world_size, worst
 from .replay import BITS, ONE_STEP, Replay, tensors_of
 from .rounding import U32, U64, ExpectedUpdate, expected_update
 from .sample_ids import SampleIds
 from .state_causes import ChangedWeights, LoggedLoss
-from .windows import STATISTICS
+from .window_checks import STATISTICS
 
 # For a model with more than LARGE parameters the larger batch is computed in the first EVERY_UNTIL updates,
 # for every window that is smaller than usual, and for every SELDOM-th; the rest is compared in all.

@@ -71,10 +71,10 @@ def expected_update(
     problem: Problem, batch: WholeBatch, model: nn.Module, clip_norm: float | None = None
 ) -> ExpectedUpdate:
     """The larger batch's update on `batch` from the weights of `model`, which is in fp64."""
-    exact = larger_batch_of(problem, moved(problem, model, batch), batch)
+    exact = larger_batch_of(problem, perturbed_model(problem, model, batch), batch)
     with _without_tf32(problem.device):
         coarse_model = copy_in(model, torch.float32)
-        coarse = larger_batch_of(problem, moved(problem, coarse_model, batch), batch)
+        coarse = larger_batch_of(problem, perturbed_model(problem, coarse_model, batch), batch)
     samples = batch_size(batch)
     gradient = transformed(problem, model, exact.gradient)
     lost = norms_of_errors(coarse.gradient, exact.gradient)
@@ -105,10 +105,10 @@ def clipped_bounds(
     return {name: factor * (bound + off * float(gradient[name].norm())) for name, bound in bounds.items()}
 
 
-def moved(
+def perturbed_model(
     problem: Problem, model: nn.Module, batch: WholeBatch, autocast: torch.dtype | None = None
 ) -> nn.Module:
-    """`model`, or a copy that `Problem.perturb` has moved by the larger batch's gradient."""
+    """`model`, or a copy that `Problem.perturb` has perturbed by the larger batch's gradient."""
     if problem.perturb is None:
         return model
     gradient = larger_batch_of(problem, model, batch, autocast).gradient

@@ -22,7 +22,7 @@ def save_certificate(certificate: Certificate, folder: str | Path) -> Path:
         OSError: if the folder cannot be written.
     """
     # Imported here, because the command imports this package before it answers --help.
-    from ..tracking.folder import RunFolder
+    from ..tracking.run_folder import RunFolder
     from .page import save
 
     run_folder = RunFolder(Path(folder))

@@ -16,7 +16,7 @@ import torch
 
 from ..accum.batch import map_tensors, tensors
 from ..config.schema import Config, Precision
-from ..config.validation import check
+from ..config.validation import complete
 from ..data import Batch
 from ..environment.random_state import random_state, restore_random_state
 from ..environment.ranks import RankInfo, broadcast_from_first
@@ -27,7 +27,7 @@ from ..proof.own_precision import OwnPrecisionReplay
 from ..proof.problem import Problem, TrainingState, WholeBatch
 from ..proof.ranks import all_gather, world_size
 from ..proof.replay_float64 import Float64Replay
-from ..proof.windows import state_errors
+from ..proof.window_checks import state_errors
 from ..training.callbacks import Callback, RunState, without_output
 from ..training.checkpoint import Checkpoints, load, restore
 from ..training.experiment import Experiment
@@ -58,7 +58,7 @@ def own_precision_config(config: Config, updates: int) -> Config:
     changed.trainer.graph = False  # hooks do not run in a replayed graph
     changed.trainer.compile = False  # the proof compiles by itself, see `compile_as_run`
     changed.prove = False
-    return check(changed)
+    return complete(changed)
 
 
 def fp64_config(config: Config, rank_info: RankInfo, updates: int, whole: bool) -> Config:
@@ -71,7 +71,7 @@ def fp64_config(config: Config, rank_info: RankInfo, updates: int, whole: bool) 
         changed.data.batch_size = min(full, MICRO_BATCH * steps * rank_info.size + 1)
     changed.accum.micro_batch_size = None
     changed.accum.growth_interval = min(changed.accum.growth_interval, 10)
-    return check(changed)
+    return complete(changed)
 
 
 class FirstUpdates:

@@ -18,7 +18,7 @@ from ..environment.launch import launch
 from ..environment.ranks import RankInfo, launched_rank
 from ..errors import UsageError
 from ..sweeps.hydra_sweep import command_line
-from ..tracking.folder import RunFolder
+from ..tracking.run_folder import RunFolder
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from .. import __version__
 from ..config.loading import flatten
 from ..proof import Certificate
 from ..proof.certificate import number
-from ..tracking.folder import RunFolder
+from ..tracking.run_folder import RunFolder
 from .show import explained, failed_first, mark, passed_checks, question, reasons
 
 

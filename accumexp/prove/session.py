@@ -15,8 +15,8 @@ from ..environment.ranks import RankInfo, device_of
 from ..plan.auto_steps import choose_steps
 from ..proof import Certificate
 from ..tracking import Store
-from ..tracking.folder import CERTIFICATE_TAG, RunFolder, RunStatus
 from ..tracking.record import create_tracker, describing_tags, upload_certificate
+from ..tracking.run_folder import CERTIFICATE_TAG, RunFolder, RunStatus
 from ..training.experiment import Experiment
 from ..training.run_context import run_context
 from .experiment import prove_experiment

@@ -51,7 +51,7 @@ def main() -> None:
 def _sync(folder: Path, uri: str) -> None:
     """Sends what the runs in `folder` could not send; goes on after one that fails."""
     from ..environment.console import print_line
-    from ..tracking.sync import send_unsent, unsent_runs
+    from ..tracking.resend import send_unsent, unsent_runs
 
     runs = unsent_runs(folder)
     if not runs:

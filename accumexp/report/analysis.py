@@ -12,7 +12,16 @@ from ..errors import UsageError
 from .groups import Group, group_jobs, reference_groups
 from .jobs import Curve, Sweep
 from .noise import NoiseScale, noise_scales
-from .statistics import Decision, Difference, Summary, Verdict, compare_pairs, decide, seeds_needed, summarize
+from .statistics import (
+    Decision,
+    Difference,
+    MeanEstimate,
+    Verdict,
+    compare_pairs,
+    decide,
+    seeds_needed,
+    summarize,
+)
 from .trajectory import COMPARED_UPDATES, LOSS, Trajectory, compare_losses
 
 MAX_POINTS = 2000
@@ -88,7 +97,7 @@ class Row:
     """One group of the report; `comparison` is None for a reference."""
 
     group: Group
-    value: Summary
+    value: MeanEstimate
     comparison: Comparison | None
 
     @property

@@ -15,9 +15,9 @@ from ..config.schema import TrackingConfig
 from ..errors import UsageError
 from ..sweeps.sweep import PARENT, SweepRun, parent_of, sweep_runs
 from ..tracking import PastRun, Store, curve, jobs_of, newest_sweep, sweep_of
-from ..tracking.folder import CERTIFICATE_TAG, RunFolder, RunStatus, Summary
-from ..tracking.journal import read
 from ..tracking.json_file import read_json
+from ..tracking.metrics_file import read
+from ..tracking.run_folder import CERTIFICATE_TAG, RunFolder, RunStatus, Summary
 
 Curve = list[tuple[int, float]]
 REMEDY = "give sweep=<folder or parent run id>, or tracking.uri=<the store's address>"

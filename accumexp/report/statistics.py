@@ -23,7 +23,7 @@ class Verdict(Enum):
 
 
 @dataclass(frozen=True)
-class Summary:
+class MeanEstimate:
     """Number, mean and standard deviation of values, with the confidence interval of the mean.
 
     `std`, `low` and `high` are nan for fewer than two values, and if a value is not finite.
@@ -37,7 +37,7 @@ class Summary:
 
 
 @dataclass(frozen=True)
-class Difference(Summary):
+class Difference(MeanEstimate):
     """The differences of a group to its reference, paired by seed, and their tests.
 
     Attributes:
@@ -58,15 +58,15 @@ class Decision:
     p_equivalent: float
 
 
-def summarize(values: Sequence[float] | np.ndarray, confidence: float = 0.95) -> Summary:
+def summarize(values: Sequence[float] | np.ndarray, confidence: float = 0.95) -> MeanEstimate:
     """Mean, standard deviation (n - 1) and Student's t interval of the mean."""
     array = np.asarray(values, dtype=float)
     mean = float(array.mean()) if array.size else math.nan
     if array.size < 2 or not np.isfinite(array).all():
-        return Summary(array.size, mean, math.nan, math.nan, math.nan)
+        return MeanEstimate(array.size, mean, math.nan, math.nan, math.nan)
     std = float(array.std(ddof=1))
     half = float(stats.t.ppf((1 + confidence) / 2, array.size - 1)) * std / math.sqrt(array.size)
-    return Summary(array.size, mean, std, mean - half, mean + half)
+    return MeanEstimate(array.size, mean, std, mean - half, mean + half)
 
 
 def compare_pairs(

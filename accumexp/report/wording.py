@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from .analysis import Comparison, Metric, Report
 from .groups import Group
 from .noise import critical_batch_size
-from .statistics import Difference, Summary, Verdict
+from .statistics import Difference, MeanEstimate, Verdict
 
 MAX_NAMES = 8  # groups named in a sentence
 MAX_CERTIFICATE = 24  # characters in a table; the page has the whole line
@@ -17,7 +17,7 @@ MAX_CERTIFICATE = 24  # characters in a table; the page has the whole line
 SAME_UPDATE = "not proved: the update is the larger batch's"
 
 
-def mean_and_std(value: Summary, metric: Metric) -> str:
+def mean_and_std(value: MeanEstimate, metric: Metric) -> str:
     """For example 97.12 ± 0.40."""
     digits = 2 if metric.unit else 4
     text = f"{value.mean:.{digits}f}"

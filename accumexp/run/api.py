@@ -21,7 +21,7 @@ from ..config.loading import from_hydra
 from ..config.overrides import interpolations
 from ..environment.ranks import RankInfo
 from ..errors import TrainingError, UsageError
-from ..tracking.folder import RunFolder, RunStatus
+from ..tracking.run_folder import RunFolder, RunStatus
 from .arguments import resumed_folder
 from .job import carry_out, run_in_ranks
 from .spec import RunSpec, resumed

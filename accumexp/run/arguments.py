@@ -13,7 +13,7 @@ from ..config.trust import Trust
 from ..errors import UsageError
 from ..sweeps.hydra_sweep import ADDED, MULTIRUN, file_flags
 from ..sweeps.job_folders import REPORT, Launch, distinct_launches
-from ..tracking.folder import CHECKPOINTS, RunFolder
+from ..tracking.run_folder import CHECKPOINTS, RunFolder
 from ..tracking.yaml_file import read_yaml
 from .sweep_trust import check_taken
 

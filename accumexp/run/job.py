@@ -21,7 +21,7 @@ from ..environment.ranks import RankInfo, launched_rank, skip_group_teardown
 from ..errors import UsageError, first_line
 from ..sweeps.job import SweepJob
 from ..sweeps.job_status import JobStatus, agreed_status, job_status
-from ..tracking.folder import RunFolder, RunStatus
+from ..tracking.run_folder import RunFolder, RunStatus
 from .resume_checks import ChangedJob, check_same_job
 from .spec import RunSpec
 

@@ -12,7 +12,7 @@ from ..environment.console import console, duration, show_values
 from ..environment.device import device_name
 from ..environment.memory import MIB
 from ..tracking import Tracker
-from ..tracking.folder import RunFolder
+from ..tracking.run_folder import RunFolder
 from ..training.checkpoint import saved_updates
 from ..training.experiment import Experiment
 from ..training.trainer import Trainer

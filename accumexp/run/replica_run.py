@@ -17,11 +17,11 @@ from ..environment.console import console, duration
 from ..environment.memory import reset_peak_memory
 from ..environment.random_state import random_state
 from ..environment.ranks import RankInfo
-from ..environment.signals import StopSignals
+from ..environment.signals import StopSignals, exit_code_of
 from ..errors import TrainingError
 from ..sweeps.job_status import job_status
-from ..tracking.folder import RunFolder, RunStatus, Summary
-from ..tracking.journal import ProgressFile
+from ..tracking.metrics_file import ProgressFile
+from ..tracking.run_folder import RunFolder, RunStatus, Summary
 from ..training.callbacks import Callback
 from ..training.components import placement
 from ..training.replica_check import check_replicable, shared_splits
@@ -64,7 +64,7 @@ class ReplicaRun:
             self._summarise(RunStatus.KILLED)
             name = signal.Signals(self.stop_code).name
             console.print(f"stopped by {name} after update {self.updates}", highlight=False)
-            sys.exit(128 + self.stop_code)
+            sys.exit(exit_code_of(self.stop_code))
         summaries = [folder.summary() for folder in self.folders]
         finished = [summary for summary in summaries if summary and summary.finished]
         values = [summary.monitored for summary in finished if summary.monitored is not None]

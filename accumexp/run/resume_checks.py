@@ -7,13 +7,13 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from ..config.instantiate import moved
+from ..config.instantiate import with_present_targets
 from ..config.loading import flatten, from_hydra, to_plain
 from ..config.no_effect import no_effect
 from ..config.schema import Backend, Config
 from ..config.trust import inert
 from ..errors import UsageError
-from ..tracking.folder import RunFolder
+from ..tracking.run_folder import RunFolder
 
 # Which samples are held out of the training set for evaluation.
 HELD_OUT = ("data.eval_fraction", "data.split_seed")
@@ -102,7 +102,7 @@ def check_same_job(folder: RunFolder, config: Mapping[str, Any]) -> None:
     written = folder.read_config()
     if written is None:
         return
-    before = from_hydra(inert(moved(to_plain(OmegaConf.to_container(written, resolve=False)))))
+    before = from_hydra(inert(with_present_targets(to_plain(OmegaConf.to_container(written, resolve=False)))))
     for key, (old, new) in changes(before, from_hydra(inert(config))).items():
         # An earlier version did not write every setting: one that was absent and is empty is no change.
         if not key.startswith(OF_A_LAUNCH) and not (old is None and not new):

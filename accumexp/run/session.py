@@ -22,13 +22,12 @@ from ..data.digest import dataset_records
 from ..environment.console import console, result
 from ..environment.memory import reset_peak_memory
 from ..environment.ranks import RankInfo, barrier
-from ..environment.signals import StopSignals
+from ..environment.signals import StopSignals, exit_code_of
 from ..errors import TrainingError, masked
 from ..plan.auto_steps import choose_steps
 from ..tracking import Store, reopen
-from ..tracking.folder import CERTIFICATE_TAG, CHECKPOINTS, RunStatus, Summary
-from ..tracking.journal import ProgressFile
 from ..tracking.json_file import written
+from ..tracking.metrics_file import ProgressFile
 from ..tracking.record import (
     RunRecord,
     create_tracker,
@@ -36,6 +35,7 @@ from ..tracking.record import (
     inequality_tag,
     upload_certificate,
 )
+from ..tracking.run_folder import CERTIFICATE_TAG, CHECKPOINTS, RunStatus, Summary
 from ..training.callbacks import RunState
 from ..training.checkpoint import load, saved_updates
 from ..training.checkpoint_parts import needed_trust
@@ -298,4 +298,4 @@ class Run:
             command = f"python -m accumexp.run resume={self.folder.path}"
             text += f"; go on with\n  {command}{needed_trust(self.recorded)}"
         console.print(text, highlight=False, soft_wrap=True)
-        sys.exit(128 + trainer.stop_code)
+        sys.exit(exit_code_of(trainer.stop_code))

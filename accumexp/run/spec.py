@@ -19,11 +19,11 @@ from ..config.overrides import interpolations, keys_of
 from ..config.schema import Config
 from ..config.trust import Trust, impure_values, inert, is_given, target_paths
 from ..errors import UsageError
-from ..sweeps.cores import check_memory, share_cores
 from ..sweeps.hydra_sweep import command_line, typed_overrides
 from ..sweeps.job import SweepJob
+from ..sweeps.job_resources import check_memory, share_cores
 from ..tracking.addresses import check_credentials
-from ..tracking.folder import RunFolder
+from ..tracking.run_folder import RunFolder
 from .resume_checks import changes, check_changes
 
 log = logging.getLogger(__name__)
@@ -180,7 +180,7 @@ def resumed(cfg: DictConfig, overrides: Sequence[str]) -> Resumed | None:
     """
     if not cfg.resume:
         return None
-    from ..tracking.journal import last_update
+    from ..tracking.metrics_file import last_update
     from ..training.checkpoint import find, load, saved_updates
     from ..training.checkpoint_parts import check_parts, configuration
 

@@ -12,11 +12,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ..environment.console import console
+from ..environment.signals import exit_code_of
 from ..errors import TrainingError, UsageError, first_line
 from ..sweeps.job_folders import JOBS, LAUNCHES, LOCK, has_jobs, job_folders
 from ..sweeps.sweep import PARENT, SweepRun, launched_sweep, parent_of, sweep_runs
-from ..tracking.folder import LAUNCH_LOCK, UNSENT, RunFolder, RunStatus
 from ..tracking.json_file import read_json
+from ..tracking.run_folder import LAUNCH_LOCK, UNSENT, RunFolder, RunStatus
 from .sweep_trust import needed_trust
 
 log = logging.getLogger(__name__)
@@ -45,7 +46,7 @@ def closing_sweep(
 
 @contextmanager
 def _closed(report_settings: Mapping[str, str]) -> Iterator[None]:
-    handler = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    handler = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(exit_code_of(number)))
     status = RunStatus.FAILED
     try:
         yield

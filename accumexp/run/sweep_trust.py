@@ -66,9 +66,9 @@ def check_taken(lines: Sequence[str], files: Sequence[str], where: str, trust: T
         else:
             plain.setdefault(key, []).extend(values)
     if "_target_" in str(plain):
-        from ..training.known_targets import refused
+        from ..training.known_targets import refusal_of_targets
 
-        check_targets(plain, f"sweep.resume={where}", (), trust, _any_kind(refused({})))
+        check_targets(plain, f"sweep.resume={where}", (), trust, _any_kind(refusal_of_targets({})))
 
 
 def needed_trust(sweep: Path) -> str:
@@ -94,11 +94,11 @@ def _is_plain(key: str, value: Any) -> bool:
     return not key.startswith("hydra.launcher.") or re.fullmatch(r"[\w.:-]*", str(value)) is not None
 
 
-def _any_kind(refused: Any) -> Any:
-    """`refused` for an argument of any key: the jobs' own checkpoints are checked by key."""
+def _any_kind(refusal_of: Any) -> Any:
+    """`refusal_of` for an argument of any key: the jobs' own checkpoints are checked by key."""
 
     def why(key: str, target: str, trust: Trust) -> Refusal | None:
-        return refused("", target, trust)
+        return refusal_of("", target, trust)
 
     return why
 

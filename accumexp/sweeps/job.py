@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock
 
 from ..errors import UsageError, masked
-from ..tracking.folder import RunFolder, RunStatus, Summary
 from ..tracking.json_file import write_json
+from ..tracking.run_folder import RunFolder, RunStatus, Summary
 from ..tracking.yaml_file import read_yaml
 from .hydra_sweep import ADDED, MULTIRUN, command_line, count_jobs, runs_in_parallel, typed_overrides
 from .job_folders import launches, number_of, record_folder, slug

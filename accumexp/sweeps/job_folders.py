@@ -19,8 +19,8 @@ from typing import Any
 from filelock import FileLock
 
 from ..errors import UsageError
-from ..tracking.folder import RunFolder
 from ..tracking.json_file import write_json
+from ..tracking.run_folder import RunFolder
 from ..tracking.yaml_file import read_text
 from .hydra_sweep import file_flags
 

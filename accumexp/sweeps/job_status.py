@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..environment.ranks import RankInfo
 from ..errors import UsageError
-from ..tracking.folder import RunFolder
+from ..tracking.run_folder import RunFolder
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,8 @@ from rich.table import Column
 from rich.text import Text
 
 from ..environment.console import VIEWED, console, duration, result
-from ..tracking.folder import RunFolder, RunStatus, Summary
 from ..tracking.json_file import read_json
+from ..tracking.run_folder import RunFolder, RunStatus, Summary
 from .job_folders import JOBS, JobFolder, job_folders, number_of
 
 EVERY = 0.5  # seconds between two reads of the folder

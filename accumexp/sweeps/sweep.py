@@ -16,8 +16,8 @@ from omegaconf import DictConfig, OmegaConf, read_write
 
 from ..errors import UsageError, print_error
 from ..tracking.addresses import check_credentials
-from ..tracking.folder import RunFolder, Summary
 from ..tracking.json_file import read_json
+from ..tracking.run_folder import RunFolder, Summary
 from .hydra_sweep import LAUNCH, command_line, count_jobs, file_flags, runs_in_parallel
 from .job_folders import Launch, begin_launch, job_folders, number_of
 from .live_view import LiveView

@@ -1,8 +1,8 @@
 """The record in MLflow. The only package that imports it, and only when a run is opened."""
 
-from .past import PastRun, curve, jobs_of, newest_sweep, sweep_of
-from .run import MLflowTracker, Tracker, reopen
 from .store import Store
+from .stored_runs import PastRun, curve, jobs_of, newest_sweep, sweep_of
+from .tracker import MLflowTracker, Tracker, reopen
 
 __all__ = [
     "MLflowTracker",

@@ -13,10 +13,10 @@ from ..config.loading import flatten
 from ..config.schema import Backend, Config
 from ..environment.code_version import code_version
 from ..environment.device import device_name, tf32
-from .folder import RunFolder, RunStatus, Summary
-from .journal import Journal, ProgressFile
-from .run import MLflowTracker, Tracker
+from .metrics_file import Journal, ProgressFile
+from .run_folder import RunFolder, RunStatus, Summary
 from .store import Store
+from .tracker import MLflowTracker, Tracker
 
 if TYPE_CHECKING:
     from ..data.digest import DatasetRecord

@@ -8,8 +8,8 @@ import time
 
 from ..errors import first_line
 from .delivery import SLOWEST_UPLOAD, Delivery
-from .folder import UNSENT
 from .outbox import Entry, Outbox
+from .run_folder import UNSENT
 
 log = logging.getLogger(__name__)
 # Seconds from the end of a failed call to the next one; doubled by each failure in a row.

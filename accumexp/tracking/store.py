@@ -20,8 +20,8 @@ from filelock import FileLock
 from ..config.schema import TrackingConfig
 from ..errors import UsageError, first_line
 from .addresses import URI, check_address, check_server
-from .folder import RunFolder, RunStatus
 from .names import legal_name
+from .run_folder import RunFolder, RunStatus
 
 COSTS = ("update_ms", "samples_per_second", "activation_mib", "peak_memory_mib")
 LOCAL_UI = "http://127.0.0.1:5000"

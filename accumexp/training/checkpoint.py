@@ -19,7 +19,7 @@ from ..config.ranges import require
 from ..environment.console import amount
 from ..environment.random_state import restore_random_state
 from ..errors import TrainingError, UsageError, first_line
-from ..tracking.folder import BEST, CHECKPOINTS
+from ..tracking.run_folder import BEST, CHECKPOINTS
 from . import shards
 from .callbacks import Best, Callback, RunState
 from .checkpoint_content import check_savable, needed_bytes, not_written, without_views

@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from omegaconf.errors import OmegaConfBaseException
 
-from ..config.instantiate import moved
+from ..config.instantiate import with_present_targets
 from ..config.loading import to_plain
-from ..config.overrides import changed, keys_of
+from ..config.overrides import keys_of, with_overrides
 from ..config.schema import Config
 from ..config.trust import Trust, check_interpolations, check_targets, impure, impure_values, target_nodes
 from ..errors import UsageError, first_line
 from .components import build_model
-from .known_targets import refused
+from .known_targets import refusal_of_targets
 from .progress import Progress
 
 NO_TRUST = Trust()
@@ -129,14 +129,14 @@ def configuration(
     if not trust.everything:
         derived = {key: value for key, value in derived.items() if not impure(value)}
     try:
-        config = changed(content["config"], overrides, derived)
+        config = with_overrides(content["config"], overrides, derived)
     except (OmegaConfBaseException, TypeError, ValueError, KeyError, AttributeError, RecursionError) as error:
         reason = f"its config cannot be read: {first_line(error)}"
         raise UsageError(f"{source}: {reason}; take another from its folder") from error
     plain = to_plain(config)
     # An escaped interpolation is text here, and would be resolved where its node is built.
     check_interpolations(plain, source, given, Trust(trust.everything))
-    check_targets(plain, source, given, trust, refused(plain))
+    check_targets(plain, source, given, trust, refusal_of_targets(plain))
     if not (trust.everything or trust.packages):
         _check_model_size(config, content["model"], source)
     return config
@@ -160,8 +160,8 @@ def _check_model_size(config: Config, saved: Mapping[str, torch.Tensor], source:
 def needed_trust(plain: Mapping[str, Any]) -> str:
     """What `resume=` needs besides, for a checkpoint of the configuration `plain`; empty for nothing."""
     again = "".join(f" ++{key}='{value}'" for key, value in impure_values(plain))
-    why = refused(plain)
-    refusals = [why(key, str(target), NO_TRUST) for key, target in target_nodes(moved(plain))]
+    refusal_of, nodes = refusal_of_targets(plain), target_nodes(with_present_targets(plain))
+    refusals = [refusal_of(key, str(target), NO_TRUST) for key, target in nodes]
     packages = {refusal.package for refusal in refusals if refusal}
     if None in packages:
         return " trust=true"

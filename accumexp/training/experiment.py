@@ -32,7 +32,7 @@ from .components import (
 )
 from .evaluated_schedule import steppable, takes_metric
 from .evaluation import Evaluator
-from .graphs import graphs, warn_of_eager_step
+from .graph_check import graphs, warn_of_eager_step
 from .metrics_sink import MetricsSink
 from .optimizers import build_optimizer
 from .progress import LoopOptions, default_log_every

@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import Dataset, Sampler
 
-from ..config.instantiate import moved
+from ..config.instantiate import with_present_targets
 from ..config.trust import PACKAGE, Refusal, Trust
 from ..errors import first_line
 from .callbacks import Callback
@@ -122,8 +122,8 @@ NAMED = ("metrics", "callbacks")
 GROUPS = "optimizer.groups."
 
 
-def refused(plain: Mapping[str, Any]) -> Callable[[str, str, Trust], Refusal | None]:
-    """`check_targets`' function for the configuration `plain`."""
+def refusal_of_targets(plain: Mapping[str, Any]) -> Callable[[str, str, Trust], Refusal | None]:
+    """The `refusal_of` of `check_targets` for the configuration `plain`."""
 
     def why(key: str, target: str, trust: Trust) -> Refusal | None:
         if target in LOOKUPS:
@@ -189,7 +189,7 @@ def _top_key(key: str) -> str:
 
 
 def _node(plain: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    node: Any = moved(plain)
+    node: Any = with_present_targets(plain)
     for name in key.split("."):
         node = node[int(name)] if isinstance(node, list) else node[name]
     return node

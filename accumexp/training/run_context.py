@@ -10,7 +10,7 @@ from ..config.schema import Config, Strategy
 from ..environment.console import console
 from ..environment.device import pick_device
 from ..environment.ranks import RankInfo, broadcast_from_first, device_of, process_group
-from ..tracking.folder import RunFolder
+from ..tracking.run_folder import RunFolder
 
 
 @contextmanager

@@ -68,7 +68,7 @@ class Reader(FileSystemReader):
         return part
 
 
-class Planner(DefaultLoadPlanner):
+class SafeLoadPlanner(DefaultLoadPlanner):
     """torch's planner, which reads numbers and text by `weights_only`."""
 
     def load_bytes(self, read_item: Any, value: io.BytesIO) -> None:

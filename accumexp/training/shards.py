@@ -73,11 +73,11 @@ def load(trainer: Trainer, folder: Path) -> None:
     import torch.distributed.checkpoint.state_dict_loader as loader
     from torch.distributed.checkpoint.state_dict import set_state_dict
 
-    from .shard_reader import Planner, Reader
+    from .shard_reader import Reader, SafeLoadPlanner
 
     with _quiet():
         state = _state(trainer)
-        loader.load(state, storage_reader=Reader(folder), planner=Planner())
+        loader.load(state, storage_reader=Reader(folder), planner=SafeLoadPlanner())
         set_state_dict(
             trainer.model,
             trainer.optimizer,
@@ -90,11 +90,11 @@ def load_model(model: nn.Module, folder: Path) -> None:
     """Reads the whole model from `folder`, in one process."""
     import torch.distributed.checkpoint.state_dict_loader as loader
 
-    from .shard_reader import Planner, Reader
+    from .shard_reader import Reader, SafeLoadPlanner
 
     state = {"model": model.state_dict()}
     with _quiet():
-        loader.load(state, storage_reader=Reader(folder), planner=Planner(), no_dist=True)
+        loader.load(state, storage_reader=Reader(folder), planner=SafeLoadPlanner(), no_dist=True)
     model.load_state_dict(state["model"])
 
 

@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from accumexp.conf import conf_dir
 from accumexp.errors import UsageError
-from accumexp.sweeps import cores
+from accumexp.sweeps import job_resources
 from accumexp.sweeps.job import SweepJob
 
 from ..support.command import records, run_command
@@ -37,13 +37,13 @@ def threads(launcher: str, *words: str, batch: int | None = 4, processes: int = 
     pytest.importorskip(PLUGINS[launcher])
     words = tuple(f"{'+' if 'ray' in word else ''}hydra.launcher.{word}" for word in words)
     composed = hydra_of(f"hydra/launcher={launcher}", *words).launcher
-    return cores.threads_of_a_rank(composed, batch, processes)
+    return job_resources.threads_of_a_rank(composed, batch, processes)
 
 
 @pytest.fixture(autouse=True)
 def eight_cores(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if "real" not in request.node.name:
-        monkeypatch.setattr(cores, "cores", lambda: 8)
+        monkeypatch.setattr(job_resources, "cores", lambda: 8)
 
 
 # What a job's ranks get of eight cores -----------------------------------------------------------------
@@ -63,7 +63,7 @@ def test_a_job_with_nobody_beside_it_keeps_torchs_own_threads() -> None:
     assert threads("joblib", "n_jobs=1") is None
     assert threads("joblib", "n_jobs=4", batch=1) is None
     assert threads("submitit_local", batch=1) is None
-    assert cores.threads_of_a_rank(hydra_of().launcher, 9, 2) is None
+    assert job_resources.threads_of_a_rank(hydra_of().launcher, 9, 2) is None
 
 
 def test_jobs_beside_each_other_do_not_each_take_the_free_memory() -> None:
@@ -72,10 +72,10 @@ def test_jobs_beside_each_other_do_not_each_take_the_free_memory() -> None:
     with pytest.raises(
         UsageError, match="accum.steps=auto: jobs that run at the same time .* give accum.memory_limit"
     ):
-        cores.check_memory(composed("accum.steps=auto"), beside, 4)
-    cores.check_memory(composed("accum.steps=auto"), hydra_of().launcher, 4)
-    cores.check_memory(composed("accum.steps=auto", "accum.memory_limit=1GiB"), beside, 4)
-    cores.check_memory(composed("accum.steps=4"), beside, 4)
+        job_resources.check_memory(composed("accum.steps=auto"), beside, 4)
+    job_resources.check_memory(composed("accum.steps=auto"), hydra_of().launcher, 4)
+    job_resources.check_memory(composed("accum.steps=auto", "accum.memory_limit=1GiB"), beside, 4)
+    job_resources.check_memory(composed("accum.steps=4"), beside, 4)
 
 
 def test_submitits_jobs_on_this_machine_all_start_at_once() -> None:
@@ -106,7 +106,7 @@ def test_the_threads_that_are_asked_for_stay(monkeypatch: pytest.MonkeyPatch) ->
     launcher = hydra_of("hydra/launcher=joblib", "hydra.launcher.n_jobs=4").launcher
     asked, left = composed("trainer.threads=3", "callbacks=default"), composed("callbacks=default")
     for config in (asked, left):
-        cores.share_cores(config, launcher, 20)
+        job_resources.share_cores(config, launcher, 20)
         assert config.callbacks["progress"]["show"] is False
     assert (asked.trainer.threads, left.trainer.threads) == (3, 2)
 
@@ -168,5 +168,5 @@ def test_a_real_sweep_in_other_processes_ends_as_one_in_this(
         assert record.tags["accumexp.command"].startswith(
             "python -m accumexp.run -m accum.steps=0,2 model=mlp"
         )
-    assert child.params["trainer.threads"] == str(max(1, cores.cores() // 2))
+    assert child.params["trainer.threads"] == str(max(1, job_resources.cores() // 2))
     assert [row[:2] for row in table(done.stdout)] == [["2", "1"]]

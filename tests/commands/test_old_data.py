@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from accumexp.config.instantiate import moved
+from accumexp.config.instantiate import with_present_targets
 from accumexp.sweeps.sweep import sweep_runs
 
 from ..support.command import journal, run_command
@@ -56,6 +56,6 @@ def test_an_old_sweep_is_resumed_and_reported(old: Path) -> None:
 
 def test_targets_of_moved_modules_are_replaced_however_deep_they_lie() -> None:
     node = {"a": [{"_target_": "accumexp.optim.cosine", "b": {"_target_": "torch.nn.ReLU"}}]}
-    assert moved(node) == {
+    assert with_present_targets(node) == {
         "a": [{"_target_": "accumexp.training.schedules.cosine", "b": {"_target_": "torch.nn.ReLU"}}]
     }

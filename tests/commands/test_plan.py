@@ -22,7 +22,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from accumexp.accum import extrapolated, held_bytes, measure_peak, tensors
 from accumexp.accum.peak import Peak
-from accumexp.config.loading import from_hydra, settled, to_plain
+from accumexp.config.loading import from_hydra, to_plain, with_steps
 from accumexp.config.schema import Config
 from accumexp.config.sizes import batch_sizes, in_bytes
 from accumexp.data import ResidentBatches
@@ -147,7 +147,7 @@ def test_a_run_never_takes_more_than_the_limit(
 ) -> None:
     with trial_run(composed(*overrides)) as trial:
         planner = Planner(trial)
-        most, least = planner.predicted(1), planner.predicted(24)
+        most, least = planner.predicted_peak(1), planner.predicted_peak(24)
         floor = max(least, planner.evaluation(trial.data.evaluated))
         assert floor < most
     chosen = []
@@ -156,7 +156,7 @@ def test_a_run_never_takes_more_than_the_limit(
         config = composed(*overrides, f"accum.memory_limit={limit}")
         point, _ = measure_steps(config, RankInfo())
         chosen.append(point.steps)
-        taken = taken_by(settled(config, point.steps), tmp_path / "trace")
+        taken = taken_by(with_steps(config, point.steps), tmp_path / "trace")
         assert 0.6 * limit < taken <= limit, (limit, point)
     assert chosen == sorted(chosen, reverse=True) and len(set(chosen)) == len(shares)
     assert (chosen[-1] == 1) == (shares[-1] == 1.0)
@@ -185,7 +185,7 @@ def _taken() -> Any:
         point = planner.measure(4)
         parts = planner.parts(point)
     with tempfile.TemporaryDirectory() as folder:
-        taken = taken_by(settled(config, 4), Path(folder) / "trace", RankInfo(rank, 2, rank, 2))
+        taken = taken_by(with_steps(config, 4), Path(folder) / "trace", RankInfo(rank, 2, rank, 2))
     return taken, point.predicted, point.measured, parts
 
 
@@ -214,7 +214,7 @@ def test_what_does_not_fit_is_never_tried(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr("accumexp.plan.frontier.TIMED_SECONDS", 0.01)
     monkeypatch.setattr(TrialRun, "whole", lambda self, steps: (tried.append(steps), whole(self, steps))[1])
     with trial_run(composed(*LENET)) as trial:
-        limit = round(1.005 * Planner(trial).predicted(4))
+        limit = round(1.005 * Planner(trial).predicted_peak(4))
     found = measure_frontier(composed(*LENET, f"accum.memory_limit={limit}"), 3, lambda stage: None, list)
     assert found.chosen and found.chosen.steps == 4 and found.chosen.micro_batch == 24
     assert [point.steps for point in found.points] == [1, 2, 3, 4, 8, 16, 32, 64, 96]
@@ -239,7 +239,7 @@ def test_a_trial_that_does_not_fit_makes_the_micro_batch_smaller(monkeypatch: py
     monkeypatch.setattr(TrialRun, "whole", patched)
     with trial_run(composed(*LENET)) as trial:
         planner = Planner(trial)
-        planner.limit = Limit(planner.predicted(2), "a test")
+        planner.limit = Limit(planner.predicted_peak(2), "a test")
         point = planner.choose()
     assert tried[0] == 2 < tried[1] < tried[2] == point.steps and point.fits
 
@@ -264,7 +264,7 @@ def test_a_trial_of_one_micro_batch_may_run_out_of_memory(monkeypatch: pytest.Mo
     monkeypatch.setattr(TrialRun, "small", patched)
     with trial_run(composed(*LENET)) as trial:
         planner = Planner(trial)
-        assert planner.predicted(1) > planner.predicted(2)
+        assert planner.predicted_peak(1) > planner.predicted_peak(2)
 
 
 def test_steps_that_another_rank_needs_and_that_do_not_fit_here_are_refused(
@@ -333,7 +333,7 @@ def test_what_cannot_fit_is_refused_by_name(overrides: list[str], said: str) -> 
 def test_a_floor_above_the_limit_names_what_the_smallest_micro_batch_needs() -> None:
     with trial_run(composed(*LENET)) as trial:
         planner = Planner(trial)
-        planner.limit = Limit(planner.predicted(96) - 1, "a test")
+        planner.limit = Limit(planner.predicted_peak(96) - 1, "a test")
         with pytest.raises(UsageError, match="one sample a micro-batch needs"):
             planner.choose()
 
@@ -383,7 +383,7 @@ def test_what_follows_from_the_micro_batch_waits_for_it() -> None:
     assert config.accum.steps == "auto" and config.accum.micro_batch_size is None
     again = from_hydra(json.loads(json.dumps(to_plain(config))))  # as it is handed to ranks
     given = composed(*RESNET[:1], *RESNET[2:], "accum.steps=3", "model.norm=ghost")
-    assert to_plain(settled(again, 3)) == to_plain(given)
+    assert to_plain(with_steps(again, 3)) == to_plain(given)
     assert given.model["ghost_size"] == 8
 
 
@@ -401,7 +401,7 @@ def test_auto_gives_the_bits_of_the_number_and_is_recorded_as_one(tmp_path: Path
     common += ["data.image_size=8", "data.batch_size=256", "data.eval_batch_size=8"]
     common += ["trainer.max_updates=8", "trainer.log_every=4", "tracking.system_metrics=false"]
     with trial_run(composed("accum.steps=auto", *common)) as trial:
-        limit = round(1.005 * Planner(trial).predicted(3))
+        limit = round(1.005 * Planner(trial).predicted_peak(3))
     auto = run_command(
         "run", *common, "accum.steps=auto", f"accum.memory_limit={limit}", folder=tmp_path / "auto"
     )
@@ -445,7 +445,7 @@ def _agree() -> dict[str, Any]:
         return dataclasses.replace(found, accum=accum)
 
     with trial_run(config(None), rank_info) as trial:
-        limit = round(1.005 * Planner(trial).predicted(6))
+        limit = round(1.005 * Planner(trial).predicted_peak(6))
     with trial_run(config(limit), rank_info) as trial:
         own: Point = Planner(trial).choose()
     point, _ = measure_steps(config(limit), rank_info)
@@ -459,7 +459,7 @@ def _agree() -> dict[str, Any]:
 
 def test_plan_prints_draws_and_keeps_the_frontier(tmp_path: Path) -> None:
     with trial_run(composed(*LENET, "data.batch_size=24")) as trial:
-        limit = round(1.005 * Planner(trial).predicted(3))
+        limit = round(1.005 * Planner(trial).predicted_peak(3))
     small = ["data.batch_size=24", "data.eval_batch_size=8", "tracking=none", "device=cpu"]
     done = run_command("plan", *small, f"accum.memory_limit={limit}", folder=tmp_path)
     assert done.code == 0 and not done.stderr, done

@@ -17,11 +17,11 @@ from omegaconf import OmegaConf
 
 from accumexp.conf import conf_dir
 from accumexp.config.loading import from_hydra, to_plain
-from accumexp.config.overrides import changed
+from accumexp.config.overrides import with_overrides
 from accumexp.errors import UsageError
 from accumexp.run.arguments import resume_arguments
 from accumexp.run.spec import resumed
-from accumexp.tracking.journal import Journal
+from accumexp.tracking.metrics_file import Journal
 from accumexp.training.checkpoint import find, load, save
 
 from ..support.command import Done, Record, ranked_models, record_of, run_command
@@ -348,10 +348,10 @@ def test_without_a_run_to_resume_the_arguments_stay_as_they_are(nothing: list[st
 
 
 def test_a_value_is_changed_and_the_rest_stays(plain: dict[str, Any]) -> None:
-    config = changed(plain, ["trainer.epochs=40", "optimizer.lr=0.5", "+tracking.tags.why=longer"])
+    config = with_overrides(plain, ["trainer.epochs=40", "optimizer.lr=0.5", "+tracking.tags.why=longer"])
     assert (config.trainer.epochs, config.optimizer["lr"]) == (40, 0.5)
     assert config.tracking.tags == {"why": "longer"}
-    assert to_plain(changed(plain, [])) == plain
+    assert to_plain(with_overrides(plain, [])) == plain
 
 
 @pytest.mark.parametrize(
@@ -368,7 +368,7 @@ def test_a_value_is_changed_and_the_rest_stays(plain: dict[str, Any]) -> None:
 def test_a_changed_size_gives_the_third(
     overrides: list[str], sizes: tuple[int, int, int], plain: dict[str, Any]
 ) -> None:
-    config = changed(plain, overrides)
+    config = with_overrides(plain, overrides)
     assert (config.data.batch_size, config.accum.steps, config.accum.micro_batch_size) == sizes
 
 
@@ -393,6 +393,6 @@ def test_what_is_no_single_value_of_the_run_is_refused(
     overrides: list[str], says: str, plain: dict[str, Any]
 ) -> None:
     with pytest.raises(UsageError) as refused:
-        changed(plain, overrides)
+        with_overrides(plain, overrides)
     assert says in str(refused.value)
     assert len(str(refused.value).splitlines()) == 1

@@ -31,8 +31,8 @@ from accumexp.sweeps.job_folders import (
 )
 from accumexp.sweeps.job_status import JobStatus, job_status
 from accumexp.sweeps.sweep import SweepFolder, SweepRun, launched_sweep, sweep_runs
-from accumexp.tracking.folder import RunFolder, RunStatus
 from accumexp.tracking.json_file import write_json
+from accumexp.tracking.run_folder import RunFolder, RunStatus
 from accumexp.training.checkpoint import find, load, save
 
 from ..support.command import Record, environment, journal, only_sweep, records, run_command
@@ -393,7 +393,7 @@ def test_a_job_that_starts_anew_finds_nothing_of_the_old_one(tmp_path: Path) -> 
 
 HOLDER = """
 import sys, time, pathlib
-from accumexp.tracking.folder import RunFolder, RunStatus
+from accumexp.tracking.run_folder import RunFolder, RunStatus
 with RunFolder(pathlib.Path(sys.argv[1])).hold(""):
     print("held", flush=True)
     time.sleep(60)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from accumexp.tracking.record import RunRecord
-from accumexp.tracking.run import Tracker
+from accumexp.tracking.tracker import Tracker
 from accumexp.training.callbacks import Callback
 from accumexp.training.trainer import Trainer
 from tests.support.command import environment

@@ -27,7 +27,7 @@ from accumexp.run import session as runner
 from accumexp.run.session import Run
 from accumexp.run.spec import RunSpec
 from accumexp.tracking import MLflowTracker, Store
-from accumexp.tracking.folder import RunFolder
+from accumexp.tracking.run_folder import RunFolder
 from accumexp.training.callbacks import Callback
 from accumexp.training.experiment import Experiment
 from accumexp.training.trainer import Trainer

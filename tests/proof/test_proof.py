@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from accumexp.proof import Cause, Certificate, Check, certify
+from accumexp.proof.count_wording import WHOLE_GRADIENT, counts_in_words
 from accumexp.proof.counts import Decomposition
 from accumexp.proof.coupling import NEGLIGIBLE, coupling_modules, loss_couples
 from accumexp.proof.evidence import Failure
@@ -23,7 +24,6 @@ from accumexp.proof.larger_batch import call, larger_batch
 from accumexp.proof.observation import Observation
 from accumexp.proof.problem import Problem, cast, copy_in, rows
 from accumexp.proof.rounding import expected_update
-from accumexp.proof.wording import WHOLE_GRADIENT, counts_in_words
 
 from ..support.ranks import on_ranks
 from ..support.reference import classification, larger_batch_gradient, relative_error, small_model

@@ -25,10 +25,10 @@ def saved_weights(run: Path) -> dict[str, torch.Tensor]:
     parts = folder_of(path, content)
     if parts is None:
         return content["model"]
-    from accumexp.config.overrides import changed
+    from accumexp.config.overrides import with_overrides
     from accumexp.training.experiment import Experiment
 
-    config = changed(content["config"], ["accum.strategy=standalone", "accum.processes=1"])
+    config = with_overrides(content["config"], ["accum.strategy=standalone", "accum.processes=1"])
     model = Experiment.build(config).model
     load_model(model, parts)
     return model.state_dict()

@@ -30,7 +30,7 @@ with warnings.catch_warnings():
 
     # Of this package nothing that reads its environment or the command line when it is imported.
     import accumexp.accum
-    import accumexp.tracking.run
+    import accumexp.tracking.tracker
     import accumexp.training.experiment  # noqa: F401
 
 MIGRATED = database._initialize_tables

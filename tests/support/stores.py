@@ -8,7 +8,7 @@ from typing import Any
 
 from accumexp.config.schema import TrackingConfig
 from accumexp.tracking import MLflowTracker, Store
-from accumexp.tracking.folder import RunFolder
+from accumexp.tracking.run_folder import RunFolder
 
 
 def config_at(folder: Path, **settings: Any) -> TrackingConfig:

@@ -7,7 +7,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
-from accumexp.tracking.run import MLflowTracker
+from accumexp.tracking.tracker import MLflowTracker
 from accumexp.training.callbacks import Callback, RunState
 from accumexp.training.trainer import Trainer
 

@@ -26,7 +26,7 @@ from accumexp.prove import __main__ as command
 from accumexp.prove import job, save_certificate, session, show
 from accumexp.prove.pictures import BOUND, MAX_PANELS, RIGHT, WRONG, counts_figure, errors_figure
 from accumexp.tracking import Store
-from accumexp.tracking.folder import RunFolder
+from accumexp.tracking.run_folder import RunFolder
 from accumexp.training.experiment import Experiment
 
 from ..support.experiments import composed

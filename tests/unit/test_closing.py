@@ -18,8 +18,8 @@ from accumexp.run.sweep_end import closing_sweep
 from accumexp.sweeps.job_folders import Launch, begin_launch, job_folder_name
 from accumexp.sweeps.sweep import launched_sweep
 from accumexp.tracking import Store
-from accumexp.tracking.folder import RunFolder
 from accumexp.tracking.json_file import write_json
+from accumexp.tracking.run_folder import RunFolder
 
 GONE = "http://127.0.0.1:9"  # where nothing listens
 

@@ -21,7 +21,7 @@ from accumexp.accum import (
     fully_sharded,
     rank_share,
 )
-from accumexp.config.loading import settled
+from accumexp.config.loading import with_steps
 from accumexp.data import ResidentBatches
 from accumexp.environment.random_state import random_state
 from accumexp.environment.ranks import RankInfo
@@ -362,13 +362,13 @@ def test_auto_steps_stay_below_the_limit_on_the_gpu(share: float) -> None:
     overrides = ["device=cuda", "accum.steps=auto", "data.batch_size=96", "data.eval_batch_size=8"]
     with trial_run(composed(*overrides)) as trial:
         planner = Planner(trial)
-        most, least = planner.predicted(1), planner.predicted(48)
+        most, least = planner.predicted_peak(1), planner.predicted_peak(48)
         point = planner.measure(2)
         assert point.measured and abs(point.predicted / point.measured - 1) < 0.1
     limit = int(least + share * (most - least))
     config = composed(*overrides, f"accum.memory_limit={limit}")
     point, _ = measure_steps(config, RankInfo())
-    chosen = settled(config, point.steps)
+    chosen = with_steps(config, point.steps)
     chosen.trainer.max_updates = 3
     chosen.callbacks.clear()
     gc.collect()  # what earlier tests have left would count

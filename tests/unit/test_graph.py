@@ -16,7 +16,7 @@ from accumexp.accum.graph import FIRST, GraphedStep, can_be_recorded
 from accumexp.environment.random_state import random_state
 from accumexp.errors import TrainingError, UsageError
 from accumexp.training import experiment as assembly
-from accumexp.training import graphs
+from accumexp.training import graph_check
 from accumexp.training.checkpoint import load, restore, save
 from accumexp.training.metrics_sink import MemoryMetricsSink
 from accumexp.training.trainer import Trainer
@@ -73,7 +73,7 @@ def graphed_trainer(
         return made[-1]
 
     def on_the_cpu(window: Window, train: Any, device: torch.device) -> GraphRecorder:
-        return graphs.checked_recorder(window, train, recorder)
+        return graph_check.checked_recorder(window, train, recorder)
 
     monkeypatch.setattr(assembly, "graphs", on_the_cpu)
     trainer, memory = trainer_of(*overrides, "trainer.graph=true")
@@ -221,12 +221,13 @@ def test_a_model_that_cannot_be_recorded_is_refused_and_nothing_is_changed() -> 
 
         return replay
 
+    train = trainer.splits.train
     for recorder, says in (
         (refuses, "operation not permitted"),
         (forgets, "a replay of LeNet5 is off by"),
     ):
         with pytest.raises(UsageError, match=says) as refused:
-            graphs.checked_recorder(trainer.window, trainer.splits.train, lambda recorder=recorder: recorder)
+            graph_check.checked_recorder(trainer.window, train, lambda recorder=recorder: recorder)
         assert str(refused.value).startswith("trainer.graph=true: ")
         assert len(str(refused.value).splitlines()) == 1
     assert torch.equal(drawn, torch.get_rng_state())

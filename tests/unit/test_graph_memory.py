@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from accumexp.accum import GraphedWindow, OptimizerStep, Window
 from accumexp.accum.graph import FIRST, IN_A_ROW, GraphedStep
 from accumexp.errors import UsageError
-from accumexp.training import graphs
+from accumexp.training import graph_check
 
 from ..support.experiments import trainer_of
 from ..support.reference import classification, gradients, larger_batch_gradient, relative_error, small_model
@@ -145,10 +145,10 @@ def test_a_model_that_draws_on_the_host_is_refused() -> None:
     drawn = random.getstate()
     window = Window(Dropping(random.random).double(), CRITERION, 2)
     with pytest.raises(UsageError, match="Dropping draws random numbers on the host"):
-        graphs.checked_recorder(window, trainer.splits.train, Tape)
+        graph_check.checked_recorder(window, trainer.splits.train, Tape)
     assert random.getstate() == drawn
     window = Window(Dropping(lambda: 1.0).double(), CRITERION, 2)
-    assert isinstance(graphs.checked_recorder(window, trainer.splits.train, Tape), Tape)
+    assert isinstance(graph_check.checked_recorder(window, trainer.splits.train, Tape), Tape)
 
 
 @pytest.mark.parametrize("change", ["rolled back", "state", "rate"])

@@ -20,8 +20,8 @@ from accumexp.environment.console import OUTPUT, VIEWED, output_to_log
 from accumexp.sweeps.hydra_sweep import count_jobs, runs_in_parallel
 from accumexp.sweeps.job_folders import job_folder_name
 from accumexp.sweeps.live_view import LiveView, ViewedSweep, render
-from accumexp.tracking.journal import ProgressFile
 from accumexp.tracking.json_file import write_json
+from accumexp.tracking.metrics_file import ProgressFile
 
 from ..support.command import environment
 
@@ -113,7 +113,7 @@ def test_a_thousand_jobs_fit_a_terminal_and_ended_ones_are_read_once(
     assert "and 84 more are running" in lines
     assert any(line.startswith("900 of 2000 done, 0 failed, 100 running, 1000 waiting") for line in lines)
     looked: list[str] = []
-    monkeypatch.setattr("accumexp.tracking.folder.read_json", lambda path: looked.append(path.name) or {})
+    monkeypatch.setattr("accumexp.tracking.run_folder.read_json", lambda path: looked.append(path.name) or {})
     assert seen.read() == []
     assert looked.count("summary.json") == 100
 
@@ -201,7 +201,7 @@ def test_nothing_is_redirected_without_a_view(tmp_path: Path, monkeypatch: pytes
 
 def test_progress_is_written_once_a_second_at_most(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [BEGAN]
-    monkeypatch.setattr("accumexp.tracking.journal.time.time", lambda: clock[0])
+    monkeypatch.setattr("accumexp.tracking.metrics_file.time.time", lambda: clock[0])
     file = ProgressFile(tmp_path / "progress.json", 400)
     for update, seconds in ((1, 0.0), (2, 0.6), (3, 1.1)):
         clock[0] = BEGAN + seconds

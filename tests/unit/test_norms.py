@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from accumexp.accum import Window, inequalities, split_sizes, steps_for
 from accumexp.config.loading import to_plain
-from accumexp.config.overrides import changed
+from accumexp.config.overrides import with_overrides
 from accumexp.config.schema import Config
 from accumexp.errors import UsageError
 from accumexp.models import (
@@ -365,11 +365,11 @@ def test_a_window_of_one_step_has_the_groups_that_are_asked_for() -> None:
 
 def test_a_resumed_run_keeps_its_groups_and_matches_its_momentum_anew() -> None:
     plain = to_plain(composed("model=resnet18", "model.norm=ghost", "accum.steps=4", "device=cpu"))
-    config = changed(plain, ["accum.steps=2"])
+    config = with_overrides(plain, ["accum.steps=2"])
     assert (config.accum.micro_batch_size, config.model["ghost_size"]) == (64, 32)
     norm = built(config).get_submodule("bn1")
     assert isinstance(norm, GhostBatchNorm2d) and norm.momentum == matched_momentum(M, 4)
-    batch = changed({**plain, "model": {**plain["model"], "norm": "batch"}}, ["accum.steps=2"])
+    batch = with_overrides({**plain, "model": {**plain["model"], "norm": "batch"}}, ["accum.steps=2"])
     assert built(batch).get_submodule("bn1").momentum == matched_momentum(M, 2)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from accumexp.config.loading import settled
+from accumexp.config.loading import with_steps
 from accumexp.environment.ranks import RankInfo
 from accumexp.errors import UsageError
 from accumexp.plan.auto_steps import measure_steps
@@ -32,7 +32,7 @@ def test_an_epoch_of_less_than_two_batches_is_tried_with_whole_ones(tmp_path: Pa
         planner = Planner(trial)
         point = planner.measure(1)
         assert point.measured == pytest.approx(point.predicted, rel=0.01)
-    taken = taken_by(settled(config, 1), tmp_path / "trace", updates=3)
+    taken = taken_by(with_steps(config, 1), tmp_path / "trace", updates=3)
     assert point.measured and 0.97 * taken <= point.measured and taken <= 1.001 * point.predicted
 
 
@@ -41,7 +41,7 @@ def test_no_more_samples_are_planned_with_than_there_are(tmp_path: Path) -> None
     found = measure_frontier(config, None, lambda stage: None, lambda steps: [1, 2, 8])
     assert (found.batch_size, found.samples) == (5000, 1293)
     for point in found.points:
-        taken = taken_by(settled(config, point.steps), tmp_path / "trace", updates=2)
+        taken = taken_by(with_steps(config, point.steps), tmp_path / "trace", updates=2)
         assert point.measured == pytest.approx(taken, rel=0.02)
         assert taken <= point.predicted <= 1.1 * taken
 
@@ -80,7 +80,7 @@ def test_an_evaluation_is_planned_as_it_will_be(tmp_path: Path) -> None:
         planner = Planner(trial)
         point, evaluation = planner.measure(1), planner.evaluation(trial.data.evaluated)
         assert trial.data.evaluated == 100
-    taken = taken_by(settled(config, 1), tmp_path / "trace")
+    taken = taken_by(with_steps(config, 1), tmp_path / "trace")
     assert point.measured and taken == pytest.approx(evaluation, rel=0.01) and taken > 1.05 * point.measured
 
 

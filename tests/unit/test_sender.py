@@ -13,10 +13,10 @@ import pytest
 from accumexp.errors import TrainingError, UsageError
 from accumexp.report import __main__ as report
 from accumexp.tracking import MLflowTracker, Store, reopen, sender
-from accumexp.tracking.folder import RunFolder, RunStatus
 from accumexp.tracking.outbox import Outbox, described, read_unsent
 from accumexp.tracking.record import RunRecord
-from accumexp.tracking.sync import send_unsent, unsent_runs
+from accumexp.tracking.resend import send_unsent, unsent_runs
+from accumexp.tracking.run_folder import RunFolder, RunStatus
 
 from ..support.stores import Faults, config_at, history, opened
 

@@ -6,7 +6,7 @@ import signal
 
 import pytest
 
-from accumexp.environment.signals import StopSignals
+from accumexp.environment.signals import StopSignals, exit_code_of
 
 from ..support.experiments import trainer_of
 
@@ -18,7 +18,7 @@ def test_the_first_signal_asks_and_the_second_does_not(number: signal.Signals, c
     with StopSignals() as signals:
         signals.trainer = trainer
         signals._handle(number, None)
-        assert signals.exit_code == code
+        assert exit_code_of(number) == code
         trainer.fit()
         assert trainer.stop_reason == number.name and trainer.stop_code == number
         assert trainer.progress.update == 0, "a stop before the first update trains nothing"

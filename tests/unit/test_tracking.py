@@ -18,7 +18,7 @@ import pytest
 from accumexp.config.schema import TrackingConfig
 from accumexp.errors import UsageError
 from accumexp.tracking import MLflowTracker, Store, reopen
-from accumexp.tracking.folder import RunStatus
+from accumexp.tracking.run_folder import RunStatus
 
 from ..support.stores import config_at, history, opened
 

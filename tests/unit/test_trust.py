@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from accumexp.config.environment_values import environment_values, recorded
 from accumexp.config.trust import Trust, check_targets, impure, inert
 from accumexp.errors import UsageError, markdown_text
-from accumexp.training.known_targets import refused
+from accumexp.training.known_targets import refusal_of_targets
 
 KNOWN = [
     ("model", "accumexp.models.MLP"),
@@ -62,7 +62,7 @@ def check(key: str, target: Any, trust: Trust = Trust(), given: tuple[str, ...] 
     plain: dict[str, Any] = {"_target_": target}
     for name in reversed(key.split(".")):
         plain = {name: plain}
-    check_targets(plain, "checkpoint x", given, trust, refused(plain))
+    check_targets(plain, "checkpoint x", given, trust, refusal_of_targets(plain))
 
 
 @pytest.mark.parametrize(("key", "target"), KNOWN)
@@ -147,7 +147,7 @@ def test_markdown_shows_a_text_as_it_is() -> None:
 def test_the_metadata_of_shards_runs_no_code(tmp_path: Path) -> None:
     import torch.distributed.checkpoint as dcp
 
-    from accumexp.training.shard_reader import METADATA, Planner, Reader
+    from accumexp.training.shard_reader import METADATA, Reader, SafeLoadPlanner
 
     class Runs:
         def __reduce__(self) -> Any:
@@ -160,7 +160,7 @@ def test_the_metadata_of_shards_runs_no_code(tmp_path: Path) -> None:
         dcp.state_dict_saver.save(state, checkpoint_id=folder)
     read: dict[str, Any] = {"model": torch.nn.Linear(3, 2).state_dict(), "rate": 0.0}
     with pytest.warns(UserWarning, match="single process"):
-        dcp.state_dict_loader.load(read, storage_reader=Reader(folder), planner=Planner())
+        dcp.state_dict_loader.load(read, storage_reader=Reader(folder), planner=SafeLoadPlanner())
     assert read["rate"] == 0.5 and torch.equal(read["model"]["weight"], model.weight)
 
     data = io.BytesIO()
@@ -169,5 +169,5 @@ def test_the_metadata_of_shards_runs_no_code(tmp_path: Path) -> None:
     from torch.distributed.checkpoint.api import CheckpointException
 
     with pytest.raises(CheckpointException, match="no part of it"), pytest.warns(UserWarning):
-        dcp.state_dict_loader.load(read, storage_reader=Reader(folder), planner=Planner())
+        dcp.state_dict_loader.load(read, storage_reader=Reader(folder), planner=SafeLoadPlanner())
     assert not (tmp_path / "canary").exists()

@@ -9,10 +9,10 @@ from dataclasses import replace
 from ..certificate import Cause, Counts, number
 from ..diagnosis import WITHOUT_STATISTICS
 from ..larger_batch import Gradient
+from .count_wording import counts_in_words, factor_in_words, updates_in_words
 from .counts import least_squares, micro_batch_counts, relative_error
 from .order import sample_causes, step_causes
 from .pairs import Comparison, Pair
-from .words import counts_in_words, factor_in_words, updates_in_words
 
 DIVIDE = "divide every micro-batch's sum by the weight of the whole window, once"
 # An error of the clipped gradient that training would hardly show.

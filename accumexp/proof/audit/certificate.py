@@ -12,10 +12,10 @@ import torch
 
 from ..certificate import Cause, Certificate, Check, Counts, Series, worst_check
 from ..draw_causes import REDRAWN
+from .count_wording import listed
 from .pairs import Comparison
 from .records import FitRecord
 from .runs import Result, Runs
-from .words import listed
 
 # A comparison, and the number of micro-batches in its epochs if the audit chose it, else 0.
 OfEpoch = tuple[int, Result]

@@ -6,9 +6,9 @@ import math
 
 from ..certificate import Check, Series, number, worst_check
 from ..rounding import LAMBDA
+from .count_wording import updates_in_words
 from .counts import relative_error
 from .pairs import Comparison, Pair, buffers_differ, moved_otherwise, size_over_step
-from .words import updates_in_words
 
 # Logged losses are often rounded to four digits.
 LOGGED = 1e-3

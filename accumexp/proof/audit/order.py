@@ -6,10 +6,10 @@ import math
 from collections.abc import Iterator
 
 from ..certificate import Cause
+from .count_wording import listed, of_samples, updates_in_words
 from .counts import least_squares
 from .pairs import Comparison
 from .samples import epochs_of
-from .words import listed, of_samples, updates_in_words
 
 STEP_ONCE = "step once, after the window's last micro-batch"
 TO_THE_END = "end the window with the epoch: step after its last micro-batch, whatever their number"

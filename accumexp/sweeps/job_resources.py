@@ -1,4 +1,4 @@
-"""The CPU threads of a sweep's job: the cores divided by the jobs that the launcher runs at once."""
+"""A job's part of its machine: CPU threads where the launcher runs several jobs at once, and memory."""
 
 from __future__ import annotations
 

@@ -74,7 +74,7 @@ class Weights:
         return sum(self._weights[1:], self._weights[0])
 
 
-def share_of(weight: Tensor | float, like: Tensor) -> Tensor:
+def reciprocal_of(weight: Tensor | float, like: Tensor) -> Tensor:
     """1 / `weight`, shape (), in the dtype and on the device of `like`; 1 if the weight is 0."""
     if not isinstance(weight, Tensor):
         return like.new_full((), 1 / (weight or 1.0))

@@ -20,7 +20,7 @@ from ..errors import UsageError
 from .batches import Batch, Batches
 from .labels import TargetCheck
 from .samples import Collate
-from .streamed import SampleTransform, leave_group, loaded_by_workers
+from .worker_batches import SampleTransform, leave_group, loaded_by_workers
 
 log = logging.getLogger(__name__)
 SLOW_COUNT = 10.0  # seconds

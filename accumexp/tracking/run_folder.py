@@ -21,8 +21,8 @@ from omegaconf import DictConfig, OmegaConf
 from ..config.loading import to_plain
 from ..config.schema import Config
 from ..errors import UsageError
-from .journal import last_update
 from .json_file import read_json, write_json
+from .metrics_file import last_update
 from .yaml_file import read_yaml
 
 CHECKPOINTS = "checkpoints"

@@ -9,8 +9,8 @@ from ..environment.console import steps
 from ..errors import TrainingError, UsageError
 from .addresses import check_credentials
 from .delivery import MAX_POINTS_A_CALL, Delivery, ready_models
-from .folder import UNSENT, RunFolder
 from .outbox import described, read_unsent
+from .run_folder import UNSENT, RunFolder
 from .sender import reason_of
 from .store import Store
 

@@ -15,7 +15,7 @@ from .larger_batch import Gradient, clamped, clipped, dot, norm
 from .nested import batch_size
 from .observation import observe
 from .problem import Problem, TrainingState, cast, rows
-from .rounding import larger_batch_of, moved, part_gradient, transformed
+from .rounding import larger_batch_of, part_gradient, perturbed_model, transformed
 
 ZERO = "set the gradients of all parameters to zero before each window"
 MOVE_ONCE = "move the weights once, along the whole window's gradient, then compute the window again"
@@ -132,7 +132,7 @@ def _moved_by_each(
     total = {name: torch.zeros_like(g) for name, g in parts.gradient.items()}
     for numbers in parts.micro_batches[0]:
         part = rows(batch, torch.tensor(numbers, device=problem.device))
-        model = moved(problem, parts.failure.model, part)
+        model = perturbed_model(problem, parts.failure.model, part)
         gradient, _ = part_gradient(problem, model, batch, numbers)
         total = {name: value + gradient[name] for name, value in total.items()}
     if norm({name: total[name] - parts.gradient[name] for name in names}) > parts.tolerance * size:

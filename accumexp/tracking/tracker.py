@@ -21,9 +21,9 @@ from ..environment.console import print_line
 from ..errors import UsageError
 from .addresses import URI
 from .delivery import Delivery, ready_models
-from .folder import RunFolder, RunStatus
 from .names import LegalNames, legal_name
 from .outbox import Entry, Outbox, described, read_unsent
+from .run_folder import RunFolder, RunStatus
 from .sender import Sender
 from .store import Store
 
