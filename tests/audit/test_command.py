@@ -103,7 +103,7 @@ def test_every_setting_of_accumexp_is_equal(tmp_path: Path) -> None:
     cells = json.loads((tmp_path / "cells.json").read_text())
     assert {cell["verdict"] for cell in cells} == {"equal"} and len(cells) >= 10
     page = (tmp_path / "page.md").read_text()
-    assert "| two_ranks | equal |" in page and "Nothing." in page
+    assert "Two processes, each with its share of the samples | equal |" in page and "Nothing." in page
 
 
 @pytest.mark.skipif(find_spec("transformers") is None, reason="needs transformers")

@@ -51,7 +51,8 @@ def log_losses(tracker: MLflowTracker, count: int, first: int = 1) -> None:
         tracker.log(update, {"train/loss": loss})
 
 
-def test_points_are_sent_in_batches_and_all_of_them(folder: Path) -> None:
+def test_points_are_sent_in_batches_and_all_of_them(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sender, "DATABASE_PATIENCE", 60)
     tracker = opened(folder, flush_points=700, flush_seconds=1e9)
     faults = Faults(tracker.store)
     log_losses(tracker, 699)
