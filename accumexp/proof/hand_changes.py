@@ -7,6 +7,7 @@ be what the same loop makes of them when it makes a single micro-batch.
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -62,16 +63,28 @@ class HandChanges:
         self.problem = problem
         self.names = names
         self._figures: list[tuple[int, float, float, str]] = []
+        self._hows: dict[int, str] = {}
         self._passes = 1
 
     def __bool__(self) -> bool:
         return bool(self.names or self.problem.state)
 
-    def compare(self, number: int, before: Snapshot, after: TrainingState, batch: WholeBatch) -> None:
-        """Compares the state `after` update `number` of `batch`. Calls the loop from `before`. Collective."""
-        expected, passes = self.in_one(before, batch)
+    def compare(
+        self,
+        number: int,
+        before: Snapshot,
+        after: TrainingState,
+        batch: WholeBatch,
+        changes: Mapping[str, int],
+    ) -> None:
+        """Compares the state `after` update `number` of `batch`. Calls the loop from `before`. Collective.
+
+        Args:
+            changes: how often the update changed each tensor of the named state in place.
+        """
+        expected, passes, in_one = self.in_one(before, batch)
         order = torch.randperm(batch_size(batch), generator=torch.Generator().manual_seed(number))
-        reordered, _ = self.in_one(before, rows(batch, order.to(self.problem.device)))
+        reordered, *_ = self.in_one(before, rows(batch, order.to(self.problem.device)))
         self._passes = max(self._passes, max(all_gather(passes)))
         actual = self.values(after)
         worst_name, figure, bound = "", 0.0, 0.0
@@ -81,13 +94,19 @@ class HandChanges:
             if not worst_name or excess(error, allowed) > excess(figure, bound):
                 worst_name, figure, bound = name, error, allowed
         self._figures.append((number, figure, bound, worst_name))
+        key = worst_name.removeprefix("state ")
+        self._hows[number] = _how(changes.get(key, 0), in_one.get(key, 0))
 
-    def in_one(self, before: Snapshot, batch: WholeBatch) -> tuple[dict[str, Tensor], int]:
-        """The state after the loop's single micro-batch of `batch`, and the forward passes it made."""
+    def in_one(self, before: Snapshot, batch: WholeBatch) -> tuple[dict[str, Tensor], int, dict[str, int]]:
+        """What the loop makes of a single micro-batch of `batch`.
+
+        Returns:
+            (the state after it, the forward passes made, how often each tensor was changed in place)
+        """
         state = TrainingState(replace(self.problem, steps=1), torch.float64)
         before.load_into(state)
         observation = observe(state, batch)
-        return self.values(state), passes_of(observation, batch)
+        return self.values(state), passes_of(observation, batch), observation.outside_changes
 
     def values(self, state: TrainingState) -> dict[str, Tensor]:
         all_of_it = {**state.parameters(), **state.buffers()}
@@ -103,12 +122,22 @@ class HandChanges:
         failing = [n for n, each, most, _ in self._figures if not each <= most]
         when = updates_in_words(failing, [n for n, *_ in self._figures]) if failing else ""
         at = f"worst at {name}, update {number}" if figure else "no difference"
-        detail = ", ".join(filter(None, (at, when)))
+        how = self._hows[number] if failing else ""
+        detail = ", ".join(filter(None, (at, when, how)))
         if self._passes > 1:
             return Check(
                 "state", float("inf"), 0.0, "relative", IN_ONE, NO_SINGLE.format(passes=self._passes)
             )
         return Check("state", figure, bound, "relative", IN_ONE, detail)
+
+
+def _how(changes: int, in_one: int) -> str:
+    """How the changes of a tensor in an update differ from those of one micro-batch."""
+    if not changes or not in_one:
+        return ""
+    if changes != in_one:
+        return f"changed {changes / in_one:.3g} times as often as with one micro-batch"
+    return "changed as often as with one micro-batch, but not by the whole window's figures"
 
 
 def hand_changed(
@@ -132,7 +161,7 @@ def hand_changed(
         return frozenset()
     changes = HandChanges(problem, frozenset(names))
     before = Snapshot.of(TrainingState(problem, torch.float64))
-    in_one, passes = changes.in_one(before, batch)
+    in_one, passes, _ = changes.in_one(before, batch)
     if max(all_gather(passes)) > 1:
         return frozenset()
     actual = changes.values(state)

@@ -59,6 +59,7 @@ class Observation:
     steps: int = 0
     passes_before_step: list[int] = field(default_factory=list)
     outside: dict[str, Tensor] = field(default_factory=dict)
+    outside_changes: dict[str, int] = field(default_factory=dict)
     initial: Gradient = field(default_factory=dict)
     moved_before: list[int] = field(default_factory=list)
     changed_buffers: dict[int, list[str]] = field(default_factory=dict)
@@ -83,12 +84,15 @@ def observe(
         stack.enter_context(state.problem.loss_in(state.dtype))
         outside = {name: value.clone() for name, value in state.outside.items()}
         stack.enter_context(state.problem.outside_as(state.outside))
+        versions = state.problem.outside_versions()
         saved = None
         if measure:
             saved = stack.enter_context(measure_activations(state.inner, tensors(batch)))
         observation = stack.enter_context(observing(state, batch, arrivals, saved))
         observation.outside = outside
         returned = state.train(batch)
+        after = state.problem.outside_versions()
+        observation.outside_changes = {name: after[name] - version for name, version in versions.items()}
     if saved is not None:
         observation.saved_bytes = saved.peak_bytes
     if isinstance(returned, Tensor):

@@ -138,6 +138,10 @@ class Problem:
                 values[name] = tensor.data
                 tensor.data = original[name]
 
+    def outside_versions(self) -> dict[str, int]:
+        """How often each of the tensors in `state` was changed in place so far."""
+        return {name: tensor._version for name, tensor in self._live().items()}
+
     def _live(self) -> dict[str, Tensor]:
         live = {}
         for name, item in self.state.items():

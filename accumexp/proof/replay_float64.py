@@ -82,7 +82,7 @@ class Float64Replay(Replay):
         with self.problem.outside_as(dict(observation.outside)):
             self._compare(batch, observation)
         if before is not None and not self.diverged:
-            self._by_hand.compare(self.updates, before, self.state, batch)
+            self._by_hand.compare(self.updates, before, self.state, batch, observation.outside_changes)
 
     def _compare(self, batch: WholeBatch, observation: Observation) -> None:
         number = self.updates + 1
