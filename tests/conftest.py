@@ -25,6 +25,12 @@ settings.register_profile("nightly", max_examples=2000, print_blob=True, **unhur
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "push"))
 
 
+def pytest_xdist_auto_num_workers() -> int:
+    """Two workers a core for `-n auto`: half of the time a test waits for processes that it has started."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return 2 * cores
+
+
 @pytest.fixture
 def generator() -> torch.Generator:
     return torch.Generator().manual_seed(20)
