@@ -28,8 +28,19 @@ SETTINGS = (
 
 def fit(setting: Setting, watch: Watch, steps: int, micro: int) -> None:
     # Accelerate keeps the settings of the first Accelerator of a process; a user has one.
+    _forget_settings()
+    try:
+        _train(setting, watch, steps, micro)
+    finally:
+        _forget_settings()
+
+
+def _forget_settings() -> None:
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
+
+
+def _train(setting: Setting, watch: Watch, steps: int, micro: int) -> None:
     with quiet():
         accelerator = Accelerator(
             gradient_accumulation_steps=steps,
