@@ -10,6 +10,7 @@ import pytest
 
 from ..support.command import records, run_command
 
+DOCS = Path(__file__).resolve().parents[2] / "docs"
 OWN = '''
 import torch
 from torch import nn
@@ -117,8 +118,18 @@ def test_the_transformers_trainer_is_not_the_larger_batch_of_sequence_classifica
 
 
 @pytest.mark.slow
-def test_all_installed_trainers_are_audited_and_the_others_named(tmp_path: Path) -> None:
-    done = run_command("audit", "all", "setting=classes", "--write", "matrix.md", folder=tmp_path)
-    assert done.code == 0, done
-    page = (tmp_path / "matrix.md").read_text()
-    assert "| classes |" in page and "**differs**" not in page
+def test_all_installed_trainers_are_audited_as_the_matrix_says(tmp_path: Path) -> None:
+    done = run_command("audit", "all", "--write", "matrix.md", folder=tmp_path)
+    assert done.code == 1, done  # transformers is installed for the tests
+    matrix = json.loads((DOCS / "audit.json").read_text())
+    known = {(cell["trainer"], cell["version"], cell["setting"]): cell["verdict"] for cell in matrix}
+    cells = json.loads((tmp_path / "matrix.json").read_text())
+    assert {"accumexp", "accelerate", "transformers"} <= {cell["trainer"] for cell in cells}
+    other = {
+        place: cell["verdict"]
+        for cell in cells
+        if cell["verdict"]
+        != known.get(place := (cell["trainer"], cell["version"], cell["setting"]), cell["verdict"])
+    }
+    assert other == {}
+    assert not any(cell["verdict"] == "not audited" for cell in cells)
