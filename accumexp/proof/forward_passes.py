@@ -8,6 +8,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -65,20 +66,9 @@ class ForwardPasses:
         # Samples of a part's pass, until a part that is trained has computed on them.
         self._pending: list[int] | None = None
         self.hooks = ExitStack()
-        for module in self._modules:
-            # Those of a part are empty in compiled code; the model's own stay outside it.
-            before, after = self._enter, self._leave
-            if module is model:
-                before, after = outside_graphs(before), outside_graphs(after)
-            # Before the user's own hooks, which may change the inputs.
-            enter = module.register_forward_pre_hook(before, with_kwargs=True, prepend=True)
-            self.hooks.enter_context(enter)
-            leave = module.register_forward_hook(after, with_kwargs=True, always_call=True)
-            self.hooks.enter_context(leave)
-
-    def __deepcopy__(self, memo: Any) -> ForwardPasses:
-        """Itself: a copy of the model, such as a loop's teacher, has the hooks too, which ignore it."""
-        return self
+        hooks = PassHooks.of(model)
+        hooks.passes = self
+        self.hooks.callback(setattr, hooks, "passes", None)
 
     @property
     def passes(self) -> list[ForwardPass]:
@@ -86,8 +76,9 @@ class ForwardPasses:
         passes = self._whole or self._of_parts
         return [each for each in passes if each.samples is not None or each.backward]
 
-    def _enter(self, module: nn.Module, arguments: Any, keywords: Any) -> None:
-        if torch.compiler.is_compiling() or module not in self._modules:
+    def enter(self, module: nn.Module, arguments: Any, keywords: Any) -> None:
+        """Called before `module` computes."""
+        if module not in self._modules:
             return
         inputs = [arguments, keywords]
         with outside_transforms():
@@ -127,8 +118,9 @@ class ForwardPasses:
         self._on_pass(begun, [tensor for tensor in tensors(inputs) if not is_transformed(tensor)])
         return begun
 
-    def _leave(self, module: nn.Module, arguments: Any, keywords: Any, outputs: Any) -> None:
-        if torch.compiler.is_compiling() or module not in self._modules or not self._open:
+    def leave(self, module: nn.Module, outputs: Any) -> None:
+        """Called after `module` has computed."""
+        if module not in self._modules or not self._open:
             return
         begun = self._open.pop()
         if begun is not None and begun.samples is None:
@@ -137,6 +129,45 @@ class ForwardPasses:
                     begun.backward = True  # a transform of torch.func always goes back
                 elif tensor.grad_fn is not None:
                     tensor.register_hook(lambda _: setattr(begun, "backward", True))
+
+
+class PassHooks:
+    """The hooks of a model and its parts, which hand on to the `passes` that are recorded at the moment.
+
+    They stay with the model: compiled code is compiled again for each new hook, until torch gives it up.
+    """
+
+    _of_models: WeakKeyDictionary[nn.Module, PassHooks] = WeakKeyDictionary()
+
+    def __init__(self, model: nn.Module) -> None:
+        self.passes: ForwardPasses | None = None
+        for module in model.modules():
+            # Those of a part are empty in compiled code; the model's own stay outside it.
+            before, after = self._enter, self._leave
+            if module is model:
+                before, after = outside_graphs(before), outside_graphs(after)
+            # Before the user's own hooks, which may change the inputs.
+            module.register_forward_pre_hook(before, with_kwargs=True, prepend=True)
+            module.register_forward_hook(after, with_kwargs=True, always_call=True)
+
+    @classmethod
+    def of(cls, model: nn.Module) -> PassHooks:
+        """Those of `model`, made at the first call."""
+        if model not in cls._of_models:
+            cls._of_models[model] = cls(model)
+        return cls._of_models[model]
+
+    def __deepcopy__(self, memo: Any) -> PassHooks:
+        """Itself: a copy of the model, such as a loop's teacher, has the hooks too, which ignore it."""
+        return self
+
+    def _enter(self, module: nn.Module, arguments: Any, keywords: Any) -> None:
+        if not torch.compiler.is_compiling() and self.passes is not None:
+            self.passes.enter(module, arguments, keywords)
+
+    def _leave(self, module: nn.Module, arguments: Any, keywords: Any, outputs: Any) -> None:
+        if not torch.compiler.is_compiling() and self.passes is not None:
+            self.passes.leave(module, outputs)
 
 
 def random_state(device: torch.device) -> bytes:
