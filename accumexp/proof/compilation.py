@@ -12,6 +12,9 @@ from torch.utils._python_dispatch import _disable_current_modes, _get_current_di
 
 from .fixed_draws import FixedDraws
 
+# Copies of a model that a proof compiles at most; torch compiles each again, and gives up after 8 by default.
+MODELS = 128
+
 
 def compile_forward(model: nn.Module) -> None:
     """Compiles `model.forward`, as `model.compile()` does where the model has no hooks.
@@ -27,7 +30,7 @@ def compile_forward(model: nn.Module) -> None:
     def compiled_outside_modes(*arguments: Any, **keywords: Any) -> Any:
         if any(isinstance(mode, FixedDraws) for mode in _get_current_dispatch_mode_stack()):
             return original(*arguments, **keywords)
-        with _disable_current_modes():
+        with _disable_current_modes(), torch._dynamo.config.patch(recompile_limit=MODELS):
             return compiled(*arguments, **keywords)
 
     def call(*arguments: Any, **keywords: Any) -> Any:
