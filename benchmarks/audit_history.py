@@ -113,13 +113,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 word = {True: "equal", False: "different", None: "not judged"}[verdict["equal"]]
                 says = " ".join(verdict["says"].split())
                 print(f"{fault.name:20} {row['issue']:32} {release:7} {word:10} {says}", flush=True)
-            row["found"] = row["before"]["equal"] is False and row["after"]["equal"] is True
+            row["caught"] = row["before"]["equal"] is False and row["after"]["equal"] is True
             rows.append(row)
-    found = sum(row["found"] for row in rows)
-    print(f"{found} of {len(rows)} faults are found before and gone after")
+    caught = sum(row["caught"] for row in rows)
+    print(f"{caught} of {len(rows)} faults are found before and gone after")
     if given.write is not None:
         given.write.write_text(json.dumps(rows, indent=1) + "\n")
-    return 0 if found == len(rows) else 1
+    return 0 if caught == len(rows) else 1
 
 
 if __name__ == "__main__":

@@ -62,7 +62,7 @@ def main() -> None:
     if options.json:
         from .cells import as_json
 
-        Path(options.json).write_text(as_json(cells) + "\n")
+        Path(options.json).write_text(as_json(cells))
     if options.write:
         from .matrix import write
 

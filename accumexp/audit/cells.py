@@ -178,7 +178,7 @@ def _write(case: Case, path: Path) -> None:
 
 
 def as_json(cells: Sequence[Cell]) -> str:
-    return json.dumps([asdict(cell) for cell in cells], indent=2)
+    return json.dumps([asdict(cell) for cell in cells], indent=1) + "\n"
 
 
 def from_json(text: str) -> list[Cell]:

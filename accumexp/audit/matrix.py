@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import re
@@ -16,16 +15,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from ..errors import UsageError, markdown_text
-from .cells import CONF, UNDECIDED, Cell, from_json
+from .cells import CONF, UNDECIDED, Cell, as_json, from_json
+from .settings import GENERAL
 from .trainers import trainer_names
 
 MARKS = {"equal": "equal", "not equal": "**differs**", UNDECIDED: "not audited"}
 NOTHING = "–"
-# Settings of the page, the general ones first.
-ORDER = (
-    *("classes", "tokens", "epoch", "short_epoch", "label_smoothing", "own_loss", "groups", "clipping"),
-    *("schedule", "two_ranks", "bf16", "dropout"),
-)
 
 
 def all_trainers(arguments: Sequence[str]) -> Iterator[tuple[str, list[Cell] | str]]:
@@ -111,7 +106,7 @@ def markdown(cells: Sequence[Cell], left_out: Sequence[str], command: str) -> st
 
 
 def _rank(setting: str) -> tuple[int, str]:
-    return (ORDER.index(setting) if setting in ORDER else len(ORDER), setting)
+    return (GENERAL.index(setting) if setting in GENERAL else len(GENERAL), setting)
 
 
 def described(setting: str) -> str:
@@ -140,4 +135,4 @@ def write(cells: Sequence[Cell], left_out: Sequence[str], command: str, page: Pa
     """Writes the page, and the cells as JSON beside it."""
     page.parent.mkdir(parents=True, exist_ok=True)
     page.write_text(markdown(cells, left_out, command), encoding="utf-8")
-    page.with_suffix(".json").write_text(json.dumps([cell.__dict__ for cell in cells], indent=1) + "\n")
+    page.with_suffix(".json").write_text(as_json(cells))

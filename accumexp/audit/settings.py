@@ -17,6 +17,11 @@ from torch.optim.lr_scheduler import LambdaLR
 
 LEARNING_RATE = 0.1
 WARM_UP_UPDATES = 4
+# Settings that do not need a trainer's own models.
+GENERAL = (
+    *("classes", "tokens", "epoch", "short_epoch", "label_smoothing", "own_loss", "groups", "clipping"),
+    *("schedule", "two_ranks", "bf16", "dropout"),
+)
 IGNORED = -100  # a label that counts for nothing, as in torch.nn.functional.cross_entropy
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -81,6 +86,11 @@ class Setting:
     def dtype(self, watch: Watch) -> torch.dtype:
         """Of the weights: what `watch` asks for, fp32 for mixed precision."""
         return torch.float32 if self.mixed else watch.dtype
+
+
+def general_but(*names: str) -> tuple[str, ...]:
+    """The general settings without those of `names`."""
+    return tuple(name for name in GENERAL if name not in names)
 
 
 def cross_entropy(setting: Setting) -> Callable[[Tensor, Tensor], Tensor]:

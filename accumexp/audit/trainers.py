@@ -36,8 +36,8 @@ def adapter_of(name: str) -> Adapter:
         UsageError: if there is none, or if its package is not installed or cannot be imported.
     """
     if name not in trainer_names():
-        known = ", ".join(trainer_names())
-        raise UsageError(f"{name}: no trainer of this name; there are {known}, all, and module:function")
+        names = ", ".join(trainer_names())
+        raise UsageError(f"{name}: no trainer of this name; there are {names}, all, and module:function")
     try:
         return cast(Adapter, import_module(f"{ADAPTERS}.{name}"))
     except ModuleNotFoundError as error:

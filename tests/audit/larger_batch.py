@@ -126,11 +126,11 @@ def find_samples(rows: Sequence[Tensor], batch: Tensor) -> list[int]:
     """Returns each row's index in the data set, -1 where there is none; padding may follow a row."""
     table = {tuple(sample.to(batch.dtype).tolist()): index for index, sample in enumerate(rows)}
     lengths = sorted({len(sample) for sample in rows}, reverse=True)
-    found = []
+    numbers = []
     for row in batch.tolist():
         keys = (tuple(row[:length]) for length in lengths)
-        found.append(next((table[key] for key in keys if key in table), -1))
-    return found
+        numbers.append(next((table[key] for key in keys if key in table), -1))
+    return numbers
 
 
 def plain_copy(module: nn.Module) -> nn.Module:

@@ -122,14 +122,14 @@ def test_all_installed_trainers_are_audited_as_the_matrix_says(tmp_path: Path) -
     done = run_command("audit", "all", "--write", "matrix.md", folder=tmp_path)
     assert done.code == 1, done  # transformers is installed for the tests
     matrix = json.loads((DOCS / "audit.json").read_text())
-    known = {(cell["trainer"], cell["version"], cell["setting"]): cell["verdict"] for cell in matrix}
+    expected = {(cell["trainer"], cell["version"], cell["setting"]): cell["verdict"] for cell in matrix}
     cells = json.loads((tmp_path / "matrix.json").read_text())
     assert {"accumexp", "accelerate", "transformers"} <= {cell["trainer"] for cell in cells}
     other = {
         place: cell["verdict"]
         for cell in cells
         if cell["verdict"]
-        != known.get(place := (cell["trainer"], cell["version"], cell["setting"]), cell["verdict"])
+        != expected.get(place := (cell["trainer"], cell["version"], cell["setting"]), cell["verdict"])
     }
     assert other == {}
     assert not any(cell["verdict"] == "not audited" for cell in cells)

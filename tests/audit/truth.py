@@ -172,9 +172,9 @@ def find_cells(trainers: Sequence[str], names: Sequence[str], steps: int, micro:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    known = [module.name for module in iter_modules(adapters.__path__)]
+    every_trainer = [module.name for module in iter_modules(adapters.__path__)]
     parser = argparse.ArgumentParser(prog="python -m tests.audit.truth", description=__doc__)
-    parser.add_argument("trainers", nargs="*", default=known, metavar="trainer")
+    parser.add_argument("trainers", nargs="*", default=every_trainer, metavar="trainer")
     parser.add_argument("--settings", default="", help="names, divided by commas; all by default")
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--micro", type=int, default=MICRO)

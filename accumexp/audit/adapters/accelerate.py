@@ -7,23 +7,10 @@ from accelerate.state import AcceleratorState, GradientState
 
 from ..models import model_of
 from ..samples import loader_of
-from ..settings import Setting, Watch, cross_entropy, optimizer_of, quiet, schedule_of
+from ..settings import GENERAL, Setting, Watch, cross_entropy, optimizer_of, quiet, schedule_of
 
 PACKAGE = "accelerate"
-SETTINGS = (
-    "classes",
-    "tokens",
-    "label_smoothing",
-    "own_loss",
-    "groups",
-    "clipping",
-    "schedule",
-    "epoch",
-    "short_epoch",
-    "two_ranks",
-    "bf16",
-    "dropout",
-)
+SETTINGS = GENERAL
 
 
 def fit(setting: Setting, watch: Watch, steps: int, micro: int) -> None:

@@ -9,23 +9,10 @@ from accumexp.accum import OptimizerStep, Window, batch_size, data_parallel, ste
 
 from ..models import model_of
 from ..samples import loader_of
-from ..settings import IGNORED, Setting, Watch, cross_entropy, optimizer_of, schedule_of
+from ..settings import GENERAL, IGNORED, Setting, Watch, cross_entropy, optimizer_of, schedule_of
 
 PACKAGE = "accumexp"
-SETTINGS = (
-    "classes",
-    "tokens",
-    "label_smoothing",
-    "own_loss",
-    "groups",
-    "clipping",
-    "schedule",
-    "epoch",
-    "short_epoch",
-    "two_ranks",
-    "bf16",
-    "dropout",
-)
+SETTINGS = GENERAL
 
 
 class MeanOverLabels:

@@ -18,22 +18,10 @@ from torch import Tensor
 
 from ..models import model_of
 from ..samples import loader_of
-from ..settings import WARM_UP_UPDATES, Setting, Watch, cross_entropy, optimizer_of, quiet
+from ..settings import WARM_UP_UPDATES, Setting, Watch, cross_entropy, general_but, optimizer_of, quiet
 
 PACKAGE = "mosaicml"
-SETTINGS = (
-    "classes",
-    "tokens",
-    "label_smoothing",
-    "own_loss",
-    "groups",
-    "clipping",
-    "schedule",
-    "epoch",
-    "short_epoch",
-    "two_ranks",
-    "dropout",
-)
+SETTINGS = general_but("bf16")
 
 
 class Classifier(ComposerModel):

@@ -18,24 +18,11 @@ import torch
 
 from ..models import model_of
 from ..samples import loader_of
-from ..settings import Setting, Watch, cross_entropy, optimizer_of, quiet, schedule_of
+from ..settings import GENERAL, Setting, Watch, cross_entropy, optimizer_of, quiet, schedule_of
 
 PACKAGE = "deepspeed"
 DTYPE = torch.float32  # of the weights
-SETTINGS = (
-    "classes",
-    "tokens",
-    "label_smoothing",
-    "own_loss",
-    "groups",
-    "clipping",
-    "schedule",
-    "epoch",
-    "short_epoch",
-    "two_ranks",
-    "bf16",
-    "dropout",
-)
+SETTINGS = GENERAL
 
 # As DeepSpeed's launcher sets it for one process.
 ONE_PROCESS = {

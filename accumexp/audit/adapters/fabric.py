@@ -17,23 +17,10 @@ from lightning.fabric.plugins.environments import TorchElasticEnvironment
 
 from ..models import model_of
 from ..samples import loader_of
-from ..settings import Setting, Watch, cross_entropy, optimizer_of, quiet, schedule_of
+from ..settings import GENERAL, Setting, Watch, cross_entropy, optimizer_of, quiet, schedule_of
 
 PACKAGE = "lightning"
-SETTINGS = (
-    "classes",
-    "tokens",
-    "label_smoothing",
-    "own_loss",
-    "groups",
-    "clipping",
-    "schedule",
-    "epoch",
-    "short_epoch",
-    "two_ranks",
-    "bf16",
-    "dropout",
-)
+SETTINGS = GENERAL
 
 
 def fit(setting: Setting, watch: Watch, steps: int, micro: int) -> None:

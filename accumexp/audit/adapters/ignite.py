@@ -14,21 +14,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..models import model_of
 from ..samples import loader_of
-from ..settings import Setting, Watch, cross_entropy, optimizer_of, quiet, schedule_of
+from ..settings import Setting, Watch, cross_entropy, general_but, optimizer_of, quiet, schedule_of
 
 PACKAGE = "pytorch-ignite"
-SETTINGS = (
-    "classes",
-    "tokens",
-    "label_smoothing",
-    "own_loss",
-    "groups",
-    "schedule",
-    "epoch",
-    "short_epoch",
-    "two_ranks",
-    "dropout",
-)
+SETTINGS = general_but("clipping", "bf16")
 
 
 def fit(setting: Setting, watch: Watch, steps: int, micro: int) -> None:

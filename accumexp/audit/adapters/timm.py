@@ -22,22 +22,19 @@ from torch.utils.data import DataLoader
 
 from ..models import model_of
 from ..samples import loader_of
-from ..settings import LEARNING_RATE, WARM_UP_UPDATES, Setting, Watch, cross_entropy, optimizer_of, quiet
+from ..settings import (
+    LEARNING_RATE,
+    WARM_UP_UPDATES,
+    Setting,
+    Watch,
+    cross_entropy,
+    general_but,
+    optimizer_of,
+    quiet,
+)
 
 PACKAGE = "timm"
-SETTINGS = (
-    "classes",
-    "label_smoothing",
-    "own_loss",
-    "groups",
-    "clipping",
-    "schedule",
-    "epoch",
-    "short_epoch",
-    "two_ranks",
-    "bf16",
-    "dropout",
-)
+SETTINGS = general_but("tokens")
 
 
 def fit(setting: Setting, watch: Watch, steps: int, micro: int) -> None:

@@ -24,19 +24,10 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from ..samples import PADDING, VOCABULARY, samples_of
-from ..settings import LEARNING_RATE, Setting, Watch, quiet, schedule_of
+from ..settings import LEARNING_RATE, Setting, Watch, general_but, quiet, schedule_of
 
 PACKAGE = "torchtune"
-SETTINGS = (
-    "tokens",
-    "label_smoothing",
-    "clipping",
-    "schedule",
-    "epoch",
-    "short_epoch",
-    "dropout",
-    "causal_lm",
-)
+SETTINGS = (*general_but("classes", "own_loss", "groups", "two_ranks", "bf16"), "causal_lm")
 
 
 def fit(setting: Setting, watch: Watch, steps: int, micro: int) -> None:

@@ -17,6 +17,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from ..models import CAUSAL, WithLoss, model_of
 from ..samples import PADDING, collate, samples_of
 from ..settings import (
+    GENERAL,
     IGNORED,
     WARM_UP_UPDATES,
     Setting,
@@ -28,24 +29,7 @@ from ..settings import (
 )
 
 PACKAGE = "transformers"
-SETTINGS = (
-    "classes",
-    "tokens",
-    "label_smoothing",
-    "own_loss",
-    "groups",
-    "clipping",
-    "schedule",
-    "epoch",
-    "short_epoch",
-    "two_ranks",
-    "bf16",
-    "dropout",
-    "sequence_classification",
-    "token_classification",
-    "masked_lm",
-    "causal_lm",
-)
+SETTINGS = (*GENERAL, "sequence_classification", "token_classification", "masked_lm", "causal_lm")
 
 
 def fit(setting: Setting, watch: Watch, steps: int, micro: int) -> None:

@@ -21,24 +21,11 @@ from trl import SFTConfig, SFTTrainer
 
 from ..models import CAUSAL, model_of
 from ..samples import VOCABULARY, samples_of
-from ..settings import Setting, Watch, optimizer_of, quiet
+from ..settings import Setting, Watch, general_but, optimizer_of, quiet
 from .transformers import ReportLoss, arguments_of, own_loss_of
 
 PACKAGE = "trl"
-SETTINGS = (
-    "tokens",
-    "label_smoothing",
-    "own_loss",
-    "groups",
-    "clipping",
-    "schedule",
-    "epoch",
-    "short_epoch",
-    "two_ranks",
-    "bf16",
-    "dropout",
-    "causal_lm",
-)
+SETTINGS = (*general_but("classes"), "causal_lm")
 
 
 def fit(setting: Setting, watch: Watch, steps: int, micro: int) -> None:

@@ -40,10 +40,10 @@ def _gradient_causes(comparison: Comparison, steps: int) -> tuple[list[Cause], l
     wrong = [pair for pair in comparison.pairs if pair in comparison.failing or comparison.hidden(pair)]
     right = [pair for pair in comparison.pairs if pair not in wrong]
     for pair in [*right[:1], *wrong[:MOST_COUNTS]]:
-        own, larger, _ = _gradients(comparison, pair)
-        found = micro_batch_counts(pair.update, own, larger)
-        if found is not None and found.explains(_tolerance(comparison, pair)):
-            counts.append(Counts(f"update {pair.number + 1}", _by_rank(pair, found.counts)))
+        gradient, larger, _ = _gradients(comparison, pair)
+        micro_counts = micro_batch_counts(pair.update, gradient, larger)
+        if micro_counts is not None and micro_counts.explains(_tolerance(comparison, pair)):
+            counts.append(Counts(f"update {pair.number + 1}", _by_rank(pair, micro_counts.counts)))
     causes: dict[str, tuple[Cause, list[int]]] = {}
     for pair in wrong:
         cause = _cause_of(comparison, pair, steps)
@@ -88,9 +88,9 @@ def _cause_of(comparison: Comparison, pair: Pair, steps: int) -> Cause:
     if carried := _carried_over(pair, gradient, tolerance):
         return cause("carried-over gradient", carried, "least squares", "reset gradients after every step")
     shown = "least squares of the gradient on what autograd delivered for each micro-batch"
-    found = micro_batch_counts(update, gradient, expected)
-    if found is not None and found.explains(tolerance):
-        words = counts_in_words(found, pair, steps, tolerance)
+    micro_counts = micro_batch_counts(update, gradient, expected)
+    if micro_counts is not None and micro_counts.explains(tolerance):
+        words = counts_in_words(micro_counts, pair, steps, tolerance)
         if words is not None:
             return cause("micro-batch counts", words, shown, DIVIDE)
     if (factor := _factor(gradient, expected, tolerance)) is not None:
@@ -100,20 +100,20 @@ def _cause_of(comparison: Comparison, pair: Pair, steps: int) -> Cause:
         return cause("micro-batch counts", reason, shown, DIVIDE)
     if words := _by_group(pair, gradient, expected, steps, tolerance):
         return cause("parameter groups", words, shown, "divide the gradients of all parameters alike")
-    return _coupled(comparison, pair, found is not None and found.residual > tolerance)
+    return _coupled(comparison, pair, micro_counts is not None and micro_counts.residual > tolerance)
 
 
 def _factor(gradient: Gradient, expected: Gradient, tolerance: float) -> float | None:
-    found = least_squares([expected], gradient)
-    return found.factors[0] if found is not None and found.residual <= tolerance else None
+    fit = least_squares([expected], gradient)
+    return fit.factors[0] if fit is not None and fit.residual <= tolerance else None
 
 
 def _carried_over(pair: Pair, gradient: Gradient, tolerance: float) -> str | None:
     """What of the window before is in the gradient, in words."""
     first = pair.update.first
     parts = [each.gradient for each in pair.update.micro_batches]
-    own = least_squares(parts, gradient)
-    if not first.carried or own is None or own.residual <= tolerance:
+    of_window = least_squares(parts, gradient)
+    if not first.carried or of_window is None or of_window.residual <= tolerance:
         return None
     whole = least_squares([*parts, first.carried], gradient)
     if whole is None or whole.residual > tolerance:
@@ -135,12 +135,12 @@ def _by_group(pair: Pair, gradient: Gradient, expected: Gradient, steps: int, to
             if relative_error(one, other)[0] <= tolerance or not other:
                 continue
             factor = _factor(one, other, tolerance)
-            found = micro_batch_counts(pair.update, gradient, expected, names)
+            micro_counts = micro_batch_counts(pair.update, gradient, expected, names)
             if factor is not None:
                 words = factor_in_words(factor, pair, steps, tolerance)
                 texts.append(f"the gradient of {subject} is {words}")
-            elif found is not None and found.explains(tolerance):
-                if words := counts_in_words(found, pair, steps, tolerance):
+            elif micro_counts is not None and micro_counts.explains(tolerance):
+                if words := counts_in_words(micro_counts, pair, steps, tolerance):
                     texts.append(f"in {subject} {words}")
             else:
                 texts = []

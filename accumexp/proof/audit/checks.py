@@ -77,7 +77,7 @@ def _gradient_checks(comparison: Comparison) -> tuple[list[Check], list[Series]]
         bounds.append(comparison.bound(pair))
         detail = f"update {pair.number + 1}, most at {where}" if error else "no difference"
         checks.append(Check("gradient", error, comparison.bound(pair), "relative", why, detail))
-    found = [worst_check(checks)] if checks else []
+    worst_checks = [worst_check(checks)] if checks else []
     clipped = []
     for pair in comparison.pairs:
         one, other = pair.update.first.before_clipping, pair.larger.first.before_clipping
@@ -88,8 +88,8 @@ def _gradient_checks(comparison: Comparison) -> tuple[list[Check], list[Series]]
                 Check("gradient before clipping", error, comparison.bound(pair), "relative", why, detail)
             )
     if clipped:
-        found.append(worst_check(clipped))
-    return found, [Series("gradient", "relative", numbers, figures, bounds)] if numbers else []
+        worst_checks.append(worst_check(clipped))
+    return worst_checks, [Series("gradient", "relative", numbers, figures, bounds)] if numbers else []
 
 
 def _weights_check(comparison: Comparison) -> Check | None:

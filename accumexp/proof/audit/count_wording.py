@@ -8,9 +8,9 @@ from .counts import MicroBatchCounts
 from .pairs import Pair
 
 
-def counts_in_words(found: MicroBatchCounts, pair: Pair, steps: int, tolerance: float) -> str | None:
-    """What `found` means; None if every micro-batch counts once."""
-    counts, near = found.counts, max(1e-6, tolerance)
+def counts_in_words(micro_counts: MicroBatchCounts, pair: Pair, steps: int, tolerance: float) -> str | None:
+    """What `micro_counts` means; None if every micro-batch counts once."""
+    counts, near = micro_counts.counts, max(1e-6, tolerance)
     if all(abs(count - 1) <= near for count in counts):
         return None
     if max(counts) - min(counts) <= near * max(map(abs, counts)):
@@ -19,7 +19,7 @@ def counts_in_words(found: MicroBatchCounts, pair: Pair, steps: int, tolerance: 
     if words := _lost(counts, pair, near):
         return words
     text = f"{of_samples(sizes)} count {listed(counts)} times"
-    added = [factor for factor in found.added if factor == factor]
+    added = [factor for factor in micro_counts.added if factor == factor]
     if max(added) - min(added) > near * max(map(abs, added)) or not all(count > 0 for count in counts):
         return f"{text}: what autograd delivered is added {listed(added)} times"
     # Micro-batches that count alike count 1 over their weight, whose mean is 1.

@@ -92,14 +92,14 @@ def micro_batch_counts(
     """
     parts = [each.gradient for each in update.micro_batches]
     names = None if names is None else list(names)
-    own, right = least_squares(parts, gradient, names), least_squares(parts, larger, names)
-    if own is None or right is None:
+    actual, expected = least_squares(parts, gradient, names), least_squares(parts, larger, names)
+    if actual is None or expected is None:
         return None
     counts = [
         1.0 if b != b or a != a else b / a if a else float("inf")
-        for b, a in zip(own.factors, right.factors, strict=True)
+        for b, a in zip(actual.factors, expected.factors, strict=True)
     ]
-    return MicroBatchCounts(counts, own.factors, right.residual, own.residual)
+    return MicroBatchCounts(counts, actual.factors, expected.residual, actual.residual)
 
 
 def cancellation(update: JointUpdate) -> float:

@@ -34,10 +34,10 @@ def sample_causes(comparison: Comparison) -> list[Cause]:
         straddling = [i for i in run if len(epochs[i]) > 1]
         for i in straddling:
             update = comparison.updates[i]
-            own = least_squares([m.gradient for m in update.micro_batches], update.first.gradient)
-            if own is None:
+            by_micro_batch = least_squares([m.gradient for m in update.micro_batches], update.first.gradient)
+            if by_micro_batch is None:
                 continue
-            dropped = [k for k, factor in enumerate(own.factors) if abs(factor) < 1e-6]
+            dropped = [k for k, factor in enumerate(by_micro_batch.factors) if abs(factor) < 1e-6]
             if dropped:
                 lost += sum(len(update.micro_batches[k].samples) for k in dropped)
                 lost_in.append(i)

@@ -43,10 +43,10 @@ class Starts:
             lambda k: bool(wanted & self._samples[k]),
         )
         for exact, test in zip((True, True, False), tests, strict=True):
-            found = next((k for k in ahead if test(k)), None)
-            if found is not None:
-                self._next = found + 1 if exact else found
-                return found
+            position = next((k for k in ahead if test(k)), None)
+            if position is not None:
+                self._next = position + 1 if exact else position
+                return position
         return None
 
 
@@ -92,11 +92,11 @@ def loss_gradient(
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     with torch.enable_grad():
         value = loss(model, inputs, targets)
-        found = torch.autograd.grad(value, list(parameters.values()), allow_unused=True)
+        gradients = torch.autograd.grad(value, list(parameters.values()), allow_unused=True)
     with torch.no_grad():
         for name, buffer in model.named_buffers():
             buffer.copy_(buffers[name])
-    return {name: g.double() for name, g in zip(parameters, found, strict=True) if g is not None}
+    return {name: g.double() for name, g in zip(parameters, gradients, strict=True) if g is not None}
 
 
 class Rounding:
