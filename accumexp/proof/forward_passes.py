@@ -8,7 +8,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -141,7 +141,13 @@ class PassHooks:
 
     def __init__(self, model: nn.Module) -> None:
         self.passes: ForwardPasses | None = None
-        for module in model.modules():
+        self._hooked: WeakSet[nn.Module] = WeakSet()
+        self.add(model)
+
+    def add(self, model: nn.Module) -> None:
+        """Gives hooks to the parts of `model` that have none yet: a loop may add some between two windows."""
+        for module in [module for module in model.modules() if module not in self._hooked]:
+            self._hooked.add(module)
             # Those of a part are empty in compiled code; the model's own stay outside it.
             before, after = self._enter, self._leave
             if module is model:
@@ -155,6 +161,7 @@ class PassHooks:
         """Those of `model`, made at the first call."""
         if model not in cls._of_models:
             cls._of_models[model] = cls(model)
+        cls._of_models[model].add(model)
         return cls._of_models[model]
 
     def __deepcopy__(self, memo: Any) -> PassHooks:
