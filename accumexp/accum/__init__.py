@@ -20,6 +20,7 @@ from .recovery import OutOfMemory, Recovery
 from .scale import LossScale
 from .step import OptimizerStep, StepResult
 from .sync import Sync, data_parallel, fully_sharded
+from .terms import Term, TermsLoss
 from .window import MicroBatch, Reduction, Window, WindowResult, call
 
 Record = GraphRecorder  # its former name
@@ -42,6 +43,8 @@ __all__ = [
     "SavedActivations",
     "StepResult",
     "Sync",
+    "Term",
+    "TermsLoss",
     "Window",
     "WindowLoss",
     "WindowResult",

@@ -41,7 +41,7 @@ class Weights:
         else:
             device = next(sync.module.parameters()).device
             try:
-                counted = torch.stack([_exact(self._count(loss, parts), device) for parts in targets])
+                counted = torch.stack([as_number(self._count(loss, parts), device) for parts in targets])
             except Exception as error:
                 if is_out_of_memory(error):  # the other ranks' all-reduce waits for this one
                     sync.ranks.sum(torch.zeros(len(targets), dtype=torch.float64, device=device))
@@ -83,8 +83,8 @@ def reciprocal_of(weight: Tensor | float, like: Tensor) -> Tensor:
     return weight.clamp(min=1).to(like.dtype).reciprocal()
 
 
-def _exact(weight: Tensor | float, device: torch.device) -> Tensor:
+def as_number(weight: Tensor | float, device: torch.device) -> Tensor:
     """`weight` in fp64, shape (), without a copy that the host waits for."""
     if isinstance(weight, Tensor):
-        return weight.to(device, torch.float64)
+        return weight.detach().to(device, torch.float64).reshape(())
     return torch.full((), weight, dtype=torch.float64, device=device)

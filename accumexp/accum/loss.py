@@ -7,7 +7,7 @@ The denominator needs only the targets, so it is computed before the first backw
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from torch.nn.modules.loss import _Loss
 
 from .batch import Nested, batch_size
+from .terms import SeveralTerms, TermsLoss, as_terms, sum_of, terms_loss
 
 REDUCTIONS = ("mean", "sum", "none", "batchmean")
 
@@ -53,13 +54,21 @@ class MeanOverSamples(_CriterionLoss):
 
     These are torch's elementwise criteria (MSE, L1, smooth L1, BCE, ...) and every function whose value on
     a batch is the mean of its values on the samples. A criterion with `reduction="none"` is averaged here.
+
+    Attributes:
+        returns_terms: whether the function was seen to return terms by name (`SeveralTerms`).
     """
+
+    returns_terms = False
 
     def weight(self, targets: Nested) -> float:
         return float(batch_size(targets))
 
     def total(self, outputs: Any, targets: Nested) -> Tensor:
         loss = self.criterion(_widened(outputs), targets)
+        if isinstance(loss, Mapping):
+            self.returns_terms = True
+            return sum_of(as_terms(loss, targets)) * batch_size(targets)
         return (loss.mean() if loss.dim() else loss) * batch_size(targets)
 
 
@@ -184,16 +193,21 @@ def _item_weights(criterion: nn.CrossEntropyLoss | nn.NLLLoss, targets: Tensor) 
     return criterion.weight[targets.where(valid, 0)].where(valid, 0)
 
 
-def window_loss(criterion: Callable[..., Any] | WindowLoss) -> WindowLoss:
+def window_loss(criterion: Callable[..., Any] | WindowLoss | TermsLoss) -> WindowLoss:
     """Converts `criterion` to a `WindowLoss`.
 
-    torch's criteria and their subclasses are recognised by type and `reduction`. Any other callable is
+    torch's criteria and their subclasses are recognised by type and `reduction`, losses of several terms by
+    their method `terms`, and those that couple samples by `couples = True`. Any other callable is
     treated as a mean over samples. A mean over items whose number differs between samples (tokens) is not
     one: implement the methods `weight` and `total` of `WindowLoss` for it.
 
     Raises:
         ValueError: for a criterion of torch with a `reduction` that torch does not have.
     """
+    if several := terms_loss(criterion):
+        return several
+    if isinstance(criterion, MeanOverSamples) and criterion.returns_terms:
+        return SeveralTerms(criterion.criterion)
     if isinstance(criterion, WindowLoss):
         return criterion
     reduction = getattr(criterion, "reduction", None)

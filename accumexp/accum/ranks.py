@@ -37,6 +37,14 @@ class Ranks:
             dist.all_reduce(tensor, dist.ReduceOp.SUM, self.group)
         return tensor
 
+    def gather(self, tensor: Tensor) -> list[Tensor]:
+        """The tensors of all ranks, in their order; all have one shape."""
+        if self.size == 1:
+            return [tensor]
+        gathered = [torch.empty_like(tensor) for _ in range(self.size)]
+        dist.all_gather(gathered, tensor.contiguous(), self.group)
+        return gathered
+
     def sum_soon(self, tensor: Tensor) -> Callable[[], None]:
         """Starts `sum` asynchronously. Returns a function that waits for it."""
         work: Any = dist.all_reduce(tensor, dist.ReduceOp.SUM, self.group, async_op=True)

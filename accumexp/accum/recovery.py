@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import gc
-import random
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
+from torch import nn
 
 from .batch import Nested, batch_size
+from .forward_state import ForwardState
 from .memory import is_out_of_memory
 from .sync import DataParallelSync
 from .window import Observer, Window, WindowResult
@@ -159,11 +158,11 @@ class Recovery:
         assert self.at_most is not None
         return self.window.sync.ranks.largest([max(requested, -(-samples // self.at_most))])[0]
 
-    def _agree(self, unused: bool) -> bool:
+    def _agree(self, unused: bool, more: bool = False) -> bool:
         failure, unused = self._exchange(failed=False, unused=unused)
         if failure is not None:
             raise _OtherRankFailed(failure)
-        self._agreed = True
+        self._agreed = not more
         return unused
 
     def _exchange(self, failed: bool, unused: bool = False) -> tuple[_Failure | None, bool]:
@@ -193,39 +192,20 @@ class _OtherRankFailed(Exception):
     """Another rank ran out of memory in this window. The argument is the `_Failure`."""
 
 
-class _Start:
+class _Start(ForwardState):
     """The state that a window changes, as it was when the window began."""
 
     def __init__(self, window: Window) -> None:
         self.window = window
-        parts = [window.model, window.loss]
-        # The dicts of the modules' buffers: a module may get its first buffer later.
-        self._held = [m._buffers for part in parts if isinstance(part, nn.Module) for m in part.modules()]
         self._parameters = list(window.model.parameters())
         self._absent: list[nn.Parameter] = []
-        self._buffers: list[tuple[dict[str, Tensor | None], str, Tensor | None]] = []
-        # Those that are not lazy, and copies of them.
-        self._initialised: list[Tensor] = []
-        self._copies: list[Tensor] = []
-        self._torch = self._python = self._device = None
         self.clean = True  # whether gradients can be restored without a copy
-        present = [buffer for held in self._held for buffer in held.values() if buffer is not None]
-        self._allocate([buffer for buffer in present if not is_lazy(buffer)])
+        super().__init__([window.model, window.loss], self._parameters[0].device)
 
     def save(self) -> None:
-        """Saves the state, without waiting for the device."""
         self._absent = [p for p in self._parameters if p.grad is None]
         self.clean = self.window.sync.keeps_gradients or len(self._absent) == len(self._parameters)
-        self._torch = torch.default_generator.get_state()
-        self._python = random.getstate()
-        if self._parameters[0].is_cuda:
-            self._device = torch.cuda.get_rng_state(self._parameters[0].device)
-        self._buffers = [(held, name, buffer) for held in self._held if held for name, buffer in held.items()]
-        self._initialised = [b for _, _, b in self._buffers if b is not None and not is_lazy(b)]
-        if self._initialised:
-            with torch.no_grad():  # a buffer may carry a graph
-                self._allocate(self._initialised)
-                torch._foreach_copy_(self._copies, self._initialised)  # pyright: ignore[reportPrivateImportUsage]
+        super().save()
 
     def restore(self) -> None:
         gc.collect()  # tensors of the failed window may be in reference cycles
@@ -236,20 +216,9 @@ class _Start:
             for parameter in self._parameters:
                 if parameter.grad is not None:
                     parameter.grad.zero_()
-            for held, name, buffer in self._buffers:
-                held[name] = buffer
-            if self._initialised:
-                torch._foreach_copy_(self._initialised, self._copies)  # pyright: ignore[reportPrivateImportUsage]
-        assert self._torch is not None and self._python is not None
-        torch.set_rng_state(self._torch)
-        random.setstate(self._python)
-        if self._device is not None:
-            torch.cuda.set_rng_state(self._device, self._parameters[0].device)
+        super().restore()
+        if self._parameters[0].is_cuda:
             torch.cuda.empty_cache()
-
-    def _allocate(self, buffers: list[Tensor]) -> None:
-        if list(map(_kind, buffers)) != list(map(_kind, self._copies)):
-            self._copies = [torch.empty_like(buffer) for buffer in buffers]
 
 
 def _clear_frames(error: BaseException | None) -> None:
@@ -259,7 +228,3 @@ def _clear_frames(error: BaseException | None) -> None:
         cleared.add(id(error))
         traceback.clear_frames(error.__traceback__)
         error = error.__cause__ or error.__context__
-
-
-def _kind(tensor: Tensor) -> tuple[torch.Size, torch.dtype, torch.device]:
-    return tensor.shape, tensor.dtype, tensor.device

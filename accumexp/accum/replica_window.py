@@ -119,7 +119,7 @@ class ReplicaWindow:
         total: Tensor | None = None
         self._reached = set()
         for k, (inputs_k, targets_k) in enumerate(parts):
-            with first._precision():
+            with first.precision():
                 outputs, loss_sum = self._forward(inputs_k, targets_k)
             if share is None or by_step:
                 share = reciprocal_of(weights[k if by_step else 0], loss_sum).expand_as(loss_sum)

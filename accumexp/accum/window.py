@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
-from .batch import Nested, batch_size, map_tensors, split, split_sizes
+from .batch import Nested
 from .buffers import Fp32Buffers
-from .denominators import Weights, reciprocal_of
-from .loss import WindowLoss, window_loss
+from .forward_state import ForwardState
+from .loss import MeanOverSamples, WindowLoss, window_loss
+from .objective import Coupled, Objective, OneTerm, SeveralDenominators
 from .scale import LossScale
 from .sync import NOTHING, sync_of
+from .terms import CoupledLoss, SeveralTerms, TermsLoss, has_terms
+from .two_passes import FirstPass
+from .window_batch import WindowBatch
 
 Reduction = Literal["mean", "sum"]
 Observer = Callable[[Any, Nested], None]
@@ -54,12 +58,14 @@ class WindowResult:
         weight: the window's total weight (samples, or the sum of valid items' weights), over all ranks.
         samples: this rank's samples in the window.
         steps: micro-batches in the window.
+        terms: of a loss of several terms, each one's part of `loss`, shape (), by name.
     """
 
     loss: Tensor
     weight: Tensor | float
     samples: int
     steps: int
+    terms: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class Window:
@@ -73,10 +79,14 @@ class Window:
     and `fully_shard`) the window holds the samples of all ranks: each rank calls `backward` with its own,
     weights are counted over the ranks, and gradients are reduced in the last micro-batch only.
 
+    A loss of several terms (`TermsLoss`, or a function that returns terms by name) has a denominator for
+    each of them. One that couples samples (`couples = True`) is computed on the outputs of the whole window,
+    in two passes: the outputs of all samples are kept, and every micro-batch is computed once more.
+
     Args:
         model: called as `model(x)` with a tensor, `model(*xs)` with a tuple or list, `model(**xs)`
             with a dict.
-        loss: a criterion of torch, a function of (outputs, targets), or a `WindowLoss`.
+        loss: a criterion of torch, a function of (outputs, targets), a `WindowLoss` or a `TermsLoss`.
         steps: micro-batches in a window, on each rank.
         reduction: "mean" or "sum", as above.
         autocast: the dtype of `torch.autocast` around forward and loss, or None.
@@ -102,7 +112,7 @@ class Window:
     def __init__(
         self,
         model: nn.Module,
-        loss: Callable[..., Any] | WindowLoss,
+        loss: Callable[..., Any] | WindowLoss | TermsLoss,
         steps: int,
         *,
         reduction: Reduction = "mean",
@@ -120,9 +130,9 @@ class Window:
         if fp32_buffers and self.sync.sharded:
             raise ValueError("fp32_buffers: gradients of a fully sharded model are not there to collect")
         self.model = self.sync.module
-        self.loss = window_loss(loss)
         self.steps = steps
         self.reduction: Reduction = reduction
+        self._use_loss(window_loss(loss))
         self.autocast = autocast
         self.loss_scale = loss_scale
         self.local_loss = local_loss
@@ -130,7 +140,9 @@ class Window:
         self.after_micro_batch: list[Callable[[MicroBatch], None]] = []
         self.on_discard: list[Callable[[], None]] = []
         self.under_way = 0
-        self._weights: Weights | None = None
+        self._objective: Objective | None = None
+        self._called = False  # whether the loss was called once
+        self._compared = False  # whether the two passes of a window were compared once
         self._buffers = Fp32Buffers(model.parameters()) if fp32_buffers else None
 
     def backward(
@@ -142,7 +154,7 @@ class Window:
         samples: int | None = None,
         weight: float | None = None,
         observe: Observer | None = None,
-        agree: Callable[[bool], bool] | None = None,
+        agree: Callable[..., bool] | None = None,
     ) -> WindowResult:
         """Forward and backward of every micro-batch; adds gradients to `.grad`. Does not wait for the device.
 
@@ -156,11 +168,12 @@ class Window:
             samples: the first `samples` of the batch count, the others are padding. On several ranks a rank
                 without samples passes one sample as padding and `samples=0`.
             weight: the window's total weight over all ranks; it is then not counted. It must be given on
-                all ranks or on none. Ignored with `reduction="sum"`.
+                all ranks or on none. Ignored with `reduction="sum"`, and for a loss of several terms.
             observe: called with each micro-batch's detached outputs and its targets.
             agree: used by `Recovery`: no micro-batch communicates; `agree` is called after the last one, with
                 whether this rank did not use some parameter, and returns whether any rank did not. An error
-                that it raises ends the window before gradients are reduced.
+                that it raises ends the window before gradients are reduced. Before a collective of a pass
+                without gradients it is called with `more=True`.
 
         Raises:
             ValueError: if the batch has fewer samples than `steps` (on several ranks: no sample), its
@@ -168,48 +181,50 @@ class Window:
                 micro-batches is empty, holds anything but pairs, or comes with `steps` or `samples`.
         """
         if targets is None:
-            parts = _micro_batches(inputs, steps, samples)
-            sizes = [batch_size(part) for part in parts]
-            whole, padding = [targets_k for _, targets_k in parts], []
+            batch = WindowBatch.of_micro_batches(inputs, steps, samples)
         else:
-            parts, sizes, whole, padding = self._split(cast(Nested, inputs), targets, steps, samples)
-        steps, samples = len(parts), sum(sizes)
-        self.under_way = 0
-        by_step = self.reduction == "sum"
-        counted = [[targets_k] for _, targets_k in parts] if by_step else [whole]
-        weights = self._weights = Weights(self.loss, self.sync, counted, None if by_step else weight)
-        share: Tensor | None = None  # 1 / weight, the factor of an item's loss
-        total: Tensor | None = None
-        done: MicroBatch | None = None
+            steps, empty = self.steps if steps is None else steps, self.sync.ranks.size > 1
+            batch = WindowBatch.split(cast(Nested, inputs), targets, steps, samples, empty=empty)
+        undeclared = self._undeclared()
+        objective = self._objective = self._objective_of(batch, weight)
+        first_pass = self._first_pass(batch, agree) if objective.passes else None
+        if first_pass is not None:
+            objective.prepare(first_pass)
+            first_pass.rewind()
         if self._buffers:
             self._buffers.open()
         if self._buffers or agree is not None:
             self.sync.watch_use()
-        for k, (inputs_k, targets_k) in enumerate(parts):
-            self.under_way = k
-            if not sizes[k]:
-                inputs_k, targets_k = padding
+        steps = len(batch.parts)
+        done: MicroBatch | None = None
+        self.under_way = 0
+        for k, (inputs_k, targets_k) in enumerate(batch):
             last = k == steps - 1
             with self.sync.micro_batch(last and not self._buffers and agree is None):
-                with self._precision():
-                    outputs = call(self.sync.forward, inputs_k)
-                    loss_sum = self.loss.total(outputs, targets_k)
-                if share is None or by_step:
-                    share = reciprocal_of(weights.of(k), loss_sum)
-                # The gradient of loss_sum / weight, without a division in the graph.
-                loss_sum.backward(self._seed(share) if sizes[k] else torch.zeros_like(share))
+                with self.precision():
+                    outputs = self.forward(k, inputs_k)
+                    value, share = objective.of(k, outputs, targets_k)
+                if undeclared is not None and cast(Any, self.loss).returns_terms:
+                    objective.wait()
+                    undeclared.restore()
+                    self._use_loss(window_loss(self.loss))
+                    given: dict[str, Any] = {"observe": observe, "agree": agree}
+                    if targets is not None:
+                        given |= {"steps": steps, "samples": sum(batch.sizes)}
+                    return self.backward(inputs, targets, **given)
+                value.backward(self._seed(share) if batch.sizes[k] else torch.zeros_like(share))
             if self.after_micro_batch:
-                done = MicroBatch(k, last, sizes[k], targets_k, share)
+                done = MicroBatch(k, last, batch.sizes[k], targets_k, share)
                 if agree is None or not last:
                     self._notify(done)
-            if sizes[k]:
-                detached = loss_sum.detach()
-                total = detached if total is None else total + detached
+            if first_pass is not None:
+                first_pass.repeated(k, outputs)
+            if batch.sizes[k]:
+                objective.add(value.detach())
                 if observe is not None:
                     observe(outputs.detach() if isinstance(outputs, Tensor) else outputs, targets_k)
             # Freed before the next forward: a language model's outputs are its peak memory.
-            del outputs, loss_sum
-        assert share is not None
+            del outputs, value
         if agree is not None:
             some_unused = agree(not self._buffers and bool(self.sync.unused()))
             if not self._buffers:
@@ -218,32 +233,62 @@ class Window:
                 self._notify(done)
         if self._buffers:
             self._buffers.close(self.sync)
-        total = torch.zeros_like(share) if total is None else total
-        mean = total * (reciprocal_of(weights.total, total) if by_step else share)
+        if first_pass is not None:
+            first_pass.end()
+            self._compared = True
+        mean, terms = objective.mean(), dict(objective.terms())
         if not self.local_loss:
-            self.sync.ranks.sum(mean)
-        return WindowResult(mean, weights.total, samples, steps)
+            for part in (mean, *terms.values()):
+                self.sync.ranks.sum(part)
+        return WindowResult(mean, objective.weight, sum(batch.sizes), steps, terms)
 
-    def _split(
-        self, inputs: Nested, targets: Nested, steps: int | None, samples: int | None
-    ) -> tuple[list[tuple[Nested, Nested]], list[int], list[Nested], Any]:
-        """The micro-batches of a whole batch, their sizes, all targets, and a sample as padding."""
-        steps = self.steps if steps is None else steps
-        held = batch_size((inputs, targets))
-        samples = held if samples is None else samples
-        if not 0 <= samples <= held or not held:
-            raise ValueError(f"samples={samples}: the batch has {held}, and one is needed to pad with")
-        sizes = split_sizes(samples, steps, empty=self.sync.ranks.size > 1)
-        padding = [map_tensors(_first, batch) for batch in (inputs, targets)] if 0 in sizes else []
-        if samples < held:
-            inputs, targets = (map_tensors(lambda t: t[:samples], batch) for batch in (inputs, targets))
-        parts = list(zip(split(inputs, sizes), split(targets, sizes), strict=True))
-        return parts, sizes, [targets], padding
+    def forward(self, k: int, inputs: Nested) -> Any:
+        """The model's outputs for the inputs of micro-batch `k`."""
+        self.under_way = k
+        return call(self.sync.forward, inputs)
+
+    def _first_pass(self, batch: WindowBatch, agree: Callable[..., bool] | None) -> FirstPass:
+        parts = [self.model, self.loss]
+        compare = not self._compared
+        return FirstPass(self.forward, self.precision, self.sync, parts, batch, agree, compare)
+
+    def precision(self) -> AbstractContextManager[Any]:
+        """The context of the forward pass and the loss: autocast, or nothing."""
+        if self.autocast is None:
+            return NOTHING
+        return torch.autocast(next(self.model.parameters()).device.type, self.autocast)
+
+    @property
+    def passes(self) -> int:
+        """Forward passes of a micro-batch in a window: 1, or 2 where the first is without gradients."""
+        several = isinstance(self.loss, SeveralTerms) and self.loss.late != ()
+        return 2 if several or isinstance(self.loss, CoupledLoss) else 1
+
+    def _objective_of(self, batch: WindowBatch, weight: float | None) -> Objective:
+        if isinstance(self.loss, CoupledLoss):
+            return Coupled(self.loss, self.sync, batch)
+        if isinstance(self.loss, SeveralTerms):
+            return SeveralDenominators(self.loss, self.sync, batch)
+        return OneTerm(self.loss, self.sync, batch, self.reduction == "sum", weight)
+
+    def _undeclared(self) -> ForwardState | None:
+        """The state before a window whose loss, a function, may turn out to return terms by name."""
+        if self._called or type(self.loss) is not MeanOverSamples:
+            return None
+        self._called = True
+        state = ForwardState([self.model, self.loss], next(self.model.parameters()).device)
+        state.save()
+        return state
+
+    def _use_loss(self, loss: WindowLoss) -> None:
+        if has_terms(loss) and self.reduction == "sum":
+            raise ValueError("reduction='sum' adds micro-batch means, and a loss of several terms has none")
+        self.loss = loss
 
     def discard(self) -> None:
         """Ends a window that has failed on this rank or another. Gradients are not changed."""
-        if self._weights is not None:
-            self._weights.wait()
+        if self._objective is not None:
+            self._objective.wait()
         if self._buffers:
             self._buffers.drop()
         for discard in self.on_discard:
@@ -259,31 +304,9 @@ class Window:
             share = (share * self.loss_scale.scale).to(share.dtype)
         return share if self.sync.factor == 1 else share * self.sync.factor
 
-    def _precision(self) -> AbstractContextManager[Any]:
-        if self.autocast is None:
-            return NOTHING
-        return torch.autocast(next(self.model.parameters()).device.type, self.autocast)
-
 
 def call(model: nn.Module, inputs: Nested) -> Any:
     """Calls `model` with a tensor, the items of a tuple or list, or the named values of a dict."""
     if isinstance(inputs, Tensor):
         return model(inputs)
     return model(**inputs) if isinstance(inputs, Mapping) else model(*inputs)
-
-
-def _first(tensor: Tensor) -> Tensor:
-    return tensor[:1]
-
-
-def _micro_batches(given: Any, steps: int | None, samples: int | None) -> list[tuple[Nested, Nested]]:
-    """`given` as a list of pairs (inputs, targets), each of at least one sample."""
-    if not isinstance(given, list | tuple) or not all(
-        isinstance(part, list | tuple) and len(part) == 2 for part in given
-    ):
-        raise ValueError("backward: without targets, a list of pairs (inputs, targets) is needed")
-    if steps not in (None, len(given)) or samples is not None:
-        raise ValueError(f"backward: {len(given)} micro-batches are given, leave out steps and samples")
-    if not given or not all(batch_size(tuple(part)) for part in given):
-        raise ValueError("backward: a window needs at least one micro-batch, and each at least one sample")
-    return [(inputs, targets) for inputs, targets in given]
