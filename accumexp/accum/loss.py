@@ -210,6 +210,7 @@ def window_loss(criterion: Callable[..., Any] | WindowLoss | TermsLoss) -> Windo
         return SeveralTerms(criterion.criterion)
     if isinstance(criterion, WindowLoss):
         return criterion
+    criterion = cast(Callable[..., Any], criterion)
     reduction = getattr(criterion, "reduction", None)
     if isinstance(criterion, _Loss) and reduction not in REDUCTIONS:
         raise ValueError(f"reduction={reduction}: one of {', '.join(REDUCTIONS)}")

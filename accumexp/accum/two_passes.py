@@ -103,9 +103,9 @@ class FirstPass:
         other = [k for k, difference in enumerate(differences) if difference > tolerance]
         if other:
             raise RuntimeError(
-                f"micro-batch {other[0]}: its second forward pass gave other outputs than the first; the model "
-                "draws from NumPy or from a generator of its own, or changes what is neither a parameter nor "
-                "a buffer"
+                f"micro-batch {other[0]}: its second forward pass gave other outputs than the first; the "
+                "model draws from NumPy or from a generator of its own, or changes what is neither a parameter "
+                "nor a buffer"
             )
 
 
