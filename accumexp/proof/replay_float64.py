@@ -71,6 +71,7 @@ class Float64Replay(Replay):
         self._previous: Gradient | None = None
         self._before: Gradient = {}
         self._loss: Check | None = None
+        self._losses_at: list[int] = []
         self._wrong_losses: list[int] = []
         self._rates = LearningRates(problem)
         self._by_hand = HandChanges(problem, problem.hand_changed)
@@ -177,6 +178,7 @@ class Float64Replay(Replay):
     def compare_loss(self, update: int, loss: float) -> None:
         """Compares the loss that the loop logged for `update`, if that update's gradient was compared."""
         if update in self.losses:
+            self._losses_at.append(update)
             expected, bound = self.losses[update]
             error = abs(loss - expected)
             at = f"worst at update {update}" if error else "no difference"
@@ -184,9 +186,8 @@ class Float64Replay(Replay):
             if not check.passed:
                 self._wrong_losses.append(update)
                 if self.logged is None and self._last[0] == update:
-                    self.logged = LoggedLoss(
-                        update, loss, expected, *self._last[1:], self._before, self._wrong_losses
-                    )
+                    updates = self._wrong_losses, self._losses_at
+                    self.logged = LoggedLoss(update, loss, expected, *self._last[1:], self._before, *updates)
             self._loss = check if self._loss is None else worst_check([self._loss, check])
 
     def _missing_samples(self, batch: WholeBatch, observation: Observation) -> int:

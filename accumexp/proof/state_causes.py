@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from .certificate import Cause, Check, number
+from .evidence import updates_in_words
 from .float64 import DOUBLE
 from .larger_batch import Gradient, dot, norm
 from .micro_batches import rank_micro_batches
@@ -44,6 +45,7 @@ class LoggedLoss:
 
     Attributes:
         updates: numbers of all such updates.
+        compared: numbers of all updates that log a loss.
     """
 
     update: int
@@ -53,6 +55,7 @@ class LoggedLoss:
     observation: Observation
     weights: Gradient
     updates: list[int]
+    compared: list[int]
 
 
 def changed_weights_cause(problem: Problem, changed: ChangedWeights, micro_batches: int) -> Cause:
@@ -120,9 +123,8 @@ def logged_loss_cause(problem: Problem, logged: LoggedLoss) -> Cause:
                 parameter.copy_(logged.weights[name])
         if what := _what_is_logged(problem, model, logged):
             reason += f": {what}"
-    if len(logged.updates) > 1:
-        more = ", ..." if len(logged.updates) > 4 else ""
-        reason += f", wrong in updates {', '.join(map(str, logged.updates[:4]))}{more}"
+    if len(logged.updates) > 1 and (when := updates_in_words(logged.updates, logged.compared)):
+        reason += f"; it is wrong {when}"
     return Cause("logged loss", "", reason, math.nan, "", advice)
 
 
