@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from .certificate import Cause, Counts
 from .count_wording import WHOLE_GRADIENT, counts_in_words
-from .counts import Decomposition
+from .counts import Decomposition, decompose
 from .evidence import Failure
 from .extra_terms import clipping_in_words, gradient_in_one, term_in_words
 from .larger_batch import norm
@@ -47,6 +47,8 @@ def counts_causes(
         if not unexplained:
             reasons = _clipped_together(problem, parts, reasons)
             causes = [_cause(failure, *reason, names) for reason, names in reasons.items()]
+            if len(causes) == 1 and list(reasons.values()) == [[""]]:
+                causes = [_with_later_losses(problem, failure, parts, causes[0])]
             break
     if parts.unseen_and_doubled()[1]:
         causes = [replace(cause, explains=("micro-batches",)) for cause in causes]
@@ -66,6 +68,20 @@ def _clipped_together(
         clipping = all_gather(clipping_in_words(problem, parts, names))[0] if several else None
         together.setdefault(clipping or reason, []).extend(names)
     return together
+
+
+def _with_later_losses(problem: Problem, failure: Failure, parts: Decomposition, cause: Cause) -> Cause:
+    """`cause` with the micro-batches that do not count in the last whole window, if they are other ones."""
+    latest = failure.latest
+    later = None if latest is None or failure.precision or parts.ranks > 1 else decompose(problem, latest)
+    if latest is None or later is None:
+        return cause
+    lost = [each.lost(fit.counts) if (fit := each.fit(each.gradient)) else [] for each in (parts, later)]
+    if not all(lost) or lost[0] == lost[1]:
+        return cause
+    other = ", ".join(map(str, lost[1][:6])) + (", ..." if len(lost[1]) > 6 else "")
+    later = f"other ones in other updates: micro-batch {other} in update {latest.updates[0]}"
+    return replace(cause, reason=f"{cause.reason}; {later}")
 
 
 def _cause(failure: Failure, reason: str, advice: str, subjects: list[str]) -> Cause:

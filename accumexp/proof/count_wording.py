@@ -75,7 +75,7 @@ def counts_in_words(
 
 def _lost(parts: Decomposition, by_rank: list[list[float]], subject: str) -> tuple[str, str] | None:
     flat = [count for each in by_rank for count in each]
-    lost = [k for k, count in enumerate(flat) if abs(count) <= parts.count_tolerance]
+    lost = parts.lost(flat)
     if not lost or len(lost) == len(flat):
         return (f"{subject} is zero", EVERY_MICRO_BATCH) if lost else None
     left = [k for k in range(len(flat)) if k not in lost]

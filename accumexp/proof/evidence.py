@@ -34,6 +34,7 @@ class Failure:
         smaller: numbers of the updates on smaller windows.
         factors: how many times the larger batch's a failing update's gradient is, by update; None for none.
         weights: of the updates' windows in the loss, by update.
+        latest: the last update on a whole window that fails; None for a large model.
         precision: that the update was made in; "" for fp64.
         tolerance: the relative error that rounding explains.
     """
@@ -51,6 +52,7 @@ class Failure:
     smaller: list[int] = field(default_factory=list)
     factors: dict[int, float | None] = field(default_factory=dict)
     weights: dict[int, float] = field(default_factory=dict)
+    latest: Failure | None = None
     precision: str = ""
     tolerance: float = 1e-6
 
@@ -72,6 +74,7 @@ class Failure:
         """Takes over in which updates the fault shows, from the failure of updates."""
         self.updates, self.compared, self.steps = updates.updates, updates.compared, updates.steps
         self.smaller, self.factors, self.weights = updates.smaller, updates.factors, updates.weights
+        self.latest = updates.latest
         if self.window and not set(self.updates) <= set(self.smaller):
             self.updates = []
 

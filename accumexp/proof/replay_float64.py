@@ -66,6 +66,7 @@ class Float64Replay(Replay):
         self._wrong_steps: list[int] = []
         self._smaller: list[int] = []
         self._made = MicroBatchesMade(problem)
+        self._latest: Failure | None = None
         self._factors: dict[int, float | None] = {}
         self._window_weights: dict[int, float] = {}
         self._previous: Gradient | None = None
@@ -154,6 +155,9 @@ class Float64Replay(Replay):
             self.failure = Failure(batch, observation, expected, comparison, model, self._previous)
             if batch_size(batch) < self._full:
                 self.failure.window = f"{batch_size(batch)} of {self._full} samples"
+        elif not comparison.equal and batch_size(batch) == self._full and self._interval == 1:
+            model = copy.deepcopy(self.model)
+            self._latest = Failure(batch, observation, expected, comparison, model, updates=[number])
         # The logged loss is added up in fp32 and rounded once more.
         rounding = (len(observation.sizes) + 1) * U32 * abs(expected.loss)
         self.losses[number] = (expected.loss, expected.loss_bound + rounding)
@@ -242,6 +246,7 @@ class Float64Replay(Replay):
             self.failure.updates = sorted(failing)
             self.failure.smaller = self._smaller
             self.failure.factors, self.failure.weights = self._factors, self._window_weights
+            self.failure.latest = self._latest
         detail = f"update {number}" if comparison.ratio else over
         if len(self.losses) < self.updates:
             detail += f", {len(self.losses)} of them compared"
