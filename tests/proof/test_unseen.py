@@ -28,7 +28,7 @@ WORDS = {
     "log_of_the_third_update": "in update 3: the last micro-batch's; it is wrong in updates 3, 6",
     "zeroed_after_the_first": "micro-batch 0 of 4 does not count, from update 2 on",
     "body_from_the_last_alone": "body.weight, body.bias: only the last micro-batch of 4 counts",
-    "skipped_when_easy": "2, 3 of 4 does not count; other ones in other updates: micro-batch 1, 2, 3 in update 5",
+    "skipped_when_easy": "does not count; other ones in other updates: micro-batch 1, 2, 3 in update 5",
     "step_at_half_time": "the optimizer steps 2 times in the window: after micro-batch 2, 4 of 4",
     "step_too_early": "the optimizer steps after 3 of 4 micro-batches",
     "carried_over_the_epoch": "the gradient of the window before is still in it",
