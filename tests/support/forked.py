@@ -7,6 +7,7 @@ a forked command launches are forked from it too; with FRESH_RANKS in its enviro
 from __future__ import annotations
 
 import atexit
+import importlib
 import multiprocessing
 import os
 import runpy
@@ -79,6 +80,7 @@ def _process(
     try:
         # An import that fails in the server is passed over in silence.
         assert PRELOAD in sys.modules, f"{PRELOAD} cannot be imported"
+        importlib.reload(sys.modules["accumexp.cli"])
         target(*arguments)
     except SystemExit as end:
         code = end.code or 0
