@@ -13,7 +13,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torchmetrics.classification import MulticlassAccuracy
 
 from accumexp.accum import Window, data_parallel, map_tensors, rank_share, split, split_sizes, window_loss
 from accumexp.config.instantiate import build
@@ -206,6 +205,8 @@ def test_nested_tensors_are_taken_whole_unless_a_class_of_ones_own_adds_to_them(
 
 
 def test_accuracy_is_torchmetrics_own_and_counts_no_ignored_item(generator: torch.Generator) -> None:
+    from torchmetrics.classification import MulticlassAccuracy
+
     for shape in ((50,), (50, 9), (50, 3, 4)):
         outputs = torch.randn(shape[0], 7, *shape[1:], generator=generator)
         targets = torch.randint(0, 7, shape, generator=generator)
