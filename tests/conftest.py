@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -39,6 +40,13 @@ def pytest_xdist_auto_num_workers() -> int:
     """Two workers a core for `-n auto`: half of the time a test waits for processes that it has started."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return 2 * cores
+
+
+@pytest.fixture(scope="module", autouse=True)
+def imports_are_kept() -> None:
+    """Collections of garbage, which the code under test asks for too, do not search what was imported before."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture
