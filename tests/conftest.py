@@ -44,7 +44,7 @@ def pytest_xdist_auto_num_workers() -> int:
 
 @pytest.fixture(scope="module", autouse=True)
 def imports_are_kept() -> None:
-    """Collections of garbage, which the code under test asks for too, do not search what was imported before."""
+    """Garbage collections, which the code under test asks for too, skip what was imported before."""
     gc.collect()
     gc.freeze()
 

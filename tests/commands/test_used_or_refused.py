@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from ..support.command import Done, environment, only_run, run_command
+from ..support.stores import make_empty
 
 SMALL = ("model=mlp", "device=cpu", "data.batch_size=512", "trainer.log_every=1", "trainer.progress=false")
 UNTRACKED = (*SMALL, "tracking=none")
@@ -150,6 +151,7 @@ def test_law_12_a_moved_project_goes_on_in_its_moved_record(tmp_path: Path) -> N
 def test_law_12_mlflows_environment_counts_where_the_configuration_is_silent(tmp_path: Path) -> None:
     from mlflow import MlflowClient
 
+    make_empty(tmp_path).rename(tmp_path / "other.db")
     parent_of = MlflowClient(f"sqlite:///{tmp_path / 'other.db'}")
     experiment = parent_of.create_experiment("mine", artifact_location=(tmp_path / "artifacts").as_uri())
     parent = parent_of.create_run(experiment).info.run_id
