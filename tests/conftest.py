@@ -50,6 +50,14 @@ def imports_are_kept() -> None:
 
 
 @pytest.fixture
+def imports_are_kept_again() -> None:
+    """The same after a test that has planned, which ends with `gc.unfreeze`."""
+    if not gc.get_freeze_count():
+        gc.collect()
+        gc.freeze()
+
+
+@pytest.fixture
 def generator() -> torch.Generator:
     import torch
 

@@ -25,6 +25,11 @@ MODULES = (
     "rich.logging",
     "sklearn.datasets",
     "sqlalchemy.dialects.sqlite",
+    "torch.distributed.checkpoint.state_dict",
+    "torch.distributed.checkpoint.state_dict_loader",
+    "torch.distributed.checkpoint.state_dict_saver",
+    "torch.distributed.elastic.rendezvous.c10d_rendezvous_backend",
+    "torch.distributed.fsdp",
     "torch.distributed.launcher.api",
     "torchmetrics.classification",
     "torchvision",
@@ -38,7 +43,12 @@ MODULES = (
     "accumexp.run.session",
     "accumexp.run.sweep_end",
     "accumexp.training.progress_display",
+    "accumexp.training.shard_reader",
     "accumexp.training.trained_model",
+    # Ranks import the module of the test that starts them.
+    "pytest",
+    "tests.support.ranks",
+    "tests.support.reference",
 )
 
 with warnings.catch_warnings():
