@@ -42,6 +42,10 @@ def pytest_xdist_auto_num_workers() -> int:
     return 2 * cores
 
 
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # libraries report what is left of them at the end
+
+
 @pytest.fixture(scope="module", autouse=True)
 def imports_are_kept() -> None:
     """Garbage collections, which the code under test asks for too, skip what was imported before."""

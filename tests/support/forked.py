@@ -33,7 +33,15 @@ SERVER: Any = getattr(forkserver, "_forkserver")  # noqa: B009
 
 def share_server() -> None:
     """Starts the process to fork from, which the workers that this process starts use too."""
+    kept = [(number, os.dup(number)) for number in (1, 2)]
+    silent = os.open(os.devnull, os.O_WRONLY)
+    for number, _ in kept:
+        os.dup2(silent, number)  # libraries that it has imported may write to them when it ends
     forkserver.ensure_running()
+    for number, stream in kept:
+        os.dup2(stream, number)
+        os.close(stream)
+    os.close(silent)
     os.environ[SHARED] = SERVER._forkserver_address
 
 
