@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -26,7 +27,8 @@ from ..environment.signals import StopSignals, exit_code_of
 from ..errors import TrainingError, masked
 from ..plan.auto_steps import choose_steps
 from ..tracking import Store, reopen
-from ..tracking.json_file import written
+from ..tracking.json_file import write_json, written
+from ..tracking.logged_model import described_inputs
 from ..tracking.metrics_file import ProgressFile
 from ..tracking.record import (
     RunRecord,
@@ -37,14 +39,16 @@ from ..tracking.record import (
 )
 from ..tracking.run_folder import CERTIFICATE_TAG, CHECKPOINTS, RunStatus, Summary
 from ..training.callbacks import RunState
-from ..training.checkpoint import load, saved_updates
+from ..training.checkpoint import load, save, saved_updates
 from ..training.checkpoint_parts import needed_trust
 from ..training.experiment import Experiment
 from ..training.preflight import check_experiment
 from ..training.progress import Progress
 from ..training.restore_changed import restore_changed
 from ..training.run_context import run_context
+from ..training.shards import KEY as SHARDS
 from ..training.shards import folder_of
+from ..training.trained_model import model_of
 from .messages import announce, final_values, show_summary, warn
 from .spec import RunSpec
 
@@ -60,10 +64,12 @@ class Run:
 
     Attributes:
         experiment, trainer: made by `build`.
+        model_inputs: the signature and the input example of the run's models.
         record: opened by `open`; until then, and on all ranks but the first, it keeps nothing.
     """
 
     experiment: Experiment
+    model_inputs: Mapping[str, Any] = MappingProxyType({})
 
     def __init__(self, spec: RunSpec, rank_info: RankInfo) -> None:
         self.spec = spec
@@ -131,7 +137,11 @@ class Run:
         """Makes the experiment and its trainer, restored from a checkpoint; several runs share `splits`."""
         resume_from = self.spec.resume_from
         self.experiment = Experiment.build(self.spec.config, self.rank_info, splits)
-        check_experiment(self.experiment, resume_from.changes if resume_from else ())
+        outputs = check_experiment(self.experiment, resume_from.changes if resume_from else ())
+        example = self.experiment.splits.train.example
+        if example is not None:
+            ragged = bool(self.spec.config.data.collate)
+            self.model_inputs = described_inputs(example[0], outputs, ragged)
         if not resume_from:
             self.trainer = self.experiment.trainer(self.record)
         else:
@@ -265,17 +275,29 @@ class Run:
         """Uploads the best checkpoint and the newest ones, each update once, and the journal."""
         tracker, uploaded = self.record.tracker, set[int]()
         self.record.flush()
+        if self.model_inputs and tracker.run_id:
+            write_json(self.folder.model_inputs, self.model_inputs)
         paths = [self.folder.best, *reversed(saved_updates(self.folder.checkpoints))]
         for path in filter(Path.exists, paths):
             content = load(path)
             update, shards = content["progress"]["update"], folder_of(path, content)
             if update not in uploaded:
-                tracker.checkpoint(path, update, content["evaluated"])
+                tags = {"accumexp.run": tracker.run_name, "accumexp.epoch": str(content["progress"]["epoch"])}
+                tracker.checkpoint(path, update, content["evaluated"], self._whole(path, content), tags)
                 if shards is not None:
                     tracker.artifact(shards, CHECKPOINTS)
             uploaded.add(update)
         tracker.keep_models(uploaded)
         tracker.artifact(self.folder.metrics)
+
+    def _whole(self, path: Path, content: Mapping[str, Any]) -> Path:
+        """The checkpoint with its whole model, written beside `path` if that is in shards."""
+        if folder_of(path, content) is None or not content["evaluated"] or not self.record.tracker.run_id:
+            return path
+        whole = path.with_name(f"model-{path.name}")
+        model = model_of(content, path, self.spec.own_trust)
+        save(whole, {**content, "model": model.state_dict(), SHARDS: None})
+        return whole
 
     def _split_finer(self, tags: Mapping[str, str]) -> None:
         """Tags a window that ran out of memory, and warns if the finer split is not the larger batch."""

@@ -23,7 +23,7 @@ from .addresses import URI
 from .delivery import Delivery, ready_models
 from .names import LegalNames, legal_name
 from .outbox import Entry, Outbox, described, read_unsent
-from .run_folder import RunFolder, RunStatus
+from .run_folder import CHECKPOINTS, RunFolder, RunStatus
 from .sender import Sender
 from .store import Store
 
@@ -38,6 +38,7 @@ class Tracker:
     """The interface of trackers. It keeps nothing itself (`tracking=none`)."""
 
     run_id: str | None = None
+    run_name: str = ""
     address: str | None = None
     ui_command: str | None = None
     from_environment: Sequence[str] = ()
@@ -67,8 +68,20 @@ class Tracker:
 
     def artifact(self, path: Path, folder: str | None = None) -> None: ...
 
-    def checkpoint(self, path: Path, update: int, evaluated: Mapping[str, float]) -> None:
-        """Uploads a checkpoint, and makes an evaluated one a logged model."""
+    def checkpoint(
+        self,
+        path: Path,
+        update: int,
+        evaluated: Mapping[str, float],
+        weights: Path | None = None,
+        tags: Mapping[str, str] | None = None,
+    ) -> None:
+        """Uploads a checkpoint, and makes an evaluated one a logged model.
+
+        Args:
+            weights: the checkpoint with the whole model, where that of `path` is in shards.
+            tags: of the logged model.
+        """
 
     def keep_models(self, updates: Collection[int]) -> None:
         """Removes the logged models of other updates, which an earlier stop has left."""
@@ -95,6 +108,7 @@ class MLflowTracker(Tracker):
     ) -> None:
         self.store = store
         self.run_id = run_id
+        self.run_name = store.client.get_run(run_id).info.run_name or run_id
         self.address = store.run_address(run_id)
         self.ui_command = store.ui_command
         self.from_environment = store.from_environment
@@ -173,13 +187,22 @@ class MLflowTracker(Tracker):
         self.log(0, {f"final/{key}": value for key, value in values.items()})
 
     def artifact(self, path: Path, folder: str | None = None) -> None:
-        base = self._folder.path if self._folder else Path()
-        # A run's folder may have another place when the file is sent.
-        name = path.relative_to(base) if path.is_relative_to(base) else path.absolute()
-        self._sender.add({"file": str(name), "folder": folder})
+        self._sender.add({"file": self._name(path), "folder": folder})
 
-    def checkpoint(self, path: Path, update: int, evaluated: Mapping[str, float]) -> None:
-        self.artifact(path, "checkpoints")
+    def _name(self, path: Path) -> str:
+        """`path` in the run's folder, which may have another place when the file is sent."""
+        base = self._folder.path if self._folder else Path()
+        return str(path.relative_to(base) if path.is_relative_to(base) else path.absolute())
+
+    def checkpoint(
+        self,
+        path: Path,
+        update: int,
+        evaluated: Mapping[str, float],
+        weights: Path | None = None,
+        tags: Mapping[str, str] | None = None,
+    ) -> None:
+        self.artifact(path, CHECKPOINTS)
         if not evaluated:
             return
         now = milliseconds()
@@ -189,7 +212,10 @@ class MLflowTracker(Tracker):
             for key, value in ((self._legal(key), value) for key, value in evaluated.items())
         ]
         model = {"model": f"update-{update}", "step": update, "values": values}
-        self._sender.add({**model, "checkpoint": f"checkpoints/{path.name}"})
+        model |= {"checkpoint": f"{CHECKPOINTS}/{path.name}", "model tags": dict(tags or {})}
+        if self._folder and self._folder.model_inputs.exists():
+            model["inputs"] = self._name(self._folder.model_inputs)
+        self._sender.add({**model, "weights": self._name(weights or path)})
 
     def keep_models(self, updates: Collection[int]) -> None:
         kept = {f"update-{update}" for update in updates}
