@@ -147,7 +147,7 @@ class TrainerConfig:
     graph: bool = False
     # torch.compile for the model.
     compile: bool = False
-    # Null: a live bar on a terminal, plain lines elsewhere.
+    # Null: a line every 100 updates, and a live bar on a terminal. False: neither.
     progress: bool | None = None
 
 

@@ -20,7 +20,7 @@ from ..config.environment_values import hide_values, recorded
 from ..config.schema import Backend
 from ..data import Splits
 from ..data.digest import dataset_records
-from ..environment.console import console, result
+from ..environment.console import console, print_line, result
 from ..environment.memory import reset_peak_memory
 from ..environment.ranks import RankInfo, barrier
 from ..environment.signals import StopSignals, exit_code_of
@@ -114,9 +114,10 @@ class Run:
         if self.interrupted:
             self._exit_interrupted()
         if rank_info.first and self.job:
-            console.print(f"{self.job.title}: {result(final)}", highlight=False, soft_wrap=True, markup=False)
+            monitor = self.spec.config.monitor
+            print_line(f"{self.job.title}: {result(final, monitor)}", markup=False)
         elif rank_info.first:
-            show_summary(final, self.trainer, self.record.tracker, self.folder)
+            show_summary(final, self.trainer, self.record.tracker, self.folder, self.spec.config.monitor)
         return self.monitored
 
     def _certify(self) -> dict[str, str]:
@@ -216,7 +217,7 @@ class Run:
 
     def finish(self) -> dict[str, float]:
         """Evaluates on the test split and closes the record; returns `final/*`, empty after a stop signal."""
-        final = {} if self.interrupted else final_values(self.trainer)
+        final = {} if self.interrupted else final_values(self.trainer, self.folder.best)
         if self.rank_info.first:
             self._upload()
         self.record.tracker.final(final)  # last: a run that is killed in the upload has not ended

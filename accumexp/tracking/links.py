@@ -11,7 +11,11 @@ from urllib.request import url2pathname
 def local_folder(uri: str) -> Path | None:
     """The folder of a store's artifacts, None if they are not on this machine's file system."""
     parts = urlsplit(uri)
-    return Path(url2pathname(parts.path)) if parts.scheme == "file" and parts.netloc in ("", "localhost") else None
+    return (
+        Path(url2pathname(parts.path))
+        if parts.scheme == "file" and parts.netloc in ("", "localhost")
+        else None
+    )
 
 
 def link(path: Path, name: Path) -> bool:

@@ -96,7 +96,9 @@ def write_description(folder: Path, model_id: str, run_id: str, described: Mappi
         "utc_time_created": datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S.%f"),
     }
     if described:
-        signature = {name: json.dumps(specs) if specs else None for name, specs in described["signature"].items()}
+        signature = {
+            name: json.dumps(specs) if specs else None for name, specs in described["signature"].items()
+        }
         entries["signature"] = {**signature, "params": None}
         kind = "ndarray"  # for a dict of arrays, too
         entries["saved_input_example_info"] = {"artifact_path": EXAMPLE, "type": kind, "format": "tf-serving"}
@@ -111,4 +113,6 @@ def write_description(folder: Path, model_id: str, run_id: str, described: Mappi
 def write_model_alone(checkpoint: Path, path: Path) -> None:
     """Writes the checkpoint to `path` without the states that only a resumed run needs, often half of it."""
     content = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
-    torch.save({**content, **{part: {} for part in OF_TRAINING if content.get(part)}, "random_others": []}, path)
+    torch.save(
+        {**content, **{part: {} for part in OF_TRAINING if content.get(part)}, "random_others": []}, path
+    )

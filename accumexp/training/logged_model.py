@@ -21,7 +21,6 @@ from torch import Tensor, _weights_only_unpickler, nn
 from ..accum import call
 from ..accum.batch import map_tensors
 from ..environment.device import pick_device
-from ..errors import UsageError
 from .checkpoint import FORMAT
 from .trained_model import load_trained, model_of
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..config.trust import Trust
 from ..environment.ranks import RankInfo
@@ -17,7 +18,11 @@ from . import shards
 from .checkpoint import DAMAGED, find, load, saved_updates
 from .checkpoint_parts import configuration
 from .components import build_model, placement
+from .optimizers import in_eval_mode
 from .restorable import check_kinds
+
+if TYPE_CHECKING:
+    from .trainer import Trainer
 
 
 def load_weights(model: nn.Module, content: Mapping[str, Any], path: Path) -> None:
@@ -91,6 +96,35 @@ def load_trained(
     """
     path = found(where, which, uri)
     return model_of(load(path), path, trust)
+
+
+def best_values(trainer: Trainer, best: Path, last: Mapping[str, float]) -> dict[str, float]:
+    """Loss and metrics of the best checkpoint's model on the test split.
+
+    All ranks must call. Empty where there is no such checkpoint, a rank cannot read it, or the model is in
+    shards. The model has its own weights again afterwards.
+
+    Args:
+        best: the path of the checkpoint.
+        last: the values of the present model, which may be the best one.
+    """
+    ranks = trainer.window.sync.ranks
+    if ranks.largest([not best.is_file()])[0] or trainer.window.sync.sharded:
+        return {}
+    content, model = load(best, in_file=True), trainer.model
+    if content["progress"]["update"] == trainer.progress.update:
+        return dict(last)
+    with trainer.off_the_clock(), in_eval_mode(trainer.optimizer):
+        own = {name: _copied(value) for name, value in model.state_dict().items()}
+        try:
+            model.load_state_dict(content["model"])
+            return trainer.evaluator(model, trainer.splits.test)
+        finally:
+            model.load_state_dict(own)
+
+
+def _copied(value: Any) -> Any:
+    return value.to("cpu", copy=True) if isinstance(value, Tensor) else copy.deepcopy(value)
 
 
 def found(where: str | Path, which: str = "best", uri: str = "") -> Path:
