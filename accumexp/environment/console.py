@@ -21,15 +21,19 @@ log = logging.getLogger(__name__)
 
 
 class LoggedConsole(Console):
-    """A console whose printed lines are also logged at INFO: `run.log` has what was printed."""
+    """A console whose printed lines are also written into the files of the log, such as `run.log`."""
 
     def print(self, *objects: Any, **options: Any) -> None:
         super().print(*objects, **options)
-        if log.isEnabledFor(logging.INFO):
-            plain = Console(file=StringIO(), width=self.width)
-            plain.print(*objects, **options)
-            for line in plain.file.getvalue().splitlines():  # pyright: ignore[reportAttributeAccessIssue]
-                log.info(line.rstrip())
+        files = [one for one in logging.getLogger().handlers if isinstance(one, logging.FileHandler)]
+        if not files or not log.isEnabledFor(logging.INFO):
+            return
+        text = StringIO()
+        Console(file=text, width=self.width).print(*objects, **options)
+        for line in text.getvalue().splitlines():
+            record = log.makeRecord(log.name, logging.INFO, "", 0, line.rstrip(), (), None)
+            for file in files:
+                file.handle(record)
 
 
 console = LoggedConsole()

@@ -198,7 +198,7 @@ class Delivery:
         self._models.add(name)
 
     def _send_model_files(self, entry: Entry, model_id: str) -> None:
-        """Sends what `mlflow.pytorch` and `mlflow.pyfunc` open: a local store gets a link to the checkpoint."""
+        """Sends what `mlflow.pytorch` and `mlflow.pyfunc` open; a local store links to the checkpoint."""
         checkpoint = self.folder / entry.get("weights", "")
         if not checkpoint.is_file():  # an entry of an earlier version, or the checkpoint is gone
             log.warning("tracking: %s is not there any more, %s has no files", checkpoint, entry["model"])

@@ -1,5 +1,6 @@
-"""The files of a logged model, by which `mlflow.pytorch` and `mlflow.pyfunc` open a checkpoint. Imports no MLflow.
+"""The files of a logged model, by which `mlflow.pytorch` and `mlflow.pyfunc` open a checkpoint.
 
+Imports no MLflow.
 A logged model is a folder: `MLmodel` (its flavors, its signature), an input example, and `data` with the
 checkpoint. The checkpoint is read by `accumexp.training.logged_model` in this process's accumexp: no code is
 pickled, and none is copied.
@@ -20,7 +21,7 @@ from torch import Tensor
 
 LOADER = "accumexp.training.logged_model"
 DATA, WEIGHTS, PICKLE_MODULE = "data", "model.pth", "pickle_module_info.txt"
-EXAMPLE = "input_example.json"
+EXAMPLE, REQUEST = "input_example.json", "serving_input_example.json"
 # Parts of a checkpoint that only a resumed run needs.
 OF_TRAINING = ("optimizer", "scheduler", "callbacks", "random", "loss_scale", "shortage")
 
@@ -43,7 +44,7 @@ def described_inputs(inputs: Any, outputs: Any, ragged: bool = False) -> dict[st
             "inputs": [_spec(name, tensor, ragged) for name, tensor in columns.items()],
             "outputs": [_spec(name, tensor, ragged) for name, tensor in (of_outputs or {}).items()],
         },
-        "example": {"inputs": values[""] if "" in values else values},
+        "example": values[""] if "" in values else values,
     }
 
 
@@ -100,9 +101,11 @@ def write_description(folder: Path, model_id: str, run_id: str, described: Mappi
             name: json.dumps(specs) if specs else None for name, specs in described["signature"].items()
         }
         entries["signature"] = {**signature, "params": None}
-        kind = "ndarray"  # for a dict of arrays, too
-        entries["saved_input_example_info"] = {"artifact_path": EXAMPLE, "type": kind, "format": "tf-serving"}
+        kind = "ndarray"  # of a dict of arrays, too
+        paths = {"artifact_path": EXAMPLE, "serving_input_path": REQUEST}
+        entries["saved_input_example_info"] = {"type": kind, **paths}
         (folder / EXAMPLE).write_text(json.dumps(described["example"]))
+        (folder / REQUEST).write_text(json.dumps({"inputs": described["example"]}))
     (folder / "MLmodel").write_text(json.dumps(entries, indent=2))  # JSON is YAML
     packages = [f"{name}=={version(name)}" for name in ("mlflow", "torch")]
     (folder / "requirements.txt").write_text("\n".join(packages) + "\n")

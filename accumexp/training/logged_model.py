@@ -1,8 +1,8 @@
 """Opens the models that runs have logged in MLflow: named in their files, called by `mlflow.load_model`.
 
-`mlflow.pytorch.load_model` hands `model.pth` to `torch.load`, with this module in the place of pickle. What it
-holds is a checkpoint: data, read by torch's restricted unpickler, of which accumexp builds the model by the
-rules of any checkpoint. `trust` allows classes of the user's packages:
+`mlflow.pytorch.load_model` hands `model.pth` to `torch.load`, with this module in the place of pickle. What
+it holds is a checkpoint: data, read by torch's restricted unpickler, of which accumexp builds the model by
+the rules of any checkpoint. `trust` allows classes of the user's packages:
 
     mlflow.pytorch.load_model("models:/m-...", trust=["my_package"])
     mlflow.pyfunc.load_model("models:/m-...", model_config={"trust": ["my_package"]})
@@ -67,7 +67,7 @@ class ArrayModel:
         return self.model
 
     def predict(self, model_input: Any, params: Mapping[str, Any] | None = None) -> Any:
-        """The outputs for an array, a dict of arrays, or a table of numbers, as arrays nested as the outputs are.
+        """The outputs for an array, a dict of arrays, or a table of numbers, as arrays.
 
         A model of several inputs without names takes them as `input_0`, `input_1`, ...
         """

@@ -6,8 +6,6 @@ import json
 import shutil
 import subprocess
 import sys
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +27,8 @@ SMALL = ("tracking.system_metrics=false", "trainer.progress=false", "callbacks.m
 MLP = ("model=mlp", "device=cpu", "data.batch_size=256", "trainer.epochs=4")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quiet() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # MLflow's own
-        yield
+# MLflow's own, of its imports and of what it calls in torch.
+pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 @pytest.fixture(scope="module")

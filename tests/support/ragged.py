@@ -39,9 +39,10 @@ class Classifier(nn.Module):
         return self.head((self.embedding(tokens) * mask[..., None]).sum(1) / mask.sum(1, keepdim=True))
 
 
-DATA = "data.{split}={{_target_: tests.support.ragged.Sequences, count: {count}, seed: {count}}}"
 OVERRIDES = (
-    *(f"++{DATA.format(split=split, count=count)}" for split, count in (("train", 90), ("test", 30))),
+    *(f"~data.{split}.{key}" for split in ("train", "test") for key in ("train", "image_size")),
+    *(f"++data.{split}._target_=tests.support.ragged.Sequences" for split in ("train", "test")),
+    *("+data.train.count=90", "+data.train.seed=0", "+data.test.count=30", "+data.test.seed=1"),
     *("++data.collate={_target_: tests.support.ragged.pad}", "data.target=label"),
     *("data.inputs=[tokens,mask]", "data.num_classes=3", "data.workers=0", "data.batch_size=16"),
     *("~model", "+model._target_=tests.support.ragged.Classifier", "device=cpu"),
