@@ -22,8 +22,8 @@ from .wording import certificate_cell, mean_and_std, p_value, reason, signed_int
 VERDICT_STYLES = {"equivalent": "green", "different": "red", "undecided": "yellow", "reference": "dim"}
 # Columns that are dropped in a narrow terminal, in this order.
 OPTIONAL_COLUMNS = ["p", "training", "certificate", "seeds"]
-# Heading, key of `Group.costs`, unit (MiB stands for that of the column), digits, and whether the ratio to the
-# reference is shown.
+# Heading, key of `Group.costs`, unit (MiB stands for that of both memory columns), digits, and whether the
+# ratio to the reference is shown.
 COST_COLUMNS = [
     ("ms/update", "update_ms", "", 2, True),
     ("samples/s", "samples_per_second", "", 0, True),

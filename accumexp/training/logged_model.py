@@ -33,7 +33,7 @@ class Unpickler:
     persistent_load: Any = None  # set by torch.load
 
     def __init__(self, file: Any, *, trust: Any = None, **options: Any) -> None:
-        self._reader = _weights_only_unpickler.Unpickler(file, **options)
+        self._reader: Any = _weights_only_unpickler.Unpickler(file, **options)
         self._trust = trust
 
     def load(self) -> nn.Module:

@@ -95,6 +95,18 @@ def test_last_and_best_are_what_the_run_scored(trained: RunResult, uri: str) -> 
     ] == pytest.approx(final["accuracy"])
 
 
+def test_the_log_has_the_summary_with_both_models(trained: RunResult) -> None:
+    printed = [
+        line.partition("console: ")[2] for line in (trained.folder / "run.log").read_text().split("\n")
+    ]
+    for name, prefix, file in (("last", "", "update-00000020.pt"), ("best", "best_", "best.pt")):
+        (at,) = [number for number, line in enumerate(printed) if line.startswith(f"  {name} model")]
+        scores = [f"test {key} {trained.metrics[prefix + key]:.4f}" for key in ("accuracy", "loss")]
+        assert ", ".join(scores) in printed[at]
+        assert "update " in printed[at + 1] and "eval accuracy 0." in printed[at + 1]
+        assert printed[at + 2].strip() == str(trained.folder / "checkpoints" / file)
+
+
 def test_a_run_whose_folder_is_gone_is_loaded_from_the_store(
     trained: RunResult, uri: str, tmp_path: Path
 ) -> None:
@@ -141,7 +153,7 @@ def test_a_model_of_own_classes_with_named_inputs_of_any_length(sequences: RunRe
 
     mlflow.set_tracking_uri(uri)
     address = logged(sequences, uri)[max(logged(sequences, uri))]
-    for opened in (accumexp.load, mlflow.pytorch.load_model, mlflow.pyfunc.load_model):
+    for opened in (accumexp.load, mlflow.pytorch.load_model, mlflow.pyfunc.load_model):  # pyright: ignore
         with pytest.raises(UsageError, match=r"no package that accumexp knows.*add trust=\[tests\]"):
             opened(address)
     model = mlflow.pytorch.load_model(address, trust=["tests"])  # pyright: ignore
