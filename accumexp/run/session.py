@@ -9,7 +9,6 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -27,9 +26,9 @@ from ..environment.signals import StopSignals, exit_code_of
 from ..errors import TrainingError, masked
 from ..plan.auto_steps import choose_steps
 from ..tracking import Store, reopen
-from ..tracking.json_file import write_json, written
-from ..tracking.logged_model import described_inputs
+from ..tracking.json_file import written
 from ..tracking.metrics_file import ProgressFile
+from ..tracking.model_inputs import described_inputs
 from ..tracking.record import (
     RunRecord,
     create_tracker,
@@ -37,20 +36,18 @@ from ..tracking.record import (
     inequality_tag,
     upload_certificate,
 )
-from ..tracking.run_folder import CERTIFICATE_TAG, CHECKPOINTS, RunStatus, Summary
+from ..tracking.run_folder import CERTIFICATE_TAG, RunStatus, Summary
 from ..training.callbacks import RunState
-from ..training.checkpoint import load, save, saved_updates
+from ..training.checkpoint import saved_updates
 from ..training.checkpoint_parts import needed_trust
 from ..training.experiment import Experiment
 from ..training.preflight import check_experiment
 from ..training.progress import Progress
 from ..training.restore_changed import restore_changed
 from ..training.run_context import run_context
-from ..training.shards import KEY as SHARDS
-from ..training.shards import folder_of
-from ..training.trained_model import model_of
 from .messages import announce, final_values, show_summary, warn
 from .spec import RunSpec
+from .upload import upload
 
 log = logging.getLogger(__name__)
 # Seconds that a rank waits for the others after a stop signal; they may have died.
@@ -219,7 +216,8 @@ class Run:
         """Evaluates on the test split and closes the record; returns `final/*`, empty after a stop signal."""
         final = {} if self.interrupted else final_values(self.trainer, self.folder.best)
         if self.rank_info.first:
-            self._upload()
+            self.record.flush()
+            upload(self.record.tracker, self.folder, self.model_inputs, self.spec.own_trust)
         self.record.tracker.final(final)  # last: a run that is killed in the upload has not ended
         self._close(RunStatus.KILLED if self.interrupted else RunStatus.FINISHED, final=final)
         return final
@@ -271,34 +269,6 @@ class Run:
         )
         with written(self.folder.summary_file):
             self.record.summarise(summary)
-
-    def _upload(self) -> None:
-        """Uploads the best checkpoint and the newest ones, each update once, and the journal."""
-        tracker, uploaded = self.record.tracker, set[int]()
-        self.record.flush()
-        if self.model_inputs and tracker.run_id:
-            write_json(self.folder.model_inputs, self.model_inputs)
-        paths = [self.folder.best, *reversed(saved_updates(self.folder.checkpoints))]
-        for path in filter(Path.exists, paths):
-            content = load(path)
-            update, shards = content["progress"]["update"], folder_of(path, content)
-            if update not in uploaded:
-                tags = {"accumexp.run": tracker.run_name, "accumexp.epoch": str(content["progress"]["epoch"])}
-                tracker.checkpoint(path, update, content["evaluated"], self._whole(path, content), tags)
-                if shards is not None:
-                    tracker.artifact(shards, CHECKPOINTS)
-            uploaded.add(update)
-        tracker.keep_models(uploaded)
-        tracker.artifact(self.folder.metrics)
-
-    def _whole(self, path: Path, content: Mapping[str, Any]) -> Path:
-        """The checkpoint with its whole model, written beside `path` if that is in shards."""
-        if folder_of(path, content) is None or not content["evaluated"] or not self.record.tracker.run_id:
-            return path
-        whole = path.with_name(f"model-{path.name}")
-        model = model_of(content, path, self.spec.own_trust)
-        save(whole, {**content, "model": model.state_dict(), SHARDS: None})
-        return whole
 
     def _split_finer(self, tags: Mapping[str, str]) -> None:
         """Tags a window that ran out of memory, and warns if the finer split is not the larger batch."""

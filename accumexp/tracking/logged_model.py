@@ -16,9 +16,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 LOADER = "accumexp.training.logged_model"
 DATA, WEIGHTS, PICKLE_MODULE = "data", "model.pth", "pickle_module_info.txt"
 EXAMPLE, REQUEST = "input_example.json", "serving_input_example.json"
@@ -26,59 +23,14 @@ EXAMPLE, REQUEST = "input_example.json", "serving_input_example.json"
 OF_TRAINING = ("optimizer", "scheduler", "callbacks", "random", "loss_scale", "shortage")
 
 
-def described_inputs(inputs: Any, outputs: Any, ragged: bool = False) -> dict[str, Any]:
-    """The signature and the input example of a model, as JSON takes them; empty for inputs without one.
-
-    Args:
-        inputs: a batch of samples as the model takes it: a tensor, a dict, or a tuple of tensors.
-        outputs: of the model, None if they are not known.
-        ragged: whether samples differ in their shape.
-    """
-    columns = _columns(inputs, "input")
-    if columns is None:
-        return {}
-    of_outputs = None if outputs is None else _columns(outputs, "output")
-    values = {name: _array(tensor[:1]).tolist() for name, tensor in columns.items()}
-    return {
-        "signature": {
-            "inputs": [_spec(name, tensor, ragged) for name, tensor in columns.items()],
-            "outputs": [_spec(name, tensor, ragged) for name, tensor in (of_outputs or {}).items()],
-        },
-        "example": values[""] if "" in values else values,
-    }
-
-
-def _columns(batch: Any, prefix: str) -> dict[str, Tensor] | None:
-    """The tensors by name, one alone by an empty name; None for anything but tensors in one container."""
-    if isinstance(batch, Tensor):
-        return {"": batch}
-    if isinstance(batch, Mapping):
-        columns = {str(name): value for name, value in batch.items()}
-    elif isinstance(batch, tuple | list):
-        columns = {f"{prefix}_{number}": value for number, value in enumerate(batch)}
-    else:
-        return None
-    flat = all(isinstance(value, Tensor) and value.dim() for value in columns.values())
-    return columns if columns and flat else None
-
-
-def _array(tensor: Tensor) -> Any:
-    tensor = tensor.detach().cpu()
-    return (tensor.float() if tensor.dtype is torch.bfloat16 else tensor).numpy()  # NumPy has no bfloat16
-
-
-def _spec(name: str, tensor: Tensor, ragged: bool) -> dict[str, Any]:
-    shape = [-1] * tensor.dim() if ragged else [-1, *tensor.shape[1:]]
-    spec = {"type": "tensor", "tensor-spec": {"dtype": str(_array(tensor[:1]).dtype), "shape": shape}}
-    return {"name": name, **spec} if name else spec
-
-
 def write_description(folder: Path, model_id: str, run_id: str, described: Mapping[str, Any]) -> None:
     """Writes all files of a logged model into `folder` but for the checkpoint.
 
     Args:
-        described: what `described_inputs` returned.
+        described: what `model_inputs.described_inputs` returned.
     """
+    from torch import __version__ as torch_version
+
     entries: dict[str, Any] = {
         "flavors": {
             # The values of `config` can be given as `mlflow.pyfunc.load_model(..., model_config=...)`.
@@ -88,7 +40,7 @@ def write_description(folder: Path, model_id: str, run_id: str, described: Mappi
                 "python_version": platform.python_version(),
                 "config": {"device": None, "trust": None},
             },
-            "pytorch": {"model_data": DATA, "pytorch_version": torch.__version__, "code": None},
+            "pytorch": {"model_data": DATA, "pytorch_version": str(torch_version), "code": None},
         },
         "mlflow_version": version("mlflow"),
         "model_id": model_id,
@@ -115,6 +67,8 @@ def write_description(folder: Path, model_id: str, run_id: str, described: Mappi
 
 def write_model_alone(checkpoint: Path, path: Path) -> None:
     """Writes the checkpoint to `path` without the states that only a resumed run needs, often half of it."""
+    import torch
+
     content = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
     torch.save(
         {**content, **{part: {} for part in OF_TRAINING if content.get(part)}, "random_others": []}, path

@@ -12,7 +12,6 @@ import math
 import os
 import time
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,9 +19,10 @@ from ..config.schema import Backend, TrackingConfig
 from ..environment.console import print_line
 from ..errors import UsageError
 from .addresses import URI
-from .delivery import Delivery, ready_models
+from .delivery import Delivery
+from .earlier import Earlier, earlier_of
 from .names import LegalNames, legal_name
-from .outbox import Entry, Outbox, described, read_unsent
+from .outbox import Outbox, described
 from .run_folder import CHECKPOINTS, RunFolder, RunStatus
 from .sender import Sender
 from .store import Store
@@ -116,7 +116,7 @@ class MLflowTracker(Tracker):
         self._legal = LegalNames()
         self._infinite: set[str] = set()
         self._ended = False
-        earlier = _earlier(store, run_id, folder) if resumed else Earlier()
+        earlier = earlier_of(store, run_id, folder) if resumed else Earlier()
         self._times = earlier.times
         self._logged = frozenset(point for point in self._times if not point[0].startswith("final/"))
         self._final_updates = earlier.final_updates
@@ -238,43 +238,6 @@ class MLflowTracker(Tracker):
                     f"send it with\n  python -m accumexp.report sync={self._folder.path}", markup=False
                 )
         self._ended = True
-
-
-@dataclass(frozen=True)
-class Earlier:
-    """What earlier processes have logged of a run.
-
-    Attributes:
-        times: milliseconds since 1970 of points, by key and step; of `system/*`, of one key.
-        models: the names of its logged models.
-        final_updates: the update that `final/*` is of, None if there is none.
-        unsent: the entries that its store may not have.
-    """
-
-    times: dict[tuple[str, int], int] = field(default_factory=dict)
-    models: list[str] = field(default_factory=list)
-    final_updates: float | None = None
-    unsent: list[Entry] = field(default_factory=list)
-
-    @property
-    def system_step(self) -> int:
-        """The step of the next sample of `system/*`."""
-        return max((step for key, step in self.times if key.startswith("system/")), default=-1) + 1
-
-
-def _earlier(store: Store, run_id: str, folder: RunFolder | None) -> Earlier:
-    """What the store and the run's `unsent.jsonl` hold, but for the end of the run, which goes on."""
-    values = dict(store.client.get_run(run_id).data.metrics)
-    of_system = [key for key in values if key.startswith("system/")]
-    keys = [key for key in values if key not in of_system[1:]]  # all of `system/*` have the same steps
-    histories = (store.client.get_metric_history(run_id, key) for key in keys)
-    times = {(point.key, point.step): point.timestamp for points in histories for point in points}
-    unsent = read_unsent(folder.unsent)[1] if folder else []
-    for key, value, time_logged, step in (point for entry in unsent for point in entry.get("points", ())):
-        times[key, step] = time_logged
-        values[key] = value
-    going_on = [entry for entry in unsent if "status" not in entry]
-    return Earlier(times, ready_models(store, run_id), values.get("final/updates"), going_on)
 
 
 def milliseconds() -> int:
