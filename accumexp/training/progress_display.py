@@ -89,7 +89,7 @@ class ProgressBar(Callback):
         whole, cut = Column(no_wrap=True), Column(no_wrap=True, overflow="ellipsis", ratio=1)
         self._bar = Progress(
             TextColumn("{task.description}", table_column=whole),
-            BarColumn(bar_width=24 if console.width >= WIDE else 6),
+            BarColumn(bar_width=18 if console.width >= WIDE else 6),
             MofNCompleteColumn(table_column=whole),
             TimeRemainingColumn(compact=True, table_column=whole),
             TextColumn("{task.fields[values]}", table_column=cut),

@@ -99,7 +99,7 @@ def test_the_log_has_the_summary_with_both_models(trained: RunResult) -> None:
     printed = [
         line.partition("console: ")[2] for line in (trained.folder / "run.log").read_text().split("\n")
     ]
-    for name, prefix, file in (("last", "", "update-00000020.pt"), ("best", "best_", "best.pt")):
+    for name, prefix, file in (("last", "", "update-00000024.pt"), ("best", "best_", "best.pt")):
         (at,) = [number for number, line in enumerate(printed) if line.startswith(f"  {name} model")]
         scores = [f"test {key} {trained.metrics[prefix + key]:.4f}" for key in ("accuracy", "loss")]
         assert ", ".join(scores) in printed[at]

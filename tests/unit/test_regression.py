@@ -15,7 +15,7 @@ from ..support.past_sweeps import job, reported, sweep
 OWN = (
     *(f"~data.{split}.{key}" for split in ("train", "test") for key in ("train", "image_size")),
     *(f"data.{split}._target_=tests.unit.test_regression.line" for split in ("train", "test")),
-    *("data.num_classes=null", "model.inputs=3", "loss=mse", "metrics=regression", "data.batch_size=32"),
+    *("data.num_classes=???", "model.inputs=3", "loss=mse", "metrics=regression", "data.batch_size=32"),
 )
 
 
