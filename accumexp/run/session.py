@@ -217,7 +217,7 @@ class Run:
         final = {} if self.interrupted else final_values(self.trainer, self.folder.best)
         if self.rank_info.first:
             self.record.flush()
-            upload(self.record.tracker, self.folder, self.model_inputs, self.spec.own_trust)
+            upload(self.record.tracker, self.folder, self.model_inputs, self.spec.config)
         self.record.tracker.final(final)  # last: a run that is killed in the upload has not ended
         self._close(RunStatus.KILLED if self.interrupted else RunStatus.FINISHED, final=final)
         return final

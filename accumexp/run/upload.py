@@ -6,22 +6,24 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..config.trust import Trust
+from ..config.schema import Config
+from ..environment.ranks import RankInfo
 from ..tracking import Tracker
 from ..tracking.json_file import write_json
 from ..tracking.run_folder import CHECKPOINTS, RunFolder
 from ..training.checkpoint import load, save, saved_updates
+from ..training.components import build_model, placement
 from ..training.shards import KEY as SHARDS
 from ..training.shards import folder_of
-from ..training.trained_model import model_of
+from ..training.trained_model import load_weights
 
 
-def upload(tracker: Tracker, folder: RunFolder, model_inputs: Mapping[str, Any], trust: Trust) -> None:
+def upload(tracker: Tracker, folder: RunFolder, model_inputs: Mapping[str, Any], config: Config) -> None:
     """Uploads the best checkpoint and the newest ones, each update once, and the journal.
 
     Args:
         model_inputs: the signature and the input example of the models, empty for none.
-        trust: in the checkpoints' configuration.
+        config: of the run.
     """
     if not tracker.run_id:
         return
@@ -38,16 +40,17 @@ def upload(tracker: Tracker, folder: RunFolder, model_inputs: Mapping[str, Any],
         if shards is not None:
             tracker.artifact(shards, CHECKPOINTS)
             if evaluated:
-                weights = _whole(path, content, trust)
+                weights = _whole(path, content, config)
         tags = {"accumexp.run": tracker.run_name, "accumexp.epoch": str(progress["epoch"])}
         tracker.checkpoint(path, progress["update"], evaluated, weights, tags)
     tracker.keep_models(uploaded)
     tracker.artifact(folder.metrics)
 
 
-def _whole(path: Path, content: Mapping[str, Any], trust: Trust) -> Path:
+def _whole(path: Path, content: Mapping[str, Any], config: Config) -> Path:
     """A checkpoint beside that of `path` that has the whole model instead of shards."""
     whole = path.with_name(f"model-{path.name}")
-    model = model_of(content, path, trust)
+    model = build_model(config).to(placement(config, RankInfo()).dtype)
+    load_weights(model, content, path)
     save(whole, {**content, "model": model.state_dict(), SHARDS: None})
     return whole
