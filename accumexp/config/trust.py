@@ -40,11 +40,13 @@ class Trust:
 
     @classmethod
     def given(cls, value: Any) -> Trust:
-        """The trust that `trust=<value>` gives: true, false, a package or a list of packages.
+        """The trust that `trust=<value>` gives: true, false, a package or a list of packages, or itself.
 
         Raises:
             UsageError: for anything else.
         """
+        if isinstance(value, cls):
+            return value
         if isinstance(value, str):
             value = {"true": True, "false": False, "null": None}.get(value.strip().lower(), value)
         if value is None or isinstance(value, bool):
