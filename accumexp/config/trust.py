@@ -40,13 +40,11 @@ class Trust:
 
     @classmethod
     def given(cls, value: Any) -> Trust:
-        """The trust that `trust=<value>` gives: true, false, a package or a list of packages, or itself.
+        """The trust that `trust=<value>` gives: true, false, a package or a list of packages.
 
         Raises:
             UsageError: for anything else.
         """
-        if isinstance(value, cls):
-            return value
         if isinstance(value, str):
             value = {"true": True, "false": False, "null": None}.get(value.strip().lower(), value)
         if value is None or isinstance(value, bool):

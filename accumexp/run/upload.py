@@ -17,6 +17,9 @@ from ..training.shards import KEY as SHARDS
 from ..training.shards import folder_of
 from ..training.trained_model import load_weights
 
+# Of the names of checkpoints that have the whole model of one in shards.
+WHOLE = "model-"
+
 
 def upload(tracker: Tracker, folder: RunFolder, model_inputs: Mapping[str, Any], config: Config) -> None:
     """Uploads the best checkpoint and the newest ones, each update once, and the journal.
@@ -29,7 +32,7 @@ def upload(tracker: Tracker, folder: RunFolder, model_inputs: Mapping[str, Any],
         return
     if model_inputs:
         write_json(folder.model_inputs, model_inputs)
-    uploaded = set[int]()
+    uploaded, made = set[int](), set[Path]()
     for path in filter(Path.exists, [folder.best, *reversed(saved_updates(folder.checkpoints))]):
         content = load(path)
         progress, shards = content["progress"], folder_of(path, content)
@@ -41,15 +44,18 @@ def upload(tracker: Tracker, folder: RunFolder, model_inputs: Mapping[str, Any],
             tracker.artifact(shards, CHECKPOINTS)
             if evaluated:
                 weights = _whole(path, content, config)
+                made.add(weights)
         tags = {"accumexp.run": tracker.run_name, "accumexp.epoch": str(progress["epoch"])}
         tracker.checkpoint(path, progress["update"], evaluated, weights, tags)
+    for earlier in set(folder.checkpoints.glob(f"{WHOLE}*.pt")) - made:
+        earlier.unlink()
     tracker.keep_models(uploaded)
     tracker.artifact(folder.metrics)
 
 
 def _whole(path: Path, content: Mapping[str, Any], config: Config) -> Path:
     """A checkpoint beside that of `path` that has the whole model instead of shards."""
-    whole = path.with_name(f"model-{path.name}")
+    whole = path.with_name(f"{WHOLE}{path.name}")
     model = build_model(config).to(placement(config, RankInfo()).dtype)
     load_weights(model, content, path)
     save(whole, {**content, "model": model.state_dict(), SHARDS: None})
