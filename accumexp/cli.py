@@ -6,6 +6,7 @@ import argparse
 import logging
 import os
 import re
+import runpy
 import sys
 import time
 import traceback
@@ -23,6 +24,7 @@ from hydra.errors import (
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from . import __version__
 from .conf import conf_dir
 from .config.loading import explain_omegaconf
 from .config.sizes import AUTO
@@ -33,10 +35,52 @@ from .errors import TrainingError, UsageError, masked, print_error, unknown_key
 # Read before `hydra_app` sets it for Hydra, and handed on to the processes in which a launcher runs jobs.
 WANTS_TRACEBACK = os.environ.get("ACCUMEXP_TRACEBACK", os.environ.get("HYDRA_FULL_ERROR")) == "1"
 
+COMMANDS = ("run", "evaluate", "report", "prove", "plan", "audit")
+COMPLETION = "-sc"  # Hydra's flag, which a shell gives
+
 # With these a user's own files may set anything of Hydra's.
 CONFIG_FLAGS = ("-c", "--config")
 
 log = logging.getLogger(__name__)
+
+
+def main() -> None:
+    """The console command: `accumexp run ...` is `python -m accumexp.run ...`, and so are the others."""
+    name, *arguments = sys.argv[1:] or ["--help"]
+    completing = name == COMPLETION
+    if completing:
+        arguments, name = [name, *arguments], _completed_command(arguments)
+        if not name:
+            return
+    usage = f"usage: accumexp {{{','.join(COMMANDS)}}} ..."
+    if name in ("-h", "--help"):
+        print(f"{usage}\n`accumexp run --help` has the help of a command")
+        return
+    if name == "--version":
+        print(f"accumexp {__version__}")
+        return
+    if name not in COMMANDS:
+        print(f"error: {name}: no such command\n{usage}", file=sys.stderr)
+        sys.exit(2)
+    sys.argv[1:] = arguments
+    # For a shell the program's own name counts, for processes that are started the module's.
+    runpy.run_module(f"accumexp.{name}", run_name="__main__", alter_sys=not completing)
+
+
+def _completed_command(arguments: list[str]) -> str:
+    """The command whose arguments a shell completes, left out of the line that Hydra reads.
+
+    Empty, after the names of the commands were printed, where the line has none yet. Hydra names the program
+    for `accumexp -sc install=bash`.
+    """
+    if not arguments or not arguments[0].startswith("query="):
+        return COMMANDS[0]
+    program, *words = os.environ.get("COMP_LINE", "").split(" ")
+    if words and words[0] in COMMANDS and len(words) > 1:
+        os.environ["COMP_LINE"] = " ".join([program, *words[1:]])
+        return words[0]
+    print(" ".join(COMMANDS))
+    return ""
 
 
 def command_options(
@@ -70,7 +114,8 @@ def hydra_app(task: Callable[[Any], Any]) -> None:
     variables = {"HYDRA_FULL_ERROR": "1", "ACCUMEXP_TRACEBACK": str(int(WANTS_TRACEBACK))}
     before = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)
-    own_files = any("hydra" in argument or argument.startswith(CONFIG_FLAGS) for argument in sys.argv[1:])
+    unusual = (*CONFIG_FLAGS, COMPLETION)
+    own_files = any("hydra" in argument or argument.startswith(unusual) for argument in sys.argv[1:])
     try:
         with nullcontext() if own_files else _composed_once():
             hydra.main(config_path=conf_dir(), config_name="config", version_base="1.3")(task)()

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 from .cli import command, command_options
 from .errors import UsageError
 
 HELP = """\
-  checkpoint=<path>   a checkpoint, or a run's folder, of which the best checkpoint is taken
+  checkpoint=<path>   a checkpoint; or a run's folder or its id in MLflow, or models:/... of MLflow
+  which=best          of a run: its best checkpoint, or the last one
   split=test          the split to evaluate on: test or eval
   json=false          true prints the values as one line of JSON
   trust=[my_package]  packages of your own that the checkpoint's configuration may name classes of, or true
@@ -23,9 +23,9 @@ def main() -> None:
         "evaluate",
         "Loss and metrics of a checkpoint's model, rebuilt from the checkpoint's configuration.",
         HELP,
-        {"checkpoint": "", "split": "test", "json": "false", "trust": "false"},
+        {"checkpoint": "", "split": "test", "json": "false", "trust": "false", "which": "best"},
     )
-    checkpoint, split, as_json, trust = options.values()
+    checkpoint, split, as_json, trust, which = options.values()
     if not checkpoint:
         raise UsageError("checkpoint: a path is needed, give checkpoint=<run folder or file>")
     if split not in ("test", "eval"):
@@ -33,21 +33,28 @@ def main() -> None:
     if as_json not in ("true", "false"):
         raise UsageError(f"json={as_json}: true or false")
     overrides = [f"{key}={value}" for key, value in changes.items()]
-    evaluate(checkpoint, split, overrides, as_json=as_json == "true", trust=trust)
+    evaluate(checkpoint, split, overrides, as_json=as_json == "true", trust=trust, which=which)
 
 
 def evaluate(
-    checkpoint: str, split: str, overrides: list[str], as_json: bool, trust: Any = False
+    checkpoint: str,
+    split: str,
+    overrides: list[str],
+    as_json: bool,
+    trust: Any = False,
+    which: str = "best",
 ) -> dict[str, float]:
     """Prints and returns loss and metrics of `checkpoint` on `split`; `trust` as in the schema."""
     from .config.trust import Trust
     from .tracking.run_folder import RunFolder
 
     trusted = Trust.given(trust)
-    from .training.checkpoint import find, load
+    from .training.checkpoint import load
     from .training.checkpoint_parts import configuration
+    from .training.trained_model import found
 
-    path = find(Path(checkpoint), best=True)
+    uri = next((o.partition("=")[2] for o in overrides if o.startswith("tracking.uri=")), "")
+    path = found(checkpoint, which, uri)
     content = load(path)
     RunFolder.of_checkpoint(path).close_if_dead()
     # One process evaluates, whatever has trained.

@@ -1,5 +1,6 @@
 """Exact gradient accumulation for any PyTorch loop. Depends on torch only.
 
+```python
 from accumexp.accum import Window
 
 window = Window(model, torch.nn.CrossEntropyLoss(), steps=4)
@@ -7,6 +8,7 @@ for inputs, targets in loader:             # the whole batch of the update
     optimizer.zero_grad()
     result = window.backward(inputs, targets)
     optimizer.step()
+```
 """
 
 from .batch import batch_size, map_tensors, rank_share, split, split_sizes, steps_for, tensors

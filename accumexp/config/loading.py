@@ -24,9 +24,9 @@ def typed(cfg: DictConfig | Mapping[str, Any]) -> Config:
     """`from_hydra` without a check of values, for a configuration that an earlier launch has checked."""
     try:
         plain: Any = OmegaConf.to_container(cfg, resolve=True) if isinstance(cfg, DictConfig) else dict(cfg)
-        # A data shape that no model has asked for may be missing: text has no channels.
+        # What no model has asked for may be missing: text has no channels, a regression no classes.
         if isinstance(data := plain.get("data"), dict):
-            shape = ("channels", "image_size", "length")
+            shape = ("num_classes", "channels", "image_size", "length")
             data.update({key: None for key in shape if data.get(key) == MISSING})
         # Merging into the schema again refuses keys that `+` has added to typed nodes.
         merged = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.create(plain))

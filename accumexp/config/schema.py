@@ -101,7 +101,8 @@ class DataConfig:
     # A deterministic transform of samples or whole tensors, and the random one applied in training.
     transform: dict[str, Any] | None = field(default_factory=dict)
     augment: dict[str, Any] | None = field(default_factory=dict)
-    num_classes: int = count(MISSING, at_least=0)
+    # Of a classification; a regression has none.
+    num_classes: int | None = count(MISSING, at_least=0)
     # The shape of samples, for models that need it: of images, or the tokens in the longest text.
     channels: int | None = count(MISSING, at_most=65536)
     image_size: int | None = count(MISSING, at_most=16384)
@@ -147,7 +148,7 @@ class TrainerConfig:
     graph: bool = False
     # torch.compile for the model.
     compile: bool = False
-    # Null: a live bar on a terminal, plain lines elsewhere.
+    # Null: a line every 100 updates, and a live bar on a terminal. False: neither.
     progress: bool | None = None
 
 
@@ -174,10 +175,10 @@ class ReportConfig:
 
     # Whether the end of a sweep writes page, pictures and CSV; if not, it only prints the tables.
     write: bool = True
-    # A key of final/*. Null: accuracy if the runs have it, else loss.
+    # A key of final/*. Null: the metric of `monitor`; else accuracy, else loss.
     metric: str | None = None
     # The largest difference that does not matter, in points (hundredths) of accuracy or in the metric's unit.
-    # Null: half a point for an accuracy; for another metric there is no default and nothing is equivalent.
+    # Null: half a point for an accuracy; for another metric 1 % of the reference's mean value.
     margin: float | None = number(None, above=0)
     # Of all intervals. 1 - confidence bounds the probability that any claim of a kind (equivalent, different)
     # is wrong.

@@ -34,11 +34,13 @@ class TargetCheck(Protocol):
 class LabelCheck:
     """Refuses class labels beyond `data.num_classes`, other than the one that the loss ignores."""
 
-    classes: int
+    classes: int | None
     ignored: int | None = None
 
     def __call__(self, targets: Any, key: str, numbers: Sequence[int] | None = None) -> None:
-        if self.classes <= 1 or not isinstance(targets, Tensor) or targets.is_floating_point():
+        if self.classes is None or self.classes <= 1:
+            return
+        if not isinstance(targets, Tensor) or targets.is_floating_point():
             return
         if targets.dtype == torch.bool or targets.dim() > 1 and self.ignored is None or not targets.numel():
             return

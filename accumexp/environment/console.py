@@ -2,22 +2,43 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from io import StringIO
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.progress import track
 
 Item = TypeVar("Item")
-console = Console()
+log = logging.getLogger(__name__)
+
+
+class LoggedConsole(Console):
+    """A console whose printed lines are also written into the files of the log, such as `run.log`."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        super().print(*objects, **options)
+        files = [one for one in logging.getLogger().handlers if isinstance(one, logging.FileHandler)]
+        if not files or not log.isEnabledFor(logging.INFO):
+            return
+        text = StringIO()
+        Console(file=text, width=self.width).print(*objects, **options)
+        for line in text.getvalue().splitlines():
+            record = log.makeRecord(log.name, logging.INFO, "", 0, line.rstrip(), (), None)
+            for file in files:
+                file.handle(record)
+
+
+console = LoggedConsole()
 if not console.is_terminal:
-    console = Console(width=120)  # a pipe or a file has no width of its own
+    console = LoggedConsole(width=120)  # a pipe or a file has no width of its own
 
 # Set while the launcher of a parallel sweep shows all its jobs in one view.
 VIEWED = "ACCUMEXP_VIEWED"
@@ -57,11 +78,15 @@ def print_line(text: str | None, style: str | None = None, markup: bool = True) 
 
 
 def show_values(title: str, values: Mapping[str, object]) -> None:
-    """Names and values in two columns; addresses stay whole, so that they can be clicked and copied."""
+    """Names and values in two columns; addresses stay whole, so that they can be clicked and copied.
+
+    A value of several lines begins each in the second column.
+    """
     width = max(map(len, values))
     console.print(title, style="bold")
     for key, value in values.items():
-        print_line(f"  {key:<{width}}  {value}", markup=False)
+        for number, part in enumerate(str(value).splitlines()):
+            print_line(f"  {key if number == 0 else '':<{width}}  {part}", markup=False)
 
 
 def duration(seconds: float) -> str:
@@ -79,8 +104,24 @@ def amount(size: float) -> str:
     return f"{math.ceil(10 * size / factor) / 10:,.1f} {unit}"
 
 
-def result(final: Mapping[str, float]) -> str:
+def number(value: float) -> str:
+    """A metric's value with four digits after the point, or four significant ones if it is large or tiny."""
+    return f"{value:.4f}" if 1e-3 <= abs(value) < 1e4 or not value else f"{value:.4g}"
+
+
+def scores(final: Mapping[str, float], monitor: str = "", prefix: str = "") -> str:
+    """The accuracy, the monitored metric and the loss of the test split, as far as there are such.
+
+    Args:
+        final: the values of `final/*` by key.
+        monitor: such as `eval/mae`.
+        prefix: of the keys in `final`.
+    """
+    names = dict.fromkeys(["accuracy", monitor.partition("/")[2].removeprefix("ema_"), "loss"])
+    found = {name: final[f"{prefix}{name}"] for name in names if f"{prefix}{name}" in final}
+    return ", ".join(f"test {name} {number(value)}" for name, value in found.items())
+
+
+def result(final: Mapping[str, float], monitor: str = "") -> str:
     """The results of a finished job in one line."""
-    accuracy = f"test accuracy {final['accuracy']:.4f}, " if "accuracy" in final else ""
-    updates, seconds = final["updates"], duration(final["seconds"])
-    return f"{accuracy}test loss {final['loss']:.4f}, {updates:.0f} updates in {seconds}"
+    return f"{scores(final, monitor)}, {final['updates']:.0f} updates in {duration(final['seconds'])}"

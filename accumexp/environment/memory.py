@@ -1,10 +1,7 @@
-"""Peak and free memory of a device."""
+"""Free memory of a device."""
 
 from __future__ import annotations
 
-import resource
-import sys
-from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -17,17 +14,6 @@ def reset_peak_memory(device: torch.device) -> None:
     """Starts a new peak: jobs of a sweep may share a process."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-        return
-    with suppress(OSError):  # Linux: 5 resets the peak of the resident set (proc(5), clear_refs)
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak_memory_mib(device: torch.device) -> float:
-    """MiB: what torch allocated on a GPU, or the process's peak resident set on the CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / MIB
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (MIB if sys.platform == "darwin" else 1024)  # bytes there, KiB elsewhere: getrusage(2)
 
 
 def free_bytes(device: torch.device) -> int:

@@ -1,9 +1,11 @@
 """Certificates of gradient accumulation for any training loop. Needs torch alone.
 
+```python
 from accumexp.proof import certify
 
 certificate = certify(train_window, model, loss, (inputs, targets), steps=4)
 print(certificate)                         # proved, or not proved and why
+```
 """
 
 from .audit import audit

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +26,8 @@ from .statistics import (
 from .trajectory import COMPARED_UPDATES, LOSS, Trajectory, compare_losses
 
 MAX_POINTS = 2000
+# The default margin of an accuracy in points, and of any other metric as a share of the reference's mean.
+POINTS, SHARE = 0.5, 0.01
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,8 @@ class Comparison:
     """A group compared with its reference.
 
     Attributes:
+        margin: the largest difference that does not matter; None where a share of the reference's value is
+            none, because that is 0 or not finite.
         seeds_needed: for an undecided comparison, the number of pairs that would show equivalence if there is
             no difference; None if unknown or above `statistics.MAX_SEEDS`.
     """
@@ -85,6 +90,7 @@ class Comparison:
     decision: Decision
     trajectory: Trajectory
     seeds_needed: int | None
+    margin: float | None = None
 
     @property
     def verdict(self) -> Verdict:
@@ -110,7 +116,7 @@ class Report:
     """The results that the pictures, the page and the tables show.
 
     Attributes:
-        margin: of the equivalence tests; None if none is configured and the metric has no default.
+        margin: of the equivalence tests; None for a share of each reference's value, as `Comparison.margin`.
         missing: groups without a finished job.
         curves: the loss by group and seed.
     """
@@ -133,6 +139,11 @@ class Report:
     def certified(self) -> bool:
         """Whether any run in the groups has a certificate."""
         return any(row.group.certificates for row in self.rows)
+
+    @property
+    def margin_text(self) -> str:
+        """The margin with its unit."""
+        return f"{SHARE:.0%} of the reference" if self.margin is None else self.metric.with_unit(self.margin)
 
     @property
     def comparisons(self) -> list[Comparison]:
@@ -158,7 +169,7 @@ def make_report(
     """
     groups = group_jobs(sweep.jobs)
     metric = Metric.from_key(_metric_key(config, sweep))
-    default_margin = 0.5 if metric.unit else None
+    default_margin = POINTS if metric.unit else None
     margin = default_margin if config.margin is None else config.margin
     pairs = zip(groups, reference_groups(groups), strict=True)
     references = {group: reference for group, reference in pairs if group.jobs}
@@ -196,22 +207,31 @@ def _compare(
 ) -> dict[Group, Comparison]:
     """The comparisons of the groups that have a reference."""
     compared = [(group, reference) for group, reference in references.items() if reference is not None]
-    differences = []
+    differences, margins = [], []
     for group, reference in compared:
         values, baseline = metric.values(group), metric.values(reference)
         steps = [values[seed] - baseline[seed] for seed in sorted(values.keys() & baseline.keys())]
-        differences.append(compare_pairs(steps, margin, config.confidence, metric.resolution(group)))
+        margins.append(_share(list(baseline.values())) if margin is None else margin)
+        differences.append(compare_pairs(steps, margins[-1], config.confidence, metric.resolution(group)))
     decisions = decide(differences, config.confidence)
     comparisons = {}
-    for (group, reference), difference, decision in zip(compared, differences, decisions, strict=True):
+    for (group, reference), difference, decision, margin in zip(
+        compared, differences, decisions, margins, strict=True
+    ):
         needed = None
         if decision.verdict is Verdict.undecided and margin is not None and math.isfinite(difference.std):
             alpha = (1 - config.confidence) / len(differences)
             std = max(difference.std, metric.resolution(group))
             needed = seeds_needed(std, margin, alpha, config.power)
         trajectory = compare_losses(group, reference, curves)
-        comparisons[group] = Comparison(group, reference, difference, decision, trajectory, needed)
+        comparisons[group] = Comparison(group, reference, difference, decision, trajectory, needed, margin)
     return comparisons
+
+
+def _share(values: Sequence[float]) -> float | None:
+    """The default margin against a reference with these values."""
+    share = SHARE * abs(statistics.fmean(values)) if values else math.nan
+    return share if math.isfinite(share) and share > 0 else None
 
 
 def _metric_key(config: ReportConfig, sweep: Sweep) -> str:
@@ -220,4 +240,7 @@ def _metric_key(config: ReportConfig, sweep: Sweep) -> str:
         if keys and config.metric not in keys:
             raise UsageError(f"report.metric={config.metric}: the jobs of this sweep have {', '.join(keys)}")
         return config.metric
+    monitored = {job.params.get("monitor", "").partition("/")[2] for job in sweep.finished}
+    if len(monitored) == 1 and monitored <= set(keys):
+        return monitored.pop()
     return "accuracy" if "accuracy" in keys or not keys else "loss"

@@ -14,7 +14,7 @@ STEPS = "accum.steps"
 SPLIT_KEYS = (STEPS, "accum.micro_batch_size", "accum", "accum.strategy", "accum.processes")
 
 # The key of `final/*` for each cost of a run. `activation_mib` is saved for backward; `peak_mib` is of the
-# device, on a CPU of the whole process; `seconds` is the training time.
+# tensors on the device; `seconds` is the training time.
 COSTS = {
     "update_ms": "update_ms",
     "samples_per_second": "samples_per_second",

@@ -26,7 +26,7 @@ def page(report: Report, pictures: Mapping[str, Path]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    config, metric = report.config, report.metric
+    config = report.config
     return environment.get_template("page.html.j2").render(
         report=report,
         verdict=report.verdict.value if report.verdict else "undecided",
@@ -41,7 +41,7 @@ def page(report: Report, pictures: Mapping[str, Path]) -> str:
         level=f"{config.confidence:.0%}",
         error=f"{1 - config.confidence:.0%}",
         power=f"{config.power:.0%}",
-        margin="the margin" if report.margin is None else metric.with_unit(report.margin),
+        margin=report.margin_text,
         early_updates=EARLY_UPDATES,
         jump_factor=f"{JUMP_FACTOR:g}",
     )

@@ -74,12 +74,18 @@ def _draw_values(axes: Axes, report: Report) -> None:
 
 
 def _draw_differences(axes: Axes, report: Report) -> None:
-    title, margin, rows = f"{report.config.confidence:.0%} interval", report.margin, report.rows
-    if margin is not None:
-        title += f", and the margin of ±{report.metric.with_unit(margin)}"
+    rows = report.rows
+    title = f"{report.config.confidence:.0%} interval, and the margin of ±{report.margin_text}"
+    margins = {comparison.margin for comparison in report.comparisons}
+    if len(margins) == 1 and (margin := margins.pop()) is not None:
         axes.axhspan(-margin, margin, color="#0072B2", alpha=0.12, lw=0)
         for side in (-margin, margin):
             axes.axhline(side, color="#0072B2", lw=1, ls="--")
+    else:  # each reference has its own
+        for position, row in enumerate(rows):
+            if row.comparison and row.comparison.margin is not None:
+                sides = (-row.comparison.margin, row.comparison.margin)
+                axes.hlines(sides, position - 0.4, position + 0.4, color="#0072B2", lw=1, ls="--")
     axes.axhline(0, color="#444444", lw=1)
     for position, row in enumerate(rows):
         if row.comparison is None:
@@ -167,13 +173,11 @@ def cost_figure(report: Report) -> Figure | None:
     rows = [row for row in report.rows if row.group.finals("update_ms")]
     if not rows:
         return None
-    device = rows[0].group.first.tags.get("accumexp.device", "")
-    scope = "of the process" if "cores" in device or not device else "on the device"
     headings = {
         "update_ms": ("time an update", "ms"),
         "samples_per_second": ("speed", "samples/s"),
         "activation_mib": ("activations saved for backward", "MiB"),
-        "peak_mib": ("peak memory", f"MiB, {scope}"),
+        "peak_mib": ("peak memory", "MiB of tensors"),
     }
     costs = [row.group.costs() for row in rows]
     quantities = [name for name in headings if all(cost[name] is not None for cost in costs)]

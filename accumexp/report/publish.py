@@ -117,8 +117,7 @@ def tags(report: Report) -> dict[str, str]:
         values["accumexp.verdict"] = report.verdict.value
         verdicts = [(comparison.group.label, comparison.verdict.value) for comparison in report.comparisons]
         values["accumexp.verdicts"] = _json_tag(verdicts, dict)
-        if report.margin is not None:
-            values["accumexp.margin"] = report.metric.with_unit(report.margin)
+        values["accumexp.margin"] = report.margin_text
     refused = [
         {"overrides": [f"{key}={value}" for key, value in job.overrides.items()], "error": job.error}
         for job in report.sweep.jobs

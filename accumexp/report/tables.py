@@ -22,12 +22,13 @@ from .wording import certificate_cell, mean_and_std, p_value, reason, signed_int
 VERDICT_STYLES = {"equivalent": "green", "different": "red", "undecided": "yellow", "reference": "dim"}
 # Columns that are dropped in a narrow terminal, in this order.
 OPTIONAL_COLUMNS = ["p", "training", "certificate", "seeds"]
-# Heading, key of `Group.costs`, unit, digits, and whether the ratio to the reference is shown.
+# Heading, key of `Group.costs`, unit (MiB stands for that of both memory columns), digits, and whether the
+# ratio to the reference is shown.
 COST_COLUMNS = [
     ("ms/update", "update_ms", "", 2, True),
     ("samples/s", "samples_per_second", "", 0, True),
     ("activations", "activation_mib", " MiB", 2, True),
-    ("peak memory", "peak_mib", " MiB", 0, False),
+    ("peak memory", "peak_mib", " MiB", 2, True),
     ("training time", "seconds", " s", 1, False),
 ]
 
@@ -79,12 +80,22 @@ def _training(comparison: Comparison) -> str:
 
 def cost_table(report: Report) -> Table:
     """The cost of each group's updates; in brackets the ratio to its reference."""
-    rows = [[*row.group.values.values(), *_cost_cells(row)] for row in report.rows]
+    mib = [cost for row in report.rows for name, cost in row.group.costs().items() if name.endswith("_mib")]
+    unit = _memory_unit([cost for cost in mib if cost is not None])
+    rows = [[*row.group.values.values(), *_cost_cells(row, unit)] for row in report.rows]
     headings = [heading for heading, *_ in COST_COLUMNS]
     return Table(len(report.keys), [*report.keys, *headings], rows)
 
 
-def _cost_cells(row: Row) -> list[str]:
+def _memory_unit(mib: Sequence[float]) -> tuple[str, float]:
+    """The unit of the memory columns, so that the largest number is from 1 to 9,999, and its MiB."""
+    largest = max(mib, default=1.0)
+    if largest < 1:
+        return " KiB", 1 / 1024
+    return (" MiB", 1.0) if largest < 10_000 else (" GiB", 1024.0)
+
+
+def _cost_cells(row: Row, memory_unit: tuple[str, float]) -> list[str]:
     costs = row.group.costs()
     reference_costs = row.comparison.reference.costs() if row.comparison else {}
     cells = []
@@ -93,7 +104,8 @@ def _cost_cells(row: Row) -> list[str]:
         ratio = (
             f" (x{cost / reference_cost:.2f})" if with_ratio and cost is not None and reference_cost else ""
         )
-        cells.append("-" if cost is None else f"{cost:,.{digits}f}{unit}{ratio}")
+        shown_unit, factor = memory_unit if unit == " MiB" else (unit, 1.0)
+        cells.append("-" if cost is None else f"{cost / factor:,.{digits}f}{shown_unit}{ratio}")
     return cells
 
 
@@ -153,7 +165,7 @@ def group_rows(report: Report) -> list[dict[str, Any]]:
                 pairs=difference.count,
                 difference=difference.mean,
                 **{f"difference_{name}": getattr(difference, name) for name in ("std", "low", "high")},
-                margin=report.margin,
+                margin=comparison.margin,
                 p_different=difference.p_different,
                 p_equivalent=difference.p_equivalent,
                 p_different_corrected=decision.p_different,

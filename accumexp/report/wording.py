@@ -72,7 +72,7 @@ def reason(comparison: Comparison, report: Report) -> str:
         return f"{difference.count or 'no'} pair of seeds cannot decide; run more"
     if not math.isfinite(difference.mean):
         return "a run of it has no finite value"
-    if report.margin is None:
+    if comparison.margin is None:
         return f"report.margin=... is needed, the largest difference of {metric.key} that does not matter"
     if comparison.seeds_needed is None:
         return "the spread over seeds is too large for this margin"
@@ -110,11 +110,11 @@ def _verdict_sentences(report: Report, verdict: Verdict) -> list[str]:
     reference = "its reference" if single else "their reference"
     if len(references) == 1:
         reference = references.pop()
-    margin = report.margin and report.metric.with_unit(report.margin)
+    margin = report.margin_text
     if verdict is Verdict.different:
         return [f"{groups} different from {reference}."]
     if verdict is Verdict.undecided:
-        return [f"{groups} undecided against {reference}{f' at a margin of {margin}' if margin else ''}."]
+        return [f"{groups} undecided against {reference} at a margin of {margin}."]
     sentences = [f"{groups} equivalent to {reference}: {report.metric.name} within {margin}."]
     not_proved = [
         group

@@ -15,7 +15,7 @@ from ..config.environment_values import environment_values, recorded
 from ..config.job_folder import keep_launch_paths
 from ..config.loading import from_hydra, typed
 from ..config.trust import inert
-from ..environment.console import output_to_log
+from ..environment.console import output_to_log, print_line
 from ..environment.launch import launch
 from ..environment.ranks import RankInfo, launched_rank, skip_group_teardown
 from ..errors import UsageError, first_line
@@ -97,6 +97,7 @@ def _fail(
     if isinstance(error, ChangedJob):
         exit_with_error(error, rank_info)
     if job and rank_info.first:
+        print_line(f"{job.title}: failed: {first_line(error)}", style="red", markup=False)
         job.record_failure(folder, error)
     if job and (rank_info.size == 1 or "SUBMITIT_EXECUTOR" in os.environ):
         skip_group_teardown()

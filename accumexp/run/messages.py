@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from ..accum import Inequality
 from ..config.no_effect import no_effect_lines
 from ..config.ranges import unusual_settings
 from ..config.schema import Config, LossScaling
-from ..environment.console import console, duration, show_values
+from ..environment.console import amount, console, duration, number, scores, show_values
 from ..environment.device import device_name
 from ..environment.memory import MIB
 from ..tracking import Tracker
 from ..tracking.run_folder import RunFolder
-from ..training.checkpoint import saved_updates
+from ..training.checkpoint import load, saved_updates
 from ..training.experiment import Experiment
+from ..training.trained_model import best_values
 from ..training.trainer import Trainer
 
 
@@ -77,12 +79,18 @@ def warn(unequal: Sequence[Inequality]) -> None:
         console.print(f"not the larger batch: and {len(unequal) - 3} more modules like these", style="yellow")
 
 
-def final_values(trainer: Trainer) -> dict[str, float]:
-    """The values of `final/*`: loss and metrics of the test split, and the run's time and memory."""
+def final_values(trainer: Trainer, best: Path) -> dict[str, float]:
+    """The values of `final/*`: loss and metrics of the test split, and the run's time and memory.
+
+    Args:
+        best: the best checkpoint, whose values on the test split are added.
+    """
     progress = trainer.progress
     seconds = max(progress.seconds, 1e-9)
+    last = {key.removeprefix("test/"): value for key, value in trainer.evaluate("test").items()}
     final = {
-        **{key.removeprefix("test/"): value for key, value in trainer.evaluate("test").items()},
+        **{f"best_{key}": value for key, value in best_values(trainer, best, last).items()},
+        **last,
         **{key.replace("eval/", "eval_"): v for key, v in trainer.latest.items() if key.startswith("eval/")},
         "test_samples": float(trainer.splits.test.samples),
         "updates": float(progress.update),
@@ -98,27 +106,50 @@ def final_values(trainer: Trainer) -> dict[str, float]:
     return final
 
 
-def _newest(folder: RunFolder) -> str:
-    checkpoints = saved_updates(folder.checkpoints)
-    return str(checkpoints[-1]) if checkpoints else "the last update"
-
-
-def show_summary(final: dict[str, float], trainer: Trainer, tracker: Tracker, folder: RunFolder) -> None:
+def show_summary(
+    final: dict[str, float], trainer: Trainer, tracker: Tracker, folder: RunFolder, monitor: str
+) -> None:
     """Prints the result of a finished run, its folder and its page in MLflow."""
-    peak = f", {final['peak_memory_mib']:.0f} MiB at the peak" if "peak_memory_mib" in final else ""
+    peak = (
+        f", {_bytes(final['peak_memory_mib'])} of tensors at the peak" if "peak_memory_mib" in final else ""
+    )
     values: dict[str, object] = {
-        "test accuracy": f"{final['accuracy']:.4f}" if "accuracy" in final else None,
-        "test loss": f"{final['loss']:.4f}",
+        **_models(final, trainer, folder, monitor),
         "updates": f"{trainer.progress.update} in {duration(trainer.progress.seconds)}",
         "speed": f"{final['update_ms']:.2f} ms an update, {final['samples_per_second']:.0f} samples/s",
-        "memory": f"{final['activation_mib']:.2f} MiB of activations{peak}",
+        "memory": f"{_bytes(final['activation_mib'])} of activations{peak}",
         "out of memory": next(reversed(trainer.out_of_memory.lines), None),
         "ended by": trainer.stop_reason,
         "folder": folder.path,
-        "best model": folder.best if folder.best.exists() else None,
-        "model": None
-        if trainer.evaluated_splits
-        else f"{_newest(folder)} (no eval split: the last is the model)",
         **tracker.links(),
     }
     show_values("summary", {name: value for name, value in values.items() if value})
+
+
+def _models(
+    final: dict[str, float], trainer: Trainer, folder: RunFolder, monitor: str
+) -> dict[str, str | None]:
+    """The last model and the best one, each with its scores and the path of its checkpoint."""
+    checkpoints = saved_updates(folder.checkpoints)
+    newest = str(checkpoints[-1]) if checkpoints else "not saved"
+    update = trainer.progress.update
+    if not trainer.evaluated_splits:
+        newest += " (no eval split: the last is the model)"
+    at_last = f"update {update}{_monitored(monitor, trainer.latest)}"
+    models: dict[str, str | None] = {"last model": f"{scores(final, monitor)}\n{at_last}\n{newest}"}
+    if folder.best.exists():
+        content = load(folder.best, in_file=True)
+        best_update = content["progress"]["update"]
+        lines = [scores(final, monitor, "best_")]
+        lines += [f"update {best_update}{_monitored(monitor, content['evaluated'])}"]
+        lines = ["the last one"] if best_update == update else [one for one in lines if one]
+        models["best model"] = "\n".join([*lines, str(folder.best)])
+    return models
+
+
+def _monitored(monitor: str, values: Mapping[str, float]) -> str:
+    return f", {monitor.replace('/', ' ')} {number(values[monitor])}" if monitor in values else ""
+
+
+def _bytes(mib: float) -> str:
+    return amount(mib * MIB)

@@ -74,7 +74,7 @@ class ReplicaRun:
         status = RunStatus.FAILED if failed else RunStatus.FINISHED
         final = mean([summary.final for summary in finished])
         self._summarise(status, final=final, monitored=monitored, error=error)
-        parts = [_mean_and_deviation(finished), *([error] if error else [])]
+        parts = [_mean_and_deviation(finished, self.spec.config.monitor), *([error] if error else [])]
         console.print(f"{self.job.title}: {', '.join(parts)}", highlight=False, soft_wrap=True, markup=False)
         return monitored
 
@@ -184,13 +184,13 @@ class _WriteProgress(Callback):
         self.file.write(trainer.progress.update, values)
 
 
-def _mean_and_deviation(summaries: Iterable[Summary]) -> str:
+def _mean_and_deviation(summaries: Iterable[Summary], monitor: str) -> str:
     """One line with mean and standard deviation over the finished replicas."""
     finals = [summary.final for summary in summaries]
     if not finals:
         return "no replica finished"
     parts = []
-    for key in ("accuracy", "loss"):
+    for key in dict.fromkeys(("accuracy", monitor.partition("/")[2], "loss")):
         values = [final[key] for final in finals if key in final]
         if values:
             has_deviation = len(values) > 1 and all(map(math.isfinite, values))

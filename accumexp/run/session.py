@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from ..config.environment_values import hide_values, recorded
 from ..config.schema import Backend
 from ..data import Splits
 from ..data.digest import dataset_records
-from ..environment.console import console, result
+from ..environment.console import console, print_line, result
 from ..environment.memory import reset_peak_memory
 from ..environment.ranks import RankInfo, barrier
 from ..environment.signals import StopSignals, exit_code_of
@@ -28,6 +28,7 @@ from ..plan.auto_steps import choose_steps
 from ..tracking import Store, reopen
 from ..tracking.json_file import written
 from ..tracking.metrics_file import ProgressFile
+from ..tracking.model_inputs import described_inputs
 from ..tracking.record import (
     RunRecord,
     create_tracker,
@@ -35,18 +36,18 @@ from ..tracking.record import (
     inequality_tag,
     upload_certificate,
 )
-from ..tracking.run_folder import CERTIFICATE_TAG, CHECKPOINTS, RunStatus, Summary
+from ..tracking.run_folder import CERTIFICATE_TAG, RunStatus, Summary
 from ..training.callbacks import RunState
-from ..training.checkpoint import load, saved_updates
+from ..training.checkpoint import saved_updates
 from ..training.checkpoint_parts import needed_trust
 from ..training.experiment import Experiment
 from ..training.preflight import check_experiment
 from ..training.progress import Progress
 from ..training.restore_changed import restore_changed
 from ..training.run_context import run_context
-from ..training.shards import folder_of
 from .messages import announce, final_values, show_summary, warn
 from .spec import RunSpec
+from .upload import upload
 
 log = logging.getLogger(__name__)
 # Seconds that a rank waits for the others after a stop signal; they may have died.
@@ -60,10 +61,12 @@ class Run:
 
     Attributes:
         experiment, trainer: made by `build`.
+        model_inputs: the signature and the input example of the run's models.
         record: opened by `open`; until then, and on all ranks but the first, it keeps nothing.
     """
 
     experiment: Experiment
+    model_inputs: Mapping[str, Any] = MappingProxyType({})
 
     def __init__(self, spec: RunSpec, rank_info: RankInfo) -> None:
         self.spec = spec
@@ -108,9 +111,10 @@ class Run:
         if self.interrupted:
             self._exit_interrupted()
         if rank_info.first and self.job:
-            console.print(f"{self.job.title}: {result(final)}", highlight=False, soft_wrap=True, markup=False)
+            monitor = self.spec.config.monitor
+            print_line(f"{self.job.title}: {result(final, monitor)}", markup=False)
         elif rank_info.first:
-            show_summary(final, self.trainer, self.record.tracker, self.folder)
+            show_summary(final, self.trainer, self.record.tracker, self.folder, self.spec.config.monitor)
         return self.monitored
 
     def _certify(self) -> dict[str, str]:
@@ -131,7 +135,11 @@ class Run:
         """Makes the experiment and its trainer, restored from a checkpoint; several runs share `splits`."""
         resume_from = self.spec.resume_from
         self.experiment = Experiment.build(self.spec.config, self.rank_info, splits)
-        check_experiment(self.experiment, resume_from.changes if resume_from else ())
+        outputs = check_experiment(self.experiment, resume_from.changes if resume_from else ())
+        example = self.experiment.splits.train.example
+        if example is not None:
+            ragged = bool(self.spec.config.data.collate)
+            self.model_inputs = described_inputs(example[0], outputs, ragged)
         if not resume_from:
             self.trainer = self.experiment.trainer(self.record)
         else:
@@ -206,9 +214,10 @@ class Run:
 
     def finish(self) -> dict[str, float]:
         """Evaluates on the test split and closes the record; returns `final/*`, empty after a stop signal."""
-        final = {} if self.interrupted else final_values(self.trainer)
+        final = {} if self.interrupted else final_values(self.trainer, self.folder.best)
         if self.rank_info.first:
-            self._upload()
+            self.record.flush()
+            upload(self.record.tracker, self.folder, self.model_inputs, self.spec.config)
         self.record.tracker.final(final)  # last: a run that is killed in the upload has not ended
         self._close(RunStatus.KILLED if self.interrupted else RunStatus.FINISHED, final=final)
         return final
@@ -260,22 +269,6 @@ class Run:
         )
         with written(self.folder.summary_file):
             self.record.summarise(summary)
-
-    def _upload(self) -> None:
-        """Uploads the best checkpoint and the newest ones, each update once, and the journal."""
-        tracker, uploaded = self.record.tracker, set[int]()
-        self.record.flush()
-        paths = [self.folder.best, *reversed(saved_updates(self.folder.checkpoints))]
-        for path in filter(Path.exists, paths):
-            content = load(path)
-            update, shards = content["progress"]["update"], folder_of(path, content)
-            if update not in uploaded:
-                tracker.checkpoint(path, update, content["evaluated"])
-                if shards is not None:
-                    tracker.artifact(shards, CHECKPOINTS)
-            uploaded.add(update)
-        tracker.keep_models(uploaded)
-        tracker.artifact(self.folder.metrics)
 
     def _split_finer(self, tags: Mapping[str, str]) -> None:
         """Tags a window that ran out of memory, and warns if the finer split is not the larger batch."""

@@ -71,13 +71,13 @@ class ViewedJob:
         total = self.progress.get("total_updates")
         return self.progress["update"] / total if total else 0.0
 
-    def result_line(self) -> str:
-        """One line of how it ended."""
+    def result_line(self, monitor: str = "") -> str:
+        """One line of how it ended; `monitor` is the metric that is shown besides accuracy and loss."""
         assert self.summary is not None
         if self.before:
             return f"{self.title}: finished before"
         if self.finished:
-            return f"{self.title}: {result(self.summary.final)}"
+            return f"{self.title}: {result(self.summary.final, monitor)}"
         reason = self.summary.error or self.summary.status.lower()
         return f"{self.title}: {reason.splitlines()[0]}, see {self.place.folder}/run.log"
 
@@ -268,4 +268,6 @@ class LiveView:
 
     def _print_ended(self) -> None:
         for job in self.sweep.read():
-            self.console.print(job.result_line(), highlight=False, soft_wrap=True, markup=False)
+            self.console.print(
+                job.result_line(self.sweep.monitor), highlight=False, soft_wrap=True, markup=False
+            )

@@ -7,9 +7,14 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+from .json_file import read_json
+from .links import link, local_folder
+from .logged_model import DATA, WEIGHTS, write_description, write_model_alone
 from .outbox import Entry
+from .run_folder import CHECKPOINTS
 from .store import REQUEST_TIMEOUT, Store
 
 log = logging.getLogger(__name__)
@@ -144,7 +149,14 @@ class Delivery:
             return
         files = [path, *path.rglob("*")] if path.is_dir() else [path]
         with self._upload(sum(file.stat().st_size for file in files)):
+            if entry["folder"] == CHECKPOINTS and path.is_file() and self._linked(path, CHECKPOINTS):
+                return
             self.store.client.log_artifact(self.run_id, str(path), entry["folder"])
+
+    def _linked(self, checkpoint: Path, folder: str) -> bool:
+        """Whether the checkpoint is now an artifact of the run as a link, which needs no room on the disk."""
+        root = local_folder(self.store.client.get_run(self.run_id).info.artifact_uri)
+        return root is not None and link(checkpoint, root / folder / checkpoint.name)
 
     @contextmanager
     def _upload(self, size: int) -> Iterator[None]:
@@ -174,15 +186,31 @@ class Delivery:
                 self.store.experiment_id,
                 name=name,
                 source_run_id=self.run_id,
-                tags={"accumexp.checkpoint": entry["checkpoint"]},
+                tags={"accumexp.checkpoint": entry["checkpoint"], **entry.get("model tags", {})},
                 model_type="checkpoint",
             ).model_id
+        self._send_model_files(entry, model_id)
         client.log_batch(self.run_id, [Metric(*point, model_id=model_id) for point in entry["values"]])
         outputs = client.get_run(self.run_id).outputs
         if model_id not in [output.model_id for output in outputs.model_outputs]:
             client.log_outputs(self.run_id, [LoggedModelOutput(model_id, entry["step"])])
         client.finalize_logged_model(model_id, LoggedModelStatus.READY)
         self._models.add(name)
+
+    def _send_model_files(self, entry: Entry, model_id: str) -> None:
+        """Sends what `mlflow.pytorch` and `mlflow.pyfunc` open; a local store links to the checkpoint."""
+        checkpoint = self.folder / entry.get("weights", "")
+        if not checkpoint.is_file():  # an entry of an earlier version, or the checkpoint is gone
+            log.warning("tracking: %s is not there any more, %s has no files", checkpoint, entry["model"])
+            return
+        root = local_folder(self.store.client.get_logged_model(model_id).artifact_location)
+        described = read_json(self.folder / entry["inputs"]) if entry.get("inputs") else {}
+        with TemporaryDirectory(prefix="accumexp-model-") as name, self._upload(checkpoint.stat().st_size):
+            folder = Path(name)
+            write_description(folder, model_id, self.run_id, described)
+            if root is None or not link(checkpoint, root / DATA / WEIGHTS):
+                write_model_alone(checkpoint, folder / DATA / WEIGHTS)
+            self.store.client.log_model_artifacts(model_id, name)
 
     def _delete_models(self, names: Sequence[str]) -> None:
         """Deletes logged models, but for those that the user has registered."""

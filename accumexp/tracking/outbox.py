@@ -110,7 +110,7 @@ def read_unsent(path: Path) -> tuple[dict[str, Any], list[Entry]]:
     if damaged:
         raise UsageError(f"{path}: is damaged; remove it to go on without what it holds")
     folder = path.parent.resolve()
-    for name in (entry["file"] for entry in entries if "file" in entry):
+    for name in (entry[key] for entry in entries for key in ("file", "weights", "inputs") if entry.get(key)):
         if not (folder / name).resolve().is_relative_to(folder):
             raise UsageError(f"{path}: names {name}, which is outside of the run's folder")
     return identity, entries

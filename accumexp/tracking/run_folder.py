@@ -117,6 +117,7 @@ class RunFolder:
         metrics: every logged point, a line per update.
         progress: the progress of a job of a parallel sweep.
         unsent: what the store has not got yet; there is none once it has all.
+        model_inputs: the signature and the input example of its logged models.
         code_diff: uncommitted changes of the code that was run.
     """
 
@@ -130,6 +131,7 @@ class RunFolder:
         self.certificate = self.path / "certificate.json"
         self.certificate_page = self.path / "certificate.html"
         self.certificate_pictures = {n: self.path / f"certificate-{n}.png" for n in ("errors", "counts")}
+        self.model_inputs = self.path / "model_inputs.json"
         self.code_diff = self.path / "code.diff"
         self.log = self.path / "run.log"
         self.summary_file = self.path / "summary.json"

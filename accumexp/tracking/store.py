@@ -33,6 +33,7 @@ ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": str(REQUEST_TIMEOUT),
 }
+DEFAULT_DATABASE = "sqlite:///mlflow.db"
 DEFAULT_EXPERIMENT = "accumexp"
 EXPERIMENT, EXPERIMENT_ID = "MLFLOW_EXPERIMENT_NAME", "MLFLOW_EXPERIMENT_ID"
 RUN_ID = "MLFLOW_RUN_ID"
@@ -60,7 +61,7 @@ class Store:
 
     def __init__(self, config: TrackingConfig, experiment_id: str | None = None) -> None:
         given = {name: os.environ[name] for name in GIVEN if os.environ.get(name)}
-        uri = config.uri or given.get(URI) or "sqlite:///mlflow.db"
+        uri = config.uri or given_uri()
         key = URI if URI in given and not config.uri else "tracking.uri"
         # The driver of accumexp[postgres]; SQLAlchemy's default depends on its version.
         self.uri = re.sub("^postgres(ql)?://", "postgresql+psycopg2://", uri)
@@ -292,6 +293,11 @@ class Store:
                 yield
         else:
             yield  # a server has created its tables
+
+
+def given_uri() -> str:
+    """The store of MLFLOW_TRACKING_URI, or the database in this folder."""
+    return os.environ.get(URI) or DEFAULT_DATABASE
 
 
 def _is_begun(database: Path) -> bool:

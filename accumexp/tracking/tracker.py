@@ -12,7 +12,6 @@ import math
 import os
 import time
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,10 +19,11 @@ from ..config.schema import Backend, TrackingConfig
 from ..environment.console import print_line
 from ..errors import UsageError
 from .addresses import URI
-from .delivery import Delivery, ready_models
+from .delivery import Delivery
+from .earlier import Earlier, earlier_of
 from .names import LegalNames, legal_name
-from .outbox import Entry, Outbox, described, read_unsent
-from .run_folder import RunFolder, RunStatus
+from .outbox import Outbox, described
+from .run_folder import CHECKPOINTS, RunFolder, RunStatus
 from .sender import Sender
 from .store import Store
 
@@ -38,6 +38,7 @@ class Tracker:
     """The interface of trackers. It keeps nothing itself (`tracking=none`)."""
 
     run_id: str | None = None
+    run_name: str = ""
     address: str | None = None
     ui_command: str | None = None
     from_environment: Sequence[str] = ()
@@ -67,8 +68,20 @@ class Tracker:
 
     def artifact(self, path: Path, folder: str | None = None) -> None: ...
 
-    def checkpoint(self, path: Path, update: int, evaluated: Mapping[str, float]) -> None:
-        """Uploads a checkpoint, and makes an evaluated one a logged model."""
+    def checkpoint(
+        self,
+        path: Path,
+        update: int,
+        evaluated: Mapping[str, float],
+        weights: Path | None = None,
+        tags: Mapping[str, str] | None = None,
+    ) -> None:
+        """Uploads a checkpoint, and makes an evaluated one a logged model.
+
+        Args:
+            weights: the checkpoint with the whole model, where that of `path` is in shards.
+            tags: of the logged model.
+        """
 
     def keep_models(self, updates: Collection[int]) -> None:
         """Removes the logged models of other updates, which an earlier stop has left."""
@@ -95,6 +108,7 @@ class MLflowTracker(Tracker):
     ) -> None:
         self.store = store
         self.run_id = run_id
+        self.run_name = store.client.get_run(run_id).info.run_name or run_id
         self.address = store.run_address(run_id)
         self.ui_command = store.ui_command
         self.from_environment = store.from_environment
@@ -102,7 +116,7 @@ class MLflowTracker(Tracker):
         self._legal = LegalNames()
         self._infinite: set[str] = set()
         self._ended = False
-        earlier = _earlier(store, run_id, folder) if resumed else Earlier()
+        earlier = earlier_of(store, run_id, folder) if resumed else Earlier()
         self._times = earlier.times
         self._logged = frozenset(point for point in self._times if not point[0].startswith("final/"))
         self._final_updates = earlier.final_updates
@@ -173,13 +187,22 @@ class MLflowTracker(Tracker):
         self.log(0, {f"final/{key}": value for key, value in values.items()})
 
     def artifact(self, path: Path, folder: str | None = None) -> None:
-        base = self._folder.path if self._folder else Path()
-        # A run's folder may have another place when the file is sent.
-        name = path.relative_to(base) if path.is_relative_to(base) else path.absolute()
-        self._sender.add({"file": str(name), "folder": folder})
+        self._sender.add({"file": self._name(path), "folder": folder})
 
-    def checkpoint(self, path: Path, update: int, evaluated: Mapping[str, float]) -> None:
-        self.artifact(path, "checkpoints")
+    def _name(self, path: Path) -> str:
+        """`path` in the run's folder, which may have another place when the file is sent."""
+        base = self._folder.path if self._folder else Path()
+        return str(path.relative_to(base) if path.is_relative_to(base) else path.absolute())
+
+    def checkpoint(
+        self,
+        path: Path,
+        update: int,
+        evaluated: Mapping[str, float],
+        weights: Path | None = None,
+        tags: Mapping[str, str] | None = None,
+    ) -> None:
+        self.artifact(path, CHECKPOINTS)
         if not evaluated:
             return
         now = milliseconds()
@@ -189,7 +212,10 @@ class MLflowTracker(Tracker):
             for key, value in ((self._legal(key), value) for key, value in evaluated.items())
         ]
         model = {"model": f"update-{update}", "step": update, "values": values}
-        self._sender.add({**model, "checkpoint": f"checkpoints/{path.name}"})
+        model |= {"checkpoint": f"{CHECKPOINTS}/{path.name}", "model tags": dict(tags or {})}
+        if self._folder and self._folder.model_inputs.exists():
+            model["inputs"] = self._name(self._folder.model_inputs)
+        self._sender.add({**model, "weights": self._name(weights or path)})
 
     def keep_models(self, updates: Collection[int]) -> None:
         kept = {f"update-{update}" for update in updates}
@@ -212,43 +238,6 @@ class MLflowTracker(Tracker):
                     f"send it with\n  python -m accumexp.report sync={self._folder.path}", markup=False
                 )
         self._ended = True
-
-
-@dataclass(frozen=True)
-class Earlier:
-    """What earlier processes have logged of a run.
-
-    Attributes:
-        times: milliseconds since 1970 of points, by key and step; of `system/*`, of one key.
-        models: the names of its logged models.
-        final_updates: the update that `final/*` is of, None if there is none.
-        unsent: the entries that its store may not have.
-    """
-
-    times: dict[tuple[str, int], int] = field(default_factory=dict)
-    models: list[str] = field(default_factory=list)
-    final_updates: float | None = None
-    unsent: list[Entry] = field(default_factory=list)
-
-    @property
-    def system_step(self) -> int:
-        """The step of the next sample of `system/*`."""
-        return max((step for key, step in self.times if key.startswith("system/")), default=-1) + 1
-
-
-def _earlier(store: Store, run_id: str, folder: RunFolder | None) -> Earlier:
-    """What the store and the run's `unsent.jsonl` hold, but for the end of the run, which goes on."""
-    values = dict(store.client.get_run(run_id).data.metrics)
-    of_system = [key for key in values if key.startswith("system/")]
-    keys = [key for key in values if key not in of_system[1:]]  # all of `system/*` have the same steps
-    histories = (store.client.get_metric_history(run_id, key) for key in keys)
-    times = {(point.key, point.step): point.timestamp for points in histories for point in points}
-    unsent = read_unsent(folder.unsent)[1] if folder else []
-    for key, value, time_logged, step in (point for entry in unsent for point in entry.get("points", ())):
-        times[key, step] = time_logged
-        values[key] = value
-    going_on = [entry for entry in unsent if "status" not in entry]
-    return Earlier(times, ready_models(store, run_id), values.get("final/updates"), going_on)
 
 
 def milliseconds() -> int:

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from ..accum import Window
-from ..environment.memory import MIB, peak_memory_mib
+from ..environment.memory import MIB
 from ..errors import TrainingError
 from .evaluation import WindowMetrics
 from .metrics import Metrics
 from .metrics_sink import MetricsSink
 from .progress import Progress
-from .throughput import ActivationMeter, Throughput
+from .throughput import ActivationMeter, Throughput, peak_bytes
 
 # The first updates are all published: there the losses of equal windows differ by rounding alone.
 FIRST_UPDATES = 100
@@ -87,7 +87,6 @@ class MetricsLog:
         self.latest: dict[str, float] = {}
         self.activations = ActivationMeter()
         self.throughput = Throughput()
-        self._device = next(window.model.parameters()).device
         self._not_finite = 0  # windows in a row whose loss is not finite, whatever the scale
         self._pending: list[_Update] = []
         # The losses are in a few tensors that stay. A small tensor allocated in every update would fragment
@@ -104,19 +103,22 @@ class MetricsLog:
         self._slots[len(self._pending)].copy_(loss)
         self._pending.append(_Update(update, overflow, rates))
 
-    def measured(self, progress: Progress, norm: Tensor | None, first: bool) -> dict[str, float]:
+    def measured(
+        self, progress: Progress, norm: Tensor | None, first: bool, optimizer: Any
+    ) -> dict[str, float]:
         """The further values of an update that is published. Waits for the device.
 
         Args:
             norm: the gradient's 2-norm before clipping, or None.
             first: whether no update was published before.
+            optimizer: whose state is part of the memory.
         """
         values: dict[str, float] = {}
         if norm is not None and math.isfinite(length := float(norm)):
             values["train/grad_norm"] = length
         values.update({f"train/{name}": value for name, value in self.train_metrics.values().items()})
         values.update(self.throughput.speeds(progress))
-        values["perf/peak_memory_mib"] = peak_memory_mib(self._device)
+        values["perf/peak_memory_mib"] = peak_bytes(self.window, optimizer, progress) / MIB
         if self.activations.take_new() or first:
             values["perf/activation_mib"] = progress.activation_bytes / MIB
         self.throughput.mark(progress)

@@ -37,11 +37,14 @@ log = logging.getLogger(__name__)
 TRIED_STEPS = 1000
 
 
-def check_experiment(experiment: Experiment, changed: Collection[str] = ()) -> None:
+def check_experiment(experiment: Experiment, changed: Collection[str] = ()) -> Any:
     """Refuses or warns of what would come up only in the middle of a run.
 
     Args:
         changed: the settings that a resumed run changes, by dotted key.
+
+    Returns:
+        The model's outputs on a few samples, None if they were not computed.
 
     Raises:
         UsageError: naming the key, for a model, loss or metric that fails on samples of the data, a schedule
@@ -57,6 +60,7 @@ def check_experiment(experiment: Experiment, changed: Collection[str] = ()) -> N
     warning = workers_warning(experiment.config.data.workers, ranks.local_size)
     if warning and ranks.first and isinstance(train, StreamedBatches):
         log.warning(warning)
+    return outputs
 
 
 def try_example(experiment: Experiment, split: str = "train") -> Any:

@@ -1,13 +1,18 @@
-"""What a run costs: its time, its speed, and the activations of a window."""
+"""What a run costs: its time, its speed, and its memory."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from ..accum import Window, measure_activations, tensors
+from ..accum.sync import plain
 from ..data import Batch
 from .progress import Progress
 
@@ -74,3 +79,21 @@ class ActivationMeter:
         """Whether a window was measured since the last call."""
         new, self._new = self._new, False
         return new
+
+
+def peak_bytes(window: Window, optimizer: Any, progress: Progress) -> int:
+    """Bytes of tensors on this rank's device at their peak.
+
+    On a GPU what torch's allocator has counted since the start of the run, with the temporary memory of
+    operators and with the data that lies there. On a CPU, where torch does not count: weights, buffers, the
+    gradients of a whole window, the optimizer's state, and the activations of a micro-batch.
+    """
+    parameters = list(window.model.parameters())
+    device = parameters[0].device
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    states = [state for state in getattr(optimizer, "state", {}).values() if isinstance(state, Mapping)]
+    values = [value for state in states for value in state.values() if isinstance(value, Tensor)]
+    held = [*parameters, *window.model.buffers(), *values]
+    held += [parameter for parameter in parameters if parameter.requires_grad]  # as large as their gradients
+    return sum(plain(tensor).nbytes for tensor in held) + progress.activation_bytes

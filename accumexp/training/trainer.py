@@ -258,7 +258,8 @@ class Trainer:
         progress.samples += batch.total
         self.log.add(progress.update, result.loss, done.overflow, rates)
         if publish:
-            extra = self.log.measured(progress, done.norm, first=progress.update <= self.options.log_every)
+            first = progress.update <= self.options.log_every
+            extra = self.log.measured(progress, done.norm, first, self.optimizer)
             self._emit("measured", extra)
             self.read(extra)
             self._emit("logged", self.latest)

@@ -1,0 +1,1 @@
+"""Faults of machines, found in recordings of their sensors."""

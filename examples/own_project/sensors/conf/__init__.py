@@ -1,0 +1,1 @@
+"""The configuration groups of this package: `hydra.searchpath=[pkg://sensors.conf]`."""
