@@ -150,8 +150,8 @@ def sum_of(terms: Mapping[str, Term]) -> Tensor:
 
 
 def has_terms(loss: Any) -> bool:
-    """Whether `loss` has several terms, or couples samples."""
-    return isinstance(loss, _Terms)
+    """Whether `loss` has several terms, or couples samples; of a function, whether it was seen to have."""
+    return isinstance(loss, _Terms) or getattr(loss, "returns_terms", False)
 
 
 def couples_samples(criterion: Any) -> bool:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from ..accum.loss import window_loss
-from ..accum.terms import SeveralTerms, Term, has_terms, sum_of
+from ..accum.terms import CoupledLoss, SeveralTerms, Term, sum_of
 
 PARTS = ("loss", "coefficient", "output", "target")
 
@@ -57,7 +57,7 @@ class Sum(nn.Module):
             own = part.of_targets(targets)
             if isinstance(part.loss, SeveralTerms):
                 found.update({_inner(name, key): w for key, w in part.loss.weights(own).items()})
-            elif not has_terms(part.loss):
+            elif not isinstance(part.loss, CoupledLoss):
                 found[name] = part.loss.weight(own)
         return found
 
@@ -66,7 +66,7 @@ class Sum(nn.Module):
         found: dict[str, Term] = {}
         for name, part in self._parts.items():
             loss, own_outputs, own_targets = part.loss, part.of(outputs), part.of_targets(targets)
-            if has_terms(loss):
+            if isinstance(loss, SeveralTerms | CoupledLoss):
                 for key, term in loss.terms(own_outputs, own_targets).items():
                     coefficient = term.coefficient * part.coefficient
                     found[_inner(name, key)] = term._replace(coefficient=coefficient)

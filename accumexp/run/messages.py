@@ -106,9 +106,11 @@ def _newest(folder: RunFolder) -> str:
 def show_summary(final: dict[str, float], trainer: Trainer, tracker: Tracker, folder: RunFolder) -> None:
     """Prints the result of a finished run, its folder and its page in MLflow."""
     peak = f", {final['peak_memory_mib']:.0f} MiB at the peak" if "peak_memory_mib" in final else ""
+    terms = [f"{key[5:]} {value:.4f}" for key, value in final.items() if key.startswith("loss/")]
+    of_terms = f" ({', '.join(terms)})" if terms else ""
     values: dict[str, object] = {
         "test accuracy": f"{final['accuracy']:.4f}" if "accuracy" in final else None,
-        "test loss": f"{final['loss']:.4f}",
+        "test loss": f"{final['loss']:.4f}{of_terms}",
         "updates": f"{trainer.progress.update} in {duration(trainer.progress.seconds)}",
         "speed": f"{final['update_ms']:.2f} ms an update, {final['samples_per_second']:.0f} samples/s",
         "memory": f"{final['activation_mib']:.2f} MiB of activations{peak}",
