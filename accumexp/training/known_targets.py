@@ -56,15 +56,13 @@ MODULE = Kind(
     "torch.nn.Module",
     nn.Module,
     (
-        "torch.nn.",
-        "torchvision.models.",
-        "torchvision.ops.",
-        "accumexp.models.",
-        "accumexp.losses.",
-        "accumexp.training.losses.",
+        *("torch.nn.", "torchvision.models.", "torchvision.ops."),
+        *("accumexp.models.", "accumexp.losses.", "accumexp.training.losses."),
     ),
 )
-TRANSFORM = Kind("transform", None, ("torchvision.transforms.", "accumexp.data.transforms."))
+TRANSFORM = Kind(
+    "transform", None, ("torchvision.transforms.", "accumexp.data.transforms.", "accumexp.data.digit_tasks.")
+)
 DATASET = Kind("Dataset", Dataset, ("torch.utils.data.dataset.", "torchvision.datasets.", "accumexp.data."))
 SAMPLER = Kind("Sampler", Sampler, ("torch.utils.data.sampler.", "torch.utils.data.distributed."))
 OPTIMIZER = Kind("Optimizer", Optimizer, ("torch.optim.",))

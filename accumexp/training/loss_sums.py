@@ -16,8 +16,8 @@ LOSS = "loss"
 class LossSums:
     """The totals and weights of a loss's terms over a split.
 
-    A loss that couples samples is computed on one evaluation batch at a time, over all ranks; a term of it that
-    is a mean over samples is averaged over the batches by their samples.
+    A loss that couples samples is computed on one evaluation batch at a time, over all ranks; a term of it
+    that is a mean over samples is averaged over the batches by their samples.
     """
 
     def __init__(self, loss: WindowLoss, ranks: Ranks) -> None:

@@ -23,7 +23,7 @@ class Accuracy:
 
     Args:
         ignore_index: the target of ignored items, as in `torch.nn.CrossEntropyLoss`.
-        output, target: the key or position of the outputs and targets, of a model or data set that has several.
+        output, target: the key or position of the outputs and targets, where there are several.
     """
 
     higher_is_better = True
