@@ -36,11 +36,8 @@ FEW = ("device=cpu", "precision=fp64", "callbacks=none", "trainer.max_updates=5"
 EXPERTS = (*FEW, "experiment=mixture_of_experts", "data.batch_size=200", "trainer.log_every=2")
 TASKS = (*FEW, "experiment=two_tasks", "optimizer.lr=0.01", "trainer.log_every=2")
 VIEWS = (
-    *FEW,
-    "experiment=contrastive",
-    "monitor=eval/loss",
-    "scheduler.warmup_updates=2",
-    "data.batch_size=100",
+    *(*FEW, "experiment=contrastive", "monitor=eval/loss"),
+    *("scheduler.warmup_updates=2", "data.batch_size=100"),
 )
 
 
