@@ -160,7 +160,8 @@ class GraphedWindow:
             for outputs, targets_k in observed:
                 observe(*pytree.tree_map_only(Tensor, torch.clone, (outputs, targets_k)))
         total = result.weight.clone() if isinstance(result.weight, Tensor) else result.weight
-        return replace(result, loss=result.loss.clone(), weight=total)
+        terms = {name: term.clone() for name, term in result.terms.items()}
+        return replace(result, loss=result.loss.clone(), weight=total, terms=terms)
 
     def _record(self, inputs: Nested, targets: Nested, options: dict[str, Any], observe: bool) -> _Recording:
         inputs, targets = map_tensors(torch.clone, inputs), map_tensors(torch.clone, targets)

@@ -209,7 +209,7 @@ class Coupled(Objective):
         outputs, targets = (WindowOutputs(self.ranks, self.batch.sizes) for _ in range(2))
 
         def add(k: int, outputs_k: Any, targets_k: Nested) -> None:
-            outputs.add(k, outputs_k)
+            outputs.add(k, self.loss.kept(outputs_k))
             targets.add(k, targets_k)
 
         first_pass.run(add)
@@ -225,7 +225,7 @@ class Coupled(Objective):
         }
 
     def of(self, k: int, outputs: Any, targets: Nested) -> tuple[Tensor, Tensor]:
-        leaves = floating(outputs)
+        leaves = floating(self.loss.kept(outputs))
         # Of padding there is none: its backward starts from 0.
         gradients = self._gradients[k] if self.batch.sizes[k] else [torch.zeros_like(leaf) for leaf in leaves]
         value: Tensor = GivenGradients.apply(len(leaves), *leaves, *gradients)  # type: ignore[assignment]

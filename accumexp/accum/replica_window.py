@@ -19,6 +19,7 @@ from .batch import Nested, batch_size, map_tensors, split, split_sizes
 from .buffers import LOW_PRECISION
 from .denominators import reciprocal_of
 from .loss import ClassIndexLoss, MeanOverSamples, SumOverSamples, WindowLoss
+from .terms import has_terms
 from .window import MicroBatch, Observer, Window, WindowResult
 
 
@@ -105,10 +106,12 @@ class ReplicaWindow:
                 and its targets.
 
         Raises:
-            ValueError: if the batches have fewer samples than `steps`, or a parameter is frozen in some but
-                not all replicas.
+            ValueError: for a loss of several terms or one that couples samples; if the batches have fewer
+                samples than `steps`, or a parameter is frozen in some but not all replicas.
         """
         first = self.windows[0]
+        if has_terms(first.loss):
+            raise ValueError("a loss of several terms or one that couples samples is not stacked")
         self._update_frozen()
         samples = batch_size(_replica((inputs, targets), 0))
         sizes = split_sizes(samples, steps)

@@ -7,6 +7,7 @@ the loss on all outputs of the window at once.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -101,10 +102,16 @@ class SeveralTerms(_Terms):
 class CoupledLoss(_Terms):
     """A criterion whose loss of one sample depends on the others (`couples = True`).
 
-    Its value on a batch is a tensor of shape (), or a mapping of terms.
+    Its value on a batch is a tensor of shape (), or a mapping of terms. A criterion may have a method
+    `kept(outputs)`, the part of a micro-batch's outputs that it needs, in a form in which it takes them too.
     """
 
     couples = True
+
+    def kept(self, outputs: Any) -> Any:
+        """The outputs of a micro-batch that the loss of the window needs."""
+        kept = getattr(self.criterion, "kept", None)
+        return outputs if kept is None else kept(outputs)
 
     def terms(self, outputs: Any, targets: Any) -> Mapping[str, Term]:
         value = getattr(self.criterion, "terms", self.criterion)(outputs, targets)
@@ -143,14 +150,21 @@ def sum_of(terms: Mapping[str, Term]) -> Tensor:
 
 
 def has_terms(loss: Any) -> bool:
-    """Whether `loss` has several terms, or couples samples."""
-    return isinstance(loss, _Terms)
+    """Whether `loss` has several terms, or couples samples; of a function, whether it was seen to have."""
+    return isinstance(loss, _Terms) or getattr(loss, "returns_terms", False)
+
+
+def couples_samples(criterion: Any) -> bool:
+    """Whether `criterion`, or the function that it is a partial of, declares `couples = True`."""
+    while isinstance(criterion, functools.partial):
+        criterion = criterion.func
+    return bool(getattr(criterion, "couples", False))
 
 
 def terms_loss(criterion: Any) -> _Terms | None:
     """`criterion` as a loss of several terms, or None if it does not declare to be one."""
     if isinstance(criterion, _Terms):
         return criterion
-    if getattr(criterion, "couples", False):
+    if couples_samples(criterion):
         return CoupledLoss(criterion)
     return SeveralTerms(criterion) if isinstance(criterion, TermsLoss) else None

@@ -11,6 +11,7 @@ from ..errors import UsageError
 
 # Classes and modules named in checkpoints and configurations of earlier versions.
 MOVED_CLASSES = {
+    "accumexp.losses.Regression": "accumexp.training.losses.Regression",
     "accumexp.callbacks.LossMonitor": "accumexp.training.progress_display.LossMonitor",
     "accumexp.training.callbacks.LossMonitor": "accumexp.training.progress_display.LossMonitor",
     "accumexp.display.Progress": "accumexp.training.progress_display.ProgressBar",
@@ -20,7 +21,6 @@ MOVED_MODULES = {
     "accumexp.callbacks": "accumexp.training.callbacks",
     "accumexp.checkpoint": "accumexp.training.checkpoint",
     "accumexp.display": "accumexp.training.progress_display",
-    "accumexp.losses": "accumexp.training.losses",
     "accumexp.metrics": "accumexp.training.metrics",
     "accumexp.noise": "accumexp.training.noise_scale",
     "accumexp.optim": "accumexp.training.schedules",

@@ -1,6 +1,7 @@
 """Data sets, their splits, and the batches of an epoch."""
 
 from .batches import Batch, Batches, ResidentBatches, Share
+from .digit_tasks import DigitTasks, DigitViews, TwoViews
 from .digits import Digits
 from .in_memory import InMemory
 from .padding import pad
@@ -13,6 +14,8 @@ __all__ = [
     "Batch",
     "BatchAugment",
     "Batches",
+    "DigitTasks",
+    "DigitViews",
     "Digits",
     "InMemory",
     "Placement",
@@ -23,6 +26,7 @@ __all__ = [
     "ShiftAndFlip",
     "Splits",
     "StreamedBatches",
+    "TwoViews",
     "build_splits",
     "pad",
 ]

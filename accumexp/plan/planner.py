@@ -15,6 +15,7 @@ from ..config.sizes import AUTO, in_bytes, micro_batch
 from ..environment.console import amount
 from ..environment.memory import free_bytes
 from ..errors import UsageError
+from .coupled_memory import CoupledMemory, coupled_memory, couples
 from .points import Limit, Point
 from .trial_run import TrialMeasurement, TrialRun, discard
 
@@ -43,6 +44,7 @@ class Planner:
             raise UsageError(f"{key}: {trial.device} cannot hold the samples of an update")
         self._feeding = feeding
         self._small = self._measure_small()
+        self._coupled = self._measure_coupled()
         needed = self.evaluation(trial.data.evaluated)
         if len(self._small[2]) > 1 and needed > self.limit.bytes:  # one size gives an upper bound only
             self._refuse_evaluation(needed)
@@ -97,6 +99,17 @@ class Planner:
                 single.append(measurement)
         return {2: several, 1: single or several}
 
+    def _measure_coupled(self) -> CoupledMemory | None:
+        if not couples(self.trial):
+            return None
+        self.stage("the loss on the outputs of an update")
+        if (measured := self._attempt(partial(coupled_memory, self.trial))) is None:
+            raise UsageError(
+                f"data.batch_size={self.trial.data.batch_size}: the loss couples all samples of an update, "
+                f"and {self.trial.device} cannot hold it; take fewer"
+            )
+        return measured
+
     @property
     def batch_bytes(self) -> int:
         """Bytes of the data during a window of the whole batch."""
@@ -111,6 +124,10 @@ class Planner:
         measured = self._small[min(made, 2)]
         window = self._line(measured, lambda one: one.update, micro)
         ends = max(one.update.end for one in self._small[2])
+        if self._coupled is not None:
+            # The trials keep the outputs of their own samples.
+            window += (samples - min(made, 2) * micro) * self._coupled.sample
+            window = max(window, ends + self.batch_bytes + self._coupled.loss)
         return max(window, ends + self._feeding.peak - self._feeding.start)
 
     def evaluation(self, samples: int) -> int:

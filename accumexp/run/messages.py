@@ -113,8 +113,10 @@ def show_summary(
     peak = (
         f", {_bytes(final['peak_memory_mib'])} of tensors at the peak" if "peak_memory_mib" in final else ""
     )
+    terms = [f"{key[5:]} {value:.4f}" for key, value in final.items() if key.startswith("loss/")]
     values: dict[str, object] = {
         **_models(final, trainer, folder, monitor),
+        "terms of the loss": ", ".join(terms) or None,
         "updates": f"{trainer.progress.update} in {duration(trainer.progress.seconds)}",
         "speed": f"{final['update_ms']:.2f} ms an update, {final['samples_per_second']:.0f} samples/s",
         "memory": f"{_bytes(final['activation_mib'])} of activations{peak}",

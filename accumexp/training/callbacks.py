@@ -62,9 +62,11 @@ class Callback:
         shows: whether it shows the run on the terminal. Trials and proofs of a run leave it out, and many
             runs in one loop share the first one's.
         saves: whether it writes files. Trials and proofs of a run leave it out.
+        evaluates: names of the values that it adds to every evaluation, which `monitor` may be one of.
     """
 
     order = 0
+    evaluates: tuple[str, ...] = ()
     shows = False
     saves = False
 

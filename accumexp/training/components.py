@@ -150,12 +150,6 @@ def build_callbacks(config: Config, has_eval: bool = True) -> dict[str, Callback
     Raises:
         UsageError: naming the key that cannot be built, or a `monitor` that is never evaluated.
     """
-    evaluated = {"loss", *config.metrics}
-    # Of a metric with several values, one: eval/<name>/<index>.
-    split, _, name = config.monitor.partition("/")
-    if split not in MONITORED or name.removeprefix("ema_").partition("/")[0] not in evaluated:
-        choices = ", ".join(f"eval/{name}" for name in sorted(evaluated))
-        raise UsageError(f"monitor={config.monitor}: this run evaluates {choices}")
     callbacks: dict[str, Any] = {}
     for name, node in config.callbacks.items():
         if node is None:
@@ -167,6 +161,12 @@ def build_callbacks(config: Config, has_eval: bool = True) -> dict[str, Callback
             )
         if not isinstance(callbacks[name], Callback):
             raise UsageError(f"callbacks.{name}: {node['_target_']} is no accumexp.callbacks.Callback")
+    evaluated = {"loss", *config.metrics, *(name for c in callbacks.values() for name in c.evaluates)}
+    # Of a metric with several values or a loss of several terms, one: eval/<name>/<index>.
+    split, _, name = config.monitor.partition("/")
+    if split not in MONITORED or name.removeprefix("ema_").partition("/")[0] not in evaluated:
+        choices = ", ".join(f"eval/{name}" for name in sorted(evaluated))
+        raise UsageError(f"monitor={config.monitor}: this run evaluates {choices}")
     _check_monitors(config, callbacks, evaluated, has_eval)
     return callbacks
 

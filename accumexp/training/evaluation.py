@@ -14,6 +14,7 @@ from ..accum.loss import WeightedSamples
 from ..accum.ranks import ALONE
 from ..data import Batches
 from ..errors import TrainingError
+from .loss_sums import LossSums
 from .metrics import Metrics
 
 
@@ -21,7 +22,8 @@ class Evaluator:
     """Evaluates in eval mode and without gradients; restores the model's mode afterwards.
 
     Args:
-        loss: that of the training; the reported loss is its mean over all items of the split.
+        loss: that of the training; the reported loss is its mean over all items of the split. One that
+            couples samples is that of each evaluation batch, averaged.
         metrics: on the device of the data.
         autocast: dtype of `torch.autocast` around the forward pass, or None.
         ranks: the processes among which the split is divided; all of them must call.
@@ -41,36 +43,29 @@ class Evaluator:
 
     @torch.no_grad()
     def __call__(self, model: nn.Module, batches: Batches) -> dict[str, float]:
-        """The loss and every metric by name, over all ranks. Waits for the device once, at the end.
+        """The loss, each of its terms (`loss/<term>`) and every metric by name, over all ranks.
+
+        Waits for the device once, at the end.
 
         All are nan if no item of the split counts in the loss.
         """
         was_training = model.training
         model.eval()
         self.metrics.reset()
-        total: Tensor | float = 0.0
-        weight: Tensor | float = 0.0
+        sums = LossSums(self.loss, self.ranks)
         device = torch.device("cpu")
-        counts = getattr(self.loss, "counts", True)
         try:
             for batch in batches.epoch(0):
                 device = tensors(batch.targets)[0].device
                 with precision(self.autocast, device):
                     outputs = call(model, batch.inputs)
-                    loss_sum = self.loss.total(outputs, batch.targets)
+                    sums.add(outputs, batch.targets, batch.samples)
                 if batch.samples:  # otherwise padding, for forward passes that need every rank
-                    total = total + loss_sum
-                    weight = weight + (self.loss.weight(batch.targets) if counts else 0.0)
                     self.metrics.update(outputs, unweighted(self.loss, batch.targets))
-                weight = weight + (0.0 if counts else 1 / self.ranks.size)
-                del batch, outputs, loss_sum  # frees them before the next forward
-            if self.ranks.size > 1:
-                sums = [
-                    torch.as_tensor(value, dtype=torch.float64, device=device) for value in (total, weight)
-                ]
-                total, weight = self.ranks.sum(torch.stack(sums)).unbind()
-            values = {"loss": float(total) / (float(weight) or 1.0), **plain_values(self.metrics)}
-            if not weight:  # a loss of 0 would be the best there is
+                del batch, outputs  # frees them before the next forward
+            losses = sums.values(device)
+            values = {**(losses or {"loss": math.nan}), **plain_values(self.metrics)}
+            if losses is None:  # a loss of 0 would be the best there is
                 values = dict.fromkeys(values, math.nan)
         finally:
             self.metrics.reset()

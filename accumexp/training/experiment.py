@@ -11,8 +11,9 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ..accum import GraphedStep, Ranks, Window, WindowLoss, data_parallel, fully_sharded, window_loss
+from ..accum.terms import has_terms
 from ..config.instantiate import build
-from ..config.schema import Config, Strategy
+from ..config.schema import Config, Reduction, Strategy
 from ..data import Share, Splits, build_splits
 from ..data.samples import check_inputs
 from ..environment.cores import cores
@@ -141,8 +142,17 @@ class Experiment:
         return model
 
     def window(self, model: nn.Module | None = None) -> Window:
-        """The window over `model`, which is prepared already; by default the experiment's, prepared here."""
+        """The window over `model`, which is prepared already; by default the experiment's, prepared here.
+
+        Raises:
+            UsageError: for a loss that `accum.reduction` cannot reduce.
+        """
         accum = self.config.accum
+        if accum.reduction is Reduction.sum and has_terms(self.loss):
+            raise UsageError(
+                "accum.reduction=sum: adds the means of micro-batches, and a loss of several terms, or one "
+                "that couples samples, has none; give accum.reduction=mean"
+            )
         return Window(
             self.prepared_model(self.model) if model is None else model,
             self.loss,

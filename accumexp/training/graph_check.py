@@ -122,6 +122,11 @@ def _both(
 
     first, second = batches
     gradients(first)
+    if copied.passes > 1:  # after the first window, in which weights may turn out to depend on outputs
+        raise UsageError(
+            "trainer.graph=true: the loss needs the outputs of the whole window first, in a pass of its own, "
+            "which is not recorded; leave it out"
+        )
     on_host = _host(model, start)
     eager = gradients(second)
     drawn = not same_state(on_host, _host(model, random_state(devices=False)))

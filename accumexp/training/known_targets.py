@@ -55,9 +55,14 @@ class Kind:
 MODULE = Kind(
     "torch.nn.Module",
     nn.Module,
-    ("torch.nn.", "torchvision.models.", "torchvision.ops.", "accumexp.models.", "accumexp.training.losses."),
+    (
+        *("torch.nn.", "torchvision.models.", "torchvision.ops."),
+        *("accumexp.models.", "accumexp.losses.", "accumexp.training.losses."),
+    ),
 )
-TRANSFORM = Kind("transform", None, ("torchvision.transforms.", "accumexp.data.transforms."))
+TRANSFORM = Kind(
+    "transform", None, ("torchvision.transforms.", "accumexp.data.transforms.", "accumexp.data.digit_tasks.")
+)
 DATASET = Kind("Dataset", Dataset, ("torch.utils.data.dataset.", "torchvision.datasets.", "accumexp.data."))
 SAMPLER = Kind("Sampler", Sampler, ("torch.utils.data.sampler.", "torch.utils.data.distributed."))
 OPTIMIZER = Kind("Optimizer", Optimizer, ("torch.optim.",))
@@ -99,6 +104,8 @@ def _is_functional(value: Any) -> bool:
 
 def _is_loss(function: Any) -> bool:
     name = getattr(function, "__name__", "")
+    if getattr(function, "__module__", "").startswith("accumexp.losses."):
+        return True
     return _is_functional(function) and (name.endswith("_loss") or name in LOSSES)
 
 

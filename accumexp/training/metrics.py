@@ -23,12 +23,17 @@ class Accuracy:
 
     Args:
         ignore_index: the target of ignored items, as in `torch.nn.CrossEntropyLoss`.
+        output, target: the key or position of the outputs and targets, where there are several.
     """
 
     higher_is_better = True
 
-    def __init__(self, ignore_index: int = -100) -> None:
+    def __init__(
+        self, ignore_index: int = -100, output: str | int | None = None, target: str | int | None = None
+    ) -> None:
         self.ignore_index = ignore_index
+        self.output = output
+        self.target = target
         self.over_ranks = True
         self._counts = torch.zeros(2, dtype=torch.int64)
 
@@ -39,7 +44,9 @@ class Accuracy:
     def reset(self) -> None:
         self._counts = torch.zeros_like(self._counts)
 
-    def update(self, outputs: Tensor, targets: Tensor) -> None:
+    def update(self, outputs: Any, targets: Any) -> None:
+        outputs = outputs if self.output is None else outputs[self.output]
+        targets = targets if self.target is None else targets[self.target]
         valid = targets.long() != self.ignore_index
         correct = (outputs.argmax(1) == targets) & valid
         self._counts += torch.stack([correct.sum(), valid.sum()])

@@ -37,6 +37,25 @@ class _Update(NamedTuple):
     number: int
     overflow: Tensor | None
     rates: Rates
+    terms: Mapping[str, Tensor]
+
+
+class _Numbers(NamedTuple):
+    """What a read takes from the device.
+
+    Attributes:
+        losses, overflows: of every update.
+        terms: metrics of the loss's terms in the last one, if it is published.
+        scaling: metrics of the loss scale.
+        in_vain, in_a_row: skipped windows, as in `LossScale`.
+    """
+
+    losses: list[float]
+    overflows: list[float]
+    terms: dict[str, float]
+    scaling: dict[str, float]
+    in_vain: float
+    in_a_row: float
 
 
 def as_numbers(values: Mapping[str, Any]) -> dict[str, float]:
@@ -94,14 +113,24 @@ class MetricsLog:
         self._losses: list[Tensor] = []
         self._slots: list[Tensor] = []
 
-    def add(self, update: int, loss: Tensor, overflow: Tensor | None, rates: Rates) -> None:
-        """Adds an update: this rank's part of the loss, whether it was skipped, the learning rates."""
+    def add(
+        self,
+        update: int,
+        loss: Tensor,
+        overflow: Tensor | None,
+        rates: Rates,
+        terms: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Adds an update: this rank's part of the loss, whether it was skipped, the learning rates.
+
+        `terms` are this rank's parts of the loss's terms, of an update that is published.
+        """
         if len(self._pending) == len(self._slots):
             block = torch.zeros(BLOCK, dtype=torch.float64, device=loss.device)
             self._losses.append(block)
             self._slots.extend(block.unbind())
         self._slots[len(self._pending)].copy_(loss)
-        self._pending.append(_Update(update, overflow, rates))
+        self._pending.append(_Update(update, overflow, rates, terms or {}))
 
     def measured(
         self, progress: Progress, norm: Tensor | None, first: bool, optimizer: Any
@@ -147,7 +176,7 @@ class MetricsLog:
         pending, self._pending = self._pending, []
         if not pending:
             return
-        losses, overflows, scaling, in_vain, in_a_row = self._numbers(
+        losses, overflows, terms, scaling, in_vain, in_a_row = self._numbers(
             pending, total or self.window.sync.ranks.sum
         )
         for update, loss, overflow in zip(pending, losses, overflows, strict=True):
@@ -162,7 +191,7 @@ class MetricsLog:
             values = {"train/loss": loss, **{key: float(rate) for key, rate in update.rates.items()}}
             publish = extra is not None and update.number == newest
             if publish:
-                values.update({**as_numbers(extra or {}), **scaling})
+                values.update({**terms, **as_numbers(extra or {}), **scaling})
                 self.latest.update(values)
             if update.number in self.split_steps:
                 values["accum/steps"] = self.split_steps.pop(update.number)
@@ -179,16 +208,20 @@ class MetricsLog:
                 "the smallest it may become), or use precision=bf16 accum.loss_scale=none"
             )
 
-    def _numbers(
-        self, pending: list[_Update], total: Callable[[Tensor], Tensor]
-    ) -> tuple[list[float], list[float], dict[str, float], float, float]:
-        """Losses, overflows, metrics of the loss scale, and its `in_vain` and `in_a_row`."""
-        scale, count = self.window.loss_scale, len(pending)
-        losses = total(torch.cat(self._losses)[:count])
+    def _numbers(self, pending: list[_Update], total: Callable[[Tensor], Tensor]) -> _Numbers:
+        scale, count, terms = self.window.loss_scale, len(pending), pending[-1].terms
+        # Sorted, because a rank with padding alone may have them in another order.
+        names = sorted(terms)
+        parts = [terms[name].double().reshape(1) for name in names]
+        device_numbers = total(torch.cat([torch.cat(self._losses)[:count], *parts]))
+        if scale is not None:
+            overflows = torch.stack([update.overflow for update in pending if update.overflow is not None])
+            device_numbers = torch.cat([device_numbers, overflows.double(), scale.counters()])
+        numbers = device_numbers.tolist()
+        losses, numbers = numbers[:count], numbers[count:]
+        of_terms = {f"train/loss/{name}": numbers[k] for k, name in enumerate(names)}
         if scale is None:
-            return losses.tolist(), [0.0] * count, {}, 0.0, 0.0
-        overflows = torch.stack([update.overflow for update in pending if update.overflow is not None])
-        numbers = torch.cat([losses, overflows.double(), scale.counters()]).tolist()
+            return _Numbers(losses, [0.0] * count, of_terms, {}, 0.0, 0.0)
         size, skipped, in_vain, in_a_row = numbers[-4:]
-        metrics = {"accum/loss_scale": size, "accum/skipped_windows": skipped}
-        return numbers[:count], numbers[count : 2 * count], metrics, in_vain, in_a_row
+        scaling = {"accum/loss_scale": size, "accum/skipped_windows": skipped}
+        return _Numbers(losses, numbers[len(names) : -4], of_terms, scaling, in_vain, in_a_row)

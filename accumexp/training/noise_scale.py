@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..accum import MicroBatch, Window
+from ..accum.terms import has_terms
 from ..errors import UsageError
 from .callbacks import Callback
 
@@ -56,6 +57,11 @@ class GradientNoise(Callback):
         others = [c for c in trainer.callbacks.values() if isinstance(c, GradientNoise) and c is not self]
         if others:
             raise UsageError(f"{key}: another callback logs train/noise_scale already, leave one out")
+        if has_terms(trainer.window.loss):
+            raise UsageError(
+                f"{key}: the loss has several terms or couples samples, so the gradient of a window is no "
+                "mean over samples whose variance falls with their number; leave it out"
+            )
         if trainer.window.sync.sharded:
             raise UsageError(f"{key}: accum=fsdp has no whole gradients to estimate the noise from")
 

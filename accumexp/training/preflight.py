@@ -19,6 +19,7 @@ from torch.nn.parameter import is_lazy
 from ..accum import call, is_out_of_memory, tensors
 from ..accum.batch import map_tensors, rank_share, steps_for
 from ..accum.loss import ClassIndexLoss, WeightedSamples
+from ..accum.terms import has_terms
 from ..config.schema import Reduction
 from ..data import Batches, StreamedBatches
 from ..data.labels import ClassIndices, Probabilities, TargetCheck
@@ -126,7 +127,7 @@ def average_warning(experiment: Experiment, outputs: Any) -> str | None:
     accum = experiment.config.accum
     inner = criterion.criterion if isinstance(criterion, Regression) else criterion
     known = type(experiment.loss) in (ClassIndexLoss, WeightedSamples)
-    known = known or type(inner).__module__ == nn.MSELoss.__module__
+    known = known or type(inner).__module__ == nn.MSELoss.__module__ or has_terms(experiment.loss)
     alone = cast(int, accum.steps) * experiment.rank_info.size == 1
     if example is None or known or alone or accum.reduction is Reduction.sum:
         return None

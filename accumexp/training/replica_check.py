@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..accum import Window
 from ..accum.batch import Nested, batch_size, map_tensors
+from ..accum.terms import has_terms
 from ..config.schema import Config
 from ..data import Placement, ResidentBatches, Share, Splits, build_splits
 from ..data.replica_batches import gathered
@@ -73,6 +74,11 @@ def check_replicable(replicas: ReplicaTrainer, key: str) -> None:
                 raise UsageError(
                     f"{key}: {_drawing_module(trainer.window, *batch)} draws random numbers in training, "
                     "which would not be those of the run alone"
+                )
+            if has_terms(trainer.window.loss):
+                raise UsageError(
+                    f"{key}: the loss has several terms or couples samples, which many runs in one loop do "
+                    "not accumulate; give the seeds to a sweep, -m seed=0,1,2"
                 )
             expected.append(_gradients_and_buffers(trainer.window))
         _restore(buffers)

@@ -256,7 +256,7 @@ class Trainer:
         progress.update += 1
         progress.epoch_update += 1
         progress.samples += batch.total
-        self.log.add(progress.update, result.loss, done.overflow, rates)
+        self.log.add(progress.update, result.loss, done.overflow, rates, result.terms if publish else None)
         if publish:
             first = progress.update <= self.options.log_every
             extra = self.log.measured(progress, done.norm, first, self.optimizer)

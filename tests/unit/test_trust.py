@@ -22,6 +22,11 @@ KNOWN = [
     ("model", "torchvision.models.resnet18"),
     ("model", "torch.nn.Linear"),
     ("loss", "torch.nn.CrossEntropyLoss"),
+    ("loss", "accumexp.losses.Sum"),
+    ("loss", "accumexp.losses.info_nce"),
+    ("loss", "accumexp.losses.Regression"),  # its former path
+    ("data.augment", "accumexp.data.TwoViews"),
+    ("callbacks.probe", "accumexp.training.linear_probe.LinearProbe"),
     ("loss", "torch.nn.functional.cross_entropy"),
     ("optimizer", "torch.optim.AdamW"),
     ("optimizer.groups.0", "torch.optim.SGD"),

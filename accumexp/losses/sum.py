@@ -1,0 +1,102 @@
+"""A loss that is a weighted sum of others, each on its part of the outputs and targets."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from ..accum.loss import window_loss
+from ..accum.terms import CoupledLoss, SeveralTerms, Term, sum_of
+
+PARTS = ("loss", "coefficient", "output", "target")
+
+
+class _Part(NamedTuple):
+    loss: Any
+    coefficient: float
+    output: str | int | None
+    target: str | int | None
+
+    def of(self, outputs: Any) -> Any:
+        return outputs if self.output is None else outputs[self.output]
+
+    def of_targets(self, targets: Any) -> Any:
+        return targets if self.target is None else targets[self.target]
+
+
+class Sum(nn.Module):
+    """`sum_t coefficient_t * loss_t`, each term with its own denominator over the window and all ranks.
+
+    If a term couples samples, all are computed on the outputs of the whole window.
+
+    Args:
+        terms: by name, mappings of `loss` (any loss that a window takes), and optionally `coefficient` (1),
+            and `output` and `target`: the key or position of its part of the model's outputs and of the
+            targets (all of them).
+
+    Raises:
+        ValueError: naming the term that is none, or a sum over samples, which has no denominator.
+    """
+
+    def __init__(self, terms: Mapping[str, Mapping[str, Any]]) -> None:
+        super().__init__()
+        if not terms:
+            raise ValueError("terms: at least one is needed")
+        self._parts = {name: _part(name, given) for name, given in terms.items()}
+        # Registered, so that class weights move to the device.
+        modules = {name: part.loss for name, part in self._parts.items() if isinstance(part.loss, nn.Module)}
+        self.losses = nn.ModuleDict(modules)
+        self.couples = any(getattr(part.loss, "couples", False) for part in self._parts.values())
+
+    def weights(self, targets: Any) -> dict[str, Tensor | float]:
+        """The weights that depend on the targets alone, by term."""
+        found: dict[str, Tensor | float] = {}
+        for name, part in self._parts.items():
+            own = part.of_targets(targets)
+            if isinstance(part.loss, SeveralTerms):
+                found.update({_inner(name, key): w for key, w in part.loss.weights(own).items()})
+            elif not isinstance(part.loss, CoupledLoss):
+                found[name] = part.loss.weight(own)
+        return found
+
+    def terms(self, outputs: Any, targets: Any) -> dict[str, Term]:
+        """The terms of a batch by name; a loss of several terms gives `<name>/<its term>`."""
+        found: dict[str, Term] = {}
+        for name, part in self._parts.items():
+            loss, own_outputs, own_targets = part.loss, part.of(outputs), part.of_targets(targets)
+            if isinstance(loss, SeveralTerms | CoupledLoss):
+                for key, term in loss.terms(own_outputs, own_targets).items():
+                    coefficient = term.coefficient * part.coefficient
+                    found[_inner(name, key)] = term._replace(coefficient=coefficient)
+                continue
+            total = loss.total(own_outputs, own_targets)
+            if getattr(loss, "returns_terms", False):
+                raise ValueError(f"terms.{name}: returns several terms, give them one by one")
+            found[name] = Term(total.reshape(()), loss.weight(own_targets), part.coefficient)
+        return found
+
+    def kept(self, outputs: Any) -> Any:
+        """The outputs that the terms take, by their keys; all of them if a term takes all."""
+        keys = dict.fromkeys(part.output for part in self._parts.values())
+        return outputs if None in keys else {key: outputs[key] for key in keys}
+
+    def forward(self, outputs: Any, targets: Any) -> Tensor:
+        """The loss of one batch, shape ()."""
+        return sum_of(self.terms(outputs, targets))
+
+
+def _part(name: str, given: Any) -> _Part:
+    if not isinstance(given, Mapping) or "loss" not in given:
+        raise ValueError(f"terms.{name}: a mapping of {', '.join(PARTS)} is needed, loss at least")
+    if unknown := [key for key in given if key not in PARTS]:
+        raise ValueError(f"terms.{name}.{unknown[0]}: unknown, a term has {', '.join(PARTS)}")
+    loss = window_loss(given["loss"])
+    if not getattr(loss, "counts", True):
+        raise ValueError(f"terms.{name}: a sum over samples has no denominator, give reduction=mean")
+    return _Part(loss, float(given.get("coefficient", 1.0)), given.get("output"), given.get("target"))
+
+
+def _inner(name: str, key: str) -> str:
+    return name if key == "loss" else f"{name}/{key}"
