@@ -13,6 +13,7 @@ from .batch import Nested
 from .buffers import Fp32Buffers
 from .forward_state import ForwardState
 from .loss import MeanOverSamples, WindowLoss, window_loss
+from .norm_passes import WindowNorms
 from .objective import Coupled, Objective, OneTerm, SeveralDenominators
 from .scale import LossScale
 from .sync import NOTHING, sync_of
@@ -97,6 +98,7 @@ class Window:
         self.on_discard: list[Callable[[], None]] = []
         self.under_way = 0
         self._objective: Objective | None = None
+        self._norms: WindowNorms | None = None
         self._called = False  # whether the loss was called once
         self._compared = False  # whether the two passes of a window were compared once
         self._buffers = Fp32Buffers(model.parameters()) if fp32_buffers else None
@@ -143,13 +145,22 @@ class Window:
             batch = WindowBatch.split(cast(Nested, inputs), targets, steps, samples, empty=empty)
         start = self._start_of_function()
         try:
-            return self._accumulate(batch, weight, observe, agree)
+            return self._with_norms(batch, weight, observe, agree)
         except _ReturnsTerms:
             assert start is not None and self._objective is not None
             self._objective.wait()
             start.restore()
             self._use_loss(window_loss(self.loss))
-            return self._accumulate(batch, weight, observe, agree)
+            return self._with_norms(batch, weight, observe, agree)
+
+    def _with_norms(self, batch: WindowBatch, *arguments: Any) -> WindowResult:
+        """`_accumulate`, with the statistics of norms over the window fixed before, if the model has them."""
+        self._norms = WindowNorms.of(self, batch, arguments[-1], not self._compared)
+        if self._norms is None:
+            return self._accumulate(batch, *arguments)
+        with self._norms as norms:
+            norms.fix_statistics()
+            return self._accumulate(batch, *arguments)
 
     def _accumulate(
         self,
@@ -158,12 +169,14 @@ class Window:
         observe: Observer | None,
         agree: Callable[..., bool] | None,
     ) -> WindowResult:
-        first_call, self._called = not self._called, True
+        self._called = True
         objective = self._objective = self._objective_of(batch, weight)
         first_pass = self._first_pass(batch, agree) if objective.passes else None
         if first_pass is not None:
             objective.prepare(first_pass)
             first_pass.rewind()
+        if self._norms is not None:
+            self._norms.find_sums()
         if self._buffers:
             self._buffers.open()
         if self._buffers or agree is not None:
@@ -176,10 +189,8 @@ class Window:
             with self.sync.micro_batch(last and not self._buffers and agree is None):
                 with self.precision():
                     outputs = self.forward(k, inputs_k)
-                    value, share = objective.of(k, outputs, targets_k)
-                if first_call and getattr(self.loss, "returns_terms", False):
-                    raise _ReturnsTerms
-                value.backward(self._seed(share) if batch.sizes[k] else torch.zeros_like(share))
+                    value, share = self.value_of(k, outputs, targets_k)
+                value.backward(self.seed(share) if batch.sizes[k] else torch.zeros_like(share))
             if self.after_micro_batch:
                 done = MicroBatch(k, last, batch.sizes[k], targets_k, share)
                 if agree is None or not last:
@@ -202,7 +213,9 @@ class Window:
             self._buffers.close(self.sync)
         if first_pass is not None:
             first_pass.end()
-            self._compared = True
+        if self._norms is not None:
+            self._norms.update_running_statistics()
+        self._compared = self._compared or first_pass is not None or self._norms is not None
         mean, terms = objective.mean(), dict(objective.terms())
         if not self.local_loss:
             for part in (mean, *terms.values()):
@@ -212,7 +225,17 @@ class Window:
     def forward(self, k: int, inputs: Nested) -> Any:
         """The model's outputs for the inputs of micro-batch `k`."""
         self.under_way = k
+        if self._norms is not None:
+            self._norms.begin(k)
         return call(self.sync.forward, inputs)
+
+    def value_of(self, k: int, outputs: Any, targets: Nested) -> tuple[Tensor, Tensor]:
+        """As `Objective.of`, of the window that computes."""
+        assert self._objective is not None
+        value = self._objective.of(k, outputs, targets)
+        if getattr(self.loss, "returns_terms", False):
+            raise _ReturnsTerms
+        return value
 
     def _first_pass(self, batch: WindowBatch, agree: Callable[..., bool] | None) -> FirstPass:
         parts = [self.model, self.loss]
@@ -264,7 +287,7 @@ class Window:
         for after in self.after_micro_batch:
             after(micro_batch)
 
-    def _seed(self, share: Tensor) -> Tensor:
+    def seed(self, share: Tensor) -> Tensor:
         """The gradient that backward starts from: the share, times the loss scale and the ranks' factor."""
         if self.loss_scale is not None:
             share = (share * self.loss_scale.scale).to(share.dtype)

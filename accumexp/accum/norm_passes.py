@@ -1,0 +1,306 @@
+"""The passes of a window that make its norms exact: first their statistics, then the gradients through them.
+
+The statistics of a norm depend on those of the norms before it, so they are fixed one after the other, in
+forward passes without gradients that end at the norm. The gradient of a norm's input needs two sums over
+the window: of its output's gradient, and of the products with the normalised input. They depend on the sums
+of the norms after it, so they are found from the last norm to the first, in sweeps: a forward and a backward
+of all micro-batches down to the norms whose sums are next, without gradients of parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from itertools import zip_longest
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .batch import Nested
+from .forward_state import ForwardState, Generators
+from .window_batch import WindowBatch
+from .window_norm import Statistics, WindowBatchNorm, normalised, takes_statistics
+
+if TYPE_CHECKING:
+    from .window import Window
+
+# A call of a norm in a forward pass: the module's number, and how often it was called before.
+Call = tuple[int, int]
+
+# Difference of a micro-batch's mean in two passes, in standard deviations, that rounding cannot explain.
+OTHER, OTHER_FP64 = 1e-2, 1e-6
+OTHER_CALLS = (
+    "a norm over the window has to be called in every micro-batch, in the same order; the model calls it "
+    "depending on the data or on draws"
+)
+
+
+class WindowNorms:
+    """The norms of a window, while it computes: a context that attaches them.
+
+    Attributes:
+        sweeps: those of this window.
+    """
+
+    def __init__(
+        self,
+        window: Window,
+        modules: list[WindowBatchNorm],
+        batch: WindowBatch,
+        agree: Callable[..., bool] | None,
+        compare: bool,
+    ) -> None:
+        if window.sync.sharded:
+            raise ValueError(
+                "norms over the window end forward passes early, and a fully sharded model gathers its "
+                "parameters in whole ones; use DistributedDataParallel (accum=ddp)"
+            )
+        self.window = window
+        self.batch = batch
+        self.compare = compare
+        self.sweeps = 0
+        self._modules = modules
+        self._numbers = {module: number for number, module in enumerate(modules)}
+        self._agree = agree
+        self._parameter = next(window.model.parameters())
+        self._start = ForwardState([window.model, window.loss], self._parameter.device)
+        self._statistics: dict[Call, Statistics] = {}  # of the window, in the order of the calls
+        self._sums: dict[Call, Tensor] = {}  # (2, channels) for each call
+        # Of the pass:
+        self._micro_batch = 0
+        self._counts: dict[int, int] = {}  # calls of each module in this forward
+        self._target: Call | None = None  # whose statistics are collected
+        self._collected: list[Statistics] | None = None
+        self._orders: list[list[Call]] = []  # by micro-batch, in the first pass
+        self._means: dict[tuple[int, Call], Tensor] = {}  # by micro-batch, where passes are compared
+        self._differences: list[Tensor] = []
+        self._comparing = False
+        self._wanted: set[Call] = set()  # whose sums are next
+        self._marks: dict[Call, Tensor] | None = None  # in a sweep; `window_norm.normalised`
+
+    @classmethod
+    def of(
+        cls, window: Window, batch: WindowBatch, agree: Callable[..., bool] | None, compare: bool
+    ) -> WindowNorms | None:
+        """The norms of the window's model; None if there are none, or the micro-batch is the whole window."""
+        if len(batch.parts) == window.sync.ranks.size == 1:
+            return None
+        norms = [module for module in window.model.modules() if isinstance(module, WindowBatchNorm)]
+        modules = [module for module in norms if takes_statistics(module)]
+        return cls(window, modules, batch, agree, compare) if modules else None
+
+    def __enter__(self) -> WindowNorms:
+        for module in self._modules:
+            module.window_pass = self
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for module in self._modules:
+            module.window_pass = None
+
+    def begin(self, k: int) -> None:
+        """Begins the forward pass of micro-batch `k`."""
+        self._micro_batch = k
+        self._counts.clear()
+
+    def normalised(self, module: WindowBatchNorm, input: Tensor) -> Tensor:
+        call, padding = self._call(module), not self.batch.sizes[self._micro_batch]
+        known = self._statistics.get(call)
+        if self._collected is not None:
+            known = self._collect(call, known, input, padding)
+        if known is None:
+            raise ValueError(f"{self._name(call)}: {OTHER_CALLS}")
+        if self._comparing and not padding:
+            difference = Statistics.of(input).mean - self._means[self._micro_batch, call]
+            self._differences.append((difference / (known.variance + module.eps).sqrt()).abs().max())
+        mark = None
+        if self._marks is not None and call in self._wanted:
+            torch.set_grad_enabled(True)  # from the first of these norms on, no earlier
+            mark = self._marks[call] = torch.zeros_like(torch.stack([known.mean] * 2), requires_grad=True)
+        return normalised(module, input, known, None if padding else self._sums.get(call), mark)
+
+    def _collect(self, call: Call, known: Statistics | None, input: Tensor, padding: bool) -> Statistics:
+        """In a pass for statistics: those to normalise `input` by.
+
+        Raises:
+            _Collected: if nothing after this call is needed.
+        """
+        assert self._collected is not None
+        finding = not self._statistics
+        if finding:
+            self._orders[self._micro_batch].append(call)
+            self._target = self._target or call
+        if known is None:
+            known = Statistics.of(input)
+            if call == self._target:
+                self._collected.append(known.empty() if padding else known)
+            if self.compare:
+                self._means[self._micro_batch, call] = known.mean
+            if not finding:
+                raise _Collected
+        return known
+
+    def _call(self, module: WindowBatchNorm) -> Call:
+        number = self._numbers[module]
+        if torch._C._current_graph_task_id() != -1:  # the second forward of a checkpointed part
+            if self._counts.get(number) == 1:
+                return number, 0
+            raise RuntimeError(f"{self._name((number, 0))}: called several times and checkpointed")
+        before = self._counts.get(number, 0)
+        self._counts[number] = before + 1
+        return number, before
+
+    def _name(self, call: Call) -> str:
+        names = {module: name for name, module in self.window.model.named_modules()}
+        return names[self._modules[call[0]]] or "(model)"
+
+    def fix_statistics(self) -> None:
+        """Computes the statistics of all norms, in passes without gradients that leave no trace.
+
+        Raises:
+            ValueError: if the micro-batches call the norms in other orders, or a channel has one value.
+        """
+        if self._agree is None:
+            self.window.sync.begin_without_sync()
+        self._start.save()
+        # The first pass is whole: it finds the calls, and the generators' state before each micro-batch.
+        self._orders = [[] for _ in self.batch.parts]
+        states: list[Generators] = []
+        self._collected = []
+        for k, (inputs, _) in enumerate(self.batch):
+            states.append(Generators(self._parameter.device))
+            self._forward(k, inputs)
+        calls = self._orders[0]
+        for order in self._orders:
+            for call, other in zip_longest(calls, order):
+                if call != other:
+                    raise ValueError(f"{self._name(call or other)}: {OTHER_CALLS}")
+        for call in calls:
+            self._target = call
+            if self._statistics:
+                self._collected = []
+                self._start.restore()
+                for k, (inputs, _) in enumerate(self.batch):
+                    states[k].restore()
+                    self._forward(k, inputs)
+            self._statistics[call] = self._joined(self._collected, call)
+        self._collected = None
+        self._start.restore()
+
+    def _forward(self, k: int, inputs: Nested) -> None:
+        window = self.window
+        with suppress(_Collected), torch.no_grad(), window.sync.micro_batch(False), window.precision():
+            window.forward(k, inputs)
+
+    def _joined(self, parts: list[Statistics], call: Call) -> Statistics:
+        """The statistics of all micro-batches of all ranks."""
+        own, ranks = Statistics.joined(parts), self.window.sync.ranks
+        self._wait_for_ranks()
+        if ranks.size > 1:
+            own = Statistics.joined([Statistics.unpacked(each) for each in ranks.gather(own.packed())])
+        return own
+
+    def _wait_for_ranks(self) -> None:
+        """Before a collective: fails on all ranks if a micro-batch of this pass has failed on another."""
+        if self._agree is not None:
+            self._agree(False, more=True)
+
+    def find_sums(self) -> None:
+        """Computes the sums of all norms over the window.
+
+        Raises:
+            RuntimeError: if a micro-batch's means differ from those of its first passes.
+        """
+        self._wanted, self._comparing = set(self._statistics), self.compare
+        levels: list[set[Call]] = []  # found in the first sweep
+        while not levels or self.sweeps < len(levels):
+            self._sweep(levels)
+            if self._comparing:
+                self._comparing = False
+                self._check()
+            self.sweeps += 1
+            if self.sweeps < len(levels):
+                self._wanted = levels[self.sweeps]
+        self._start.restore()
+
+    def _sweep(self, levels: list[set[Call]]) -> None:
+        """Adds the sums of the next level, over all ranks. Fills in `levels` if it is empty."""
+        window = self.window
+        self._start.restore()
+        sums: dict[Call, Tensor] = {}
+        for k, (inputs, targets) in enumerate(self.batch):
+            marks = self._marks = {}
+            with torch.no_grad(), window.sync.micro_batch(False), window.precision():
+                value, share = window.value_of(k, window.forward(k, inputs), targets)
+            self._marks = None
+            if not levels:
+                levels += levels_of(value, marks)
+            if not sums:
+                sums = {call: torch.zeros_like(marks[call]) for call in sorted(levels[self.sweeps])}
+            if self.batch.sizes[k] and sums:
+                leaves = [marks[call] for call in sums]
+                found = torch.autograd.grad(value, leaves, window.seed(share), allow_unused=True)
+                for total, part in zip(sums.values(), found, strict=True):
+                    if part is not None:
+                        total += part
+            del value, marks
+        if not sums:
+            return
+        self._wait_for_ranks()
+        flat = window.sync.ranks.sum(torch.cat([total.flatten() for total in sums.values()]))
+        parts = flat.split([total.numel() for total in sums.values()])
+        self._sums |= {call: part.view(2, -1) for call, part in zip(sums, parts, strict=True)}
+
+    def _check(self) -> None:
+        tolerance = OTHER_FP64 if self._parameter.dtype is torch.float64 else OTHER
+        if self._differences and float(torch.stack(self._differences).max()) > tolerance:
+            raise RuntimeError(
+                "a second forward pass gave other means than the first; the model draws from NumPy or from a "
+                "generator of its own, or changes what is neither a parameter nor a buffer"
+            )
+
+    def update_running_statistics(self) -> None:
+        """Updates the running statistics as one forward pass of the whole batch does."""
+        for (number, _), statistics in self._statistics.items():
+            self._modules[number].update_running_statistics(statistics)
+
+
+class _Collected(Exception):
+    """Ends a forward pass at the norm whose statistics were needed."""
+
+
+def levels_of(value: Tensor, marks: dict[Call, Tensor]) -> list[set[Call]]:
+    """The calls whose marks `value` depends on, from the last ones to the first; at least one level.
+
+    A call is one level below the lowest of those that use its output, directly or through other operators.
+    """
+    calls = {id(mark): call for call, mark in marks.items()}
+    users: dict[Any, int] = {}  # by node of the graph: the edges to it
+    call_of: dict[Any, Call] = {}  # by the norm's node
+    found: list[Any] = [value.grad_fn] if value.grad_fn is not None else []
+    for node in found:
+        for below, _ in node.next_functions:
+            call = calls.get(id(getattr(below, "variable", None)))
+            if call is not None:
+                call_of[node] = call
+            elif below is not None:
+                if below not in users:
+                    found.append(below)
+                users[below] = users.get(below, 0) + 1
+    levels: list[set[Call]] = [set()]
+    depth = dict.fromkeys(found, 0)
+    ready = found[:1]
+    for node in ready:
+        below_it = depth[node]
+        if node in call_of:
+            levels += [set() for _ in range(below_it + 1 - len(levels))]
+            levels[below_it].add(call_of[node])
+            below_it += 1
+        for below, _ in node.next_functions:
+            if below in users:
+                depth[below] = max(depth[below], below_it)
+                users[below] -= 1
+                if not users[below]:
+                    ready.append(below)
+    return levels
