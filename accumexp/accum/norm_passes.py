@@ -10,23 +10,22 @@ of all micro-batches down to the norms whose sums are next, without gradients of
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from itertools import zip_longest
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .batch import Nested
 from .forward_state import ForwardState, Generators
+from .sync import Sync
 from .window_batch import WindowBatch
-from .window_norm import Statistics, WindowBatchNorm, normalised, takes_statistics
-
-if TYPE_CHECKING:
-    from .window import Window
+from .window_norm import Statistics, WindowBatchNorm, normalised, window_norms
 
 # A call of a norm in a forward pass: the module's number, and how often it was called before.
 Call = tuple[int, int]
+ValueOf = Callable[[int, Any, Nested], tuple[Tensor, Tensor]]
 
 # Difference of a micro-batch's mean in two passes, in standard deviations, that rounding cannot explain.
 OTHER, OTHER_FP64 = 1e-2, 1e-6
@@ -39,32 +38,38 @@ OTHER_CALLS = (
 class WindowNorms:
     """The norms of a window, while it computes: a context that attaches them.
 
+    Args:
+        modules: the norms.
+        parts: model and loss.
+        forward, precision, sync, batch, agree, compare: as of `FirstPass`.
+
     Attributes:
         sweeps: those of this window.
     """
 
     def __init__(
         self,
-        window: Window,
         modules: list[WindowBatchNorm],
+        parts: list[object],
+        sync: Sync,
+        forward: Callable[[int, Nested], Any],
+        precision: Callable[[], AbstractContextManager[Any]],
         batch: WindowBatch,
         agree: Callable[..., bool] | None,
         compare: bool,
     ) -> None:
-        if window.sync.sharded:
-            raise ValueError(
-                "norms over the window end forward passes early, and a fully sharded model gathers its "
-                "parameters in whole ones; use DistributedDataParallel (accum=ddp)"
-            )
-        self.window = window
+        check_norms(sync)
+        self.sync = sync
+        self.forward = forward
+        self.precision = precision
         self.batch = batch
         self.compare = compare
         self.sweeps = 0
         self._modules = modules
         self._numbers = {module: number for number, module in enumerate(modules)}
         self._agree = agree
-        self._parameter = next(window.model.parameters())
-        self._start = ForwardState([window.model, window.loss], self._parameter.device)
+        self._parameter = next(sync.module.parameters())
+        self._start = ForwardState(parts, self._parameter.device)
         self._statistics: dict[Call, Statistics] = {}  # of the window, in the order of the calls
         self._sums: dict[Call, Tensor] = {}  # (2, channels) for each call
         # Of the pass:
@@ -72,23 +77,13 @@ class WindowNorms:
         self._counts: dict[int, int] = {}  # calls of each module in this forward
         self._target: Call | None = None  # whose statistics are collected
         self._collected: list[Statistics] | None = None
+        self._values = 0  # of a channel on this rank
         self._orders: list[list[Call]] = []  # by micro-batch, in the first pass
         self._means: dict[tuple[int, Call], Tensor] = {}  # by micro-batch, where passes are compared
         self._differences: list[Tensor] = []
         self._comparing = False
         self._wanted: set[Call] = set()  # whose sums are next
         self._marks: dict[Call, Tensor] | None = None  # in a sweep; `window_norm.normalised`
-
-    @classmethod
-    def of(
-        cls, window: Window, batch: WindowBatch, agree: Callable[..., bool] | None, compare: bool
-    ) -> WindowNorms | None:
-        """The norms of the window's model; None if there are none, or the micro-batch is the whole window."""
-        if len(batch.parts) == window.sync.ranks.size == 1:
-            return None
-        norms = [module for module in window.model.modules() if isinstance(module, WindowBatchNorm)]
-        modules = [module for module in norms if takes_statistics(module)]
-        return cls(window, modules, batch, agree, compare) if modules else None
 
     def __enter__(self) -> WindowNorms:
         for module in self._modules:
@@ -135,6 +130,7 @@ class WindowNorms:
             known = Statistics.of(input)
             if call == self._target:
                 self._collected.append(known.empty() if padding else known)
+                self._values += 0 if padding else input.numel() // max(input.shape[1], 1)
             if self.compare:
                 self._means[self._micro_batch, call] = known.mean
             if not finding:
@@ -152,7 +148,7 @@ class WindowNorms:
         return number, before
 
     def _name(self, call: Call) -> str:
-        names = {module: name for name, module in self.window.model.named_modules()}
+        names = {module: name for name, module in self.sync.module.named_modules()}
         return names[self._modules[call[0]]] or "(model)"
 
     def fix_statistics(self) -> None:
@@ -162,7 +158,7 @@ class WindowNorms:
             ValueError: if the micro-batches call the norms in other orders, or a channel has one value.
         """
         if self._agree is None:
-            self.window.sync.begin_without_sync()
+            self.sync.begin_without_sync()
         self._start.save()
         # The first pass is whole: it finds the calls, and the generators' state before each micro-batch.
         self._orders = [[] for _ in self.batch.parts]
@@ -179,7 +175,7 @@ class WindowNorms:
         for call in calls:
             self._target = call
             if self._statistics:
-                self._collected = []
+                self._collected, self._values = [], 0
                 self._start.restore()
                 for k, (inputs, _) in enumerate(self.batch):
                     states[k].restore()
@@ -189,16 +185,17 @@ class WindowNorms:
         self._start.restore()
 
     def _forward(self, k: int, inputs: Nested) -> None:
-        window = self.window
-        with suppress(_Collected), torch.no_grad(), window.sync.micro_batch(False), window.precision():
-            window.forward(k, inputs)
+        with suppress(_Collected), torch.no_grad(), self.sync.micro_batch(False), self.precision():
+            self.forward(k, inputs)
 
     def _joined(self, parts: list[Statistics], call: Call) -> Statistics:
         """The statistics of all micro-batches of all ranks."""
-        own, ranks = Statistics.joined(parts), self.window.sync.ranks
+        own, ranks = Statistics.joined(parts), self.sync.ranks
         self._wait_for_ranks()
         if ranks.size > 1:
             own = Statistics.joined([Statistics.unpacked(each) for each in ranks.gather(own.packed())])
+        if self._values < 2 and float(own.count) < 2:
+            raise ValueError(f"{self._name(call)}: Expected more than 1 value per channel when training")
         return own
 
     def _wait_for_ranks(self) -> None:
@@ -206,8 +203,12 @@ class WindowNorms:
         if self._agree is not None:
             self._agree(False, more=True)
 
-    def find_sums(self) -> None:
+    def find_sums(self, value_of: ValueOf, seed: Callable[[Tensor], Tensor]) -> None:
         """Computes the sums of all norms over the window.
+
+        Args:
+            value_of: a micro-batch's value and share, of its number, outputs and targets.
+            seed: the gradient of the value, of its share.
 
         Raises:
             RuntimeError: if a micro-batch's means differ from those of its first passes.
@@ -215,7 +216,7 @@ class WindowNorms:
         self._wanted, self._comparing = set(self._statistics), self.compare
         levels: list[set[Call]] = []  # found in the first sweep
         while not levels or self.sweeps < len(levels):
-            self._sweep(levels)
+            self._sweep(levels, value_of, seed)
             if self._comparing:
                 self._comparing = False
                 self._check()
@@ -224,15 +225,14 @@ class WindowNorms:
                 self._wanted = levels[self.sweeps]
         self._start.restore()
 
-    def _sweep(self, levels: list[set[Call]]) -> None:
+    def _sweep(self, levels: list[set[Call]], value_of: ValueOf, seed: Callable[[Tensor], Tensor]) -> None:
         """Adds the sums of the next level, over all ranks. Fills in `levels` if it is empty."""
-        window = self.window
         self._start.restore()
         sums: dict[Call, Tensor] = {}
         for k, (inputs, targets) in enumerate(self.batch):
             marks = self._marks = {}
-            with torch.no_grad(), window.sync.micro_batch(False), window.precision():
-                value, share = window.value_of(k, window.forward(k, inputs), targets)
+            with torch.no_grad(), self.sync.micro_batch(False), self.precision():
+                value, share = value_of(k, self.forward(k, inputs), targets)
             self._marks = None
             if not levels:
                 levels += levels_of(value, marks)
@@ -240,7 +240,7 @@ class WindowNorms:
                 sums = {call: torch.zeros_like(marks[call]) for call in sorted(levels[self.sweeps])}
             if self.batch.sizes[k] and sums:
                 leaves = [marks[call] for call in sums]
-                found = torch.autograd.grad(value, leaves, window.seed(share), allow_unused=True)
+                found = torch.autograd.grad(value, leaves, seed(share), allow_unused=True)
                 for total, part in zip(sums.values(), found, strict=True):
                     if part is not None:
                         total += part
@@ -248,7 +248,7 @@ class WindowNorms:
         if not sums:
             return
         self._wait_for_ranks()
-        flat = window.sync.ranks.sum(torch.cat([total.flatten() for total in sums.values()]))
+        flat = self.sync.ranks.sum(torch.cat([total.flatten() for total in sums.values()]))
         parts = flat.split([total.numel() for total in sums.values()])
         self._sums |= {call: part.view(2, -1) for call, part in zip(sums, parts, strict=True)}
 
@@ -268,6 +268,24 @@ class WindowNorms:
 
 class _Collected(Exception):
     """Ends a forward pass at the norm whose statistics were needed."""
+
+
+def check_norms(sync: Sync) -> None:
+    """Refuses a model whose norms over the window cannot be made exact.
+
+    Raises:
+        ValueError: with the reason.
+    """
+    if not window_norms(sync.module):
+        return
+    if sync.sharded:
+        raise ValueError(
+            "norms over the window end forward passes early, and a fully sharded model gathers its "
+            "parameters in whole ones"
+        )
+    parts = (sync.module, *sync.module.modules())
+    if any(hasattr(part, "_orig_mod") or part._compiled_call_impl is not None for part in parts):
+        raise ValueError("norms over the window end forward passes early, and a compiled one cannot")
 
 
 def levels_of(value: Tensor, marks: dict[Call, Tensor]) -> list[set[Call]]:

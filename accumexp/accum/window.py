@@ -13,13 +13,14 @@ from .batch import Nested
 from .buffers import Fp32Buffers
 from .forward_state import ForwardState
 from .loss import MeanOverSamples, WindowLoss, window_loss
-from .norm_passes import WindowNorms
+from .norm_passes import WindowNorms, check_norms
 from .objective import Coupled, Objective, OneTerm, SeveralDenominators
 from .scale import LossScale
 from .sync import NOTHING, sync_of
 from .terms import CoupledLoss, SeveralTerms, TermsLoss, has_terms
 from .two_passes import FirstPass
 from .window_batch import MicroBatch, WindowBatch, WindowResult
+from .window_norm import window_norms
 
 Reduction = Literal["mean", "sum"]
 Observer = Callable[[Any, Nested], None]
@@ -39,6 +40,8 @@ class Window:
     A loss of several terms (`TermsLoss`, or a function that returns terms by name) has a denominator for
     each of them. One that couples samples (`couples = True`) is computed on the outputs of the whole window,
     in two passes: the outputs of all samples are kept, and every micro-batch is computed once more.
+
+    Norms over the window (`window_batch_norm`) take many passes: docs/normalisation.md.
 
     Args:
         model: called as `model(x)` with a tensor, `model(*xs)` with a tuple or list, `model(**xs)`
@@ -63,7 +66,8 @@ class Window:
         under_way: the index of the current micro-batch, or of the last one that ran.
 
     Raises:
-        ValueError: for `steps` below 1, an unknown reduction, or fp32 buffers of a fully sharded model.
+        ValueError: for `steps` below 1, an unknown reduction, or fp32 buffers or norms over the window of a
+            fully sharded model.
     """
 
     def __init__(
@@ -86,6 +90,7 @@ class Window:
         self.sync = sync_of(model, reduce_every_micro_batch)
         if fp32_buffers and self.sync.sharded:
             raise ValueError("fp32_buffers: gradients of a fully sharded model are not there to collect")
+        check_norms(self.sync)
         self.model = self.sync.module
         self.steps = steps
         self.reduction: Reduction = reduction
@@ -155,9 +160,12 @@ class Window:
 
     def _with_norms(self, batch: WindowBatch, *arguments: Any) -> WindowResult:
         """`_accumulate`, with the statistics of norms over the window fixed before, if the model has them."""
-        self._norms = WindowNorms.of(self, batch, arguments[-1], not self._compared)
-        if self._norms is None:
+        modules = window_norms(self.model) if len(batch.parts) * self.sync.ranks.size > 1 else []
+        self._norms = None
+        if not modules:
             return self._accumulate(batch, *arguments)
+        passes = self.sync, self.forward, self.precision, batch, arguments[-1], not self._compared
+        self._norms = WindowNorms(modules, [self.model, self.loss], *passes)
         with self._norms as norms:
             norms.fix_statistics()
             return self._accumulate(batch, *arguments)
@@ -176,7 +184,7 @@ class Window:
             objective.prepare(first_pass)
             first_pass.rewind()
         if self._norms is not None:
-            self._norms.find_sums()
+            self._norms.find_sums(self._value_of, self._seed)
         if self._buffers:
             self._buffers.open()
         if self._buffers or agree is not None:
@@ -189,8 +197,8 @@ class Window:
             with self.sync.micro_batch(last and not self._buffers and agree is None):
                 with self.precision():
                     outputs = self.forward(k, inputs_k)
-                    value, share = self.value_of(k, outputs, targets_k)
-                value.backward(self.seed(share) if batch.sizes[k] else torch.zeros_like(share))
+                    value, share = self._value_of(k, outputs, targets_k)
+                value.backward(self._seed(share) if batch.sizes[k] else torch.zeros_like(share))
             if self.after_micro_batch:
                 done = MicroBatch(k, last, batch.sizes[k], targets_k, share)
                 if agree is None or not last:
@@ -229,7 +237,7 @@ class Window:
             self._norms.begin(k)
         return call(self.sync.forward, inputs)
 
-    def value_of(self, k: int, outputs: Any, targets: Nested) -> tuple[Tensor, Tensor]:
+    def _value_of(self, k: int, outputs: Any, targets: Nested) -> tuple[Tensor, Tensor]:
         """As `Objective.of`, of the window that computes."""
         assert self._objective is not None
         value = self._objective.of(k, outputs, targets)
@@ -287,7 +295,7 @@ class Window:
         for after in self.after_micro_batch:
             after(micro_batch)
 
-    def seed(self, share: Tensor) -> Tensor:
+    def _seed(self, share: Tensor) -> Tensor:
         """The gradient that backward starts from: the share, times the loss scale and the ranks' factor."""
         if self.loss_scale is not None:
             share = (share * self.loss_scale.scale).to(share.dtype)

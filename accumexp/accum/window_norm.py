@@ -30,8 +30,7 @@ class WindowBatchNorm(_BatchNorm):
     # Set by the window on the module while it computes.
     window_pass: NormPass | None = None
 
-    @torch.compiler.disable
-    def forward(self, input: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def forward(self, input: Tensor) -> Tensor:
         if self.window_pass is None or not takes_statistics(self):
             return super().forward(input)
         self._check_input_dim(input)
@@ -95,6 +94,12 @@ def takes_statistics(module: _BatchNorm) -> bool:
     return module.training or (module.running_mean is None and module.running_var is None)
 
 
+def window_norms(model: nn.Module) -> list[WindowBatchNorm]:
+    """The norms over the window in `model` that normalise by their inputs' statistics now."""
+    norms = [module for module in model.modules() if isinstance(module, WindowBatchNorm)]
+    return [module for module in norms if takes_statistics(module)]
+
+
 class Statistics:
     """Mean and biased variance of `count` values a channel; of a part of the window, or of all.
 
@@ -112,7 +117,7 @@ class Statistics:
         values = input.detach()
         values = values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
         variance, mean = torch.var_mean(values, [0, *range(2, values.dim())], correction=0)
-        return cls(mean.new_tensor(values.numel() // max(values.shape[1], 1)), mean, variance)
+        return cls(mean.new_full((), values.numel() // max(values.shape[1], 1)), mean, variance)
 
     @classmethod
     def joined(cls, parts: list[Statistics]) -> Statistics:
