@@ -11,20 +11,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
+from functools import partial
 from itertools import zip_longest
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .batch import Nested
+from .batch import Nested, tensors
 from .forward_state import ForwardState, Generators
+from .memory import SavedActivations, measure_activations
+from .norm_levels import Call, Marked, check_norms, groups_of, levels_of
 from .sync import Sync
 from .window_batch import WindowBatch
-from .window_norm import Statistics, WindowBatchNorm, normalised, window_norms
+from .window_norm import Statistics, WindowBatchNorm, normalised
 
-# A call of a norm in a forward pass: the module's number, and how often it was called before.
-Call = tuple[int, int]
 ValueOf = Callable[[int, Any, Nested], tuple[Tensor, Tensor]]
 
 # Difference of a micro-batch's mean in two passes, in standard deviations, that rounding cannot explain.
@@ -84,6 +85,8 @@ class WindowNorms:
         self._comparing = False
         self._wanted: set[Call] = set()  # whose sums are next
         self._marks: dict[Call, Tensor] | None = None  # in a sweep; `window_norm.normalised`
+        self._kept: SavedActivations | None = None
+        self._kept_before: dict[Call, int] = {}  # bytes kept for backward before each call
 
     def __enter__(self) -> WindowNorms:
         for module in self._modules:
@@ -113,7 +116,11 @@ class WindowNorms:
         if self._marks is not None and call in self._wanted:
             torch.set_grad_enabled(True)  # from the first of these norms on, no earlier
             mark = self._marks[call] = torch.zeros_like(torch.stack([known.mean] * 2), requires_grad=True)
-        return normalised(module, input, known, None if padding else self._sums.get(call), mark)
+        if self._kept is not None:
+            self._kept_before[call] = self._kept.live_bytes
+        # The sums are those at the time of the backward: a graph may be kept while they are found.
+        sums = (lambda: None) if padding else partial(self._sums.get, call)
+        return normalised(module, input, known, sums, mark)
 
     def _collect(self, call: Call, known: Statistics | None, input: Tensor, padding: bool) -> Statistics:
         """In a pass for statistics: those to normalise `input` by.
@@ -213,44 +220,61 @@ class WindowNorms:
         Raises:
             RuntimeError: if a micro-batch's means differ from those of its first passes.
         """
-        self._wanted, self._comparing = set(self._statistics), self.compare
-        levels: list[set[Call]] = []  # found in the first sweep
-        while not levels or self.sweeps < len(levels):
+        self._comparing = self.compare
+        for levels in self._groups(value_of):
             self._sweep(levels, value_of, seed)
             if self._comparing:
                 self._comparing = False
                 self._check()
             self.sweeps += 1
-            if self.sweeps < len(levels):
-                self._wanted = levels[self.sweeps]
         self._start.restore()
 
-    def _sweep(self, levels: list[set[Call]], value_of: ValueOf, seed: Callable[[Tensor], Tensor]) -> None:
-        """Adds the sums of the next level, over all ranks. Fills in `levels` if it is empty."""
+    def _value(self, k: int, inputs: Nested, targets: Nested, wanted: set[Call], value_of: ValueOf) -> Marked:
+        """The value of micro-batch `k`, with a graph down to the calls `wanted`."""
+        self._wanted, marks = wanted, {}
+        self._marks = marks
+        with torch.no_grad(), self.sync.micro_batch(False), self.precision():
+            value, share = value_of(k, self.forward(k, inputs), targets)
+        self._marks = None
+        return Marked(value, share, marks)
+
+    def _groups(self, value_of: ValueOf) -> list[list[list[Call]]]:
+        """The levels of the calls, in the groups of `groups_of`."""
+        inputs, targets = next(iter(self.batch))
         self._start.restore()
-        sums: dict[Call, Tensor] = {}
-        for k, (inputs, targets) in enumerate(self.batch):
-            marks = self._marks = {}
-            with torch.no_grad(), self.sync.micro_batch(False), self.precision():
-                value, share = value_of(k, self.forward(k, inputs), targets)
-            self._marks = None
-            if not levels:
-                levels += levels_of(value, marks)
-            if not sums:
-                sums = {call: torch.zeros_like(marks[call]) for call in sorted(levels[self.sweeps])}
-            if self.batch.sizes[k] and sums:
-                leaves = [marks[call] for call in sums]
-                found = torch.autograd.grad(value, leaves, seed(share), allow_unused=True)
-                for total, part in zip(sums.values(), found, strict=True):
-                    if part is not None:
-                        total += part
-            del value, marks
-        if not sums:
-            return
-        self._wait_for_ranks()
-        flat = self.sync.ranks.sum(torch.cat([total.flatten() for total in sums.values()]))
-        parts = flat.split([total.numel() for total in sums.values()])
-        self._sums |= {call: part.view(2, -1) for call, part in zip(sums, parts, strict=True)}
+        self._kept_before = {}
+        with measure_activations(self.sync.module, tensors(inputs)) as self._kept:
+            marked = self._value(0, inputs, targets, set(self._statistics), value_of)
+            most = self._kept.live_bytes
+        self._kept = None
+        return groups_of(levels_of(marked), self._kept_before, most, len(self.batch.parts))
+
+    def _sweep(self, levels: list[list[Call]], value_of: ValueOf, seed: Callable[[Tensor], Tensor]) -> None:
+        """Computes the sums of `levels`, one after the other, over all ranks."""
+        self._start.restore()
+        wanted = {call for level in levels for call in level}
+        graphs: list[Marked] = []
+        for level in levels:
+            last = level is levels[-1]
+            sums = [torch.zeros_like(torch.stack([self._statistics[call].mean] * 2)) for call in level]
+            for k, (inputs, targets) in enumerate(self.batch):
+                if level is levels[0]:
+                    marked = self._value(k, inputs, targets, wanted, value_of)
+                    if not last:
+                        graphs.append(marked)
+                else:
+                    marked = graphs[k]
+                if self.batch.sizes[k]:
+                    leaves = [marked.marks[call] for call in level]
+                    options: dict[str, Any] = {"retain_graph": not last, "allow_unused": True}
+                    found = torch.autograd.grad(marked.value, leaves, seed(marked.share), **options)
+                    for total, part in zip(sums, found, strict=True):
+                        total += 0 if part is None else part
+                del marked
+            self._wait_for_ranks()
+            flat = self.sync.ranks.sum(torch.cat([total.flatten() for total in sums]))
+            parts = flat.split([total.numel() for total in sums])
+            self._sums |= {call: part.view(2, -1) for call, part in zip(level, parts, strict=True)}
 
     def _check(self) -> None:
         tolerance = OTHER_FP64 if self._parameter.dtype is torch.float64 else OTHER
@@ -268,57 +292,3 @@ class WindowNorms:
 
 class _Collected(Exception):
     """Ends a forward pass at the norm whose statistics were needed."""
-
-
-def check_norms(sync: Sync) -> None:
-    """Refuses a model whose norms over the window cannot be made exact.
-
-    Raises:
-        ValueError: with the reason.
-    """
-    if not window_norms(sync.module):
-        return
-    if sync.sharded:
-        raise ValueError(
-            "norms over the window end forward passes early, and a fully sharded model gathers its "
-            "parameters in whole ones"
-        )
-    parts = (sync.module, *sync.module.modules())
-    if any(hasattr(part, "_orig_mod") or part._compiled_call_impl is not None for part in parts):
-        raise ValueError("norms over the window end forward passes early, and a compiled one cannot")
-
-
-def levels_of(value: Tensor, marks: dict[Call, Tensor]) -> list[set[Call]]:
-    """The calls whose marks `value` depends on, from the last ones to the first; at least one level.
-
-    A call is one level below the lowest of those that use its output, directly or through other operators.
-    """
-    calls = {id(mark): call for call, mark in marks.items()}
-    users: dict[Any, int] = {}  # by node of the graph: the edges to it
-    call_of: dict[Any, Call] = {}  # by the norm's node
-    found: list[Any] = [value.grad_fn] if value.grad_fn is not None else []
-    for node in found:
-        for below, _ in node.next_functions:
-            call = calls.get(id(getattr(below, "variable", None)))
-            if call is not None:
-                call_of[node] = call
-            elif below is not None:
-                if below not in users:
-                    found.append(below)
-                users[below] = users.get(below, 0) + 1
-    levels: list[set[Call]] = [set()]
-    depth = dict.fromkeys(found, 0)
-    ready = found[:1]
-    for node in ready:
-        below_it = depth[node]
-        if node in call_of:
-            levels += [set() for _ in range(below_it + 1 - len(levels))]
-            levels[below_it].add(call_of[node])
-            below_it += 1
-        for below, _ in node.next_functions:
-            if below in users:
-                depth[below] = max(depth[below], below_it)
-                users[below] -= 1
-                if not users[below]:
-                    ready.append(below)
-    return levels

@@ -13,7 +13,8 @@ from .batch import Nested
 from .buffers import Fp32Buffers
 from .forward_state import ForwardState
 from .loss import MeanOverSamples, WindowLoss, window_loss
-from .norm_passes import WindowNorms, check_norms
+from .norm_levels import check_norms
+from .norm_passes import WindowNorms
 from .objective import Coupled, Objective, OneTerm, SeveralDenominators
 from .scale import LossScale
 from .sync import NOTHING, sync_of

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -145,14 +146,18 @@ class Statistics:
 
 
 def normalised(
-    module: _BatchNorm, input: Tensor, statistics: Statistics, sums: Tensor | None, mark: Tensor | None
+    module: _BatchNorm,
+    input: Tensor,
+    statistics: Statistics,
+    sums: Callable[[], Tensor | None],
+    mark: Tensor | None,
 ) -> Tensor:
     """`input`, normalised by `statistics`, with weight and bias of `module`.
 
     Args:
-        sums: over the window, of the gradients of the output and of their products with the normalised input,
-            (2, channels): the gradient of the input is then that through the statistics too. None: they are
-            constants.
+        sums: called in the backward; returns the sums over the window, of the gradients of the output and of
+            their products with the normalised input, (2, channels). The gradient of the input is then that
+            through the statistics too. With None they are constants.
         mark: zeros of shape (2, channels), whose gradient becomes this input's part of the sums.
     """
     arguments = (input, module.weight, module.bias, mark, statistics, sums, module.eps)
@@ -171,7 +176,7 @@ class _Normalise(torch.autograd.Function):
         bias: Tensor | None,
         mark: Tensor | None,
         statistics: Statistics,
-        sums: Tensor | None,
+        sums: Callable[[], Tensor | None],
         eps: float,
     ) -> Tensor:
         ctx.statistics, ctx.sums, ctx.eps = statistics, sums, eps
@@ -190,10 +195,11 @@ class _Normalise(torch.autograd.Function):
         gradient, by_weight, by_bias = torch.ops.aten.native_batch_norm_backward(
             grad_outputs[0], input, weight, mean, variance, None, None, False, ctx.eps, [True, True, True]
         )
-        if ctx.sums is not None and ctx.needs_input_grad[0]:
+        window_sums = ctx.sums() if ctx.needs_input_grad[0] else None
+        if window_sums is not None:
             # Of torch's BatchNorm: weight / std * (gradient - mean gradient - normalised * mean product).
             factor = -weight * (variance + ctx.eps).rsqrt() / ctx.statistics.count
-            through = factor * ctx.sums
+            through = factor * window_sums
             gradient += F.batch_norm(input, mean, variance, through[1], through[0], False, 0.0, ctx.eps)
         sums = torch.stack([by_bias, by_weight]) if ctx.needs_input_grad[3] else None
         by_weight, by_bias = (
