@@ -1,4 +1,4 @@
-"""What BatchNorm over the window costs: exactness, peak memory and time of one update.
+"""What BatchNorm over the window costs: exactness, peak memory, arithmetic and time of one update.
 
 python -m benchmarks.window_norm --batch 32 --steps 4 --image 64 --json window_norm.json
 """
@@ -16,6 +16,7 @@ import torch
 from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 from accumexp.accum import Window
 from accumexp.environment.device import pick_device, wait_for
@@ -97,7 +98,7 @@ def measured(options: argparse.Namespace, name: str) -> list[dict[str, Any]]:
         torch.randint(0, 10, (options.batch,), device=device),
     )
     errors = gradient_errors(copy.deepcopy(model), options.steps, batch)
-    rows, seconds = [], {}
+    rows, seconds, operations = [], {}, {}
     made = windows(model, options.steps)
     peaks = {}
     for loop, window in made.items():
@@ -109,6 +110,9 @@ def measured(options: argparse.Namespace, name: str) -> list[dict[str, Any]]:
             wait_for(device)
 
         peaks[loop] = tensor_peak(device, update)
+        with FlopCounterMode(display=False) as counter:
+            update()
+        operations[loop] = counter.get_total_flops()
         seconds[loop] = []
         for _ in range(options.rounds):
             started = time.perf_counter()
@@ -118,6 +122,7 @@ def measured(options: argparse.Namespace, name: str) -> list[dict[str, Any]]:
         row: dict[str, Any] = {"model": name, "loop": loop, "gradient_error": errors[loop][0]}
         row |= {"running_error": errors[loop][1], "peak_mib": peaks[loop] / MIB}
         row |= {"peak_ratio": peaks[loop] / peaks[PLAIN], "seconds": statistics.median(seconds[loop])}
+        row |= {"operations_ratio": operations[loop] / operations[PLAIN]}
         rows.append(row | {"ratio": row["seconds"] / statistics.median(seconds[PLAIN])})
     return rows
 
@@ -125,11 +130,12 @@ def measured(options: argparse.Namespace, name: str) -> list[dict[str, Any]]:
 def show(report: dict[str, Any]) -> Table:
     settings = report["settings"]
     title = f"{settings['batch']} samples in {settings['steps']} micro-batches, {settings['image']} pixels"
-    headings = "model,loop,gradient\nerror,running\nerror,peak\nMiB,peak\nratio,seconds,time\nratio"
+    headings = "model,loop,gradient\nerror,running\nerror,peak\nMiB,peak\nratio,operations\nratio,seconds,time\nratio"
     table = table_of(title, headings, "loop,model")
     for row in report["rows"]:
         figures = [f"{row['gradient_error']:.1e}", f"{row['running_error']:.1e}", f"{row['peak_mib']:.1f}"]
-        figures += [f"{row['peak_ratio']:.2f}", f"{row['seconds']:.2f}", f"{row['ratio']:.1f}"]
+        figures += [f"{row['peak_ratio']:.2f}", f"{row['operations_ratio']:.1f}"]
+        figures += [f"{row['seconds']:.2f}", f"{row['ratio']:.1f}"]
         table.add_row(row["model"], row["loop"], *figures)
     return table
 
