@@ -130,7 +130,8 @@ def measured(options: argparse.Namespace, name: str) -> list[dict[str, Any]]:
 def show(report: dict[str, Any]) -> Table:
     settings = report["settings"]
     title = f"{settings['batch']} samples in {settings['steps']} micro-batches, {settings['image']} pixels"
-    headings = "model,loop,gradient\nerror,running\nerror,peak\nMiB,peak\nratio,operations\nratio,seconds,time\nratio"
+    headings = "model,loop,gradient\nerror,running\nerror,peak\nMiB,peak\nratio,"
+    headings += "operations\nratio,seconds,time\nratio"
     table = table_of(title, headings, "loop,model")
     for row in report["rows"]:
         figures = [f"{row['gradient_error']:.1e}", f"{row['running_error']:.1e}", f"{row['peak_mib']:.1f}"]
