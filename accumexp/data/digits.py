@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +40,12 @@ class Digits(TensorDataset):
         super().__init__((images[indices] - 0.305) / 0.376, torch.from_numpy(labels)[indices].long())
 
 
+@cache
 def _table() -> tuple[Any, Any]:
-    """Pixels from 0 to 16, (1797, 64), and labels, without importing scikit-learn, which takes seconds."""
+    """Pixels from 0 to 16, (1797, 64), and labels, without importing scikit-learn, which takes seconds.
+
+    The arrays are shared by all calls.
+    """
     package = importlib.util.find_spec("sklearn")
     for folder in package.submodule_search_locations or () if package else ():
         path = Path(folder, "datasets", "data", "digits.csv.gz")

@@ -10,7 +10,7 @@ from functools import cached_property
 
 import torch
 
-from . import draw_causes, window_checks
+from . import draw_causes, window_checks, window_sizes
 from .certificate import Cause, Certificate, Check, Counts, Series, worst_check
 from .counts import decompose
 from .evidence import Failure
@@ -29,6 +29,8 @@ from .search import find_causes
 
 # Updates that are replayed in the run's own precision: four whole and three smaller windows.
 REPLAYED = 7
+# Smaller windows after which the pattern of whole and smaller ones is moved by one update.
+SMALLER_IN_A_ROUND = 3
 # A relative error below which a cast to fp32 may be the reason.
 NARROWED = 1e-5
 
@@ -73,19 +75,24 @@ class Proof:
         return self.problem.batches[number % len(self.problem.batches)]
 
     def replayed_batch(self, number: int, interval: int, dtype: torch.dtype) -> WholeBatch:
-        """The batch of update `number`; a smaller one in the last of every `interval` updates."""
+        """The batch of update `number`; a smaller one in the last of every `interval` updates.
+
+        After every third of them there is one more whole window: what goes wrong in every third update, say,
+        is told apart from what goes wrong in smaller windows.
+        """
         batch = self.batch(number)
         usable = [batch for detail, batch in self.ragged if detail not in self.unusable]
-        if usable and number % interval == interval - 1:
-            batch = usable[number // interval % len(usable)]
+        round_, place = divmod(number, SMALLER_IN_A_ROUND * interval + 1)
+        if usable and place % interval == interval - 1:
+            batch = usable[(SMALLER_IN_A_ROUND * round_ + place // interval) % len(usable)]
         return cast(batch, dtype)
 
     @cached_property
     def ragged(self) -> list[tuple[str, WholeBatch]]:
-        """Descriptions and batches of smaller windows, see `window_checks.ragged`."""
+        """Descriptions and batches of smaller windows, see `window_sizes.ragged`."""
         if self.problem.drop_last:
             return []
-        return window_checks.ragged(self.problem, self.batch(0))
+        return window_sizes.ragged(self.problem, self.batch(0))
 
     def gradient_check(self, name: str, batch: WholeBatch, detail: str) -> Check:
         """Checks every parameter's gradient on `batch` in fp64.
@@ -173,7 +180,7 @@ class Proof:
             checks = [self.gradient_check(name, part, detail) for detail, part in self.ragged]
             decided = [check for check in checks if check.decided]
             self.add(worst_check(decided or checks))
-        uneven = window_checks.weighted(problem, batch)
+        uneven = window_sizes.weighted(problem, batch)
         if uneven is not None:
             self.add(self.gradient_check("gradient, weighted items", uneven, "with ignored targets"))
         self.add(window_checks.buffers_check(problem, state, expected.larger.buffers))
@@ -233,7 +240,7 @@ class Proof:
         self.causes.extend(replay.causes())
 
     def replay_float64(self, updates: int) -> None:
-        """Checks updates from one start, every third of them a smaller window."""
+        """Checks updates from one start, about every third of them a smaller window."""
         problem = self.problem
         replay = self._replayed(updates)
         failure = replay.failure

@@ -5,27 +5,20 @@ from __future__ import annotations
 import copy
 import math
 import tempfile
-from collections import Counter
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Generic, TypeVar, cast
+from typing import Any, cast
 
-import torch
-
-from ..accum.batch import map_tensors, tensors
 from ..config.schema import Config, Precision
 from ..config.validation import complete
-from ..data import Batch
 from ..environment.random_state import random_state, restore_random_state
 from ..environment.ranks import RankInfo, broadcast_from_first
 from ..errors import UsageError
 from ..proof.certificate import Check
-from ..proof.observation import Observation, observing
 from ..proof.own_precision import OwnPrecisionReplay
-from ..proof.problem import Problem, TrainingState, WholeBatch
-from ..proof.ranks import all_gather, world_size
+from ..proof.problem import Problem, is_large
+from ..proof.ranks import all_gather
 from ..proof.replay_float64 import Float64Replay
 from ..proof.window_checks import state_errors
 from ..training.callbacks import Callback, RunState, without_output
@@ -35,13 +28,14 @@ from ..training.metrics_sink import MemoryMetricsSink
 from ..training.preflight import check_batch_statistics
 from ..training.trainer import Trainer
 from .trainer_loop import compile_as_run
+from .update_observer import UpdateObserver
 
-AnyReplay = TypeVar("AnyReplay", Float64Replay, OwnPrecisionReplay)
-ONCE_AN_EPOCH = "every sample of the training split comes once an epoch"
 # Updates in an epoch of the replayed run, before its last and smaller one: three epochs in 100 updates.
 EPOCH = 33
 # Updates beyond the end of the first epoch of the run that is resumed midway.
 BEYOND = 7
+# Both for a large model, in the run that is resumed midway.
+IF_LARGE = 3
 # Samples in a micro-batch: a BatchNorm needs two, and the ragged last windows halve them.
 MICRO_BATCH = 4
 RESUME = (
@@ -94,22 +88,23 @@ class FirstUpdates:
         self._random = random_state()
         splits = self.experiment.splits
         size = splits.train.batch_size
-        self._shorten_epochs(epoch * size, [size // 2 + 1, *range(size - 1, -1, -1)])
+        self._shorten_epochs(epoch * size)
         for split in (splits.eval, splits.test):
             split.indices = split.indices[:size]
 
-    def _shorten_epochs(self, whole: int, last: list[int]) -> None:
+    def _shorten_epochs(self, whole: int) -> None:
         """Ends epochs within the updates that are replayed, after `whole` samples and a smaller window.
 
-        The window has the first number of samples in `last` of which the model takes every micro-batch: batch
-        statistics refuse a single sample.
+        The window has half of the samples, or the largest number of which the model takes every micro-batch:
+        batch statistics refuse a single sample.
 
         Raises:
             UsageError: if full windows have a micro-batch of one sample, and the model refuses it.
         """
         experiment, train = self.experiment, self.experiment.splits.train
         indices, steps = train.indices, cast(int, experiment.config.accum.steps)
-        for number in last:
+        size = train.batch_size
+        for number in (size // 2 + 1, *range(size - 1, -1, -1)):
             train.indices = indices[: whole + number]
             try:
                 ranks = experiment.rank_info.size
@@ -163,7 +158,11 @@ class FirstUpdates:
 
     def _resume_check(self) -> Check:
         """Compares the run that is stopped midway and resumed with the run without a stop."""
-        updates = min(cast(int, self.experiment.config.trainer.max_updates), self.epoch + BEYOND)
+        epoch, beyond = self.epoch, BEYOND
+        if is_large(self.experiment.model) and epoch > IF_LARGE:
+            epoch = beyond = IF_LARGE
+            self._shorten_epochs(epoch * self.experiment.splits.train.batch_size)
+        updates = min(cast(int, self.experiment.config.trainer.max_updates), epoch + beyond)
         half = max(1, updates // 2)
         undisturbed = self.trainer({"end": StopAt(updates)})
         undisturbed.fit()
@@ -224,92 +223,3 @@ def _losses_after(trainer: Trainer, update: int) -> list[tuple[int, float, float
         for number, values in _rows(trainer)
         if number > update and "train/loss" in values
     ]
-
-
-class UpdateObserver(Callback, Generic[AnyReplay]):
-    """Observes every update and compares it in a replay.
-
-    Args:
-        replay_class: of the replay.
-        stage: called with a description of the progress.
-        updates: compared updates after which the run stops; all by default.
-
-    Attributes:
-        replay: after `attach`.
-    """
-
-    order = -1000
-    replay: AnyReplay
-
-    def __init__(
-        self,
-        problem: Problem,
-        replay_class: type[AnyReplay],
-        stage: Callable[[str], None],
-        updates: int | None = None,
-    ) -> None:
-        self.problem = problem
-        self.replay_class = replay_class
-        self.stage = stage
-        self.updates = updates
-        self._indices: dict[int, list[int]] = {}  # by epoch
-        self._observing = ExitStack()
-
-    def attach(self, trainer: Trainer) -> None:
-        """Starts the replay from the weights of `trainer`, before its first update."""
-        dtype = next(trainer.model.parameters()).dtype
-        self._state = TrainingState(self.problem, dtype, trainer.model, trainer.optimizer)
-        self.replay = self.replay_class(self.problem, self._state)
-
-    def update_begin(self, trainer: Trainer) -> None:
-        assert trainer.batch is not None
-        self._batch, indices = gathered_batch(trainer.batch)
-        self._indices.setdefault(trainer.progress.epoch, []).extend(indices)
-        arrivals = self.replay_class is OwnPrecisionReplay or self.problem.scaling is not None
-        observing_window = observing(self._state, self._batch, arrivals)
-        self._observation: Observation = self._observing.enter_context(observing_window)
-
-    def update_end(self, trainer: Trainer) -> None:
-        self._observing.close()
-        self.replay.compare(self._batch, self._observation)
-        if self.updates and self.replay.updates >= self.updates:
-            trainer.stop("enough updates were compared", force=True)
-        self.stage(f"update {trainer.progress.update} of {trainer.total_updates}")
-
-    def run_end(self, trainer: Trainer) -> None:
-        self._observing.close()
-
-    def samples_check(self, trainer: Trainer) -> Check:
-        """Checks that every sample of the split, or of the sampler's draw, came once in each whole epoch."""
-        train = trainer.splits.train
-        count, expected = len(train.order(0)), set(train.indices.tolist())
-        wrong, complete = 0, 0
-        for epoch, indices in self._indices.items():
-            if epoch + 1 in self._indices or len(indices) == count:
-                complete += 1
-                if train.sampler is not None:  # which may leave out and repeat samples
-                    drawn, came = Counter(train.order(epoch).tolist()), Counter(indices)
-                    wrong += sum((drawn - came).values()) + sum((came - drawn).values())
-                    continue
-                distinct = set(indices)
-                wrong += len(distinct - expected) + len(indices) - len(distinct) + abs(count - len(indices))
-        detail = f"{count} samples in each of {complete} epochs"
-        decided = complete > 0
-        return Check("samples of an epoch", float(wrong), 0.0, "count", ONCE_AN_EPOCH, detail, decided)
-
-
-def gathered_batch(batch: Batch) -> tuple[WholeBatch, list[int]]:
-    """The update's batch over all ranks, and its samples' indices. A collective call."""
-    if world_size() == 1:
-        return (batch.inputs, batch.targets), batch.indices.tolist()
-    device = tensors(batch.targets)[0].device
-
-    rank_batch = (batch.inputs, batch.targets, batch.indices)
-    parts = all_gather(map_tensors(lambda t: t[: batch.samples].cpu(), rank_batch))  # without padding
-    inputs, targets = (_joined([part[k] for part in parts], device) for k in range(2))
-    return (inputs, targets), [index for part in parts for index in part[2].tolist()]
-
-
-def _joined(parts: list[Any], device: torch.device) -> Any:
-    columns = iter(zip(*(tensors(part) for part in parts), strict=True))
-    return map_tensors(lambda _: torch.cat(next(columns)).to(device), parts[0])

@@ -182,7 +182,11 @@ def test_bad_input_gives_one_line_that_names_the_key_and_leaves_nothing(
 @pytest.mark.parametrize(
     ("argument", "says"),
     [
-        ("tracking.uri=http://127.0.0.1:9", "tracking.uri=http://127.0.0.1:9: no server answers"),
+        pytest.param(
+            "tracking.uri=http://127.0.0.1:9",
+            "tracking.uri=http://127.0.0.1:9: no server answers",
+            marks=pytest.mark.slow,
+        ),
         ("trainer.epoch=2", "trainer.epoch: no such key, did you mean trainer.epochs?"),
     ],
 )

@@ -41,6 +41,8 @@ from accumexp.training.metrics_sink import MemoryMetricsSink
 from ..support.command import journal, only_run, record_of, run_command
 from ..support.experiments import composed
 
+pytestmark = pytest.mark.usefixtures("imports_are_kept_again")
+
 CPU = torch.device("cpu")
 AUTO = ["device=cpu", "accum.steps=auto"]
 LENET = [*AUTO, "data.batch_size=96", "data.eval_batch_size=8"]

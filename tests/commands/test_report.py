@@ -16,10 +16,15 @@ SMALL = [
     "model=mlp",
     "trainer.epochs=2",
     "data.batch_size=100",
+    "data.image_size=8",
     "report.margin=50",
     "tracking.system_metrics=false",
 ]
-SWEEP = ["-m", "accum.steps=1,8", "seed=0,1,2", *SMALL]
+WRONG = "+callbacks.wrong._target_=tests.support.wrong_windows"
+
+
+def sweep(seeds: str, *others: str) -> list[str]:
+    return ["-m", "accum.steps=1,8", f"seed={seeds}", *SMALL, *others]
 
 
 @dataclass(frozen=True)
@@ -42,9 +47,9 @@ class Ran:
 def ran(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ran]:
     base = tmp_path_factory.mktemp("report")
     lines = {
-        "right": SWEEP,
-        "half rate": [*SWEEP, "+callbacks.wrong._target_=tests.support.wrong_windows.HalfRate"],
-        "mean of means": [*SWEEP, "+callbacks.wrong._target_=tests.support.wrong_windows.MeanOfMeans"],
+        "right": sweep("0,1,2"),
+        "half rate": sweep("0,1,2", f"{WRONG}.HalfRate"),
+        "mean of means": sweep("0,1", f"{WRONG}.MeanOfMeans"),
         "failing": ["-m", "accum.steps=1,0", "seed=0", *SMALL],
         "untracked": ["-m", "accum.steps=1,2", "seed=0,1", *SMALL, "tracking=none"],
         "single": ["accum.steps=2", *SMALL],

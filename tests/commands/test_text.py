@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torchmetrics.classification import MulticlassAccuracy
 
 from accumexp.accum import Window, data_parallel, map_tensors, rank_share, split, split_sizes, window_loss
 from accumexp.config.instantiate import build
@@ -27,8 +27,9 @@ from accumexp.training.experiment import Experiment
 from accumexp.training.metrics import Accuracy, Metrics
 from accumexp.training.noise_scale import GradientNoise
 
-from ..support.command import environment, journal, only_run, record_of, run_command
+from ..support.command import Done, environment, journal, only_run, record_of, run_command
 from ..support.experiments import composed, trainer_of
+from ..support.forked import as_main, forked
 from ..support.launched import saved_weights
 from ..support.ranks import on_ranks
 from ..support.reference import gradients, larger_batch_gradient, relative_error
@@ -206,6 +207,8 @@ def test_nested_tensors_are_taken_whole_unless_a_class_of_ones_own_adds_to_them(
 
 
 def test_accuracy_is_torchmetrics_own_and_counts_no_ignored_item(generator: torch.Generator) -> None:
+    from torchmetrics.classification import MulticlassAccuracy
+
     for shape in ((50,), (50, 9), (50, 3, 4)):
         outputs = torch.randn(shape[0], 7, *shape[1:], generator=generator)
         targets = torch.randint(0, 7, shape, generator=generator)
@@ -362,30 +365,33 @@ def test_dropout_is_off_unless_asked_for_and_is_then_told() -> None:
     assert {found.kind for found in told} == {"Dropout"} and len(told) == 7
 
 
-HIDDEN = """
-import sys
-from importlib import metadata
-
 class Hidden:
-    def find_spec(self, name, path=None, target=None):
+    """Finds no transformers, whether it is installed or not."""
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
         if name.partition(".")[0] == "transformers":
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
-def from_name(name, found=metadata.Distribution.from_name):
-    if name == "transformers":
-        raise metadata.PackageNotFoundError(name)
-    return found(name)
 
-sys.meta_path.insert(0, Hidden())
-metadata.Distribution.from_name = from_name
-"""
+def without_transformers(*arguments: str) -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] == "transformers"]:
+        del sys.modules[name]  # torchmetrics imports it
+    sys.meta_path.insert(0, Hidden())
+    found = metadata.Distribution.from_name
+
+    def from_name(name: str) -> metadata.Distribution:
+        if name == "transformers":
+            raise metadata.PackageNotFoundError(name)
+        return found(name)
+
+    metadata.Distribution.from_name = from_name
+    as_main("accumexp.run", list(arguments))
 
 
 def test_without_transformers_one_line_says_what_to_install(tmp_path: Path) -> None:
-    (tmp_path / "modules").mkdir()
-    (tmp_path / "modules" / "sitecustomize.py").write_text(HIDDEN)
-    env = environment(tmp_path / "modules")
-    done = run_command("run", *SMALL, folder=tmp_path / "run", env=env, fresh=True)
+    (tmp_path / "run").mkdir()
+    ended = forked(without_transformers, *SMALL, folder=tmp_path / "run", env=environment(), seconds=120)
+    done = Done(*ended)
     assert done.error() == "model: needs transformers, pip install 'accumexp[text]'"
     assert not list((tmp_path / "run").glob("mlflow*"))
 

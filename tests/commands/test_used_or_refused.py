@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 import yaml
-from mlflow import MlflowClient
 
 from ..support.command import Done, environment, only_run, run_command
+from ..support.stores import make_empty
 
 SMALL = ("model=mlp", "device=cpu", "data.batch_size=512", "trainer.log_every=1", "trainer.progress=false")
 UNTRACKED = (*SMALL, "tracking=none")
@@ -131,6 +131,8 @@ def test_law_12_what_a_resumed_run_cannot_use_is_refused_by_name(
 
 
 def test_law_12_a_moved_project_goes_on_in_its_moved_record(tmp_path: Path) -> None:
+    from mlflow import MlflowClient
+
     old, new = tmp_path / "old", tmp_path / "new"
     run_command("run", *SMALL, "trainer.epochs=1", "tracking.system_metrics=false", folder=old)
     old.rename(new)
@@ -147,6 +149,9 @@ def test_law_12_a_moved_project_goes_on_in_its_moved_record(tmp_path: Path) -> N
 
 
 def test_law_12_mlflows_environment_counts_where_the_configuration_is_silent(tmp_path: Path) -> None:
+    from mlflow import MlflowClient
+
+    make_empty(tmp_path).rename(tmp_path / "other.db")
     parent_of = MlflowClient(f"sqlite:///{tmp_path / 'other.db'}")
     experiment = parent_of.create_experiment("mine", artifact_location=(tmp_path / "artifacts").as_uri())
     parent = parent_of.create_run(experiment).info.run_id
@@ -338,6 +343,8 @@ def odd(tmp_path: Path) -> dict[str, str]:
 
 
 def test_law_12_an_odd_name_is_recorded_under_a_legal_one(odd: dict[str, str], tmp_path: Path) -> None:
+    from mlflow import MlflowClient
+
     (tmp_path / "c" / "metrics").mkdir(parents=True)
     metric = "{_target_: torchmetrics.classification.MulticlassF1Score, num_classes: 10}"
     (tmp_path / "c" / "metrics" / "odd.yaml").write_text(f'"f1(macro)": {metric}\n')

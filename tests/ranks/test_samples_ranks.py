@@ -10,8 +10,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torchmetrics.classification import MulticlassAUROC
-from torchmetrics.regression import SpearmanCorrCoef
 
 from accumexp.accum import Ranks, Window, data_parallel, window_loss
 from accumexp.accum.loss import WeightedSamples
@@ -67,6 +65,9 @@ def test_law_2_a_list_of_micro_batches_is_counted_over_all_ranks(tmp_path: Path,
 
 
 def evaluated(name: str, samples: int) -> dict[str, float]:
+    from torchmetrics.classification import MulticlassAUROC
+    from torchmetrics.regression import SpearmanCorrCoef
+
     # Of torchmetrics: on its buffers, and on classes that few samples do not have.
     warnings.filterwarnings("ignore", category=UserWarning)
     rank = dist.get_rank() if dist.is_initialized() else 0

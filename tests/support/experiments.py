@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,11 @@ from accumexp.training.trainer import Trainer
 
 
 def composed(*overrides: str) -> Config:
+    return copy.deepcopy(_composed(overrides))
+
+
+@functools.cache
+def _composed(overrides: tuple[str, ...]) -> Config:
     with initialize_config_dir(conf_dir(), version_base="1.3"):
         return from_hydra(compose("config", list(overrides)))
 

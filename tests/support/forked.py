@@ -1,12 +1,14 @@
 """Processes forked from one that has imported what commands need: they start in milliseconds, not in seconds.
 
-Each worker of the tests has one such process, which has done nothing but what `preload` does. The ranks that
-a forked command launches are forked from it too; with FRESH_RANKS in its environment they start as users' do.
+There is one such process, which has done nothing but what `preload` does, and all workers of the tests share
+it. The ranks that a forked command launches are forked from it too; with FRESH_RANKS in its environment they
+start as users' do.
 """
 
 from __future__ import annotations
 
 import atexit
+import importlib
 import multiprocessing
 import os
 import runpy
@@ -25,6 +27,33 @@ FRESH_RANKS = {"ACCUMEXP_TEST_RANKS": "fresh"}
 CONTEXT = multiprocessing.get_context("forkserver")
 PRELOAD = "tests.support.preload"
 CONTEXT.set_forkserver_preload([PRELOAD])
+SHARED = "ACCUMEXP_TEST_SERVER"  # the address of the process that all workers fork from
+SERVER: Any = getattr(forkserver, "_forkserver")  # noqa: B009
+
+
+def share_server() -> None:
+    """Starts the process to fork from, which the workers that this process starts use too."""
+    kept = [(number, os.dup(number)) for number in (1, 2)]
+    silent = os.open(os.devnull, os.O_WRONLY)
+    for number, _ in kept:
+        os.dup2(silent, number)  # libraries that it has imported may write to them when it ends
+    forkserver.ensure_running()
+    for number, stream in kept:
+        os.dup2(stream, number)
+        os.close(stream)
+    os.close(silent)
+    os.environ[SHARED] = SERVER._forkserver_address
+
+
+def _use(address: str) -> None:
+    """Forks from the server at `address`, which another process has started."""
+    SERVER._forkserver_address = address
+    SERVER._forkserver_alive_fd = os.open(os.devnull, os.O_RDONLY)  # a forked process is sent one
+    SERVER.ensure_running = lambda: None
+
+
+if SHARED in os.environ:
+    _use(os.environ[SHARED])
 
 
 def forked(
@@ -79,6 +108,7 @@ def _process(
     try:
         # An import that fails in the server is passed over in silence.
         assert PRELOAD in sys.modules, f"{PRELOAD} cannot be imported"
+        importlib.reload(sys.modules["accumexp.cli"])
         target(*arguments)
     except SystemExit as end:
         code = end.code or 0
@@ -140,5 +170,4 @@ def _fork_ranks(outputs: list[Path]) -> None:
 
     SubprocessHandler._popen = popen
     # A forked process knows the address of the server that it comes from, not that this still runs.
-    server: Any = getattr(forkserver, "_forkserver")  # noqa: B009
-    server.ensure_running = lambda: None
+    SERVER.ensure_running = lambda: None

@@ -225,7 +225,7 @@ def files() -> list[Hostile]:
     def rewritten(compression: int, change: Callable[[str, bytes], bytes]) -> Callable[..., None]:
         def make(path: Path, content: dict[str, Any]) -> None:
             with zipfile.ZipFile(io.BytesIO(sound(content))) as old:
-                with zipfile.ZipFile(path, "w", compression) as new:
+                with zipfile.ZipFile(path, "w", compression, compresslevel=1) as new:
                     for entry in old.infolist():
                         new.writestr(entry.filename, change(entry.filename, old.read(entry)))
 

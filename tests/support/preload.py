@@ -1,4 +1,4 @@
-"""What the process that tests fork from has ready: imported libraries, and an empty MLflow database.
+"""What the process that tests fork from has ready: imported modules, and an empty MLflow database.
 
 MLflow makes a new database by all its migrations since the first, which takes more than a second. A forked
 process copies one that is made already; a test of a database's first opening starts its command `fresh`.
@@ -6,7 +6,9 @@ process copies one that is made already; a test of a database's first opening st
 
 from __future__ import annotations
 
+import functools
 import gc
+import importlib
 import logging
 import os
 import sqlite3
@@ -15,23 +17,50 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+MODULES = (
+    "alembic.command",
+    "hydra.main",
+    "matplotlib.backends.backend_agg",
+    "mlflow.store.tracking.sqlalchemy_workspace_store",
+    "rich.logging",
+    "sklearn.datasets",
+    "sqlalchemy.dialects.sqlite",
+    "torch.distributed.checkpoint.state_dict",
+    "torch.distributed.checkpoint.state_dict_loader",
+    "torch.distributed.checkpoint.state_dict_saver",
+    "torch.distributed.elastic.rendezvous.c10d_rendezvous_backend",
+    "torch.distributed.fsdp",
+    "torch.distributed.launcher.api",
+    "torchmetrics.classification",
+    "torchvision",
+    # None of the modules that `python -m` runs. What `accumexp.cli` reads of its environment when it is
+    # imported, a forked process reads again.
+    "accumexp.models",
+    "accumexp.plan.frontier",
+    "accumexp.prove.session",
+    "accumexp.report.publish",
+    "accumexp.run.command",
+    "accumexp.run.session",
+    "accumexp.run.sweep_end",
+    "accumexp.training.progress_display",
+    "accumexp.training.shard_reader",
+    "accumexp.training.trained_model",
+    # Ranks import the module of the test that starts them.
+    "pytest",
+    "tests.support.ranks",
+    "tests.support.reference",
+)
+
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
-    import hydra.main  # noqa: F401
-    import matplotlib.figure  # noqa: F401
+    for module in MODULES:
+        importlib.import_module(module)
     import mlflow.store.db.utils as database
-    import mlflow.store.tracking.sqlalchemy_store  # noqa: F401
-    import sklearn.datasets  # noqa: F401
     import sqlalchemy.orm
-    import torch.distributed.launcher.api  # noqa: F401
-    import torchmetrics.classification  # noqa: F401
-    import torchvision  # noqa: F401
+    from hydra import compose, initialize_config_dir
     from hydra.core.plugins import Plugins
 
-    # Of this package nothing that reads its environment or the command line when it is imported.
-    import accumexp.accum
-    import accumexp.tracking.tracker
-    import accumexp.training.experiment  # noqa: F401
+    from accumexp.conf import conf_dir
 
 MIGRATED = database._initialize_tables
 
@@ -68,6 +97,9 @@ def _initialize(engine: Any) -> None:
 
 TEMPLATE = _template()
 database._initialize_tables = _initialize
+database._get_latest_schema_revision = functools.cache(database._get_latest_schema_revision)
+with initialize_config_dir(conf_dir(), version_base="1.3"):
+    compose("config", ["model=mlp"])  # fills the caches of Hydra's parsers
 sqlalchemy.orm.configure_mappers()
 Plugins.instance()
 gc.freeze()

@@ -10,10 +10,24 @@ from accumexp.config.schema import TrackingConfig
 from accumexp.tracking import MLflowTracker, Store
 from accumexp.tracking.run_folder import RunFolder
 
+from .command import environment
+from .forked import forked
+
 
 def config_at(folder: Path, **settings: Any) -> TrackingConfig:
     uri = f"sqlite:///{folder / 'mlflow.db'}"
     return TrackingConfig(uri=uri, system_metrics=False, **settings)
+
+
+def make_empty(folder: Path) -> Path:
+    """The new store of `config_at(folder)`, without a run; forked processes have its tables ready to copy."""
+    done = forked(_make_empty, folder, folder=folder, env=environment(), seconds=120)
+    assert done[0] == 0, done
+    return folder / "mlflow.db"
+
+
+def _make_empty(folder: Path) -> None:
+    Store(config_at(folder)).client.search_experiments()
 
 
 def opened(folder: Path, **settings: Any) -> MLflowTracker:

@@ -7,17 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from accumexp.tracking import Store
-
-from ..support.stores import config_at
+from ..support.stores import make_empty
 
 
 @pytest.fixture(scope="session")
 def migrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An empty store: making its tables takes seconds, copying them none."""
-    folder = tmp_path_factory.mktemp("store")
-    Store(config_at(folder)).client.search_experiments()
-    return folder / "mlflow.db"
+    return make_empty(tmp_path_factory.mktemp("store"))
 
 
 @pytest.fixture

@@ -6,8 +6,6 @@ import math
 
 import numpy as np
 import pytest
-from statsmodels.stats.multitest import multipletests
-from statsmodels.stats.weightstats import DescrStatsW, ttost_paired
 
 from accumexp.report.statistics import (
     Verdict,
@@ -21,6 +19,8 @@ from accumexp.report.statistics import (
 
 
 def test_the_paired_equivalence_test_is_that_of_statsmodels() -> None:
+    from statsmodels.stats.weightstats import DescrStatsW, ttost_paired
+
     generator = np.random.default_rng(0)
     for _ in range(200):
         count = int(generator.integers(2, 30))
@@ -38,6 +38,8 @@ def test_the_paired_equivalence_test_is_that_of_statsmodels() -> None:
 
 
 def test_a_groups_interval_is_that_of_statsmodels() -> None:
+    from statsmodels.stats.weightstats import DescrStatsW
+
     values = np.random.default_rng(1).normal(97, 0.5, 7)
     found = summarize(list(values), confidence=0.9)
     described = DescrStatsW(values)
@@ -49,6 +51,8 @@ def test_a_groups_interval_is_that_of_statsmodels() -> None:
 
 @pytest.mark.parametrize("count", [1, 2, 3, 12])
 def test_the_correction_for_many_comparisons_is_that_of_statsmodels(count: int) -> None:
+    from statsmodels.stats.multitest import multipletests
+
     p_values = np.random.default_rng(count).uniform(0, 0.2, count)
     assert holm(list(p_values)) == pytest.approx(multipletests(p_values, method="holm")[1], abs=1e-12)
     ties = [0.01] * count
