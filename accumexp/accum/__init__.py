@@ -24,6 +24,7 @@ from .step import OptimizerStep, StepResult
 from .sync import Sync, data_parallel, fully_sharded
 from .terms import Term, TermsLoss
 from .window import MicroBatch, Reduction, Window, WindowResult, call
+from .window_norm import WindowBatchNorm1d, WindowBatchNorm2d, WindowBatchNorm3d, window_batch_norm
 
 Record = GraphRecorder  # its former name
 
@@ -48,6 +49,9 @@ __all__ = [
     "Term",
     "TermsLoss",
     "Window",
+    "WindowBatchNorm1d",
+    "WindowBatchNorm2d",
+    "WindowBatchNorm3d",
     "WindowLoss",
     "WindowResult",
     "batch_size",
@@ -67,5 +71,6 @@ __all__ = [
     "split_sizes",
     "steps_for",
     "tensors",
+    "window_batch_norm",
     "window_loss",
 ]

@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 from .batch import Nested, map_tensors, tensors
 from .step import OptimizerStep, StepResult
 from .window import Observer, Window, WindowResult
+from .window_norm import window_norms
 
 # Eager calls of a kind before its capture: the first ones select and load kernels and create optimizer state.
 FIRST = 2
@@ -100,6 +101,10 @@ class GraphedWindow:
     def __init__(self, window: Window, recorder: GraphRecorder) -> None:
         if window.sync.ranks.size > 1 or window.sync.sharded or window.fp32_buffers:
             raise ValueError("a window of one process, without fp32 buffers, is recorded")
+        if window_norms(window.model):
+            raise ValueError(
+                "norms over the window make passes of other lengths first, which is no one graph"
+            )
         self.window = window
         self.recorder = recorder
         window.sync.keeps_gradients = True

@@ -11,6 +11,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from .batch import split_sizes, steps_for
+from .window_norm import WindowBatchNorm
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ def _reason(module: nn.Module, splits: list[list[int]], ranks: int) -> str | Non
     groups = getattr(module, "statistics_groups", None)
     if groups is not None:
         return _grouped(groups, splits, ranks)
-    if isinstance(module, _BatchNorm):
+    if isinstance(module, _BatchNorm) and not isinstance(module, WindowBatchNorm):
         return f"batch statistics over {max(splits[0])} of {sum(splits[0])} samples"
     if isinstance(module, _InstanceNorm) and module.track_running_stats:
         return "running statistics updated once a micro-batch"

@@ -49,6 +49,11 @@ class SavedActivations:
         self._storages: dict[int, list[int]] = {}  # data pointer: [tensors alive, bytes]
         self._owned: set[int] = set()
 
+    @property
+    def live_bytes(self) -> int:
+        """The bytes alive now."""
+        return self._live_bytes
+
     def exclude(self, tensors: Iterable[Tensor]) -> None:
         self._owned.update(plain(tensor).untyped_storage().data_ptr() for tensor in tensors)
 

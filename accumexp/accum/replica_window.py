@@ -21,6 +21,7 @@ from .denominators import reciprocal_of
 from .loss import ClassIndexLoss, MeanOverSamples, SumOverSamples, WindowLoss
 from .terms import has_terms
 from .window import MicroBatch, Observer, Window, WindowResult
+from .window_norm import window_norms
 
 
 class ReplicaWindow:
@@ -36,9 +37,14 @@ class ReplicaWindow:
         parameters: the stacked parameters, (R, ...) each, in the order of the models' own, tied ones once.
             A parameter that the last window did not reach has `.grad` None.
         buffers: the stacked buffers, (R, ...) each, by name.
+
+    Raises:
+        ValueError: for models with norms over the window.
     """
 
     def __init__(self, windows: Sequence[Window]) -> None:
+        if any(window_norms(window.model) for window in windows):
+            raise ValueError("norms over the window make passes of one model, not of several at once")
         self.windows = list(windows)
         self.parameters: list[Tensor] = []
         self._names: list[str] = []

@@ -13,12 +13,15 @@ from .batch import Nested
 from .buffers import Fp32Buffers
 from .forward_state import ForwardState
 from .loss import MeanOverSamples, WindowLoss, window_loss
+from .norm_levels import check_norms
+from .norm_passes import WindowNorms
 from .objective import Coupled, Objective, OneTerm, SeveralDenominators
 from .scale import LossScale
 from .sync import NOTHING, sync_of
 from .terms import CoupledLoss, SeveralTerms, TermsLoss, has_terms
 from .two_passes import FirstPass
 from .window_batch import MicroBatch, WindowBatch, WindowResult
+from .window_norm import window_norms
 
 Reduction = Literal["mean", "sum"]
 Observer = Callable[[Any, Nested], None]
@@ -38,6 +41,8 @@ class Window:
     A loss of several terms (`TermsLoss`, or a function that returns terms by name) has a denominator for
     each of them. One that couples samples (`couples = True`) is computed on the outputs of the whole window,
     in two passes: the outputs of all samples are kept, and every micro-batch is computed once more.
+
+    Norms over the window (`window_batch_norm`) take many passes: docs/normalisation.md.
 
     Args:
         model: called as `model(x)` with a tensor, `model(*xs)` with a tuple or list, `model(**xs)`
@@ -62,7 +67,8 @@ class Window:
         under_way: the index of the current micro-batch, or of the last one that ran.
 
     Raises:
-        ValueError: for `steps` below 1, an unknown reduction, or fp32 buffers of a fully sharded model.
+        ValueError: for `steps` below 1, an unknown reduction, or fp32 buffers or norms over the window of a
+            fully sharded model.
     """
 
     def __init__(
@@ -85,6 +91,7 @@ class Window:
         self.sync = sync_of(model, reduce_every_micro_batch)
         if fp32_buffers and self.sync.sharded:
             raise ValueError("fp32_buffers: gradients of a fully sharded model are not there to collect")
+        check_norms(self.sync)
         self.model = self.sync.module
         self.steps = steps
         self.reduction: Reduction = reduction
@@ -97,6 +104,7 @@ class Window:
         self.on_discard: list[Callable[[], None]] = []
         self.under_way = 0
         self._objective: Objective | None = None
+        self._norms: WindowNorms | None = None
         self._called = False  # whether the loss was called once
         self._compared = False  # whether the two passes of a window were compared once
         self._buffers = Fp32Buffers(model.parameters()) if fp32_buffers else None
@@ -143,13 +151,25 @@ class Window:
             batch = WindowBatch.split(cast(Nested, inputs), targets, steps, samples, empty=empty)
         start = self._start_of_function()
         try:
-            return self._accumulate(batch, weight, observe, agree)
+            return self._with_norms(batch, weight, observe, agree)
         except _ReturnsTerms:
             assert start is not None and self._objective is not None
             self._objective.wait()
             start.restore()
             self._use_loss(window_loss(self.loss))
-            return self._accumulate(batch, weight, observe, agree)
+            return self._with_norms(batch, weight, observe, agree)
+
+    def _with_norms(self, batch: WindowBatch, *arguments: Any) -> WindowResult:
+        """`_accumulate`, with the statistics of norms over the window fixed before, if the model has them."""
+        modules = window_norms(self.model) if len(batch.parts) * self.sync.ranks.size > 1 else []
+        self._norms = None
+        if not modules:
+            return self._accumulate(batch, *arguments)
+        passes = self.sync, self.forward, self.precision, batch, arguments[-1], not self._compared
+        self._norms = WindowNorms(modules, [self.model, self.loss], *passes)
+        with self._norms as norms:
+            norms.fix_statistics()
+            return self._accumulate(batch, *arguments)
 
     def _accumulate(
         self,
@@ -158,12 +178,14 @@ class Window:
         observe: Observer | None,
         agree: Callable[..., bool] | None,
     ) -> WindowResult:
-        first_call, self._called = not self._called, True
+        self._called = True
         objective = self._objective = self._objective_of(batch, weight)
         first_pass = self._first_pass(batch, agree) if objective.passes else None
         if first_pass is not None:
             objective.prepare(first_pass)
             first_pass.rewind()
+        if self._norms is not None:
+            self._norms.find_sums(self._value_of, self._seed)
         if self._buffers:
             self._buffers.open()
         if self._buffers or agree is not None:
@@ -176,9 +198,7 @@ class Window:
             with self.sync.micro_batch(last and not self._buffers and agree is None):
                 with self.precision():
                     outputs = self.forward(k, inputs_k)
-                    value, share = objective.of(k, outputs, targets_k)
-                if first_call and getattr(self.loss, "returns_terms", False):
-                    raise _ReturnsTerms
+                    value, share = self._value_of(k, outputs, targets_k)
                 value.backward(self._seed(share) if batch.sizes[k] else torch.zeros_like(share))
             if self.after_micro_batch:
                 done = MicroBatch(k, last, batch.sizes[k], targets_k, share)
@@ -202,7 +222,9 @@ class Window:
             self._buffers.close(self.sync)
         if first_pass is not None:
             first_pass.end()
-            self._compared = True
+        if self._norms is not None:
+            self._norms.update_running_statistics()
+        self._compared = self._compared or first_pass is not None or self._norms is not None
         mean, terms = objective.mean(), dict(objective.terms())
         if not self.local_loss:
             for part in (mean, *terms.values()):
@@ -212,7 +234,17 @@ class Window:
     def forward(self, k: int, inputs: Nested) -> Any:
         """The model's outputs for the inputs of micro-batch `k`."""
         self.under_way = k
+        if self._norms is not None:
+            self._norms.begin(k)
         return call(self.sync.forward, inputs)
+
+    def _value_of(self, k: int, outputs: Any, targets: Nested) -> tuple[Tensor, Tensor]:
+        """As `Objective.of`, of the window that computes."""
+        assert self._objective is not None
+        value = self._objective.of(k, outputs, targets)
+        if getattr(self.loss, "returns_terms", False):
+            raise _ReturnsTerms
+        return value
 
     def _first_pass(self, batch: WindowBatch, agree: Callable[..., bool] | None) -> FirstPass:
         parts = [self.model, self.loss]

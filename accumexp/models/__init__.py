@@ -1,5 +1,6 @@
 """The models of the config group `model`; `model._target_` accepts any other class."""
 
+from ..accum import window_batch_norm
 from .bert import Bert
 from .contrastive import Contrastive
 from .heads import Heads
@@ -23,4 +24,5 @@ __all__ = [
     "norm_layer",
     "resnet18",
     "resnet50",
+    "window_batch_norm",
 ]

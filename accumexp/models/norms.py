@@ -1,7 +1,8 @@
 """Norms for models that were written with BatchNorm.
 
-The gradient of `batch` depends on how a batch is split into micro-batches. With the other three it does not:
-`frozen` has no statistics, those of `group` are over one sample, and those of `ghost` over fixed groups.
+The gradient of `batch` depends on how a batch is split into micro-batches. With the others it does not:
+`frozen` has no statistics, those of `group` are over one sample, those of `ghost` over fixed groups, and
+those of `window` over the whole batch, however it is split.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..accum import split_sizes
+from ..accum import WindowBatchNorm2d, split_sizes
 
-NORMS = ("batch", "frozen", "group", "ghost")
+NORMS = ("batch", "frozen", "group", "ghost", "window")
 
 
 def matched_momentum(momentum: float, times: int) -> float:
@@ -152,6 +153,8 @@ def norm_layer(
     if not isinstance(groups, int) or groups < 1:
         raise ValueError(f"groups={groups}: of channels, at least 1")
     each = matched_momentum(momentum, window_steps)
+    if norm == "window":
+        return lambda channels: WindowBatchNorm2d(channels, momentum=momentum)
     if norm == "batch":
         return lambda channels: nn.BatchNorm2d(channels, momentum=each)
     if norm == "frozen":

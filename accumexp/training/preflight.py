@@ -20,7 +20,8 @@ from ..accum import call, is_out_of_memory, tensors
 from ..accum.batch import map_tensors, rank_share, steps_for
 from ..accum.loss import ClassIndexLoss, WeightedSamples
 from ..accum.terms import has_terms
-from ..config.schema import Reduction
+from ..accum.window_norm import WindowBatchNorm
+from ..config.schema import Reduction, Strategy
 from ..data import Batches, StreamedBatches
 from ..data.labels import ClassIndices, Probabilities, TargetCheck
 from ..environment.cores import cores, most_workers
@@ -49,9 +50,11 @@ def check_experiment(experiment: Experiment, changed: Collection[str] = ()) -> A
 
     Raises:
         UsageError: naming the key, for a model, loss or metric that fails on samples of the data, a schedule
-            that fails or ends before the run, or a micro-batch of one sample that BatchNorm refuses.
+            that fails or ends before the run, a micro-batch of one sample that BatchNorm refuses, or a
+            setting that norms over the window exclude.
     """
     train, ranks = experiment.splits.train, experiment.rank_info
+    check_window_norms(experiment)
     outputs = try_example(experiment)
     if outputs is not None and ranks.first and (warning := average_warning(experiment, outputs)):
         log.warning(warning)
@@ -62,6 +65,23 @@ def check_experiment(experiment: Experiment, changed: Collection[str] = ()) -> A
     if warning and ranks.first and isinstance(train, StreamedBatches):
         log.warning(warning)
     return outputs
+
+
+def check_window_norms(experiment: Experiment) -> None:
+    """Raises a `UsageError` that names a setting with which norms over the window cannot be exact."""
+    config = experiment.config
+    if not any(isinstance(module, WindowBatchNorm) for module in experiment.model.modules()):
+        return
+    why = "its passes end early at a norm, which"
+    excluded = {
+        "accum=fsdp": (config.accum.strategy is Strategy.fsdp, f"{why} a fully sharded model cannot"),
+        "trainer.compile=true": (config.trainer.compile, f"{why} compiled code cannot"),
+        "trainer.graph=true": (config.trainer.graph, f"{why} a recorded graph cannot"),
+        "replicas": (config.replicas > 1, "its passes are those of one model"),
+    }
+    for key, (given, reason) in excluded.items():
+        if given:
+            raise UsageError(f"{key}: the model has BatchNorm over the window, and {reason}; leave it out")
 
 
 def try_example(experiment: Experiment, split: str = "train") -> Any:
@@ -250,11 +270,10 @@ def check_batch_statistics(
     Raises:
         UsageError: if its BatchNorm refuses a single value per channel.
     """
-    with_statistics = [module for module in model.modules() if isinstance(module, _BatchNorm)]
-    if (
-        not any(module.training for module in with_statistics)
-        or smallest_micro_batch(train, steps, ranks) > 1
-    ):
+    with_statistics = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.training]
+    over_window = all(isinstance(module, WindowBatchNorm) for module in with_statistics)
+    smallest = smallest_micro_batch(train, 1, 1) if over_window else smallest_micro_batch(train, steps, ranks)
+    if not with_statistics or smallest > 1:
         return
     state = random_state()
     try:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from benchmarks import growth, memory, startup, sweep, window
+from benchmarks import growth, memory, startup, sweep, window, window_norm
 from benchmarks.accumexp_loop import Accumexp
 from benchmarks.cell import checked, measured_together, one_micro_batch, planned
 from benchmarks.loops import HandWritten, SingleBatch
@@ -43,6 +43,15 @@ def report_of(main: Callable[[list[str]], None], folder: Path, *options: str) ->
     report = json.loads(path.read_text())
     assert {"torch", "python", "device", "cores", "load"} <= report["environment"].keys()
     return report
+
+
+def test_window_norm_is_exact_in_the_memory_of_a_micro_batch(tmp_path: Path) -> None:
+    options = ["--batch=12", "--steps=3", "--image=64", "--rounds=1", "--device=cpu"]
+    rows = {row["loop"]: row for row in report_of(window_norm.main, tmp_path, *options)["rows"]}
+    exact = rows["norm=window"]
+    assert exact["gradient_error"] < 1e-10 and exact["running_error"] < 1e-12
+    assert exact["peak_ratio"] < 1.3 and exact["seconds"] > 0
+    assert rows["micro-batches"]["gradient_error"] > 1e-3 and rows["micro-batches"]["ratio"] == 1
 
 
 @pytest.mark.slow
