@@ -208,6 +208,7 @@ class Window:
                     objective.wait()
                     undeclared.restore()
                     self._use_loss(window_loss(self.loss))
+                    del outputs, value, share  # their graph
                     given: dict[str, Any] = {"observe": observe, "agree": agree}
                     if targets is not None:
                         given |= {"steps": steps, "samples": sum(batch.sizes)}

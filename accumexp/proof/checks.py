@@ -148,6 +148,7 @@ class Proof:
         finite = all(bool(g.isfinite().all()) for g in exact.gradient.values())
         if not all(all_gather(finite)):
             raise ValueError("the larger batch's own gradient is not finite: there is nothing to be equal to")
+        self.problem = problem = replace(problem, terms=tuple(exact.terms))
         draws = draw_causes.find_draws(problem, batch)
         if draws.operators:
             self.problem, causes = draw_causes.fix_draws(problem, batch, draws)

@@ -16,6 +16,7 @@ from .evidence import Failure, updates_in_words
 from .float64 import DOUBLE
 from .gradients import Comparison, compare, first_update, measured_loss_scale
 from .larger_batch import Gradient, clamped, clipped, dot, norm
+from .loss_shares import LossShares, loss_shares
 from .micro_batches import even_micro_batches, is_partition, rank_micro_batches
 from .nested import batch_size
 from .observation import Observation
@@ -114,8 +115,10 @@ def _window_of_parts(
     if micro_batches is None or not is_partition(micro_batches, samples):
         micro_batches = even_micro_batches(problem, samples)
     total: Gradient = {}
-    for numbers in (part for of_rank in micro_batches for part in of_rank if part):
-        part = scaled_part(problem, model, batch, numbers, scale)
+    parts = [part for of_rank in micro_batches for part in of_rank if part]
+    shares = loss_shares(problem, model, batch, parts, problem.autocast)
+    for numbers in parts:
+        part = scaled_part(problem, model, batch, numbers, scale, shares)
         total = {name: g.double() + total[name] if total else g.double() for name, g in part.items()}
     return total
 
@@ -210,11 +213,17 @@ def _check(comparison: Comparison, name: str, detail: str = "") -> Check:
 
 
 def scaled_part(
-    problem: Problem, model: nn.Module, batch: WholeBatch, numbers: list[int], scale: float
+    problem: Problem,
+    model: nn.Module,
+    batch: WholeBatch,
+    numbers: list[int],
+    scale: float,
+    shares: LossShares | None = None,
 ) -> Gradient:
     """The gradient of samples `numbers` as the run computes it, at a loss scale without overflow."""
+    share = shares and shares.of(numbers)
     while True:
-        part, _ = part_gradient(problem, model, batch, numbers, problem.autocast, scale)
+        part, _ = part_gradient(problem, model, batch, numbers, problem.autocast, scale, share)
         finite = all(bool(g.isfinite().all()) for g in part.values())
         if finite or problem.scaling is None or scale < SMALLEST_SCALE:
             return part
