@@ -78,7 +78,8 @@ class ForwardPasses:
         kept: list[ForwardPass] = []
         again: set[int] = set()  # samples of later passes that have a gradient
         for each in reversed(passes):
-            if each.backward or (each.samples is not None and not again.issuperset(each.samples)):
+            repeated = bool(each.samples) and again.issuperset(each.samples)
+            if each.backward or (each.samples is not None and not repeated):
                 kept.append(each)
             if each.backward:
                 again.update(each.samples or ())
