@@ -26,6 +26,7 @@ from .ranks import all_gather, world_size
 from .replay_float64 import Float64Replay
 from .rounding import ExpectedUpdate, larger_batch_of
 from .search import find_causes
+from .second_passes import second_pass_check
 
 # Updates that are replayed in the run's own precision: four whole and three smaller windows.
 REPLAYED = 7
@@ -190,7 +191,7 @@ class Proof:
         self.progress("memory, ranks and overflow")
         self.add(window_checks.activations_check(problem, batch), window_checks.agreement_check(self.first))
         self.add(window_checks.collectives_check(problem, batch, self.reductions))
-        self.add(*window_checks.overflow_checks(problem, batch))
+        self.add(*window_checks.overflow_checks(problem, batch), second_pass_check(problem, batch))
 
     def _count_micro_batches(
         self, batch: WholeBatch, comparison: Comparison, expected: ExpectedUpdate

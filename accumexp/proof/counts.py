@@ -6,6 +6,7 @@ kept by parameter: their size is the number of micro-batches.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -134,6 +135,8 @@ class Decomposition:
         )
         right = sum((self._right[name][:, 0] for name in names), torch.zeros(len(self.parts), dtype=DOUBLE))
         square = sum(self._squares[name] for name in names)
+        if not math.isfinite(square):
+            return None
         if not square:
             counted = [float(gram[k, k] == 0) for k in range(len(self.parts))]
             return Fit([0.0] * len(counted)) if not all(counted) else None

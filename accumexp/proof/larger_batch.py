@@ -126,9 +126,7 @@ def mean_loss(loss: Callable[..., Any], outputs: Any, targets: Any) -> Tensor:
     return loss_and_terms(loss, outputs, targets)[0]
 
 
-def loss_and_terms(
-    loss: Callable[..., Any], outputs: Any, targets: Any
-) -> tuple[Tensor, dict[str, Term]]:
+def loss_and_terms(loss: Callable[..., Any], outputs: Any, targets: Any) -> tuple[Tensor, dict[str, Term]]:
     """(the mean loss of a batch, shape (); its terms by name, none for a loss of one term)."""
     outputs = widened(outputs)
     value = _value(loss, outputs, targets)

@@ -1,8 +1,9 @@
 """What samples add to the larger batch's gradient where the loss is no mean over items of the samples.
 
-The larger batch's loss is linearised: by the sums of its terms, `dL = sum_t c_t (dT_t / W_t - T_t dW_t / W_t^2)`
-for term t with total T_t and weight W_t, or by the outputs, `dL = sum_i <dL/do_i, do_i>`, where it couples samples.
-Both are sums over samples, so a micro-batch's share is the gradient of a loss of its own.
+The larger batch's loss is linearised. By the sums of its terms, with total T and weight W of each, it is
+`dL = sum_t c_t (dT_t / W_t - T_t dW_t / W_t^2)`; by the outputs, where it couples samples,
+`dL = sum_i <dL/do_i, do_i>`. Both are sums over samples, so a micro-batch's share is the gradient of a loss
+of its own.
 """
 
 from __future__ import annotations
@@ -108,9 +109,7 @@ class SharesByOutput(LossShares):
             index = torch.tensor(list(numbers))
             share = 1 / len(groups) if alike else len(numbers) / samples
             for name, gradients in self._gradients_of(index).items():
-                totals = found.setdefault(
-                    name, [torch.zeros_like(leaf) for leaf in _floats(self.outputs)]
-                )
+                totals = found.setdefault(name, [torch.zeros_like(leaf) for leaf in _floats(self.outputs)])
                 for total, gradient in zip(totals, gradients, strict=True):
                     if _by_sample(total, samples):
                         total[index.to(total.device)] += share * gradient
@@ -170,9 +169,9 @@ def loss_shares(
     micro_batches: Sequence[Sequence[int]],
     autocast: torch.dtype | None = None,
 ) -> LossShares | None:
-    """The shares of `micro_batches` (sample numbers) in the larger batch's loss; None for a loss of one term.
+    """The shares of `micro_batches`, sample numbers, in the larger batch's loss; None for a loss of one term.
 
-    The sums, or the outputs, are those of the micro-batches' own forward passes where these have every sample once.
+    Sums and outputs are those of the micro-batches' own forward passes if these have every sample once.
     """
     if not problem.terms and not problem.couples:
         return None
