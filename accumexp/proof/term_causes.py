@@ -18,7 +18,7 @@ from .nested import batch_size, cloned, map_tensors
 from .problem import Problem, copy_in, rows
 from .ranks import all_gather
 from .rounding import larger_batch_of
-from .term_counts import TermFit, fit_terms
+from .term_counts import TermFit, fit_terms, weights_of
 
 OWN_DENOMINATOR = "divide each term's sum by its own weight in the whole window, over all ranks"
 SHOWN = "the terms' own gradients times those counts leave nothing of it"
@@ -90,24 +90,25 @@ def not_a_sum_cause(problem: Problem, failure: Failure, parts: Decomposition) ->
 
 def _in_words(parts: Decomposition, name: str, counts: list[float]) -> str:
     """What the `counts` of a term in each micro-batch mean."""
-    first = counts[0]
-    if all(_near(parts, count, first) for count in counts):
+    counted = [k for k, own in enumerate(weights_of(parts, name)) if own]
+    first = counts[counted[0]] if counted else 0.0
+    if all(_near(parts, counts[k], first) for k in counted):
         if _near(parts, first, 0.0):
             return "is not in the gradient"
         return f"counts {first:.4g} times{_factor_in_words(parts, name, first)}"
     if why := _denominators_in_words(parts, name, counts):
         return why
-    lost = [k for k, count in enumerate(counts) if _near(parts, count, 0.0)]
-    if lost and all(parts.is_one(count) for k, count in enumerate(counts) if k not in lost):
+    lost = [k for k in counted if _near(parts, counts[k], 0.0)]
+    if lost and all(parts.is_one(counts[k]) for k in counted if k not in lost):
         return f"of {_micro_batches(parts, lost)} does not count"
     listed = ", ".join(f"{count:.4g}" for count in counts[:6]) + (", ..." if len(counts) > 6 else "")
-    return f"counts ({listed}) times in micro-batches of {_list(_weights(parts, name))}"
+    return f"counts ({listed}) times in micro-batches of {_list(weights_of(parts, name))}"
 
 
 def _factor_in_words(parts: Decomposition, name: str, count: float) -> str:
     """Why a term counts `count` times in every micro-batch, in words that begin with ": "; "" if unknown."""
     steps, ranks, micro_batches = parts.problem.steps, parts.ranks, len(parts.parts)
-    weights = _weights(parts, name)
+    weights = weights_of(parts, name)
     weight = sum(weights)
     coefficient = parts.shares.coefficients[name] if isinstance(parts.shares, SharesByTerm) else 1.0
     samples = sum(parts.weights)
@@ -134,11 +135,9 @@ def _factor_in_words(parts: Decomposition, name: str, count: float) -> str:
 
 def _denominators_in_words(parts: Decomposition, name: str, counts: list[float]) -> str:
     """By what each micro-batch's sum is divided, if that explains the counts."""
-    weights = _weights(parts, name)
+    weights = weights_of(parts, name)
     weight = sum(weights)
-    if not all(weights):
-        return ""
-    # What a micro-batch's or a rank's mean counts.
+    # What a micro-batch's mean counts.
     means = [count * own / weight for count, own in zip(counts, weights, strict=True)]
     samples = sum(parts.weights)
     by_samples = [own / samples for own in parts.weights]
@@ -150,25 +149,20 @@ def _denominators_in_words(parts: Decomposition, name: str, counts: list[float])
         ([1 / len(means)] * len(means), f"its means are divided by {len(means)}"),
         (by_samples, "its means count by samples"),
     ):
-        if all(_near(parts, mean, share) for mean, share in zip(means, shares, strict=True)):
+        pairs = zip(means, shares, weights, strict=True)
+        if all(_near(parts, mean, share) for mean, share, own_weight in pairs if own_weight):
             return f"{own}: {how}"
     if parts.ranks > 1:
         of_ranks = [sum(each) for each in parts.by_rank(weights)]
         shares = [
-            weight / (parts.ranks * of_rank)
+            weight / (parts.ranks * of_rank) if of_rank else 1.0
             for of_rank, each in zip(of_ranks, parts.micro_batches, strict=True)
             for _ in each
         ]
-        if all(_near(parts, count, share) for count, share in zip(counts, shares, strict=True)):
+        pairs = zip(counts, shares, weights, strict=True)
+        if all(_near(parts, count, share) for count, share, own_weight in pairs if own_weight):
             return f"is divided by each rank's own weight, {_list(of_ranks)}, not by the window's, {weight:g}"
     return ""
-
-
-def _weights(parts: Decomposition, name: str) -> list[float]:
-    """The weight of a term in each micro-batch: of a loss that couples samples, their number."""
-    if isinstance(parts.shares, SharesByTerm):
-        return parts.shares.part_weights[name]
-    return list(parts.weights)
 
 
 def _near(parts: Decomposition, value: float, other: float) -> bool:

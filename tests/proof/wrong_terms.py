@@ -61,7 +61,7 @@ def by_terms(share: Share) -> TrainWindow:
         logged = 0.0
         for k, (inputs, targets) in enumerate(parts):
             terms = loss.terms(model(inputs), targets)
-            value = sum(share(name, term, k, every) for name, term in terms.items())
+            value = torch.stack([share(name, term, k, every) for name, term in terms.items()]).sum()
             value.backward()
             logged += value.item()
         optimizer.step()
@@ -221,8 +221,8 @@ def followed() -> nn.Module:
 
 
 def ragged() -> tuple[Tensor, Tensor]:
-    """Samples of which 3, 1, 4 and 2 in a micro-batch have a target above 1."""
-    return samples()[0], torch.tensor([0, 2, 3, 4, 2, 1, 0, 1, 4, 3, 2, 2, 0, 1, 3, 2])
+    """Samples of which 4, 1, 4 and 2 in a micro-batch have a target above 1."""
+    return samples()[0], torch.tensor([3, 2, 3, 4, 2, 1, 0, 1, 4, 3, 2, 2, 0, 1, 3, 2])
 
 
 def rewards() -> Any:
