@@ -19,6 +19,7 @@ from .coupling import NEGLIGIBLE, coupling_modules, loss_couples, whole_batch_ou
 from .evidence import Failure
 from .float64 import DOUBLE
 from .gradients import compare_window
+from .loss_terms import name_of
 from .micro_batches import even_micro_batches, is_partition
 from .nested import batch_size
 from .problem import Problem, copy_in
@@ -212,7 +213,7 @@ def _coupling_loss(problem: Problem, failure: Failure, parts: Decomposition | No
         effect, what = loss_couples(problem, batch, by_targets=True), "samples' targets"
     if not effect > NEGLIGIBLE:
         return []
-    name = getattr(problem.loss, "__name__", type(problem.loss).__name__)
+    name = name_of(problem.loss)
     reason = f"couples samples: a sample's term depends on the other {what} of its micro-batch"
     shown = f"the gradient at one half's outputs moves by {effect:.2g} when only the other half's change"
     return [Cause("coupling loss", f"loss ({name})", reason, error, shown, WHOLE_WINDOW_LOSS)]

@@ -15,6 +15,7 @@ from .evidence import Failure
 from .float64 import DOUBLE
 from .larger_batch import Gradient
 from .loss_shares import SharesByOutput
+from .loss_terms import name_of
 from .problem import Problem
 from .rounding import part_gradient, perturbed_model
 from .term_counts import solved
@@ -44,7 +45,7 @@ def scope_cause(problem: Problem, failure: Failure, parts: Decomposition) -> Cau
             ". Samples are coupled by their targets alone, as by rewards that are normalised with a mean and "
             "a deviation"
         )
-    name = getattr(problem.loss, "__name__", type(problem.loss).__name__)
+    name = name_of(problem.loss)
     shown = "the gradient of the loss on these parts is the loop's"
     return Cause("coupling loss", f"loss ({name})", reason, failure.comparison.error, shown, WHOLE_WINDOW)
 

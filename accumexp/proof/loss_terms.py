@@ -8,6 +8,7 @@ attribute `couples` that is true: its value is that of the whole batch's outputs
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -47,8 +48,17 @@ class Term:
 
 
 def couples(loss: Any) -> bool:
-    """Whether `loss` declares that it couples samples."""
-    return bool(getattr(loss, "couples", False))
+    """Whether `loss`, or the function that a partial calls, declares that it couples samples."""
+    return bool(getattr(loss, "couples", False) or getattr(_function(loss), "couples", False))
+
+
+def name_of(loss: Any) -> str:
+    """The name of the function that `loss` is or calls, or of its class."""
+    return getattr(_function(loss), "__name__", type(loss).__name__)
+
+
+def _function(loss: Any) -> Any:
+    return loss.func if isinstance(loss, functools.partial) else loss
 
 
 def declares_terms(loss: Any) -> bool:

@@ -104,7 +104,7 @@ def next_sample(outputs: Tensor, _: Tensor) -> Tensor:
 
 def balanced(outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
     """Cross entropy, and the balance of experts: a product of two means over the batch."""
-    chosen = one_hot(outputs.argmax(1), 5).to(outputs.dtype).mean(0)
+    chosen = one_hot(outputs.argmax(1), outputs.shape[1]).to(outputs.dtype).mean(0)
     return {
         "classes": cross_entropy(outputs, targets),
         "balance": 0.5 * (chosen * outputs.softmax(1).mean(0)).sum(),
