@@ -7,7 +7,6 @@ the loss on all outputs of the window at once.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -152,7 +151,6 @@ def terms_loss(criterion: Any) -> _Terms | None:
     """`criterion` as a loss of several terms, or None if it does not declare to be one."""
     if isinstance(criterion, _Terms):
         return criterion
-    function = criterion.func if isinstance(criterion, functools.partial) else criterion
-    if getattr(criterion, "couples", False) or getattr(function, "couples", False):
+    if getattr(criterion, "couples", False):
         return CoupledLoss(criterion)
     return SeveralTerms(criterion) if isinstance(criterion, TermsLoss) else None

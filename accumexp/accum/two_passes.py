@@ -104,7 +104,7 @@ class FirstPass:
         if other:
             raise RuntimeError(
                 f"micro-batch {other[0]}: its second forward pass gave other outputs than the first; the "
-                "model draws from NumPy or from a generator of its own, or changes what is neither a parameter "
+                "model draws from NumPy or a generator of its own, or changes what is neither a parameter "
                 "nor a buffer"
             )
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
 import torch
@@ -19,53 +18,10 @@ from .scale import LossScale
 from .sync import NOTHING, sync_of
 from .terms import CoupledLoss, SeveralTerms, TermsLoss, has_terms
 from .two_passes import FirstPass
-from .window_batch import WindowBatch
+from .window_batch import MicroBatch, WindowBatch, WindowResult
 
 Reduction = Literal["mean", "sum"]
 Observer = Callable[[Any, Nested], None]
-
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """A micro-batch of this rank, right after its backward.
-
-    The backward has added to `.grad` the gradient of the sum of its items' weighted losses, times `share`,
-    `Window.loss_scale` and `Window.sync.factor`. After the `last` one, `.grad` holds the sum over the ranks.
-
-    Attributes:
-        number: its index in the window, from 0.
-        last: whether it is the window's last.
-        samples: this rank's samples in it; 0 for padding, whose gradient is 0.
-        targets: the samples' targets; their weight is `Window.loss.weight(targets)`.
-        share: the factor of the sum, shape (): 1 / the window's weight, or with `reduction="sum"`
-            1 / the micro-batch's.
-    """
-
-    number: int
-    last: bool
-    samples: int
-    targets: Nested
-    share: Tensor
-
-
-@dataclass(frozen=True)
-class WindowResult:
-    """The result of one window. Tensors stay on the device; reading them makes the host wait.
-
-    Attributes:
-        loss: the mean loss over the window's items on all ranks, shape (), detached; with `local_loss`
-            this rank's part, and the parts of all ranks add up to the mean.
-        weight: the window's total weight (samples, or the sum of valid items' weights), over all ranks.
-        samples: this rank's samples in the window.
-        steps: micro-batches in the window.
-        terms: of a loss of several terms, each one's part of `loss`, shape (), by name.
-    """
-
-    loss: Tensor
-    weight: Tensor | float
-    samples: int
-    steps: int
-    terms: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class Window:
@@ -185,7 +141,25 @@ class Window:
         else:
             steps, empty = self.steps if steps is None else steps, self.sync.ranks.size > 1
             batch = WindowBatch.split(cast(Nested, inputs), targets, steps, samples, empty=empty)
-        undeclared = self._undeclared()
+        start = self._start_of_function()
+        try:
+            return self._accumulate(batch, weight, observe, agree)
+        except _ReturnsTerms:
+            pass  # which holds the graph of the first micro-batch
+        assert start is not None and self._objective is not None
+        self._objective.wait()
+        start.restore()
+        self._use_loss(window_loss(self.loss))
+        return self._accumulate(batch, weight, observe, agree)
+
+    def _accumulate(
+        self,
+        batch: WindowBatch,
+        weight: float | None,
+        observe: Observer | None,
+        agree: Callable[..., bool] | None,
+    ) -> WindowResult:
+        first_call, self._called = not self._called, True
         objective = self._objective = self._objective_of(batch, weight)
         first_pass = self._first_pass(batch, agree) if objective.passes else None
         if first_pass is not None:
@@ -204,15 +178,8 @@ class Window:
                 with self.precision():
                     outputs = self.forward(k, inputs_k)
                     value, share = objective.of(k, outputs, targets_k)
-                if undeclared is not None and cast(Any, self.loss).returns_terms:
-                    objective.wait()
-                    undeclared.restore()
-                    self._use_loss(window_loss(self.loss))
-                    del outputs, value, share  # their graph
-                    given: dict[str, Any] = {"observe": observe, "agree": agree}
-                    if targets is not None:
-                        given |= {"steps": steps, "samples": sum(batch.sizes)}
-                    return self.backward(inputs, targets, **given)
+                if first_call and getattr(self.loss, "returns_terms", False):
+                    raise _ReturnsTerms
                 value.backward(self._seed(share) if batch.sizes[k] else torch.zeros_like(share))
             if self.after_micro_batch:
                 done = MicroBatch(k, last, batch.sizes[k], targets_k, share)
@@ -272,11 +239,10 @@ class Window:
             return SeveralDenominators(self.loss, self.sync, batch)
         return OneTerm(self.loss, self.sync, batch, self.reduction == "sum", weight)
 
-    def _undeclared(self) -> ForwardState | None:
-        """The state before a window whose loss, a function, may turn out to return terms by name."""
+    def _start_of_function(self) -> ForwardState | None:
+        """The state before the first window of a loss that may turn out to return terms by name."""
         if self._called or type(self.loss) is not MeanOverSamples:
             return None
-        self._called = True
         state = ForwardState([self.model, self.loss], next(self.model.parameters()).device)
         state.save()
         return state
@@ -304,6 +270,10 @@ class Window:
         if self.loss_scale is not None:
             share = (share * self.loss_scale.scale).to(share.dtype)
         return share if self.sync.factor == 1 else share * self.sync.factor
+
+
+class _ReturnsTerms(Exception):
+    """A loss that was taken as a mean over samples returned terms by name."""
 
 
 def call(model: nn.Module, inputs: Nested) -> Any:

@@ -1,8 +1,8 @@
-"""This rank's samples of a window, as micro-batches."""
+"""A window's samples on this rank, its micro-batches and its result."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -75,6 +75,49 @@ class WindowBatch:
             )
         parts = [(inputs, targets) for inputs, targets in given]
         return cls(parts, [batch_size(part) for part in parts], [targets for _, targets in parts])
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """A micro-batch of this rank, right after its backward.
+
+    The backward has added to `.grad` the gradient of the sum of its items' weighted losses, times `share`,
+    `Window.loss_scale` and `Window.sync.factor`. After the `last` one, `.grad` holds the sum over the ranks.
+
+    Attributes:
+        number: its index in the window, from 0.
+        last: whether it is the window's last.
+        samples: this rank's samples in it; 0 for padding, whose gradient is 0.
+        targets: the samples' targets; their weight is `Window.loss.weight(targets)`.
+        share: the factor of the sum, shape (): 1 / the window's weight, or with `reduction="sum"`
+            1 / the micro-batch's.
+    """
+
+    number: int
+    last: bool
+    samples: int
+    targets: Nested
+    share: Tensor
+
+
+@dataclass(frozen=True)
+class WindowResult:
+    """The result of one window. Tensors stay on the device; reading them makes the host wait.
+
+    Attributes:
+        loss: the mean loss over the window's items on all ranks, shape (), detached; with `local_loss`
+            this rank's part, and the parts of all ranks add up to the mean.
+        weight: the window's total weight (samples, or the sum of valid items' weights), over all ranks.
+        samples: this rank's samples in the window.
+        steps: micro-batches in the window.
+        terms: of a loss of several terms, each one's part of `loss`, shape (), by name.
+    """
+
+    loss: Tensor
+    weight: Tensor | float
+    samples: int
+    steps: int
+    terms: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def _first(tensor: Tensor) -> Tensor:

@@ -49,7 +49,7 @@ class Term:
 
 def couples(loss: Any) -> bool:
     """Whether `loss`, or the function that a partial calls, declares that it couples samples."""
-    return bool(getattr(loss, "couples", False) or getattr(_function(loss), "couples", False))
+    return bool(getattr(_function(loss), "couples", False))
 
 
 def name_of(loss: Any) -> str:
@@ -58,7 +58,9 @@ def name_of(loss: Any) -> str:
 
 
 def _function(loss: Any) -> Any:
-    return loss.func if isinstance(loss, functools.partial) else loss
+    while isinstance(loss, functools.partial):
+        loss = loss.func
+    return loss
 
 
 def declares_terms(loss: Any) -> bool:

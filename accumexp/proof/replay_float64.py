@@ -8,7 +8,7 @@ from collections import Counter
 from dataclasses import replace
 from itertools import chain
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from .certificate import Cause, Check, Series, excess, worst_check
 from .draw_causes import repeated_draws, repeated_draws_cause
@@ -68,8 +68,7 @@ class Float64Replay(Replay):
         self._rates = LearningRates(problem)
         self._by_hand = HandChanges(problem, problem.hand_changed)
         self._scales: list[tuple[int, float, float]] = []
-        large = sum(p.numel() for p in self.model.parameters()) > LARGE
-        self._interval = SELDOM if large else 1
+        self._interval = SELDOM if is_large(self.model) else 1
 
     def compare(self, batch: WholeBatch, observation: Observation, before: Snapshot | None = None) -> None:
         """Compares the update that the loop has just made on `batch`. A collective call.
@@ -290,3 +289,8 @@ class Float64Replay(Replay):
         grows = f"it grows {scaling.growth_factor:g}-fold after {interval}"
         detail = f"{ratio:g} times the first in update {update}"
         return Check("loss scale by update", error, 0.01, "log ratio", grows, detail)
+
+
+def is_large(model: nn.Module) -> bool:
+    """Whether `model` has so many parameters that fewer updates are compared."""
+    return sum(p.numel() for p in model.parameters()) > LARGE

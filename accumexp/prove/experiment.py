@@ -22,7 +22,7 @@ from ..proof.float64 import DOUBLE
 from ..proof.gradients import MAX_SKIPPED, compare_window
 from ..proof.larger_batch import norm
 from ..proof.problem import Problem, copy_in, forked_rng
-from ..proof.replay_float64 import LARGE
+from ..proof.replay_float64 import is_large
 from ..proof.rounding import larger_batch_of
 from ..training.experiment import Experiment
 from ..training.preflight import try_example
@@ -128,8 +128,7 @@ def _check_clipping(proof: Proof, experiment: Experiment) -> None:
 
 def _replay_float64(proof: Proof, experiment: Experiment) -> None:
     """Checks the run's first updates in fp64."""
-    large = sum(p.numel() for p in experiment.model.parameters()) > LARGE
-    updates = experiment.config.proof.updates or (UPDATES_IF_LARGE if large else UPDATES)
+    updates = experiment.config.proof.updates or (UPDATES_IF_LARGE if is_large(experiment.model) else UPDATES)
     updates = min(updates, experiment.updates)
     # Modules with groups of a fixed size compute something else on a smaller batch.
     whole = any(hasattr(module, "statistics_groups") for module in experiment.model.modules())

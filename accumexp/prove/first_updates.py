@@ -26,7 +26,7 @@ from ..proof.observation import Observation, observing
 from ..proof.own_precision import OwnPrecisionReplay
 from ..proof.problem import Problem, TrainingState, WholeBatch
 from ..proof.ranks import all_gather, world_size
-from ..proof.replay_float64 import Float64Replay
+from ..proof.replay_float64 import Float64Replay, is_large
 from ..proof.window_checks import state_errors
 from ..training.callbacks import Callback, RunState, without_output
 from ..training.checkpoint import Checkpoints, load, restore
@@ -42,6 +42,8 @@ ONCE_AN_EPOCH = "every sample of the training split comes once an epoch"
 EPOCH = 33
 # Updates beyond the end of the first epoch of the run that is resumed midway.
 BEYOND = 7
+# Both for a large model, in the run that is resumed midway.
+IF_LARGE = 3
 # Samples in a micro-batch: a BatchNorm needs two, and the ragged last windows halve them.
 MICRO_BATCH = 4
 RESUME = (
@@ -94,22 +96,23 @@ class FirstUpdates:
         self._random = random_state()
         splits = self.experiment.splits
         size = splits.train.batch_size
-        self._shorten_epochs(epoch * size, [size // 2 + 1, *range(size - 1, -1, -1)])
+        self._shorten_epochs(epoch * size)
         for split in (splits.eval, splits.test):
             split.indices = split.indices[:size]
 
-    def _shorten_epochs(self, whole: int, last: list[int]) -> None:
+    def _shorten_epochs(self, whole: int) -> None:
         """Ends epochs within the updates that are replayed, after `whole` samples and a smaller window.
 
-        The window has the first number of samples in `last` of which the model takes every micro-batch: batch
-        statistics refuse a single sample.
+        The window has half of the samples, or the largest number of which the model takes every micro-batch:
+        batch statistics refuse a single sample.
 
         Raises:
             UsageError: if full windows have a micro-batch of one sample, and the model refuses it.
         """
         experiment, train = self.experiment, self.experiment.splits.train
         indices, steps = train.indices, cast(int, experiment.config.accum.steps)
-        for number in last:
+        size = train.batch_size
+        for number in (size // 2 + 1, *range(size - 1, -1, -1)):
             train.indices = indices[: whole + number]
             try:
                 ranks = experiment.rank_info.size
@@ -163,7 +166,11 @@ class FirstUpdates:
 
     def _resume_check(self) -> Check:
         """Compares the run that is stopped midway and resumed with the run without a stop."""
-        updates = min(cast(int, self.experiment.config.trainer.max_updates), self.epoch + BEYOND)
+        epoch, beyond = self.epoch, BEYOND
+        if is_large(self.experiment.model) and epoch > IF_LARGE:
+            epoch = beyond = IF_LARGE
+            self._shorten_epochs(epoch * self.experiment.splits.train.batch_size)
+        updates = min(cast(int, self.experiment.config.trainer.max_updates), epoch + beyond)
         half = max(1, updates // 2)
         undisturbed = self.trainer({"end": StopAt(updates)})
         undisturbed.fit()
