@@ -73,11 +73,10 @@ class SharesByTerm(LossShares):
         return share
 
     def _share(self, name: str, term: Term, samples: int) -> Tensor:
-        whole = self.weights[name]
-        whole = torch.where(whole == 0, 1.0, whole).to(term.total)
-        value = term.total * (samples if term.weight is None else 1) / whole
+        whole = float(self.weights[name]) or 1.0
+        value = term.total * ((samples if term.weight is None else 1) / whole)
         if isinstance(term.weight, Tensor) and term.weight.requires_grad:
-            value = value - term.weight * (self.totals[name].to(term.total) / whole**2)
+            value = value - term.weight * (float(self.totals[name]) / whole**2)
         return term.coefficient * value
 
 

@@ -36,15 +36,21 @@ class Term:
         """The term's part of the batch's loss, shape (); 0 if the weight is 0."""
         if self.weight is None:
             return self.coefficient * self.total
-        weight = torch.as_tensor(self.weight, dtype=self.total.dtype, device=self.total.device)
-        return self.coefficient * self.total / torch.where(weight == 0, 1.0, weight)
+        total = _wide(self.total)
+        weight = torch.as_tensor(self.weight, dtype=total.dtype, device=total.device)
+        return self.coefficient * total / torch.where(weight == 0, 1.0, weight)
 
     def sums(self, samples: int) -> tuple[Tensor, Tensor]:
         """(total, weight) of `samples` samples, which add up over parts of a batch; detached, shape ()."""
-        total = self.total.detach()
+        total = _wide(self.total.detach())
         if self.weight is None:
             return total * samples, torch.as_tensor(float(samples), dtype=total.dtype, device=total.device)
         return total, torch.as_tensor(self.weight, dtype=total.dtype, device=total.device).detach()
+
+
+def _wide(total: Tensor) -> Tensor:
+    """`total` in fp32 at least: bf16 has no number between 256 and 258."""
+    return total.to(torch.promote_types(total.dtype, torch.float32))
 
 
 def couples(loss: Any) -> bool:

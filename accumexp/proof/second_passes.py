@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from .certificate import Cause, Check
@@ -22,12 +21,12 @@ NAME = "second forward pass"
 # Relative difference in fp64 of the same outputs on other shapes, far below that of other draws.
 ROUNDING = 1e-9
 SAME_OUTPUTS = (
-    "a micro-batch that is passed without gradients and then with them has the same outputs both times"
+    "a micro-batch that is passed without a backward and then with one has the same outputs both times"
 )
 
 
 def second_pass_check(problem: Problem, batch: WholeBatch) -> Check | None:
-    """Compares the outputs of forward passes with those of earlier ones without gradients. A collective call.
+    """Compares outputs with those of earlier passes on the same samples without a backward. A collective call.
 
     Made where the model draws and the loss has several terms or couples samples: it may then be computed on
     outputs of the first pass and differentiated at those of the second. None for a window of one pass.
@@ -37,28 +36,42 @@ def second_pass_check(problem: Problem, batch: WholeBatch) -> Check | None:
     state = TrainingState(replace(problem, fixed_draws=False), DOUBLE)
     batch = cast(batch, DOUBLE)
     ids = SampleIds(batch[0], None, batch[1])
-    outputs_before: dict[tuple[int, ...], list[Tensor]] = {}
-    differences: list[tuple[float, str]] = []
+    passes: list[_Pass] = []
 
     def after_forward(module: nn.Module, arguments: Any, keywords: Any, outputs: Any) -> None:
+        floats = [tensor for tensor in tensors(outputs) if tensor.is_floating_point()]
         samples = tuple(ids.find([arguments, keywords]) or ())
-        values = [tensor.detach().clone() for tensor in tensors(outputs) if tensor.is_floating_point()]
-        if not torch.is_grad_enabled():
-            if module.training:
-                outputs_before[samples] = values
-        elif samples in outputs_before:
-            first = outputs_before.pop(samples)
-            named = ", ".join(map(str, samples[:3])) + (", ..." if len(samples) > 3 else "")
-            differences.append((_difference(values, first), f"worst for samples {named}"))
+        begun = _Pass(samples, [tensor.detach().clone() for tensor in floats], module.training)
+        passes.append(begun)
+        for tensor in floats:
+            if tensor.grad_fn is not None:
+                tensor.register_hook(lambda _: setattr(begun, "backward", True))
 
-    hook = state.inner.register_forward_hook(outside_graphs(after_forward), with_kwargs=True)
-    with hook:
+    with state.inner.register_forward_hook(outside_graphs(after_forward), with_kwargs=True):
         observe(state, batch)
+    differences: list[tuple[float, str]] = []
+    first: dict[tuple[int, ...], list[Tensor]] = {}
+    for each in passes:
+        if each.backward and each.samples in first:
+            named = ", ".join(map(str, each.samples[:3])) + (", ..." if len(each.samples) > 3 else "")
+            differences.append((_difference(each.outputs, first[each.samples]), f"worst for samples {named}"))
+        elif each.training:
+            first[each.samples] = each.outputs
     every = [worst for worst in all_gather(max(differences, default=None)) if worst is not None]
     if not every:
         return None
     figure, detail = max(every)
     return Check(NAME, figure, ROUNDING, "relative", SAME_OUTPUTS, detail)
+
+
+@dataclass
+class _Pass:
+    """A forward pass in training mode or not, and whether a gradient came back to it."""
+
+    samples: tuple[int, ...]
+    outputs: list[Tensor]
+    training: bool
+    backward: bool = False
 
 
 def _difference(values: list[Tensor], first: list[Tensor]) -> float:
