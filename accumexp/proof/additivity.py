@@ -10,65 +10,29 @@ import copy
 import functools
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .averages import TOLERANCE, Average, two_means
 from .float64 import DOUBLE, keep_float64
 from .larger_batch import call, loss_weight, mean_loss
-from .loss_items import has_samples, item_counts, leaves, map_leaves, samples_of, with_ignored
+from .loss_items import (
+    has_samples,
+    ignore_index_of,
+    item_counts,
+    leaves,
+    likely_counts,
+    map_leaves,
+    samples_of,
+    with_ignored,
+)
 from .loss_terms import couples, declares_terms
 from .problem import forked_rng
 
-# Relative difference of two values that count as equal: losses often add 1e-8 to their denominator.
-TOLERANCE = 1e-5
 # The batch is measured in at most as many parts.
 PARTS = 16
-WEIGHT_AND_TOTAL = "give it `weight(targets)` and `total(outputs, targets)`"
-
-
-@dataclass(frozen=True)
-class Average:
-    """What a loss averages over, where that is not the number of samples.
-
-    Attributes:
-        kind: "items" for a mean over something else than samples, "sum" for a sum over samples, "coupled" for
-            a loss that is no mean of its parts' losses, "total" if `total` is not the sum of its parts'.
-        weight: of the batch in the loss: the number of items, or their summed weights; nan if not known.
-        samples: of the batch.
-        description: of the weight, such as "212 valid targets (those other than -100)".
-    """
-
-    kind: Literal["items", "sum", "coupled", "total"]
-    weight: float
-    samples: int
-    description: str = ""
-
-    @property
-    def reason(self) -> str:
-        """What was measured, in one phrase."""
-        if self.kind == "items":
-            return f"your loss averages over {self.description}, not {self.samples} samples"
-        if self.kind == "sum":
-            return f"your loss is a sum over {self.samples} samples, not their mean"
-        if self.kind == "total":
-            return f"your loss's total of {self.samples} samples is not the sum of its parts' totals"
-        return f"your loss of {self.samples} samples is no mean of its parts' losses"
-
-    @property
-    def advice(self) -> str:
-        """What to do."""
-        if self.kind == "items" and "among the outputs" in self.description:
-            return f"put them into the targets, and {WEIGHT_AND_TOTAL}"
-        if self.kind == "items":
-            return WEIGHT_AND_TOTAL
-        if self.kind == "sum":
-            return 'divide it by their number, or set its attribute `reduction` to "sum"'
-        if self.kind == "total":
-            return "let `total` return the weighted sum of the items' losses, and `weight` their weight"
-        return "make it a mean of the samples' own losses: it couples samples, or has several denominators"
 
 
 def loss_average(
@@ -224,19 +188,36 @@ class _Batch:
             return None  # other draws for a part than for the whole batch
         if self._has_weights():
             return Average("items", math.nan, self.samples, "items of other weights than 1")
-        return Average("coupled", math.nan, self.samples)
+        return Average("coupled", math.nan, self.samples, self._two_means())
 
-    def _counts(self) -> Iterator[tuple[str, Callable[[Any], float]]]:
-        """Descriptions of items, and functions that count them in the samples of a part."""
+    def _two_means(self) -> str:
+        """The items of two means whose sum the loss is, in words; "" if it is no such sum."""
+        count = len(self.parts)
+        if count < 4 or not all(map(math.isfinite, self.values)):
+            return ""  # as many unknowns as equations
+        unions: list[tuple[int, ...]] = [(k, k + d) for d in (1, 2) for k in range(count - d)]
+        numbers = torch.arange(self.samples)
+        values = [self._value(torch.cat([numbers[self.parts[k]] for k in union])) for union in unions]
+        unions.append(tuple(range(count)))
+        values.append(self.whole)
+        items: list[tuple[str, list[float]]] = [
+            (f"{self.samples} samples", [float(part.stop - part.start) for part in self.parts])
+        ]
+        for description, number in self._counts(likely_counts):
+            weights = [number(part) for part in self.parts]
+            if all(weights):
+                items.append((description.format(sum(weights)), weights))
+        return two_means(self.values, unions, values, items)
+
+    def _counts(self, kinds: Any = item_counts) -> Iterator[tuple[str, Callable[[Any], float]]]:
+        """Descriptions of items of these `kinds`, and functions that count them in the samples of a part."""
         trees = [("targets", self.targets), ("inputs", self.inputs), ("outputs", self.outputs)]
         for where, tree in trees:
             tensors = leaves(tree)
             for number, leaf in enumerate(tensors):
                 if not has_samples(leaf, self.samples) or where != "targets" and leaf.is_floating_point():
                     continue
-                for description, count in item_counts(
-                    leaf, where, len(tensors) == 1, _ignore_index(self.loss)
-                ):
+                for description, count in kinds(leaf, where, len(tensors) == 1, ignore_index_of(self.loss)):
                     yield description, functools.partial(self._count, tree, number, count)
 
     def _count(self, tree: Any, number: int, count: Callable[[Tensor], float], rows: Any) -> float:
@@ -264,7 +245,7 @@ class _Batch:
         for number, leaf in enumerate(leaves(self.targets)):
             if not has_samples(leaf, self.samples):
                 continue
-            for description, count, ignoring in with_ignored(leaf, _ignore_index(self.loss)):
+            for description, count, ignoring in with_ignored(leaf, ignore_index_of(self.loss)):
                 targets = map_leaves(lambda t, a=leaf, b=ignoring: b if t is a else t, self.targets)
                 changed = self._changed(targets=targets)
                 if changed is None or changed.draws or changed.is_additive:
@@ -283,13 +264,6 @@ class _Batch:
         except Exception:
             return None
         return changed if math.isfinite(changed.whole) else None
-
-
-def _ignore_index(loss: Any) -> int | None:
-    """`ignore_index` of a loss, or of the function that a partial calls."""
-    keywords = loss.keywords if isinstance(loss, functools.partial) else {}
-    value = getattr(loss, "ignore_index", keywords.get("ignore_index"))
-    return value if isinstance(value, int) else None
 
 
 def _noisy(outputs: Any) -> Any:

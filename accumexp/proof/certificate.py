@@ -103,6 +103,7 @@ class Cause:
         advice: what to do.
         excused: whether everything else is proved once this source is held fixed: a window may differ from
             the larger batch by it as two runs of the larger batch differ from each other.
+        explains: what else than the update is another one than promised because of it.
     """
 
     source: str
@@ -112,6 +113,7 @@ class Cause:
     shown: str
     advice: str
     excused: bool = False
+    explains: Sequence[About] = ()
 
     @property
     def line(self) -> str:
@@ -219,11 +221,12 @@ class Certificate:
         return f"{check.description}{when}; no experiment explains it"
 
     def _broken_promises(self) -> list[str]:
-        """What is wrong besides the update, the worst check of each kind."""
+        """What is wrong besides the update and follows from no cause, the worst check of each kind."""
         promises = []
+        explained = {about for cause in self.causes for about in cause.explains}
         for about, text in BROKEN_PROMISES.items():
             checks = [check for check in self.failed if check.about == about]
-            if checks:
+            if checks and about not in explained:
                 check = worst_check(checks)
                 counted = about == "micro-batches" and check.detail
                 promises.append(f"{text}: {check.detail if counted else check.description}")

@@ -30,6 +30,8 @@ from .second_passes import second_pass_check
 
 # Updates that are replayed in the run's own precision: four whole and three smaller windows.
 REPLAYED = 7
+# Smaller windows after which the pattern of whole and smaller ones is moved by one update.
+SMALLER_IN_A_ROUND = 3
 # A relative error below which a cast to fp32 may be the reason.
 NARROWED = 1e-5
 
@@ -74,11 +76,16 @@ class Proof:
         return self.problem.batches[number % len(self.problem.batches)]
 
     def replayed_batch(self, number: int, interval: int, dtype: torch.dtype) -> WholeBatch:
-        """The batch of update `number`; a smaller one in the last of every `interval` updates."""
+        """The batch of update `number`; a smaller one in the last of every `interval` updates.
+
+        After every third of them there is one more whole window: what goes wrong in every third update, say,
+        is told apart from what goes wrong in smaller windows.
+        """
         batch = self.batch(number)
         usable = [batch for detail, batch in self.ragged if detail not in self.unusable]
-        if usable and number % interval == interval - 1:
-            batch = usable[number // interval % len(usable)]
+        round_, place = divmod(number, SMALLER_IN_A_ROUND * interval + 1)
+        if usable and place % interval == interval - 1:
+            batch = usable[(SMALLER_IN_A_ROUND * round_ + place // interval) % len(usable)]
         return cast(batch, dtype)
 
     @cached_property
@@ -235,7 +242,7 @@ class Proof:
         self.causes.extend(replay.causes())
 
     def replay_float64(self, updates: int) -> None:
-        """Checks updates from one start, every third of them a smaller window."""
+        """Checks updates from one start, about every third of them a smaller window."""
         problem = self.problem
         replay = self._replayed(updates)
         failure = replay.failure

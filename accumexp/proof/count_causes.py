@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 from .certificate import Cause, Counts
 from .count_wording import WHOLE_GRADIENT, counts_in_words
-from .counts import Decomposition
+from .counts import Decomposition, decompose
 from .evidence import Failure
 from .extra_terms import clipping_in_words, gradient_in_one, term_in_words
 from .larger_batch import norm
+from .loss_items import has_samples, ignore_index_of, leaves, likely_counts
 from .nested import batch_size
 from .problem import Problem
 from .ranks import all_gather, world_size
@@ -43,10 +45,43 @@ def counts_causes(
             elif reason[0]:
                 reasons.setdefault(reason, []).append(subject)
         if not unexplained:
+            reasons = _clipped_together(problem, parts, reasons)
             causes = [_cause(failure, *reason, names) for reason, names in reasons.items()]
+            if len(causes) == 1 and list(reasons.values()) == [[""]]:
+                causes = [_with_later_losses(problem, failure, parts, causes[0])]
             break
+    if parts.unseen_and_doubled()[1]:
+        causes = [replace(cause, explains=("micro-batches",)) for cause in causes]
     # The first rank's causes for all: ranks with other gradients would read them differently.
     return all_gather((causes, counts))[0]
+
+
+def _clipped_together(
+    problem: Problem, parts: Decomposition, reasons: dict[tuple[str, str], list[str]]
+) -> dict[tuple[str, str], list[str]]:
+    """`reasons` with that of parameters which are clipped by the norm of their own gradients together."""
+    if problem.clip_norm is None:
+        return reasons
+    together: dict[tuple[str, str], list[str]] = {}
+    for reason, names in reasons.items():
+        several = len(names) > 1 and set(names) <= parts.gradient.keys()
+        clipping = all_gather(clipping_in_words(problem, parts, names))[0] if several else None
+        together.setdefault(clipping or reason, []).extend(names)
+    return together
+
+
+def _with_later_losses(problem: Problem, failure: Failure, parts: Decomposition, cause: Cause) -> Cause:
+    """`cause` with the micro-batches that do not count in the last whole window, if they are other ones."""
+    latest = failure.latest
+    later = None if latest is None or failure.precision or parts.ranks > 1 else decompose(problem, latest)
+    if latest is None or later is None:
+        return cause
+    lost = [each.lost(fit.counts) if (fit := each.fit(each.gradient)) else [] for each in (parts, later)]
+    if not all(lost) or lost[0] == lost[1]:
+        return cause
+    other = ", ".join(map(str, lost[1][:6])) + (", ..." if len(lost[1]) > 6 else "")
+    later = f"other ones in other updates: micro-batch {other} in update {latest.updates[0]}"
+    return replace(cause, reason=f"{cause.reason}; {later}")
 
 
 def _cause(failure: Failure, reason: str, advice: str, subjects: list[str]) -> Cause:
@@ -129,10 +164,34 @@ def samples_in_words(problem: Problem, failure: Failure) -> str:
     fit = single.fit(single.gradient)
     if fit is None or all(map(single.is_one, fit.counts)):
         return ""
+    if proportional := _proportional(problem, single, fit.counts):
+        return proportional
     least, most = min(fit.counts), max(fit.counts)
     at = fit.counts.index(least), fit.counts.index(most)
     span = f"from {least:.3g} times (sample {at[0]}) to {most:.3g} times (sample {at[1]})"
     return f"its samples count unevenly, {span}"
+
+
+def _proportional(problem: Problem, single: Decomposition, counts: list[float]) -> str:
+    """What the `counts` of samples are proportional to, in words; "" if that is not known."""
+    near = max(1e-5, single.count_tolerance)
+
+    def alike(values: list[float]) -> bool:
+        return all(values) and max(values) - min(values) <= near * max(map(abs, values))
+
+    weighed = [count * weight for count, weight in zip(counts, single.weights, strict=True)]
+    if alike(weighed) and not alike(single.weights):
+        return "its samples count alike, whatever they weigh in the loss: a mean of the samples' own means"
+    every = leaves(single.failure.batch[1])
+    for leaf in every:
+        if not has_samples(leaf, len(counts)):
+            continue
+        for text, number in likely_counts(leaf, "targets", len(every) == 1, ignore_index_of(problem.loss)):
+            weights = [number(leaf[k : k + 1]) for k in range(len(counts))]
+            if all(weights) and not alike(weights):
+                if alike([count / weight for count, weight in zip(counts, weights, strict=True)]):
+                    return f"its samples count by {text.format(number(leaf))}, not alike"
+    return ""
 
 
 def single_micro_batch_in_words(problem: Problem, failure: Failure, parts: Decomposition) -> str:

@@ -6,8 +6,9 @@ import math
 from collections.abc import Sequence
 
 from .counts import Decomposition
+from .denominators import denominator_in_words
 from .larger_batch import norm
-from .nested import tensors
+from .nested import batch_size
 
 OWN_WEIGHT = "divide every micro-batch's sum by the window's own weight"
 WHOLE_GRADIENT = "the gradient"
@@ -51,6 +52,8 @@ def counts_in_words(
             what = f"alike, and as if there were {steps}"
         elif abs(factor - 1) > max(1e-5, parts.count_tolerance):
             what = f"alike, {factor:.4g} times"
+            if abs(factor - windows) <= 1e-5 * windows:
+                what += f" as the sum of {windows} means"
         reason = f"micro-batches count {what}, though they weigh {_list(weights)}: counts {_list(counts)}"
         reason = reason if subject == WHOLE_GRADIENT else f"in {subject} {reason}"
         return reason, f"{OWN_WEIGHT}, not its mean by their number"
@@ -72,7 +75,7 @@ def counts_in_words(
 
 def _lost(parts: Decomposition, by_rank: list[list[float]], subject: str) -> tuple[str, str] | None:
     flat = [count for each in by_rank for count in each]
-    lost = [k for k, count in enumerate(flat) if abs(count) <= parts.count_tolerance]
+    lost = parts.lost(flat)
     if not lost or len(lost) == len(flat):
         return (f"{subject} is zero", EVERY_MICRO_BATCH) if lost else None
     left = [k for k in range(len(flat)) if k not in lost]
@@ -124,10 +127,12 @@ def _uniform(parts: Decomposition, count: float, subject: str, whole: bool) -> t
     steps, ranks = parts.problem.steps, parts.ranks
     windows = sum(len(each) for each in parts.micro_batches)
     per_rank = windows // ranks
+    samples = batch_size(parts.failure.batch)
     factors = [
         (windows / ranks, f"the sum of {per_rank} micro-batches' means instead of their mean"),
         (windows, f"the sum of {windows} micro-batches' means instead of their mean"),
         (sum(parts.weights), f"the sum over {sum(parts.weights):g} items instead of their mean"),
+        (samples, f"not divided by the {samples} samples"),
         (ranks, f"added over {ranks} ranks where it should be averaged"),
         (1 / ranks, f"divided by {ranks} ranks once more"),
         (windows / (steps * ranks), f"{per_rank} micro-batches divided by {steps}"),
@@ -136,33 +141,18 @@ def _uniform(parts: Decomposition, count: float, subject: str, whole: bool) -> t
         (windows / (steps * ranks) / steps, f"divided by {steps} twice"),
     ]
     near = max(1e-6, parts.count_tolerance)
+    others = ""
     why = next((text for value, text in factors if value != 1 and abs(count - value) <= near * value), "")
     if not why:
-        why = _other_denominator(parts, windows / count if count else 0.0)
+        others = parts.failure.other_factors(count) if whole else ""
+        why = denominator_in_words(parts, count, whole)
     exponent = math.log2(abs(count) or 1.0)
     if not why and abs(exponent) >= 5 and abs(exponent - round(exponent)) <= 1e-3:
         why = f"2^{round(exponent)}, as loss scales are: it is clipped or stepped before it is unscaled"
     if subject == WHOLE_GRADIENT and whole and (clipping := _clipping(parts, count)):
         return clipping
-    reason = f"{subject} is {count:.6g} times the larger batch's"
+    reason = f"{subject} is {count:.6g} times the larger batch's{others}"
     return (f"{reason}: {why}" if why else reason), "divide by the window's own weight, once"
-
-
-def _other_denominator(parts: Decomposition, divisor: float) -> str:
-    """What `divisor` is, by which the sum of the micro-batches' means seems to be divided; or ""."""
-    windows, weights = len(parts.weights), parts.weights
-    total = sum(weights)
-    targets = [t for t in tensors(parts.failure.batch[1]) if not t.is_floating_point()]
-    elements = targets[0].numel() if targets else 0
-    near = max(1e-6, parts.count_tolerance) * max(1.0, divisor)
-    if elements and abs(divisor * total / windows - elements) <= near * total:
-        return f"divided by all {elements} targets, where {total:g} count"
-    for place, weight in (("last", weights[-1]), ("first", weights[0])):
-        if weight != total / windows and abs(divisor * total - windows * windows * weight) <= near * total:
-            return f"divided by {windows} times the {place} micro-batch's weight, {weight:g}"
-    if divisor >= 1 and abs(divisor - round(divisor)) <= near and round(divisor) != windows:
-        return f"divided by {round(divisor)} where {windows} micro-batches are added"
-    return ""
 
 
 def _clipping(parts: Decomposition, count: float) -> tuple[str, str] | None:

@@ -182,6 +182,10 @@ class Decomposition:
         if enough and int(torch.linalg.matrix_rank(gram, hermitian=True)) == number:
             yield torch.linalg.lstsq(gram, right.unsqueeze(1), driver="gelsd").solution[:, 0]
 
+    def lost(self, counts: Sequence[float]) -> list[int]:
+        """The micro-batches that do not count."""
+        return [k for k, count in enumerate(counts) if abs(count) <= self.count_tolerance]
+
     def is_one(self, count: float) -> bool:
         return abs(count - 1) <= self.count_tolerance
 

@@ -82,11 +82,10 @@ def steps_cause(failure: Failure) -> Cause | None:
             reason = "the optimizer was not stepped in the window"
             return failure.cause("no update", reason, "", "step it once")
         if steps == 1:
-            left = ", ".join(map(str, range(early[0], passes)))
-            reason = (
-                f"{of_rank} optimizer steps after {early[0]} of {passes} micro-batches: micro-batch {left} "
-                "does not count in it"
-            )
+            late = passes - early[0]
+            left = "the last one does" if late == 1 else f"the last {late} do"
+            after = f"after {early[0]} of {passes} micro-batches"
+            reason = f"{of_rank} optimizer steps {after}: {left} not count in it"
         elif len(set(before)) == 1:
             reason = f"{of_rank} optimizer steps {steps} times at the end of the window"
         else:
@@ -157,7 +156,7 @@ def _average_cause(
     outputs = larger_batch_of(problem, copy_in(problem.model, DOUBLE), failure.batch).outputs
     inputs, targets = failure.batch
     average = loss_average(problem.loss, outputs, targets, copy_in(problem.model, DOUBLE), inputs)
-    if average is None or average.kind == "coupled":
+    if average is None or (average.kind == "coupled" and not average.description):
         return None
     shown = "the loss of parts of the batch was compared with that of all of it"
     return failure.cause("loss average", average.reason, shown, average.advice)

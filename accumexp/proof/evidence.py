@@ -32,6 +32,9 @@ class Failure:
         compared: numbers of all updates that were compared.
         steps: numbers of the updates without exactly one optimizer step.
         smaller: numbers of the updates on smaller windows.
+        factors: how many times the larger batch's a failing update's gradient is, by update; None for none.
+        weights: of the updates' windows in the loss, by update.
+        latest: the last update on a whole window that fails; None for a large model.
         precision: that the update was made in; "" for fp64.
         tolerance: the relative error that rounding explains.
     """
@@ -47,6 +50,9 @@ class Failure:
     compared: list[int] = field(default_factory=list)
     steps: list[int] = field(default_factory=list)
     smaller: list[int] = field(default_factory=list)
+    factors: dict[int, float | None] = field(default_factory=dict)
+    weights: dict[int, float] = field(default_factory=dict)
+    latest: Failure | None = None
     precision: str = ""
     tolerance: float = 1e-6
 
@@ -58,9 +64,29 @@ class Failure:
         return self.in_words(self.updates)
 
     def in_words(self, updates: list[int]) -> str:
-        """Which `updates` these are; with the first one's window if all of them are smaller windows."""
-        of = f" (a window of {self.window})" if self.window and set(updates) <= set(self.smaller) else ""
+        """Which `updates` these are; and the first one's window if all of them are smaller ones."""
+        first = f"update {updates[0]}: " if len(updates) > 1 else ""
+        smaller = self.window and set(updates) <= set(self.smaller)
+        of = f" ({first}a window of {self.window})" if smaller else ""
         return f"{updates_in_words(updates, self.compared)}{of}".strip()
+
+    def follow(self, updates: Failure) -> None:
+        """Takes over in which updates the fault shows, from the failure of updates."""
+        self.updates, self.compared, self.steps = updates.updates, updates.compared, updates.steps
+        self.smaller, self.factors, self.weights = updates.smaller, updates.factors, updates.weights
+        self.latest = updates.latest
+        if self.window and not set(self.updates) <= set(self.smaller):
+            self.updates = []
+
+    def other_factors(self, factor: float) -> str:
+        """By which other factors than this update's the gradient is wrong in other updates, in words."""
+        every = [each for number in self.updates if (each := self.factors.get(number)) is not None]
+        others = [each for each in every if abs(each - factor) > 1e-3 * abs(factor)]
+        if not others:
+            return ""
+        low, high = min(others), max(others)
+        span = f"{low:.3g}" if high - low <= 1e-3 * abs(high) else f"{low:.3g} to {high:.3g}"
+        return f" in update {self.updates[0]} ({span} times in others)"
 
     def cause(self, source: str, reason: str, shown: str, advice: str) -> Cause:
         """A cause of this failure, which says in which updates it shows."""

@@ -29,13 +29,15 @@ LEFT = 0.01
 def term_in_words(problem: Problem, parts: Decomposition, names: list[str]) -> tuple[str, str] | None:
     """(what else is in the gradient of the parameters `names`, what to do); None if nothing explains it."""
     rest = {name: value for name, value in parts.rest().items() if name in names}
+    # Of some parameters the text begins with their gradient.
+    gradient = "the gradient" if len(names) == len(parts.gradient) else "it"
     size = norm({name: parts.gradient[name] for name in names}) or 1.0
     if norm(rest) <= parts.tolerance * size:
         return None
     return (
         _carried_over(parts, rest, size)
-        or _decay(problem, parts, rest, size)
-        or _unmoved(problem, parts, rest, size)
+        or _decay(problem, parts, rest, size, gradient)
+        or _unmoved(problem, parts, rest, size, gradient)
         or _moved_by_each(problem, parts, names, size)
         or _labels_of_others(problem, parts, names, size)
         or clipping_in_words(problem, parts, names)
@@ -72,7 +74,9 @@ def _carried_over(parts: Decomposition, rest: Gradient, size: float) -> tuple[st
     )
 
 
-def _decay(problem: Problem, parts: Decomposition, rest: Gradient, size: float) -> tuple[str, str] | None:
+def _decay(
+    problem: Problem, parts: Decomposition, rest: Gradient, size: float, gradient: str
+) -> tuple[str, str] | None:
     weights = {name: p.detach() for name, p in parts.failure.model.named_parameters() if name in rest}
     number = sum(len(each) for each in parts.micro_batches)
     for term, what in (
@@ -85,19 +89,17 @@ def _decay(problem: Problem, parts: Decomposition, rest: Gradient, size: float) 
         right = _factor(_transformation(problem, parts, rest), term, size, parts.tolerance) or 0.0
         total = factor + right
         if right and abs(total - number * right) <= 1e-3 * abs(total):
-            return (
-                f"{total:.4g} times {what} is added to it: {right:.4g} in each of {number} micro-batches",
-                ONCE,
-            )
+            each = f"{right:.4g} in each of {number} micro-batches"
+            return f"{total:.4g} times {what} is added to {gradient}: {each}", ONCE
         if factor < 0:
-            return f"{-factor:.4g} times {what} is missing in it", ONCE
+            return f"{-factor:.4g} times {what} is missing in {gradient}", ONCE
         single = gradient_in_one(problem, parts)
         once = None if single is None else {name: single[name] - _sum(parts, name) for name in rest}
         per_window = _factor(once, term, size, parts.tolerance) if once is not None else None
         if per_window is not None and abs(factor - number * per_window) <= 1e-3 * abs(factor):
             each = f"{per_window:.4g} in each of {number} micro-batches"
-            return f"{factor:.4g} times {what} is added to it: {each}", ONCE
-        return f"{factor:.4g} times {what} is added to it, which the loss does not have", SAY_SO
+            return f"{factor:.4g} times {what} is added to {gradient}: {each}", ONCE
+        return f"{factor:.4g} times {what} is added to {gradient}, which the loss does not have", SAY_SO
     return None
 
 
@@ -112,14 +114,17 @@ def _sum(parts: Decomposition, name: str) -> torch.Tensor:
     return torch.stack([part[name].double() for part in parts.parts]).sum(0)
 
 
-def _unmoved(problem: Problem, parts: Decomposition, rest: Gradient, size: float) -> tuple[str, str] | None:
+def _unmoved(
+    problem: Problem, parts: Decomposition, rest: Gradient, size: float, gradient: str
+) -> tuple[str, str] | None:
     if problem.perturb is None:
         return None
     unmoved = larger_batch_of(problem, parts.failure.model, parts.failure.batch).gradient
     factor = _factor(rest, unmoved, size, parts.tolerance)
     if factor is None:
         return None
-    return f"the gradient at the unmoved weights is added to it, {factor:.3g}-fold", ZERO
+    times = "" if abs(factor - 1) < 0.01 else f", {factor:.3g}-fold"
+    return f"the gradient at the unmoved weights is added to {gradient}{times}", ZERO
 
 
 def _moved_by_each(

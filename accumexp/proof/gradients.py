@@ -10,7 +10,7 @@ from .float64 import DOUBLE
 from .larger_batch import Gradient, dot, norm
 from .observation import Observation, observe
 from .problem import Problem, TrainingState, WholeBatch, cast, copy_in
-from .ranks import all_gather
+from .ranks import all_gather, world_size
 from .rounding import ROUNDING, WHOLE, ExpectedUpdate, expected_update, norms_of_errors
 
 # Windows that a loop may skip before one counts: a loss scale of 2^16 is below 1 after that many halvings.
@@ -62,6 +62,23 @@ def _compare(gradient: Gradient | None, expected: ExpectedUpdate) -> Comparison:
     ratios = {name: excess(errors[name], expected.bounds[name]) for name in errors}
     name = max(ratios, key=lambda key: ratios[key])
     return Comparison(error, ratios[name], name, errors[name] / size, expected.bounds[name] / size)
+
+
+def arrives_scaled(observation: Observation, exact: Gradient) -> bool:
+    """Whether the finite part of what arrived is a multiple of `exact`; not measured on several ranks."""
+    finite = {name: g for name, g in observation.arrived.items() if bool(g.isfinite().all())}
+    right = {name: exact[name] for name in finite}
+    return world_size() > 1 or common_factor(finite, right) is not None
+
+
+def common_factor(gradient: Gradient | None, right: Gradient) -> float | None:
+    """The factor by which all of `gradient` is the `right` one but for rounding; None if there is none."""
+    square = norm(right) ** 2
+    if gradient is None or gradient.keys() != right.keys() or not square:
+        return None
+    factor = dot(right, gradient) / square
+    left = norm({name: gradient[name].double() - factor * g.double() for name, g in right.items()})
+    return factor if left <= 1e-6 * abs(factor) * math.sqrt(square) else None
 
 
 def compare_window(

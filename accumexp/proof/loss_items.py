@@ -23,7 +23,22 @@ Count = Callable[[Tensor], float]
 def item_counts(
     leaf: Tensor, where: str, alone: bool, ignore_index: int | None
 ) -> Iterator[tuple[str, Count]]:
-    """What of a tensor a loss may average over, the likeliest first.
+    """What of a tensor a loss may average over: `likely_counts` first, then its elements by value.
+
+    Arguments and results are those of `likely_counts`.
+    """
+    yield from likely_counts(leaf, where, alone, ignore_index)
+    if not alone and _is_mask(leaf):
+        return
+    for value in leaf.unique()[:VALUES].tolist():
+        yield f"{{:g}} {where} other than {value:g}", functools.partial(_other_than, value)
+        yield f"{{:g}} {where} equal to {value:g}", lambda rows, v=value: float((rows == v).sum())
+
+
+def likely_counts(
+    leaf: Tensor, where: str, alone: bool, ignore_index: int | None
+) -> Iterator[tuple[str, Count]]:
+    """What of a tensor a loss commonly averages over, the likeliest first.
 
     Args:
         where: "targets", "outputs" or "inputs".
@@ -35,7 +50,7 @@ def item_counts(
     """
     if leaf.is_floating_point():
         yield f"{{:g}} {where} that are not nan", functools.partial(_other_than, math.nan)
-    if not alone and bool(((leaf == 0) | (leaf == 1)).all()):
+    if not alone and _is_mask(leaf):
         yield f"the {{:g}} elements of a mask among the {where}", functools.partial(_other_than, 0)
         return
     if not leaf.is_floating_point():
@@ -44,9 +59,22 @@ def item_counts(
         yield f"{{:g}} valid {where} (those not below 0)", lambda rows: float((rows >= 0).sum())
     yield f"{{:g}} {where} other than 0", functools.partial(_other_than, 0)
     yield f"weights among the {where}, whose sum is {{:g}}", lambda rows: float(rows.double().nansum())
-    for value in leaf.unique()[:VALUES].tolist():
-        yield f"{{:g}} {where} other than {value:g}", functools.partial(_other_than, value)
-        yield f"{{:g}} {where} equal to {value:g}", lambda rows, v=value: float((rows == v).sum())
+    if leaf.dim() > 1 and leaf.shape[1] > 1 and not leaf.is_floating_point():
+        # A language model that predicts the next token has no loss for the first one.
+        for value in dict.fromkeys(v for v in (ignore_index, *IGNORED) if v is not None):
+            text = f"{_valid(where, value)} after the first of each sample"
+            yield text, lambda rows, v=value: _other_than(v, rows[:, 1:])
+
+
+def _is_mask(leaf: Tensor) -> bool:
+    return bool(((leaf == 0) | (leaf == 1)).all())
+
+
+def ignore_index_of(loss: Any) -> int | None:
+    """`ignore_index` of a loss, or of the function that a partial calls."""
+    keywords = loss.keywords if isinstance(loss, functools.partial) else {}
+    value = getattr(loss, "ignore_index", keywords.get("ignore_index"))
+    return value if isinstance(value, int) else None
 
 
 def with_ignored(leaf: Tensor, ignore_index: int | None) -> Iterator[tuple[str, Count, Tensor]]:

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 from collections import Counter
+from contextlib import ExitStack
 from itertools import accumulate, pairwise
+from typing import Any
 
 import torch
 
 from .certificate import Check
-from .nested import batch_size
-from .observation import Observation
-from .problem import Problem, WholeBatch
+from .float64 import DOUBLE
+from .nested import batch_size, tensors
+from .observation import Observation, observe
+from .problem import Problem, TrainingState, WholeBatch, cast
 from .ranks import all_gather, world_size
+from .sample_ids import row_count
 
+# Parts of a model that are named one by one.
+NAMED = 3
 AS_ASKED = "forward passes in a window, over how often it passes a sample; as many as `steps`"
 # Sample numbers, by rank and micro-batch.
 MicroBatches = list[list[list[int]]]
@@ -94,4 +100,68 @@ def micro_batches_check(problem: Problem, observation: Observation, batch: Whole
     share = -(-problem.samples // (problem.steps * world_size()))
     off = 0 if count < problem.steps and largest <= share else abs(count - problem.steps)
     detail = f"steps={problem.steps} asked, {count} made, the largest of {largest} samples"
+    if off and (parts := _parts_in_words(problem, batch, share)):
+        detail += f"; {parts}"
     return Check("micro-batches a window", off, 0.0, "count", AS_ASKED, detail, about="micro-batches")
+
+
+def _parts_in_words(problem: Problem, batch: WholeBatch, share: int) -> str:
+    """The parts of the model that run on at most `share` samples where others do not, in words; or ""."""
+    state = TrainingState(problem, DOUBLE)
+    rows: dict[str, list[int]] = {}
+
+    def before_forward(name: str, inputs: tuple[Any, ...]) -> None:
+        if torch.is_grad_enabled() and tensors(inputs):
+            rows.setdefault(name, []).append(row_count(inputs))
+
+    with ExitStack() as hooks:
+        for name, module in state.inner.named_modules():
+            if next(module.children(), None) is None and next(module.parameters(), None) is not None:
+                hooks.enter_context(
+                    module.register_forward_pre_hook(lambda _, inputs, n=name: before_forward(n, inputs))
+                )
+        observe(state, cast(batch, DOUBLE))
+    split = [name for name, sizes in rows.items() if max(sizes) <= share and len(sizes) > 1]
+    if not split or len(split) == len(rows):
+        return ""
+    names = ", ".join(split[:NAMED]) + (f", ... ({len(split)} parts)" if len(split) > NAMED else "")
+    times, largest = len(rows[split[0]]), max(rows[split[0]])
+    verb = "runs" if len(split) == 1 else "run"
+    return f"only {names} {verb} by micro-batch, {times} times on at most {largest} samples"
+
+
+class MicroBatchesMade:
+    """Compares how many micro-batches each update makes with what was asked for."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+        self._off: list[tuple[int, int, str]] = []
+
+    def compare(self, number: int, batch: WholeBatch, observation: Observation, smaller: bool) -> None:
+        """Compares update `number`. Too many in a smaller window pass. A collective call.
+
+        Fewer pass if none of them is larger than asked: the other samples went another way.
+        """
+        made = micro_batches_made(self.problem, batch, observation)
+        if made is None:
+            return
+        steps, samples = self.problem.steps, batch_size(batch)
+        count, largest = made
+        share = -(-self.problem.samples // (steps * world_size()))
+        if smaller:
+            fewest = -(-samples // (2 * share * world_size()))
+            off, made_of = max(0, fewest - count), f"{count} made of {samples} samples"
+        else:
+            off, made_of = abs(count - steps), f"steps={steps} asked, {count} made"
+        if count < steps and largest <= share:
+            off = 0
+        self._off.append((number, off, made_of))
+
+    def check(self, name: str) -> Check:
+        """The check of all updates, whose figures all ranks share."""
+        number, figure, made = max(self._off, key=lambda each: each[1], default=(0, 0, ""))
+        first, _, of_first = next((each for each in self._off if each[1]), (0, 0, ""))
+        detail = f"off in update {number}: {made}" if figure else "no difference"
+        if first != number and figure:
+            detail += f", first in update {first} ({of_first})"
+        return Check(name, figure, 0.0, "count", AS_ASKED, detail, about="micro-batches")

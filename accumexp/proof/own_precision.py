@@ -44,6 +44,8 @@ from .rounding import (
 
 # Single windows from the first weights, each on the samples in another order.
 WINDOWS = 2
+# Parameters that are named one by one; more are counted.
+NAMED = 3
 LOST = (
     f"in every update, {LAMBDA:g} times what the larger batch and the window's own micro-batches lose in "
     f"this precision, and {LAMBDA:g} u"
@@ -323,5 +325,7 @@ def _sum_check(problem: Problem, observation: Observation, precision: str) -> Ch
     error, bound = errors[name] / size, bounds[name] / size
     failing = [key for key in errors if not errors[key] <= bounds[key]]
     others = f", {len(failing)} of {len(errors)} parameters" if len(failing) > 1 else ""
+    if 1 < len(failing) <= NAMED and len(failing) < len(errors):
+        others += f" ({', '.join(failing)})"
     others = ", no other" if len(failing) == 1 and len(errors) > 1 else others
     return Check(f"addition, {precision}", error, bound, "relative", ONCE, f"worst at {name}{others}")

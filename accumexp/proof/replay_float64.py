@@ -14,15 +14,15 @@ from .certificate import Cause, Check, Series, excess, worst_check
 from .draw_causes import repeated_draws, repeated_draws_cause
 from .evidence import Failure, updates_in_words
 from .float64 import DOUBLE
-from .gradients import Comparison, compare, measured_loss_scale
+from .gradients import Comparison, arrives_scaled, common_factor, compare, measured_loss_scale
 from .hand_changes import HandChanges, Snapshot
 from .larger_batch import Gradient, loss_weight, relative_error
 from .learning_rates import LearningRates
-from .micro_batches import AS_ASKED, micro_batches_made
+from .micro_batches import MicroBatchesMade
 from .nested import batch_size
 from .observation import Observation
 from .problem import Problem, TrainingState, WholeBatch
-from .ranks import all_gather, world_size, worst
+from .ranks import all_gather, worst
 from .replay import BITS, ONE_STEP, Replay, tensors_of
 from .rounding import U32, U64, ExpectedUpdate, expected_update
 from .sample_ids import SampleIds
@@ -48,6 +48,8 @@ class Float64Replay(Replay):
         failure: the first update whose gradient differs, or that has not one optimizer step.
         changed: the first update after which the weights differ although the optimizer's steps are right.
         logged: the first update whose logged loss differs.
+        scale_is_measured: whether what autograd delivered is the larger batch's gradient but for a factor, in
+            every update; else that factor need not be the loss scale.
     """
 
     def __init__(self, problem: Problem, state: TrainingState) -> None:
@@ -57,14 +59,21 @@ class Float64Replay(Replay):
         self.failure: Failure | None = None
         self.changed: ChangedWeights | None = None
         self.logged: LoggedLoss | None = None
+        self.scale_is_measured = True
         self._comparisons: list[tuple[int, Comparison]] = []
         self._buffers: list[tuple[int, float, str]] = []
         self._repeated: list[tuple[int, int]] = []
         self._wrong_steps: list[int] = []
         self._smaller: list[int] = []
+        self._made = MicroBatchesMade(problem)
+        self._latest: Failure | None = None
+        self._factors: dict[int, float | None] = {}
+        self._window_weights: dict[int, float] = {}
         self._previous: Gradient | None = None
         self._before: Gradient = {}
         self._loss: Check | None = None
+        self._losses_at: list[int] = []
+        self._wrong_losses: list[int] = []
         self._rates = LearningRates(problem)
         self._by_hand = HandChanges(problem, problem.hand_changed)
         self._scales: list[tuple[int, float, float]] = []
@@ -98,7 +107,7 @@ class Float64Replay(Replay):
         self._previous = observation.gradient
         self._record("samples", self._missing_samples(batch, observation))
         self._record("number of updates", abs(observation.steps - 1))
-        self._record_micro_batches(batch, observation)
+        self._made.compare(number, batch, observation, smaller)
         self._repeated.append((number, repeated_draws(self.problem, observation)))
         passes = len(observation.sizes)
         self._record("learning rate", self._rates.compare(observation.rates, self.optimizer, passes))
@@ -119,22 +128,6 @@ class Float64Replay(Replay):
                 number, names, before, expected_weights, self._weights(), list(dict.fromkeys(entries))
             )
 
-    def _record_micro_batches(self, batch: WholeBatch, observation: Observation) -> None:
-        """Records how many micro-batches too few or too many a window makes: a smaller one only too few."""
-        made = micro_batches_made(self.problem, batch, observation)
-        if made is None:
-            return
-        count, largest = made
-        share = -(-self.problem.samples // (self.problem.steps * world_size()))
-        if batch_size(batch) < self._full:
-            fewest = -(-batch_size(batch) // (2 * share * world_size()))
-            self._record(
-                "micro-batches", max(0, fewest - count), f": {count} made of {batch_size(batch)} samples"
-            )
-        else:
-            off = 0 if count < self.problem.steps and largest <= share else abs(count - self.problem.steps)
-            self._record("micro-batches", off, f": steps={self.problem.steps} asked, {count} made")
-
     def _weights(self) -> Gradient:
         """A copy of the weights; empty for a large model."""
         if self._interval > 1:
@@ -147,6 +140,10 @@ class Float64Replay(Replay):
         self.clipped += self.problem.clip_norm is not None and expected.size > self.problem.clip_norm
         comparison = compare(observation.gradient, expected)
         self._comparisons.append((number, comparison))
+        if not comparison.equal:
+            self._factors[number] = common_factor(observation.gradient, expected.gradient)
+        with self.problem.loss_in(DOUBLE) as loss:
+            weight = self._window_weights[number] = float(loss_weight(loss, batch[1], batch_size(batch)))
         steps = all_gather(observation.steps)
         if any(count != 1 for count in steps):
             self._wrong_steps.append(number)
@@ -157,6 +154,9 @@ class Float64Replay(Replay):
             self.failure = Failure(batch, observation, expected, comparison, model, self._previous)
             if batch_size(batch) < self._full:
                 self.failure.window = f"{batch_size(batch)} of {self._full} samples"
+        elif not comparison.equal and batch_size(batch) == self._full and self._interval == 1:
+            model = copy.deepcopy(self.model)
+            self._latest = Failure(batch, observation, expected, comparison, model, updates=[number])
         # The logged loss is added up in fp32 and rounded once more.
         rounding = (len(observation.sizes) + 1) * U32 * abs(expected.loss)
         self.losses[number] = (expected.loss, expected.loss_bound + rounding)
@@ -165,8 +165,8 @@ class Float64Replay(Replay):
         if scaled and expected.size:  # a gradient of zeros does not show the scale
             scale = measured_loss_scale(observation, expected.larger.gradient)
             # What arrives may be a sum that the loop divides later: windows of the same weight are compared.
-            with self.problem.loss_in(DOUBLE) as loss:
-                self._scales.append((number, scale, float(loss_weight(loss, batch[1], batch_size(batch)))))
+            self._scales.append((number, scale, weight))
+            self.scale_is_measured &= arrives_scaled(observation, expected.larger.gradient)
 
     def _compare_buffers(self, number: int, expected: dict[str, Tensor]) -> None:
         """Compares the buffers after the loop's window with those after the larger batch, `expected`."""
@@ -181,12 +181,16 @@ class Float64Replay(Replay):
     def compare_loss(self, update: int, loss: float) -> None:
         """Compares the loss that the loop logged for `update`, if that update's gradient was compared."""
         if update in self.losses:
+            self._losses_at.append(update)
             expected, bound = self.losses[update]
             error = abs(loss - expected)
             at = f"worst at update {update}" if error else "no difference"
             check = Check("logged loss", error, bound, "loss", LOGGED, at)
-            if not check.passed and self.logged is None and self._last[0] == update:
-                self.logged = LoggedLoss(update, loss, expected, *self._last[1:], self._before)
+            if not check.passed:
+                self._wrong_losses.append(update)
+                if self.logged is None and self._last[0] == update:
+                    updates = self._wrong_losses, self._losses_at
+                    self.logged = LoggedLoss(update, loss, expected, *self._last[1:], self._before, *updates)
             self._loss = check if self._loss is None else worst_check([self._loss, check])
 
     def _missing_samples(self, batch: WholeBatch, observation: Observation) -> int:
@@ -213,8 +217,7 @@ class Float64Replay(Replay):
         if self._loss is not None:
             checks.append(replace(worst_check(all_gather(self._loss)), name=f"logged loss, {over}"))
         checks.append(self._check("number of updates", "number of updates", 0.0, ONE_STEP, "count"))
-        made = self._check(f"micro-batches, {over}", "micro-batches", 0.0, AS_ASKED, "count")
-        checks.append(replace(made, about="micro-batches"))
+        checks.append(self._made.check(f"micro-batches, {over}"))
         checks.append(self._check("samples", "samples", 0.0, EVERY_SAMPLE, "count"))
         if self.problem.scaling is not None and self._scales:
             checks.append(self._scale_check())
@@ -241,6 +244,8 @@ class Float64Replay(Replay):
             failing = {n for n, c in self._comparisons if not c.equal} | set(self._wrong_steps)
             self.failure.updates = sorted(failing)
             self.failure.smaller = self._smaller
+            self.failure.factors, self.failure.weights = self._factors, self._window_weights
+            self.failure.latest = self._latest
         detail = f"update {number}" if comparison.ratio else over
         if len(self.losses) < self.updates:
             detail += f", {len(self.losses)} of them compared"

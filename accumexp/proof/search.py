@@ -51,10 +51,7 @@ def find_causes(
     # The first window, else the first update in fp64, else a smaller window or one in the own precision.
     failure = next((each for each in [*whole, replayed, *windows, own] if each is not None), None)
     if failure is not None and replayed is not None and not failure.updates:
-        failure.updates, failure.compared = replayed.updates, replayed.compared
-        failure.steps, failure.smaller = replayed.steps, replayed.smaller
-        if failure.window and not set(failure.updates) <= set(failure.smaller):
-            failure.updates = []
+        failure.follow(replayed)
     try:
         if failure is not None:
             causes, counts = diagnosis.diagnose(problem, failure, failure in windows)
@@ -85,6 +82,8 @@ def _other_causes(
         if kind in kinds or (explained and kind.startswith(CONSEQUENCES)):
             continue
         kinds.add(kind)
+        if explained and kind == "loss scale by update" and not (replay and replay.scale_is_measured):
+            continue  # an artefact of the wrong gradient
         if kind == "buffers":
             causes.append(state_causes.buffers_cause(problem, check, micro_batches))
         elif kind == "logged loss" and replay is not None and replay.logged is not None:
@@ -92,7 +91,9 @@ def _other_causes(
         elif kind == second_passes.NAME:
             causes.append(second_passes.second_pass_cause(problem, check))
         elif (cause := state_causes.simple_cause(check)) is not None:
-            causes.append(cause)
+            alike = cause.reason.partition(":")[0]
+            if not any(other.reason.partition(":")[0] == alike for other in causes):
+                causes.append(cause)
     if explained or kinds & {"state", "buffers", "learning rate"}:
         return causes
     if replay is not None and replay.changed is not None:

@@ -10,6 +10,7 @@ import torch
 
 from .buffer_updates import updates_of_buffer
 from .certificate import Cause, Check, number
+from .evidence import updates_in_words
 from .float64 import DOUBLE
 from .larger_batch import Gradient, dot, norm
 from .micro_batches import rank_micro_batches
@@ -41,7 +42,12 @@ class ChangedWeights:
 
 @dataclass(frozen=True)
 class LoggedLoss:
-    """The first update whose logged loss is not the larger batch's, and what it was made of."""
+    """The first update whose logged loss is not the larger batch's, and what it was made of.
+
+    Attributes:
+        updates: numbers of all such updates.
+        compared: numbers of all updates that log a loss.
+    """
 
     update: int
     logged: float
@@ -49,6 +55,8 @@ class LoggedLoss:
     batch: WholeBatch
     observation: Observation
     weights: Gradient
+    updates: list[int]
+    compared: list[int]
 
 
 def changed_weights_cause(problem: Problem, changed: ChangedWeights, micro_batches: int) -> Cause:
@@ -116,6 +124,8 @@ def logged_loss_cause(problem: Problem, logged: LoggedLoss) -> Cause:
                 parameter.copy_(logged.weights[name])
         if what := _what_is_logged(problem, model, logged):
             reason += f": {what}"
+    if len(logged.updates) > 1 and (when := updates_in_words(logged.updates, logged.compared)):
+        reason += f"; it is wrong {when}"
     return Cause("logged loss", "", reason, math.nan, "", advice)
 
 
@@ -156,7 +166,10 @@ def buffers_cause(problem: Problem, check: Check, micro_batches: int) -> Cause:
     module = problem.model.get_submodule(module_name)
     momentum = getattr(module, "momentum", None)
     where = f"{module_name or '(model)'} ({type(module).__name__})"
-    if isinstance(momentum, float) and hasattr(module, "running_mean"):
+    if buffer == "num_batches_tracked" and momentum == 0:
+        advice = "count updates elsewhere"
+        reason = f"buffer {buffer} counts {micro_batches} forward passes an update"
+    elif isinstance(momentum, float) and hasattr(module, "running_mean"):
         advice = "use buffers that do not follow the batch"
         if micro_batches > 1:
             matching = 1 - (1 - momentum) ** (1 / micro_batches)

@@ -35,7 +35,9 @@ def test_windows_of_terms_and_of_coupled_samples_are_proved(name: str, steps: in
 @pytest.mark.parametrize("name", ["means", "next sample"])
 def test_windows_in_fp64_are_proved(name: str) -> None:
     loss, precision = LOSSES[name], torch.float64
-    assert certified(loss, with_window(lambda: loss)(), setting(lambda: loss), precision=precision) == "proved"
+    assert (
+        certified(loss, with_window(lambda: loss)(), setting(lambda: loss), precision=precision) == "proved"
+    )
 
 
 @pytest.mark.parametrize("name", [pytest.param("masked", marks=pytest.mark.slow), "next sample"])

@@ -17,8 +17,18 @@ WORDS = {
     "head_bias_divided_twice": "the gradient of head.bias is 0.25 times the larger batch's",
     "token_mean_of_means": "your loss averages over 64 valid targets (those other than -100), not 16 samples",
     "padding_counted": "divided by all 112 targets, where 64 count",
+    "whole_number_of_parts": "as if divided by 12 where 15 samples count, in update 6",
+    "counted_before_the_shift": "divided by 64 valid targets (those other than -100), where what counts is",
+    "cached_count": "in others): divided by 66, the weight of update 2's window, where 50 count",
+    "mean_of_sentences": "its samples count alike, whatever they weigh in the loss",
+    "ctc_by_all_lengths": "its samples count by weights among the targets, whose sum is 17, not alike",
+    "boxes_of_the_micro_batch": "adds means over 12 samples and over the 18 elements of a mask",
+    "sparse_not_divided": "16 times the larger batch's: not divided by the 16 samples",
+    "only_the_head_by_micro_batch": "only head runs by micro-batch, 4 times on at most 6 samples",
+    "log_of_the_third_update": "in update 3: the last micro-batch's; it is wrong in updates 3, 6",
     "zeroed_after_the_first": "micro-batch 0 of 4 does not count, from update 2 on",
     "body_from_the_last_alone": "body.weight, body.bias: only the last micro-batch of 4 counts",
+    "skipped_when_easy": "does not count; other ones in other updates: micro-batch 1, 2, 3 in update 5",
     "step_at_half_time": "the optimizer steps 2 times in the window: after micro-batch 2, 4 of 4",
     "step_too_early": "the optimizer steps after 3 of 4 micro-batches",
     "carried_over_the_epoch": "the gradient of the window before is still in it",
@@ -35,7 +45,7 @@ WORDS = {
     "average_twice_from_update_3": "from update 3 on",
     "mean_by_micro_batch_later": "buffer mean is not what one pass over the whole batch makes of it",
     "whole_batch": "steps=4 asked, 1 made",
-    "whole_batch_later": "off in update 4: steps=4 asked, 1 made",
+    "whole_batch_later": "off in update 4: steps=4 asked, 1 made, first in update 3 (1 made of 18 samples)",
     "state_of_the_generator_restored": "draw what another one of their window has drawn, from update 2 on",
     "body_summed_in_bf16_later": "most at body.weight",
     "log_of_the_last": "the last micro-batch's",
@@ -66,6 +76,26 @@ def test_the_cause_of_a_wrong_loop_is_told(name: str) -> None:
 def test_names_are_unique() -> None:
     assert len(BY_NAME) == len(CASES)
     assert BY_NAME.keys() >= WORDS.keys()
+
+
+@pytest.mark.parametrize(
+    "name", ["warm_up_kept", "last_doubled", "weights_of_a_copy", "last_micro_batch_not_scaled"]
+)
+def test_what_follows_from_the_first_cause_is_no_line_of_its_own(name: str) -> None:
+    certificate = certified(BY_NAME[name], updates=6)
+    assert not certificate.proved and len(certificate.lines) == 1
+
+
+def test_parameters_that_are_clipped_together_are_told_by_their_norm() -> None:
+    lines = certified(BY_NAME["only_the_head_clipped"], updates=2).lines
+    assert "head.weight, head.bias is clipped by its own norm, not by that of all parameters" in lines[1]
+
+
+def test_a_fault_in_every_third_update_is_none_of_smaller_windows() -> None:
+    text = str(certified(BY_NAME["third_update_twice"], updates=13))
+    assert text.endswith("at the end of the window, in updates 3, 6, 9, 12")
+    text = str(certified(BY_NAME["l2_forgotten_in_small_windows"], updates=13))
+    assert text.endswith("in updates 3, 6, 9, 13 (update 3: a window of 18 of 24 samples)")
 
 
 @pytest.mark.slow

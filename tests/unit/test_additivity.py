@@ -152,6 +152,20 @@ def test_losses_that_a_window_weighs_right_are_none(loss: Callable[..., Tensor])
     assert loss_average(loss, *tokens()) is None
 
 
+def test_a_sum_of_two_means_and_a_shift_by_one_are_named() -> None:
+    outputs, targets = tokens()
+    average = loss_average(two_denominators, outputs, targets)
+    assert average is not None
+    assert average.description == f"{N} samples and over {VALID} valid targets (those other than -100)"
+    assert average.reason.startswith(f"your loss adds means over {N} samples and over {VALID}")
+    for loss in (contrastive, lambda o, t: o.square().mean().sqrt()):
+        average = loss_average(loss, outputs, targets)
+        assert average is not None and not average.description
+    average = loss_average(lambda o, t: F.cross_entropy(o[..., :-1], t[:, 1:]), outputs, targets)
+    assert average is not None and average.weight == VALID - N
+    assert "after the first of each sample" in average.description
+
+
 def test_sums_totals_and_coupled_losses() -> None:
     outputs, targets = tokens()
     summed = loss_average(functools.partial(F.cross_entropy, reduction="sum"), outputs, targets)
