@@ -21,7 +21,7 @@ from .ranks import world_size
 def certify(
     train_window: TrainWindow,
     model: nn.Module,
-    loss: Callable[..., Any],
+    loss: Any,
     batch: WholeBatch | Sequence[WholeBatch],
     steps: int,
     *,

@@ -63,8 +63,11 @@ def _found(
         return None
     for where, groups in _groups(parts):
         for alike in (False, True):
-            with problem.loss_in(DOUBLE):
-                at_outputs = shares.on_groups(groups, alike)
+            try:
+                with problem.loss_in(DOUBLE):
+                    at_outputs = shares.on_groups(groups, alike)
+            except Exception:
+                continue  # a loss that refuses so few samples
             of_parts = [_gradient(parts, shares, at_outputs[term], every) for term in shares.terms]
             gram, right = _normal([*columns, *of_parts], parts.gradient)
             for terms, counts in _candidates(gram, right, len(shares.terms)):

@@ -26,7 +26,7 @@ SAME_OUTPUTS = (
 
 
 def second_pass_check(problem: Problem, batch: WholeBatch) -> Check | None:
-    """Compares outputs with those of earlier passes on the same samples without a backward. A collective call.
+    """Compares outputs with those of earlier passes without a backward. A collective call.
 
     Made where the model draws and the loss has several terms or couples samples: it may then be computed on
     outputs of the first pass and differentiated at those of the second. None for a window of one pass.
