@@ -10,7 +10,7 @@ from functools import cached_property
 
 import torch
 
-from . import draw_causes, window_checks
+from . import draw_causes, window_checks, window_sizes
 from .certificate import Cause, Certificate, Check, Counts, Series, worst_check
 from .counts import decompose
 from .evidence import Failure
@@ -90,10 +90,10 @@ class Proof:
 
     @cached_property
     def ragged(self) -> list[tuple[str, WholeBatch]]:
-        """Descriptions and batches of smaller windows, see `window_checks.ragged`."""
+        """Descriptions and batches of smaller windows, see `window_sizes.ragged`."""
         if self.problem.drop_last:
             return []
-        return window_checks.ragged(self.problem, self.batch(0))
+        return window_sizes.ragged(self.problem, self.batch(0))
 
     def gradient_check(self, name: str, batch: WholeBatch, detail: str) -> Check:
         """Checks every parameter's gradient on `batch` in fp64.
@@ -182,7 +182,7 @@ class Proof:
             checks = [self.gradient_check(name, part, detail) for detail, part in self.ragged]
             decided = [check for check in checks if check.decided]
             self.add(worst_check(decided or checks))
-        uneven = window_checks.weighted(problem, batch)
+        uneven = window_sizes.weighted(problem, batch)
         if uneven is not None:
             self.add(self.gradient_check("gradient, weighted items", uneven, "with ignored targets"))
         self.add(window_checks.buffers_check(problem, state, expected.larger.buffers))

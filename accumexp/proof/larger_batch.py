@@ -225,6 +225,13 @@ def clamped(gradient: Gradient, clip_value: float | None) -> Gradient:
     return {name: g.clamp(-clip_value, clip_value) for name, g in gradient.items()}
 
 
+def unclamped(gradient: Gradient, clip_value: float | None) -> Gradient:
+    """`gradient` with zeros where it may have been clamped: what is left shows the factor before that."""
+    if clip_value is None:
+        return gradient
+    return {name: g.where(g.abs() < 0.99 * clip_value, 0.0) for name, g in gradient.items()}
+
+
 def call(model: nn.Module, inputs: Any) -> Any:
     """`model` on `inputs`: a mapping as keywords, a tuple or list as positional arguments, else as one."""
     if isinstance(inputs, Mapping):

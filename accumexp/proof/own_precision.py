@@ -11,11 +11,12 @@ from dataclasses import replace
 
 from torch import nn
 
-from .certificate import Check, Series, excess, worst_check
+from .addition import addition_check
+from .certificate import Check, Series, worst_check
 from .evidence import Failure, updates_in_words
 from .float64 import DOUBLE
 from .gradients import Comparison, compare, first_update, measured_loss_scale
-from .larger_batch import Gradient, clamped, clipped, dot, norm
+from .larger_batch import Gradient, clamped, clipped, dot, norm, unclamped
 from .loss_shares import LossShares, loss_shares
 from .micro_batches import even_micro_batches, is_partition, rank_micro_batches
 from .nested import batch_size
@@ -44,15 +45,9 @@ from .rounding import (
 
 # Single windows from the first weights, each on the samples in another order.
 WINDOWS = 2
-# Parameters that are named one by one; more are counted.
-NAMED = 3
 LOST = (
     f"in every update, {LAMBDA:g} times what the larger batch and the window's own micro-batches lose in "
     f"this precision, and {LAMBDA:g} u"
-)
-ONCE = (
-    "adding in fp32 what autograd delivers, and rounding the sum once: (N-1) u of the terms' norms, and the "
-    "rounding itself"
 )
 
 
@@ -67,7 +62,7 @@ def precision_checks(problem: Problem, name: str) -> list[Check]:
             problem, copy_in(problem.model, problem.dtype), batch, observation
         )
         gradients.append(_check(comparison, f"gradient, {name}"))
-        addition = _addition_check(problem, observation, batch, name)
+        addition = addition_check(problem, observation, batch, name)
         additions += [addition] if addition else []
     checks = [worst_check(gradients)]
     return [*checks, worst_check(additions)] if additions else checks
@@ -158,7 +153,7 @@ class OwnPrecisionReplay(Replay):
             self.failure.precision = self.problem.precision_name
             self.failure.tolerance = max(self.failure.tolerance, 2 * self._whole_bound(expected))
         self._previous = observation.gradient
-        if addition := _addition_check(self.problem, observation, batch, f"update {number}"):
+        if addition := addition_check(self.problem, observation, batch, f"update {number}"):
             self._additions.append((number, addition))
         self._is_smaller(batch)
         self.updates = number
@@ -258,74 +253,3 @@ def rounding_of_parts(problem: Problem, observation: Observation) -> dict[str, f
     norms = all_gather(observation.arrived_norms)
     bounds = {name: factor * sum(each.get(name, 0.0) for each in norms) for name in gradient}
     return {**bounds, WHOLE: math.hypot(*bounds.values())}
-
-
-def unclamped(gradient: Gradient, clip_value: float | None) -> Gradient:
-    """`gradient` with zeros where it may have been clamped: what is left shows the factor before that."""
-    if clip_value is None:
-        return gradient
-    return {name: g.where(g.abs() < 0.99 * clip_value, 0.0) for name, g in gradient.items()}
-
-
-def _adds_what_arrives(problem: Problem, observation: Observation) -> bool:
-    """Whether the gradient is the sum of what autograd delivered, up to scaling and clipping."""
-    changed = problem.transform_gradient is not None or problem.perturb is not None
-    return (
-        world_size() == 1 and bool(observation.arrived) and observation.gradient is not None and not changed
-    )
-
-
-def _addition_check(
-    problem: Problem, observation: Observation, batch: WholeBatch, precision: str
-) -> Check | None:
-    """Checks the addition of gradients; None for a loop that weighs each micro-batch's after backward."""
-    if not _adds_what_arrives(problem, observation):
-        return None
-    check = _sum_check(problem, observation, precision)
-    if check.passed:
-        return check
-    exact = first_update(TrainingState(problem, DOUBLE), cast(batch, DOUBLE), arrivals=True)
-    adds = _adds_what_arrives(problem, exact) and _sum_check(problem, exact, precision).passed
-    return check if adds else None
-
-
-def _sum_check(problem: Problem, observation: Observation, precision: str) -> Check:
-    """Checks `.grad` against the sum of what autograd delivered; figures relative to the whole gradient."""
-    gradient, arrived = observation.gradient, observation.arrived
-    assert gradient is not None
-    # The gradient over what arrived: 1, or what unscaling and clipping made of it.
-    kept = unclamped(gradient, problem.clip_value)
-    base = (
-        {name: exact * (kept[name] != 0) for name, exact in arrived.items()}
-        if problem.clip_value
-        else arrived
-    )
-    # The median over the parameters: one that is added wrongly must not move it.
-    factors = {n: dot({n: g}, kept) / dot({n: g}, {n: g}) for n, g in base.items() if bool(g.any())}
-    factor = sorted(factors.values())[len(factors) // 2] if factors else 1.0
-    size = norm(gradient) or 1.0
-    rounded_again = problem.clip_norm is not None or problem.scaling is not None
-    errors, bounds, sizes = {}, {}, {}
-    for name, exact in arrived.items():
-        dtype = gradient[name].dtype
-        sizes[name] = abs(factor) * float(exact.norm())
-        expected = clamped({name: exact * factor}, problem.clip_value)[name]
-        errors[name] = float((gradient[name].double() - expected).norm())
-        once = abs(factor) * float((exact.to(dtype).double() - exact).norm())
-        terms = abs(factor) * observation.arrived_norms[name]
-        added = max(0, observation.arrivals - 1) * U32 * terms
-        # Next to a tie, the error of the sum makes it round to the other side, and counts twice.
-        bounds[name] = once + 2 * added + rounded_again * roundoff(dtype) * sizes[name]
-    # Each parameter's factor is off by its own bound at most; so at least half of the parameters have bounds
-    # as large as the error of the median.
-    slacks = sorted(bounds[name] / sizes[name] for name in factors if sizes[name])
-    slack = slacks[len(slacks) // 2] if slacks else 0.0
-    bounds = {name: bound + slack * sizes[name] for name, bound in bounds.items()}
-    name = max(errors, key=lambda key: excess(errors[key], bounds[key]))
-    error, bound = errors[name] / size, bounds[name] / size
-    failing = [key for key in errors if not errors[key] <= bounds[key]]
-    others = f", {len(failing)} of {len(errors)} parameters" if len(failing) > 1 else ""
-    if 1 < len(failing) <= NAMED and len(failing) < len(errors):
-        others += f" ({', '.join(failing)})"
-    others = ", no other" if len(failing) == 1 and len(errors) > 1 else others
-    return Check(f"addition, {precision}", error, bound, "relative", ONCE, f"worst at {name}{others}")

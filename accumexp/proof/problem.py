@@ -21,6 +21,8 @@ TrainWindow = Callable[..., Any]
 MODULE_STATE = frozenset(vars(nn.Module()))
 # (inputs, targets) of all samples of an update, see `nested.py`.
 WholeBatch = tuple[Any, Any]
+# The parameters from which on a model is large.
+LARGE = 2_000_000
 
 
 @dataclass(frozen=True)
@@ -298,3 +300,8 @@ def unsharded(tensor: Tensor) -> Tensor:
 def forked_rng(device: torch.device) -> AbstractContextManager[None]:
     """Restores the state of torch's generators on the CPU and `device` afterwards."""
     return torch.random.fork_rng([device] if device.type == "cuda" else [])
+
+
+def is_large(model: nn.Module) -> bool:
+    """Whether `model` has so many parameters that fewer updates are compared, and smaller windows."""
+    return sum(p.numel() for p in model.parameters()) > LARGE

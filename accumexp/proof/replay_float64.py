@@ -8,7 +8,7 @@ from collections import Counter
 from dataclasses import replace
 from itertools import chain
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from .certificate import Cause, Check, Series, excess, worst_check
 from .draw_causes import repeated_draws, repeated_draws_cause
@@ -21,7 +21,7 @@ from .learning_rates import LearningRates
 from .micro_batches import MicroBatchesMade
 from .nested import batch_size
 from .observation import Observation
-from .problem import Problem, TrainingState, WholeBatch
+from .problem import Problem, TrainingState, WholeBatch, is_large
 from .ranks import all_gather, worst
 from .replay import BITS, ONE_STEP, Replay, tensors_of
 from .rounding import U32, U64, ExpectedUpdate, expected_update
@@ -29,9 +29,8 @@ from .sample_ids import SampleIds
 from .state_causes import ChangedWeights, LoggedLoss
 from .window_checks import STATISTICS
 
-# For a model with more than LARGE parameters the larger batch is computed in the first EVERY_UNTIL updates,
-# for every window that is smaller than usual, and for every SELDOM-th; the rest is compared in all.
-LARGE = 2_000_000
+# For a large model the larger batch is computed in the first EVERY_UNTIL updates, for every window that is
+# smaller than usual, and for every SELDOM-th; the rest is compared in all.
 EVERY_UNTIL = 10
 SELDOM = 10
 SCHEDULED = "the schedule is stepped once an update"
@@ -294,8 +293,3 @@ class Float64Replay(Replay):
         grows = f"it grows {scaling.growth_factor:g}-fold after {interval}"
         detail = f"{ratio:g} times the first in update {update}"
         return Check("loss scale by update", error, 0.01, "log ratio", grows, detail)
-
-
-def is_large(model: nn.Module) -> bool:
-    """Whether `model` has so many parameters that fewer updates are compared."""
-    return sum(p.numel() for p in model.parameters()) > LARGE

@@ -21,13 +21,13 @@ from ..proof.checks import REPLAYED, Proof
 from ..proof.float64 import DOUBLE
 from ..proof.gradients import MAX_SKIPPED, compare_window
 from ..proof.larger_batch import norm
-from ..proof.problem import Problem, copy_in, forked_rng
-from ..proof.replay_float64 import is_large
+from ..proof.problem import Problem, copy_in, forked_rng, is_large
 from ..proof.rounding import larger_batch_of
 from ..training.experiment import Experiment
 from ..training.preflight import try_example
-from .first_updates import BEYOND, EPOCH, FirstUpdates, fp64_config, gathered_batch, own_precision_config
+from .first_updates import BEYOND, EPOCH, FirstUpdates, fp64_config, own_precision_config
 from .trainer_loop import TrainerLoop
+from .update_observer import gathered_batch
 
 # Batches for the checks of single windows.
 BATCHES = 5
