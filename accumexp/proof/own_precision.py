@@ -81,12 +81,18 @@ def compare_own_precision(
     scale = loss_scale_of(problem, observation, exact)
     coarse_model = perturbed_model(problem, model, batch, problem.autocast)
     coarse = scaled_larger_batch(problem, coarse_model, batch, scale).gradient
+    u = roundoff(problem.autocast or problem.dtype)
     window = _window_of_parts(problem, coarse_model, batch, observation, scale)
     lost_at_once, lost_in_parts = norms_of_errors(coarse, exact), norms_of_errors(window, exact)
+    if not lost_in_parts[WHOLE] <= math.sqrt(u) * norm(exact):
+        # Parts that are not the window's, of modules that couple samples, still show what rounding loses.
+        in_fp64 = replace(problem, autocast=None, scaling=None)
+        fine_model = perturbed_model(problem, fine, batch)
+        fine_window = _window_of_parts(in_fp64, fine_model, batch, observation, 1.0)
+        lost_in_parts = norms_of_errors(window, fine_window)
     lost = {name: max(lost_at_once[name], lost_in_parts[name]) for name in lost_at_once}
     gradient = transformed(problem, fine, exact)
     grown = growth(problem, fine, coarse, exact, gradient, lost_at_once)
-    u = roundoff(problem.autocast or problem.dtype)
     bounds = {
         name: grown[name] * LAMBDA * (lost[WHOLE if g.numel() < FEW else name] + u * float(g.norm()))
         for name, g in gradient.items()
