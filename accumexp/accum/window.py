@@ -153,11 +153,12 @@ class Window:
         try:
             return self._with_norms(batch, weight, observe, agree)
         except _ReturnsTerms:
-            assert start is not None and self._objective is not None
-            self._objective.wait()
-            start.restore()
-            self._use_loss(window_loss(self.loss))
-            return self._with_norms(batch, weight, observe, agree)
+            pass  # which holds the graph of the first micro-batch
+        assert start is not None and self._objective is not None
+        self._objective.wait()
+        start.restore()
+        self._use_loss(window_loss(self.loss))
+        return self._with_norms(batch, weight, observe, agree)
 
     def _with_norms(self, batch: WindowBatch, *arguments: Any) -> WindowResult:
         """`_accumulate`, with the statistics of norms over the window fixed before, if the model has them."""

@@ -28,6 +28,7 @@ from .loss_items import (
     samples_of,
     with_ignored,
 )
+from .loss_terms import couples, declares_terms
 from .problem import forked_rng
 
 # The batch is measured in at most as many parts.
@@ -43,6 +44,8 @@ def loss_average(
 ) -> Average | None:
     """What `loss` averages over; None if it is a mean over samples, or if that cannot be measured.
 
+    None too for a loss that declares its terms and their weights, or that it couples samples.
+
     Evaluates copies of the loss on the whole batch and on its parts, without gradients, on the CPU and in
     fp64 where it accepts that. If all samples have as many items, it is measured again with some targets, or
     elements of a mask, marked as ignored in a copy. Never raises.
@@ -54,6 +57,8 @@ def loss_average(
         model, inputs: if given, a copy of the model in eval mode is called on parts of `inputs` where
             `outputs` hold a number of the whole batch, such as a loss that the model computes from labels.
     """
+    if couples(loss) or declares_terms(loss):
+        return None
     try:
         with torch.no_grad():
             return _measure(loss, outputs, targets, model, inputs)

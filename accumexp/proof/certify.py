@@ -21,7 +21,7 @@ from .ranks import world_size
 def certify(
     train_window: TrainWindow,
     model: nn.Module,
-    loss: Callable[..., Any],
+    loss: Any,
     batch: WholeBatch | Sequence[WholeBatch],
     steps: int,
     *,
@@ -54,8 +54,11 @@ def certify(
             and zeroes. May return the loss that it would log.
         model: in the mode it is trained in. It is not changed.
         loss: a function of (outputs, targets) to a mean, of shape (); or an object with `weight(targets)` and
-            `total(outputs, targets)`, whose quotient is the mean. If it has tensors (class weights), the
-            loop's criterion should be the same object: it is moved to fp64 and back with the model.
+            `total(outputs, targets)`, whose quotient is the mean. Of several terms: a function that returns
+            them by name, as means over samples or as named tuples with `total`, `weight` and `coefficient`,
+            or an object with `terms(outputs, targets)`. With an attribute `couples = True` it is computed on
+            all outputs of the batch at once. If it has tensors (class weights), the loop's criterion should
+            be the same object: it is moved to fp64 and back with the model.
         batch: (inputs, targets) of one update, samples first; or a list of several such pairs, of which the
             first is a whole batch. A single batch whose inputs and targets are both pairs must be in a list.
         steps: micro-batches in a full window, on each rank.

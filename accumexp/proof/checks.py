@@ -26,6 +26,7 @@ from .ranks import all_gather, world_size
 from .replay_float64 import Float64Replay
 from .rounding import ExpectedUpdate, larger_batch_of
 from .search import find_causes
+from .second_passes import second_pass_check
 
 # Updates that are replayed in the run's own precision: four whole and three smaller windows.
 REPLAYED = 7
@@ -155,6 +156,7 @@ class Proof:
         finite = all(bool(g.isfinite().all()) for g in exact.gradient.values())
         if not all(all_gather(finite)):
             raise ValueError("the larger batch's own gradient is not finite: there is nothing to be equal to")
+        self.problem = problem = replace(problem, terms=tuple(exact.terms))
         draws = draw_causes.find_draws(problem, batch)
         if draws.operators:
             self.problem, causes = draw_causes.fix_draws(problem, batch, draws)
@@ -196,7 +198,7 @@ class Proof:
         self.progress("memory, ranks and overflow")
         self.add(window_checks.activations_check(problem, batch), window_checks.agreement_check(self.first))
         self.add(window_checks.collectives_check(problem, batch, self.reductions))
-        self.add(*window_checks.overflow_checks(problem, batch))
+        self.add(*window_checks.overflow_checks(problem, batch), second_pass_check(problem, batch))
 
     def _count_micro_batches(
         self, batch: WholeBatch, comparison: Comparison, expected: ExpectedUpdate

@@ -6,6 +6,7 @@ kept by parameter: their size is the number of micro-batches.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from torch import Tensor
 from .evidence import Failure
 from .float64 import DOUBLE
 from .larger_batch import Gradient, clip_factor
+from .loss_shares import loss_shares
 from .micro_batches import MicroBatches, rank_micro_batches
 from .nested import batch_size
 from .problem import Problem
@@ -49,6 +51,7 @@ class Decomposition:
         weights: of the micro-batches in the loss (samples or valid items), of all ranks one after the other.
         parts: their gradients, in the same order.
         gradient: of the loop before clipping, and without what `transform_gradient` should have changed.
+        shares: of the samples in the loss; None for a loss of one term.
         every_rank: the counts in the gradient of each rank, once they are known.
         tolerance: relative error that rounding explains.
     """
@@ -68,17 +71,19 @@ class Decomposition:
             made = transformed(problem, failure.model, exact)
             self.gradient = {name: g - (made[name] - exact[name]) for name, g in self.gradient.items()}
         model = perturbed_model(problem, failure.model, failure.batch)
+        every = [numbers for each in micro_batches for numbers in each]
+        shares = loss_shares(problem, model, failure.batch, every)
         parts = [
-            part_gradient(problem, model, failure.batch, numbers)
-            for each in micro_batches
-            for numbers in each
+            part_gradient(problem, model, failure.batch, numbers, share=shares and shares.of(numbers))
+            for numbers in every
         ]
+        self.shares = shares
         self.parts = [part for part, _ in parts]
         self.weights = [weight for _, weight in parts]
-        if not hasattr(problem.loss, "total"):
+        if shares is None and not hasattr(problem.loss, "total"):
             self._weigh_by_items()
-        self._gram = _products(self.parts, self.parts)
-        self._right = _products(self.parts, [self.gradient])
+        self._gram = products(self.parts, self.parts)
+        self._right = products(self.parts, [self.gradient])
         self._squares = {name: float(g.square().sum()) for name, g in self.gradient.items()}
 
     def _weigh_by_items(self) -> None:
@@ -89,8 +94,8 @@ class Decomposition:
         exact = self.failure.expected.larger.gradient
         if len(self.parts) < 2 or sum(g.numel() for g in exact.values()) < ENOUGH * len(self.parts):
             return
-        gram = torch.stack([*_products(self.parts, self.parts).values()]).sum(0)
-        right = torch.stack([*_products(self.parts, [exact]).values()]).sum(0)[:, 0]
+        gram = torch.stack([*products(self.parts, self.parts).values()]).sum(0)
+        right = torch.stack([*products(self.parts, [exact]).values()]).sum(0)[:, 0]
         ones = torch.ones(len(self.parts), dtype=DOUBLE)
         square = sum(float(g.double().square().sum()) for g in exact.values()) or 1.0
 
@@ -130,6 +135,8 @@ class Decomposition:
         )
         right = sum((self._right[name][:, 0] for name in names), torch.zeros(len(self.parts), dtype=DOUBLE))
         square = sum(self._squares[name] for name in names)
+        if not math.isfinite(square):
+            return None
         if not square:
             counted = [float(gram[k, k] == 0) for k in range(len(self.parts))]
             return Fit([0.0] * len(counted)) if not all(counted) else None
@@ -155,14 +162,14 @@ class Decomposition:
                 only[k], others[k] = base[k], 0.0
                 shapes += [only, others]
         for shape in shapes:
-            factor = _least_squares(gram, right, shape)
+            factor = least_squares(gram, right, shape)
             if factor is not None:
                 yield factor * shape
         for k in range(number):  # one micro-batch counts differently
             one = torch.zeros_like(ones)
             one[k] = 1.0
             others = ones - one
-            factor = _least_squares(gram, right - gram @ others, one)
+            factor = least_squares(gram, right - gram @ others, one)
             if factor is not None:
                 yield others + factor * one
         for k in range(1, number) if enough else ():  # the first ones count differently from the last ones
@@ -208,7 +215,7 @@ def decompose(problem: Problem, failure: Failure) -> Decomposition | None:
     return Decomposition(problem, failure, micro_batches)
 
 
-def _products(one: Sequence[Gradient], other: Sequence[Gradient]) -> dict[str, Tensor]:
+def products(one: Sequence[Gradient], other: Sequence[Gradient]) -> dict[str, Tensor]:
     """The inner products of gradients, by parameter: tensors of shape (len(one), len(other))."""
     products = {}
     for name in one[0]:
@@ -218,6 +225,6 @@ def _products(one: Sequence[Gradient], other: Sequence[Gradient]) -> dict[str, T
     return products
 
 
-def _least_squares(gram: Tensor, right: Tensor, shape: Tensor) -> float | None:
+def least_squares(gram: Tensor, right: Tensor, shape: Tensor) -> float | None:
     square = float(shape @ gram @ shape)
     return float(shape @ right) / square if square else None

@@ -188,9 +188,11 @@ def whole_batch_outputs(problem: Problem, batch: WholeBatch) -> list[str]:
 def loss_bytes(problem: Problem, batch: WholeBatch) -> int:
     """The bytes that a loss which couples samples saves for backward on all outputs of `batch`; 0 for others.
 
+    It couples them if it declares so, or by their outputs.
+
     A loop may cache the outputs of its micro-batches and compute such a loss on all of them.
     """
-    if not loss_couples(problem, batch) > NEGLIGIBLE:
+    if not problem.couples and not loss_couples(problem, batch) > NEGLIGIBLE:
         return 0
     batch = cast(batch, DOUBLE)
     model = copy_in(problem.model, DOUBLE)

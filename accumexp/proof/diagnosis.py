@@ -19,11 +19,13 @@ from .coupling import NEGLIGIBLE, coupling_modules, loss_couples, whole_batch_ou
 from .evidence import Failure
 from .float64 import DOUBLE
 from .gradients import compare_window
+from .loss_terms import name_of
 from .micro_batches import even_micro_batches, is_partition
 from .nested import batch_size
 from .problem import Problem, copy_in
 from .ranks import all_gather, world_size
 from .rounding import larger_batch_of
+from .term_causes import not_a_sum_cause, term_causes
 
 WITHOUT_STATISTICS = (
     "take a norm without statistics over samples (GroupNorm), or over groups that both share "
@@ -45,13 +47,15 @@ def diagnose(problem: Problem, failure: Failure, first_window: bool) -> tuple[li
     Args:
         first_window: whether the failure is in a window from the first weights, which can be repeated.
     """
-    if cause := steps_cause(failure) or _moved_cause(problem, failure):
+    if cause := steps_cause(failure) or _moved_cause(problem, failure) or _not_finite_cause(failure):
         return [cause], []
     causes: list[Cause] = []
     if first_window and (cause := _unrepeatable(problem, failure)):
         causes.append(cause)
     parts = decompose(problem, failure)
-    found, counts = counts_causes(problem, failure, parts) if parts is not None else ([], [])
+    found, counts = term_causes(problem, failure, parts) if parts is not None else ([], [])
+    if not found and parts is not None:
+        found, counts = counts_causes(problem, failure, parts)
     if not found and not failure.precision and (even := _evenly_cut(problem, failure, parts)) is not None:
         found, counts = counts_causes(problem, failure, even)
     if parts is not None and (average := _average_cause(problem, failure, parts, counts)):
@@ -60,7 +64,7 @@ def diagnose(problem: Problem, failure: Failure, first_window: bool) -> tuple[li
     if not found and (cause := _changed_buffers_cause(failure)):
         return [*causes, cause], counts
     if not found and not failure.precision:
-        causes += _coupled(problem, failure) + _coupling_loss(problem, failure)
+        causes += _coupled(problem, failure) + _coupling_loss(problem, failure, parts)
     return (causes or [_unexplained(problem, failure, parts)]), counts
 
 
@@ -91,6 +95,19 @@ def steps_cause(failure: Failure) -> Cause | None:
         advice = "step it once, after the window's last micro-batch"
         return failure.cause("optimizer steps", reason, "", advice)
     return None
+
+
+def _not_finite_cause(failure: Failure) -> Cause | None:
+    """The cause if the gradient has nan or infinities in fp64."""
+    gradient = failure.observation.gradient or {}
+    names = [name for name, g in gradient.items() if not bool(g.isfinite().all())]
+    names = [name for each in all_gather(names) for name in each]
+    if not names or failure.precision:
+        return None
+    window = f" in a window of {failure.window}" if failure.window and not failure.when else ""
+    reason = f"the gradient of {names[0]} is not finite{window}"
+    advice = "divide by 1 where a denominator is 0: a window may have no item of a kind"
+    return failure.cause("not finite", reason, "", advice)
 
 
 def _evenly_cut(problem: Problem, failure: Failure, parts: Decomposition | None) -> Decomposition | None:
@@ -134,7 +151,7 @@ def _average_cause(
     flat = [count for each in counts[0].counts for count in each] if counts else []
     shares = [count * weight for count, weight in zip(flat, parts.weights, strict=False)]
     alike = bool(shares) and max(shares) - min(shares) <= parts.count_tolerance * max(map(abs, shares))
-    if not (alike or (flat and all(map(parts.is_one, flat)))):
+    if parts.shares is not None or not (alike or (flat and all(map(parts.is_one, flat)))):
         return None
     outputs = larger_batch_of(problem, copy_in(problem.model, DOUBLE), failure.batch).outputs
     inputs, targets = failure.batch
@@ -173,7 +190,7 @@ def _coupled(problem: Problem, failure: Failure) -> list[Cause]:
     return causes
 
 
-def _coupling_loss(problem: Problem, failure: Failure) -> list[Cause]:
+def _coupling_loss(problem: Problem, failure: Failure, parts: Decomposition | None) -> list[Cause]:
     batch, error = failure.batch, failure.comparison.error
     if outputs := whole_batch_outputs(problem, batch):
         name = type(problem.model).__name__
@@ -187,12 +204,15 @@ def _coupling_loss(problem: Problem, failure: Failure) -> list[Cause]:
                 WHOLE_WINDOW_OUTPUT,
             )
         ]
+    if problem.couples or problem.terms:  # what couples samples in these has been tried
+        cause = not_a_sum_cause(problem, failure, parts) if parts and not problem.couples else None
+        return [cause] if cause else []
     effect, what = loss_couples(problem, batch), "samples"
     if not effect > NEGLIGIBLE:
         effect, what = loss_couples(problem, batch, by_targets=True), "samples' targets"
     if not effect > NEGLIGIBLE:
         return []
-    name = getattr(problem.loss, "__name__", type(problem.loss).__name__)
+    name = name_of(problem.loss)
     reason = f"couples samples: a sample's term depends on the other {what} of its micro-batch"
     shown = f"the gradient at one half's outputs moves by {effect:.2g} when only the other half's change"
     return [Cause("coupling loss", f"loss ({name})", reason, error, shown, WHOLE_WINDOW_LOSS)]

@@ -131,7 +131,7 @@ def _moved_by_each(
     problem: Problem, parts: Decomposition, names: list[str], size: float
 ) -> tuple[str, str] | None:
     """Whether each micro-batch moves the weights along its own gradient, not along the window's."""
-    if problem.perturb is None or parts.ranks > 1:
+    if problem.perturb is None or parts.ranks > 1 or parts.shares is not None:
         return None
     batch = parts.failure.batch
     total = {name: torch.zeros_like(g) for name, g in parts.gradient.items()}

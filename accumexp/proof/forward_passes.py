@@ -28,7 +28,7 @@ class ForwardPass:
         samples: their numbers; None if its rows are not in the batch.
         size: number of samples.
         random_state: hash of torch's generator states before it.
-        backward: whether a gradient came back to it, where that is watched.
+        backward: whether a gradient came back to its outputs.
     """
 
     samples: list[int] | None
@@ -40,8 +40,9 @@ class ForwardPass:
 class ForwardPasses:
     """Records the forward passes of `model`, or of its parts where a loop calls those by themselves.
 
-    Not recorded: passes without gradients, the second pass of a checkpointed module, and passes on other
-    samples through which no gradient goes back (an evaluation).
+    Not recorded: passes without gradients, the second pass of a checkpointed module, passes on other samples
+    through which no gradient goes back (an evaluation), and those whose samples come again in a later pass
+    that has the gradient.
 
     Args:
         on_pass: called with each pass when it begins, and the tensors that it receives.
@@ -74,7 +75,15 @@ class ForwardPasses:
     def passes(self) -> list[ForwardPass]:
         """Those of the whole model; of its parts if the loop never calls it."""
         passes = self._whole or self._of_parts
-        return [each for each in passes if each.samples is not None or each.backward]
+        kept: list[ForwardPass] = []
+        again: set[int] = set()  # samples of later passes that have a gradient
+        for each in reversed(passes):
+            repeated = bool(each.samples) and again.issuperset(each.samples)
+            if each.backward or (each.samples is not None and not repeated):
+                kept.append(each)
+            if each.backward:
+                again.update(each.samples or ())
+        return kept[::-1]
 
     def enter(self, module: nn.Module, arguments: Any, keywords: Any) -> None:
         """Called before `module` computes."""
@@ -123,7 +132,7 @@ class ForwardPasses:
         if module not in self._modules or not self._open:
             return
         begun = self._open.pop()
-        if begun is not None and begun.samples is None:
+        if begun is not None:
             for tensor in tensors(outputs):
                 if is_transformed(tensor):
                     begun.backward = True  # a transform of torch.func always goes back

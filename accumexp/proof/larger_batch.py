@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .loss_terms import Term, by_terms, couples, declares_terms, read_terms, sum_of
 from .nested import batch_size, cloned, map_tensors, tensors
 from .problem import WholeBatch, copy_of, unsharded
 
@@ -29,12 +30,14 @@ class LargerBatch:
         gradient: by parameter name; zeros where the loss does not depend on a parameter.
         buffers: the model's buffers after the forward pass.
         outputs: the model's outputs, detached.
+        terms: each term's part of the loss by name, shape (); empty for a loss of one term.
     """
 
     loss: Tensor
     gradient: Gradient
     buffers: dict[str, Tensor]
     outputs: Any
+    terms: dict[str, Tensor]
 
 
 def larger_batch(
@@ -76,7 +79,7 @@ def whole_batch_pass(
         nullcontext() if autocast is None else torch.autocast(next(model.parameters()).device.type, autocast)
     ):
         outputs = call(model, inputs)
-        value = mean_loss(loss, outputs, targets)
+        value, terms = loss_and_terms(loss, outputs, targets)
         if weight is not None:
             value = value * (loss_weight(loss, targets, batch_size(batch)) / weight)
     # An ordinary backward: reentrant checkpoints know no other.
@@ -88,7 +91,8 @@ def whole_batch_pass(
         g = dense(torch.zeros_like(p) if p.grad is None else p.grad).detach().clone()
         gradient[name] = g if scale == 1 else g.double() / scale
     buffers = {name: buffer.detach() for name, buffer in model.named_buffers()}
-    return LargerBatch(value.detach(), gradient, buffers, map_tensors(Tensor.detach, outputs))
+    values = {name: term.value.detach() for name, term in terms.items()}
+    return LargerBatch(value.detach(), gradient, buffers, map_tensors(Tensor.detach, outputs), values)
 
 
 @contextmanager
@@ -119,11 +123,30 @@ def dense(tensor: Tensor) -> Tensor:
 
 def mean_loss(loss: Callable[..., Any], outputs: Any, targets: Any) -> Tensor:
     """The mean loss of a batch, shape (): the value of `loss`, or its `total` over its `weight`."""
-    if isinstance(outputs, Tensor) and outputs.dtype in (torch.float16, torch.bfloat16):
-        outputs = outputs.float()
-    if total := getattr(loss, "total", None):
-        return total(outputs, targets) / loss.weight(targets)  # type: ignore[attr-defined]
-    value = loss(outputs, targets)
+    return loss_and_terms(loss, outputs, targets)[0]
+
+
+def loss_and_terms(loss: Callable[..., Any], outputs: Any, targets: Any) -> tuple[Tensor, dict[str, Term]]:
+    """(the mean loss of a batch, shape (); its terms by name, none for a loss of one term)."""
+    outputs = widened(outputs)
+    value = _value(loss, outputs, targets)
+    terms = read_terms(value)
+    return (sum_of(terms), terms) if terms else (_mean(loss, value, targets), {})
+
+
+def widened(outputs: Any) -> Any:
+    """`outputs` in fp32 if they are a tensor of fp16 or bf16: sums over items need more bits."""
+    narrow = isinstance(outputs, Tensor) and outputs.dtype in (torch.float16, torch.bfloat16)
+    return outputs.float() if narrow else outputs
+
+
+def _value(loss: Any, outputs: Any, targets: Any) -> Any:
+    if hasattr(loss, "total") and not couples(loss) and not declares_terms(loss):
+        return loss.total(outputs, targets) / loss.weight(targets)
+    return by_terms(loss)(outputs, targets)
+
+
+def _mean(loss: Any, value: Tensor, targets: Any) -> Tensor:
     if not value.dim():
         return value
     if isinstance(loss, nn.CrossEntropyLoss | nn.NLLLoss) and not targets.is_floating_point():
@@ -135,8 +158,11 @@ def loss_weight(loss: Callable[..., Any], targets: Any, samples: int | None = No
     """The denominator of the mean of `loss` over `targets`: `loss.weight(targets)`, or the number of items.
 
     With class indices the mean is over the targets that are not ignored, each with its class's weight
-    (torch.nn.CrossEntropyLoss). `samples` is their number, needed where the targets are None.
+    (torch.nn.CrossEntropyLoss). `samples` is their number, needed where the targets are None. A loss of
+    several terms, or one that couples samples, has no denominator of its own: it is given that of a mean.
     """
+    if couples(loss) or declares_terms(loss):
+        return float(batch_size(targets) if samples is None else samples)
     if hasattr(loss, "total"):
         return loss.weight(targets)  # type: ignore[attr-defined]
     if getattr(loss, "reduction", None) == "sum":

@@ -112,6 +112,7 @@ def observing(
     in `saved`.
     """
     observation = Observation()
+    begun_passes: list[ForwardPass] = []
     inputs_alive: list[Tensor] = []  # so that no activation reuses the memory of an input
     arrivals_by_name: Counter[str] = Counter()
 
@@ -133,6 +134,7 @@ def observing(
         now = _sizes(state.buffers())
         if changed := [name for name, size in now.items() if size != buffers.get(name, size)]:
             observation.changed_buffers[len(observation.sizes)] = changed
+        begun_passes.append(begun)
         observation.micro_batches.append(begun.samples)
         observation.sizes.append(begun.size)
         observation.random_states.append(begun.random_state)
@@ -193,7 +195,14 @@ def observing(
         stack.enter_context(keep_float64(state.dtype, state.problem.narrowing))
         stack.enter_context(seeded_draws(state.problem, state.inner, batch))
         yield observation
-    # Without those that turned out to be no micro-batches.
+    # Without those that turned out to be no micro-batches, after which buffers may be restored.
+    kept = {id(each): number for number, each in enumerate(passes.passes)}
+    numbers = [kept.get(id(each)) for each in begun_passes]
+    observation.changed_buffers = {
+        number: names
+        for begun, names in observation.changed_buffers.items()
+        if (number := numbers[begun]) is not None and (not begun or numbers[begun - 1] is not None)
+    }
     observation.micro_batches = [each.samples for each in passes.passes]
     observation.sizes = [each.size for each in passes.passes]
     observation.random_states = [each.random_state for each in passes.passes]

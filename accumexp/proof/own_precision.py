@@ -17,6 +17,7 @@ from .evidence import Failure, updates_in_words
 from .float64 import DOUBLE
 from .gradients import Comparison, compare, first_update, measured_loss_scale
 from .larger_batch import Gradient, clamped, clipped, dot, norm, unclamped
+from .loss_shares import LossShares, loss_shares
 from .micro_batches import even_micro_batches, is_partition, rank_micro_batches
 from .nested import batch_size
 from .observation import Observation
@@ -80,12 +81,18 @@ def compare_own_precision(
     scale = loss_scale_of(problem, observation, exact)
     coarse_model = perturbed_model(problem, model, batch, problem.autocast)
     coarse = scaled_larger_batch(problem, coarse_model, batch, scale).gradient
+    u = roundoff(problem.autocast or problem.dtype)
     window = _window_of_parts(problem, coarse_model, batch, observation, scale)
     lost_at_once, lost_in_parts = norms_of_errors(coarse, exact), norms_of_errors(window, exact)
+    if not lost_in_parts[WHOLE] <= math.sqrt(u) * norm(exact):
+        # Parts that are not the window's, of modules that couple samples, still show what rounding loses.
+        in_fp64 = replace(problem, autocast=None, scaling=None)
+        fine_model = perturbed_model(problem, fine, batch)
+        fine_window = _window_of_parts(in_fp64, fine_model, batch, observation, 1.0)
+        lost_in_parts = norms_of_errors(window, fine_window)
     lost = {name: max(lost_at_once[name], lost_in_parts[name]) for name in lost_at_once}
     gradient = transformed(problem, fine, exact)
     grown = growth(problem, fine, coarse, exact, gradient, lost_at_once)
-    u = roundoff(problem.autocast or problem.dtype)
     bounds = {
         name: grown[name] * LAMBDA * (lost[WHOLE if g.numel() < FEW else name] + u * float(g.norm()))
         for name, g in gradient.items()
@@ -111,8 +118,10 @@ def _window_of_parts(
     if micro_batches is None or not is_partition(micro_batches, samples):
         micro_batches = even_micro_batches(problem, samples)
     total: Gradient = {}
-    for numbers in (part for of_rank in micro_batches for part in of_rank if part):
-        part = scaled_part(problem, model, batch, numbers, scale)
+    parts = [part for of_rank in micro_batches for part in of_rank if part]
+    shares = loss_shares(problem, model, batch, parts, problem.autocast)
+    for numbers in parts:
+        part = scaled_part(problem, model, batch, numbers, scale, shares)
         total = {name: g.double() + total[name] if total else g.double() for name, g in part.items()}
     return total
 
@@ -207,11 +216,17 @@ def _check(comparison: Comparison, name: str, detail: str = "") -> Check:
 
 
 def scaled_part(
-    problem: Problem, model: nn.Module, batch: WholeBatch, numbers: list[int], scale: float
+    problem: Problem,
+    model: nn.Module,
+    batch: WholeBatch,
+    numbers: list[int],
+    scale: float,
+    shares: LossShares | None = None,
 ) -> Gradient:
     """The gradient of samples `numbers` as the run computes it, at a loss scale without overflow."""
+    share = shares and shares.of(numbers)
     while True:
-        part, _ = part_gradient(problem, model, batch, numbers, problem.autocast, scale)
+        part, _ = part_gradient(problem, model, batch, numbers, problem.autocast, scale, share)
         finite = all(bool(g.isfinite().all()) for g in part.values())
         if finite or problem.scaling is None or scale < SMALLEST_SCALE:
             return part

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .float64 import Narrowing
+from .loss_terms import couples
 from .nested import batch_size, cloned, map_tensors, tensors
 
 TrainWindow = Callable[..., Any]
@@ -53,6 +54,7 @@ class Problem:
         transform_gradient, perturb, state, drop_last: see `certify`.
         hand_changed: frozen parameters and buffers that the loop itself changes.
         compiled: whether the loop's model is compiled in the run's own precision. The larger batch never is.
+        terms: the names of the loss's terms, once they are known; empty for a loss of one term.
     """
 
     train_window: TrainWindow
@@ -80,6 +82,12 @@ class Problem:
     hand_changed: frozenset[str] = frozenset()
     drop_last: bool = False
     compiled: bool = False
+    terms: tuple[str, ...] = ()
+
+    @property
+    def couples(self) -> bool:
+        """Whether the loss declares that it couples samples: it is one value of the whole batch's outputs."""
+        return couples(self.loss)
 
     @property
     def device(self) -> torch.device:

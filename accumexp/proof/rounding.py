@@ -256,12 +256,20 @@ def part_gradient(
     numbers: Sequence[int],
     autocast: torch.dtype | None = None,
     scale: float = 1.0,
+    share: Callable[..., torch.Tensor] | None = None,
 ) -> tuple[Gradient, float]:
-    """(the gradient that samples `numbers` of `batch` add to the larger batch's, their weight)."""
+    """(the gradient that samples `numbers` of `batch` add to the larger batch's, their weight).
+
+    Args:
+        share: a loss of their outputs and targets whose gradient that is, see `loss_shares.py`.
+    """
     with prepared_pass(problem, model, batch) as (model, loss, batch):
         samples = batch_size(batch)
         weight = loss_weight(loss, batch[1], samples)
         part = rows(batch, torch.tensor(numbers, device=problem.device))
+        if share is not None:
+            gradient = whole_batch_pass(model, share, part, autocast, scale=scale).gradient
+            return gradient, float(len(numbers))
         gradient = whole_batch_pass(model, loss, part, autocast, weight, scale=scale).gradient
         part_weight = float(loss_weight(loss, part[1], len(numbers)))
     if not part_weight:  # its mean is nan, but it adds nothing to the sum

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from . import diagnosis, state_causes
+from . import diagnosis, second_passes, state_causes
 from .certificate import Cause, Check, Counts
 from .evidence import Failure
 from .loop_causes import loop_causes
@@ -88,6 +88,8 @@ def _other_causes(
             causes.append(state_causes.buffers_cause(problem, check, micro_batches))
         elif kind == "logged loss" and replay is not None and replay.logged is not None:
             causes.append(state_causes.logged_loss_cause(problem, replay.logged))
+        elif kind == second_passes.NAME:
+            causes.append(second_passes.second_pass_cause(problem, check))
         elif (cause := state_causes.simple_cause(check)) is not None:
             alike = cause.reason.partition(":")[0]
             if not any(other.reason.partition(":")[0] == alike for other in causes):

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from .buffer_updates import updates_of_buffer
 from .certificate import Cause, Check, number
 from .evidence import updates_in_words
 from .float64 import DOUBLE
@@ -133,6 +134,7 @@ def _what_is_logged(problem: Problem, model: torch.nn.Module, logged: LoggedLoss
     if micro_batches is None:
         return ""
     device = problem.device
+    terms = larger_batch_of(problem, model, logged.batch).terms
     means = [
         float(larger_batch_of(problem, model, rows(logged.batch, torch.tensor(numbers, device=device))).loss)
         for each in micro_batches
@@ -149,6 +151,8 @@ def _what_is_logged(problem: Problem, model: torch.nn.Module, logged: LoggedLoss
         (logged.expected / problem.steps, f"divided by {problem.steps} once more"),
         (logged.expected * batch_size(logged.batch), "the sum over samples, not their mean"),
         (logged.expected * problem.steps, f"{problem.steps} times it"),
+        *((float(value), f"term {name!r} alone") for name, value in terms.items()),
+        *((logged.expected - float(value), f"without term {name!r}") for name, value in terms.items()),
     ]
     near = 1e-5 * max(abs(logged.logged), 1e-12)
     return next((what for value, what in candidates if abs(value - logged.logged) <= near), "")
@@ -170,7 +174,11 @@ def buffers_cause(problem: Problem, check: Check, micro_batches: int) -> Cause:
         if micro_batches > 1:
             matching = 1 - (1 - momentum) ** (1 / micro_batches)
             advice = f"momentum {matching:.4g} instead of {momentum:g} forgets at the same pace"
-        reason = f"running statistics updated {micro_batches} times an update"
+        updates = updates_of_buffer(problem, module_name, buffer)
+        reason = f"running statistics updated {updates or micro_batches} times an update"
+        if updates > micro_batches:
+            reason += f", by several passes of {micro_batches} micro-batches"
+            advice = f"restore buffers after a pass without gradients; {advice}"
     else:
         advice = "change it once a window, with the whole window's figures"
         reason = f"buffer {buffer} is not what one pass over the whole batch makes of it"

@@ -238,18 +238,19 @@ def _differs(value: Tensor, before: Tensor) -> bool:
 
 @contextmanager
 def _overflowing(state: TrainingState, numbers: Collection[int]) -> Iterator[None]:
-    """Makes the backward pass of forward passes `numbers` start from infinities."""
-    passes = 0
+    """Makes the backward passes of `numbers`, in their order, start from infinities."""
+    numbers_of: dict[object, int] = {}  # by forward pass, when its backward begins
 
     def after_forward(module: Any, inputs: Any, outputs: Any) -> None:
-        nonlocal passes
-        if not torch.is_grad_enabled():
-            return
-        if passes in numbers:
-            for tensor in tensors(outputs):
-                if tensor.requires_grad:
-                    tensor.register_hook(lambda gradient: torch.full_like(gradient, math.inf))
-        passes += 1
+        forward_pass = object()
+
+        def overflow(gradient: Tensor) -> Tensor:
+            number = numbers_of.setdefault(forward_pass, len(numbers_of))
+            return torch.full_like(gradient, math.inf) if number in numbers else gradient
+
+        for tensor in tensors(outputs):
+            if tensor.requires_grad:
+                tensor.register_hook(overflow)
 
     with state.inner.register_forward_hook(after_forward):
         yield

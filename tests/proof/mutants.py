@@ -14,11 +14,11 @@ import torch
 from accumexp.proof import Certificate, certify
 
 from ..support.ranks import on_ranks
-from . import wrong_loops, wrong_precision, wrong_ranks
+from . import wrong_loops, wrong_precision, wrong_ranks, wrong_terms
 from .wrong_loops import Loop
 
 UPDATES = 12
-LOOPS: list[Loop] = [*wrong_loops.LOOPS, *wrong_precision.LOOPS]
+LOOPS: list[Loop] = [*wrong_loops.LOOPS, *wrong_precision.LOOPS, *wrong_terms.LOOPS]
 
 
 def certified(loop: Loop, updates: int = UPDATES) -> Certificate:

@@ -29,7 +29,7 @@ class Setting:
 
     model: Callable[[], nn.Module]
     batch: Callable[[], tuple[Tensor, Tensor]]
-    loss: Callable[[], nn.Module] = nn.CrossEntropyLoss
+    loss: Callable[[], Any] = nn.CrossEntropyLoss
     steps: int = STEPS
     options: dict[str, Any] = field(default_factory=dict)
 

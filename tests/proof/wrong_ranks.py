@@ -21,6 +21,7 @@ from accumexp.accum import Window, data_parallel, fully_sharded, map_tensors, ra
 from accumexp.proof import Scaling
 
 from .wrong_loops import MICRO, Loop, Setting, TrainWindow, Words, always, classifier, samples, sentences
+from .wrong_terms import ThreeTerms, balanced, next_sample, ragged, right_share, value_of
 
 Part = tuple[Tensor, Tensor]
 
@@ -71,10 +72,23 @@ def right_by_hand(model, optimizer, batch, steps):
 
 
 def with_window(model, optimizer, batch, steps):
+    return window_of(nn.CrossEntropyLoss())(model, optimizer, batch, steps)
+
+
+def window_of(loss: Any) -> TrainWindow:
+    """A loop of `Window` with this loss."""
+
+    def train_window(model, optimizer, batch, steps):
+        return by_window(loss, model, optimizer, batch, steps)
+
+    return train_window
+
+
+def by_window(loss, model, optimizer, batch, steps):
     count = len(batch[1])
     steps = -(-count // MICRO)
     own = [n for part in rank_share(count, steps, dist.get_rank(), dist.get_world_size()) for n in part]
-    window = Window(model, nn.CrossEntropyLoss(), steps)
+    window = Window(model, loss, steps)
     inputs, targets = (map_tensors(lambda t: t[own], part) for part in batch)
     result = window.backward(inputs, targets)
     optimizer.step()
@@ -142,6 +156,46 @@ def scheduled_by_ranks(model, optimizer, batch, steps, schedule):
         schedule.step()
 
 
+def balance_of_ranks(model, optimizer, batch, steps):
+    """Each rank balances the experts of its own samples: two passes, and the loss of this rank's outputs."""
+    own = shares(batch)
+    with torch.no_grad():
+        outputs = [model(inputs) for (inputs, _), _ in own]
+    leaf = torch.cat(outputs).requires_grad_()
+    targets = torch.cat([targets for (_, targets), _ in own])
+    share = len(targets) * dist.get_world_size() / len(batch[1])
+    slopes = torch.autograd.grad(value_of(balanced, leaf, targets) * share, leaf)[0]
+    start = 0
+    for (inputs, few), last in own:
+        with nullcontext() if last else model.no_sync():
+            model(inputs).backward(slopes[start : start + len(few)])
+        start += len(few)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def denominators_of_ranks(model, optimizer, batch, steps):
+    """The masked term is divided by each rank's own number of targets."""
+    loss, own = ThreeTerms(), shares(batch)
+    with torch.no_grad():
+        every = [loss.terms(model(inputs), targets) for (inputs, targets), _ in own]
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, every)
+    window = [terms for of_rank in gathered for terms in of_rank]
+    for k, ((inputs, targets), last) in enumerate(own):
+        with nullcontext() if last else model.no_sync():
+            terms = loss.terms(model(inputs), targets)
+            values = [
+                right_share(name, term, k, every)
+                if name == "masked"
+                else right_share(name, term, k, window) * dist.get_world_size()
+                for name, term in terms.items()
+            ]
+            torch.stack(values).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
 def scaled(shared: bool) -> Callable[[], TrainWindow]:
     """A loss scale by hand; each rank looks for overflows in its own gradients."""
 
@@ -180,6 +234,8 @@ TOKENS = Setting(Words, sentences, options={"prepare": DistributedDataParallel})
 UNEVEN = Setting(classifier, lambda: samples(15), steps=3, options={"prepare": DistributedDataParallel})
 COSINE = on_ranks(scheduler=lambda o: CosineAnnealingLR(o, 40))
 SCALED = on_ranks(prepare=None, loss_scale=Scaling())
+BALANCE = Setting(classifier, samples, lambda: balanced, options={"prepare": DistributedDataParallel})
+TERMS = Setting(classifier, ragged, ThreeTerms, options={"prepare": DistributedDataParallel})
 LOOPS = [
     Loop("right: DistributedDataParallel", WRAPPED, always(right)),
     Loop("right: DistributedDataParallel, tokens", TOKENS, always(right_tokens)),
@@ -193,6 +249,27 @@ LOOPS = [
         always(with_window),
     ),
     Loop("right: overflow shared", SCALED, scaled(shared=True)),
+    Loop("right: Window, three terms on ranks", TERMS, always(window_of(ThreeTerms()))),
+    Loop(
+        "right: Window, InfoNCE on ranks",
+        Setting(classifier, samples, lambda: next_sample, options={"prepare": DistributedDataParallel}),
+        always(window_of(next_sample)),
+    ),
+    Loop("right: Window, balance of experts on ranks", BALANCE, always(window_of(balanced))),
+    Loop(
+        "balance of each rank",
+        BALANCE,
+        always(balance_of_ranks),
+        "gradient, fp64",
+        "term 'balance' is computed on each rank's samples",
+    ),
+    Loop(
+        "denominators of each rank",
+        TERMS,
+        always(denominators_of_ranks),
+        "gradient, fp64",
+        "term 'masked' is divided by each rank's own weight",
+    ),
     Loop("gradients divided by the ranks", WRAPPED, always(too_small), "gradient, fp64", "0.5 times"),
     Loop("ranks count alike, token counts", TOKENS, always(ranks_alike), "gradient, fp64", "count"),
     Loop("ranks count alike, ragged shares", UNEVEN, always(ragged_alike), "gradient, fp64", "count"),
