@@ -168,7 +168,7 @@ def test_draws_are_those_of_one_pass() -> None:
     assert torch.equal(torch.get_rng_state(), after)
     assert all(map(torch.equal, masks[-3:], drawn))
     found = gradients(model)
-    model[1] = Given()
+    model[1] = Given()  # pyright: ignore[reportIndexIssue]
     gradient, _ = larger_batch(model, F.cross_entropy, inputs, targets)
     assert error_of(found, gradient) <= 1e-12
 
