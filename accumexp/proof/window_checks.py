@@ -25,7 +25,7 @@ from .observation import Observation, observe
 from .problem import Problem, TrainingState, WholeBatch, cast, copy_in, rows, unsharded
 from .ranks import all_gather, rank, world_size, worst
 from .replay import SHARDED, tensors_of
-from .rounding import ExpectedUpdate, larger_batch_of, prepared_pass
+from .rounding import U64, ExpectedUpdate, larger_batch_of, prepared_pass
 
 STATISTICS = "fp64 rounding of statistics over the samples: 8 times 2^-29 of what fp32 loses, and 8 n u"
 ONE_GRAPH = "a window keeps one micro-batch's graph; a second one alive would make it twice as much"
