@@ -186,7 +186,7 @@ class Window:
             objective.prepare(first_pass)
             first_pass.rewind()
         if self._norms is not None:
-            self._norms.find_sums(self._value_of, self._seed)
+            self._norms.find_sums(self._value_of, self._start_of_backward)
         if self._buffers:
             self._buffers.open()
         if self._buffers or agree is not None:
@@ -200,7 +200,7 @@ class Window:
                 with self.precision():
                     outputs = self.forward(k, inputs_k)
                     value, share = self._value_of(k, outputs, targets_k)
-                value.backward(self._seed(share) if batch.sizes[k] else torch.zeros_like(share))
+                value.backward(self._start_of_backward(share) if batch.sizes[k] else torch.zeros_like(share))
             if self.after_micro_batch:
                 done = MicroBatch(k, last, batch.sizes[k], targets_k, share)
                 if agree is None or not last:
@@ -240,9 +240,9 @@ class Window:
         return call(self.sync.forward, inputs)
 
     def _value_of(self, k: int, outputs: Any, targets: Nested) -> tuple[Tensor, Tensor]:
-        """As `Objective.of`, of the window that computes."""
+        """As `Objective.value_and_share`, of the window that computes."""
         assert self._objective is not None
-        value = self._objective.of(k, outputs, targets)
+        value = self._objective.value_and_share(k, outputs, targets)
         if getattr(self.loss, "returns_terms", False):
             raise _ReturnsTerms
         return value
@@ -297,7 +297,7 @@ class Window:
         for after in self.after_micro_batch:
             after(micro_batch)
 
-    def _seed(self, share: Tensor) -> Tensor:
+    def _start_of_backward(self, share: Tensor) -> Tensor:
         """The gradient that backward starts from: the share, times the loss scale and the ranks' factor."""
         if self.loss_scale is not None:
             share = (share * self.loss_scale.scale).to(share.dtype)
