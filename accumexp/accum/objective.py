@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -25,9 +25,11 @@ class Objective:
 
     Attributes:
         passes: forward passes of every micro-batch that come before those with a backward.
+        adds_last: whether `add_last` completes `.grad` after the last micro-batch, before ranks are added.
     """
 
     passes = 0
+    adds_last = False
 
     def prepare(self, first_pass: FirstPass) -> None:
         """Makes the passes without gradients, if any."""
@@ -35,6 +37,13 @@ class Objective:
     def value_and_share(self, k: int, outputs: Any, targets: Nested) -> tuple[Tensor, Tensor]:
         """A value of micro-batch `k` with a graph, and its share in the window's loss; both of shape ()."""
         raise NotImplementedError
+
+    def backward(self, value: Tensor, start: Tensor) -> None:
+        """The backward of a micro-batch, from the gradient `start` of its `value`."""
+        value.backward(start)
+
+    def add_last(self, agree: Callable[..., bool] | None) -> None:
+        """Adds what is known after the last micro-batch alone; `agree` as of `Window.backward`."""
 
     def add(self, value: Tensor) -> None:
         """Adds the last micro-batch's value, after its backward; not called for padding."""
