@@ -18,7 +18,7 @@ from ..config.trust import inert
 from ..environment.console import output_to_log, print_line
 from ..environment.launch import launch
 from ..environment.ranks import RankInfo, launched_rank, skip_group_teardown
-from ..errors import UsageError, first_line
+from ..errors import UsageError, first_line, masked
 from ..sweeps.job import SweepJob
 from ..sweeps.job_status import JobStatus, agreed_status, job_status
 from ..tracking.run_folder import RunFolder, RunStatus
@@ -97,7 +97,7 @@ def _fail(
     if isinstance(error, ChangedJob):
         exit_with_error(error, rank_info)
     if job and rank_info.first:
-        print_line(f"{job.title}: failed: {first_line(error)}", style="red", markup=False)
+        print_line(f"{job.title}: failed: {masked(first_line(error))}", style="red", markup=False)
         job.record_failure(folder, error)
     if job and (rank_info.size == 1 or "SUBMITIT_EXECUTOR" in os.environ):
         skip_group_teardown()

@@ -85,7 +85,7 @@ def check_changes(before: Config, after: Config, progress: Mapping[str, int], re
 OF_A_LAUNCH = (
     *("accum.steps", "accum.micro_batch_size", "accum.processes", "accum.memory_limit", "data.workers"),
     *("device", "tracking.", "report.", "prove", "proof.", "resume", "trainer.threads", "trainer.progress"),
-    *("callbacks.progress.", "seed", "replicas", "trust"),
+    *("callbacks.progress.", "callbacks.monitor.", "seed", "replicas", "trust"),
 )
 
 

@@ -70,4 +70,5 @@ def _send(run: RunFolder, uri: str) -> str:
             f"({reason_of(delivery.error)}); the rest is in {store.uri}"
         )
     run.unsent.unlink()
+    run.model_inputs.unlink(missing_ok=True)
     return f"{described(entries)}: {store.run_address(run_id)}"

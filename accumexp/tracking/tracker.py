@@ -237,6 +237,8 @@ class MLflowTracker(Tracker):
                 print_line(
                     f"send it with\n  python -m accumexp.report sync={self._folder.path}", markup=False
                 )
+        elif self._folder:
+            self._folder.model_inputs.unlink(missing_ok=True)  # the logged models have it
         self._ended = True
 
 
