@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from . import diagnosis, second_passes, state_causes
+from . import diagnosis, second_passes, state_causes, weight_causes
 from .certificate import Cause, Check, Counts
 from .evidence import Failure
 from .loop_causes import loop_causes
@@ -97,6 +97,6 @@ def _other_causes(
     if explained or kinds & {"state", "buffers", "learning rate"}:
         return causes
     if replay is not None and replay.changed is not None:
-        causes.insert(0, state_causes.changed_weights_cause(problem, replay.changed, micro_batches))
+        causes.insert(0, weight_causes.changed_weights_cause(problem, replay.changed, micro_batches))
     causes += state_causes.low_precision_causes(problem, failed)
     return causes
