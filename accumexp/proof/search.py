@@ -9,6 +9,8 @@ from . import diagnosis, second_passes, state_causes, weight_causes
 from .certificate import Cause, Check, Counts
 from .evidence import Failure
 from .loop_causes import loop_causes
+from .loss_scale_causes import loss_scale_cause
+from .overflows import Overflow
 from .own_precision import OwnPrecisionReplay
 from .problem import Problem
 from .replay_float64 import Float64Replay
@@ -33,6 +35,7 @@ def find_causes(
     windows: Sequence[Failure],
     replay: Float64Replay | None,
     own_replay: OwnPrecisionReplay | None,
+    overflows: Sequence[Overflow],
     micro_batches: int,
 ) -> tuple[list[Cause], list[Counts]]:
     """The causes of the failed `checks`, the most important first, and counts. A collective call.
@@ -40,6 +43,7 @@ def find_causes(
     Args:
         windows: failures in windows of their own, from the first weights.
         replay, own_replay: of the updates, in fp64 and in the run's own precision.
+        overflows: windows with one, where the problem has a loss scale.
         micro_batches: of the first window.
     """
     failed = [check for check in checks if not check.passed]
@@ -59,7 +63,7 @@ def find_causes(
         if failure is not None and not explained:
             causes = loop_causes(problem, failure.batch) or causes
             explained = any(cause.source != "unknown" for cause in causes)
-        others = _other_causes(problem, failed, replay, micro_batches, explained)
+        others = _other_causes(problem, failed, replay, overflows, micro_batches, explained)
         causes = [*causes, *others] if explained or not others else others
     except Exception as error:
         text = f"the search for the cause failed: {type(error).__name__}: {' '.join(str(error).split())}"
@@ -71,12 +75,14 @@ def _other_causes(
     problem: Problem,
     failed: Sequence[Check],
     replay: Float64Replay | None,
+    overflows: Sequence[Overflow],
     micro_batches: int,
     explained: bool,
 ) -> list[Cause]:
     """Causes of checks that do not follow from a wrong gradient, or of all if that is not `explained`."""
     causes: list[Cause] = []
     kinds: set[str] = set()
+    scales: list[Check] = []
     for check in failed:
         kind = check.name.partition(",")[0]
         if kind in kinds or (explained and kind.startswith(CONSEQUENCES)):
@@ -84,7 +90,9 @@ def _other_causes(
         kinds.add(kind)
         if explained and kind == "loss scale by update" and not (replay and replay.scale_is_measured):
             continue  # an artefact of the wrong gradient
-        if kind == "buffers":
+        if kind.startswith(("overflow", "loss scale")):
+            scales.append(check)
+        elif kind == "buffers":
             causes.append(state_causes.buffers_cause(problem, check, micro_batches))
         elif kind == "logged loss" and replay is not None and replay.logged is not None:
             causes.append(state_causes.logged_loss_cause(problem, replay.logged))
@@ -94,6 +102,8 @@ def _other_causes(
             alike = cause.reason.partition(":")[0]
             if not any(other.reason.partition(":")[0] == alike for other in causes):
                 causes.append(cause)
+    if cause := loss_scale_cause(problem, overflows, scales):
+        causes.append(cause)
     if explained or kinds & {"state", "buffers", "learning rate"}:
         return causes
     if replay is not None and replay.changed is not None:

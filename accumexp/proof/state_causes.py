@@ -149,16 +149,4 @@ def simple_cause(check: Check) -> Cause | None:
     if name == "ranks agree":
         reason = "the ranks step with different gradients"
         return Cause("ranks", "", reason, math.nan, "", "reduce the window's whole gradient before the step")
-    if name.startswith("overflow in each"):
-        reason = f"an overflow does not skip the window: {check.detail}"
-        return Cause("loss scale", "", reason, math.nan, "", "check the whole window's gradient on all ranks")
-    if name.startswith("loss scale after") and check.detail.startswith("times 1 "):
-        reason = f"the loss scale is not lowered after an overflow: {check.detail}"
-        return Cause("loss scale", "", reason, math.nan, "", "keep one scale over all windows, and update it")
-    if name.startswith("loss scale by") and check.detail.startswith("1 times"):
-        reason = f"the loss scale never grows: {check.detail}"
-        return Cause("loss scale", "", reason, math.nan, "", "keep one scale over all windows, and update it")
-    if name.startswith("loss scale"):
-        reason = f"the loss scale moves otherwise than once a window: {check.detail}"
-        return Cause("loss scale", "", reason, math.nan, "", "update the scale once, after the window's step")
     return None
