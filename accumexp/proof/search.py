@@ -59,11 +59,14 @@ def find_causes(
     try:
         if failure is not None:
             causes, counts = diagnosis.diagnose(problem, failure, failure in windows)
-        explained = any(cause.source != "unknown" for cause in causes)
+        explained = any(cause.source not in diagnosis.UNEXPLAINED for cause in causes)
         if failure is not None and not explained:
             causes = loop_causes(problem, failure.batch) or causes
-            explained = any(cause.source != "unknown" for cause in causes)
+            explained = any(cause.source not in diagnosis.UNEXPLAINED for cause in causes)
         others = _other_causes(problem, failed, replay, overflows, micro_batches, explained)
+        # Statistics that the first micro-batch gives all others are no micro-batch's own.
+        given = {cause.where for cause in others if cause.source == state_causes.FIRST_ALONE}
+        causes = [each for each in causes if each.source != "batch statistics" or each.where not in given]
         causes = [*causes, *others] if explained or not others else others
     except Exception as error:
         text = f"the search for the cause failed: {type(error).__name__}: {' '.join(str(error).split())}"
@@ -93,7 +96,8 @@ def _other_causes(
         if kind.startswith(("overflow", "loss scale")):
             scales.append(check)
         elif kind == "buffers":
-            causes.append(state_causes.buffers_cause(problem, check, micro_batches))
+            buffers = [each for each in failed if each.name.partition(",")[0] == kind]
+            causes.append(state_causes.buffers_cause(problem, buffers, micro_batches))
         elif kind == "logged loss" and replay is not None and replay.logged is not None:
             causes.append(state_causes.logged_loss_cause(problem, replay.logged))
         elif kind == second_passes.NAME:

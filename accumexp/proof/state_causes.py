@@ -19,6 +19,9 @@ from .observation import Observation
 from .problem import Problem, WholeBatch, copy_in, rows
 from .rounding import larger_batch_of
 
+# The source of a buffer that only the first micro-batch moves.
+FIRST_ALONE = "first micro-batch's buffer"
+
 
 @dataclass(frozen=True)
 class LoggedLoss:
@@ -87,14 +90,17 @@ def _what_is_logged(problem: Problem, model: torch.nn.Module, logged: LoggedLoss
     return next((what for value, what in candidates if abs(value - logged.logged) <= near), "")
 
 
-def buffers_cause(problem: Problem, check: Check, micro_batches: int) -> Cause:
-    """The cause of a failed buffers check: each of `micro_batches` updates the buffers."""
+def buffers_cause(problem: Problem, failed: Sequence[Check], micro_batches: int) -> Cause:
+    """The cause of the `failed` buffers checks: each of `micro_batches` updates the buffers."""
+    first = next((check for check in failed if check.name == "buffers"), None)
+    check = failed[-1]  # that of the updates says in which of them
     name, *when = check.detail.removeprefix("worst at ").split(", ")
-    when = ", ".join(when[1:] if when and when[0].startswith("update") and len(when) > 1 else when)
+    when = ", ".join(when[1:] if when and when[0].startswith("update") else when)
     module_name, _, buffer = name.rpartition(".")
     module = problem.model.get_submodule(module_name)
     momentum = getattr(module, "momentum", None)
     where = f"{module_name or '(model)'} ({type(module).__name__})"
+    source = "buffers"
     if buffer == "num_batches_tracked" and momentum == 0:
         advice = "count updates elsewhere"
         reason = f"buffer {buffer} counts {micro_batches} forward passes an update"
@@ -103,7 +109,7 @@ def buffers_cause(problem: Problem, check: Check, micro_batches: int) -> Cause:
         if micro_batches > 1:
             matching = 1 - (1 - momentum) ** (1 / micro_batches)
             advice = f"momentum {matching:.4g} instead of {momentum:g} forgets at the same pace"
-        updates = updates_of_buffer(problem, module_name, buffer)
+        updates = len(updates_of_buffer(problem, module_name, buffer).passes)
         reason = f"running statistics updated {updates or micro_batches} times an update"
         if updates > micro_batches:
             reason += f", by several passes of {micro_batches} micro-batches"
@@ -111,10 +117,18 @@ def buffers_cause(problem: Problem, check: Check, micro_batches: int) -> Cause:
     else:
         advice = "change it once a window, with the whole window's figures"
         reason = f"buffer {buffer} is not what one pass over the whole batch makes of it"
+        updates = updates_of_buffer(problem, module_name, buffer) if first is not None else None
+        if updates is not None and updates.first_alone:
+            source = FIRST_ALONE
+            advice = "take it from the whole batch, before the first micro-batch"
+            of = f"of {updates.first_size} of {problem.samples} samples"
+            reason = f"buffer {buffer} is the first micro-batch's, {of}, which the others meet too"
+        if updates is not None and (how := updates.in_words()):
+            reason += f": {how}"
     if when:
         reason += f", {when}"
-    shown = f"after one window {buffer} is off by {check.figure:.2g}"
-    return Cause("buffers", where, reason, math.nan, shown, advice)
+    shown = f"after one window {buffer} is off by {(first or check).figure:.2g}"
+    return Cause(source, where, reason, math.nan, shown, advice)
 
 
 def low_precision_causes(problem: Problem, failed: Sequence[Check]) -> list[Cause]:
