@@ -176,7 +176,7 @@ def _uniform(parts: Decomposition, count: float, subject: str, whole: bool, why:
     uncommon = rounded or why == divided_by_steps
     others = parts.failure.other_factors(count, uncommon) if whole else ""
     if why == divided_by_steps and others:
-        why = f"divided by steps, not by the number of micro-batches, there {why}"
+        why = f"divided by steps, whatever the number of micro-batches: {why}"
     if not why:
         why = denominator_in_words(parts, count, whole)
     exponent = math.log2(abs(count) or 1.0)

@@ -85,18 +85,19 @@ class Failure:
         Args:
             uncommon: whether to tell updates whose gradient is no multiple of the larger batch's too.
         """
-        no_factor = uncommon and any(self.factors.get(number) is None for number in self.updates)
+        no_factor = uncommon and any(self.factors.get(number) is None for number in self.updates[1:])
         every = [each for number in self.updates if (each := self.factors.get(number)) is not None]
         others = [each for each in every if abs(each - factor) > 1e-3 * abs(factor)]
-        texts = ["no common factor in some others"] if no_factor else []
         if others:
             low, high = min(others), max(others)
             span = f"{low:.3g}" if high - low <= 1e-3 * abs(high) else f"{low:.3g} to {high:.3g}"
-            texts.insert(0, f"{span} times in others")
+            text = f"{span} times{' or no common factor' if no_factor else ''} in others"
         elif no_factor:
             alone = all(self.factors.get(number) is None for number in self.updates[1:])
-            texts = [f"no common factor in {'others' if alone else 'some others'}"]
-        return f" in update {self.updates[0]} ({'; '.join(texts)})" if texts else ""
+            text = f"no common factor in {'others' if alone else 'some others'}"
+        else:
+            return ""
+        return f" in update {self.updates[0]} ({text})"
 
     def cause(self, source: str, reason: str, shown: str, advice: str) -> Cause:
         """A cause of this failure, which says in which updates it shows."""
