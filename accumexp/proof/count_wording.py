@@ -141,7 +141,9 @@ def _rounded_weights(parts: Decomposition, counts: Sequence[float]) -> str:
     made = [count * share for count, share in zip(counts, due, strict=True)]
     near = max(1e-6, parts.count_tolerance)
     for decimals in range(1, DECIMALS + 1):
-        if all(abs(one - round(share, decimals)) <= near for one, share in zip(made, due, strict=True)):
+        rounded = [round(share, decimals) for share in due]
+        differ = any(abs(share - each) > near for share, each in zip(due, rounded, strict=True))
+        if differ and all(abs(one - each) <= near for one, each in zip(made, rounded, strict=True)):
             weights = f"weights rounded to {decimals} decimal{'s' if decimals > 1 else ''}"
             if max(due) - min(due) <= near:
                 of_each = f"each of {len(due)} micro-batches counts {made[0]:.6g} where {due[0]:.6g} is due"

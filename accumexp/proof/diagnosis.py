@@ -126,7 +126,7 @@ def _moved_cause(problem: Problem, failure: Failure) -> Cause | None:
     if problem.perturb is not None or not any(all_gather(bool(observation.moved_before))):
         return None
     passes, factor, names = observation.moved_before, observation.moved_by, observation.moved
-    which = "the weights" if len(names) == len(failure.expected.gradient) else ", ".join(names[:3])
+    which = "the weights" if len(names) == len(failure.expected.gradient) else _named(names)
     change = f"multiplied by {factor:.6g}" if factor is not None else "changed"
     places = ", ".join(map(str, passes[:6]))
     reason = (
@@ -135,12 +135,16 @@ def _moved_cause(problem: Problem, failure: Failure) -> Cause | None:
     return failure.cause("weights", reason, "", "change weights once, after the window's last micro-batch")
 
 
+def _named(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+
 def _changed_buffers_cause(failure: Failure) -> Cause | None:
     """The cause if the loop changes buffers before the window's last micro-batch."""
     changed = all_gather(failure.observation.changed_buffers)[0]
     if not changed:
         return None
-    names = ", ".join(sorted({name for each in changed.values() for name in each})[:3])
+    names = _named(sorted({name for each in changed.values() for name in each}))
     places = ", ".join(map(str, changed))
     reason = f"the loop changes buffer {names} within the window, before micro-batch {places}"
     return failure.cause("buffers", reason, "", "change it once, after the window's last micro-batch")

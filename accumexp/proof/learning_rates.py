@@ -26,6 +26,8 @@ class LearningRates:
         self.problem = problem
         self._pairs: list[tuple[list[float], list[float]]] = []
         self._passes: list[int] = []
+        self._numbers: list[int] = []  # of the updates with a step
+        self._updates = 0
 
     def compare(self, rates: list[float], optimizer: Optimizer, passes: int) -> float:
         """The largest relative error of the loop's `rates`; those of `optimizer` are right.
@@ -33,10 +35,12 @@ class LearningRates:
         Args:
             passes: forward passes of the window.
         """
+        self._updates += 1
         expected = [float(group["lr"]) for group in optimizer.param_groups]
         if rates:
             self._pairs.append((rates, expected))
             self._passes.append(passes)
+            self._numbers.append(self._updates)
         pairs = zip(rates or expected, expected, strict=False)
         return max(abs(rate - right) / (abs(right) or 1.0) for rate, right in pairs)
 
@@ -83,7 +87,7 @@ class LearningRates:
         for group in range(groups):
             pairs = [
                 (number, rates[group], right[group])
-                for number, (rates, right) in enumerate(self._pairs, 1)
+                for number, (rates, right) in zip(self._numbers, self._pairs, strict=True)
                 if len(rates) > group
             ]
             wrong = [(number, rate, right) for number, rate, right in pairs if rate != right]
@@ -105,7 +109,7 @@ class LearningRates:
         """After which updates the schedule is stepped otherwise than once; "" if that is not known."""
         rates = self._schedule(len(self._pairs) + MOST_STEPS)
         made, steps = 0, []
-        if not rates or self._pairs[0][0] != rates[0]:
+        if not rates or self._pairs[0][0] != rates[0] or len(self._pairs) < self._updates:
             return ""
         for ours, _ in self._pairs[1:]:
             following = next(
