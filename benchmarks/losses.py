@@ -38,7 +38,7 @@ from .measure import (
 
 # The metric of each experiment, of the test split.
 METRICS = {
-    "contrastive": ("probe_accuracy",),
+    "contrastive": ("probe_accuracy", "loss"),
     "mixture_of_experts": ("accuracy", "loss/balance"),
     "two_tasks": ("accuracy", "parity"),
 }
@@ -86,6 +86,9 @@ def measured(experiment: str, variant: str, *overrides: str) -> dict[str, Any]:
     started = perf_counter()
     trainer.fit()
     seconds = perf_counter() - started
+    # Whatever was trained on, the loss that is evaluated is the experiment's own.
+    own = configuration(experiment, "window", *overrides)
+    trainer.evaluator = Experiment.build(own, splits=trainer.splits).evaluator
     values = trainer.evaluate("test")
     return {
         "experiment": experiment,

@@ -13,7 +13,7 @@ from .memory import is_out_of_memory
 from .sync import Sync
 
 
-class Weights:
+class Denominators:
     """The weights that the micro-batches' sums are divided by, counted over all ranks.
 
     On several ranks the all-reduce of the counts overlaps with the first forward.

@@ -43,6 +43,7 @@ class _CriterionLoss(nn.Module):
 
     # Defined here because looking up a missing attribute of a module is slow.
     counts = True
+    returns_terms = False
 
     def __init__(self, criterion: Callable[[Any, Any], Tensor]) -> None:
         super().__init__()
@@ -58,8 +59,6 @@ class MeanOverSamples(_CriterionLoss):
     Attributes:
         returns_terms: whether the function was seen to return terms by name (`SeveralTerms`).
     """
-
-    returns_terms = False
 
     def weight(self, targets: Nested) -> float:
         return float(batch_size(targets))

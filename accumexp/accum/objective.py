@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .batch import Nested, batch_size
-from .denominators import Weights, as_number, reciprocal_of
+from .denominators import Denominators, as_number, reciprocal_of
 from .loss import WindowLoss
 from .sync import Sync
 from .terms import CoupledLoss, SampleMean, SeveralTerms, Term, sum_of
@@ -25,16 +25,25 @@ class Objective:
 
     Attributes:
         passes: forward passes of every micro-batch that come before those with a backward.
+        adds_last: whether `add_last` completes `.grad` after the last micro-batch, before ranks are added.
     """
 
     passes = 0
+    adds_last = False
 
     def prepare(self, first_pass: FirstPass) -> None:
         """Makes the passes without gradients, if any."""
 
-    def of(self, k: int, outputs: Any, targets: Nested) -> tuple[Tensor, Tensor]:
+    def value_and_share(self, k: int, outputs: Any, targets: Nested) -> tuple[Tensor, Tensor]:
         """A value of micro-batch `k` with a graph, and its share in the window's loss; both of shape ()."""
         raise NotImplementedError
+
+    def backward(self, value: Tensor, start: Tensor) -> None:
+        """The backward of a micro-batch, from the gradient `start` of its `value`."""
+        value.backward(start)
+
+    def add_last(self, agree: Callable[..., bool] | None) -> None:
+        """Adds what is known after the last micro-batch alone; `agree` as of `Window.backward`."""
 
     def add(self, value: Tensor) -> None:
         """Adds the last micro-batch's value, after its backward; not called for padding."""
@@ -65,14 +74,14 @@ class OneTerm(Objective):
         self.loss = loss
         self.by_step = by_step
         counted = [[targets_k] for _, targets_k in batch.parts] if by_step else [batch.targets]
-        self.weights = Weights(loss, sync, counted, None if by_step else weight)
+        self.denominators = Denominators(loss, sync, counted, None if by_step else weight)
         self.share: Tensor | None = None  # 1 / weight, the factor of an item's loss
         self.total: Tensor | None = None
 
-    def of(self, k: int, outputs: Any, targets: Nested) -> tuple[Tensor, Tensor]:
+    def value_and_share(self, k: int, outputs: Any, targets: Nested) -> tuple[Tensor, Tensor]:
         loss_sum = self.loss.total(outputs, targets)
         if self.share is None or self.by_step:
-            self.share = reciprocal_of(self.weights.of(k), loss_sum)
+            self.share = reciprocal_of(self.denominators.of(k), loss_sum)
         # The gradient of loss_sum / weight, without a division in the graph.
         return loss_sum, self.share
 
@@ -82,14 +91,14 @@ class OneTerm(Objective):
     def mean(self) -> Tensor:
         assert self.share is not None
         total = torch.zeros_like(self.share) if self.total is None else self.total
-        return total * (reciprocal_of(self.weights.total, total) if self.by_step else self.share)
+        return total * (reciprocal_of(self.denominators.total, total) if self.by_step else self.share)
 
     @property
     def weight(self) -> Tensor | float:
-        return self.weights.total
+        return self.denominators.total
 
     def wait(self) -> None:
-        self.weights.wait()
+        self.denominators.wait()
 
 
 class SeveralDenominators(Objective):
@@ -134,7 +143,7 @@ class SeveralDenominators(Objective):
             self._weights[name] = summed[f"weight {name}"]
             self._late_totals[name] = torch.as_tensor(summed[f"total {name}"])
 
-    def of(self, k: int, outputs: Any, targets: Nested) -> tuple[Tensor, Tensor]:
+    def value_and_share(self, k: int, outputs: Any, targets: Nested) -> tuple[Tensor, Tensor]:
         terms = self.loss.terms(outputs, targets)
         values = []
         for name, term in terms.items():
@@ -224,7 +233,7 @@ class Coupled(Objective):
             name: term.value.detach().reshape(()) / self.ranks.size for name, term in terms.items()
         }
 
-    def of(self, k: int, outputs: Any, targets: Nested) -> tuple[Tensor, Tensor]:
+    def value_and_share(self, k: int, outputs: Any, targets: Nested) -> tuple[Tensor, Tensor]:
         leaves = floating(self.loss.kept(outputs))
         # Of padding there is none: its backward starts from 0.
         gradients = self._gradients[k] if self.batch.sizes[k] else [torch.zeros_like(leaf) for leaf in leaves]

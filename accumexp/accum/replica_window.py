@@ -133,7 +133,9 @@ class ReplicaWindow:
             if share is None or by_step:
                 share = reciprocal_of(weights[k if by_step else 0], loss_sum).expand_as(loss_sum)
             trained = [p for p in self.parameters if p.requires_grad]
-            self._add(torch.autograd.grad(loss_sum, trained, self._seed(share), allow_unused=True))
+            self._add(
+                torch.autograd.grad(loss_sum, trained, self._start_of_backward(share), allow_unused=True)
+            )
             detached = loss_sum.detach()
             total = detached if total is None else total + detached
             self._notify(MicroBatch(k, k == steps - 1, sizes[k], targets_k, share), outputs, observe)
@@ -169,7 +171,7 @@ class ReplicaWindow:
         outputs = vmap(one)(parameters, self.buffers, inputs)
         return outputs, _totals(first.loss, outputs, targets)
 
-    def _seed(self, share: Tensor) -> Tensor:
+    def _start_of_backward(self, share: Tensor) -> Tensor:
         """The gradient that backward starts from, (R,): each replica's share, times its loss scale."""
         if self.windows[0].loss_scale is None:
             return share

@@ -62,6 +62,7 @@ class _Terms(nn.Module):
 
     counts = True
     couples = False
+    returns_terms = False  # of a loss that is taken as a mean over samples
 
     def __init__(self, criterion: Any) -> None:
         super().__init__()

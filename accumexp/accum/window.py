@@ -11,14 +11,15 @@ from torch import Tensor, nn
 
 from .batch import Nested
 from .buffers import Fp32Buffers
+from .choose_objective import LateWeights, check_late_weights, objective_of, passes_of
 from .forward_state import ForwardState
 from .loss import MeanOverSamples, WindowLoss, window_loss
 from .norm_levels import check_norms
 from .norm_passes import WindowNorms
-from .objective import Coupled, Objective, OneTerm, SeveralDenominators
+from .objective import Objective
 from .scale import LossScale
 from .sync import NOTHING, sync_of
-from .terms import CoupledLoss, SeveralTerms, TermsLoss, has_terms
+from .terms import TermsLoss, has_terms
 from .two_passes import FirstPass
 from .window_batch import MicroBatch, WindowBatch, WindowResult
 from .window_norm import window_norms
@@ -56,6 +57,9 @@ class Window:
         reduce_every_micro_batch: for a fully sharded model, reduce-scatter in every micro-batch: more
             communication, but no unsharded gradient is kept between micro-batches.
         local_loss: do not add the other ranks' loss to the result, which saves a collective.
+        late_weights: how the weights of terms are counted that depend on the outputs: in a "first_pass"
+            without gradients, or by "gradients", one buffer of the size of the gradient, and one backward of
+            every micro-batch, for each such term.
 
     Attributes:
         model: the model without its wrapper.
@@ -83,6 +87,7 @@ class Window:
         loss_scale: LossScale | None = None,
         reduce_every_micro_batch: bool = False,
         local_loss: bool = False,
+        late_weights: LateWeights = "first_pass",
     ) -> None:
         if steps < 1:
             raise ValueError(f"steps is the number of micro-batches in a window, at least 1, not {steps}")
@@ -92,6 +97,7 @@ class Window:
         if fp32_buffers and self.sync.sharded:
             raise ValueError("fp32_buffers: gradients of a fully sharded model are not there to collect")
         check_norms(self.sync)
+        check_late_weights(late_weights, fp32_buffers, self.sync.sharded)
         self.model = self.sync.module
         self.steps = steps
         self.reduction: Reduction = reduction
@@ -99,6 +105,7 @@ class Window:
         self.autocast = autocast
         self.loss_scale = loss_scale
         self.local_loss = local_loss
+        self.late_weights: LateWeights = late_weights
         self.fp32_buffers = fp32_buffers
         self.after_micro_batch: list[Callable[[MicroBatch], None]] = []
         self.on_discard: list[Callable[[], None]] = []
@@ -166,6 +173,8 @@ class Window:
         self._norms = None
         if not modules:
             return self._accumulate(batch, *arguments)
+        if self.late_weights == "gradients":
+            raise ValueError("late_weights='gradients': not with norms over the window; take 'first_pass'")
         passes = self.sync, self.forward, self.precision, batch, arguments[-1], not self._compared
         self._norms = WindowNorms(modules, [self.model, self.loss], *passes)
         with self._norms as norms:
@@ -180,30 +189,37 @@ class Window:
         agree: Callable[..., bool] | None,
     ) -> WindowResult:
         self._called = True
-        objective = self._objective = self._objective_of(batch, weight)
+        by_step = self.reduction == "sum"
+        objective = objective_of(self.loss, self.sync, batch, by_step, weight, self.late_weights)
+        self._objective = objective
         first_pass = self._first_pass(batch, agree) if objective.passes else None
         if first_pass is not None:
             objective.prepare(first_pass)
             first_pass.rewind()
         if self._norms is not None:
-            self._norms.find_sums(self._value_of, self._seed)
+            self._norms.find_sums(self._value_of, self._start_of_backward)
         if self._buffers:
             self._buffers.open()
-        if self._buffers or agree is not None:
+        # Whether ranks are added in the last backward, and not after it.
+        in_backward = not self._buffers and agree is None and not objective.adds_last
+        if objective.adds_last and agree is None:
+            self.sync.begin_without_sync()
+        if not in_backward:
             self.sync.watch_use()
         steps = len(batch.parts)
         done: MicroBatch | None = None
         self.under_way = 0
         for k, (inputs_k, targets_k) in enumerate(batch):
             last = k == steps - 1
-            with self.sync.micro_batch(last and not self._buffers and agree is None):
+            with self.sync.micro_batch(last and in_backward):
                 with self.precision():
                     outputs = self.forward(k, inputs_k)
                     value, share = self._value_of(k, outputs, targets_k)
-                value.backward(self._seed(share) if batch.sizes[k] else torch.zeros_like(share))
+                start = self._start_of_backward(share) if batch.sizes[k] else torch.zeros_like(share)
+                objective.backward(value, start)
             if self.after_micro_batch:
                 done = MicroBatch(k, last, batch.sizes[k], targets_k, share)
-                if agree is None or not last:
+                if not last or agree is None and not objective.adds_last:
                     self._notify(done)
             if first_pass is not None:
                 first_pass.repeated(k, outputs)
@@ -213,8 +229,11 @@ class Window:
                     observe(outputs.detach() if isinstance(outputs, Tensor) else outputs, targets_k)
             # Freed before the next forward: a language model's outputs are its peak memory.
             del outputs, value
-        if agree is not None:
-            some_unused = agree(not self._buffers and bool(self.sync.unused()))
+        if objective.adds_last:
+            objective.add_last(agree)
+        if agree is not None or objective.adds_last:
+            unused = not self._buffers and bool(self.sync.unused())
+            some_unused = unused if agree is None else agree(unused)
             if not self._buffers:
                 self.sync.reduce_gradients(some_unused)
             if done is not None:
@@ -240,9 +259,9 @@ class Window:
         return call(self.sync.forward, inputs)
 
     def _value_of(self, k: int, outputs: Any, targets: Nested) -> tuple[Tensor, Tensor]:
-        """As `Objective.of`, of the window that computes."""
+        """As `Objective.value_and_share`, of the window that computes."""
         assert self._objective is not None
-        value = self._objective.of(k, outputs, targets)
+        value = self._objective.value_and_share(k, outputs, targets)
         if getattr(self.loss, "returns_terms", False):
             raise _ReturnsTerms
         return value
@@ -261,15 +280,7 @@ class Window:
     @property
     def passes(self) -> int:
         """Forward passes of a micro-batch in a window: 1, or 2 where the first is without gradients."""
-        several = isinstance(self.loss, SeveralTerms) and self.loss.late != ()
-        return 2 if several or isinstance(self.loss, CoupledLoss) else 1
-
-    def _objective_of(self, batch: WindowBatch, weight: float | None) -> Objective:
-        if isinstance(self.loss, CoupledLoss):
-            return Coupled(self.loss, self.sync, batch)
-        if isinstance(self.loss, SeveralTerms):
-            return SeveralDenominators(self.loss, self.sync, batch)
-        return OneTerm(self.loss, self.sync, batch, self.reduction == "sum", weight)
+        return passes_of(self.loss, self.late_weights)
 
     def _start_of_function(self) -> ForwardState | None:
         """The state before the first window of a loss that may turn out to return terms by name."""
@@ -297,7 +308,7 @@ class Window:
         for after in self.after_micro_batch:
             after(micro_batch)
 
-    def _seed(self, share: Tensor) -> Tensor:
+    def _start_of_backward(self, share: Tensor) -> Tensor:
         """The gradient that backward starts from: the share, times the loss scale and the ranks' factor."""
         if self.loss_scale is not None:
             share = (share * self.loss_scale.scale).to(share.dtype)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
+
+Model = TypeVar("Model", bound=nn.Module)
 
 
 class NormPass(Protocol):
@@ -72,7 +74,7 @@ _KINDS: dict[type, type] = {
 }
 
 
-def window_batch_norm(model: nn.Module) -> nn.Module:
+def window_batch_norm(model: Model) -> Model:
     """Makes every BatchNorm1d, 2d and 3d of `model` one over the window, in place, and returns `model`.
 
     Parameters, buffers and hooks stay. Subclasses, SyncBatchNorm among them, are not changed.

@@ -27,6 +27,11 @@ class Strategy(Enum):
     fsdp = "fsdp"
 
 
+class LateWeights(Enum):
+    first_pass = "first_pass"
+    gradients = "gradients"
+
+
 class LossScaling(Enum):
     none = "none"
     static = "static"
@@ -45,6 +50,9 @@ class AccumConfig:
     # Limit of the tensors on a rank's device for steps=auto: bytes, or 2GiB, 500MiB, 24GB. Null: free memory.
     memory_limit: int | str | None = None
     reduction: Reduction = Reduction.mean
+    # Weights of a loss's terms that depend on the outputs: counted in a forward pass of their own, or with a
+    # gradient buffer and a backward for each such term.
+    late_weights: LateWeights = LateWeights.first_pass
     # Accumulate the gradients of bf16 parameters in fp32: one more fp32 buffer per such parameter.
     fp32_buffers: bool = False
     # Ranks. Null: as many as torchrun or the cluster started; else one per GPU, or two without a GPU.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..errors import UsageError
 from .ranges import check_numbers, check_ranges
-from .schema import AccumConfig, Config, LossScaling, Precision, Reduction, Strategy
+from .schema import AccumConfig, Config, LateWeights, LossScaling, Precision, Reduction, Strategy
 from .sizes import AUTO, batch_sizes, in_bytes, processes
 
 
@@ -73,6 +73,9 @@ def _check_accum(accum: AccumConfig) -> None:
     )
     if sharded and accum.fp32_buffers:
         raise UsageError("accum.fp32_buffers=true: not with accum=fsdp, which keeps gradients in shards")
+    if accum.late_weights is LateWeights.gradients and (sharded or accum.fp32_buffers):
+        other = "accum=fsdp" if sharded else "accum.fp32_buffers=true"
+        raise UsageError(f"accum.late_weights=gradients: not with {other}; take first_pass")
     if accum.reduce_every_micro_batch and not sharded:
         raise UsageError("accum.reduce_every_micro_batch=true: only accum=fsdp has shards to reduce to")
     if accum.recover and sharded:

@@ -109,17 +109,15 @@ def number(value: float) -> str:
     return f"{value:.4f}" if 1e-3 <= abs(value) < 1e4 or not value else f"{value:.4g}"
 
 
-def scores(final: Mapping[str, float], monitor: str = "", prefix: str = "") -> str:
+def scores(final: Mapping[str, float], monitor: str = "") -> str:
     """The accuracy, the monitored metric and the loss of the test split, as far as there are such.
 
     Args:
         final: the values of `final/*` by key.
         monitor: such as `eval/mae`.
-        prefix: of the keys in `final`.
     """
     names = dict.fromkeys(["accuracy", monitor.partition("/")[2].removeprefix("ema_"), "loss"])
-    found = {name: final[f"{prefix}{name}"] for name in names if f"{prefix}{name}" in final}
-    return ", ".join(f"test {name} {number(value)}" for name, value in found.items())
+    return ", ".join(f"test {name} {number(final[name])}" for name in names if name in final)
 
 
 def result(final: Mapping[str, float], monitor: str = "") -> str:

@@ -46,8 +46,7 @@ class Sum(nn.Module):
             raise ValueError("terms: at least one is needed")
         self._parts = {name: _part(name, given) for name, given in terms.items()}
         # Registered, so that class weights move to the device.
-        modules = {name: part.loss for name, part in self._parts.items() if isinstance(part.loss, nn.Module)}
-        self.losses = nn.ModuleDict(modules)
+        self.losses = nn.ModuleList(p.loss for p in self._parts.values() if isinstance(p.loss, nn.Module))
         self.couples = any(getattr(part.loss, "couples", False) for part in self._parts.values())
 
     def weights(self, targets: Any) -> dict[str, Tensor | float]:

@@ -186,7 +186,7 @@ class Proof:
         uneven = window_sizes.weighted(problem, batch)
         if uneven is not None:
             self.add(self.gradient_check("gradient, weighted items", uneven, "with ignored targets"))
-        self.add(window_checks.buffers_check(problem, state, expected.larger.buffers))
+        self.add(window_checks.buffers_check(problem, state, expected))
         # The windows so far have every size, and the updates that follow are of their kinds.
         problem.narrowing.possible = problem.narrowing.seen
         name = problem.precision_name

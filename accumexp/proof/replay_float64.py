@@ -8,15 +8,13 @@ from collections import Counter
 from dataclasses import replace
 from itertools import chain
 
-from torch import Tensor
-
 from .certificate import Cause, Check, Series, excess, worst_check
 from .draw_causes import repeated_draws, repeated_draws_cause
 from .evidence import Failure, updates_in_words
 from .float64 import DOUBLE
 from .gradients import Comparison, arrives_scaled, common_factor, compare, measured_loss_scale
 from .hand_changes import HandChanges, Snapshot
-from .larger_batch import Gradient, loss_weight, relative_error
+from .larger_batch import Gradient, loss_weight
 from .learning_rates import LearningRates
 from .micro_batches import MicroBatchesMade
 from .nested import batch_size
@@ -24,11 +22,11 @@ from .observation import Observation
 from .problem import Problem, TrainingState, WholeBatch, is_large
 from .ranks import all_gather, worst
 from .replay import BITS, ONE_STEP, Replay, tensors_of
-from .rounding import U32, U64, ExpectedUpdate, expected_update
+from .rounding import U32, ExpectedUpdate, expected_update
 from .sample_ids import SampleIds
 from .state_causes import LoggedLoss
 from .weight_causes import ChangedWeights
-from .window_checks import STATISTICS
+from .window_checks import STATISTICS, buffer_errors
 
 # For a large model the larger batch is computed in the first EVERY_UNTIL updates, for every window that is
 # smaller than usual, and for every SELDOM-th; the rest is compared in all.
@@ -61,7 +59,7 @@ class Float64Replay(Replay):
         self.logged: LoggedLoss | None = None
         self.scale_is_measured = True
         self._comparisons: list[tuple[int, Comparison]] = []
-        self._buffers: list[tuple[int, float, str]] = []
+        self._buffers: list[tuple[int, float, float, str]] = []
         self._repeated: list[tuple[int, int]] = []
         self._wrong_steps: list[int] = []
         self._smaller: dict[int, str] = {}
@@ -102,7 +100,7 @@ class Float64Replay(Replay):
                 self.diverged = True
                 return
             self._compare_gradient(number, batch, observation, expected)
-            self._compare_buffers(number, expected.larger.buffers)
+            self._compare_buffers(number, expected)
         self.updates = number
         self._previous = observation.gradient
         self._record("samples", self._missing_samples(batch, observation))
@@ -169,15 +167,14 @@ class Float64Replay(Replay):
             self._scales.append((number, scale, weight))
             self.scale_is_measured &= arrives_scaled(observation, expected.larger.gradient)
 
-    def _compare_buffers(self, number: int, expected: dict[str, Tensor]) -> None:
-        """Compares the buffers after the loop's window with those after the larger batch, `expected`."""
-        expected = {name: b for name, b in expected.items() if name not in self.problem.hand_changed}
-        if not expected or self.problem.perturb is not None:
+    def _compare_buffers(self, number: int, expected: ExpectedUpdate) -> None:
+        """Compares the buffers after the loop's window with those after the larger batch."""
+        if self.problem.perturb is not None:
             return
-        buffers = self.state.buffers()
-        errors = {name: relative_error(buffers[name], value) for name, value in expected.items()}
-        name = max(errors, key=lambda key: excess(errors[key], 1.0))
-        self._buffers.append((number, worst(all_gather(errors[name])), name))
+        errors, bounds = buffer_errors(self.problem, self.state, expected), expected.buffer_bounds
+        if errors:
+            name = max(errors, key=lambda key: excess(errors[key], bounds[key]))
+            self._buffers.append((number, worst(all_gather(errors[name])), bounds[name], name))
 
     def compare_loss(self, update: int, loss: float) -> None:
         """Compares the loss that the loop logged for `update`, if that update's gradient was compared."""
@@ -262,10 +259,9 @@ class Float64Replay(Replay):
     def _buffers_check(self, over: str) -> Check | None:
         if not self._buffers:
             return None
-        bound = 8 * self.problem.samples * U64
-        number, figure, name = max(self._buffers, key=lambda entry: excess(entry[1], 1.0))
-        failing = [n for n, each, _ in self._buffers if not each <= bound]
-        when = updates_in_words(failing, [n for n, _, _ in self._buffers]) if failing else ""
+        number, figure, bound, name = max(self._buffers, key=lambda entry: excess(*entry[1:3]))
+        failing = [n for n, error, most, _ in self._buffers if not error <= most]
+        when = updates_in_words(failing, [n for n, *_ in self._buffers]) if failing else ""
         at = f"worst at {name}, update {number}" if figure else "no difference"
         return Check(
             f"buffers, {over}", figure, bound, "relative", STATISTICS, ", ".join(filter(None, (at, when)))

@@ -12,7 +12,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ from .larger_batch import (
     clipped,
     loss_weight,
     norm,
+    relative_error,
     whole_batch_pass,
 )
 from .nested import batch_size, samples_first
@@ -54,6 +55,7 @@ class ExpectedUpdate:
         size: its 2-norm before clipping.
         bounds: of the error's 2-norm, by parameter name.
         loss_bound: of the loss's error.
+        buffer_bounds: of the relative error of what the forward pass leaves in a buffer, by name.
     """
 
     larger: LargerBatch
@@ -61,6 +63,7 @@ class ExpectedUpdate:
     size: float
     bounds: dict[str, float]
     loss_bound: float
+    buffer_bounds: dict[str, float] = field(default_factory=dict)
 
     @property
     def loss(self) -> float:
@@ -90,7 +93,11 @@ def expected_update(
     loss = float(exact.loss)
     loss_lost = abs(float(coarse.loss.double()) - loss)
     loss_bound = LAMBDA * 2.0**-29 * loss_lost + samples * U64 * max(abs(loss), U64)
-    return ExpectedUpdate(exact, expected, size, bounds, loss_bound)
+    buffer_bounds = {
+        name: LAMBDA * (2.0**-29 * relative_error(coarse.buffers[name], buffer) + problem.samples * U64)
+        for name, buffer in exact.buffers.items()
+    }
+    return ExpectedUpdate(exact, expected, size, bounds, loss_bound, buffer_bounds)
 
 
 def clipped_bounds(

@@ -6,7 +6,7 @@ import copy
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,12 +39,14 @@ class RunResult:
         metrics: the values of `final/*`, without the prefix: loss and metrics of the test split, and costs.
         monitored: the newest value of the metric that `monitor` names, None if it was never evaluated.
         run_id: the run in MLflow, None without tracking.
+        best_metrics: loss and metrics of the best checkpoint's model on the test split, if there is one.
     """
 
     folder: Path
     metrics: Mapping[str, float]
     monitored: float | None
     run_id: str | None
+    best_metrics: Mapping[str, float] = field(default_factory=dict)
 
     def load_model(self, best: bool = True) -> nn.Module:
         """The trained model in eval mode, on the CPU.
@@ -120,7 +122,7 @@ def run(configuration: Sequence[str] | DictConfig = (), *, folder: str | Path | 
     summary = run_folder.summary()
     if summary is None or summary.status is not RunStatus.FINISHED:
         raise TrainingError(f"{run_folder.path}: the run has not finished")
-    return RunResult(run_folder.path, summary.final, summary.monitored, summary.run_id)
+    return RunResult(run_folder.path, summary.final, summary.monitored, summary.run_id, summary.best)
 
 
 @contextmanager

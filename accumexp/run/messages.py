@@ -79,17 +79,15 @@ def warn(unequal: Sequence[Inequality]) -> None:
         console.print(f"not the larger batch: and {len(unequal) - 3} more modules like these", style="yellow")
 
 
-def final_values(trainer: Trainer, best: Path) -> dict[str, float]:
+def final_values(trainer: Trainer, best: Path) -> tuple[dict[str, float], dict[str, float]]:
     """The values of `final/*`: loss and metrics of the test split, and the run's time and memory.
 
-    Args:
-        best: the best checkpoint, whose values on the test split are added.
+    Returns them, and the loss and metrics of `best`, the best checkpoint.
     """
     progress = trainer.progress
     seconds = max(progress.seconds, 1e-9)
     last = {key.removeprefix("test/"): value for key, value in trainer.evaluate("test").items()}
     final = {
-        **{f"best_{key}": value for key, value in best_values(trainer, best, last).items()},
         **last,
         **{key.replace("eval/", "eval_"): v for key, v in trainer.latest.items() if key.startswith("eval/")},
         "test_samples": float(trainer.splits.test.samples),
@@ -103,19 +101,28 @@ def final_values(trainer: Trainer, best: Path) -> dict[str, float]:
     }
     if "perf/peak_memory_mib" in trainer.latest:
         final["peak_memory_mib"] = trainer.latest["perf/peak_memory_mib"]
-    return final
+    return final, best_values(trainer, best, last)
 
 
 def show_summary(
-    final: dict[str, float], trainer: Trainer, tracker: Tracker, folder: RunFolder, monitor: str
+    final: dict[str, float],
+    best: dict[str, float],
+    trainer: Trainer,
+    tracker: Tracker,
+    folder: RunFolder,
+    monitor: str,
 ) -> None:
-    """Prints the result of a finished run, its folder and its page in MLflow."""
+    """Prints the result of a finished run, its folder and its page in MLflow.
+
+    Args:
+        final, best: as `final_values` returns them.
+    """
     peak = (
         f", {_bytes(final['peak_memory_mib'])} of tensors at the peak" if "peak_memory_mib" in final else ""
     )
     terms = [f"{key[5:]} {value:.4f}" for key, value in final.items() if key.startswith("loss/")]
     values: dict[str, object] = {
-        **_models(final, trainer, folder, monitor),
+        **_models(final, best, trainer, folder, monitor),
         "terms of the loss": ", ".join(terms) or None,
         "updates": f"{trainer.progress.update} in {duration(trainer.progress.seconds)}",
         "speed": f"{final['update_ms']:.2f} ms an update, {final['samples_per_second']:.0f} samples/s",
@@ -129,7 +136,7 @@ def show_summary(
 
 
 def _models(
-    final: dict[str, float], trainer: Trainer, folder: RunFolder, monitor: str
+    final: dict[str, float], best: dict[str, float], trainer: Trainer, folder: RunFolder, monitor: str
 ) -> dict[str, str | None]:
     """The last model and the best one, each with its scores and the path of its checkpoint."""
     checkpoints = saved_updates(folder.checkpoints)
@@ -142,7 +149,7 @@ def _models(
     if folder.best.exists():
         content = load(folder.best, in_file=True)
         best_update = content["progress"]["update"]
-        lines = [scores(final, monitor, "best_")]
+        lines = [scores(best, monitor)]
         lines += [f"update {best_update}{_monitored(monitor, content['evaluated'])}"]
         lines = ["the last one"] if best_update == update else [one for one in lines if one]
         models["best model"] = "\n".join([*lines, str(folder.best)])

@@ -107,14 +107,15 @@ class Run:
                 reset_peak_memory(self.experiment.device)
                 signals.trainer = self.trainer
                 self.trainer.fit()
-                final = self.finish()
+                final, best = self.finish()
         if self.interrupted:
             self._exit_interrupted()
         if rank_info.first and self.job:
             monitor = self.spec.config.monitor
             print_line(f"{self.job.title}: {result(final, monitor)}", markup=False)
         elif rank_info.first:
-            show_summary(final, self.trainer, self.record.tracker, self.folder, self.spec.config.monitor)
+            monitor = self.spec.config.monitor
+            show_summary(final, best, self.trainer, self.record.tracker, self.folder, monitor)
         return self.monitored
 
     def _certify(self) -> dict[str, str]:
@@ -212,15 +213,16 @@ class Run:
         for callback in trainer.callbacks.values():
             callback.run_opened(trainer, run)
 
-    def finish(self) -> dict[str, float]:
-        """Evaluates on the test split and closes the record; returns `final/*`, empty after a stop signal."""
-        final = {} if self.interrupted else final_values(self.trainer, self.folder.best)
+    def finish(self) -> tuple[dict[str, float], dict[str, float]]:
+        """Evaluates on the test split and closes the record; returns `final_values`, empty after a signal."""
+        final, best = ({}, {}) if self.interrupted else final_values(self.trainer, self.folder.best)
         if self.rank_info.first:
             self.record.flush()
             upload(self.record.tracker, self.folder, self.model_inputs, self.spec.config)
-        self.record.tracker.final(final)  # last: a run that is killed in the upload has not ended
-        self._close(RunStatus.KILLED if self.interrupted else RunStatus.FINISHED, final=final)
-        return final
+        of_best = {f"best_{key}": value for key, value in best.items()}
+        self.record.tracker.final({**final, **of_best})  # last: a run killed in the upload has not ended
+        self._close(RunStatus.KILLED if self.interrupted else RunStatus.FINISHED, final=final, best=best)
+        return final, best
 
     @contextmanager
     def closed_on_error(self) -> Iterator[None]:

@@ -53,6 +53,7 @@ SUMMARY_TYPES: dict[str, Any] = {
     "seed": int | None,
     "run_id": str | None,
     "final": (dict, int | float | None),
+    "best": (dict, int | float | None),
     "monitored": int | float | None,
     "launch": int,
     "tags": (dict, str),
@@ -76,6 +77,7 @@ class Summary:
         error: the reason of a failed run.
         overrides: the job's part of the command line, empty outside a sweep.
         final: `final/*` without the prefix, empty until the run has finished.
+        best: `final/best_*` without the prefix: the best checkpoint's loss and metrics on the test split.
         monitored: the newest value of the monitored metric.
         launch: the launch of the sweep that ran the job, 0 for the first.
         tags: the tags of the MLflow run that describe how it was computed.
@@ -88,6 +90,7 @@ class Summary:
     seed: int | None = None
     run_id: str | None = None
     final: dict[str, float] = field(default_factory=dict)
+    best: dict[str, float] = field(default_factory=dict)
     monitored: float | None = None
     launch: int = 0
     tags: dict[str, str] = field(default_factory=dict)

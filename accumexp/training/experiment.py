@@ -163,6 +163,7 @@ class Experiment:
             loss_scale=build_loss_scale(accum, self.device),
             reduce_every_micro_batch=accum.reduce_every_micro_batch,
             local_loss=True,
+            late_weights=accum.late_weights.value,
         )
 
     def optimizer(self, parameters: list[nn.Parameter] | None = None) -> Optimizer:

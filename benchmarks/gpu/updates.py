@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from accumexp.environment.memory import MIB, peak_memory_mib
+from accumexp.environment.memory import MIB
 
 from ..accumexp_loop import Graphed, Untracked
 from ..cell import Label, checked, summary, timings
@@ -113,7 +113,7 @@ def memory(session: Session) -> None:
                     peak = tensor_peak(device, loop.epoch) / MIB
                     figures[str(steps)] = {"peak_mib": peak}
                     if device.type == "cuda":
-                        figures[str(steps)]["allocated_mib"] = peak_memory_mib(device)
+                        figures[str(steps)]["allocated_mib"] = torch.cuda.max_memory_allocated(device) / MIB
                     loop.close()
                     del loop
                     gc.collect()

@@ -114,7 +114,9 @@ BAD = {
     "unknown group": Bad(["modle=mlp"], ["modle:", "no such key"]),
     "unknown top-level key with +": Bad(["+sede=2"], ["sede:", "did you mean seed?"]),
     "unknown choice": Bad(["model=lenet6"], ["model=lenet6", "lenet5, mlp, resnet18"]),
-    "unknown experiment": Bad(["experiment=none"], ["experiment=none", "batch_size_question, equal_batch"]),
+    "unknown experiment": Bad(
+        ["experiment=none"], ["experiment=none", "batch_size_question, contrastive, equal_batch"]
+    ),
     "wrong type": Bad(["trainer.epochs=many"], ["trainer.epochs=many", "Integer"]),
     "fraction for a count": Bad(["accum.steps=1.5"], ["accum.steps=1.5", "a whole number, or auto"]),
     "unknown enum member": Bad(["precision=fp8"], ["precision=fp8", "fp32, bf16"]),

@@ -83,12 +83,12 @@ def logged(result: RunResult, uri: str) -> dict[int, str]:
 
 
 def test_last_and_best_are_what_the_run_scored(trained: RunResult, uri: str) -> None:
-    final = trained.metrics
-    assert final["best_accuracy"] > final["accuracy"]
+    final, best_scores = trained.metrics, trained.best_metrics
+    assert best_scores["accuracy"] > final["accuracy"]
     assert trained.run_id
     for where in (trained.folder, trained.run_id):
         best, last = (accumexp.load(where, which, trust=["tests"], uri=uri) for which in ("best", "last"))
-        assert accuracy(best) == final["best_accuracy"] and accuracy(last) == final["accuracy"]
+        assert accuracy(best) == best_scores["accuracy"] and accuracy(last) == final["accuracy"]
         assert not best.training and best.accumexp_config.seed == 0  # pyright: ignore
     assert evaluate(trained.run_id, "test", [f"tracking.uri={uri}"], True, ["tests"], "last")[
         "accuracy"
@@ -99,9 +99,10 @@ def test_the_log_has_the_summary_with_both_models(trained: RunResult) -> None:
     printed = [
         line.partition("console: ")[2] for line in (trained.folder / "run.log").read_text().split("\n")
     ]
-    for name, prefix, file in (("last", "", "update-00000024.pt"), ("best", "best_", "best.pt")):
+    models = ("last", trained.metrics, "update-00000024.pt"), ("best", trained.best_metrics, "best.pt")
+    for name, values, file in models:
         (at,) = [number for number, line in enumerate(printed) if line.startswith(f"  {name} model")]
-        scores = [f"test {key} {trained.metrics[prefix + key]:.4f}" for key in ("accuracy", "loss")]
+        scores = [f"test {key} {values[key]:.4f}" for key in ("accuracy", "loss")]
         assert ", ".join(scores) in printed[at]
         assert "update " in printed[at + 1] and "eval accuracy 0." in printed[at + 1]
         assert printed[at + 2].strip() == str(trained.folder / "checkpoints" / file)
@@ -112,9 +113,9 @@ def test_a_run_whose_folder_is_gone_is_loaded_from_the_store(
 ) -> None:
     shutil.move(trained.folder, tmp_path / "moved")
     try:
-        for which, key in (("best", "best_accuracy"), ("last", "accuracy")):
+        for which, values in (("best", trained.best_metrics), ("last", trained.metrics)):
             model = accumexp.load(str(trained.run_id), which, trust=["tests"], uri=uri)  # pyright: ignore
-            assert accuracy(model) == trained.metrics[key]
+            assert accuracy(model) == values["accuracy"]
     finally:
         shutil.move(tmp_path / "moved", trained.folder)
 
@@ -130,15 +131,15 @@ def test_mlflow_opens_every_logged_model(trained: RunResult, uri: str) -> None:
         model = mlflow.pytorch.load_model(address, trust=["tests"])  # pyright: ignore
         assert accuracy(accumexp.load(address, trust=["tests"])) == accuracy(model)
         if update in (best, max(by_update)):
-            key = "best_accuracy" if update == best else "accuracy"
-            assert accuracy(model) == trained.metrics[key]
+            values = trained.best_metrics if update == best else trained.metrics
+            assert accuracy(model) == values["accuracy"]
     function = mlflow.pyfunc.load_model(by_update[best], model_config={"trust": ["tests"]})
     example = function.input_example
     assert example is not None and function.metadata.signature.inputs.inputs[0].shape == (-1, 1, 32, 32)
     assert function.predict(example).shape == (1, 10)
     registered = mlflow.register_model(by_update[best], "digits")
     again = accumexp.load(f"models:/digits/{registered.version}", trust=["tests"])
-    assert accuracy(again) == trained.metrics["best_accuracy"]
+    assert accuracy(again) == trained.best_metrics["accuracy"]
 
 
 def test_checkpoints_are_stored_once(trained: RunResult, base: Path) -> None:

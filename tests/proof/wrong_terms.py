@@ -242,10 +242,7 @@ DROPPED = setting(lambda: next_sample, dropped)
 FOLLOWED = setting(lambda: next_sample, followed)
 LOOPS = [
     Loop("right: three terms", TERMS, always(by_terms(right_share))),
-    Loop("right: Window, three terms", TERMS, with_window(ThreeTerms)),
     Loop("right: InfoNCE in two passes", CONTRAST, two_passes(next_sample)),
-    Loop("right: Window, InfoNCE", CONTRAST, with_window(lambda: next_sample)),
-    Loop("right: Window, balance of experts", BALANCE, with_window(lambda: balanced)),
     Loop("right: rewards in two passes", REWARDS, two_passes(rewarded)),
     Loop(
         "coefficient divided by steps",

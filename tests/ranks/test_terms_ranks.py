@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from ..unit.test_terms import LOSSES, larger_batch, model_and_batch, value_of
 
 # Samples of a window and its micro-batches; in the last one rank 1 has padding alone.
 SPLITS = [(101, 3), (6, 2), (1, 1)]
-WRAPPERS = ["sums", "averages", "recovery"]
+WRAPPERS = ["sums", "averages", "recovery", "gradients"]
 
 
 def share(samples: int, steps: int) -> tuple[Tensor, Tensor, int]:
@@ -36,7 +37,8 @@ def windows() -> dict[tuple[str, str, int], tuple[dict[str, Tensor], Tensor, dic
             for samples, steps in SPLITS:
                 model = model_and_batch()[0]
                 wrapped = DistributedDataParallel(model) if wrapper == "averages" else data_parallel(model)
-                window = Window(wrapped, loss, steps)
+                late: Any = "gradients" if wrapper == "gradients" else "first_pass"
+                window = Window(wrapped, loss, steps, late_weights=late)
                 backward = Recovery(window).backward if wrapper == "recovery" else window.backward
                 inputs, targets, count = share(samples, steps)
                 result = backward(inputs, targets, steps=steps, samples=count)

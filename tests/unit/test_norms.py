@@ -30,6 +30,7 @@ from accumexp.report.groups import Group
 from accumexp.report.jobs import Job
 from accumexp.report.trajectory import declared_differences
 from accumexp.training.experiment import Experiment
+from accumexp.training.preflight import check_window_norms
 
 from ..support.command import run_command
 from ..support.experiments import composed, trainer_of, weights
@@ -443,3 +444,14 @@ def test_runs_of_other_groups_are_declared_to_be_other_trainings() -> None:
         == declared_differences(group(4, 32, "group"), group(1, 128, "group"))
         == []
     )
+
+
+@pytest.mark.parametrize(
+    "setting", ["accum=fsdp", "trainer.compile=true", "trainer.graph=true", "replicas=2"]
+)
+def test_settings_that_statistics_of_the_window_exclude(setting: str) -> None:
+    config = composed("model=resnet18", "model.norm=window", "device=cpu", "data.image_size=32", setting)
+    with pytest.raises(UsageError) as refused:
+        check_window_norms(Experiment.build(config))
+    key = setting.partition("=")[0] if setting.startswith("replicas") else setting
+    assert str(refused.value).startswith(f"{key}: the model has BatchNorm over the window")

@@ -95,10 +95,12 @@ LOSSES: dict[str, Any] = {"means": means, "masked": Masked(), "next sample": Nex
 
 
 @pytest.mark.parametrize("steps", STEPS)
-@pytest.mark.parametrize("name", LOSSES)
-def test_law_11_the_gradient_is_that_of_the_whole_batch(name: str, steps: int) -> None:
+@pytest.mark.parametrize(
+    ("name", "late_weights"), [*((name, "first_pass") for name in LOSSES), ("masked", "gradients")]
+)
+def test_law_11_the_gradient_is_that_of_the_whole_batch(name: str, late_weights: Any, steps: int) -> None:
     model, inputs, targets = model_and_batch()
-    window = Window(model, LOSSES[name], steps)
+    window = Window(model, LOSSES[name], steps, late_weights=late_weights)
     expected = larger_batch(model, LOSSES[name], inputs, targets)
     value = pytest.approx(value_of(LOSSES[name], model(inputs), targets).item(), rel=1e-13)
     for _ in range(2):  # the second window knows the loss
@@ -208,3 +210,28 @@ def test_outputs_without_samples_cannot_be_coupled() -> None:
     model, inputs, targets = model_and_batch()
     with pytest.raises(ValueError, match="no dimension of samples"):
         Window(Summed(model), Loss(), 2).backward(inputs, targets)
+
+
+def test_one_gradient_for_each_late_term_needs_no_first_pass() -> None:
+    model, inputs, targets = model_and_batch()
+    passes: list[bool] = []
+    model.register_forward_hook(lambda *_: passes.append(torch.is_grad_enabled()))
+    expected = larger_batch(model, Masked(), inputs, targets)
+    passes.clear()
+    window = Window(model, Masked(), 4, late_weights="gradients", loss_scale=LossScale(1024.0))
+    Recovery(window).backward(inputs, targets)
+    assert passes == [True] * 4
+    scaled = {key: gradient / 1024 for key, gradient in gradients(model).items()}
+    assert relative_error(scaled, expected) <= 1e-12
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"late_weights": "last"}, "'first_pass' or 'gradients', not 'last'"),
+        ({"late_weights": "gradients", "fp32_buffers": True}, "not with fp32 buffers"),
+    ],
+)
+def test_a_wrong_choice_for_late_weights_is_named(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Window(model_and_batch()[0], Masked(), 2, **options)

@@ -21,6 +21,7 @@ from accumexp.accum import (
     window_batch_norm,
 )
 from accumexp.accum.replica_window import ReplicaWindow
+from accumexp.proof import certify
 
 from ..support.reference import gradients, larger_batch, relative_error
 from .test_terms import LOSSES, value_of
@@ -168,7 +169,7 @@ def test_draws_are_those_of_one_pass() -> None:
     assert torch.equal(torch.get_rng_state(), after)
     assert all(map(torch.equal, masks[-3:], drawn))
     found = gradients(model)
-    model[1] = Given()
+    model[1] = Given()  # pyright: ignore[reportIndexIssue]
     gradient, _ = larger_batch(model, F.cross_entropy, inputs, targets)
     assert error_of(found, gradient) <= 1e-12
 
@@ -273,3 +274,20 @@ def test_resnet18(steps: int) -> None:
     inputs, targets = torch.randn(11, 3, 32, 32, dtype=torch.float64), torch.randint(0, 10, (11,))
     window = Window(model, nn.CrossEntropyLoss(), steps)
     assert_larger_batch(model, F.cross_entropy, inputs, targets, lambda _: window.backward(inputs, targets))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("over_window", [True, False])
+def test_the_proof_knows_it_from_statistics_of_a_micro_batch(over_window: bool) -> None:
+    model, inputs, targets = net_and_batch(16)
+    loss = nn.CrossEntropyLoss()
+
+    def train_window(model: nn.Module, optimizer: Any, batch: Any, steps: int) -> Tensor:
+        optimizer.zero_grad()
+        result = Window(model, loss, steps).backward(*batch)
+        optimizer.step()
+        return result.loss
+
+    model = window_batch_norm(model) if over_window else model
+    certificate = certify(train_window, model.float(), loss, (inputs.float(), targets), 4)
+    assert (certificate.verdict == "proved") == over_window
