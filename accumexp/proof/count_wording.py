@@ -176,7 +176,9 @@ def _uniform(parts: Decomposition, count: float, subject: str, whole: bool, why:
     named = (text for value, text in factors if value != 1 and abs(count - value) <= near * value)
     why = why or next(named, "")
     uncommon = rounded or why == divided_by_steps
-    others = parts.failure.other_factors(count, uncommon) if whole else ""
+    # Other numbers of micro-batches have other sums of means; that needs no word.
+    told = whole and (uncommon or not why)
+    others = parts.failure.other_factors(count, uncommon) if told else ""
     if why == divided_by_steps and others:
         why = f"divided by steps, whatever the number of micro-batches: {why}"
     if not why:
