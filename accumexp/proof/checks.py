@@ -10,7 +10,7 @@ from functools import cached_property
 
 import torch
 
-from . import draw_causes, window_checks, window_sizes
+from . import draw_causes, overflows, window_checks, window_sizes
 from .certificate import Cause, Certificate, Check, Counts, Series, worst_check
 from .counts import decompose
 from .evidence import Failure
@@ -60,6 +60,7 @@ class Proof:
         self.notes: list[str] = []
         self.replay: Float64Replay | None = None
         self.own_replay: OwnPrecisionReplay | None = None
+        self.overflows: list[overflows.Overflow] = []
 
     def certificate(self, updates: int) -> Certificate:
         """Makes all checks, with `updates` replayed in fp64, and finds causes."""
@@ -198,7 +199,8 @@ class Proof:
         self.progress("memory, ranks and overflow")
         self.add(window_checks.activations_check(problem, batch), window_checks.agreement_check(self.first))
         self.add(window_checks.collectives_check(problem, batch, self.reductions))
-        self.add(*window_checks.overflow_checks(problem, batch), second_pass_check(problem, batch))
+        self.overflows = overflows.overflows(problem, batch)
+        self.add(*overflows.checks(problem, self.overflows), second_pass_check(problem, batch))
 
     def _count_micro_batches(
         self, batch: WholeBatch, comparison: Comparison, expected: ExpectedUpdate
@@ -277,6 +279,7 @@ class Proof:
             self.windows,
             self.replay,
             self.own_replay,
+            self.overflows,
             passes_of(self.first, self.batch(0)),
         )
         self.causes = [*causes, *self.causes]

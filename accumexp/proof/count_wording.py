@@ -12,7 +12,13 @@ from .nested import batch_size
 
 OWN_WEIGHT = "divide every micro-batch's sum by the window's own weight"
 WHOLE_GRADIENT = "the gradient"
-EVERY_MICRO_BATCH = "step after the window's last micro-batch, and reset gradients only then"
+EVERY_MICRO_BATCH = (
+    "go back through every micro-batch with all parameters requiring gradients, and neither reset nor "
+    "overwrite .grad before the step"
+)
+OF_ITS_OWN = "look for what changes this gradient alone: a hook, or a division of its own"
+# The largest relative error of a count that rounding a weight to decimals is tried for, and these decimals.
+ROUNDED, DECIMALS = 0.05, 4
 
 
 def counts_in_words(
@@ -40,8 +46,11 @@ def counts_in_words(
         return unreduced
     if lost := _lost(parts, by_rank, subject):
         return lost
+    rounded = _rounded_weights(parts, counts)
     if max(counts) - min(counts) <= parts.count_tolerance * max(map(abs, counts)):
-        return _uniform(parts, counts[0], subject, whole)
+        return _uniform(parts, counts[0], subject, whole, rounded)
+    if rounded:
+        return (rounded if subject == WHOLE_GRADIENT else f"in {subject} {rounded}"), OWN_WEIGHT
     weights, windows, steps = parts.weights, len(counts), parts.problem.steps
     alike = [sum(weights) / (windows * weight) if weight else 0.0 for weight in weights]
     ratios = [count / a if a else 1.0 for count, a in zip(counts, alike, strict=True)]
@@ -123,11 +132,33 @@ def _unreduced(parts: Decomposition, by_rank: list[list[float]], subject: str) -
     return reason, "run forward and backward of all micro-batches but the window's last in no_sync()"
 
 
-def _uniform(parts: Decomposition, count: float, subject: str, whole: bool) -> tuple[str, str]:
+def _rounded_weights(parts: Decomposition, counts: Sequence[float]) -> str:
+    """Whether micro-batches count as weights rounded to a few decimals do, in words; "" if not."""
+    total = sum(parts.weights)
+    if not total or all(map(parts.is_one, counts)) or any(abs(count - 1) > ROUNDED for count in counts):
+        return ""
+    due = [weight / total for weight in parts.weights]
+    made = [count * share for count, share in zip(counts, due, strict=True)]
+    near = max(1e-6, parts.count_tolerance)
+    for decimals in range(1, DECIMALS + 1):
+        rounded = [round(share, decimals) for share in due]
+        differ = any(abs(share - each) > near for share, each in zip(due, rounded, strict=True))
+        if differ and all(abs(one - each) <= near for one, each in zip(made, rounded, strict=True)):
+            weights = f"weights rounded to {decimals} decimal{'s' if decimals > 1 else ''}"
+            if max(due) - min(due) <= near:
+                of_each = f"each of {len(due)} micro-batches counts {made[0]:.6g} where {due[0]:.6g} is due"
+                return f"{of_each}, as {weights} do"
+            return f"micro-batches count {_list(made)} where {_list(due)} is due, as {weights} do"
+    return ""
+
+
+def _uniform(parts: Decomposition, count: float, subject: str, whole: bool, why: str = "") -> tuple[str, str]:
+    """What a `count` of all micro-batches means; `why` if that is known."""
     steps, ranks = parts.problem.steps, parts.ranks
     windows = sum(len(each) for each in parts.micro_batches)
     per_rank = windows // ranks
     samples = batch_size(parts.failure.batch)
+    divided_by_steps = f"{per_rank} micro-batches divided by {steps}"
     factors = [
         (windows / ranks, f"the sum of {per_rank} micro-batches' means instead of their mean"),
         (windows, f"the sum of {windows} micro-batches' means instead of their mean"),
@@ -135,16 +166,22 @@ def _uniform(parts: Decomposition, count: float, subject: str, whole: bool) -> t
         (samples, f"not divided by the {samples} samples"),
         (ranks, f"added over {ranks} ranks where it should be averaged"),
         (1 / ranks, f"divided by {ranks} ranks once more"),
-        (windows / (steps * ranks), f"{per_rank} micro-batches divided by {steps}"),
+        (windows / (steps * ranks), divided_by_steps),
         (1 / windows, f"divided by {windows} twice"),
         (1 / steps, f"divided by {steps} twice"),
         (windows / (steps * ranks) / steps, f"divided by {steps} twice"),
     ]
     near = max(1e-6, parts.count_tolerance)
-    others = ""
-    why = next((text for value, text in factors if value != 1 and abs(count - value) <= near * value), "")
+    rounded = bool(why)
+    named = (text for value, text in factors if value != 1 and abs(count - value) <= near * value)
+    why = why or next(named, "")
+    uncommon = rounded or why == divided_by_steps
+    # Other numbers of micro-batches have other sums of means; that needs no word.
+    told = whole and (uncommon or not why)
+    others = parts.failure.other_factors(count, uncommon) if told else ""
+    if why == divided_by_steps and others:
+        why = f"divided by steps, whatever the number of micro-batches: {why}"
     if not why:
-        others = parts.failure.other_factors(count) if whole else ""
         why = denominator_in_words(parts, count, whole)
     exponent = math.log2(abs(count) or 1.0)
     if not why and abs(exponent) >= 5 and abs(exponent - round(exponent)) <= 1e-3:
@@ -152,7 +189,8 @@ def _uniform(parts: Decomposition, count: float, subject: str, whole: bool) -> t
     if subject == WHOLE_GRADIENT and whole and (clipping := _clipping(parts, count)):
         return clipping
     reason = f"{subject} is {count:.6g} times the larger batch's{others}"
-    return (f"{reason}: {why}" if why else reason), "divide by the window's own weight, once"
+    advice = "divide by the window's own weight, once" if whole or why else OF_ITS_OWN
+    return (f"{reason}: {why}" if why else reason), advice
 
 
 def _clipping(parts: Decomposition, count: float) -> tuple[str, str] | None:

@@ -27,6 +27,8 @@ from .ranks import all_gather, world_size
 from .rounding import larger_batch_of
 from .term_causes import not_a_sum_cause, term_causes
 
+# Sources of causes that say what is wrong, but not where: other experiments are tried too.
+UNEXPLAINED = ("unknown", "another loss", "underflow")
 WITHOUT_STATISTICS = (
     "take a norm without statistics over samples (GroupNorm), or over groups that both share "
     "(ghost batch norm), or freeze the statistics"
@@ -124,7 +126,7 @@ def _moved_cause(problem: Problem, failure: Failure) -> Cause | None:
     if problem.perturb is not None or not any(all_gather(bool(observation.moved_before))):
         return None
     passes, factor, names = observation.moved_before, observation.moved_by, observation.moved
-    which = "the weights" if len(names) == len(failure.expected.gradient) else ", ".join(names[:3])
+    which = "the weights" if len(names) == len(failure.expected.gradient) else _named(names)
     change = f"multiplied by {factor:.6g}" if factor is not None else "changed"
     places = ", ".join(map(str, passes[:6]))
     reason = (
@@ -133,12 +135,16 @@ def _moved_cause(problem: Problem, failure: Failure) -> Cause | None:
     return failure.cause("weights", reason, "", "change weights once, after the window's last micro-batch")
 
 
+def _named(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+
 def _changed_buffers_cause(failure: Failure) -> Cause | None:
     """The cause if the loop changes buffers before the window's last micro-batch."""
     changed = all_gather(failure.observation.changed_buffers)[0]
     if not changed:
         return None
-    names = ", ".join(sorted({name for each in changed.values() for name in each})[:3])
+    names = _named(sorted({name for each in changed.values() for name in each}))
     places = ", ".join(map(str, changed))
     reason = f"the loop changes buffer {names} within the window, before micro-batch {places}"
     return failure.cause("buffers", reason, "", "change it once, after the window's last micro-batch")
@@ -159,7 +165,10 @@ def _average_cause(
     if average is None or (average.kind == "coupled" and not average.description):
         return None
     shown = "the loss of parts of the batch was compared with that of all of it"
-    return failure.cause("loss average", average.reason, shown, average.advice)
+    advice = average.advice
+    if average.kind == "items":
+        advice = f"divide by the {average.description} in the whole window; for accumexp's window {advice}"
+    return failure.cause("loss average", average.reason, shown, advice)
 
 
 def _coupled(problem: Problem, failure: Failure) -> list[Cause]:
@@ -185,6 +194,7 @@ def _coupled(problem: Problem, failure: Failure) -> list[Cause]:
             where = f"{names[0]}, {names[1]}, ... {names[-1]}: {len(names)} modules"
         where += f" ({kind})"
         reason = f"statistics over {most} of {problem.samples} samples"
+        reason += f", {failure.when}" if failure.when else ""
         shown = f"its output on half the batch is off by {max(c.effect for c in same_kind):.2g}; {effect}"
         causes.append(Cause("batch statistics", where, reason, error, shown, WITHOUT_STATISTICS))
     return causes
@@ -258,14 +268,26 @@ def underflow_in_words(failure: Failure) -> str:
 
 def _unexplained(problem: Problem, failure: Failure, parts: Decomposition | None) -> Cause:
     """Says where, when and how much, where no experiment says why."""
-    worst = failure.comparison
+    worst, source, advice = (
+        failure.comparison,
+        "unknown",
+        "compare the loop with the larger batch on this window",
+    )
     reason = f"the gradient is off by {number(worst.error)} of its norm, most at {worst.name}"
     if parts is None:
         reason += ", and the loop passes rows to the model that are not in the batch"
     elif failure.precision:
-        reason += underflow_in_words(failure)
+        if underflow := underflow_in_words(failure):
+            source, advice = "underflow", "scale losses up, and divide the complete gradient"
+            reason += underflow
     else:
-        texts = [samples_in_words(problem, failure), single_micro_batch_in_words(problem, failure, parts)]
+        samples = samples_in_words(problem, failure)
+        texts = [samples, single_micro_batch_in_words(problem, failure, parts)]
         reason += "".join(f"; {text}" for text in texts if text)
+        if samples:
+            source, advice = (
+                "another loss",
+                "weigh samples as the loss does that certify is given, or give it the loop's",
+            )
     shown = f"{number(worst.figure)} at {worst.name}, where rounding makes at most {number(worst.bound)}"
-    return failure.cause("unknown", reason, shown, "compare the loop with the larger batch on this window")
+    return failure.cause(source, reason, shown, advice)

@@ -62,6 +62,8 @@ def fix_draws(problem: Problem, batch: WholeBatch, draws: FixedDraws) -> tuple[P
         reason += "; some are shared by all samples of a micro-batch: the window has one for each"
     falls = f"the gradient's error falls from {error:.2g} to {error_fixed:.2g}"
     shown = f"with the same draws for every sample {falls}"
+    if comparison.equal:
+        shown = "the first window's micro-batches happen to draw what the larger batch draws"
     causes = [Cause(source, where, reason, error, shown, REDRAWN, excused=True)]
     repeated = repeated_draws(fixed, observation)
     if repeated:

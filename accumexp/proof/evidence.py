@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -78,15 +79,25 @@ class Failure:
         if self.window and not set(self.updates) <= set(self.smaller):
             self.updates = []
 
-    def other_factors(self, factor: float) -> str:
-        """By which other factors than this update's the gradient is wrong in other updates, in words."""
+    def other_factors(self, factor: float, uncommon: bool = False) -> str:
+        """By which other factors than this update's the gradient is wrong in other updates, in words.
+
+        Args:
+            uncommon: whether to tell updates whose gradient is no multiple of the larger batch's too.
+        """
+        no_factor = uncommon and any(self.factors.get(number) is None for number in self.updates[1:])
         every = [each for number in self.updates if (each := self.factors.get(number)) is not None]
         others = [each for each in every if abs(each - factor) > 1e-3 * abs(factor)]
-        if not others:
+        if others:
+            low, high = min(others), max(others)
+            span = f"{low:.3g}" if high - low <= 1e-3 * abs(high) else f"{low:.3g} to {high:.3g}"
+            text = f"{span} times{' or no common factor' if no_factor else ''} in others"
+        elif no_factor:
+            alone = all(self.factors.get(number) is None for number in self.updates[1:])
+            text = f"no common factor in {'others' if alone else 'some others'}"
+        else:
             return ""
-        low, high = min(others), max(others)
-        span = f"{low:.3g}" if high - low <= 1e-3 * abs(high) else f"{low:.3g} to {high:.3g}"
-        return f" in update {self.updates[0]} ({span} times in others)"
+        return f" in update {self.updates[0]} ({text})"
 
     def cause(self, source: str, reason: str, shown: str, advice: str) -> Cause:
         """A cause of this failure, which says in which updates it shows."""
@@ -94,6 +105,22 @@ class Failure:
         when = self.in_words(self.steps) if self.steps and source in STEPS else self.when
         reason = ", ".join(filter(None, (reason, when, precision)))
         return Cause(source, "", reason, self.comparison.error, shown, advice)
+
+
+def all_updates_in_words(
+    failing: Sequence[int], compared: Sequence[int], windows: Mapping[int, str] | None = None
+) -> str:
+    """As `updates_in_words`, but "in every update" if all are; and the first one's window if all are smaller.
+
+    Args:
+        windows: descriptions of the smaller windows, by update.
+    """
+    windows = windows or {}
+    when = updates_in_words(list(failing), list(compared)) if len(compared) > 1 else f"in update {failing[0]}"
+    if set(failing) <= windows.keys():
+        first = f"update {failing[0]}: " if len(failing) > 1 else ""
+        return f"{when or 'in every update'} ({first}a window of {windows[failing[0]]})"
+    return when or "in every update"
 
 
 def updates_in_words(failing: list[int], compared: list[int]) -> str:

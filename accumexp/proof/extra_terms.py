@@ -20,7 +20,9 @@ from .rounding import larger_batch_of, part_gradient, perturbed_model, transform
 ZERO = "set the gradients of all parameters to zero before each window"
 MOVE_ONCE = "move the weights once, along the whole window's gradient, then compute the window again"
 ONCE = "add it once a window, or divide it by the number of micro-batches as the loss is"
+WHOLE_OF_IT = "add the whole of it, once a window"
 WINDOW = "clip the whole window's gradient once, before the step"
+NOT_ASKED = "leave it out; if it is meant, do it once for the whole window, and give certify {option}="
 SAY_SO = "if it is meant, give certify transform_gradient=, or a loss that has it"
 # Largest share of what is to be explained that an explanation leaves.
 LEFT = 0.01
@@ -89,16 +91,21 @@ def _decay(
         right = _factor(_transformation(problem, parts, rest), term, size, parts.tolerance) or 0.0
         total = factor + right
         if right and abs(total - number * right) <= 1e-3 * abs(total):
-            each = f"{right:.4g} in each of {number} micro-batches"
-            return f"{total:.4g} times {what} is added to {gradient}: {each}", ONCE
+            asked = f", {right:.4g} is asked for: {right:.4g} in each of {number} micro-batches"
+            return f"{total:.4g} times {what} is added to {gradient}{asked}", ONCE
+        if right and abs(total) > 1e-3 * abs(right):
+            reason = f"{total:.4g} times {what} is in {gradient}, {right:.4g} is asked for"
+            divided = abs(total * number - right) <= 1e-3 * abs(right)
+            return f"{reason}: divided by {number}" if divided else reason, WHOLE_OF_IT
         if factor < 0:
-            return f"{-factor:.4g} times {what} is missing in {gradient}", ONCE
+            return f"{-factor:.4g} times {what} is missing in {gradient}", WHOLE_OF_IT
         single = gradient_in_one(problem, parts)
         once = None if single is None else {name: single[name] - _sum(parts, name) for name in rest}
         per_window = _factor(once, term, size, parts.tolerance) if once is not None else None
         if per_window is not None and abs(factor - number * per_window) <= 1e-3 * abs(factor):
             each = f"{per_window:.4g} in each of {number} micro-batches"
-            return f"{factor:.4g} times {what} is added to {gradient}: {each}", ONCE
+            reason = f"{factor:.4g} times {what} is added to {gradient}: {each}"
+            return reason, NOT_ASKED.format(option="transform_gradient")
         return f"{factor:.4g} times {what} is added to {gradient}, which the loss does not have", SAY_SO
     return None
 
@@ -227,11 +234,13 @@ def _clippings(
     values = dict.fromkeys([problem.clip_value, *_repeated_largest(target, len(parts.parts))])
     for limit in filter(None, norms):
         how = f"clipped by norm (to {limit:.4g})"
-        yield from _inside(how, parts, lambda g, limit=limit: clipped(g, limit), WINDOW)
+        asked = "" if problem.clip_norm is not None else "clip_norm"
+        yield from _inside(how, parts, lambda g, limit=limit: clipped(g, limit), WINDOW, asked)
     values |= dict.fromkeys(_clamping(parts, target))
     for limit in filter(None, values):
         how = f"clipped by value (to {limit:.4g})"
-        yield from _inside(how, parts, lambda g, limit=limit: clamped(g, limit), WINDOW)
+        asked = "" if problem.clip_value is not None else "clip_value"
+        yield from _inside(how, parts, lambda g, limit=limit: clamped(g, limit), WINDOW, asked)
 
 
 def _repeated_largest(target: Gradient, number: int) -> list[float]:
@@ -258,11 +267,18 @@ def _clamping(parts: Decomposition, target: Gradient) -> list[float]:
 
 
 def _inside(
-    how: str, parts: Decomposition, change: Callable[[Gradient], Gradient], advice: str
+    how: str, parts: Decomposition, change: Callable[[Gradient], Gradient], advice: str, missing: str = ""
 ) -> Iterator[tuple[str, Gradient, str]]:
-    """Gradients of loops that `change` each micro-batch's part, or the sum so far."""
+    """Gradients of loops that `change` each micro-batch's part, or the sum so far.
+
+    Args:
+        missing: the option of certify that would ask for it, if it is not given.
+    """
     number = len(parts.parts)
     text = f"the gradient is {how} in every micro-batch, not once for the window"
+    if missing:
+        text = f"the gradient is {how} in every micro-batch, where nothing is to be clipped (no {missing}=)"
+        advice = NOT_ASKED.format(option=missing)
     for multiple in (1.0, float(number)):
         running: Gradient = {}
         separate: Gradient = {}

@@ -184,7 +184,11 @@ class OwnPrecisionReplay(Replay):
         if self._additions:
             worst = worst_check(check for _, check in self._additions)
             failing = [number for number, check in self._additions if not check.passed]
-            when = updates_in_words(failing, [n for n, _ in self._additions]) if failing else ""
+            # Of a window whose micro-batches are weighed after backward the gradient alone can be checked.
+            numbers = {number for number, _ in self._additions}
+            wrong = [n for n, c in self._comparisons if n not in numbers and not c.equal]
+            compared = sorted({*numbers, *wrong})
+            when = updates_in_words(sorted({*failing, *wrong}), compared) if failing else ""
             detail = ", ".join(filter(None, (worst.detail, when)))
             checks.append(replace(worst, name=f"addition, {over}", detail=detail))
         checks.append(self._check(f"optimizer, {over}", "optimizer", self._bit_bound, BITS))

@@ -24,7 +24,8 @@ from .ranks import all_gather, worst
 from .replay import BITS, ONE_STEP, Replay, tensors_of
 from .rounding import U32, ExpectedUpdate, expected_update
 from .sample_ids import SampleIds
-from .state_causes import ChangedWeights, LoggedLoss
+from .state_causes import LoggedLoss
+from .weight_causes import ChangedWeights
 from .window_checks import STATISTICS, buffer_errors
 
 # For a large model the larger batch is computed in the first EVERY_UNTIL updates, for every window that is
@@ -43,7 +44,7 @@ class Float64Replay(Replay):
         clipped: number of updates whose gradient was longer than `clip_norm`.
         losses: the larger batch's loss, and the bound of its error, by update.
         failure: the first update whose gradient differs, or that has not one optimizer step.
-        changed: the first update after which the weights differ although the optimizer's steps are right.
+        changed: the updates after which the weights differ although the optimizer's steps are right.
         logged: the first update whose logged loss differs.
         scale_is_measured: whether what autograd delivered is the larger batch's gradient but for a factor, in
             every update; else that factor need not be the loss scale.
@@ -61,7 +62,7 @@ class Float64Replay(Replay):
         self._buffers: list[tuple[int, float, float, str]] = []
         self._repeated: list[tuple[int, int]] = []
         self._wrong_steps: list[int] = []
-        self._smaller: list[int] = []
+        self._smaller: dict[int, str] = {}
         self._made = MicroBatchesMade(problem)
         self._latest: Failure | None = None
         self._factors: dict[int, float | None] = {}
@@ -118,12 +119,14 @@ class Float64Replay(Replay):
         parameters = {n: error for n, error in parameters.items() if n not in self.problem.hand_changed}
         self._record("parameters", worst(list(parameters.values())))
         self._record("optimizer state", worst([0.0, *optimizer.values()]) if same else math.inf)
-        if self.changed is None and not max(parameters.values()) <= self._bit_bound:
+        if not max(parameters.values()) <= self._bit_bound:
             names = [name for name, error in parameters.items() if not error <= self._bit_bound]
             entries = [name for (_, name), error in optimizer.items() if not error <= self._bit_bound]
-            self.changed = ChangedWeights(
-                number, names, before, expected_weights, self._weights(), list(dict.fromkeys(entries))
-            )
+            if self.changed is None:
+                weights = before, expected_weights, self._weights()
+                entries = list(dict.fromkeys(entries))
+                self.changed = ChangedWeights(batch, observation, names, *weights, entries)
+            self.changed.updates.append(number)
 
     def _weights(self) -> Gradient:
         """A copy of the weights; empty for a large model."""
@@ -145,12 +148,11 @@ class Float64Replay(Replay):
         if any(count != 1 for count in steps):
             self._wrong_steps.append(number)
         if batch_size(batch) < self._full:
-            self._smaller.append(number)
+            self._smaller[number] = f"{batch_size(batch)} of {self._full} samples"
         if self.failure is None and (not comparison.equal or any(count != 1 for count in steps)):
             model = copy.deepcopy(self.model)
             self.failure = Failure(batch, observation, expected, comparison, model, self._previous)
-            if batch_size(batch) < self._full:
-                self.failure.window = f"{batch_size(batch)} of {self._full} samples"
+            self.failure.window = self._smaller.get(number, "")
         elif not comparison.equal and batch_size(batch) == self._full and self._interval == 1:
             model = copy.deepcopy(self.model)
             self._latest = Failure(batch, observation, expected, comparison, model, updates=[number])
@@ -210,6 +212,9 @@ class Float64Replay(Replay):
             self._check(f"optimizer state, {over}", "optimizer state", self._bit_bound, BITS),
             self._check(f"learning rate, {over}", "learning rate", 0.0, SCHEDULED),
         ]
+        if self.changed is not None:
+            self.changed.compared = list(range(1, self.updates + 1))
+            self.changed.windows = self._smaller
         if self._loss is not None:
             checks.append(replace(worst_check(all_gather(self._loss)), name=f"logged loss, {over}"))
         checks.append(self._check("number of updates", "number of updates", 0.0, ONE_STEP, "count"))
@@ -221,8 +226,8 @@ class Float64Replay(Replay):
 
     def causes(self) -> list[Cause]:
         """Why learning rates are wrong, and draws repeated after the first window."""
-        error, update, _ = self._worst.get("learning rate", (0.0, 0, ""))
-        causes = self._rates.causes(update) if error else []
+        error, *_ = self._worst.get("learning rate", (0.0, 0, ""))
+        causes = self._rates.causes(self._smaller) if error else []
         repeating = [number for number, count in self._repeated if count]
         if repeating and not self._repeated[0][1]:
             most = max(count for _, count in self._repeated)
@@ -239,7 +244,7 @@ class Float64Replay(Replay):
             self.failure.steps = self._wrong_steps
             failing = {n for n, c in self._comparisons if not c.equal} | set(self._wrong_steps)
             self.failure.updates = sorted(failing)
-            self.failure.smaller = self._smaller
+            self.failure.smaller = list(self._smaller)
             self.failure.factors, self.failure.weights = self._factors, self._window_weights
             self.failure.latest = self._latest
         detail = f"update {number}" if comparison.ratio else over

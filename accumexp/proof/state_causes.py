@@ -1,4 +1,4 @@
-"""Causes of failed checks of weights, buffers, logged losses, memory and resuming."""
+"""Causes of failed checks of buffers, logged losses, precision and resuming."""
 
 from __future__ import annotations
 
@@ -9,35 +9,18 @@ from dataclasses import dataclass
 import torch
 
 from .buffer_updates import updates_of_buffer
-from .certificate import Cause, Check, number
+from .certificate import Cause, Check
 from .evidence import updates_in_words
 from .float64 import DOUBLE
-from .larger_batch import Gradient, dot, norm
+from .larger_batch import Gradient
 from .micro_batches import rank_micro_batches
 from .nested import batch_size
 from .observation import Observation
 from .problem import Problem, WholeBatch, copy_in, rows
 from .rounding import larger_batch_of
 
-
-@dataclass(frozen=True)
-class ChangedWeights:
-    """The first update after which weights are not what the optimizer made of them.
-
-    Attributes:
-        update: its number.
-        names: the parameters that differ.
-        before, expected, actual: weights before the update, as the optimizer leaves them, and as the loop
-            does; empty for a large model.
-        optimizer_entries: of the optimizer's state that differ too, such as "momentum_buffer".
-    """
-
-    update: int
-    names: list[str]
-    before: Gradient
-    expected: Gradient
-    actual: Gradient
-    optimizer_entries: list[str]
+# The source of a buffer that only the first micro-batch moves.
+FIRST_ALONE = "first micro-batch's buffer"
 
 
 @dataclass(frozen=True)
@@ -57,57 +40,6 @@ class LoggedLoss:
     weights: Gradient
     updates: list[int]
     compared: list[int]
-
-
-def changed_weights_cause(problem: Problem, changed: ChangedWeights, micro_batches: int) -> Cause:
-    """The cause if weights change outside the optimizer."""
-    names = changed.names
-    where = ", ".join(names[:3]) + (f", ... ({len(names)} parameters)" if len(names) > 3 else "")
-    reason = f"the loop changes the weights itself, beside the optimizer, in update {changed.update}"
-    shown = "the optimizer's step was repeated on the same gradient"
-    advice = "leave weights to the optimizer, or change them by an option of it (weight_decay)"
-    frozen = {name for name, p in problem.model.named_parameters() if not p.requires_grad}
-    if frozen.issuperset(names):
-        reason = (
-            f"the loop changes frozen parameters itself, in update {changed.update}, otherwise than with a "
-            "single micro-batch"
-        )
-        advice = "change them once a window, after the optimizer's step, and split the batch into `steps`"
-        return Cause("state", where, reason, math.nan, "", advice)
-    if problem.perturb is not None:
-        reason = (
-            f"the weights are not what the optimizer makes of the unmoved ones, in update {changed.update}"
-        )
-        reason += ": are they moved back before the step?"
-        advice = "restore the weights that perturb= has moved, then step"
-        return Cause("weights", where, reason, math.nan, shown, advice)
-    if changed.optimizer_entries:
-        entries = ", ".join(changed.optimizer_entries)
-        reason = f"the optimizer's {entries} is changed or lost beside its steps, in update {changed.update}"
-        advice = "leave the optimizer's state to its steps, and load it with the weights"
-        return Cause("optimizer state", where, reason, math.nan, shown, advice)
-    if not changed.actual:
-        return Cause("weights", where, reason, math.nan, shown, advice)
-    difference = {name: changed.actual[name].double() - changed.expected[name].double() for name in names}
-    size = norm(difference)
-    for weights in (changed.before, changed.expected):
-        base = {name: weights[name].double() for name in names}
-        square = norm(base) ** 2
-        factor = dot(base, difference) / (square or 1.0)
-        left = norm({name: difference[name] - factor * base[name] for name in names})
-        if square and left <= 1e-6 * size:
-            shrunk = 1 + factor
-            reason = (
-                f"weights are multiplied by {shrunk:.6g} beside the optimizer, in update {changed.update}"
-            )
-            if 0 < shrunk < 1 and micro_batches > 1:
-                each = 1 - shrunk ** (1 / micro_batches)
-                reason += (
-                    f": as decay by hand of {each:.3g} in each of {micro_batches} micro-batches makes it"
-                )
-            return Cause("weights", where, reason, math.nan, shown, advice)
-    of = norm({name: changed.expected[name].double() for name in names}) or 1.0
-    return Cause("weights", where, f"{reason}, by {number(size / of)} of their norm", math.nan, shown, advice)
 
 
 def logged_loss_cause(problem: Problem, logged: LoggedLoss) -> Cause:
@@ -158,14 +90,17 @@ def _what_is_logged(problem: Problem, model: torch.nn.Module, logged: LoggedLoss
     return next((what for value, what in candidates if abs(value - logged.logged) <= near), "")
 
 
-def buffers_cause(problem: Problem, check: Check, micro_batches: int) -> Cause:
-    """The cause of a failed buffers check: each of `micro_batches` updates the buffers."""
+def buffers_cause(problem: Problem, failed: Sequence[Check], micro_batches: int) -> Cause:
+    """The cause of the `failed` buffers checks: each of `micro_batches` updates the buffers."""
+    first = next((check for check in failed if check.name == "buffers"), None)
+    check = failed[-1]  # that of the updates says in which of them
     name, *when = check.detail.removeprefix("worst at ").split(", ")
-    when = ", ".join(when[1:] if when and when[0].startswith("update") and len(when) > 1 else when)
+    when = ", ".join(when[1:] if when and when[0].startswith("update") else when)
     module_name, _, buffer = name.rpartition(".")
     module = problem.model.get_submodule(module_name)
     momentum = getattr(module, "momentum", None)
     where = f"{module_name or '(model)'} ({type(module).__name__})"
+    source = "buffers"
     if buffer == "num_batches_tracked" and momentum == 0:
         advice = "count updates elsewhere"
         reason = f"buffer {buffer} counts {micro_batches} forward passes an update"
@@ -174,7 +109,7 @@ def buffers_cause(problem: Problem, check: Check, micro_batches: int) -> Cause:
         if micro_batches > 1:
             matching = 1 - (1 - momentum) ** (1 / micro_batches)
             advice = f"momentum {matching:.4g} instead of {momentum:g} forgets at the same pace"
-        updates = updates_of_buffer(problem, module_name, buffer)
+        updates = len(updates_of_buffer(problem, module_name, buffer).passes)
         reason = f"running statistics updated {updates or micro_batches} times an update"
         if updates > micro_batches:
             reason += f", by several passes of {micro_batches} micro-batches"
@@ -182,10 +117,18 @@ def buffers_cause(problem: Problem, check: Check, micro_batches: int) -> Cause:
     else:
         advice = "change it once a window, with the whole window's figures"
         reason = f"buffer {buffer} is not what one pass over the whole batch makes of it"
+        updates = updates_of_buffer(problem, module_name, buffer) if first is not None else None
+        if updates is not None and updates.first_alone:
+            source = FIRST_ALONE
+            advice = "take it from the whole batch, before the first micro-batch"
+            of = f"of {updates.first_size} of {problem.samples} samples"
+            reason = f"buffer {buffer} is the first micro-batch's, {of}, which the others meet too"
+        if updates is not None and (how := updates.in_words()):
+            reason += f": {how}"
     if when:
         reason += f", {when}"
-    shown = f"after one window {buffer} is off by {check.figure:.2g}"
-    return Cause("buffers", where, reason, math.nan, shown, advice)
+    shown = f"after one window {buffer} is off by {(first or check).figure:.2g}"
+    return Cause(source, where, reason, math.nan, shown, advice)
 
 
 def low_precision_causes(problem: Problem, failed: Sequence[Check]) -> list[Cause]:
@@ -201,7 +144,7 @@ def low_precision_causes(problem: Problem, failed: Sequence[Check]) -> list[Caus
     at = addition.detail.removeprefix("worst at ")
     reason = f"sums of {problem.steps} gradients are {kept}, most at {at}: {error}"
     shown = "in fp64 the same window is the larger batch"
-    advice = "add in fp32 and round once: accum.fp32_buffers=true"
+    advice = "add in fp32 and round once (accumexp's window: accum.fp32_buffers=true)"
     return [Cause("low-precision accumulation", "", reason, addition.figure, shown, advice)]
 
 
@@ -220,16 +163,4 @@ def simple_cause(check: Check) -> Cause | None:
     if name == "ranks agree":
         reason = "the ranks step with different gradients"
         return Cause("ranks", "", reason, math.nan, "", "reduce the window's whole gradient before the step")
-    if name.startswith("overflow in each"):
-        reason = f"an overflow does not skip the window: {check.detail}"
-        return Cause("loss scale", "", reason, math.nan, "", "check the whole window's gradient on all ranks")
-    if name.startswith("loss scale after") and check.detail.startswith("times 1 "):
-        reason = f"the loss scale is not lowered after an overflow: {check.detail}"
-        return Cause("loss scale", "", reason, math.nan, "", "keep one scale over all windows, and update it")
-    if name.startswith("loss scale by") and check.detail.startswith("1 times"):
-        reason = f"the loss scale never grows: {check.detail}"
-        return Cause("loss scale", "", reason, math.nan, "", "keep one scale over all windows, and update it")
-    if name.startswith("loss scale"):
-        reason = f"the loss scale moves otherwise than once a window: {check.detail}"
-        return Cause("loss scale", "", reason, math.nan, "", "update the scale once, after the window's step")
     return None

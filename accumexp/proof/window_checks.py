@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,21 +16,18 @@ from ..accum.memory import measure_activations
 from .certificate import Check, excess
 from .coupling import loss_bytes
 from .float64 import DOUBLE
-from .gradients import first_update, measured_loss_scale
-from .larger_batch import dense, relative_error, whole_batch_pass
+from .larger_batch import relative_error, whole_batch_pass
 from .nested import tensors
 from .observation import Observation, observe
-from .problem import Problem, TrainingState, WholeBatch, cast, copy_in, rows, unsharded
-from .ranks import all_gather, rank, world_size, worst
+from .problem import Problem, TrainingState, WholeBatch, cast, copy_in, rows
+from .ranks import all_gather, world_size, worst
 from .replay import SHARDED, tensors_of
-from .rounding import U64, ExpectedUpdate, larger_batch_of, prepared_pass
+from .rounding import U64, ExpectedUpdate, prepared_pass
 
 STATISTICS = "fp64 rounding of statistics over the samples: 8 times 2^-29 of what fp32 loses, and 8 n u"
 ONE_GRAPH = "a window keeps one micro-batch's graph; a second one alive would make it twice as much"
 LOADED = "state saved between two windows and loaded again: not a bit may differ"
 ONE_GRADIENT = "one gradient is reduced for all ranks: not a bit may differ between them"
-SKIPPED = "a window that overflows changes no weight and no optimizer state"
-MOVES_ONCE = "it moves once a window, for any number of overflows; measured by the next window's gradient"
 REDUCED = "the numbers that reducing collectives carry, over the parameters': each reduction adds 1"
 
 
@@ -179,84 +174,3 @@ def collectives_check(problem: Problem, batch: WholeBatch, most: int = 1) -> Che
     detail = f"{problem.steps} micro-batches on each of {world_size()} ranks"
     name = "gradient reductions a window"
     return Check(name, figure, most + 0.5, "count", REDUCED, detail, about="communication")
-
-
-def overflow_checks(problem: Problem, batch: WholeBatch) -> list[Check]:
-    """Checks an overflow in each micro-batch of each rank, and in all at once, in the run's precision."""
-    scaling = problem.scaling
-    if scaling is None:
-        return []
-    batch = cast(batch, problem.dtype)
-    count = max(all_gather(len(first_update(TrainingState(problem, problem.dtype), batch).sizes)))
-    places = [(r, k) for r in range(world_size()) for k in range(count)]
-    changes, scales = [], []
-    for who, k in [*places, (None, None)]:
-        numbers = range(count) if k is None else (k,)
-        where = "every micro-batch" if k is None else f"micro-batch {k}"
-        if who is not None and world_size() > 1:
-            where += f" of rank {who}"
-        changed, ratio = _overflow(problem, batch, numbers if who in (None, rank()) else ())
-        changes.append((changed, where))
-        off = abs(math.log(max(ratio, 1e-300)) - math.log(scaling.backoff_factor))
-        scales.append((off, where, ratio))
-    changed, where = max(all_gather(max(changes)))
-    off, place, ratio = max(max(each) for each in all_gather(scales))
-    detail = f"something changed after {where}" if changed else f"{len(places)} places and all at once"
-    factor = f"times {ratio:.3g} after {place}, {scaling.backoff_factor:g} is right"
-    precision = str(problem.autocast or problem.dtype).removeprefix("torch.")
-    once = f"{MOVES_ONCE} in {precision}, so within 10 %"
-    return [
-        Check("overflow in each micro-batch", changed, 0.0, "count", SKIPPED, detail),
-        Check("loss scale after an overflow", off, 0.1, "log ratio", once, factor),
-    ]
-
-
-def _overflow(problem: Problem, batch: WholeBatch, numbers: Collection[int]) -> tuple[float, float]:
-    """(number of tensors that an overflow in `numbers` changed, factor by which the scale moved).
-
-    The scale is measured at the first weights: after an update of a run that diverges, gradients may not be
-    finite at any scale.
-    """
-    state = TrainingState(problem, problem.dtype)
-    first = {name: p.detach().clone() for name, p in state.parameters().items()}
-    exact = larger_batch_of(problem, state.model_in(DOUBLE), batch).gradient
-    before = measured_loss_scale(first_update(state, batch, arrivals=True), exact)
-    weights = {name: p.detach().clone() for name, p in state.parameters().items()}
-    optimizer_before = copy.deepcopy(tensors_of(state.optimizer))
-    with _overflowing(state, numbers):
-        observe(state, batch)
-    changed = sum(_differs(p.detach(), weights[name]) for name, p in state.parameters().items())
-    for key, value in tensors_of(state.optimizer).items():
-        if key in optimizer_before:
-            changed += _differs(value, optimizer_before[key])
-        else:  # a fused optimizer that skips may create its state, of zeros
-            changed += bool(dense(unsharded(value)).any())
-    with torch.no_grad():
-        for name, parameter in state.parameters().items():
-            parameter.copy_(first[name])
-    after = measured_loss_scale(observe(state, batch, arrivals=True), exact)
-    return float(changed), after / before
-
-
-def _differs(value: Tensor, before: Tensor) -> bool:
-    return not torch.equal(dense(unsharded(value)), dense(unsharded(before)))
-
-
-@contextmanager
-def _overflowing(state: TrainingState, numbers: Collection[int]) -> Iterator[None]:
-    """Makes the backward passes of `numbers`, in their order, start from infinities."""
-    numbers_of: dict[object, int] = {}  # by forward pass, when its backward begins
-
-    def after_forward(module: Any, inputs: Any, outputs: Any) -> None:
-        forward_pass = object()
-
-        def overflow(gradient: Tensor) -> Tensor:
-            number = numbers_of.setdefault(forward_pass, len(numbers_of))
-            return torch.full_like(gradient, math.inf) if number in numbers else gradient
-
-        for tensor in tensors(outputs):
-            if tensor.requires_grad:
-                tensor.register_hook(overflow)
-
-    with state.inner.register_forward_hook(after_forward):
-        yield

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import pytest
+import torch
+from torch.nn.functional import cross_entropy
 
 from accumexp.proof import Certificate, certify
+from accumexp.proof.evidence import all_updates_in_words
 
+from .unseen_common import Counts
 from .unseen_loops import CASES, Case
 
 # Words of the cause, by case: of every kind a few, which run at every push.
@@ -50,6 +54,18 @@ WORDS = {
     "body_summed_in_bf16_later": "most at body.weight",
     "log_of_the_last": "the last micro-batch's",
     "contrast_within_micro_batches": "couples samples",
+    "rounded_weights": "each of 3 micro-batches counts 0.33 where 0.333333 is due, as weights rounded to 2",
+    "half_rate_for_the_biases": "group 1 is 0.5 times the optimizer's own, from update 4 on: 0.01",
+    "schedule_twice_after_the_epoch": "stepped 2 times after update 3 (a window of 18 of 24 samples)",
+    "weight_clamped": "in every update, by 0.0931 of their norm in update 1: no element is larger than 0.2",
+    "not_brought_back": "in every update: those that perturb= moved are not moved back before the step",
+    "l1_divided": "is in the gradient, 0.01 is asked for: divided by 4",
+    "hook_clamps_by_micro_batch": "(to 0.01) in every micro-batch, where nothing is to be clipped",
+    "mean_of_the_first_micro_batch": "is the first micro-batch's, of 6 of 24 samples, which the others",
+    "mixed_under_autocast_every_third": "in updates 3, 6: off by",
+    "overflow_ignored": "in any micro-batch does not skip the window: it changes all 4 parameters",
+    "overflow_hidden": "an overflow in micro-batch 0, 1 or 2 does not skip the window",
+    "new_scaler_every_window": "the loss scale never moves",
 }
 BY_NAME = {case.name: case for case in CASES}
 
@@ -71,6 +87,36 @@ def test_the_cause_of_a_wrong_loop_is_told(name: str) -> None:
     certificate = certified(BY_NAME[name], updates=6)
     assert not certificate.proved
     assert WORDS[name] in certificate.lines[0]
+
+
+def test_the_updates_in_which_a_cause_holds_are_told() -> None:
+    assert all_updates_in_words([1, 2], [1, 2]) == "in every update"
+    assert all_updates_in_words([1], [1]) == "in update 1"
+    assert all_updates_in_words([2, 3], [1, 2, 3]) == "from update 2 on"
+    assert all_updates_in_words([3], range(1, 5), {3: "9 of 12 samples"}) == (
+        "in update 3 (a window of 9 of 12 samples)"
+    )
+    assert all_updates_in_words([2, 3], range(1, 5), {3: "9 of 12 samples"}) == "in updates 2, 3"
+
+
+def test_equal_rates_do_not_tell_after_which_update_the_schedule_is_stepped_twice() -> None:
+    def falling(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.StepLR:
+        return torch.optim.lr_scheduler.StepLR(optimizer, 4, 0.5)
+
+    updates = Counts()
+
+    def train_window(model, optimizer, batch, steps, schedule):
+        for inputs, targets in zip(batch[0].chunk(steps), batch[1].chunk(steps), strict=True):
+            (cross_entropy(model(inputs), targets) / steps).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        for _ in range(2 if updates(model) == 2 else 1):
+            schedule.step()
+
+    batch = torch.randn(8, 3), torch.arange(8) % 2
+    options = {"scheduler": falling, "drop_last": True, "updates": 6}
+    line = str(certify(train_window, torch.nn.Linear(3, 2), cross_entropy, batch, 2, **options))
+    assert "the learning rate is 0.5 times the schedule's, in update 4: 0.05 where" in line
 
 
 def test_names_are_unique() -> None:
