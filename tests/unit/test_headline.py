@@ -9,13 +9,11 @@ from pathlib import Path
 import pytest
 from matplotlib.image import imread
 
-from accumexp.config.schema import TrackingConfig
 from accumexp.report.headline import headline
 from accumexp.report.hover import MAX_AREAS, WIDTH
 from accumexp.report.page import config_differences, page
 from accumexp.report.pictures import draw
 from accumexp.report.wording import three_digits
-from accumexp.tracking import Store
 
 from ..support.past_sweeps import Values, job, over_steps, reported, sweep
 
@@ -125,20 +123,6 @@ def test_the_circle_of_a_run_is_under_the_pointer_that_asks_for_it(tmp_path: Pat
         rows = slice(round(area.y * scale), round((area.y + area.height) * scale))
         columns = slice(round(area.x * scale), round((area.x + area.width) * scale))
         assert pixels[rows, columns].min() < 0.6  # the circle's edge is grey, the ground white
-
-
-def test_the_page_links_to_its_runs_and_names_all_versions(tmp_path: Path) -> None:
-    store = Store(TrackingConfig(uri=f"sqlite:///{tmp_path}/mlflow.db"))
-    jobs = [
-        job(f"accum.steps={k}", "seed=0", final={"accuracy": 0.9}, tags={"accumexp.python": f"3.1{k}.0"})
-        for k in (1, 4)
-    ]
-    made = replace(sweep(*jobs), store=store, run_id="parent")
-    html = page(reported(made), {})
-    links = re.findall(r'href="([^"]+)"', html)
-    assert len(links) == 5 and all("?workflowType=machine_learning" in link for link in links)
-    assert "Python 3.11.0 and 3.14.0" in html and "mlflow ui --backend-store-uri sqlite:///" in html
-    assert "href" not in page(reported(sweep(*jobs)), {})
 
 
 def test_costs_have_three_digits() -> None:
