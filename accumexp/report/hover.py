@@ -96,6 +96,14 @@ def label_curves(
         figure.add_column(axes, max(left, low), min(right, high), text)
 
 
+def range_texts(x: np.ndarray, middle: np.ndarray, low: np.ndarray, high: np.ndarray) -> dict[float, str]:
+    """At each x, the value and, over several seeds, its range."""
+    return {
+        float(at): f"{value:.3g}" + (f" ({least:.3g} to {most:.3g})" if most > least else "")
+        for at, value, least, most in zip(x, middle, low, high, strict=True)
+    }
+
+
 def _spread(values: Sequence[float], log: bool) -> list[float]:
     """At most `MAX_AREAS` of the sorted `values`, evenly spread on the axis."""
     if len(values) <= MAX_AREAS:

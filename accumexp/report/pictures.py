@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator
 
 from .analysis import Report, Row
-from .hover import HoverFigure, Picture, label_curves
+from .hover import HoverFigure, Picture, label_curves, range_texts
 from .noise import critical_batch_size
 from .statistics import Verdict
 from .style import COLOURS, DPI, STYLE
@@ -146,7 +146,7 @@ def _draw_losses(figure: HoverFigure, axes: Axes, report: Report) -> None:
         x = np.array(updates) * (row.group.samples_per_update if by_samples else 1)
         median, low, high = np.median(table, axis=0), table.min(0), table.max(0)
         _draw_band(axes, index, row.group.label, x, median, low, high)
-        texts[row.group.label] = _texts(x, median, low, high)
+        texts[row.group.label] = range_texts(x, median, low, high)
     if positive:
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter(PLAIN)
@@ -170,7 +170,7 @@ def _draw_loss_differences(figure: HoverFigure, axes: Axes, report: Report) -> N
         path = comparison.trajectory
         low, median, high = (np.maximum(values, floor) for values in (path.low, path.median, path.high))
         colour = _draw_band(axes, index, comparison.group.label, path.updates, median, low, high)
-        texts[comparison.group.label] = _texts(path.updates, path.median, path.low, path.high)
+        texts[comparison.group.label] = range_texts(path.updates, path.median, path.low, path.high)
         if path.departs_at is not None:
             point = (path.departs_at, path.departs_by)
             axes.plot(*point, marker="X", ms=10, color=colour)
@@ -258,14 +258,6 @@ def _draw_band(
     axes.plot(x, middle, label=_shorten(label, 2 * MAX_LABEL), **style)
     axes.fill_between(x, low, high, color=style["color"], alpha=0.12, lw=0)
     return style["color"]
-
-
-def _texts(x: np.ndarray, middle: np.ndarray, low: np.ndarray, high: np.ndarray) -> dict[float, str]:
-    """At each x, the value and, over several seeds, its range."""
-    return {
-        float(at): f"{value:.3g}" + (f" ({least:.3g} to {most:.3g})" if most > least else "")
-        for at, value, least, most in zip(x, middle, low, high, strict=True)
-    }
 
 
 def _line_style(index: int) -> dict[str, Any]:
