@@ -31,15 +31,9 @@ def seed_everything(seed: int, deterministic: bool) -> None:
     if deterministic:
         # cuBLAS reads this when it is first used; without it, its results may differ between runs.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    # use_deterministic_algorithms also imports torch's compiler, for `set_deterministic_compiler`.
-    torch.set_deterministic_debug_mode("warn" if deterministic else "default")
+    torch.use_deterministic_algorithms(deterministic, warn_only=True)
     torch.backends.cudnn.benchmark = not deterministic
     torch.backends.cudnn.deterministic = deterministic
-
-
-def set_deterministic_compiler(deterministic: bool) -> None:
-    """Passes the setting of `seed_everything` on to torch's compiler."""
-    torch.use_deterministic_algorithms(deterministic, warn_only=True)
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from ..config.schema import Config, Reduction, Strategy
 from ..data import Share, Splits, build_splits
 from ..data.samples import check_inputs
 from ..environment.cores import cores
-from ..environment.random_state import derive_seed, seed_everything, set_deterministic_compiler
+from ..environment.random_state import derive_seed, seed_everything
 from ..environment.ranks import RankInfo, local_first
 from ..errors import UsageError
 from .components import (
@@ -82,8 +82,6 @@ class Experiment:
         device, dtype = place.device, place.dtype
         _set_threads(config, rank_info)
         seed_everything(config.seed, config.trainer.deterministic)
-        if config.trainer.compile:
-            set_deterministic_compiler(config.trainer.deterministic)
         autocast = autocast_dtype(config.precision, dtype)
         ranks = Ranks() if rank_info.size > 1 else Ranks(alone=True)
         # The data comes before the model, so that an error in it is reported first.
