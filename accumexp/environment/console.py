@@ -29,16 +29,16 @@ class LoggedConsole(Console):
         if not files or not log.isEnabledFor(logging.INFO):
             return
         text = StringIO()
-        Console(file=text, width=self.width).print(*objects, **options)
+        Console(file=text, width=self.width, emoji=False).print(*objects, **options)
         for line in text.getvalue().splitlines():
             record = log.makeRecord(log.name, logging.INFO, "", 0, line.rstrip(), (), None)
             for file in files:
                 file.handle(record)
 
 
-console = LoggedConsole()
+console = LoggedConsole(emoji=False)  # the names of emoji are a table to import
 if not console.is_terminal:
-    console = LoggedConsole(width=120)  # a pipe or a file has no width of its own
+    console = LoggedConsole(width=120, emoji=False)  # a pipe or a file has no width of its own
 
 # Set while the launcher of a parallel sweep shows all its jobs in one view.
 VIEWED = "ACCUMEXP_VIEWED"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 from ..cli import command, command_options
@@ -12,6 +13,8 @@ HELP = """\
   tracking.uri=<address>            the store, if it is not mlflow.db in this folder or known from the sweep's
   sync=<folder>                     instead of a report, sends what the runs in this folder could not send
                                     to their store
+  clean=<folder or parent run id>   instead of a report, deletes a sweep's runs and models in the store, and
+                                    says what then removes their files
   folder=<path>                     where page, pictures and CSV go; by default <sweep>/report
   report.margin=0.5                 the largest difference that does not matter, in points of accuracy or
                                     in the metric's own unit
@@ -26,7 +29,7 @@ def main() -> None:
         "report",
         "Is accumulation equivalent to the larger batch, and what does it cost?",
         HELP,
-        {"sweep": "", "tracking.uri": "", "sync": "", "folder": ""},
+        {"sweep": "", "tracking.uri": "", "sync": "", "clean": "", "folder": ""},
     )
     for key in changes:
         if not key.startswith("report."):
@@ -34,6 +37,10 @@ def main() -> None:
 
     if options["sync"]:
         _sync(Path(options["sync"]), options["tracking.uri"])
+        return
+
+    if options["clean"]:
+        _clean(options["clean"], options["tracking.uri"])
         return
 
     # Imported after --help has been answered: these load MLflow, scipy and matplotlib.
@@ -46,6 +53,25 @@ def main() -> None:
     if sweep.store and sweep.run_id:
         lines = sweep.store.sweep_lines(sweep.run_id)
         console.print("\n".join(lines), highlight=False, soft_wrap=True, markup=False)
+
+
+def _clean(name: str, uri: str) -> None:
+    """Deletes the sweep in the store; its files are left to the commands that this prints."""
+    from ..environment.console import print_line
+    from ..tracking import delete_sweep, sweep_of
+    from .jobs import find_sweep
+
+    sweep = find_sweep(name, uri)
+    if sweep.status == "RUNNING":
+        raise UsageError(f"clean={name}: the sweep is still running")
+    if sweep.store and sweep.run_id:
+        runs, models = delete_sweep(sweep.store, sweep_of(sweep.store, sweep.run_id))
+        print_line(f"{sweep.name}: {runs} runs and {models} logged models are deleted in {sweep.store.uri}")
+        collect = f"MLFLOW_TRACKING_URI={sweep.store.uri} mlflow gc --backend-store-uri {sweep.store.uri}"
+        where = "on the server: mlflow gc --backend-store-uri <its database>" if sweep.store.on_server else ""
+        print_line(f"their files go with   {where or collect}", markup=False)
+    if sweep.folder:
+        print_line(f"its folder goes with  rm -r {shlex.quote(str(sweep.folder))}", markup=False)
 
 
 def _sync(folder: Path, uri: str) -> None:

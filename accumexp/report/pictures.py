@@ -1,4 +1,4 @@
-"""The pictures of a report: legible in print and without colour, with units on the axes."""
+"""The pictures of a report: legible in print and without colour, with units on the axes and hover values."""
 
 from __future__ import annotations
 
@@ -10,14 +10,16 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator
 
 from .analysis import Report, Row
+from .hover import HoverFigure, Picture, label_curves, range_texts
 from .noise import critical_batch_size
 from .statistics import Verdict
 from .style import COLOURS, DPI, STYLE
+from .tables import COST_COLUMNS, cost_table, memory_unit
 from .trajectory import precision_epsilon
+from .wording import mean_and_std, signed_interval, three_digits
 
 DASHES = ["-", "--", "-.", ":", (0, (5, 1, 1, 1)), (0, (3, 1)), (0, (1, 1)), (0, (6, 2))]
 VERDICT_COLOURS = {
@@ -29,41 +31,47 @@ VERDICT_COLOURS = {
 MANY_GROUPS = 8  # with more, labels are rotated, figures are wider and legends smaller
 MAX_LEGEND = 20  # groups; a larger legend would hide the curves
 MAX_LABEL = 24  # characters of a group's name on an axis; in a legend twice as many
+COLUMNS = {name: heading for heading, name, *_ in COST_COLUMNS}  # of the table of costs, by quantity
+PLAIN = FuncFormatter(lambda value, _: f"{value:g}")
 FRACTION = ("axes fraction", "data")  # coordinates: x from 0 to 1 over the axes, y a value
 
 
-def draw(report: Report, folder: Path) -> dict[str, Path]:
-    """Writes the pictures that `report` has data for; returns the PNG files by name."""
+def draw(report: Report, folder: Path) -> dict[str, Picture]:
+    """Writes the pictures that `report` has data for as PNG files; returns them by name."""
     painters = {"accuracy": accuracy_figure, "loss": loss_figure, "cost": cost_figure, "noise": noise_figure}
-    paths = {}
+    pictures = {}
     with matplotlib.rc_context(STYLE):
         for name, paint in painters.items():
             figure = paint(report)
             if figure is not None:
-                paths[name] = folder / f"{name}.png"
-                figure.savefig(paths[name], dpi=DPI, metadata={"Software": "accumexp"})
-    return paths
+                pictures[name] = figure.write(folder / f"{name}.png", DPI)
+    return pictures
 
 
-def accuracy_figure(report: Report) -> Figure | None:
+def accuracy_figure(report: Report) -> HoverFigure | None:
     """The metric of every run and group; beside it the differences to the references and the margin."""
     if not report.rows:
         return None
     compared = bool(report.comparisons)
     width = (9.4 if compared else 5.2) * max(1.0, len(report.rows) / (2 * MANY_GROUPS))
     figure, (left, *right) = _panels(1 + compared, width, 3.9)
-    _draw_values(left, report)
+    _draw_values(figure, left, report)
     if right:
-        _draw_differences(right[0], report)
+        _draw_differences(figure, right[0], report)
     return figure
 
 
-def _draw_values(axes: Axes, report: Report) -> None:
+def _draw_values(figure: HoverFigure, axes: Axes, report: Report) -> None:
     metric = report.metric
     for position, row in enumerate(report.rows):
-        values = [metric.factor * value for value in row.group.finals(metric.key)]
+        values = metric.values(row.group)
         offsets = np.linspace(-0.08, 0.08, len(values)) if len(values) > 1 else np.zeros(1)
-        axes.plot(position - 0.22 + offsets, values, "o", ms=4, mfc="none", mec="#777777", label="_")
+        places = position - 0.22 + offsets
+        axes.plot(places, list(values.values()), "o", ms=4, mfc="none", mec="#777777", label="_")
+        text = f"{row.group.label}: {mean_and_std(row.value, metric)} over {row.value.count} seeds"
+        figure.add_column(axes, position - 0.4, position + 0.4, text)
+        for place, (seed, value) in zip(places, values.items(), strict=True):
+            figure.add_point(axes, place, value, f"{row.group.label}, seed {seed}: {value:.4g}")
         _draw_interval(axes, position, row.value.mean, row.value.high, row)
     axes.set(ylabel=metric.heading)
     axes.set_title(f"each run (circles), mean and {report.config.confidence:.0%} interval")
@@ -73,7 +81,7 @@ def _draw_values(axes: Axes, report: Report) -> None:
     _label_groups(axes, report.rows)
 
 
-def _draw_differences(axes: Axes, report: Report) -> None:
+def _draw_differences(figure: HoverFigure, axes: Axes, report: Report) -> None:
     rows = report.rows
     title = f"{report.config.confidence:.0%} interval, and the margin of ±{report.margin_text}"
     margins = {comparison.margin for comparison in report.comparisons}
@@ -93,6 +101,8 @@ def _draw_differences(axes: Axes, report: Report) -> None:
         else:
             difference = row.comparison.difference
             _draw_interval(axes, position, difference.mean, difference.high, row)
+            text = f"{row.group.label}: {signed_interval(difference, report.metric)}, {row.verdict}"
+            figure.add_column(axes, position - 0.4, position + 0.4, text)
     low, high = axes.get_ylim()
     axes.set_ylim(low, high + 0.12 * (high - low))  # room for the verdicts
     for position, row in enumerate(rows):
@@ -111,21 +121,21 @@ def _draw_interval(axes: Axes, position: int, mean: float, high: float, row: Row
     axes.errorbar(position, mean, yerr=error, color=colour, marker="o", ms=7, capsize=5, lw=2)
 
 
-def loss_figure(report: Report) -> Figure | None:
+def loss_figure(report: Report) -> HoverFigure | None:
     """The loss of all groups; beside it the relative difference to the reference, on a log scale."""
     if not any(any(report.curves[row.group].values()) for row in report.rows):
         return None
     compared = any(comparison.trajectory.updates.size for comparison in report.comparisons)
     figure, (left, *right) = _panels(1 + compared, 9.4 if compared else 5.6, 4.0)
-    _draw_losses(left, report)
+    _draw_losses(figure, left, report)
     if right:
-        _draw_loss_differences(right[0], report)
+        _draw_loss_differences(figure, right[0], report)
     return figure
 
 
-def _draw_losses(axes: Axes, report: Report) -> None:
+def _draw_losses(figure: HoverFigure, axes: Axes, report: Report) -> None:
     by_samples = len({row.group.batch_size for row in report.rows}) > 1
-    positive = True
+    positive, texts = True, {}
     for index, row in enumerate(report.rows):
         curves = [dict(curve) for curve in report.curves[row.group].values() if curve]
         if not curves:
@@ -134,25 +144,33 @@ def _draw_losses(axes: Axes, report: Report) -> None:
         updates = sorted(set.intersection(*map(set, curves)))
         table = np.array([[curve[update] for update in updates] for curve in curves])
         x = np.array(updates) * (row.group.samples_per_update if by_samples else 1)
-        _draw_band(axes, index, row.group.label, x, np.median(table, axis=0), table.min(0), table.max(0))
+        median, low, high = np.median(table, axis=0), table.min(0), table.max(0)
+        _draw_band(axes, index, row.group.label, x, median, low, high)
+        texts[row.group.label] = range_texts(x, median, low, high)
     if positive:
         axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(PLAIN)
+        axes.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
+        axes.yaxis.set_minor_formatter(PLAIN)
     axes.set(xlabel="samples seen" if by_samples else "update", ylabel="training loss of the window")
     axes.set_title("median and range over the seeds")
+    label_curves(figure, axes, "samples" if by_samples else "update", texts)
     _legend(axes)
 
 
-def _draw_loss_differences(axes: Axes, report: Report) -> None:
+def _draw_loss_differences(figure: HoverFigure, axes: Axes, report: Report) -> None:
     compared = {
         index: row.comparison
         for index, row in enumerate(report.rows)
         if row.comparison and row.comparison.trajectory.updates.size
     }
     floor = min(precision_epsilon(comparison.group) for comparison in compared.values()) / 4
+    texts = {}
     for index, comparison in compared.items():
         path = comparison.trajectory
         low, median, high = (np.maximum(values, floor) for values in (path.low, path.median, path.high))
         colour = _draw_band(axes, index, comparison.group.label, path.updates, median, low, high)
+        texts[comparison.group.label] = range_texts(path.updates, path.median, path.low, path.high)
         if path.departs_at is not None:
             point = (path.departs_at, path.departs_by)
             axes.plot(*point, marker="X", ms=10, color=colour)
@@ -162,41 +180,47 @@ def _draw_loss_differences(axes: Axes, report: Report) -> None:
     style = {"ha": "right", "color": "#555555"}
     _annotate(axes, "what rounding explains", (0.98, bound), (0, -10), xycoords=FRACTION, **style)
     axes.set(xscale="log", yscale="log", xlabel="update", ylabel="|loss - reference's| / largest so far")
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_major_formatter(PLAIN)
     axes.set_ylim(bottom=floor / 2)
     axes.set_title("rounding grows smoothly; a bug jumps")
+    label_curves(figure, axes, "update", texts)
     _legend(axes, loc="upper left")
 
 
-def cost_figure(report: Report) -> Figure | None:
+def cost_figure(report: Report) -> HoverFigure | None:
     """Time, speed and memory of the groups' updates: medians over the jobs, on axes from zero."""
     rows = [row for row in report.rows if row.group.finals("update_ms")]
     if not rows:
         return None
+    memory, mib = memory_unit(report)
     headings = {
-        "update_ms": ("time an update", "ms"),
-        "samples_per_second": ("speed", "samples/s"),
-        "activation_mib": ("activations saved for backward", "MiB"),
-        "peak_mib": ("peak memory", "MiB of tensors"),
+        "update_ms": ("time an update", "ms", 1.0),
+        "samples_per_second": ("speed", "samples/s", 1.0),
+        "activation_mib": ("activations saved for backward", memory.strip(), mib),
+        "peak_mib": ("peak memory", f"{memory.strip()} of tensors", mib),
     }
     costs = [row.group.costs() for row in rows]
+    table = cost_table(report)
     quantities = [name for name in headings if all(cost[name] is not None for cost in costs)]
     width = 2.45 * len(quantities) * max(1.0, len(rows) / MANY_GROUPS)
     figure, panels = _panels(len(quantities), width, 3.2)
     for axes, name in zip(panels, quantities, strict=True):
-        values = [cost[name] or 0.0 for cost in costs]
+        title, unit, factor = headings[name]
+        values = [(cost[name] or 0.0) / factor for cost in costs]
         bars = axes.bar(range(len(rows)), values, color="#56B4E9", edgecolor="#1f4e66", width=0.65)
-        labels = [f"{value:.3g}" if value < 1000 else f"{value:,.0f}" for value in values]
-        axes.bar_label(bars, labels, fontsize=8, padding=2)
-        title, unit = headings[name]
+        axes.bar_label(bars, list(map(three_digits, values)), fontsize=8, padding=2)
         axes.set(title=title, ylabel=unit)
         axes.margins(y=0.12)
+        column = table.columns.index(COLUMNS[name])
+        for position, row in enumerate(rows):
+            text = f"{row.group.label}: {table.rows[report.rows.index(row)][column]}"
+            figure.add_column(axes, position - 0.4, position + 0.4, text)
         axes.grid(axis="x", visible=False)
         _label_groups(axes, rows)
     return figure
 
 
-def noise_figure(report: Report) -> Figure | None:
+def noise_figure(report: Report) -> HoverFigure | None:
     """The gradient noise scale over the training, beside the batch sizes of the sweep."""
     if not report.noise:
         return None
@@ -205,21 +229,24 @@ def noise_figure(report: Report) -> Figure | None:
         axes.axhline(size, color="#b0b0b0", lw=0.8)
         style = {"ha": "right", "fontsize": 7, "color": "#666666"}
         _annotate(axes, f"batch {size}", (1.0, size), (-2, 2), xycoords=FRACTION, **style)
+    texts = {}
     for index, scale in enumerate(report.noise):
         x, y = zip(*scale.points, strict=True)
+        texts[scale.group.label] = {samples: f"{value:.3g}" for samples, value in scale.points}
         axes.plot(x, y, label=_shorten(scale.group.label, 2 * MAX_LABEL), **_line_style(index))
     limit = critical_batch_size(report.noise)
     axes.axhline(limit, color="#E69F00", lw=3.5, alpha=0.8)
     _annotate(axes, f"worth it up to here: {limit:.0f}", (0.0, limit), (3, 4), xycoords=FRACTION)
     axes.set(yscale="log", xlabel="samples seen", ylabel="gradient noise scale (samples)")
     axes.set_title("batches below the noise scale are worth enlarging")
+    label_curves(figure, axes, "samples", texts)
     _legend(axes)
     return figure
 
 
-def _panels(count: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
+def _panels(count: int, width: float, height: float) -> tuple[HoverFigure, list[Axes]]:
     """A figure of `width` times `height` inches with `count` axes side by side."""
-    figure = Figure(figsize=(width, height), layout="constrained")
+    figure = HoverFigure(figsize=(width, height), layout="constrained")
     return figure, list(figure.subplots(1, count, squeeze=False)[0])
 
 

@@ -14,6 +14,7 @@ from ..environment.console import console, steps
 from ..errors import markdown_text
 from .analysis import Report, make_report
 from .groups import varied_params
+from .headline import headline
 from .jobs import Sweep
 from .page import page
 from .pictures import draw
@@ -56,7 +57,7 @@ def write(report: Report, folder: Path) -> list[Path]:
     html.write_text(page(report, pictures), encoding="utf-8")
     write_csv(groups, group_rows(report))
     write_csv(jobs, job_rows(report))
-    return [html, *pictures.values(), groups, jobs]
+    return [html, *(picture.path for picture in pictures.values()), groups, jobs]
 
 
 def print_report(report: Report) -> None:
@@ -70,6 +71,11 @@ def print_report(report: Report) -> None:
     for comparison in report.comparisons:
         if comparison.verdict is not Verdict.equivalent:
             write_line(f"  {comparison.group.label}: {reason(comparison, report)}")
+    found = headline(report)
+    for sentence in found.established:
+        write_line(f"  established: {sentence}")
+    if found.command:
+        write_line(f"  not established: whether the update is the larger batch's; shown by {found.command}")
     noise = noise_conclusion(report)
     if noise:
         write_line(noise)
@@ -88,6 +94,10 @@ def log_to_parent_run(report: Report, paths: Sequence[Path]) -> None:
     store.log_once(run_id, metrics(report))
     for key, value in tags(report).items():
         store.client.set_tag(run_id, key, value)
+    for row in report.rows:
+        for job in row.group.jobs.values():
+            if job.run_id:
+                store.client.set_tag(job.run_id, "accumexp.group", row.group.label)
     store.arrange_sweep(run_id, varied_params([row.group for row in report.rows]), report.metric.key)
 
 
@@ -144,6 +154,9 @@ def note(report: Report) -> str:
     ]
     footer = f"The whole report, with pictures: artifact `{FOLDER}/{PAGE}`."
     verdict, noise = (markdown_text(text or "") for text in (conclusion(report), noise_conclusion(report)))
-    parts = [f"**{verdict}**", *tables, noise, "\n".join(left_out), footer]
+    found = headline(report)
+    sentences = [f"- established: {markdown_text(sentence)}" for sentence in found.established]
+    sentences += [f"- not established: {markdown_text(sentence)}" for sentence in found.open]
+    parts = [f"**{verdict}**", "\n".join(sentences), *tables, noise, "\n".join(left_out), footer]
     text = "\n\n".join(part for part in parts if part)
     return text if len(text) <= MAX_TAG else text[:MAX_TAG] + "\n\n... cut here; the page has it all"

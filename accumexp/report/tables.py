@@ -17,19 +17,19 @@ from rich.text import Text
 from ..environment.console import console
 from ..errors import markdown_text
 from .analysis import Comparison, Report, Row
-from .wording import certificate_cell, mean_and_std, p_value, reason, signed_interval
+from .wording import certificate_cell, mean_and_std, p_value, reason, signed_interval, three_digits
 
 VERDICT_STYLES = {"equivalent": "green", "different": "red", "undecided": "yellow", "reference": "dim"}
 # Columns that are dropped in a narrow terminal, in this order.
 OPTIONAL_COLUMNS = ["p", "training", "certificate", "seeds"]
-# Heading, key of `Group.costs`, unit (MiB stands for that of both memory columns), digits, and whether the
-# ratio to the reference is shown.
+# Heading, key of `Group.costs`, unit (MiB stands for that of both memory columns), and whether the ratio to
+# the reference is shown.
 COST_COLUMNS = [
-    ("ms/update", "update_ms", "", 2, True),
-    ("samples/s", "samples_per_second", "", 0, True),
-    ("activations", "activation_mib", " MiB", 2, True),
-    ("peak memory", "peak_mib", " MiB", 2, True),
-    ("training time", "seconds", " s", 1, False),
+    ("ms/update", "update_ms", "", True),
+    ("samples/s", "samples_per_second", "", True),
+    ("activations", "activation_mib", " MiB", True),
+    ("peak memory", "peak_mib", " MiB", True),
+    ("training time", "seconds", " s", False),
 ]
 
 
@@ -80,16 +80,16 @@ def _training(comparison: Comparison) -> str:
 
 def cost_table(report: Report) -> Table:
     """The cost of each group's updates; in brackets the ratio to its reference."""
-    mib = [cost for row in report.rows for name, cost in row.group.costs().items() if name.endswith("_mib")]
-    unit = _memory_unit([cost for cost in mib if cost is not None])
+    unit = memory_unit(report)
     rows = [[*row.group.values.values(), *_cost_cells(row, unit)] for row in report.rows]
     headings = [heading for heading, *_ in COST_COLUMNS]
     return Table(len(report.keys), [*report.keys, *headings], rows)
 
 
-def _memory_unit(mib: Sequence[float]) -> tuple[str, float]:
+def memory_unit(report: Report) -> tuple[str, float]:
     """The unit of the memory columns, so that the largest number is from 1 to 9,999, and its MiB."""
-    largest = max(mib, default=1.0)
+    costs = [cost for row in report.rows for name, cost in row.group.costs().items() if name.endswith("_mib")]
+    largest = max((cost for cost in costs if cost is not None), default=1.0)
     if largest < 1:
         return " KiB", 1 / 1024
     return (" MiB", 1.0) if largest < 10_000 else (" GiB", 1024.0)
@@ -99,13 +99,13 @@ def _cost_cells(row: Row, memory_unit: tuple[str, float]) -> list[str]:
     costs = row.group.costs()
     reference_costs = row.comparison.reference.costs() if row.comparison else {}
     cells = []
-    for _, name, unit, digits, with_ratio in COST_COLUMNS:
+    for _, name, unit, with_ratio in COST_COLUMNS:
         cost, reference_cost = costs[name], reference_costs.get(name)
         ratio = (
             f" (x{cost / reference_cost:.2f})" if with_ratio and cost is not None and reference_cost else ""
         )
         shown_unit, factor = memory_unit if unit == " MiB" else (unit, 1.0)
-        cells.append("-" if cost is None else f"{cost / factor:,.{digits}f}{shown_unit}{ratio}")
+        cells.append("-" if cost is None else f"{three_digits(cost / factor)}{shown_unit}{ratio}")
     return cells
 
 

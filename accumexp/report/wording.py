@@ -92,7 +92,7 @@ def conclusion(report: Report) -> str:
         sentences = [text for verdict in Verdict for text in _verdict_sentences(report, verdict)]
     if report.missing:
         verb = "has" if len(report.missing) == 1 else "have"
-        sentences.append(f"{_labels(report.missing)} {verb} no finished job.")
+        sentences.append(f"{group_names(report.missing)} {verb} no finished job.")
     if any(row.group.unfinished for row in report.rows):
         sentences.append("Of the other groups only the seeds that finished count.")
     return " ".join(sentences)
@@ -105,7 +105,7 @@ def _verdict_sentences(report: Report, verdict: Verdict) -> list[str]:
         return []
     single = len(comparisons) == 1
     members = [comparison.group for comparison in comparisons]
-    groups = f"{_labels(members)} {'is' if single else 'are'}"
+    groups = f"{group_names(members)} {'is' if single else 'are'}"
     references = {comparison.reference.label for comparison in comparisons}
     reference = "its reference" if single else "their reference"
     if len(references) == 1:
@@ -126,8 +126,8 @@ def _verdict_sentences(report: Report, verdict: Verdict) -> list[str]:
     if not_proved:
         are, updates = ("is", "its update is") if len(not_proved) == 1 else ("are", "their updates are")
         sentences.append(
-            f"{_labels(not_proved)} {are} equivalent in {report.metric.name} and not proved: both are true, "
-            f"{updates} not the larger batch's."
+            f"{group_names(not_proved)} {are} equivalent in {report.metric.name} and not proved: both are "
+            f"true, {updates} not the larger batch's."
         )
     return sentences
 
@@ -175,13 +175,21 @@ def _batch_size_results(report: Report) -> str:
     return f"At equal samples seen, {_list(worse)} did worse than {smallest.batch_size}."
 
 
+def three_digits(value: float) -> str:
+    """A positive cost, rounded to three significant digits: 3.89, 78.9, 281, 25,600."""
+    if not math.isfinite(value) or value == 0:
+        return f"{value:g}"
+    decimals = 2 - math.floor(math.log10(abs(value)))
+    return f"{round(value, decimals):,.{min(max(decimals, 0), 4)}f}"
+
+
 def _two_digits(value: float) -> str:
     """A number of samples, rounded to two significant digits."""
     rounded = float(f"{value:.2g}")
     return f"{rounded:,.0f}" if abs(rounded) >= 10 else f"{rounded:g}"
 
 
-def _labels(groups: Sequence[Group]) -> str:
+def group_names(groups: Sequence[Group]) -> str:
     """The groups' labels as a list; a single key is named once."""
     labels = [group.label for group in groups]
     if len(groups[0].values) == 1:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import platform
+from collections.abc import Iterator, Mapping, Sequence
+from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,6 +22,9 @@ from .tracker import MLflowTracker, Tracker
 
 if TYPE_CHECKING:
     from ..data.digest import DatasetRecord
+
+# Named with their versions in every run and report.
+PACKAGES = ("accumexp", "numpy", "hydra-core", "mlflow")
 
 
 class RunRecord:
@@ -75,10 +80,21 @@ def describing_tags(device: torch.device, unequal: Sequence[Inequality]) -> dict
     """Tags of the device and libraries of a run, and of why its window cannot be the larger batch."""
     return {
         "accumexp.device": device_name(device),
+        "accumexp.python": platform.python_version(),
         "accumexp.torch": torch.__version__,
+        "accumexp.packages": ", ".join(f"{name} {version}" for name, version in _versions()),
         "accumexp.tf32": str(tf32(device)).lower(),
         **inequality_tag(unequal),
     }
+
+
+def _versions() -> Iterator[tuple[str, str]]:
+    """The installed packages of `PACKAGES` with their versions."""
+    for name in PACKAGES:
+        try:
+            yield name, metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
 
 
 def inequality_tag(unequal: Sequence[Inequality]) -> dict[str, str]:

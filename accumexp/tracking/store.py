@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import getpass
-import json
 import logging
 import os
 import re
@@ -22,9 +21,8 @@ from ..errors import UsageError, first_line
 from .addresses import URI, check_address, check_server
 from .names import legal_name
 from .run_folder import RunFolder, RunStatus
+from .ui import run_page, sweep_page, sweep_view
 
-COSTS = ("update_ms", "samples_per_second", "activation_mib", "peak_memory_mib")
-LOCAL_UI = "http://127.0.0.1:5000"
 REQUEST_TIMEOUT = 10  # seconds
 # No telemetry; one retry, so that a server that is down is found in seconds; a run prints its own address.
 ENVIRONMENT = {
@@ -108,16 +106,16 @@ class Store:
         if self._database is not None and _inode(self._database) != self._inode:
             raise FileNotFoundError(f"the file {self._database} was removed or replaced during the run")
 
-    def _runs_page(self) -> str:
-        base = self.uri.rstrip("/") if self.on_server else LOCAL_UI
-        return f"{base}/#/experiments/{self.experiment_id}/runs"
+    @property
+    def _server(self) -> str | None:
+        return self.uri if self.on_server else None
 
     def run_address(self, run_id: str) -> str:
-        return f"{self._runs_page()}/{run_id}"
+        return run_page(self._server, self.experiment_id, run_id)
 
     def sweep_address(self, parent_id: str) -> str:
         """The page of the parent's children, which MLflow's default view hides."""
-        return f"{self._runs_page()}?workflowType=machine_learning&viewStateShareKey={parent_id}"
+        return sweep_page(self._server, self.experiment_id, parent_id)
 
     def charts_address(self, parent_id: str) -> str:
         """The page that compares the children's curves."""
@@ -133,32 +131,12 @@ class Store:
     ) -> None:
         """Saves the view of the parent's children for `sweep_address`, grouped over seeds.
 
-        The view is a tag of the experiment in the form of the UI's own shared views, which MLflow does not
-        document (as of 3.17); a UI without them shows its default view.
-
         Args:
             varied: the params that distinguish the groups.
             metric: the key of `final/*` that the groups are compared by.
         """
-        view = {
-            "searchFilter": f"tags.mlflow.parentRunId = '{parent_id}'",
-            "orderByKey": "params.`accum.steps`",
-            "orderByAsc": True,
-            "startTime": "ALL",
-            "lifecycleFilter": "Active",
-            "datasetsFilter": [],
-            "modelVersionFilter": "All Runs",
-            "selectedColumns": [f"params.`{key}`" for key in (*varied, "seed")]
-            + [f"metrics.`final/{key}`" for key in dict.fromkeys((metric, "loss", *COSTS))],
-            "columnOrder": [],
-            "columnWidths": {},
-            "groupBy": {
-                "aggregateFunction": "average",
-                "groupByKeys": [{"mode": "param", "groupByData": key} for key in varied],
-            },
-        }
         tag = f"mlflow.sharedViewState.{parent_id}"
-        self.client.set_experiment_tag(self.experiment_id, tag, json.dumps(view))
+        self.client.set_experiment_tag(self.experiment_id, tag, sweep_view(parent_id, varied, metric))
 
     def log_once(self, run_id: str, values: Mapping[str, float]) -> None:
         """Metrics without a step, in calls of a size that servers take."""

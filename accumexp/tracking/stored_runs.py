@@ -61,6 +61,24 @@ def jobs_of(store: Store, sweep: PastRun) -> list[PastRun]:
     return [_past(run) for run in runs]
 
 
+def delete_sweep(store: Store, sweep: PastRun) -> tuple[int, int]:
+    """Marks a sweep's runs and their logged models as deleted, for `mlflow gc` to remove.
+
+    Returns:
+        The numbers of runs, the parent's among them, and of logged models.
+    """
+    runs = [*jobs_of(store, sweep), sweep]
+    models = 0
+    for run in runs:
+        query = f"source_run_id = '{run.run_id}'"
+        while page := store.client.search_logged_models([run.experiment_id], query, max_results=100):
+            for model in page:
+                store.client.delete_logged_model(model.model_id)
+            models += len(page)
+        store.client.delete_run(run.run_id)
+    return len(runs), models
+
+
 def curve(store: Store, run_id: str, key: str) -> list[tuple[int, float]]:
     """(step, value) of every point of a metric, by step; a step logged twice counts once, the newest."""
     points = sorted(store.client.get_metric_history(run_id, key), key=lambda p: (p.step, p.timestamp))

@@ -27,7 +27,6 @@ from ..data.labels import ClassIndices, Probabilities, TargetCheck
 from ..environment.cores import cores, most_workers
 from ..environment.random_state import random_state, restore_random_state
 from ..errors import TrainingError, UsageError, compiler_error, first_line
-from ..proof.additivity import loss_average
 from .evaluated_schedule import takes_metric
 from .evaluation import plain_values, precision, unweighted
 from .losses import Regression
@@ -151,6 +150,8 @@ def average_warning(experiment: Experiment, outputs: Any) -> str | None:
     alone = cast(int, accum.steps) * experiment.rank_info.size == 1
     if example is None or known or alone or accum.reduction is Reduction.sum:
         return None
+    from ..proof.additivity import loss_average  # the proof, only for losses that are not known
+
     average = loss_average(criterion, outputs, example[1], experiment.model, example[0])
     if average is None:
         return None

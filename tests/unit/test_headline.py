@@ -1,0 +1,130 @@
+"""What a report says that it has established, and what not; and what a reader can do with its page."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from matplotlib.image import imread
+
+from accumexp.report.headline import headline
+from accumexp.report.hover import MAX_AREAS, WIDTH
+from accumexp.report.page import config_differences, page
+from accumexp.report.pictures import draw
+from accumexp.report.wording import three_digits
+
+from ..support.past_sweeps import Values, job, over_steps, reported, sweep
+
+
+def noisy(steps: int, seed: int) -> float:
+    return 0.9 + 0.01 * seed + 0.002 * ((seed * 7 + steps) % 3 - 1)
+
+
+def same(steps: int, update: int) -> float:
+    return 2.0 / update * (1 + 1e-8 * steps)
+
+
+def other(steps: int, update: int) -> float:
+    return 2.0 / update * (1 + (0.01 if steps == 4 and update > 1 else 0.0))
+
+
+def test_the_headline_parts_the_training_from_what_too_few_seeds_cannot_show() -> None:
+    found = headline(reported(over_steps(noisy, steps=(1, 4), seeds=3, loss=same)))
+    (training,) = found.established
+    assert training == (
+        "Same training: the losses of accum.steps=4 agree with accum.steps=1 to rounding up to update 30."
+    )
+    accuracy, update = found.open
+    assert re.fullmatch(
+        r"Test accuracy: 3 seeds cannot show that accum.steps=4 is within 0.5 points of accum.steps=1; about "
+        r"\d+ would, if there is no difference.",
+        accuracy,
+    )
+    assert update.startswith("Same update: not proved")
+    assert found.command == "python -m accumexp.prove accum.steps=4 seed=0"
+
+
+@pytest.mark.parametrize(
+    ("loss", "accuracy", "established"),
+    [
+        (other, noisy, "accum.steps=4 is another training: its loss leaves the reference's at update 2"),
+        (same, lambda steps, seed: 0.9 + 0.001 * seed, "Test accuracy: accum.steps=4 within 0.5 points of"),
+        (
+            same,
+            lambda steps, seed: 0.9 + 0.1 * (steps == 4) + 0.001 * ((seed * steps) % 3),
+            "Test accuracy: accum.steps=4 is higher by",
+        ),
+    ],
+)
+def test_what_is_shown_is_established(loss: Values, accuracy: Values, established: str) -> None:
+    found = headline(reported(over_steps(accuracy, steps=(1, 4), seeds=10, loss=loss)))
+    assert any(sentence.startswith(established) for sentence in found.established)
+
+
+def test_certificates_replace_the_prompt_for_one() -> None:
+    lines = {1: "proved", 4: "not proved: wrong denominator"}
+    jobs = [
+        job(f"accum.steps={k}", f"seed={s}", final={"accuracy": 0.9}, tags={"accumexp.certificate": lines[k]})
+        for k in (1, 4)
+        for s in range(3)
+    ]
+    found = headline(reported(sweep(*jobs)))
+    assert "Same update: the windows of 3 of 6 runs are certified." in found.established
+    assert "Not proved: 3 of 6 runs have a certificate that says so." in found.established
+    assert found.command == "" and not any("update" in sentence for sentence in found.open[1:])
+    half = headline(reported(sweep(*jobs[:-1], replace(jobs[-1], tags={}))))
+    assert half.command.startswith("python -m accumexp.prove accum.steps=4")
+
+
+def test_only_the_settings_that_differ_are_listed() -> None:
+    jobs = [
+        job(
+            f"accum.steps={k}",
+            "seed=0",
+            final={"accuracy": 0.9},
+            **{"accum.micro_batch_size": 128 // k, "optimizer.momentum": 0.9, "tracking.uri": k},
+        )
+        for k in (1, 4)
+    ]
+    report = reported(sweep(*jobs))
+    assert config_differences([row.group for row in report.rows]) == {
+        "accum.micro_batch_size": {"128": ["accum.steps=1"], "32": ["accum.steps=4"]}
+    }
+
+
+def test_pictures_have_values_where_they_show_them(tmp_path: Path) -> None:
+    report = reported(over_steps(noisy, steps=(1, 4), seeds=3, loss=same))
+    pictures = draw(report, tmp_path)
+    height, width = imread(pictures["accuracy"].path).shape[:2]
+    assert pictures["accuracy"].height / WIDTH == pytest.approx(height / width, abs=0.01)
+    for picture in pictures.values():
+        for area in picture.areas:
+            assert -10 <= area.x and area.x + area.width <= WIDTH + 10
+            assert -10 <= area.y and area.y + area.height <= picture.height + 10
+    texts = [area.text for area in pictures["accuracy"].areas]
+    assert "accum.steps=4, seed 2: 91.8" in texts and any("undecided" in text for text in texts)
+    (first, *others) = [area for area in pictures["loss"].areas if area.text.startswith("update")]
+    assert first.text.startswith("update 1\naccum.steps=1: 2\naccum.steps=4: 2")
+    assert 29 <= len(others) <= 2 * MAX_AREAS
+    html = page(report, pictures)
+    assert html.count("<title>") == 1 + sum(len(picture.areas) for picture in pictures.values())
+
+
+def test_the_circle_of_a_run_is_under_the_pointer_that_asks_for_it(tmp_path: Path) -> None:
+    report = reported(over_steps(noisy, steps=(1, 4), seeds=3))
+    picture = draw(report, tmp_path)["accuracy"]
+    pixels = imread(picture.path)[..., :3].mean(axis=2)
+    scale = pixels.shape[1] / WIDTH
+    points = [area for area in picture.areas if ", seed" in area.text]
+    assert len(points) == 6
+    for area in points:
+        rows = slice(round(area.y * scale), round((area.y + area.height) * scale))
+        columns = slice(round(area.x * scale), round((area.x + area.width) * scale))
+        assert pixels[rows, columns].min() < 0.6  # the circle's edge is grey, the ground white
+
+
+def test_costs_have_three_digits() -> None:
+    shown = [three_digits(value) for value in (0.01234, 3.886, 78.91, 280.78, 25_553.0, 0.0, 999.9)]
+    assert shown == ["0.0123", "3.89", "78.9", "281", "25,600", "0", "1,000"]
