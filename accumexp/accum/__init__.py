@@ -11,7 +11,7 @@ for inputs, targets in loader:             # the whole batch of the update
 ```
 """
 
-from .batch import batch_size, map_tensors, rank_share, split, split_sizes, steps_for, tensors
+from .batch import batch_size, call, map_tensors, rank_share, split, split_sizes, steps_for, tensors
 from .graph import CudaGraphs, GraphedStep, GraphedWindow, GraphRecorder, rates_as_numbers
 from .inequality import Inequality, inequalities
 from .loss import WindowLoss, window_loss
@@ -23,7 +23,7 @@ from .scale import LossScale
 from .step import OptimizerStep, StepResult
 from .sync import Sync, data_parallel, fully_sharded
 from .terms import Term, TermsLoss
-from .window import MicroBatch, Reduction, Window, WindowResult, call
+from .window import MicroBatch, Reduction, Window, WindowResult
 from .window_norm import WindowBatchNorm1d, WindowBatchNorm2d, WindowBatchNorm3d, window_batch_norm
 
 Record = GraphRecorder  # its former name

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 Nested = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
 
@@ -52,6 +52,13 @@ def _like(batch: tuple[Any, ...] | list[Any], values: Iterable[Any]) -> Any:
     """`values` as a sequence of the type of `batch`; a named tuple takes them one by one."""
     make = getattr(type(batch), "_make", type(batch))
     return make(values)
+
+
+def call(model: nn.Module, inputs: Nested) -> Any:
+    """Calls `model` with a tensor, the items of a tuple or list, or the named values of a dict."""
+    if isinstance(inputs, Tensor):
+        return model(inputs)
+    return model(**inputs) if isinstance(inputs, Mapping) else model(*inputs)
 
 
 def split_sizes(samples: int, steps: int, *, empty: bool = False) -> list[int]:

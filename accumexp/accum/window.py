@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
-from .batch import Nested
+from .batch import Nested, call
 from .buffers import Fp32Buffers
 from .choose_objective import LateWeights, check_late_weights, objective_of, passes_of
 from .forward_state import ForwardState
@@ -317,10 +317,3 @@ class Window:
 
 class _ReturnsTerms(Exception):
     """A loss that was taken as a mean over samples returned terms by name."""
-
-
-def call(model: nn.Module, inputs: Nested) -> Any:
-    """Calls `model` with a tensor, the items of a tuple or list, or the named values of a dict."""
-    if isinstance(inputs, Tensor):
-        return model(inputs)
-    return model(**inputs) if isinstance(inputs, Mapping) else model(*inputs)
