@@ -31,7 +31,8 @@ from .term_causes import not_a_sum_cause, term_causes
 UNEXPLAINED = ("unknown", "another loss", "underflow")
 WITHOUT_STATISTICS = (
     "take a norm without statistics over samples (GroupNorm), or over groups that both share "
-    "(ghost batch norm), or freeze the statistics"
+    "(ghost batch norm), or freeze the statistics; accumexp's window can take those of the whole window "
+    "(accumexp.accum.window_batch_norm, model.norm=window)"
 )
 WHOLE_WINDOW_LOSS = (
     "compute the loss on all outputs of the window at once, then go back through the micro-batches "
