@@ -38,9 +38,10 @@ class OneGradientPerTerm(SeveralDenominators):
     def value_and_share(self, k: int, outputs: object, targets: Nested) -> tuple[Tensor, Tensor]:
         terms = self.loss.terms(outputs, targets)
         late = {name: term for name, term in terms.items() if self._key(name, term) not in self._weights}
-        self._late = late
+        self._late, self._names = late, list(terms)
         self._latest = {name: term for name, term in terms.items() if name not in late}
         first = next(iter(terms.values())).total.reshape(())
+        self._dtype = first.dtype
         values = [
             term.total.reshape(()) * (term.coefficient * self._reciprocal(name, term, first))
             for name, term in self._latest.items()

@@ -114,8 +114,10 @@ class SeveralDenominators(Objective):
         self.batch = batch
         self.passes = 0 if loss.late == () else 1
         self._device = next(sync.module.parameters()).device
+        self._dtype = torch.float32  # of the totals
         self._totals: dict[str, Tensor] = {}  # by term: of this rank, detached
         self._latest: Mapping[str, Term] = {}
+        self._names: list[str] = []  # in the order of the loss
         self._late_totals: dict[str, Tensor] = {}  # of late terms, over all ranks
         parts = [loss.weights(targets) for targets in batch.targets]
         counted = {name: sum((part[name] for part in parts[1:]), parts[0][name]) for name in parts[0]}
@@ -148,6 +150,7 @@ class SeveralDenominators(Objective):
         values = []
         for name, term in terms.items():
             total = term.total.reshape(())
+            self._dtype = total.dtype
             factor = term.coefficient * self._reciprocal(name, term, total)
             values.append(total * factor)
             if isinstance(term.weight, Tensor) and term.weight.requires_grad and name in self._late_totals:
@@ -155,7 +158,7 @@ class SeveralDenominators(Objective):
                 slope = -self._late_totals[name].to(total.dtype) * self._reciprocal(name, term, total)
                 weight = term.weight.reshape(())
                 values.append((weight - weight.detach()) * slope * factor)
-        self._latest = terms
+        self._latest, self._names = terms, list(terms)
         value = sum(values[1:], values[0])
         return value, torch.ones_like(value)
 
@@ -171,9 +174,9 @@ class SeveralDenominators(Objective):
         return sum(parts[1:], parts[0])
 
     def terms(self) -> Mapping[str, Tensor]:
-        if not self._totals:  # padding alone
-            return {name: torch.zeros_like(term.total.detach()) for name, term in self._latest.items()}
-        return self._totals
+        # A rank of padding alone has no totals, and adds zeros to the others'.
+        zero = torch.zeros((), dtype=self._dtype, device=self._device)
+        return {name: self._totals.get(name, zero.clone()) for name in self._names}
 
     @property
     def weight(self) -> Tensor | float:

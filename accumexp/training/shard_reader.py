@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import pickle
 import zipfile
+from enum import EnumMeta
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,17 @@ ALLOWED = {
 }
 
 
+def _member(kind: Any, name: str) -> Any:
+    """The member of an enumeration, which Python before 3.11.4 pickles as a call of `getattr`."""
+    if not isinstance(kind, EnumMeta):
+        raise RuntimeError(f"{METADATA} names getattr of {kind!r}, which is no part of it")
+    return kind[name]
+
+
 class _Metadata(pickle._Unpickler):  # in Python: C's would allocate its memo by a number in the pickle
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("builtins", "getattr"):
+            return _member
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if not is_dtype and name not in ALLOWED.get(module, ()):
             raise RuntimeError(f"{METADATA} names {module}.{name}, which is no part of it")

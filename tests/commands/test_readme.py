@@ -109,7 +109,7 @@ def test_the_documentation_names_what_there_is() -> None:
     for part in (ROOT / "accumexp").glob("[a-z]*"):
         assert part.name in tree, part.name
     for group in (path.name for path in (ROOT / "accumexp" / "conf").iterdir() if path.is_dir()):
-        if group in ("hydra", "trainer"):
+        if group in ("hydra", "trainer", "__pycache__"):
             continue
         page = PAGES["docs/configuration.md"]
         (row,) = re.findall(rf"^\| `{group}` \|(.*)\|$", page, flags=re.MULTILINE)
