@@ -23,8 +23,6 @@ class OneGradientPerTerm(SeveralDenominators):
     a backward for each buffer, and one for the other terms.
     """
 
-    adds_last = True
-
     def __init__(self, loss: SeveralTerms, sync: Sync, batch: WindowBatch) -> None:
         super().__init__(loss, sync, batch)
         self.passes = 0

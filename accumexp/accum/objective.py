@@ -25,11 +25,9 @@ class Objective:
 
     Attributes:
         passes: forward passes of every micro-batch that come before those with a backward.
-        adds_last: whether `add_last` completes `.grad` after the last micro-batch, before ranks are added.
     """
 
     passes = 0
-    adds_last = False
 
     def prepare(self, first_pass: FirstPass) -> None:
         """Makes the passes without gradients, if any."""
@@ -43,7 +41,10 @@ class Objective:
         value.backward(start)
 
     def add_last(self, agree: Callable[..., bool] | None) -> None:
-        """Adds what is known after the last micro-batch alone; `agree` as of `Window.backward`."""
+        """Adds to `.grad` what is known after the last micro-batch alone, before ranks are added.
+
+        `agree` is as of `Window.backward`.
+        """
 
     def add(self, value: Tensor) -> None:
         """Adds the last micro-batch's value, after its backward; not called for padding."""

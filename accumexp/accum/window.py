@@ -200,18 +200,18 @@ class Window:
             self._norms.find_sums(self._value_of, self._start_of_backward)
         if self._buffers:
             self._buffers.open()
-        # Whether ranks are added in the last backward, and not after it.
-        in_backward = not self._buffers and agree is None and not objective.adds_last
-        if objective.adds_last and agree is None:
+        # Whether the ranks' gradients are added after the last backward, and not in it.
+        after = agree is not None or self.late_weights == "gradients"
+        if after and agree is None:
             self.sync.begin_without_sync()
-        if not in_backward:
+        if after or self._buffers:
             self.sync.watch_use()
         steps = len(batch.parts)
         done: MicroBatch | None = None
         self.under_way = 0
         for k, (inputs_k, targets_k) in enumerate(batch):
             last = k == steps - 1
-            with self.sync.micro_batch(last and in_backward):
+            with self.sync.micro_batch(last and not self._buffers and not after):
                 with self.precision():
                     outputs = self.forward(k, inputs_k)
                     value, share = self._value_of(k, outputs, targets_k)
@@ -219,7 +219,7 @@ class Window:
                 objective.backward(value, start)
             if self.after_micro_batch:
                 done = MicroBatch(k, last, batch.sizes[k], targets_k, share)
-                if not last or agree is None and not objective.adds_last:
+                if not last or not after:
                     self._notify(done)
             if first_pass is not None:
                 first_pass.repeated(k, outputs)
@@ -229,9 +229,8 @@ class Window:
                     observe(outputs.detach() if isinstance(outputs, Tensor) else outputs, targets_k)
             # Freed before the next forward: a language model's outputs are its peak memory.
             del outputs, value
-        if objective.adds_last:
-            objective.add_last(agree)
-        if agree is not None or objective.adds_last:
+        objective.add_last(agree)
+        if after:
             unused = not self._buffers and bool(self.sync.unused())
             some_unused = unused if agree is None else agree(unused)
             if not self._buffers:
