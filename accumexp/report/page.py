@@ -14,7 +14,7 @@ from .analysis import Report
 from .groups import Group
 from .headline import headline
 from .hover import WIDTH, Picture
-from .tables import cost_table, result_table
+from .tables import cost_table, result_table, terms_table
 from .trajectory import EARLY_UPDATES, JUMP_FACTOR
 from .wording import conclusion, noise_conclusion, reason
 
@@ -39,6 +39,7 @@ def page(report: Report, pictures: Mapping[str, Picture]) -> str:
         headline=headline(report),
         results=result_table(report),
         costs=cost_table(report),
+        terms=terms_table(report),
         certificates=_certificates(report),
         reasons={comparison.group.label: reason(comparison, report) for comparison in report.comparisons},
         noise_conclusion=noise_conclusion(report),

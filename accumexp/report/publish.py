@@ -19,7 +19,7 @@ from .jobs import Sweep
 from .page import page
 from .pictures import draw
 from .statistics import Verdict
-from .tables import cost_table, group_rows, job_rows, print_tables, result_table, terminal_tables, write_csv
+from .tables import all_tables, group_rows, job_rows, print_tables, terminal_tables, write_csv
 from .wording import conclusion, noise_conclusion, reason
 
 FOLDER = "report"
@@ -147,7 +147,7 @@ def _json_tag(entries: list[Any], container: type) -> str:
 
 def note(report: Report) -> str:
     """The report as markdown, of at most the length of a tag."""
-    tables = [result_table(report).markdown(), cost_table(report).markdown()] if report.rows else []
+    tables = [table.markdown() for table in all_tables(report)] if report.rows else []
     left_out = [
         f"- left out: {markdown_text(f'{job.overrides_text}: {job.status} {job.error or str()}')}"
         for job in report.sweep.unfinished

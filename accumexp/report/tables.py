@@ -22,6 +22,8 @@ from .wording import certificate_cell, mean_and_std, p_value, reason, signed_int
 VERDICT_STYLES = {"equivalent": "green", "different": "red", "undecided": "yellow", "reference": "dim"}
 # Columns that are dropped in a narrow terminal, in this order.
 OPTIONAL_COLUMNS = ["p", "training", "certificate", "seeds"]
+# The beginning of the keys of a loss's terms in `final/*`.
+TERM = "loss/"
 # Heading, key of `Group.costs`, unit (MiB stands for that of both memory columns), and whether the ratio to
 # the reference is shown.
 COST_COLUMNS = [
@@ -86,6 +88,26 @@ def cost_table(report: Report) -> Table:
     return Table(len(report.keys), [*report.keys, *headings], rows)
 
 
+def terms_table(report: Report) -> Table | None:
+    """The mean over seeds of each term of the loss on the test split; None for losses of one term."""
+    names = sorted({key for job in report.sweep.finished for key in job.final if key.startswith(TERM)})
+    if not names:
+        return None
+    rows = []
+    for row in report.rows:
+        values = [row.group.finals(name) for name in names]
+        cells = [f"{sum(of_seeds) / len(of_seeds):.4f}" if of_seeds else "-" for of_seeds in values]
+        rows.append([*row.group.values.values(), *cells])
+    headings = [f"test {name.replace(TERM, 'loss ', 1)}" for name in names]
+    return Table(len(report.keys), [*report.keys, *headings], rows)
+
+
+def all_tables(report: Report) -> list[Table]:
+    """Results, costs, and the terms of the loss if it has several."""
+    terms = terms_table(report)
+    return [result_table(report), cost_table(report), *([terms] if terms else [])]
+
+
 def memory_unit(report: Report) -> tuple[str, float]:
     """The unit of the memory columns, so that the largest number is from 1 to 9,999, and its MiB."""
     costs = [cost for row in report.rows for name, cost in row.group.costs().items() if name.endswith("_mib")]
@@ -110,7 +132,7 @@ def _cost_cells(row: Row, memory_unit: tuple[str, float]) -> list[str]:
 
 
 def terminal_tables(report: Report, width: int | None = None) -> list[RichTable]:
-    """Both tables for a rich console; optional columns are dropped until they fit into `width`."""
+    """The tables for a rich console; optional columns are dropped until they fit into `width`."""
     if not report.rows:
         return []
     table = result_table(report)
@@ -119,7 +141,7 @@ def terminal_tables(report: Report, width: int | None = None) -> list[RichTable]
         if width is None or _width(results) <= width:
             break
         results = _rich_table(table, OPTIONAL_COLUMNS[:dropped])
-    return [results, _rich_table(cost_table(report))]
+    return [results, *map(_rich_table, all_tables(report)[1:])]
 
 
 def _rich_table(table: Table, dropped: Sequence[str] = ()) -> RichTable:

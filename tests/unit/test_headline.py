@@ -13,6 +13,7 @@ from accumexp.report.headline import headline
 from accumexp.report.hover import MAX_AREAS, WIDTH
 from accumexp.report.page import config_differences, page
 from accumexp.report.pictures import draw
+from accumexp.report.tables import terminal_tables, terms_table
 from accumexp.report.wording import three_digits
 
 from ..support.past_sweeps import Values, job, over_steps, reported, sweep
@@ -128,3 +129,23 @@ def test_the_circle_of_a_run_is_under_the_pointer_that_asks_for_it(tmp_path: Pat
 def test_costs_have_three_digits() -> None:
     shown = [three_digits(value) for value in (0.01234, 3.886, 78.91, 280.78, 25_553.0, 0.0, 999.9)]
     assert shown == ["0.0123", "3.89", "78.9", "281", "25,600", "0", "1,000"]
+
+
+def test_the_terms_of_a_loss_are_a_table_of_their_own() -> None:
+    def final(steps: int, seed: int) -> dict[str, float]:
+        return {
+            "accuracy": 0.9,
+            "loss": 0.3,
+            "loss/balance": 0.1 * steps,
+            "loss/cross_entropy": 0.2 + 0.1 * seed,
+        }
+
+    jobs = [job(f"accum.steps={k}", f"seed={s}", final=final(k, s)) for k in (1, 4) for s in (0, 1)]
+    report = reported(sweep(*jobs))
+    terms = terms_table(report)
+    assert terms is not None
+    assert terms.columns == ["accum.steps", "test loss balance", "test loss cross_entropy"]
+    assert terms.rows == [["1", "0.1000", "0.2500"], ["4", "0.4000", "0.2500"]]
+    assert len(terminal_tables(report)) == 3 and "Terms of the loss" in page(report, {})
+    plain = reported(over_steps(noisy, steps=(1, 4), seeds=2))
+    assert terms_table(plain) is None and "Terms of the loss" not in page(plain, {})
