@@ -87,8 +87,8 @@ def measured(experiment: str, variant: str, *overrides: str) -> dict[str, Any]:
     trainer.fit()
     seconds = perf_counter() - started
     # Whatever was trained on, the loss that is evaluated is the experiment's own.
-    own = configuration(experiment, "window", *overrides)
-    trainer.evaluator = Experiment.build(own, splits=trainer.splits).evaluator
+    evaluated = configuration(experiment, "window", *overrides)
+    trainer.evaluator = Experiment.build(evaluated, splits=trainer.splits).evaluator
     values = trainer.evaluate("test")
     return {
         "experiment": experiment,
@@ -104,8 +104,10 @@ def run_all(experiment: str, seeds: list[int], variants: list[str], overrides: l
     rows: Rows = []
     for seed in seeds:
         for variant in variants:
-            own = [f"data.batch_size={micro_batch(experiment)}"] if variant == "separate updates" else []
-            row = measured(experiment, variant, f"seed={seed}", *own, *overrides)
+            batch_overrides = (
+                [f"data.batch_size={micro_batch(experiment)}"] if variant == "separate updates" else []
+            )
+            row = measured(experiment, variant, f"seed={seed}", *batch_overrides, *overrides)
             rows.append(row)
             shown = ", ".join(f"{name} {value:.4f}" for name, value in row["metrics"].items())
             say(f"{experiment}, {variant}, seed {seed}: {shown}, {row['seconds']:.0f} s")
@@ -143,11 +145,11 @@ def main() -> None:
             two = ["window", "larger batch"]
             curves[experiment] = apart(run_all(experiment, [0], two, ["precision=fp64", *overrides]))
             say(f"{experiment}: losses in float64 are at most {curves[experiment]:.1e} apart, relatively")
-        own = run_all(experiment, options.seeds, options.variants, overrides)
-        rows += own
+        experiment_rows = run_all(experiment, options.seeds, options.variants, overrides)
+        rows += experiment_rows
         for variant in options.variants:
             for metric in METRICS[experiment]:
-                values = [row["metrics"][metric] for row in own if row["variant"] == variant]
+                values = [row["metrics"][metric] for row in experiment_rows if row["variant"] == variant]
                 mean, least, most = statistics.mean(values), min(values), max(values)
                 table.add_row(experiment, variant, metric, f"{mean:.4f}", f"{least:.4f}", f"{most:.4f}")
     report = {

@@ -74,17 +74,17 @@ def windows(model: nn.Module, steps: int) -> dict[str, Window]:
 def gradient_errors(model: nn.Module, steps: int, batch: tuple[Tensor, Tensor]) -> dict[str, list[float]]:
     """In fp64, by name: the errors of the gradient and of the running statistics against one plain batch."""
     inputs, targets = batch[0].double(), batch[1]
-    found = {}
+    results = {}
     for name, window in windows(model.double(), steps).items():
         window.backward(inputs, targets)
         gradient = torch.cat([p.grad.flatten() for p in window.model.parameters() if p.grad is not None])
         names = [name for name, _ in window.model.named_buffers() if "running" in name]
         buffers = torch.cat([window.model.get_buffer(name) for name in names])
-        found[name] = gradient, buffers
-    exact = found["one batch"]
+        results[name] = gradient, buffers
+    exact = results["one batch"]
     return {
         name: [float((own - right).norm() / right.norm()) for own, right in zip(both, exact, strict=True)]
-        for name, both in found.items()
+        for name, both in results.items()
     }
 
 

@@ -86,14 +86,14 @@ class OneGradientPerTerm(SeveralDenominators):
             {f"{kind} {name}": self._numbers[name, kind] for name, kind in self._numbers}
         )
         for name in names:
-            weight, own = summed[f"weight {name}"], self._numbers[name, "total"]
-            total = torch.as_tensor(summed[f"total {name}"]).to(own)
+            weight, rank_total = summed[f"weight {name}"], self._numbers[name, "total"]
+            total = torch.as_tensor(summed[f"total {name}"]).to(rank_total)
             self._weights[name] = weight
-            share = self._coefficients[name] * reciprocal_of(weight, own)
-            self._totals[name] = own * share
+            share = self._coefficients[name] * reciprocal_of(weight, rank_total)
+            self._totals[name] = rank_total * share
             # The derivative of total / weight by the weight is -total / weight^2.
             self._add((name, "total"), share)
-            self._add((name, "weight"), -total * share * reciprocal_of(weight, own))
+            self._add((name, "weight"), -total * share * reciprocal_of(weight, rank_total))
         self._gradients.clear()
 
     def _add(self, key: tuple[str, str], factor: Tensor) -> None:

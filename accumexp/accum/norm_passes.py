@@ -197,13 +197,15 @@ class WindowNorms:
 
     def _joined(self, parts: list[Statistics], call: Call) -> Statistics:
         """The statistics of all micro-batches of all ranks."""
-        own, ranks = Statistics.joined(parts), self.sync.ranks
+        statistics, ranks = Statistics.joined(parts), self.sync.ranks
         self._wait_for_ranks()
         if ranks.size > 1:
-            own = Statistics.joined([Statistics.unpacked(each) for each in ranks.gather(own.packed())])
-        if self._values < 2 and float(own.count) < 2:
+            statistics = Statistics.joined(
+                [Statistics.unpacked(each) for each in ranks.gather(statistics.packed())]
+            )
+        if self._values < 2 and float(statistics.count) < 2:
             raise ValueError(f"{self._name(call)}: Expected more than 1 value per channel when training")
-        return own
+        return statistics
 
     def _wait_for_ranks(self) -> None:
         """Before a collective: fails on all ranks if a micro-batch of this pass has failed on another."""
@@ -267,8 +269,8 @@ class WindowNorms:
                 if self.batch.sizes[k]:
                     leaves = [marked.marks[call] for call in level]
                     options: dict[str, Any] = {"retain_graph": not last, "allow_unused": True}
-                    found = torch.autograd.grad(marked.value, leaves, seed(marked.share), **options)
-                    for total, part in zip(sums, found, strict=True):
+                    gradients = torch.autograd.grad(marked.value, leaves, seed(marked.share), **options)
+                    for total, part in zip(sums, gradients, strict=True):
                         total += 0 if part is None else part
                 del marked
             self._wait_for_ranks()

@@ -171,14 +171,14 @@ class WindowOutputs:
             return alone
         counts = torch.tensor(self._counts[0], device=alone[0].device)
         self._counts = [rank.tolist() for rank in self.ranks.gather(counts)]
-        return [self._over_ranks(index, own) for index, own in enumerate(alone)]
+        return [self._over_ranks(index, rank_rows) for index, rank_rows in enumerate(alone)]
 
-    def _over_ranks(self, index: int, own: Tensor) -> Tensor:
+    def _over_ranks(self, index: int, rank_rows: Tensor) -> Tensor:
         """The rows of column `index` on all ranks, in the order of the batch."""
         counts = [rank[index] for rank in self._counts]
         most = max(sum(each) for each in counts)
-        padded = own.new_zeros(most, *own.shape[1:])
-        padded[: len(own)] = own
+        padded = rank_rows.new_zeros(most, *rank_rows.shape[1:])
+        padded[: len(rank_rows)] = rank_rows
         gathered = self.ranks.gather(padded)
         parts = [rows[: sum(each)].split(each) for rows, each in zip(gathered, counts, strict=True)]
         return torch.cat([part for row in zip(*parts, strict=True) for part in row])

@@ -33,8 +33,8 @@ def info_nce(outputs: Any, targets: Any = None, temperature: float = 0.1) -> Ten
     """
     first, second = _pair(outputs)
     similarities = F.normalize(first, dim=1) @ F.normalize(second, dim=1).T / temperature
-    own = torch.arange(len(similarities), device=similarities.device)
-    return (F.cross_entropy(similarities, own) + F.cross_entropy(similarities.T, own)) / 2
+    positives = torch.arange(len(similarities), device=similarities.device)
+    return (F.cross_entropy(similarities, positives) + F.cross_entropy(similarities.T, positives)) / 2
 
 
 @couples

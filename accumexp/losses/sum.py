@@ -51,30 +51,30 @@ class Sum(nn.Module):
 
     def weights(self, targets: Any) -> dict[str, Tensor | float]:
         """The weights that depend on the targets alone, by term."""
-        found: dict[str, Tensor | float] = {}
+        weights: dict[str, Tensor | float] = {}
         for name, part in self._parts.items():
-            own = part.of_targets(targets)
+            part_targets = part.of_targets(targets)
             if isinstance(part.loss, SeveralTerms):
-                found.update({_inner(name, key): w for key, w in part.loss.weights(own).items()})
+                weights.update({_inner(name, key): w for key, w in part.loss.weights(part_targets).items()})
             elif not isinstance(part.loss, CoupledLoss):
-                found[name] = part.loss.weight(own)
-        return found
+                weights[name] = part.loss.weight(part_targets)
+        return weights
 
     def terms(self, outputs: Any, targets: Any) -> dict[str, Term]:
         """The terms of a batch by name; a loss of several terms gives `<name>/<its term>`."""
-        found: dict[str, Term] = {}
+        terms: dict[str, Term] = {}
         for name, part in self._parts.items():
-            loss, own_outputs, own_targets = part.loss, part.of(outputs), part.of_targets(targets)
+            loss, own_outputs, part_targets = part.loss, part.of(outputs), part.of_targets(targets)
             if isinstance(loss, SeveralTerms | CoupledLoss):
-                for key, term in loss.terms(own_outputs, own_targets).items():
+                for key, term in loss.terms(own_outputs, part_targets).items():
                     coefficient = term.coefficient * part.coefficient
-                    found[_inner(name, key)] = term._replace(coefficient=coefficient)
+                    terms[_inner(name, key)] = term._replace(coefficient=coefficient)
                 continue
-            total = loss.total(own_outputs, own_targets)
+            total = loss.total(own_outputs, part_targets)
             if getattr(loss, "returns_terms", False):
                 raise ValueError(f"terms.{name}: returns several terms, give them one by one")
-            found[name] = Term(total.reshape(()), loss.weight(own_targets), part.coefficient)
-        return found
+            terms[name] = Term(total.reshape(()), loss.weight(part_targets), part.coefficient)
+        return terms
 
     def kept(self, outputs: Any) -> Any:
         """The outputs that the terms take, by their keys; all of them if a term takes all."""

@@ -177,8 +177,8 @@ def _uniform(parts: Decomposition, count: float, subject: str, whole: bool, why:
     why = why or next(named, "")
     uncommon = rounded or why == divided_by_steps
     # Other numbers of micro-batches have other sums of means; that needs no word.
-    told = whole and (uncommon or not why)
-    others = parts.failure.other_factors(count, uncommon) if told else ""
+    tells_others = whole and (uncommon or not why)
+    others = parts.failure.other_factors(count, uncommon) if tells_others else ""
     if why == divided_by_steps and others:
         why = f"divided by steps, whatever the number of micro-batches: {why}"
     if not why:

@@ -56,17 +56,17 @@ def diagnose(problem: Problem, failure: Failure, first_window: bool) -> tuple[li
     if first_window and (cause := _unrepeatable(problem, failure)):
         causes.append(cause)
     parts = decompose(problem, failure)
-    found, counts = term_causes(problem, failure, parts) if parts is not None else ([], [])
-    if not found and parts is not None:
-        found, counts = counts_causes(problem, failure, parts)
-    if not found and not failure.precision and (even := _evenly_cut(problem, failure, parts)) is not None:
-        found, counts = counts_causes(problem, failure, even)
+    explained, counts = term_causes(problem, failure, parts) if parts is not None else ([], [])
+    if not explained and parts is not None:
+        explained, counts = counts_causes(problem, failure, parts)
+    if not explained and not failure.precision and (even := _evenly_cut(problem, failure, parts)) is not None:
+        explained, counts = counts_causes(problem, failure, even)
     if parts is not None and (average := _average_cause(problem, failure, parts, counts)):
-        found = [average]
-    causes += found
-    if not found and (cause := _changed_buffers_cause(failure)):
+        explained = [average]
+    causes += explained
+    if not explained and (cause := _changed_buffers_cause(failure)):
         return [*causes, cause], counts
-    if not found and not failure.precision:
+    if not explained and not failure.precision:
         causes += _coupled(problem, failure) + _coupling_loss(problem, failure, parts)
     return (causes or [_unexplained(problem, failure, parts)]), counts
 

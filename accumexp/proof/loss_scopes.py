@@ -31,10 +31,10 @@ def scope_cause(problem: Problem, failure: Failure, parts: Decomposition) -> Cau
     shares = parts.shares
     if not isinstance(shares, SharesByOutput):
         return None
-    found = _found(problem, failure, parts, shares)
-    if found is None:
+    scope = _found(problem, failure, parts, shares)
+    if scope is None:
         return None
-    terms, where, factor = found
+    terms, where, factor = scope
     what = "it" if len(shares.terms) == 1 else f"term {' and term '.join(map(repr, terms))}"
     if len(terms) == len(shares.terms):
         what = "it"

@@ -62,29 +62,29 @@ def overflows(problem: Problem, batch: WholeBatch) -> list[Overflow]:
     batch = cast(batch, problem.dtype)
     count = max(all_gather(len(first_update(TrainingState(problem, problem.dtype), batch).sizes)))
     places = [(r, k) for r in range(world_size()) for k in range(count)]
-    found = []
+    overflows = []
     moved = _moved_without(problem, batch)
     for place in [*places, None]:
         numbers = range(count) if place is None else (place[1],)
         every = all_gather(_overflow(problem, batch, place, numbers if _concerns(place) else (), moved))
         # The rank that changes most; the scale is the same on all.
-        found.append(max(every, key=lambda each: (each.changed, each.off(scaling.backoff_factor))))
-    return found
+        overflows.append(max(every, key=lambda each: (each.changed, each.off(scaling.backoff_factor))))
+    return overflows
 
 
-def checks(problem: Problem, found: Sequence[Overflow]) -> list[Check]:
+def checks(problem: Problem, overflows: Sequence[Overflow]) -> list[Check]:
     """The checks of `overflows`."""
-    if problem.scaling is None or not found:
+    if problem.scaling is None or not overflows:
         return []
     backoff = problem.scaling.backoff_factor
-    changed = max(found, key=lambda each: each.changed)
-    detail = f"{len(found) - 1} places and all at once"
+    changed = max(overflows, key=lambda each: each.changed)
+    detail = f"{len(overflows) - 1} places and all at once"
     if changed.changed:
-        where = places_in_words([each for each in found if each.changed], found)
+        where = places_in_words([each for each in overflows if each.changed], overflows)
         detail = f"something changed after one in {where}"
-    worst = max(found, key=lambda each: each.off(backoff))
-    alike = [each for each in found if abs(each.off(backoff) - worst.off(backoff)) <= CLOSE]
-    factor = f"times {worst.ratio:.3g} after one in {places_in_words(alike, found)}, {backoff:g} is right"
+    worst = max(overflows, key=lambda each: each.off(backoff))
+    alike = [each for each in overflows if abs(each.off(backoff) - worst.off(backoff)) <= CLOSE]
+    factor = f"times {worst.ratio:.3g} after one in {places_in_words(alike, overflows)}, {backoff:g} is right"
     precision = str(problem.autocast or problem.dtype).removeprefix("torch.")
     once = f"{MOVES_ONCE} in {precision}, so within 10 %"
     return [
@@ -93,12 +93,12 @@ def checks(problem: Problem, found: Sequence[Overflow]) -> list[Check]:
     ]
 
 
-def places_in_words(these: Sequence[Overflow], found: Sequence[Overflow]) -> str:
-    """In which micro-batches `these` of all overflows that were `found` are."""
+def places_in_words(these: Sequence[Overflow], overflows: Sequence[Overflow]) -> str:
+    """In which micro-batches `these` of all `overflows` are."""
     places = [each.place for each in these if each.place is not None]
     if not places:
         return "all micro-batches at once"
-    if len(places) == len(found) - 1:
+    if len(places) == len(overflows) - 1:
         return "any micro-batch"
     texts = []
     for who in sorted({r for r, _ in places}):

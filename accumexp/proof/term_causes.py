@@ -37,12 +37,12 @@ def term_causes(problem: Problem, failure: Failure, parts: Decomposition) -> tup
     if parts.shares is None or all(all_gather(parts.fit(parts.gradient) is not None)):
         return [], []
     if cause := scope_cause(problem, failure, parts):
-        found: tuple[list[Cause], list[Counts]] = [cause], []
+        result: tuple[list[Cause], list[Counts]] = [cause], []
     else:
         fit = fit_terms(parts)
-        found = ([], []) if fit is None else _counted(failure, parts, fit)
+        result = ([], []) if fit is None else _counted(failure, parts, fit)
     # The first rank's for all: ranks with other gradients would read them differently.
-    return all_gather(found)[0]
+    return all_gather(result)[0]
 
 
 def _counted(failure: Failure, parts: Decomposition, fit: TermFit) -> tuple[list[Cause], list[Counts]]:
@@ -90,7 +90,7 @@ def not_a_sum_cause(problem: Problem, failure: Failure, parts: Decomposition) ->
 
 def _in_words(parts: Decomposition, name: str, counts: list[float]) -> str:
     """What the `counts` of a term in each micro-batch mean."""
-    counted = [k for k, own in enumerate(weights_of(parts, name)) if own]
+    counted = [k for k, term_weight in enumerate(weights_of(parts, name)) if term_weight]
     first = counts[counted[0]] if counted else 0.0
     if all(_near(parts, counts[k], first) for k in counted):
         if _near(parts, first, 0.0):
@@ -124,13 +124,15 @@ def _factor_in_words(parts: Decomposition, name: str, count: float) -> str:
         (weight, f"its sum is taken, not its mean over a weight of {weight:g}"),
         (weight / samples, f"it is divided by {samples:g} samples, not by its weight of {weight:g}"),
     ]
-    for place, own in (("last", weights[-1]), ("first", weights[0])):
-        of = f"the {place} micro-batch's weight, {own:g}, not by the window's, {weight:g}"
-        if own:
-            reasons.append((weight / own, f"it is divided by {of}"))
-            reasons.append((weight / own / micro_batches, f"it is divided by {micro_batches} times {of}"))
-    found = (text for value, text in reasons if not parts.is_one(value) and _near(parts, count, value))
-    return next((f": {text}" for text in found), "")
+    for place, part_weight in (("last", weights[-1]), ("first", weights[0])):
+        of = f"the {place} micro-batch's weight, {part_weight:g}, not by the window's, {weight:g}"
+        if part_weight:
+            reasons.append((weight / part_weight, f"it is divided by {of}"))
+            reasons.append(
+                (weight / part_weight / micro_batches, f"it is divided by {micro_batches} times {of}")
+            )
+    fitting = (text for value, text in reasons if not parts.is_one(value) and _near(parts, count, value))
+    return next((f": {text}" for text in fitting), "")
 
 
 def _denominators_in_words(parts: Decomposition, name: str, counts: list[float]) -> str:
@@ -138,11 +140,13 @@ def _denominators_in_words(parts: Decomposition, name: str, counts: list[float])
     weights = weights_of(parts, name)
     weight = sum(weights)
     # What a micro-batch's mean counts.
-    means = [count * own / weight for count, own in zip(counts, weights, strict=True)]
+    means = [count * part_weight / weight for count, part_weight in zip(counts, weights, strict=True)]
     samples = sum(parts.weights)
-    by_samples = [own / samples for own in parts.weights]
+    by_samples = [part_weight / samples for part_weight in parts.weights]
     steps = parts.problem.steps
-    own = f"is divided by each micro-batch's own weight, {_list(weights)}, not by the window's, {weight:g}"
+    divided_alone = (
+        f"is divided by each micro-batch's own weight, {_list(weights)}, not by the window's, {weight:g}"
+    )
     for shares, how in (
         ([1.0] * len(means), "its means are added"),
         ([1 / steps] * len(means), f"its means are divided by {steps}"),
@@ -151,7 +155,7 @@ def _denominators_in_words(parts: Decomposition, name: str, counts: list[float])
     ):
         pairs = zip(means, shares, weights, strict=True)
         if all(_near(parts, mean, share) for mean, share, own_weight in pairs if own_weight):
-            return f"{own}: {how}"
+            return f"{divided_alone}: {how}"
     if parts.ranks > 1:
         of_ranks = [sum(each) for each in parts.by_rank(weights)]
         shares = [

@@ -71,11 +71,11 @@ def print_report(report: Report) -> None:
     for comparison in report.comparisons:
         if comparison.verdict is not Verdict.equivalent:
             write_line(f"  {comparison.group.label}: {reason(comparison, report)}")
-    found = headline(report)
-    for sentence in found.established:
+    claims = headline(report)
+    for sentence in claims.established:
         write_line(f"  established: {sentence}")
-    if found.command:
-        write_line(f"  not established: whether the update is the larger batch's; shown by {found.command}")
+    if claims.command:
+        write_line(f"  not established: whether the update is the larger batch's; shown by {claims.command}")
     noise = noise_conclusion(report)
     if noise:
         write_line(noise)
@@ -154,9 +154,9 @@ def note(report: Report) -> str:
     ]
     footer = f"The whole report, with pictures: artifact `{FOLDER}/{PAGE}`."
     verdict, noise = (markdown_text(text or "") for text in (conclusion(report), noise_conclusion(report)))
-    found = headline(report)
-    sentences = [f"- established: {markdown_text(sentence)}" for sentence in found.established]
-    sentences += [f"- not established: {markdown_text(sentence)}" for sentence in found.open]
+    claims = headline(report)
+    sentences = [f"- established: {markdown_text(sentence)}" for sentence in claims.established]
+    sentences += [f"- not established: {markdown_text(sentence)}" for sentence in claims.open]
     parts = [f"**{verdict}**", "\n".join(sentences), *tables, noise, "\n".join(left_out), footer]
     text = "\n\n".join(part for part in parts if part)
     return text if len(text) <= MAX_TAG else text[:MAX_TAG] + "\n\n... cut here; the page has it all"

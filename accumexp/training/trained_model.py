@@ -115,12 +115,12 @@ def best_values(trainer: Trainer, best: Path, last: Mapping[str, float]) -> dict
     if content["progress"]["update"] == trainer.progress.update:
         return dict(last)
     with trainer.off_the_clock(), in_eval_mode(trainer.optimizer):
-        own = {name: _copied(value) for name, value in model.state_dict().items()}
+        last_state = {name: _copied(value) for name, value in model.state_dict().items()}
         try:
             model.load_state_dict(content["model"])
             return trainer.evaluator(model, trainer.splits.test)
         finally:
-            model.load_state_dict(own)
+            model.load_state_dict(last_state)
 
 
 def _copied(value: Any) -> Any:
