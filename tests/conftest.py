@@ -14,8 +14,11 @@ import pytest
 
 from .support.command import only_run, run_command
 from .support.forked import share_server
+from .support.global_state import global_state
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     import torch
 
 os.environ["OMP_NUM_THREADS"] = "1"  # for the commands that tests start
@@ -51,6 +54,18 @@ def imports_are_kept() -> None:
     """Garbage collections, which the code under test asks for too, skip what was imported before."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left_behind() -> Iterator[None]:
+    """A test that changes what later tests of the process see fails itself, not one of those."""
+    import torch
+
+    before, deterministic = global_state(), torch.are_deterministic_algorithms_enabled()
+    yield
+    torch.use_deterministic_algorithms(deterministic)  # a run sets it for its process, by its settings
+    left = {name: (before[name], value) for name, value in global_state().items() if value != before[name]}
+    assert not left, f"the test leaves {left}"
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,16 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def uri(base: Path) -> str:
     return f"sqlite:///{base / 'mlflow.db'}"
+
+
+@pytest.fixture
+def store_of_mlflow(uri: str) -> Iterator[str]:
+    """The store of these runs as MLflow's own functions use it."""
+    import mlflow
+
+    mlflow.set_tracking_uri(uri)
+    yield uri
+    mlflow.set_tracking_uri(None)  # pyright: ignore[reportArgumentType]
 
 
 @pytest.fixture(scope="module")
@@ -120,11 +131,10 @@ def test_a_run_whose_folder_is_gone_is_loaded_from_the_store(
         shutil.move(tmp_path / "moved", trained.folder)
 
 
-def test_mlflow_opens_every_logged_model(trained: RunResult, uri: str) -> None:
+def test_mlflow_opens_every_logged_model(trained: RunResult, store_of_mlflow: str) -> None:
     import mlflow
 
-    mlflow.set_tracking_uri(uri)
-    by_update = logged(trained, uri)
+    by_update = logged(trained, store_of_mlflow)
     best = read(trained.folder / "checkpoints" / "best.pt")["progress"]["update"]
     assert len(by_update) == 3 and best in by_update
     for update, address in by_update.items():
@@ -149,11 +159,12 @@ def test_checkpoints_are_stored_once(trained: RunResult, base: Path) -> None:
     assert len([file for file in files if file.st_ino in kept]) > 2 * len(set(kept))
 
 
-def test_a_model_of_own_classes_with_named_inputs_of_any_length(sequences: RunResult, uri: str) -> None:
+def test_a_model_of_own_classes_with_named_inputs_of_any_length(
+    sequences: RunResult, store_of_mlflow: str
+) -> None:
     import mlflow
 
-    mlflow.set_tracking_uri(uri)
-    address = logged(sequences, uri)[max(logged(sequences, uri))]
+    address = logged(sequences, store_of_mlflow)[max(logged(sequences, store_of_mlflow))]
     for opened in (accumexp.load, mlflow.pytorch.load_model, mlflow.pyfunc.load_model):  # pyright: ignore
         with pytest.raises(UsageError, match=r"no package that accumexp knows.*add trust=\[tests\]"):
             opened(address)
