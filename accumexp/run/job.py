@@ -62,7 +62,7 @@ def _run(
         return _finished_before(job, status)
     if not job and not cfg.resume and rank_info.first:
         folder.check_unused("hydra.run.dir")
-    spec = RunSpec.of(cfg, hydra)
+    spec = RunSpec.of(cfg, hydra, job)
     if job and rank_info.size > 1:
         status = agreed_status(status, rank_info, spec.config.device)
         if status.finished:

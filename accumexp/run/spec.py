@@ -121,12 +121,11 @@ class RunSpec:
     from_environment: dict[str, str] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, cfg: DictConfig, hydra: Any) -> RunSpec:
-        """The run that Hydra's composition describes. Raises a `UsageError` that names a wrong key."""
+    def of(cls, cfg: DictConfig, hydra: Any, job: SweepJob | None) -> RunSpec:
+        """The run, of a sweep's `job`, that Hydra composed. Raises a `UsageError` that names a wrong key."""
         task, _ = typed_overrides(hydra)
         resume_from = resumed(cfg, task)
         config = resume_from.config if resume_from else from_hydra(cfg)
-        job = SweepJob.of(hydra)
         replicas = _replicas(cfg, config, job, resuming=resume_from is not None)
         for run_config in (config, *replicas):
             if job:
