@@ -187,7 +187,7 @@ class Run:
             self.folder,
             store,
             # MLflow would draw a name from the run's seed: the same one for all runs of a seed.
-            name=job.name if job else self.folder.path.name,
+            name=job.run_name if job else self.folder.path.name,
             command=self.spec.command,
             tags=record.tags,
             datasets=dataset_records(self.recorded["data"], self.experiment.splits),

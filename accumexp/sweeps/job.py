@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,6 +36,7 @@ class SweepJob:
         launch: the launch of the sweep, 0 for the first.
         turn, jobs: the job is number `turn` (from 1) of the `jobs` of its launch; `jobs` is None if unknown.
         alone: the command is no sweep, but has `replicas=`.
+        varied: the keys in which the jobs of the sweep differ; empty if the sweeper is not Hydra's own.
     """
 
     number: int
@@ -48,6 +50,7 @@ class SweepJob:
     turn: int = 1
     jobs: int | None = None
     alone: bool = False
+    varied: Sequence[str] = ()
 
     @classmethod
     def of(cls, hydra: Any) -> SweepJob | None:
@@ -73,7 +76,7 @@ class SweepJob:
         if launched_sweep.folder is None:
             typed = [override for override in hydra_lines if override.partition("=")[0] not in ADDED]
             arguments = ["-m", *task_lines, *typed]
-        batch, _ = count_jobs(hydra.sweeper, task_lines)
+        batch, varied = count_jobs(hydra.sweeper, task_lines)
         if batch is not None:
             batch = min(batch, hydra.sweeper.get("max_batch_size") or batch)
         launched_here = launched_sweep.folder == folder
@@ -84,6 +87,7 @@ class SweepJob:
             turn=int(hydra.job.num) + 1,
             jobs=launched_sweep.jobs if launched_here else None,
             alone=launched_here and not MULTIRUN & set(launched_sweep.arguments),
+            varied=varied,
         )
 
     def replica(self, seed: int) -> SweepJob:
@@ -92,7 +96,14 @@ class SweepJob:
             one for one in self.overrides if one.partition("=")[0].lstrip("+") not in ("replicas", "seed")
         ]
         overrides = [*others, f"seed={seed}"]
-        return replace(self, name=slug(",".join(sorted(overrides))), overrides=overrides)
+        name = slug(",".join(sorted(overrides)))
+        return replace(self, name=name, overrides=overrides, varied=[*self.varied, "seed"])
+
+    @property
+    def run_name(self) -> str:
+        """The name of its run in MLflow: the overrides in which the sweep's jobs differ."""
+        varied = [one for one in self.overrides if one.partition("=")[0].lstrip("+") in self.varied]
+        return slug(",".join(varied)) if varied else self.name
 
     @property
     def title(self) -> str:

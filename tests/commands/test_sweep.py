@@ -89,6 +89,11 @@ def test_the_other_jobs_of_a_sweep_finish_as_children_of_a_failed_parent(partly_
     assert parent.tags["accumexp.folder"] == str(partly_failed.folder)
 
 
+def test_runs_of_a_sweep_are_named_after_what_varies(partly_failed: Swept) -> None:
+    names = sorted(record.name for record in partly_failed.children)
+    assert names == [f"accum.steps={steps},seed={seed}" for steps in (1, 4) for seed in (0, 1)]
+
+
 def test_a_sweep_ends_in_a_table_by_what_varied_and_the_parents_address(partly_failed: Swept) -> None:
     stdout, children = partly_failed.done.stdout, partly_failed.children
     rows = table(stdout)
