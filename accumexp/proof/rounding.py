@@ -37,6 +37,9 @@ from .problem import Problem, WholeBatch, cast, copy_in, copy_of, rows
 LAMBDA = 8.0
 # Below this number of elements fp32 may lose nothing by chance: the bound is what the whole gradient loses.
 FEW = 32
+# In windows of fewer samples than this, few roundings make up all of the error, and fp32 may lose little by
+# chance: it is measured several times, so often that the windows have as many samples together.
+SAMPLES = 8
 # The key of the whole gradient beside those of the parameters.
 WHOLE = "all of it"
 SMALLEST_SCALE = 2.0**-20
@@ -78,10 +81,14 @@ def expected_update(
     with _without_tf32(problem.device):
         coarse_model = copy_in(model, torch.float32)
         coarse = larger_batch_of(problem, perturbed_model(problem, coarse_model, batch), batch)
+        others = _rounded_otherwise(problem, model, batch)
     samples = batch_size(batch)
     gradient = transformed(problem, model, exact.gradient)
     lost = norms_of_errors(coarse.gradient, exact.gradient)
     grown = growth(problem, coarse_model, coarse.gradient, exact.gradient, gradient, lost)
+    for other in others:
+        errors = norms_of_errors(other.gradient, exact.gradient)
+        lost = {name: max(error, errors[name]) for name, error in lost.items()}
     added = samples * U64 * max(norm(exact.gradient), norm(gradient))
     bounds = {
         name: grown[name] * (LAMBDA * 2.0**-29 * lost[WHOLE if g.numel() < FEW else name] + added)
@@ -91,13 +98,28 @@ def expected_update(
     size = norm(gradient)
     expected = clamped(clipped(gradient, clip_norm), problem.clip_value)
     loss = float(exact.loss)
-    loss_lost = abs(float(coarse.loss.double()) - loss)
+    loss_lost = max(abs(float(each.loss.double()) - loss) for each in (coarse, *others))
     loss_bound = LAMBDA * 2.0**-29 * loss_lost + samples * U64 * max(abs(loss), U64)
     buffer_bounds = {
         name: LAMBDA * (2.0**-29 * relative_error(coarse.buffers[name], buffer) + problem.samples * U64)
         for name, buffer in exact.buffers.items()
     }
     return ExpectedUpdate(exact, expected, size, bounds, loss_bound, buffer_bounds)
+
+
+def _rounded_otherwise(problem: Problem, model: nn.Module, batch: WholeBatch) -> list[LargerBatch]:
+    """A small batch in fp32, from weights that are rounded at random; nothing for `SAMPLES` and more."""
+    others = []
+    for seed in range(1, math.ceil(SAMPLES / batch_size(batch))):
+        generator = torch.Generator(problem.device).manual_seed(seed)
+        copied = copy_of(model)
+        with torch.no_grad():
+            for p in copied.parameters():
+                noise = torch.rand(p.shape, generator=generator, device=p.device, dtype=DOUBLE)
+                p.mul_(1 + U32 * (2 * noise - 1))
+        copied = copy_in(copied, torch.float32)
+        others.append(larger_batch_of(problem, perturbed_model(problem, copied, batch), batch))
+    return others
 
 
 def clipped_bounds(

@@ -10,6 +10,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
+from rich.console import Console
+from rich.progress import track
 
 from accumexp.proof import Certificate, certify
 
@@ -70,7 +72,8 @@ def main(updates: int) -> int:
     # torch warns of some of the bugs itself.
     warnings.simplefilter("ignore")
     begun = time.perf_counter()
-    certificates = [certified(loop, updates) for loop in LOOPS]
+    shown = track(LOOPS, "certifying", console=Console(stderr=True), transient=True)
+    certificates = [certified(loop, updates) for loop in shown]
     with TemporaryDirectory() as folder:
         certificates += on_ranks(2, Path(folder), of_ranks, updates, seconds=3600)[0]
     loops = [*LOOPS, *wrong_ranks.LOOPS]

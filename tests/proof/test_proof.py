@@ -288,6 +288,19 @@ def test_planted_counts_are_read_back(counts: tuple[float, ...]) -> None:
     assert decomposed(problem, before, micro).fit(planted) is None
 
 
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_small_window_that_fp32_computes_without_error_has_a_bound(count: int) -> None:
+    """Another order of the operations still rounds: measured once, fp32 loses nothing here by chance."""
+    model = nn.Linear(2, 1).double()
+    with torch.no_grad():
+        model.weight.copy_(torch.tensor([[0.5, 0.25]]))
+        model.bias.zero_()
+    batch = torch.tensor([[1.0, 2.0]] * count).double(), torch.zeros(count, 1).double()
+    expected = expected_update(problem_of(model, nn.MSELoss(), batch), batch, model)
+    assert min(expected.bounds.values()) > 3 * 2.0**-53 * expected.size
+    assert max(expected.bounds.values()) < 40 * 2.0**-53 * expected.size
+
+
 def test_more_micro_batches_than_parameters_still_give_a_factor() -> None:
     torch.manual_seed(0)
     batch = torch.randn(16, 2), torch.randint(0, 2, (16,))
