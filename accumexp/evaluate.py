@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import closing
 from typing import Any
 
 from .cli import command, command_options
@@ -72,7 +73,8 @@ def evaluate(
     load_weights(experiment.model, content, path)
     try_example(experiment, split)
     batches = experiment.splits.test if split == "test" else experiment.splits.eval
-    values = experiment.evaluator(experiment.model, batches)
+    with closing(experiment.splits):
+        values = experiment.evaluator(experiment.model, batches)
     if as_json:
         print(json.dumps({"checkpoint": str(path), "split": split, "samples": batches.samples, **values}))
     else:

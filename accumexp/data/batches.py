@@ -106,6 +106,9 @@ class Batches:
         """The batches of `epoch`, from update `start` on."""
         raise NotImplementedError
 
+    def close(self) -> None:
+        """Ends the processes that read; an epoch after it starts new ones."""
+
     def check_targets(self, check: TargetCheck) -> None:
         """Applies `check` to the targets, at once where they are on the device, else as they are read."""
         raise NotImplementedError

@@ -46,6 +46,11 @@ class Splits:
     test: Batches
     has_eval: bool = True
 
+    def close(self) -> None:
+        """Ends the processes that read the samples."""
+        for batches in (self.train, self.eval, self.test):
+            batches.close()
+
 
 @dataclass(frozen=True)
 class Placement:

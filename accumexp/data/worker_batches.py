@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from ..accum.batch import Nested, tensors
 from ..environment.random_state import derive_seed, drawn_from
@@ -68,6 +69,13 @@ class StreamedBatches(Batches):
                 # The default is torch's global generator, which is the run's.
                 generator=torch.Generator(),
             )
+
+    def close(self) -> None:
+        # Otherwise a garbage collection ends them, at any time and in any process: later workers, which are
+        # forks of this one, would wait for those they have inherited.
+        workers, self._loader._iterator = self._loader._iterator, None
+        if isinstance(workers, _MultiProcessingDataLoaderIter):
+            workers._shutdown_workers()
 
     def check_targets(self, check: TargetCheck) -> None:
         self._checks.append(check)

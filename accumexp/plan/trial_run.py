@@ -159,6 +159,7 @@ class TrialRun:
 
     def close(self) -> None:
         """Drops model and data, and returns their memory to the device; no trial can follow."""
+        self.experiment.splits.close()
         del self.experiment, self.data
         discard(self.device)
 

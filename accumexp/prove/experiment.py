@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import math
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
 from itertools import islice
 from typing import Any, cast
@@ -47,6 +48,12 @@ def prove_experiment(
         UsageError: naming the key that cannot be built, or if the larger batch does not fit the device.
     """
     experiment = Experiment.build(config, rank_info)
+    with closing(experiment.splits):
+        return _certificate(experiment, stage), experiment
+
+
+def _certificate(experiment: Experiment, stage: Callable[[str], None]) -> Certificate:
+    config = experiment.config
     try_example(experiment)
     problem = problem_of(experiment)
     proof = Proof(problem, stage, problem.steps if config.accum.reduce_every_micro_batch else 1)
@@ -74,7 +81,7 @@ def prove_experiment(
     certificate = proof.result()
     causes = [_with_advice(cause, config) for cause in certificate.causes]
     environment = {**certificate.environment, **_code_versions()}
-    return replace(certificate, causes=causes, environment=environment, config=to_plain(config)), experiment
+    return replace(certificate, causes=causes, environment=environment, config=to_plain(config))
 
 
 def problem_of(experiment: Experiment) -> Problem:
@@ -136,8 +143,9 @@ def _replay_float64(proof: Proof, experiment: Experiment) -> None:
     proof.progress(f"{updates} updates of the run, one by one")
     epoch = EPOCH if updates >= EPOCH + BEYOND else max(1, updates // 3)
     first_updates = FirstUpdates(config, experiment, proof.progress, epoch)
-    problem = replace(first_updates.problem(proof.problem), scaling=_scaling(config))
-    replay, checks = first_updates.replay_float64(problem)
+    with closing(first_updates):
+        problem = replace(first_updates.problem(proof.problem), scaling=_scaling(config))
+        replay, checks = first_updates.replay_float64(problem)
     proof.keep_replay(replay)
     proof.add(*checks)
 
@@ -149,8 +157,9 @@ def _replay_own_precision(proof: Proof, experiment: Experiment) -> None:
     most = REPLAYED + (MAX_SKIPPED if proof.problem.scaling is not None else 0)
     config = own_precision_config(experiment.config, most)
     first_updates = FirstUpdates(config, experiment, proof.progress, epoch=1)
-    problem = first_updates.problem(proof.problem)
-    proof.keep_own_replay(first_updates.replay_own_precision(problem, REPLAYED))
+    with closing(first_updates):
+        problem = first_updates.problem(proof.problem)
+        proof.keep_own_replay(first_updates.replay_own_precision(problem, REPLAYED))
 
 
 def _with_advice(cause: Cause, config: Config) -> Cause:

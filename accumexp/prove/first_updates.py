@@ -92,6 +92,10 @@ class FirstUpdates:
         for split in (splits.eval, splits.test):
             split.indices = split.indices[:size]
 
+    def close(self) -> None:
+        """Ends the processes that read the data."""
+        self.experiment.splits.close()
+
     def _shorten_epochs(self, whole: int) -> None:
         """Ends epochs within the updates that are replayed, after `whole` samples and a smaller window.
 

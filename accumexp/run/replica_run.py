@@ -146,6 +146,7 @@ class ReplicaRun:
         finally:
             self.updates = together.progress.update
             signals.trainer = None
+            splits.close()
 
     def _open(self, run: Run, together: int) -> None:
         tags = {REPLICAS_TAG: str(together)}

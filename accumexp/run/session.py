@@ -7,7 +7,7 @@ import logging
 import signal
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
@@ -91,7 +91,7 @@ class Run:
         rank_info = self.rank_info
         deadline = STOP_DEADLINE if rank_info.size > 1 else None
         context = run_context(self.spec.config, self.spec.folder, rank_info)
-        with StopSignals(deadline) as signals, context as self.folder:
+        with StopSignals(deadline) as signals, context as self.folder, closing(self):
             resuming = self.spec.resume_from is not None
             config, tags = choose_steps(self.spec.config, rank_info, resuming)
             self.spec = replace(self.spec, config=config)
@@ -117,6 +117,11 @@ class Run:
             monitor = self.spec.config.monitor
             show_summary(final, best, self.trainer, self.record.tracker, self.folder, monitor)
         return self.monitored
+
+    def close(self) -> None:
+        """Ends the processes that read the data."""
+        if "experiment" in vars(self):
+            self.experiment.splits.close()
 
     def _certify(self) -> dict[str, str]:
         """With `prove=true`, the tags of the certificate of a run that is new or resumed with changes."""
