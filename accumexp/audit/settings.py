@@ -147,3 +147,22 @@ def quiet() -> Iterator[None]:
         finally:
             disable(NOTSET)
             gc.unfreeze()
+
+
+@contextmanager
+def new_accelerate() -> Iterator[None]:
+    """Resets, before and after, the settings that Accelerate keeps of the first Accelerator of a process.
+
+    A user's process has one Accelerator; another one would have the precision of the first.
+    """
+    from accelerate.state import AcceleratorState, GradientState
+
+    def reset() -> None:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+
+    reset()
+    try:
+        yield
+    finally:
+        reset()

@@ -14,6 +14,8 @@ def global_state() -> dict[str, Any]:
     """What commands and libraries may change and have to set back, by name."""
     import torch
 
+    accelerate: Any = sys.modules.get("accelerate.state")
+    shared = accelerate.AcceleratorState._shared_state if accelerate else {}
     return {
         "directory": os.getcwd(),
         "sys.path": list(sys.path),
@@ -22,5 +24,7 @@ def global_state() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "gradients": torch.is_grad_enabled(),
         "process group": torch.distributed.is_initialized(),
+        # Of the first Accelerator of the process, which all others share.
+        "precision of Accelerate": shared.get("_mixed_precision", "no"),
         STORE: os.environ.get(STORE),
     }

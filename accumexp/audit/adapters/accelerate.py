@@ -3,32 +3,26 @@
 from __future__ import annotations
 
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
 
 from ..models import model_of
 from ..samples import loader_of
-from ..settings import GENERAL, Setting, Watch, cross_entropy, optimizer_of, quiet, schedule_of
+from ..settings import (
+    GENERAL,
+    Setting,
+    Watch,
+    cross_entropy,
+    new_accelerate,
+    optimizer_of,
+    quiet,
+    schedule_of,
+)
 
 PACKAGE = "accelerate"
 SETTINGS = GENERAL
 
 
 def fit(setting: Setting, watch: Watch, steps: int, micro: int) -> None:
-    # Accelerate keeps the settings of the first Accelerator of a process; a user has one.
-    _forget_settings()
-    try:
-        _train(setting, watch, steps, micro)
-    finally:
-        _forget_settings()
-
-
-def _forget_settings() -> None:
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-
-
-def _train(setting: Setting, watch: Watch, steps: int, micro: int) -> None:
-    with quiet():
+    with quiet(), new_accelerate():
         accelerator = Accelerator(
             gradient_accumulation_steps=steps,
             mixed_precision="bf16" if setting.mixed else "no",

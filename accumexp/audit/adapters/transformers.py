@@ -24,6 +24,7 @@ from ..settings import (
     Watch,
     cross_entropy,
     focal_losses,
+    new_accelerate,
     optimizer_of,
     quiet,
 )
@@ -38,7 +39,7 @@ def fit(setting: Setting, watch: Watch, steps: int, micro: int) -> None:
     if setting.model == "mlp":
         model = WithLoss(model, cross_entropy(setting))
     model = watch(model)
-    with TemporaryDirectory() as folder, quiet():
+    with TemporaryDirectory() as folder, quiet(), new_accelerate():
         trainer = Trainer(
             model,
             TrainingArguments(folder, **arguments_of(setting, steps, micro)),

@@ -21,7 +21,7 @@ from trl import SFTConfig, SFTTrainer
 
 from ..models import CAUSAL, model_of
 from ..samples import VOCABULARY, samples_of
-from ..settings import Setting, Watch, general_but, optimizer_of, quiet
+from ..settings import Setting, Watch, general_but, new_accelerate, optimizer_of, quiet
 from .transformers import ReportLoss, arguments_of, own_loss_of
 
 PACKAGE = "trl"
@@ -33,7 +33,7 @@ def fit(setting: Setting, watch: Watch, steps: int, micro: int) -> None:
     setting = replace(setting, task="tokens", model=model_name)
     model = watch(model_of(setting, setting.dtype(watch)))
     samples = samples_of(setting, setting.dtype(watch))
-    with TemporaryDirectory() as folder, quiet():
+    with TemporaryDirectory() as folder, quiet(), new_accelerate():
         arguments = arguments_of(setting, steps, micro) | {"remove_unused_columns": True}
         trainer = SFTTrainer(
             model,  # type: ignore[arg-type]
