@@ -69,11 +69,9 @@ class Trust:
     def remedy(self, packages: Collection[str] = ()) -> str:
         """The argument that allows `packages`, without any the one that allows everything."""
         text = f"trust=[{','.join(packages)}]" if packages else "trust=true"
-        return (
-            f"{text} (in Python trust={json.dumps(packages) if packages else True})"
-            if self.in_python
-            else text
-        )
+        if self.in_python:
+            text += f" (in Python trust={json.dumps(packages) if packages else True})"
+        return text
 
 
 @dataclass(frozen=True)

@@ -103,7 +103,7 @@ def terms_table(report: Report) -> Table | None:
     rows = []
     for row in report.rows:
         values = [row.group.finals(name) for name in names]
-        cells = [f"{sum(of_seeds) / len(of_seeds):.4f}" if of_seeds else "-" for of_seeds in values]
+        cells = [f"{sum(of_seeds) / len(of_seeds):z.4f}" if of_seeds else "-" for of_seeds in values]
         rows.append([*row.group.values.values(), *cells])
     headings = [f"test {name.replace(TERM, 'loss ', 1)}" for name in names]
     return Table(len(report.keys), [*report.keys, *headings], rows)

@@ -15,7 +15,9 @@ from accumexp.report.analysis import Report
 from accumexp.report.page import page
 from accumexp.report.pictures import draw
 from accumexp.report.publish import metrics, note, tags, write
+from accumexp.report.statistics import compare_pairs
 from accumexp.report.tables import Table, all_tables, terminal_tables
+from accumexp.report.wording import conclusion, signed_interval
 
 from ..support.past_sweeps import job, over_steps, reported, sweep
 
@@ -143,6 +145,21 @@ def test_every_table_of_a_terminal_names_its_groups_and_cuts_no_cell(width: int)
             assert heading in text
             if heading not in table.optional:
                 assert all(cell in text for cell in cells)
+
+
+def test_what_rounds_to_zero_has_no_minus_sign() -> None:
+    metric = reported(over_steps(lambda k, s: 0.9)).metric
+    tiny = compare_pairs([-1e-6, 1e-6, -1e-6], 0.5)
+    assert signed_interval(tiny, metric) == "+0.00 [+0.00, +0.00]"
+    lost = compare_pairs([-2e-6], 0.5)
+    assert signed_interval(lost, metric) == "+0.00 (one pair)"
+
+
+def test_groups_that_lack_seeds_are_named() -> None:
+    jobs = [job(f"accum.steps={k}", f"seed={s}", final={"accuracy": 0.9}) for k in (1, 2, 4) for s in (0, 1)]
+    failed = job("accum.steps=4", "seed=2", status="FAILED")
+    text = conclusion(reported(sweep(*jobs, failed)))
+    assert text.endswith("Not all seeds of accum.steps=4 finished; only those that did are compared.")
 
 
 def test_brackets_in_a_value_are_no_markup() -> None:
