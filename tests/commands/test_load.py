@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -117,6 +118,14 @@ def test_the_log_has_the_summary_with_both_models(trained: RunResult) -> None:
         assert ", ".join(scores) in printed[at]
         assert "update " in printed[at + 1] and "eval accuracy 0." in printed[at + 1]
         assert printed[at + 2].strip() == str(trained.folder / "checkpoints" / file)
+
+
+def test_the_summary_has_the_addresses_of_both_models(trained: RunResult, uri: str) -> None:
+    printed = (trained.folder / "run.log").read_text()
+    by_update = logged(trained, uri)
+    best = read(trained.folder / "checkpoints" / "best.pt")["progress"]["update"]
+    found = re.findall(r" (models:/m-\w+)$", printed, flags=re.MULTILINE)
+    assert found == [by_update[max(by_update)], by_update[best]]
 
 
 def test_a_run_whose_folder_is_gone_is_loaded_from_the_store(
