@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from accumexp.report import publish, tables
 from accumexp.report.analysis import Report
 from accumexp.report.page import page
 from accumexp.report.pictures import draw
@@ -145,6 +146,15 @@ def test_every_table_of_a_terminal_names_its_groups_and_cuts_no_cell(width: int)
             assert heading in text
             if heading not in table.optional:
                 assert all(cell in text for cell in cells)
+
+
+def test_a_printed_command_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Console(width=60, force_terminal=True, no_color=True, file=io.StringIO())
+    for module in (publish, tables):
+        monkeypatch.setattr(module, "console", terminal)
+    publish.print_report(reported(over_steps(lambda k, s: 0.9 + 0.001 * s)))
+    text = terminal.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
+    assert "shown by python -m accumexp.prove accum.steps=4 seed=0\n" in text
 
 
 def test_what_rounds_to_zero_has_no_minus_sign() -> None:
