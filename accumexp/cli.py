@@ -12,6 +12,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
+from pathlib import Path
 from typing import Any, NoReturn
 
 from hydra.core.object_type import ObjectType
@@ -31,6 +32,7 @@ from .config.sizes import AUTO
 from .environment.launch import RankError
 from .environment.ranks import RankInfo, exit_immediately, skip_group_teardown
 from .errors import TrainingError, UsageError, masked, print_error, unknown_key
+from .sweeps.hydra_sweep import file_flags
 
 # Read before `hydra_app` sets it for Hydra, and handed on to the processes in which a launcher runs jobs.
 WANTS_TRACEBACK = os.environ.get("ACCUMEXP_TRACEBACK", os.environ.get("HYDRA_FULL_ERROR")) == "1"
@@ -52,6 +54,7 @@ def main() -> None:
         arguments, name = [name, *arguments], _completed_command(arguments)
         if not name:
             return
+        arguments += _completed_files()
     usage = f"usage: accumexp {{{','.join(COMMANDS)}}} ..."
     if name in ("-h", "--help"):
         print(f"{usage}\n`accumexp run --help` has the help of a command")
@@ -64,7 +67,26 @@ def main() -> None:
         sys.exit(2)
     sys.argv[1:] = arguments
     # For a shell the program's own name counts, for processes that are started the module's.
-    runpy.run_module(f"accumexp.{name}", run_name="__main__", alter_sys=not completing)
+    with _current_folder_importable():
+        runpy.run_module(f"accumexp.{name}", run_name="__main__", alter_sys=not completing)
+
+
+@contextmanager
+def _current_folder_importable() -> Iterator[None]:
+    """Adds the current folder to `sys.path`, as `python -m` does unless it is started with `-P`."""
+    before = list(sys.path)
+    if not sys.flags.safe_path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        yield
+    finally:
+        sys.path[:] = before
+
+
+def _completed_files() -> list[str]:
+    """The flags in the line that a shell completes which choose folders of configuration files that exist."""
+    flags = file_flags(os.environ.get("COMP_LINE", "").split())
+    return [one for one in flags if Path(one.partition("=")[2]).is_dir() or one.startswith("--config-name=")]
 
 
 def _completed_command(arguments: list[str]) -> str:

@@ -6,6 +6,7 @@ a checkpoint may be another's: it is data, until the user says otherwise.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -31,12 +32,14 @@ class Trust:
         packages: dotted names of packages whose classes and functions may be named.
         targets: paths that the command's own configuration names as well.
         expressions: (dotted key, interpolation) of values that the command's own configuration has as well.
+        in_python: it was given to a function, not on a command line; messages then have Python's form too.
     """
 
     everything: bool = False
     packages: frozenset[str] = frozenset()
     targets: frozenset[str] = frozenset()
     expressions: frozenset[tuple[str, str]] = frozenset()
+    in_python: bool = False
 
     @classmethod
     def given(cls, value: Any) -> Trust:
@@ -62,6 +65,13 @@ class Trust:
     def allows_package(self, name: str) -> bool:
         """Whether the module or path `name` is in a package that the user allows."""
         return any(name == package or name.startswith(f"{package}.") for package in self.packages)
+
+    def remedy(self, packages: Collection[str] = ()) -> str:
+        """The argument that allows `packages`, without any the one that allows everything."""
+        text = f"trust=[{','.join(packages)}]" if packages else "trust=true"
+        if self.in_python:
+            text += f" (in Python trust={json.dumps(packages) if packages else True})"
+        return text
 
 
 @dataclass(frozen=True)
@@ -123,7 +133,7 @@ def check_targets(
         return
     packages = {refusal.package for _, refusal in refusals}
     named = sorted({*trust.packages, *(package for package in packages if package)})
-    remedy = "trust=true, which lets it run any code" if None in packages else f"trust=[{','.join(named)}]"
+    remedy = f"{trust.remedy()}, which lets it run any code" if None in packages else trust.remedy(named)
     # What no package can be allowed for is named first.
     line, refusal = min(refusals, key=lambda one: one[1].package is not None)
     raise UsageError(f"{line}: {source} names it, and {refusal.reason}; if you trust that file, add {remedy}")
@@ -174,7 +184,7 @@ def check_interpolations(plain: Mapping[str, Any], source: str, given: Collectio
     what = "reads the environment" if ENVIRONMENT in value else "does more than to read other keys"
     raise UsageError(
         f"{key}={value}: {what}, which the configuration of {source} may not; if that is meant, give "
-        f"{again} or trust=true"
+        f"{again} or {trust.remedy()}"
     )
 
 

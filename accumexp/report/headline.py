@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from ..sweeps.hydra_sweep import command_line
 from .analysis import Comparison, Report
 from .statistics import Verdict
 from .wording import group_names, reason
@@ -111,12 +111,11 @@ def prove_command(report: Report) -> str:
     group = max(groups, key=lambda group: group.micro_batches, default=None)
     if group is None or group.micro_batches < 2:
         return ""
-    words = [
-        f"{key}={value}"
-        for key, value in group.first.overrides.items()
-        if not key.startswith(("trainer.", "tracking.", "report."))
-    ]
-    return " ".join(["python -m accumexp.prove", *map(shlex.quote, words)])
+    job = group.first
+    overrides = job.typed or [f"{key}={value}" for key, value in job.overrides.items()]
+    unneeded = ("trainer.", "tracking.", "report.")
+    words = [one for one in overrides if not one.lstrip("+~").startswith(unneeded)]
+    return command_line([*report.sweep.files, *words], "prove")
 
 
 def _chosen(report: Report, condition: Callable[[Comparison], bool]) -> list[Comparison]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -13,6 +15,8 @@ from omegaconf import OmegaConf
 from ..config.loading import flatten
 from ..config.schema import TrackingConfig
 from ..errors import UsageError
+from ..sweeps.hydra_sweep import file_arguments
+from ..sweeps.job_folders import launches
 from ..sweeps.sweep import PARENT, SweepRun, parent_of, sweep_runs
 from ..tracking import PastRun, Store, curve, jobs_of, newest_sweep, sweep_of
 from ..tracking.json_file import read_json
@@ -29,6 +33,7 @@ class Job:
 
     Attributes:
         overrides: of this job in the sweep, key to value.
+        typed: the overrides as they were given, empty if they are inferred.
         params: the resolved configuration, dotted keys, values as text.
         final: the metrics `final/*`, keys without the prefix.
         started: seconds since 1970.
@@ -43,6 +48,7 @@ class Job:
     tags: dict[str, str] = field(default_factory=dict)
     started: float = 0.0
     error: str | None = None
+    typed: list[str] = field(default_factory=list)
     curve: Callable[[str], Curve] = field(default=lambda key: [], repr=False, compare=False)
 
     @property
@@ -78,6 +84,7 @@ class Sweep:
         store, run_id: the parent run; None for a sweep without tracking.
         started: start of the first job, in seconds since 1970.
         seconds: from the start of the first job to the end of the last.
+        files: chooses the files its jobs are composed from, see `hydra_sweep.file_arguments`.
     """
 
     name: str
@@ -89,6 +96,7 @@ class Sweep:
     run_id: str | None = None
     started: float = 0.0
     seconds: float = 0.0
+    files: list[str] = field(default_factory=list)
 
     @property
     def finished(self) -> list[Job]:
@@ -163,9 +171,10 @@ def from_store(store: Store, parent: PastRun, folder: Path | None = None) -> Swe
     jobs += [job for job in others if frozenset(job.overrides.items()) not in with_run]
     ends = [run.ended for run in runs if run.ended]
     started = min((run.started for run in runs), default=parent.started)
+    command = parent.tags.get("accumexp.command", "")
     return Sweep(
         name=parent.name,
-        command=parent.tags.get("accumexp.command", ""),
+        command=command,
         status=parent.status,
         jobs=best_attempts(jobs),
         folder=local,
@@ -173,6 +182,7 @@ def from_store(store: Store, parent: PastRun, folder: Path | None = None) -> Swe
         run_id=parent.run_id,
         started=started,
         seconds=max(ends, default=started) - started,
+        files=_files(local) or file_arguments(_words(command)),
     )
 
 
@@ -193,7 +203,23 @@ def from_folder(folder: Path) -> Sweep:
         folder=folder,
         started=started,
         seconds=max(ends, default=started) - started,
+        files=_files(folder),
     )
+
+
+def _files(folder: Path | None) -> list[str]:
+    """What the newest launch in a sweep's folder was composed from; empty without a readable list of them."""
+    with suppress(UsageError):
+        for _, launch in sorted(launches(folder).items() if folder else (), reverse=True):
+            return file_arguments([*launch.files, *launch.hydra])
+    return []
+
+
+def _words(command: str) -> list[str]:
+    try:
+        return shlex.split(command)
+    except ValueError:  # a quote that is not closed
+        return []
 
 
 def best_attempts(jobs: Iterable[Job]) -> list[Job]:
@@ -239,6 +265,7 @@ def _from_run(store: Store, run: PastRun, summary: SweepRun | None) -> Job:
         run_id=run.run_id,
         status=run.status,
         overrides=parse_overrides(overrides),
+        typed=overrides,
         params=run.params,
         final={key[6:]: value for key, value in run.metrics.items() if key.startswith("final/")},
         tags=run.tags,
@@ -261,6 +288,7 @@ def _from_summary(run: SweepRun) -> Job:
         run_id=run.run_id,
         status=run.status,
         overrides=parse_overrides(run.overrides),
+        typed=run.overrides,
         params={key: str(value) for key, value in params.items()},
         final=run.final,
         tags=run.tags,

@@ -64,8 +64,8 @@ def print_report(report: Report) -> None:
     """Prints the tables, the verdicts and the jobs that are left out."""
     print_tables(terminal_tables(report, console.width if console.is_terminal else None))
 
-    def write_line(text: str, style: str | None = None) -> None:
-        console.print(text, style=style, highlight=False, markup=False, soft_wrap=not console.is_terminal)
+    def write_line(text: str, style: str | None = None, whole: bool = not console.is_terminal) -> None:
+        console.print(text, style=style, highlight=False, markup=False, soft_wrap=whole)
 
     write_line(conclusion(report))
     for comparison in report.comparisons:
@@ -75,7 +75,11 @@ def print_report(report: Report) -> None:
     for sentence in claims.established:
         write_line(f"  established: {sentence}")
     if claims.command:
-        write_line(f"  not established: whether the update is the larger batch's; shown by {claims.command}")
+        # Whole, so that the command can be copied.
+        write_line(
+            f"  not established: whether the update is the larger batch's; shown by {claims.command}",
+            whole=True,
+        )
     noise = noise_conclusion(report)
     if noise:
         write_line(noise)

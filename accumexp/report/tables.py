@@ -20,8 +20,10 @@ from .analysis import Comparison, Report, Row
 from .wording import certificate_cell, mean_and_std, p_value, reason, signed_interval, three_digits
 
 VERDICT_STYLES = {"equivalent": "green", "different": "red", "undecided": "yellow", "reference": "dim"}
-# Columns that are dropped in a narrow terminal, in this order.
-OPTIONAL_COLUMNS = ["p", "training", "certificate", "seeds"]
+# Columns that are left out in a narrow terminal, in this order.
+OPTIONAL_COLUMNS = ("p", "training", "certificate", "seeds")
+OPTIONAL_COSTS = ("samples/s", "training time", "peak memory")
+MIN_KEY_WIDTH = 12  # of a column that identifies the group; longer values are folded
 # The beginning of the keys of a loss's terms in `final/*`.
 TERM = "loss/"
 # Heading, key of `Group.costs`, unit (MiB stands for that of both memory columns), and whether the ratio to
@@ -37,11 +39,16 @@ COST_COLUMNS = [
 
 @dataclass(frozen=True)
 class Table:
-    """A row of cells per group. The first `keys` columns identify the group."""
+    """A row of cells per group. The first `keys` columns identify the group.
+
+    Attributes:
+        optional: headings of columns that a narrow terminal may leave out, the least important first.
+    """
 
     keys: int
     columns: list[str]
     rows: list[list[str]]
+    optional: Sequence[str] = ()
 
     def markdown(self) -> str:
         lines = [
@@ -69,7 +76,7 @@ def result_table(report: Report) -> Table:
         elif compared:
             cells += ["", "", ""]
         rows.append(cells + [certificate_cell(row.group)] * certificate + [row.verdict] * compared)
-    return Table(len(report.keys), columns, rows)
+    return Table(len(report.keys), columns, rows, OPTIONAL_COLUMNS)
 
 
 def _training(comparison: Comparison) -> str:
@@ -85,7 +92,7 @@ def cost_table(report: Report) -> Table:
     unit = memory_unit(report)
     rows = [[*row.group.values.values(), *_cost_cells(row, unit)] for row in report.rows]
     headings = [heading for heading, *_ in COST_COLUMNS]
-    return Table(len(report.keys), [*report.keys, *headings], rows)
+    return Table(len(report.keys), [*report.keys, *headings], rows, OPTIONAL_COSTS)
 
 
 def terms_table(report: Report) -> Table | None:
@@ -96,7 +103,7 @@ def terms_table(report: Report) -> Table | None:
     rows = []
     for row in report.rows:
         values = [row.group.finals(name) for name in names]
-        cells = [f"{sum(of_seeds) / len(of_seeds):.4f}" if of_seeds else "-" for of_seeds in values]
+        cells = [f"{sum(of_seeds) / len(of_seeds):z.4f}" if of_seeds else "-" for of_seeds in values]
         rows.append([*row.group.values.values(), *cells])
     headings = [f"test {name.replace(TERM, 'loss ', 1)}" for name in names]
     return Table(len(report.keys), [*report.keys, *headings], rows)
@@ -132,28 +139,64 @@ def _cost_cells(row: Row, memory_unit: tuple[str, float]) -> list[str]:
 
 
 def terminal_tables(report: Report, width: int | None = None) -> list[RichTable]:
-    """The tables for a rich console; optional columns are dropped until they fit into `width`."""
+    """The tables for a rich console, each of at most `width` characters.
+
+    A table that is wider is printed without its optional columns, which its caption names. If that is not
+    enough, it is divided into several tables with a part of the columns each.
+    """
     if not report.rows:
         return []
-    table = result_table(report)
-    results = _rich_table(table)
-    for dropped in range(1, len(OPTIONAL_COLUMNS) + 1):
-        if width is None or _width(results) <= width:
-            break
-        results = _rich_table(table, OPTIONAL_COLUMNS[:dropped])
-    return [results, *map(_rich_table, all_tables(report)[1:])]
+    return [part for table in all_tables(report) for part in _fitted(table, width)]
 
 
-def _rich_table(table: Table, dropped: Sequence[str] = ()) -> RichTable:
+def _fitted(table: Table, width: int | None) -> list[RichTable]:
+    """The table in one part, or in several that have the columns of the keys each."""
+    columns = list(range(table.keys, len(table.columns)))
+    if width is None or _fits(table, columns, width):
+        return [_rich_table(table, columns, width)]
+    left_out: list[str] = []
+    for heading in table.optional:
+        if heading in table.columns:
+            left_out.append(heading)
+            columns = [number for number in columns if table.columns[number] != heading]
+            if _fits(table, columns, width):
+                break
+    parts: list[list[int]] = []
+    for number in columns:
+        if parts and _fits(table, [*parts[-1], number], width):
+            parts[-1].append(number)
+        else:
+            parts.append([number])
+    tables = [_rich_table(table, part, width) for part in parts]
+    if left_out:
+        tables[-1].caption = Text(f"left out in this width: {', '.join(left_out)}")
+        tables[-1].caption_justify = "left"
+    return tables
+
+
+def _fits(table: Table, columns: Sequence[int], width: int) -> bool:
+    return _width(_rich_table(table, columns, width)) <= width
+
+
+def _rich_table(table: Table, columns: Sequence[int], width: int | None) -> RichTable:
+    """The columns of the keys and those with the numbers `columns`, in a terminal of `width` characters."""
     keys = table.keys
-    kept = [number for number, heading in enumerate(table.columns) if number < keys or heading not in dropped]
     rich_table = RichTable(box=box.SIMPLE_HEAD, pad_edge=False)
-    for number in kept:
+    key_width = None if width is None else max(MIN_KEY_WIDTH, width // 2 // max(keys, 1))
+    shown = [*range(keys), *columns]
+    for number in shown:
+        of_key = number < keys
         # As Text: rich parses brackets in a string as markup.
-        heading = Text(table.columns[number])
-        rich_table.add_column(heading, justify="left" if number < keys else "right", no_wrap=number >= keys)
+        rich_table.add_column(
+            Text(table.columns[number]),
+            justify="left" if of_key else "right",
+            overflow="fold",  # the end of a cell is never cut
+            max_width=key_width if of_key else None,
+        )
     for row in table.rows:
-        rich_table.add_row(*[Text(row[number], style=VERDICT_STYLES.get(row[number], "")) for number in kept])
+        rich_table.add_row(
+            *[Text(row[number], style=VERDICT_STYLES.get(row[number], "")) for number in shown]
+        )
     return rich_table
 
 

@@ -20,19 +20,19 @@ SAME_UPDATE = "not proved: the update is the larger batch's"
 def mean_and_std(value: MeanEstimate, metric: Metric) -> str:
     """For example 97.12 ± 0.40."""
     digits = 2 if metric.unit else 4
-    text = f"{value.mean:.{digits}f}"
+    text = f"{value.mean:z.{digits}f}"
     return text if math.isnan(value.std) else f"{text} ± {value.std:.{digits}f}"
 
 
 def signed_interval(difference: Difference, metric: Metric) -> str:
-    """The mean difference and its interval, for example +0.12 [-0.30, +0.54]."""
+    """The mean difference and its interval, for example +0.12 [-0.30, +0.54]; zero has no minus sign."""
     digits = 2 if metric.unit else 4
     if difference.count == 0:
         return "no common seed"
-    text = f"{difference.mean:+.{digits}f}"
+    text = f"{difference.mean:+z.{digits}f}"
     if math.isnan(difference.low):
         return f"{text} (one pair)"
-    return f"{text} [{difference.low:+.{digits}f}, {difference.high:+.{digits}f}]"
+    return f"{text} [{difference.low:+z.{digits}f}, {difference.high:+z.{digits}f}]"
 
 
 def p_value(p: float) -> str:
@@ -93,8 +93,10 @@ def conclusion(report: Report) -> str:
     if report.missing:
         verb = "has" if len(report.missing) == 1 else "have"
         sentences.append(f"{group_names(report.missing)} {verb} no finished job.")
-    if any(row.group.unfinished for row in report.rows):
-        sentences.append("Of the other groups only the seeds that finished count.")
+    if incomplete := [row.group for row in report.rows if row.group.unfinished]:
+        sentences.append(
+            f"Not all seeds of {group_names(incomplete)} finished; only those that did are compared."
+        )
     return " ".join(sentences)
 
 

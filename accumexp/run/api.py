@@ -24,7 +24,7 @@ from ..errors import TrainingError, UsageError
 from ..tracking.run_folder import RunFolder, RunStatus
 from .arguments import resumed_folder
 from .job import carry_out, run_in_ranks
-from .spec import RunSpec, resumed
+from .spec import RunSpec, all_overrides, resumed
 
 if TYPE_CHECKING:
     from torch import nn
@@ -102,6 +102,7 @@ def run(configuration: Sequence[str] | DictConfig = (), *, folder: str | Path | 
         *(config, run_folder, None, resume_from, f"accumexp.run.run({overrides})"),
         interpolations=derived,
         from_environment=resume_from.from_environment if resume_from else environment_values(cfg),
+        overrides=all_overrides(run_folder, overrides, resume_from),
     )
     made_here = not run_folder.path.exists()
     try:

@@ -112,7 +112,7 @@ def show_summary(
     folder: RunFolder,
     monitor: str,
 ) -> None:
-    """Prints the result of a finished run, its folder and its page in MLflow.
+    """Prints the result of a finished run, its folder, and its models and page in MLflow.
 
     Args:
         final, best: as `final_values` returns them.
@@ -122,7 +122,7 @@ def show_summary(
     )
     terms = [f"{key[5:]} {value:.4f}" for key, value in final.items() if key.startswith("loss/")]
     values: dict[str, object] = {
-        **_models(final, best, trainer, folder, monitor),
+        **_models(final, best, trainer, tracker, folder, monitor),
         "terms of the loss": ", ".join(terms) or None,
         "updates": f"{trainer.progress.update} in {duration(trainer.progress.seconds)}",
         "speed": f"{final['update_ms']:.2f} ms an update, {final['samples_per_second']:.0f} samples/s",
@@ -136,23 +136,30 @@ def show_summary(
 
 
 def _models(
-    final: dict[str, float], best: dict[str, float], trainer: Trainer, folder: RunFolder, monitor: str
+    final: dict[str, float],
+    best: dict[str, float],
+    trainer: Trainer,
+    tracker: Tracker,
+    folder: RunFolder,
+    monitor: str,
 ) -> dict[str, str | None]:
-    """The last model and the best one, each with its scores and the path of its checkpoint."""
+    """The last model and the best one, each with its scores, its checkpoint and its address in MLflow."""
     checkpoints = saved_updates(folder.checkpoints)
     newest = str(checkpoints[-1]) if checkpoints else "not saved"
     update = trainer.progress.update
     if not trainer.evaluated_splits:
         newest += " (no eval split: the last is the model)"
     at_last = f"update {update}{_monitored(monitor, trainer.latest)}"
-    models: dict[str, str | None] = {"last model": f"{scores(final, monitor)}\n{at_last}\n{newest}"}
+    lines = [scores(final, monitor), at_last, newest, tracker.model_address(update) or ""]
+    models: dict[str, str | None] = {"last model": "\n".join(filter(None, lines))}
     if folder.best.exists():
         content = load(folder.best, in_file=True)
         best_update = content["progress"]["update"]
         lines = [scores(best, monitor)]
         lines += [f"update {best_update}{_monitored(monitor, content['evaluated'])}"]
-        lines = ["the last one"] if best_update == update else [one for one in lines if one]
-        models["best model"] = "\n".join([*lines, str(folder.best)])
+        lines += [str(folder.best), tracker.model_address(best_update) or ""]
+        lines = ["the last one", str(folder.best)] if best_update == update else lines
+        models["best model"] = "\n".join(filter(None, lines))
     return models
 
 

@@ -266,7 +266,7 @@ class Run:
         ended = status in (RunStatus.FINISHED, RunStatus.KILLED)
         summary = Summary(
             status,
-            overrides=self.job.overrides if self.job else [],
+            overrides=self.job.overrides if self.job else self.spec.overrides,
             seed=self.spec.config.seed,
             run_id=self.record.tracker.run_id,
             monitored=self.monitored if ended else None,

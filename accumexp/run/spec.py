@@ -109,6 +109,7 @@ class RunSpec:
         replicas: the configurations of the runs that are trained together, empty for a single run.
         interpolations: the expressions of the configuration's values that are derived from others.
         from_environment: those of the values that records keep the expression of.
+        overrides: of a run outside a sweep, as `all_overrides` returns them.
     """
 
     config: Config
@@ -119,6 +120,7 @@ class RunSpec:
     replicas: list[Config] = field(default_factory=list)
     interpolations: dict[str, str] = field(default_factory=dict)
     from_environment: dict[str, str] = field(default_factory=dict)
+    overrides: list[str] = field(default_factory=list)
 
     @classmethod
     def of(cls, cfg: DictConfig, hydra: Any, job: SweepJob | None) -> RunSpec:
@@ -141,7 +143,8 @@ class RunSpec:
         derived = resume_from.interpolations if resume_from else interpolations(cfg)
         secret = resume_from.from_environment if resume_from else environment_values(cfg)
         hide_values(config, secret)
-        return cls(config, folder, job, resume_from, command, replicas, derived, secret)
+        overrides = [] if job else all_overrides(folder, task, resume_from)
+        return cls(config, folder, job, resume_from, command, replicas, derived, secret, overrides)
 
     def resumed_at(self, path: Path) -> RunSpec:
         """This run resumed from the checkpoint `path`, with its configuration; the progress bar is kept."""
@@ -164,6 +167,15 @@ class RunSpec:
         configs = [to_plain(config) for config in (self.config, *self.replicas)]
         targets = frozenset[str]().union(*map(target_paths, configs))
         return Trust(targets=targets, expressions=frozenset(self.from_environment.items()))
+
+
+def all_overrides(folder: RunFolder, overrides: Sequence[str], resume_from: Resumed | None) -> list[str]:
+    """The overrides of a run outside a sweep; of a resumed one after those of the earlier commands."""
+    if not resume_from:
+        return list(overrides)
+    earlier = folder.summary()
+    changing = [one for one in overrides if not one.lstrip("+").startswith(("resume=", "trust="))]
+    return [*(earlier.overrides if earlier else []), *changing]
 
 
 def resumed(cfg: DictConfig, overrides: Sequence[str]) -> Resumed | None:

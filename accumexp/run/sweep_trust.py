@@ -6,6 +6,7 @@ Imports torch only for a sweep that names targets.
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -72,21 +73,22 @@ def check_taken(lines: Sequence[str], files: Sequence[str], where: str, trust: T
 
 
 def needed_trust(sweep: Path) -> str:
-    """What `sweep.resume=` of the folder needs besides; empty for nothing."""
+    """What `sweep.resume=` of the folder needs besides, such as the flags of its files; empty for nothing."""
     lines: list[str] = []
     files: list[str] = []
     for launch in distinct_launches(sweep):
         lines, files = [*lines, *launch.task, *launch.hydra], launch.files
     named = re.findall(r"_target_[=: ]+['\"]?(\w+)", " ".join(lines))
     packages = sorted(set(named) - {"accumexp", "torch", "torchvision", "torchmetrics"})
+    flags = "".join(f" {shlex.quote(flag)}" for flag in files)
     trusts = {"": NO_TRUST}
     if packages:
         trusts[f" trust=[{','.join(packages)}]"] = Trust(packages=frozenset(packages))
     for text, trust in trusts.items():
         with suppress(UsageError):
-            check_taken(lines, files, str(sweep), trust)
-            return text
-    return " trust=true"
+            check_taken(lines, [], str(sweep), trust)
+            return flags + text
+    return f"{flags} trust=true"
 
 
 def _is_plain(key: str, value: Any) -> bool:

@@ -66,6 +66,11 @@ def file_flags(arguments: Sequence[str]) -> list[str]:
     ]
 
 
+def file_arguments(arguments: Sequence[str]) -> list[str]:
+    """The arguments that choose the files a command is composed from: `file_flags` and the search path."""
+    return [*file_flags(arguments), *(one for one in arguments if one.startswith("hydra.searchpath="))]
+
+
 def runs_in_parallel(launcher: Any) -> bool:
     """Whether a launcher may run several jobs at a time: any but Hydra's own."""
     return not str(launcher.get("_target_", "")).endswith(".BasicLauncher")

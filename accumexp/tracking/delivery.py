@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -32,23 +32,26 @@ class Delivery:
 
     Args:
         folder: that of the run, to which the paths of files are relative.
-        models: the names of the run's logged models that are complete.
+        models: the run's logged models that are complete, name to id.
 
     Attributes:
+        models: these and those that were sent.
         failed: files and models that could not be sent while what came after them could, as when the
             artifacts lie elsewhere than the points.
         error: why the newest of them failed.
         uploading: the bytes of the file that is being sent.
     """
 
-    def __init__(self, store: Store, run_id: str, folder: Path | None, models: Sequence[str] = ()) -> None:
+    def __init__(
+        self, store: Store, run_id: str, folder: Path | None, models: Mapping[str, str] | None = None
+    ) -> None:
         self.store = store
         self.run_id = run_id
         self.folder = folder or Path()
         self.failed: list[Entry] = []
         self.error: Exception | None = None
         self.uploading = 0
-        self._models = set(models)
+        self.models = dict(models or {})
 
     def send(self, entries: Sequence[Entry], sent: Callable[[int], None]) -> None:
         """Sends `entries` in order, the points of several in one call.
@@ -177,7 +180,7 @@ class Delivery:
         from mlflow.entities import LoggedModelOutput, LoggedModelStatus, Metric
 
         client, name = self.store.client, entry["model"]
-        if name in self._models:
+        if name in self.models:
             return
         # One that an earlier try began is completed.
         model_id = next((model.model_id for model in self._logged_models() if model.name == name), None)
@@ -195,7 +198,7 @@ class Delivery:
         if model_id not in [output.model_id for output in outputs.model_outputs]:
             client.log_outputs(self.run_id, [LoggedModelOutput(model_id, entry["step"])])
         client.finalize_logged_model(model_id, LoggedModelStatus.READY)
-        self._models.add(name)
+        self.models[name] = model_id
 
     def _send_model_files(self, entry: Entry, model_id: str) -> None:
         """Sends what `mlflow.pytorch` and `mlflow.pyfunc` open; a local store links to the checkpoint."""
@@ -229,9 +232,9 @@ def logged_models(store: Store, run_id: str) -> list[Any]:
     return list(store.client.search_logged_models([store.experiment_id], filter_string=query))
 
 
-def ready_models(store: Store, run_id: str) -> list[str]:
-    """The names of a run's logged models that are complete."""
+def ready_models(store: Store, run_id: str) -> dict[str, str]:
+    """A run's logged models that are complete, name to id."""
     from mlflow.entities import LoggedModelStatus
 
     models = logged_models(store, run_id)
-    return [model.name for model in models if model.status == LoggedModelStatus.READY]
+    return {model.name: model.model_id for model in models if model.status == LoggedModelStatus.READY}

@@ -16,13 +16,13 @@ class Earlier:
 
     Attributes:
         times: milliseconds since 1970 of points, by key and step; of `system/*`, of one key.
-        models: the names of its logged models.
+        models: its complete logged models, name to id.
         final_updates: the update that `final/*` is of, None if there is none.
         unsent: the entries that its store may not have.
     """
 
     times: dict[tuple[str, int], int] = field(default_factory=dict)
-    models: list[str] = field(default_factory=list)
+    models: dict[str, str] = field(default_factory=dict)
     final_updates: float | None = None
     unsent: list[Entry] = field(default_factory=list)
 

@@ -47,7 +47,7 @@ class Summary:
 
     Attributes:
         error: the reason of a failed run.
-        overrides: the job's part of the command line, empty outside a sweep.
+        overrides: of a sweep's job, else of the command; of a resumed run those of all its commands.
         final: `final/*` without the prefix, empty until the run has finished.
         best: `final/best_*` without the prefix: the best checkpoint's loss and metrics on the test split.
         monitored: the newest value of the monitored metric.

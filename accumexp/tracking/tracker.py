@@ -57,6 +57,9 @@ class Tracker:
         }
         return {name: value for name, value in links.items() if value}
 
+    def model_address(self, update: int) -> str | None:
+        """The address of the logged model of an update, None before the store has it."""
+
     def log(self, update: int, values: Mapping[str, float]) -> None: ...
 
     def flush(self) -> None: ...
@@ -125,6 +128,7 @@ class MLflowTracker(Tracker):
             store.client.update_run(run_id, status=RunStatus.RUNNING)
         outbox = Outbox(folder.unsent if folder else None, self.identity(), earlier.unsent)
         delivery = Delivery(store, run_id, folder.path if folder else None, earlier.models)
+        self._delivery = delivery
         self._sender = Sender(outbox, delivery, config.flush_points, config.flush_seconds)
         self._monitor: Any = None
         if config.system_metrics:
@@ -135,6 +139,10 @@ class MLflowTracker(Tracker):
 
     def identity(self) -> dict[str, str]:
         return {"uri": self.store.uri, "experiment_id": self.store.experiment_id, "run_id": str(self.run_id)}
+
+    def model_address(self, update: int) -> str | None:
+        model_id = self._delivery.models.get(model_name(update))
+        return f"models:/{model_id}" if model_id else None
 
     def params(self, params: Mapping[str, Any]) -> None:
         """Logs the params. Waits for the store, as `dataset` does."""
@@ -211,14 +219,14 @@ class MLflowTracker(Tracker):
             (key, value, self._times.get((key, update), now), update)
             for key, value in ((self._legal(key), value) for key, value in evaluated.items())
         ]
-        model = {"model": f"update-{update}", "step": update, "values": values}
+        model = {"model": model_name(update), "step": update, "values": values}
         model |= {"checkpoint": f"{CHECKPOINTS}/{path.name}", "model tags": dict(tags or {})}
         if self._folder and self._folder.model_inputs.exists():
             model["inputs"] = self._name(self._folder.model_inputs)
         self._sender.add({**model, "weights": self._name(weights or path)})
 
     def keep_models(self, updates: Collection[int]) -> None:
-        kept = {f"update-{update}" for update in updates}
+        kept = {model_name(update) for update in updates}
         if stale := [name for name in self._earlier_models if name not in kept]:
             self._sender.add({"stale models": stale})
 
@@ -240,6 +248,11 @@ class MLflowTracker(Tracker):
         elif self._folder:
             self._folder.model_inputs.unlink(missing_ok=True)  # the logged models have it
         self._ended = True
+
+
+def model_name(update: int) -> str:
+    """The name of the logged model of an update."""
+    return f"update-{update}"
 
 
 def milliseconds() -> int:

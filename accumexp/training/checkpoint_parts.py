@@ -135,7 +135,7 @@ def configuration(
         raise UsageError(f"{source}: {reason}; take another from its folder") from error
     plain = to_plain(config)
     # An escaped interpolation is text here, and would be resolved where its node is built.
-    check_interpolations(plain, source, given, Trust(trust.everything))
+    check_interpolations(plain, source, given, Trust(trust.everything, in_python=trust.in_python))
     check_targets(plain, source, given, trust, refusal_of_targets(plain))
     if not (trust.everything or trust.packages):
         _check_model_size(config, content["model"], source)

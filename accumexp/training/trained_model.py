@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -66,7 +67,7 @@ def load_model(where: str | Path, best: bool = True, trust: Any = False) -> nn.M
 def model_of(content: Mapping[str, Any], path: Path, trust: Any = False) -> nn.Module:
     """The model of the checkpoint `content`, which was read from `path`; otherwise as `load_model`."""
     alone = ["accum.strategy=standalone", "accum.processes=1", "device=cpu"]
-    config = configuration(content, path, alone, Trust.given(trust))
+    config = configuration(content, path, alone, replace(Trust.given(trust), in_python=True))
     model = build_model(config).to(placement(config, RankInfo()).dtype)
     load_weights(model, content, path)
     model.accumexp_config = config  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -15,9 +16,12 @@ import torch
 from torch import nn
 
 import accumexp
+from accumexp.config.trust import Trust
 from accumexp.errors import UsageError
 from accumexp.evaluate import evaluate
 from accumexp.run import RunResult, run
+from accumexp.run.spec import Resumed, all_overrides
+from accumexp.tracking.run_folder import RunFolder
 from accumexp.training.checkpoint import load as read
 from accumexp.training.experiment import Experiment
 from accumexp.training.logged_model import ArrayModel
@@ -117,6 +121,24 @@ def test_the_log_has_the_summary_with_both_models(trained: RunResult) -> None:
         assert ", ".join(scores) in printed[at]
         assert "update " in printed[at + 1] and "eval accuracy 0." in printed[at + 1]
         assert printed[at + 2].strip() == str(trained.folder / "checkpoints" / file)
+
+
+def test_a_single_run_keeps_its_overrides(trained: RunResult) -> None:
+    overrides = json.loads((trained.folder / "summary.json").read_text())["overrides"]
+    assert overrides[: len(MLP)] == list(MLP)
+    path = trained.folder / "checkpoints" / "best.pt"
+    again = all_overrides(
+        RunFolder(trained.folder), ["resume=x", "trust=[a]", "seed=1"], Resumed.read(path, trust=Trust(True))
+    )
+    assert again == [*overrides, "seed=1"]
+
+
+def test_the_summary_has_the_addresses_of_both_models(trained: RunResult, uri: str) -> None:
+    printed = (trained.folder / "run.log").read_text()
+    by_update = logged(trained, uri)
+    best = read(trained.folder / "checkpoints" / "best.pt")["progress"]["update"]
+    found = re.findall(r" (models:/m-\w+)$", printed, flags=re.MULTILINE)
+    assert found == [by_update[max(by_update)], by_update[best]]
 
 
 def test_a_run_whose_folder_is_gone_is_loaded_from_the_store(

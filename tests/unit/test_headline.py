@@ -9,12 +9,16 @@ from pathlib import Path
 import pytest
 from matplotlib.image import imread
 
-from accumexp.report.headline import headline
+from accumexp.report.headline import headline, prove_command
 from accumexp.report.hover import MAX_AREAS, WIDTH
+from accumexp.report.jobs import from_folder
 from accumexp.report.page import config_differences, page
 from accumexp.report.pictures import draw
 from accumexp.report.tables import terminal_tables, terms_table
 from accumexp.report.wording import three_digits
+from accumexp.run.sweep_trust import needed_trust
+from accumexp.sweeps.job_folders import Launch, begin_launch, job_folder_name
+from accumexp.tracking.run_folder import RunFolder, RunStatus, Summary
 
 from ..support.past_sweeps import Values, job, over_steps, reported, sweep
 
@@ -77,6 +81,25 @@ def test_certificates_replace_the_prompt_for_one() -> None:
     assert found.command == "" and not any("update" in sentence for sentence in found.open[1:])
     half = headline(reported(sweep(*jobs[:-1], replace(jobs[-1], tags={}))))
     assert half.command.startswith("python -m accumexp.prove accum.steps=4")
+
+
+def test_printed_commands_keep_the_files_that_the_sweep_was_composed_from(tmp_path: Path) -> None:
+    command = "python -m accumexp.run -m --config-dir conf experiment=tanks accum.steps=2,4"
+    files = [f"--config-dir={tmp_path / 'conf'}"]
+    overrides = ["experiment=tanks", "+model.act=[a,b]", "accum.steps=4", "trainer.epochs=1"]
+    launch = Launch(command, overrides, ["hydra.searchpath=[pkg://mine]"], files)
+    folder = RunFolder(
+        tmp_path / job_folder_name(tmp_path, begin_launch(tmp_path, launch), 0, "a", overrides)
+    )
+    folder.path.mkdir()
+    folder.config.write_text("accum: {steps: 4}\n")
+    folder.write_summary(Summary(RunStatus.FINISHED, overrides=overrides, seed=0, final={"accuracy": 0.9}))
+    found = prove_command(reported(from_folder(tmp_path)))
+    assert found == (
+        f"python -m accumexp.prove {files[0]} 'hydra.searchpath=[pkg://mine]' experiment=tanks "
+        "'+model.act=[a,b]' accum.steps=4"
+    )
+    assert needed_trust(tmp_path) == f" {files[0]} trust=true"  # of the search path
 
 
 def test_only_the_settings_that_differ_are_listed() -> None:

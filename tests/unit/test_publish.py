@@ -11,11 +11,14 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from accumexp.report import publish, tables
 from accumexp.report.analysis import Report
 from accumexp.report.page import page
 from accumexp.report.pictures import draw
 from accumexp.report.publish import metrics, note, tags, write
-from accumexp.report.tables import Table, terminal_tables
+from accumexp.report.statistics import compare_pairs
+from accumexp.report.tables import Table, all_tables, terminal_tables
+from accumexp.report.wording import conclusion, signed_interval
 
 from ..support.past_sweeps import job, over_steps, reported, sweep
 
@@ -121,6 +124,52 @@ def test_a_narrow_terminal_loses_details_and_keeps_the_verdict(width: int | None
     printed.print(first)
     text = printed.export_text()
     assert text.count("undecided") == 2 and "…" not in text
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_every_table_of_a_terminal_names_its_groups_and_cuts_no_cell(width: int) -> None:
+    costs = {"update_ms": 1234.5, "samples_per_second": 12345.0, "activation_mib": 81.5, "seconds": 4321.0}
+    final = {"accuracy": 0.9, "peak_memory_mib": 245.25, **costs}
+    jobs = [job(f"accum.steps={k}", f"seed={s}", final=final) for k in (10, 2000) for s in (0, 1)]
+    report = reported(sweep(*jobs))
+    text = ""
+    for table in terminal_tables(report, width):
+        printed = Console(width=width, record=True, file=io.StringIO())
+        printed.print(table)
+        text += (lines := printed.export_text())
+        assert lines.split()[0] == "accum.steps" and all(len(line) <= width for line in lines.splitlines())
+        assert [line.split()[0] for line in lines.splitlines() if line.strip()][2:4] == ["10", "2000"]
+    assert "…" not in text
+    text = " ".join(text.split())
+    for table in all_tables(report):
+        for heading, *cells in zip(table.columns, *table.rows, strict=True):
+            assert heading in text
+            if heading not in table.optional:
+                assert all(cell in text for cell in cells)
+
+
+def test_a_printed_command_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Console(width=60, force_terminal=True, no_color=True, file=io.StringIO())
+    for module in (publish, tables):
+        monkeypatch.setattr(module, "console", terminal)
+    publish.print_report(reported(over_steps(lambda k, s: 0.9 + 0.001 * s)))
+    text = terminal.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
+    assert "shown by python -m accumexp.prove accum.steps=4 seed=0\n" in text
+
+
+def test_what_rounds_to_zero_has_no_minus_sign() -> None:
+    metric = reported(over_steps(lambda k, s: 0.9)).metric
+    tiny = compare_pairs([-1e-6, 1e-6, -1e-6], 0.5)
+    assert signed_interval(tiny, metric) == "+0.00 [+0.00, +0.00]"
+    lost = compare_pairs([-2e-6], 0.5)
+    assert signed_interval(lost, metric) == "+0.00 (one pair)"
+
+
+def test_groups_that_lack_seeds_are_named() -> None:
+    jobs = [job(f"accum.steps={k}", f"seed={s}", final={"accuracy": 0.9}) for k in (1, 2, 4) for s in (0, 1)]
+    failed = job("accum.steps=4", "seed=2", status="FAILED")
+    text = conclusion(reported(sweep(*jobs, failed)))
+    assert text.endswith("Not all seeds of accum.steps=4 finished; only those that did are compared.")
 
 
 def test_brackets_in_a_value_are_no_markup() -> None:

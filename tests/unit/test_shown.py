@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import logging
+import os
 import re
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -123,11 +125,17 @@ def test_the_console_command_is_the_modules(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     called: list[Any] = []
-    monkeypatch.setattr(
-        "runpy.run_module", lambda name, **options: called.append((name, options["alter_sys"]))
-    )
+    paths: list[str] = []
+
+    def run_module(name: str, **options: Any) -> None:
+        called.append((name, options["alter_sys"]))
+        paths.append(sys.path[0])
+
+    monkeypatch.setattr("runpy.run_module", run_module)
     monkeypatch.setattr("sys.argv", ["accumexp", "prove", "accum.steps=4"])
+    before = list(sys.path)
     cli.main()
+    assert paths == [os.getcwd()] and sys.path == before
     assert called == [("accumexp.prove", True)] and cli.sys.argv[1:] == ["accum.steps=4"]
     monkeypatch.setattr("sys.argv", ["accumexp", "-sc", "query=bash"])
     monkeypatch.setenv("COMP_LINE", "accumexp plan model=re")
@@ -152,6 +160,22 @@ def test_hydra_completes_choices_and_keys(
     monkeypatch.setenv("COMP_LINE", "accumexp model=res")
     cli.hydra_app(task)
     assert capsys.readouterr().out.split() == ["model=resnet18", "model=resnet50"]
+
+
+def test_the_choices_of_own_files_are_completed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    from accumexp.run.command import task
+
+    (tmp_path / "conf" / "experiment").mkdir(parents=True)
+    (tmp_path / "conf" / "experiment" / "tanks.yaml").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("runpy.run_module", lambda name, **options: cli.hydra_app(task))
+    for typed, offered in ("conf experiment=ta", ["experiment=tanks"]), ("nowhere model=mlp", ["model=mlp"]):
+        monkeypatch.setattr("sys.argv", ["accumexp", "-sc", "query=bash"])
+        monkeypatch.setenv("COMP_LINE", f"accumexp run --config-dir {typed}")
+        cli.main()
+        assert capsys.readouterr().out.split() == offered
 
 
 def test_a_link_is_the_same_file_and_none_elsewhere(tmp_path: Path) -> None:

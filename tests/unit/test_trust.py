@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import pickle
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,19 @@ def test_everything_else_is_refused_unless_it_is_given_or_trusted(key: str, targ
     check(key, target, given=(key,))
     with pytest.raises(UsageError):
         check(key, target, Trust(packages=frozenset(["another"])), given=("another",))
+
+
+@pytest.mark.parametrize(
+    ("target", "remedy"),
+    [
+        ("tests.support.trouble.Trouble", 'add trust=[more,tests] (in Python trust=["more", "tests"])'),
+        ("os.kill", "add trust=true (in Python trust=True), which lets it run any code"),
+    ],
+)
+def test_a_function_says_what_to_add_in_pythons_form_too(target: str, remedy: str) -> None:
+    with pytest.raises(UsageError) as refusal:
+        check("callbacks.mine", target, replace(Trust.given(["more"]), in_python=True))
+    assert str(refusal.value).endswith(remedy)
 
 
 def test_a_trusted_package_gives_what_it_defines_and_not_what_it_imports() -> None:
