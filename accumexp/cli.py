@@ -147,9 +147,20 @@ def _group_options(loader: Any, group_name: str, results_filter: Any = ObjectTyp
 
 
 def command(main: Callable[[], None]) -> NoReturn:
-    """Runs a command's `main` and exits: 0, 2 with one line for bad input, 1 for a run that cannot go on."""
+    """Runs a command's `main` and exits: 0, 2 with one line for bad input, 1 for a run that cannot go on.
+
+    Where the reader of the output has ended, as `head` does, it ends without a word, with 1.
+    """
     try:
-        main()
+        try:
+            main()
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        # What is left in the buffer is written when the interpreter ends.
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
+        sys.exit(1)
     except (UsageError, TrainingError) as error:
         if WANTS_TRACEBACK:
             traceback.print_exc()

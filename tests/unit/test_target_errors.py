@@ -43,7 +43,10 @@ def tanks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         ("ponds.model.Net", "ponds.model has no Net, it has Level, wraps"),
         ("ponds.modle.Level", "ponds has no modle, did you mean ponds.model?"),
         ("ponds.model.Level.made", "ponds.model.Level has no made"),
-        ("pond.model.Level", "there is no package pond; run in the folder that holds it (with python -m), or install it"),
+        (
+            "pond.model.Level",
+            "there is no package pond; run in the folder that holds it (with python -m), or install it",
+        ),
         ("Level", "names no module, give package.module.Level"),
         (
             "ponds.data.Tanks",
