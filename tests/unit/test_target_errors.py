@@ -45,7 +45,7 @@ def tanks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         ("ponds.model.Level.made", "ponds.model.Level has no made"),
         (
             "pond.model.Level",
-            "there is no package pond; run in the folder that holds it (with python -m), or install it",
+            "there is no package pond; run in the folder that holds it",
         ),
         ("Level", "names no module, give package.module.Level"),
         (
