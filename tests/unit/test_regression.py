@@ -9,6 +9,8 @@ from torch.utils.data import TensorDataset
 
 from accumexp.accum.loss import WeightedSamples
 from accumexp.errors import UsageError
+from accumexp.plan.planner import Planner
+from accumexp.plan.trial_run import trial_run
 from accumexp.report.statistics import Verdict
 from accumexp.report.wording import conclusion
 from accumexp.training.class_checks import check_accuracy, check_class_loss
@@ -69,6 +71,18 @@ def test_a_loss_of_classes_refuses_numbers(outputs: tuple[int, ...], targets: tu
     with pytest.raises(UsageError, match="metrics=regression"):
         check_accuracy("metrics.accuracy", Accuracy(), *made)
     check_class_loss(nn.MSELoss(), *made)
+
+
+def flat() -> nn.Module:
+    return nn.Sequential(nn.Linear(3, 1), nn.Flatten(0))
+
+
+def test_a_plan_names_the_loss_that_its_trial_fails_in() -> None:
+    classes = ("device=cpu", f"model._target_={__name__}.flat", "loss=cross_entropy", "metrics=none")
+    keys = ("~model.num_classes", "~model.inputs", "~model.hidden", "~model.dropout")
+    with trial_run(composed("model=mlp", *OWN, *classes, *keys, "accum.steps=auto")) as trial:
+        with pytest.raises(UsageError, match=r"^loss=CrossEntropyLoss: .*\(n,\)"):
+            Planner(trial)
 
 
 def test_a_loss_of_classes_takes_indices_and_probabilities() -> None:
