@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import re
 import runpy
 import sys
 import time
@@ -16,22 +15,16 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from hydra.core.object_type import ObjectType
-from hydra.errors import (
-    ConfigCompositionException,
-    HydraException,
-    MissingConfigException,
-    OverrideParseException,
-)
-from omegaconf import OmegaConf
+from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from . import __version__
 from .conf import conf_dir
-from .config.loading import explain_omegaconf
-from .config.sizes import AUTO
+from .config.explain import explain
 from .environment.launch import RankError
 from .environment.ranks import RankInfo, exit_immediately, skip_group_teardown
-from .errors import TrainingError, UsageError, masked, print_error, unknown_key
+from .errors import TrainingError, UsageError, masked, print_error
 from .sweeps.hydra_sweep import file_flags
 
 # Read before `hydra_app` sets it for Hydra, and handed on to the processes in which a launcher runs jobs.
@@ -141,7 +134,7 @@ def hydra_app(task: Callable[[Any], Any]) -> None:
     try:
         with nullcontext() if own_files else _composed_once():
             hydra.main(config_path=conf_dir(), config_name="config", version_base="1.3")(task)()
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, YAMLError) as error:
         raise UsageError(explain(error)) from error
     finally:
         for name, value in before.items():
@@ -175,73 +168,21 @@ def _group_options(loader: Any, group_name: str, results_filter: Any = ObjectTyp
     return loader.repository.get_group_options(group_name, results_filter)
 
 
-def explain(error: BaseException, folder: str | None = None) -> str:
-    """The one-line message for an error of Hydra's composition: the key or choice, and the remedy.
-
-    Args:
-        folder: of the configuration that was composed, by default `accumexp/conf`.
-    """
-    cause = error.__cause__
-    text = str(error)
-    if isinstance(error, OverrideParseException):
-        return f"{error.override}: not an override, give key=value, in quotes where the value needs them"
-    if isinstance(error, MissingConfigException):
-        choice = re.search(r"Could not find '([^']*)/([^'/]*)'", text)
-        options = getattr(error, "options", None)
-        if choice:
-            options = sorted(set(options or ()) - {"schema"})
-            listed = f"{choice[1]} is one of {', '.join(options)}" if options else "see --help"
-            return f"{choice[1]}={choice[2]}: no such choice, {listed}"
-    override = re.search(r"(?:Could not override|Error merging override) '?([^'\s]+)'?", text)
-    if override and isinstance(cause, OmegaConfBaseException):
-        key, _, value = override[1].partition("=")
-        full_key = str(cause.full_key or "")
-        # A key inside of a dict that was given whole.
-        inner = full_key if full_key.startswith(f"{key.lstrip('+')}.") else ""
-        if "Could not override" in text:
-            return _unknown(inner or key, folder)
-        if inner:
-            return explain_omegaconf(cause)
-        reason = str(cause.msg or cause).splitlines()[0]
-        if key == "accum.steps" and "type hint" in reason:
-            reason = f"a whole number, or {AUTO}"
-        return f"{key}={value}: {reason}"
-    missing = re.search(r"(?:Could not override|Key) '([^']+)'", text)
-    if missing:
-        return _unknown(missing[1], folder)
-    origin = cause if isinstance(error, ConfigCompositionException) else error
-    if isinstance(origin, OmegaConfBaseException):
-        return explain_omegaconf(origin)
-    return " ".join(line.strip() for line in text.splitlines() if line.strip()) or type(error).__name__
-
-
-def _unknown(key: str, folder: str | None) -> str:
-    """The message for a key that the default configuration does not have; names its first wrong part."""
-    from hydra import compose, initialize_config_dir
-    from hydra.core.global_hydra import GlobalHydra
-
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(folder or conf_dir(), version_base="1.3"):
-        node: Any = compose("config")
-    parts = key.split(".")
-    for depth, part in enumerate(parts, 1):
-        if not OmegaConf.is_dict(node) or part not in node:
-            line = unknown_key(".".join(parts[:depth]), [str(name) for name in node or ()])
-            # What users bring takes further keys, and so may the configuration of a run that is resumed.
-            return f"{line} (++{key}=... adds it)" if depth > 1 and _is_free(node) else line
-        node = node[part]
-    return unknown_key(key, [])
-
-
-def _is_free(node: Any) -> bool:
-    """Whether `node` may have any keys: it is of no dataclass of the schema."""
-    return OmegaConf.is_dict(node) and OmegaConf.get_type(node) is dict
-
-
 def command(main: Callable[[], None]) -> NoReturn:
-    """Runs a command's `main` and exits: 0, 2 with one line for bad input, 1 for a run that cannot go on."""
+    """Runs a command's `main` and exits: 0, 2 with one line for bad input, 1 for a run that cannot go on.
+
+    Where the reader of the output has ended, as `head` does, it ends without a word, with 1.
+    """
     try:
-        main()
+        try:
+            main()
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        # What is left in the buffer is written when the interpreter ends.
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
+        sys.exit(1)
     except (UsageError, TrainingError) as error:
         if WANTS_TRACEBACK:
             traceback.print_exc()

@@ -11,7 +11,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ..cli import explain
+from ..config.explain import explain
 from ..errors import UsageError
 from .cells import CONF, Case
 from .settings import Setting
@@ -61,7 +61,7 @@ def composed(overrides: Sequence[str]) -> dict[str, Any]:
         with initialize_config_dir(str(CONF), version_base="1.3"):
             config = OmegaConf.to_container(compose("config", overrides=list(overrides)), resolve=True)
     except (HydraException, OmegaConfBaseException) as error:
-        raise UsageError(explain(error, str(CONF))) from error
+        raise UsageError(explain(error, takes_config_dir=False)) from error
     assert isinstance(config, dict)
     for key in ("steps", "micro"):
         if not isinstance(config[key], int) or config[key] < 1:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import inspect
 import logging
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from ..errors import UsageError
+from .target_errors import missing_part, unknown_argument
 
 # Classes and modules named in checkpoints and configurations of earlier versions.
 MOVED_CLASSES = {
@@ -67,7 +69,7 @@ def build(node: Mapping[str, Any], key: str, *args: Any, **offered: Any) -> Any:
     try:
         function = get_object(target)
     except Exception as error:
-        raise UsageError(f"{key}._target_={target}: {_reason(error)}") from error
+        raise UsageError(f"{key}._target_={target}: {missing_part(target) or _reason(error)}") from error
     finally:
         hydra_log.disabled = was_disabled
     if not callable(function):
@@ -85,7 +87,10 @@ def build(node: Mapping[str, Any], key: str, *args: Any, **offered: Any) -> Any:
         cause = error.__cause__ or error
         if isinstance(cause, UsageError):
             raise UsageError(f"{key}: {cause}") from cause
-        reason = _reason(cause)
+        if inner := re.match(r"Error locating target '([^']+)'", str(error)):
+            reason = missing_part(inner[1]) or _reason(cause)
+            raise UsageError(f"{key} ({target}): {inner[1]}: {reason}") from cause
+        reason = unknown_argument(cause, key, node, function, len(args)) or _reason(cause)
         # A message such as "norm=layer: ..." that begins with an argument of the node names the key itself.
         if reason.partition("=")[0] in node:
             raise UsageError(f"{key}.{reason}") from cause

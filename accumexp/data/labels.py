@@ -83,9 +83,12 @@ class ClassIndices:
         if targets.dtype not in (torch.int64, torch.uint8):
             sample, label = _first(targets, torch.ones_like(targets, dtype=torch.bool), numbers)
             kind = str(targets.dtype).removeprefix("torch.")
+            remedy = (
+                "; for a regression give loss=mse metrics=regression" if targets.is_floating_point() else ""
+            )
             raise UsageError(
                 f"{key}: sample {sample} has the label {label} of {kind}; loss={self.loss} takes class "
-                "indices, int64"
+                f"indices, int64{remedy}"
             )
         labels = targets.long()  # an ignored label of -100 is none of uint8
         wrong = ((labels < 0) | (labels >= self.classes)) & (labels != self.ignored)

@@ -226,7 +226,11 @@ def check_inputs(model: nn.Module, inputs: Nested) -> None:
         else:
             signature.bind(*inputs)
     except TypeError as error:
-        given = ", ".join(map(str, inputs)) if isinstance(inputs, Mapping) else f"{len(inputs)} by position"
+        if isinstance(inputs, Tensor):
+            given = "one input"
+        else:
+            named = isinstance(inputs, Mapping)
+            given = ", ".join(map(str, inputs)) if named else f"{len(inputs)} by position"
         takes = ", ".join(signature.parameters) or "nothing"
         raise UsageError(
             f"data.inputs: the samples give {given}, and {type(model).__name__}.forward takes {takes} "

@@ -15,6 +15,7 @@ from ..config.sizes import AUTO, in_bytes, micro_batch
 from ..environment.console import amount
 from ..environment.memory import free_bytes
 from ..errors import UsageError
+from ..training.preflight import try_example
 from .coupled_memory import CoupledMemory, coupled_memory, couples
 from .points import Limit, Point
 from .trial_run import TrialMeasurement, TrialRun, discard
@@ -55,6 +56,7 @@ class Planner:
             return measure()
         except Exception as error:
             if not out_of_memory(error):
+                try_example(self.trial.experiment)  # names the key, where model, loss or metrics are wrong
                 raise
         discard(self.trial.device)
         return None

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from ..cli import explain
 from ..conf import conf_dir
 from ..config.environment_values import environment_values
+from ..config.explain import explain
 from ..config.loading import from_hydra
 from ..config.overrides import interpolations
 from ..environment.ranks import RankInfo
@@ -179,7 +179,7 @@ def _compose(overrides: Sequence[str]) -> DictConfig:
         with initialize_config_dir(conf_dir(), version_base="1.3"):
             return compose("config", list(overrides))
     except (HydraException, OmegaConfBaseException) as error:
-        raise UsageError(explain(error)) from error
+        raise UsageError(explain(error, takes_config_dir=False)) from error
     finally:
         restore_gh_from_backup(outer)
 

@@ -26,7 +26,7 @@ class Regression(nn.Module):
             # one_hot() would wait for the device in every micro-batch.
             targets = targets.unsqueeze(-1) == torch.arange(outputs.shape[-1], device=targets.device)
         if outputs.shape != targets.shape:
-            raise ValueError(
-                f"outputs of shape {tuple(outputs.shape)} against targets of shape {tuple(targets.shape)}"
-            )
+            line = f"outputs of shape {tuple(outputs.shape)} against targets of shape {tuple(targets.shape)}"
+            remedy = "; make one of them as the other with squeeze(-1) or unsqueeze(-1)"
+            raise ValueError(f"{line}{remedy if outputs.numel() == targets.numel() else ''}")
         return self.criterion(outputs, targets.to(outputs.dtype))

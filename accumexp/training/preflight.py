@@ -27,6 +27,7 @@ from ..data.labels import ClassIndices, Probabilities, TargetCheck
 from ..environment.cores import cores, most_workers
 from ..environment.random_state import random_state, restore_random_state
 from ..errors import TrainingError, UsageError, compiler_error, first_line
+from .class_checks import check_accuracy, check_class_loss, is_class_loss
 from .evaluated_schedule import takes_metric
 from .evaluation import plain_values, precision, unweighted
 from .losses import Regression
@@ -111,6 +112,7 @@ def try_example(experiment: Experiment, split: str = "train") -> Any:
             warnings.simplefilter("ignore")  # of metrics that see too few samples
             with named_by("model", experiment.config.model, when):
                 outputs = call(model, inputs)
+            check_class_loss(experiment.criterion, outputs, targets)
             if check := target_check(experiment.criterion, outputs):
                 for batches in (splits.train, splits.eval, splits.test):
                     batches.check_targets(check)
@@ -120,6 +122,7 @@ def try_example(experiment: Experiment, split: str = "train") -> Any:
                 raise UsageError(f"loss: its value has shape {tuple(total.shape)}, one number is needed")
             for name, metric in experiment.evaluator.metrics.items():
                 with named_by(f"metrics.{name}", experiment.config.metrics[name], when):
+                    check_accuracy(f"metrics.{name}", metric, outputs, unweighted(loss, targets))
                     metric.update(outputs, unweighted(loss, targets))
             if experiment.rank_info.size == 1:
                 _check_values(experiment)
@@ -165,8 +168,7 @@ def target_check(criterion: Any, outputs: Any) -> TargetCheck | None:
     name, forward = type(criterion).__name__, getattr(type(criterion), "forward", None)
     if forward in (nn.BCELoss.forward, nn.BCEWithLogitsLoss.forward):
         return Probabilities(name)
-    of_classes = forward in (nn.CrossEntropyLoss.forward, nn.NLLLoss.forward)
-    if not of_classes or not isinstance(outputs, Tensor):  # a forward of its own may take other targets
+    if not is_class_loss(criterion) or not isinstance(outputs, Tensor):
         return None
     classes = outputs.shape[1] if outputs.dim() > 1 else outputs.shape[0]
     return ClassIndices(classes, criterion.ignore_index, outputs.dim() - 1, name)

@@ -4,10 +4,19 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 from torch.utils.data import TensorDataset
 
+from accumexp.accum.loss import WeightedSamples
+from accumexp.errors import UsageError
+from accumexp.plan.planner import Planner
+from accumexp.plan.trial_run import trial_run
 from accumexp.report.statistics import Verdict
 from accumexp.report.wording import conclusion
+from accumexp.training.class_checks import check_accuracy, check_class_loss
+from accumexp.training.experiment import Experiment
+from accumexp.training.metrics import Accuracy
+from accumexp.training.preflight import try_example
 
 from ..support.experiments import composed, trainer_of
 from ..support.past_sweeps import job, reported, sweep
@@ -33,6 +42,56 @@ def test_a_regression_needs_no_classes_and_is_chosen_by_its_error() -> None:
     errors = trainer.evaluate("test")
     assert 0 < errors["test/mae"] < errors["test/rmse"]
     assert errors["test/rmse"] ** 2 == pytest.approx(errors["test/loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("left", "says"),
+    [
+        (
+            "loss=cross_entropy",
+            r"^loss=CrossEntropyLoss: .* the targets \(n, 1\) of float32, .*loss=mse",
+        ),
+        ("metrics=classification", r"^metrics.accuracy: .*for a regression give metrics=regression$"),
+    ],
+)
+def test_a_regression_with_the_loss_or_metric_of_classes_is_refused(left: str, says: str) -> None:
+    with pytest.raises(UsageError, match=says):
+        try_example(Experiment.build(composed("model=mlp", "device=cpu", *OWN, left)))
+
+
+@pytest.mark.parametrize(
+    ("outputs", "targets"), [((6,), (6,)), ((6, 1), (6,)), ((6, 1), (6, 1)), ((6, 1, 4), (6, 1, 4))]
+)
+def test_a_loss_of_classes_refuses_numbers(outputs: tuple[int, ...], targets: tuple[int, ...]) -> None:
+    made = torch.zeros(outputs), torch.full(targets, 0.5)
+    with pytest.raises(UsageError, match="loss=mse metrics=regression"):
+        check_class_loss(nn.CrossEntropyLoss(), *made)
+    with pytest.raises(UsageError, match="loss=mse metrics=regression"):
+        check_class_loss(WeightedSamples(nn.CrossEntropyLoss()), made[0], (made[1], torch.ones(6)))
+    with pytest.raises(UsageError, match="metrics=regression"):
+        check_accuracy("metrics.accuracy", Accuracy(), *made)
+    check_class_loss(nn.MSELoss(), *made)
+
+
+def flat() -> nn.Module:
+    return nn.Sequential(nn.Linear(3, 1), nn.Flatten(0))
+
+
+def test_a_plan_names_the_loss_that_its_trial_fails_in() -> None:
+    classes = ("device=cpu", f"model._target_={__name__}.flat", "loss=cross_entropy", "metrics=none")
+    keys = ("~model.num_classes", "~model.inputs", "~model.hidden", "~model.dropout")
+    with trial_run(composed("model=mlp", *OWN, *classes, *keys, "accum.steps=auto")) as trial:
+        with pytest.raises(UsageError, match=r"^loss=CrossEntropyLoss: .*\(n,\)"):
+            Planner(trial)
+
+
+def test_a_loss_of_classes_takes_indices_and_probabilities() -> None:
+    scores = torch.zeros(6, 5)
+    check_class_loss(nn.CrossEntropyLoss(), scores, torch.full((6, 5), 0.2))
+    check_class_loss(nn.CrossEntropyLoss(), scores, torch.zeros(6, dtype=torch.int64))
+    check_accuracy("metrics.accuracy", Accuracy(), scores, torch.zeros(6, dtype=torch.int64))
+    with pytest.raises(UsageError, match=r"targets from -1 to 2 are no probabilities; .*loss=mse"):
+        check_class_loss(nn.CrossEntropyLoss(), scores, torch.tensor([-1.0, 2, 0, 0, 0]).expand(6, 5))
 
 
 def test_the_groups_of_a_sweep_choose_their_monitor() -> None:

@@ -15,6 +15,7 @@ from accumexp.accum import Window
 from accumexp.accum.loss import WeightedSamples
 from accumexp.config.schema import DataConfig
 from accumexp.data import Batches, Placement, Splits, StreamedBatches, build_splits, pad
+from accumexp.data.samples import check_inputs
 from accumexp.errors import UsageError
 from accumexp.training.experiment import Experiment
 
@@ -182,6 +183,11 @@ def test_inputs_that_the_model_does_not_take_are_named_before_update_1() -> None
         UsageError, match="data.inputs: the samples give 2 by position, and Net.forward takes"
     ):
         Experiment.build(config)
+
+
+def test_a_single_input_is_not_counted_by_its_samples() -> None:
+    with pytest.raises(UsageError, match="samples give one input, and Bilinear.forward takes input1"):
+        check_inputs(torch.nn.Bilinear(2, 2, 1), torch.zeros(4, 2))
 
 
 @pytest.mark.parametrize("resident", [True, False])

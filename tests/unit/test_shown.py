@@ -151,6 +151,18 @@ def test_the_console_command_is_the_modules(
     assert capsys.readouterr().err.startswith("error: train: no such command\nusage: accumexp {run,")
 
 
+def test_a_command_whose_reader_has_ended_ends_quietly(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as stdout:
+        monkeypatch.setattr("sys.stdout", stdout)
+        with pytest.raises(SystemExit, match="^1$"):
+            cli.command(lambda: print("help"))
+    assert capsys.readouterr().err == ""
+
+
 def test_hydra_completes_choices_and_keys(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
