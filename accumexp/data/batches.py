@@ -171,3 +171,22 @@ class ResidentBatches(Batches):
             gather = partial(torch.index_select, dim=0, index=batch.indices)
             inputs = self._augmented(map_tensors(gather, self.inputs), batch.indices, epoch)
             yield replace(batch, inputs=inputs, targets=map_tensors(gather, self.targets))
+
+
+@dataclass(frozen=True)
+class Splits:
+    """The batches of training, of the evaluation at each epoch's end, and of the final test.
+
+    Attributes:
+        has_eval: whether there are samples for `eval`; if not, it is `test` and not evaluated.
+    """
+
+    train: Batches
+    eval: Batches
+    test: Batches
+    has_eval: bool = True
+
+    def close(self) -> None:
+        """Ends the processes that read the samples."""
+        for batches in (self.train, self.eval, self.test):
+            batches.close()

@@ -10,8 +10,7 @@ from typing import Any
 
 from ..accum.batch import map_tensors, tensors
 from ..config.loading import to_plain
-from .batches import Batches, ResidentBatches
-from .splits import Splits
+from .batches import Batches, ResidentBatches, Splits
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from ..environment.cores import most_workers
 from ..environment.memory import free_bytes
 from ..environment.random_state import drawn_from
 from ..errors import UsageError, first_line
-from .batches import Batches, ResidentBatches, Share
+from .batches import Batches, ResidentBatches, Share, Splits
 from .iterable_batches import StreamBatches, first_samples, stream_length
 from .labels import LabelCheck
 from .raw import concatenated, raw_tensors
@@ -31,25 +31,6 @@ RESIDENT_SHARE = 0.25
 TRANSFORM_CHUNK = 4096
 # Samples that are read and collated before training, so that what cannot be is known by then.
 EXAMPLES = 4
-
-
-@dataclass(frozen=True)
-class Splits:
-    """The batches of training, of the evaluation at each epoch's end, and of the final test.
-
-    Attributes:
-        has_eval: whether there are samples for `eval`; if not, it is `test` and not evaluated.
-    """
-
-    train: Batches
-    eval: Batches
-    test: Batches
-    has_eval: bool = True
-
-    def close(self) -> None:
-        """Ends the processes that read the samples."""
-        for batches in (self.train, self.eval, self.test):
-            batches.close()
 
 
 @dataclass(frozen=True)
