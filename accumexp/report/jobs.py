@@ -21,7 +21,7 @@ from ..sweeps.sweep import PARENT, SweepRun, parent_of, sweep_runs
 from ..tracking import PastRun, Store, curve, jobs_of, newest_sweep, sweep_of
 from ..tracking.json_file import read_json
 from ..tracking.metrics_file import read
-from ..tracking.run_folder import CERTIFICATE_TAG, RunFolder, RunStatus
+from ..tracking.run_folder import CERTIFICATE_TAG, RunFolder, RunStatus, Summary
 
 Curve = list[tuple[int, float]]
 REMEDY = "give sweep=<folder or parent run id>, or tracking.uri=<the store's address>"
@@ -254,9 +254,7 @@ def infer_overrides(jobs: list[Job]) -> list[Job]:
     ]
 
 
-def _from_run(store: Store, run: PastRun, summary: SweepRun | None) -> Job:
-    if summary and summary.status == RunStatus.FINISHED and run.status != RunStatus.FINISHED:
-        return _from_summary(summary)  # its end did not reach the store
+def _from_run(store: Store, run: PastRun, summary: Summary | None) -> Job:
     overrides = summary.overrides if summary else []
     if "accumexp.overrides" in run.tags:
         overrides = json.loads(run.tags["accumexp.overrides"])

@@ -5,15 +5,10 @@ from __future__ import annotations
 import csv
 import json
 import re
-import sqlite3
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-
-from accumexp.config.schema import TrackingConfig
-from accumexp.report.jobs import from_store
-from accumexp.tracking import Store, sweep_of
 
 from ..support.command import Case, Done, Record, only_sweep, records, run_many
 
@@ -124,19 +119,6 @@ def test_jobs_are_listed_each_once_with_what_they_measured(ran: dict[str, Ran]) 
     assert sorted((row["accum.steps"], row["seed"]) for row in rows) == [(s, k) for s in "18" for k in "012"]
     assert {row["status"] for row in rows} == {"FINISHED"}
     assert all(0 < float(row["final/accuracy"]) <= 1 for row in rows)
-
-
-def test_a_finished_job_whose_end_did_not_reach_the_store_counts(ran: dict[str, Ran], tmp_path: Path) -> None:
-    right = ran["right"]
-    with sqlite3.connect(right.base / "mlflow.db") as source, sqlite3.connect(tmp_path / "mlflow.db") as copy:
-        source.backup(copy)
-    store = Store(TrackingConfig(uri=f"sqlite:///{tmp_path / 'mlflow.db'}"))
-    lost = next(record.run_id for record in records(right.base) if "mlflow.parentRunId" in record.tags)
-    store.client.update_run(lost, "RUNNING")
-    jobs = {job.run_id: job for job in from_store(store, sweep_of(store, right.parent.run_id)).jobs}
-    known = next(record for record in records(right.base) if record.run_id == lost)
-    assert jobs[lost].finished and jobs[lost].final["accuracy"] == known.points["final/accuracy"][-1][1]
-    assert len(jobs[lost].curve("train/loss")) == len(known.points["train/loss"])
 
 
 def test_failed_jobs_are_left_out_and_said_to_be(ran: dict[str, Ran]) -> None:
