@@ -18,8 +18,7 @@ def global_state() -> dict[str, Any]:
     shared = accelerate.AcceleratorState._shared_state if accelerate else {}
     return {
         "directory": os.getcwd(),
-        "sys.path": list(sys.path),
-        "signal handlers": [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)],
+        "handler of SIGTERM": signal.getsignal(signal.SIGTERM),
         "default dtype": torch.get_default_dtype(),
         "threads": torch.get_num_threads(),
         "gradients": torch.is_grad_enabled(),
