@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
+from weakref import proxy
 
 import torch
 from torch import Tensor
@@ -53,7 +54,8 @@ class StreamedBatches(Batches):
         super().__init__(indices, batch_size, **options)
         self.place = place
         self._checks = collate.checks
-        self._sampler = _EpochSampler(self)
+        # Without a cycle of references, so that the workers of batches that are not closed end with them.
+        self._sampler = _EpochSampler(proxy(self))
         with warnings.catch_warnings():
             # A run warns in one line that names the key (training.preflight).
             warnings.filterwarnings("ignore", message="This DataLoader will create")

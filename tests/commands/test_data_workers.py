@@ -9,7 +9,9 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 
+from accumexp.data import Placement, build_splits
 from accumexp.environment.ranks import RankInfo
 from accumexp.errors import UsageError
 from accumexp.evaluate import evaluate
@@ -61,7 +63,12 @@ def proved(folder: Path) -> None:
     prove_experiment(composed(*READ, "accum.steps=2", "data.batch_size=16"), RankInfo(), lambda stage: None)
 
 
-@pytest.mark.parametrize("command", [trained, failed, evaluated, planned, proved])
+def dropped(folder: Path) -> None:
+    place = Placement(torch.device("cpu"), torch.float32)
+    assert sum(len(batch.indices) for batch in build_splits(composed(*READ).data, 0, place).train.epoch(0))
+
+
+@pytest.mark.parametrize("command", [dropped, trained, failed, evaluated, planned, proved])
 def test_no_reader_is_left(command: Callable[[Path], None], tmp_path: Path) -> None:
     before = readers()
     command(tmp_path / "run")
