@@ -23,7 +23,7 @@ def missing_part(target: str) -> str | None:
     if not rest:
         return f"names no module, give package.module.{top}"
     try:
-        found: Any = import_module(top)
+        parent: Any = import_module(top)
     except ModuleNotFoundError as error:
         if error.name != top:
             return None
@@ -33,7 +33,7 @@ def missing_part(target: str) -> str | None:
     path = top
     for name in rest:
         inner = f"{path}.{name}"
-        if not hasattr(found, name) and isinstance(found, ModuleType):
+        if not hasattr(parent, name) and isinstance(parent, ModuleType):
             try:
                 import_module(inner)
             except ModuleNotFoundError as error:
@@ -41,20 +41,20 @@ def missing_part(target: str) -> str | None:
                     return None
             except Exception:
                 return None
-        if not hasattr(found, name):
-            return f"{path} has no {name}{_alternatives(found, path, name)}"
-        found, path = getattr(found, name), inner
+        if not hasattr(parent, name):
+            return f"{path} has no {name}{_alternatives(parent, path, name)}"
+        parent, path = getattr(parent, name), inner
     return None
 
 
-def _alternatives(found: Any, path: str, name: str) -> str:
-    """The name in `found`, the module or class `path`, that is nearest to `name`, or all of its own."""
-    public = {key: getattr(found, key, None) for key in dir(found) if not key.startswith("_")}
-    modules = [one.name for one in pkgutil.iter_modules(getattr(found, "__path__", ()))]
+def _alternatives(parent: Any, path: str, name: str) -> str:
+    """The name in `parent`, the module or class `path`, that is nearest to `name`, or all of its own."""
+    public = {key: getattr(parent, key, None) for key in dir(parent) if not key.startswith("_")}
+    modules = [one.name for one in pkgutil.iter_modules(getattr(parent, "__path__", ()))]
     if near := difflib.get_close_matches(name, [*public, *modules], 1):
         return f", did you mean {path}.{near[0]}?"
-    own = [key for key, value in public.items() if getattr(value, "__module__", None) == path]
-    names = sorted({*own, *modules})
+    defined_here = [key for key, value in public.items() if getattr(value, "__module__", None) == path]
+    names = sorted({*defined_here, *modules})
     return f", it has {', '.join(names)}" if 0 < len(names) <= MOST_LISTED else ""
 
 

@@ -137,8 +137,8 @@ def test_the_summary_has_the_addresses_of_both_models(trained: RunResult, uri: s
     printed = (trained.folder / "run.log").read_text()
     by_update = logged(trained, uri)
     best = read(trained.folder / "checkpoints" / "best.pt")["progress"]["update"]
-    found = re.findall(r" (models:/m-\w+)$", printed, flags=re.MULTILINE)
-    assert found == [by_update[max(by_update)], by_update[best]]
+    addresses = re.findall(r" (models:/m-\w+)$", printed, flags=re.MULTILINE)
+    assert addresses == [by_update[max(by_update)], by_update[best]]
 
 
 def test_a_run_whose_folder_is_gone_is_loaded_from_the_store(

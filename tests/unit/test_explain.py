@@ -17,12 +17,12 @@ MINE = GLOBAL + "defaults:\n  - override /model: null\nmodel: {_target_: mine.Mo
 
 
 def explained(*overrides: str, files: Path | None = None) -> str:
-    own = [] if files is None else [f"hydra.searchpath=[file://{files}]"]
+    search_path = [] if files is None else [f"hydra.searchpath=[file://{files}]"]
     with (
         pytest.raises((HydraException, YAMLError)) as raised,
         initialize_config_dir(conf_dir(), version_base="1.3"),
     ):
-        compose("config", [*own, *overrides])
+        compose("config", [*search_path, *overrides])
     line = explain(raised.value)
     assert "\n" not in line
     return line

@@ -94,8 +94,7 @@ def test_printed_commands_keep_the_files_that_the_sweep_was_composed_from(tmp_pa
     folder.path.mkdir()
     folder.config.write_text("accum: {steps: 4}\n")
     folder.write_summary(Summary(RunStatus.FINISHED, overrides=overrides, seed=0, final={"accuracy": 0.9}))
-    found = prove_command(reported(from_folder(tmp_path)))
-    assert found == (
+    assert prove_command(reported(from_folder(tmp_path))) == (
         f"python -m accumexp.prove {files[0]} 'hydra.searchpath=[pkg://mine]' experiment=tanks "
         "'+model.act=[a,b]' accum.steps=4"
     )
