@@ -28,10 +28,11 @@ def test_law_8_a_run_that_is_killed_anywhere_goes_on_to_the_same_bits(
 
 
 def test_a_server_that_hangs_holds_up_neither_training_nor_its_end(tmp_path: Path) -> None:
-    (outage,) = outages(tmp_path, ["hang"], [LONG], updates=100_000, stop_after=6.0)
+    (outage,) = outages(tmp_path, ["hang"], [LONG], updates=100_000, stop_after=2.0)
     assert outage.lost == outage.doubled == 0 < outage.late
-    assert outage.lines == 1 and outage.code == 143
-    assert outage.stop_seconds is not None and outage.stop_seconds < 15
+    # One says what is not sent; on a slow machine a request may time out before, which is the other.
+    assert outage.lines in (1, 2) and outage.code == 143
+    assert outage.stop_seconds is not None and outage.stop_seconds < 30
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounts a file system")
