@@ -65,15 +65,15 @@ class Proxy:
                     server.sendall(data)
 
     def _forward(self, server: socket.socket, client: socket.socket) -> None:
-        """Brings answers to the client."""
+        """Brings answers to the client, and the end of the connection: a server closes one that is idle."""
         with contextlib.suppress(OSError):
             while data := server.recv(2**16):
                 while self.mode == "hang":
                     time.sleep(0.05)
                 if self.mode == "lose":
-                    client.shutdown(socket.SHUT_RDWR)
-                    return
+                    break
                 client.sendall(data)
+            client.shutdown(socket.SHUT_RDWR)
 
 
 @contextlib.contextmanager
