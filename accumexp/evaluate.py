@@ -52,10 +52,10 @@ def evaluate(
     trusted = Trust.given(trust)
     from .training.checkpoint import load
     from .training.checkpoint_parts import configuration
-    from .training.trained_model import found
+    from .training.trained_model import checkpoint_of
 
     uri = next((o.partition("=")[2] for o in overrides if o.startswith("tracking.uri=")), "")
-    path = found(checkpoint, which, uri)
+    path = checkpoint_of(checkpoint, which, uri)
     content = load(path)
     RunFolder.of_checkpoint(path).close_if_dead()
     # One process evaluates, whatever has trained.

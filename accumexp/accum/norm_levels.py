@@ -30,19 +30,19 @@ def levels_of(marked: Marked) -> list[list[Call]]:
     calls = {id(mark): call for call, mark in marked.marks.items()}
     users: dict[Any, int] = {}  # by node of the graph: the edges to it
     call_of: dict[Any, Call] = {}  # by the norm's node
-    found: list[Any] = [marked.value.grad_fn] if marked.value.grad_fn is not None else []
-    for node in found:
+    nodes: list[Any] = [marked.value.grad_fn] if marked.value.grad_fn is not None else []
+    for node in nodes:
         for below, _ in node.next_functions:
             call = calls.get(id(getattr(below, "variable", None)))
             if call is not None:
                 call_of[node] = call
             elif below is not None:
                 if below not in users:
-                    found.append(below)
+                    nodes.append(below)
                 users[below] = users.get(below, 0) + 1
     levels: list[list[Call]] = []
-    depth = dict.fromkeys(found, 0)
-    ready = found[:1]
+    depth = dict.fromkeys(nodes, 0)
+    ready = nodes[:1]
     for node in ready:
         below_it = depth[node]
         if node in call_of:

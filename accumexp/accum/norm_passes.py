@@ -104,25 +104,27 @@ class WindowNorms:
 
     def normalised(self, module: WindowBatchNorm, input: Tensor) -> Tensor:
         call, padding = self._call(module), not self.batch.sizes[self._micro_batch]
-        known = self._statistics.get(call)
+        statistics = self._statistics.get(call)
         if self._collected is not None:
-            known = self._collect(call, known, input, padding)
-        if known is None:
+            statistics = self._collect(call, statistics, input, padding)
+        if statistics is None:
             raise ValueError(f"{self._name(call)}: {OTHER_CALLS}")
         if self._comparing and not padding:
             difference = Statistics.of(input).mean - self._means[self._micro_batch, call]
-            self._differences.append((difference / (known.variance + module.eps).sqrt()).abs().max())
+            self._differences.append((difference / (statistics.variance + module.eps).sqrt()).abs().max())
         mark = None
         if self._marks is not None and call in self._wanted:
             torch.set_grad_enabled(True)  # from the first of these norms on, no earlier
-            mark = self._marks[call] = torch.zeros_like(torch.stack([known.mean] * 2), requires_grad=True)
+            mark = self._marks[call] = torch.zeros_like(
+                torch.stack([statistics.mean] * 2), requires_grad=True
+            )
         if self._kept is not None:
             self._kept_before[call] = self._kept.live_bytes
         # The sums are those at the time of the backward: a graph may be kept while they are found.
         sums = (lambda: None) if padding else partial(self._sums.get, call)
-        return normalised(module, input, known, sums, mark)
+        return normalised(module, input, statistics, sums, mark)
 
-    def _collect(self, call: Call, known: Statistics | None, input: Tensor, padding: bool) -> Statistics:
+    def _collect(self, call: Call, statistics: Statistics | None, input: Tensor, padding: bool) -> Statistics:
         """In a pass for statistics: those to normalise `input` by.
 
         Raises:
@@ -133,16 +135,16 @@ class WindowNorms:
         if finding:
             self._orders[self._micro_batch].append(call)
             self._target = self._target or call
-        if known is None:
-            known = Statistics.of(input)
+        if statistics is None:
+            statistics = Statistics.of(input)
             if call == self._target:
-                self._collected.append(known.empty() if padding else known)
+                self._collected.append(statistics.empty() if padding else statistics)
                 self._values += 0 if padding else input.numel() // max(input.shape[1], 1)
             if self.compare:
-                self._means[self._micro_batch, call] = known.mean
+                self._means[self._micro_batch, call] = statistics.mean
             if not finding:
                 raise _Collected
-        return known
+        return statistics
 
     def _call(self, module: WindowBatchNorm) -> Call:
         number = self._numbers[module]

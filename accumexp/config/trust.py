@@ -148,8 +148,8 @@ def impure(text: Any) -> bool:
     """Whether `text` has an interpolation that does more than to read other keys and to compute."""
     if not isinstance(text, str):
         return False
-    found = INTERPOLATION.finditer(text)
-    return any(one[2] is None or one[2] == ":" and one[1] not in PURE for one in found)
+    interpolations = INTERPOLATION.finditer(text)
+    return any(one[2] is None or one[2] == ":" and one[1] not in PURE for one in interpolations)
 
 
 def impure_values(node: Any, key: str = "") -> Iterator[tuple[str, str]]:

@@ -33,10 +33,10 @@ class DigitTasks(InMemory):
             require(name, fraction, above=0, at_most=1)
         images, labels = Digits(train, image_size).tensors
         draws = keyed_uniforms(torch.arange(len(labels)), 2, SEED)
-        known = (draws < torch.tensor([digit, parity])) | (not train)
+        labelled = (draws < torch.tensor([digit, parity])) | (not train)
         targets = {
-            "digit": labels.where(known[:, 0], IGNORED),
-            "parity": (labels % 2).where(known[:, 1], IGNORED),
+            "digit": labels.where(labelled[:, 0], IGNORED),
+            "parity": (labels % 2).where(labelled[:, 1], IGNORED),
         }
         super().__init__(images, targets)
 

@@ -104,11 +104,11 @@ class Layout:
 
 def _part(part: str | int, what: str, fields: dict[Any, Any], named: bool, key: str) -> Any:
     """The key of `fields` that `part` means."""
-    found = part
+    field_key = part
     if not named and isinstance(part, int) and part < 0:
-        found = part + len(fields)
-    if isinstance(found, str | int) and found in fields and not isinstance(found, bool):
-        return found
+        field_key = part + len(fields)
+    if isinstance(field_key, str | int) and field_key in fields and not isinstance(field_key, bool):
+        return field_key
     have = ", ".join(map(str, fields)) if named else f"positions 0 to {len(fields) - 1}"
     raise UsageError(f"data.{what}={part}: the samples of {key} have no such part, they have {have}")
 
@@ -165,8 +165,8 @@ class Collate:
         made = self._collated(samples)
         inputs, targets = self.layout.separate(made, self.key if self.collate is None else "data.collate")
         for what, part in (("inputs", inputs), ("target", targets)):
-            if found := _no_tensor(part):
-                name, kind = found
+            if other := _no_tensor(part):
+                name, kind = other
                 where = f"{name or 'the ' + what} is {kind}"
                 raise UsageError(
                     f"{self.key}: of a sample {where}, tensors and numbers are needed; leave it out with "
@@ -250,10 +250,10 @@ def _no_tensor(part: Any, name: str = "") -> tuple[str, str] | None:
         children = [(f"{name}[{k}]", value) for k, value in enumerate(part)]
     else:
         return name, f"a {type(part).__name__}"
-    return next((found for name, value in children if (found := _no_tensor(value, name))), None)
+    return next((child for name, value in children if (child := _no_tensor(value, name))), None)
 
 
 def from_worker(error: UsageError) -> UsageError:
     """The line of an error that a DataLoader worker raised; torch wraps it in the worker's traceback."""
-    found = re.findall(r"^(?:[\w.]*\.)?UsageError: (.*)$", str(error), re.MULTILINE)
-    return UsageError(found[-1]) if found else error
+    messages = re.findall(r"^(?:[\w.]*\.)?UsageError: (.*)$", str(error), re.MULTILINE)
+    return UsageError(messages[-1]) if messages else error

@@ -12,10 +12,10 @@ class Limit:
     """The most bytes that tensors may take on a rank's device, and the setting that they come from."""
 
     bytes: int
-    said: str
+    setting: str
 
     def __str__(self) -> str:
-        return f"{amount(self.bytes)} ({self.said})"
+        return f"{amount(self.bytes)} ({self.setting})"
 
 
 @dataclass(frozen=True)

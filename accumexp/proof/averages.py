@@ -65,7 +65,7 @@ class Average:
 
 
 def two_means(
-    own: Sequence[float],
+    part_losses: Sequence[float],
     unions: Sequence[Sequence[int]],
     values: Sequence[float],
     items: Sequence[tuple[str, Sequence[float]]],
@@ -76,18 +76,18 @@ def two_means(
     p_i L_i + (q_i - p_i) b_i, where b_i is the second mean of the part i: linear in the unknown b.
 
     Args:
-        own: L, the loss of each part.
+        part_losses: L, the loss of each part.
         unions: numbers of their parts.
         values: the loss of each union.
         items: descriptions, and the number of items in each part.
     """
-    members = torch.zeros(len(unions), len(own), dtype=DOUBLE)
+    members = torch.zeros(len(unions), len(part_losses), dtype=DOUBLE)
     for row, union in enumerate(unions):
         members[row, list(union)] = 1
     for (one, first), (other, second) in itertools.combinations(items, 2):
         p, q = (members * torch.tensor(each, dtype=DOUBLE) for each in (first, second))
         p, q = p / p.sum(1, keepdim=True), q / q.sum(1, keepdim=True)
-        left = torch.tensor(values, dtype=DOUBLE) - p @ torch.tensor(own, dtype=DOUBLE)
+        left = torch.tensor(values, dtype=DOUBLE) - p @ torch.tensor(part_losses, dtype=DOUBLE)
         means = torch.linalg.lstsq(q - p, left.unsqueeze(1), driver="gelsd").solution
         if float(((q - p) @ means - left.unsqueeze(1)).norm()) <= TOLERANCE * float(left.norm()):
             return f"{one} and over {other}"

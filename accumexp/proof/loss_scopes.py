@@ -31,7 +31,7 @@ def scope_cause(problem: Problem, failure: Failure, parts: Decomposition) -> Cau
     shares = parts.shares
     if not isinstance(shares, SharesByOutput):
         return None
-    scope = _found(problem, failure, parts, shares)
+    scope = _scope_of(problem, failure, parts, shares)
     if scope is None:
         return None
     terms, where, factor = scope
@@ -50,7 +50,7 @@ def scope_cause(problem: Problem, failure: Failure, parts: Decomposition) -> Cau
     return Cause("coupling loss", f"loss ({name})", reason, failure.comparison.error, shown, WHOLE_WINDOW)
 
 
-def _found(
+def _scope_of(
     problem: Problem, failure: Failure, parts: Decomposition, shares: SharesByOutput
 ) -> tuple[list[str], str, float] | None:
     """(the terms that are computed on parts of the window, on which parts, how often they count)."""

@@ -103,16 +103,18 @@ class SharesByOutput(LossShares):
             alike: whether the groups count alike, and not by their samples.
         """
         samples = batch_size(self.batch)
-        found: dict[str, list[Tensor]] = {}
+        gradients_by_term: dict[str, list[Tensor]] = {}
         for numbers in groups:
             index = torch.tensor(list(numbers))
             share = 1 / len(groups) if alike else len(numbers) / samples
             for name, gradients in self._gradients_of(index).items():
-                totals = found.setdefault(name, [torch.zeros_like(leaf) for leaf in _floats(self.outputs)])
+                totals = gradients_by_term.setdefault(
+                    name, [torch.zeros_like(leaf) for leaf in _floats(self.outputs)]
+                )
                 for total, gradient in zip(totals, gradients, strict=True):
                     if _by_sample(total, samples):
                         total[index.to(total.device)] += share * gradient
-        return found
+        return gradients_by_term
 
     def _gradients_of(self, index: Tensor) -> dict[str, list[Tensor]]:
         """By term: the gradients of the loss of samples `index` at their outputs."""

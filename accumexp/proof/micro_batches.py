@@ -37,12 +37,12 @@ def rank_micro_batches(batch: WholeBatch, observation: Observation) -> MicroBatc
         if world_size() > 1 or sum(sizes) != samples:
             return None
         return [[list(range(a, b)) for a, b in pairwise(accumulate(sizes, initial=0))]]
-    known = [[list(numbers or ()) for numbers in micro_batches] for micro_batches, _ in ranks]
-    times = Counter(number for each in known for numbers in each for number in numbers)
+    numbers_by_rank = [[list(numbers or ()) for numbers in micro_batches] for micro_batches, _ in ranks]
+    times = Counter(number for each in numbers_by_rank for numbers in each for number in numbers)
     most = max(times.values(), default=0)
     if most > 1 and set(times.values()) == {most} and len(times) == samples:
-        known = [_last_passes(each) for each in known]
-    return known if any(known) else None
+        numbers_by_rank = [_last_passes(each) for each in numbers_by_rank]
+    return numbers_by_rank if any(numbers_by_rank) else None
 
 
 def _last_passes(micro_batches: list[list[int]]) -> list[list[int]]:

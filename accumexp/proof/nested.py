@@ -86,9 +86,9 @@ def _tensors(value: Any, path: str, above: tuple[int, ...]) -> list[tuple[str, T
     above = (*above, id(value))
     keyed = isinstance(value, tuple | list | Mapping)
     return [
-        found
+        tensor
         for key, part in _parts(value).items()
-        for found in _tensors(part, f"{path}[{key!r}]" if keyed else f"{path}.{key}", above)
+        for tensor in _tensors(part, f"{path}[{key!r}]" if keyed else f"{path}.{key}", above)
     ]
 
 

@@ -51,9 +51,9 @@ def find_causes(
     counts: list[Counts] = []
     whole = [failure for failure in windows if not failure.window]
     replayed = replay.failure if replay is not None else None
-    own = own_replay.failure if own_replay is not None else None
+    own_replayed = own_replay.failure if own_replay is not None else None
     # The first window, else the first update in fp64, else a smaller window or one in the own precision.
-    failure = next((each for each in [*whole, replayed, *windows, own] if each is not None), None)
+    failure = next((each for each in [*whole, replayed, *windows, own_replayed] if each is not None), None)
     if failure is not None and replayed is not None and not failure.updates:
         failure.follow(replayed)
     try:

@@ -68,8 +68,8 @@ def activations_check(problem: Problem, batch: WholeBatch) -> Check | None:
     larger = _saved_bytes(problem, model, batch)
     largest = max(observation.sizes)
     # What a sample needs may depend on its length.
-    known = [numbers for numbers in observation.micro_batches if numbers and len(numbers) == largest]
-    numbered = [torch.tensor(numbers, device=problem.device) for numbers in known]
+    largest_ones = [numbers for numbers in observation.micro_batches if numbers and len(numbers) == largest]
+    numbered = [torch.tensor(numbers, device=problem.device) for numbers in largest_ones]
     needs = []
     for indices in numbered or [slice(0, largest)]:
         micro_batch = rows(batch, indices)

@@ -29,8 +29,8 @@ class Headline:
 def headline(report: Report) -> Headline:
     """The sentences on training, metric and certificates."""
     established, unknown = [], []
-    for known, not_known in (_training(report), _metric(report), _certificates(report)):
-        established += known
+    for shown, not_known in (_training(report), _metric(report), _certificates(report)):
+        established += shown
         unknown += not_known
     return Headline(established, unknown, prove_command(report))
 

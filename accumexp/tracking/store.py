@@ -161,11 +161,11 @@ class Store:
         self.client.update_run(run_id, status=RunStatus.RUNNING)
         self.client.set_tag(run_id, "accumexp.resumed", command)
 
-    def close_dead_runs(self, own: Path | None = None) -> None:
+    def close_dead_runs(self, held: Path | None = None) -> None:
         """Marks as KILLED the RUNNING runs on whose folders, on this machine, no process works.
 
         Args:
-            own: a folder whose lock this process holds for a run that it has not begun yet.
+            held: a folder whose lock this process holds for a run that it has not begun yet.
         """
         experiments = [experiment.experiment_id for experiment in self.client.search_experiments()]
         for run in self.client.search_runs(experiments, "attributes.status = 'RUNNING'"):
@@ -174,12 +174,14 @@ class Store:
             if folder is None:
                 continue
             is_sweep = "accumexp.sweep" in run.data.tags
-            if not (folder.sweep_is_dead(own) if is_sweep else folder.path == own or folder.close_if_dead()):
+            if not (
+                folder.sweep_is_dead(held) if is_sweep else folder.path == held or folder.close_if_dead()
+            ):
                 continue
             summary = folder.summary()
             if summary and summary.error:
                 self.client.set_tag(run.info.run_id, "accumexp.error", summary.error)
-            ended = summary and folder.path != own and summary.status is not RunStatus.RUNNING
+            ended = summary and folder.path != held and summary.status is not RunStatus.RUNNING
             status = summary.status if summary and ended else RunStatus.KILLED
             self.client.set_terminated(run.info.run_id, status)
 

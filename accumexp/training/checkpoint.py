@@ -87,9 +87,9 @@ def load(path: Path, in_file: bool = False) -> dict[str, Any]:
         raise UsageError(f"checkpoint {path}: damaged, or not a checkpoint ({error})") from error
     except Exception as error:
         raise UsageError(f"checkpoint {path}: not a checkpoint of accumexp ({first_line(error)})") from error
-    found = content.get("format") if isinstance(content, dict) else type(content).__name__
-    if not isinstance(found, str) or found != FORMAT:
-        kind = repr(found)[:60] if isinstance(found, str | None) else type(found).__name__
+    format_name = content.get("format") if isinstance(content, dict) else type(content).__name__
+    if not isinstance(format_name, str) or format_name != FORMAT:
+        kind = repr(format_name)[:60] if isinstance(format_name, str | None) else type(format_name).__name__
         raise UsageError(f"checkpoint {path}: of format {kind}, not {FORMAT!r}")
     check_tensors(path, content)
     return content

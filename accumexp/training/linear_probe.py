@@ -80,16 +80,16 @@ class LinearProbe(Callback):
 
     def _features(self, trainer: Trainer, batches: Batches, epoch: int) -> Any:
         """Pairs of features with a constant 1, (n, features + 1) float64, and labels (n,)."""
-        found: list[Any] = []
+        captured: list[Any] = []
         module = trainer.model.get_submodule(self.module)
-        handle = module.register_forward_hook(lambda module, inputs, outputs: found.append(outputs))
+        handle = module.register_forward_hook(lambda module, inputs, outputs: captured.append(outputs))
         try:
             for batch in batches.epoch(epoch):
                 with precision(trainer.window.autocast, tensors(batch.targets)[0].device):
                     call(trainer.model, batch.inputs)
                 rows = len(tensors(batch.targets)[0])
-                features = found.pop().reshape(rows, -1)[: batch.samples].double()
-                found.clear()
+                features = captured.pop().reshape(rows, -1)[: batch.samples].double()
+                captured.clear()
                 ones = features.new_ones(len(features), 1)
                 yield torch.cat([features, ones], 1), tensors(batch.targets)[0][: batch.samples]
         finally:

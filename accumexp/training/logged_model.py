@@ -38,7 +38,9 @@ class Unpickler:
 
     def load(self) -> nn.Module:
         # On the CPU, wherever it was trained: (kind, type, key, location, size).
-        self._reader.persistent_load = lambda found: self.persistent_load((*found[:3], "cpu", *found[4:]))
+        self._reader.persistent_load = lambda storage: self.persistent_load(
+            (*storage[:3], "cpu", *storage[4:])
+        )
         content = self._reader.load()
         if not isinstance(content, dict) or content.get("format") != FORMAT:
             raise pickle.UnpicklingError(f"{WEIGHTS} is no checkpoint of accumexp")

@@ -148,10 +148,10 @@ def average_warning(experiment: Experiment, outputs: Any) -> str | None:
     criterion, example = experiment.criterion, experiment.splits.train.example
     accum = experiment.config.accum
     inner = criterion.criterion if isinstance(criterion, Regression) else criterion
-    known = type(experiment.loss) in (ClassIndexLoss, WeightedSamples)
-    known = known or type(inner).__module__ == nn.MSELoss.__module__ or has_terms(experiment.loss)
+    additive = type(experiment.loss) in (ClassIndexLoss, WeightedSamples)
+    additive = additive or type(inner).__module__ == nn.MSELoss.__module__ or has_terms(experiment.loss)
     alone = cast(int, accum.steps) * experiment.rank_info.size == 1
-    if example is None or known or alone or accum.reduction is Reduction.sum:
+    if example is None or additive or alone or accum.reduction is Reduction.sum:
         return None
     from ..proof.additivity import loss_average  # the proof, only for losses that are not known
 

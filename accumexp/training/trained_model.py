@@ -95,7 +95,7 @@ def load_trained(
         UsageError: if there is no such run or checkpoint, it names a class that is not trusted, or it does
             not fit its configuration.
     """
-    path = found(where, which, uri)
+    path = checkpoint_of(where, which, uri)
     return model_of(load(path), path, trust)
 
 
@@ -128,7 +128,7 @@ def _copied(value: Any) -> Any:
     return value.to("cpu", copy=True) if isinstance(value, Tensor) else copy.deepcopy(value)
 
 
-def found(where: str | Path, which: str = "best", uri: str = "") -> Path:
+def checkpoint_of(where: str | Path, which: str = "best", uri: str = "") -> Path:
     """The checkpoint that `where` and `which` name, as in `load_trained`."""
     if which not in ("best", "last"):
         raise UsageError(f"which={which}: best or last")

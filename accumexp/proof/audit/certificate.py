@@ -81,22 +81,22 @@ def _subject(comparison: Comparison, runs: Runs) -> dict[str, Any]:
     }
 
 
-def _worst(found: Sequence[tuple[int, Check]], steps: int) -> Check:
+def _worst(checks: Sequence[tuple[int, Check]], steps: int) -> Check:
     """The worst of the same check on several epochs, which it names if it fails."""
-    decided = [check for _, check in found if check.decided]
-    check = worst_check(decided or [check for _, check in found])
-    epoch = next(epoch for epoch, other in found if other is check)
+    decided = [check for _, check in checks if check.decided]
+    check = worst_check(decided or [check for _, check in checks])
+    epoch = next(epoch for epoch, other in checks if other is check)
     if check.passed or not epoch:
         return check
     return replace(check, detail=", ".join(filter(None, (check.detail, _with_epochs([epoch], steps)))))
 
 
-def _in_epochs(found: Sequence[tuple[int, Cause]], results: int, steps: int) -> Cause:
+def _in_epochs(causes: Sequence[tuple[int, Cause]], results: int, steps: int) -> Cause:
     """The first of the same cause on several epochs, with those that show it if others do not."""
-    epoch, cause = found[0]
-    if len(found) == results or not epoch:
+    epoch, cause = causes[0]
+    if len(causes) == results or not epoch:
         return cause
-    return replace(cause, reason=f"{cause.reason}; {_with_epochs([epoch for epoch, _ in found], steps)}")
+    return replace(cause, reason=f"{cause.reason}; {_with_epochs([epoch for epoch, _ in causes], steps)}")
 
 
 def _with_epochs(epochs: Sequence[int], steps: int) -> str:
