@@ -83,7 +83,7 @@ def gradient_errors(model: nn.Module, steps: int, batch: tuple[Tensor, Tensor]) 
         results[name] = gradient, buffers
     exact = results["one batch"]
     return {
-        name: [float((own - right).norm() / right.norm()) for own, right in zip(both, exact, strict=True)]
+        name: [float((value - right).norm() / right.norm()) for value, right in zip(both, exact, strict=True)]
         for name, both in results.items()
     }
 

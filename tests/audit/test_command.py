@@ -11,7 +11,7 @@ import pytest
 from ..support.command import records, run_command
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
-OWN = '''
+USER_MODULE = '''
 import torch
 from torch import nn
 
@@ -46,25 +46,27 @@ def unwatched(watch, steps, micro):
 
 
 @pytest.fixture
-def own(tmp_path: Path) -> Path:
-    (tmp_path / "my_training.py").write_text(OWN)
+def training_folder(tmp_path: Path) -> Path:
+    (tmp_path / "my_training.py").write_text(USER_MODULE)
     return tmp_path
 
 
-def test_an_own_loop_that_is_the_larger_batch_is_equal(own: Path) -> None:
-    done = run_command("audit", "my_training:fit", folder=own)
+def test_an_own_loop_that_is_the_larger_batch_is_equal(training_folder: Path) -> None:
+    done = run_command("audit", "my_training:fit", folder=training_folder)
     assert done.code == 0, done
     assert "equal" in done.stdout and "proved" in done.stdout
 
 
-def test_an_own_loop_that_is_not_exits_with_1_and_its_cause(own: Path) -> None:
-    done = run_command("audit", "my_training:always_by_steps", "--folder", "kept", "--mlflow", folder=own)
+def test_an_own_loop_that_is_not_exits_with_1_and_its_cause(training_folder: Path) -> None:
+    done = run_command(
+        "audit", "my_training:always_by_steps", "--folder", "kept", "--mlflow", folder=training_folder
+    )
     assert done.code == 1, done
     assert "0.75 times the larger batch's" in done.stdout
-    certificate = json.loads((own / "kept" / "certificate.json").read_text())
+    certificate = json.loads((training_folder / "kept" / "certificate.json").read_text())
     assert certificate["verdict"] == "not proved"
-    assert "0.75" in (own / "kept" / "certificate.html").read_text()
-    (record,) = records(own)
+    assert "0.75" in (training_folder / "kept" / "certificate.html").read_text()
+    (record,) = records(training_folder)
     assert "0.75" in record.tags["accumexp.certificate"] and "certificate.html" in record.artifacts
 
 
@@ -82,12 +84,12 @@ def test_an_own_loop_that_is_not_exits_with_1_and_its_cause(own: Path) -> None:
         (("accumexp", "classes"), "classes: one trainer, all, or module:function; others are key=value"),
     ],
 )
-def test_bad_input_is_one_line(own: Path, arguments: tuple[str, ...], line: str) -> None:
-    assert run_command("audit", *arguments, folder=own).error().startswith(line)
+def test_bad_input_is_one_line(training_folder: Path, arguments: tuple[str, ...], line: str) -> None:
+    assert run_command("audit", *arguments, folder=training_folder).error().startswith(line)
 
 
-def test_a_trainer_that_cannot_be_watched_exits_with_2(own: Path) -> None:
-    done = run_command("audit", "my_training:unwatched", folder=own)
+def test_a_trainer_that_cannot_be_watched_exits_with_2(training_folder: Path) -> None:
+    done = run_command("audit", "my_training:unwatched", folder=training_folder)
     assert done.code == 2 and "not audited" in done.stdout, done
     assert "Traceback" not in done.stdout + done.stderr
 

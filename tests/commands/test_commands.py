@@ -175,9 +175,9 @@ def test_bad_input_gives_one_line_that_names_the_key_and_leaves_nothing(
     name: str, bad_input: dict[str, tuple[Done, Path]]
 ) -> None:
     done, folder = bad_input[name]
-    said = done.error()
+    message = done.error()
     for part in BAD[name].says:
-        assert part in said
+        assert part in message
     assert left_behind(folder) == []
 
 
@@ -375,9 +375,9 @@ def test_evaluate_of_a_folder_takes_the_best_checkpoint(
     assert values["checkpoint"] == str(trained.folder / "checkpoints" / "best.pt")
     assert values["split"] == "eval"
     assert values["accuracy"] == best[1]
-    said = evaluations["for people"]
-    assert said.code == 0
-    assert "360 of the test split" in said.stdout
+    done = evaluations["for people"]
+    assert done.code == 0
+    assert "360 of the test split" in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -392,9 +392,9 @@ def test_evaluate_of_a_folder_takes_the_best_checkpoint(
 def test_evaluate_of_an_unsound_checkpoint_is_one_line(
     name: str, says: str, evaluations: dict[str, Done]
 ) -> None:
-    said = evaluations[name].error()
-    assert f"{name}.pt: " in said
-    assert says in said
+    message = evaluations[name].error()
+    assert f"{name}.pt: " in message
+    assert says in message
 
 
 @pytest.mark.parametrize(
@@ -409,7 +409,7 @@ def test_evaluate_refuses_changes_that_are_not_of_the_run(
 
 # What users bring --------------------------------------------------------------------------------------
 
-OWN = """
+USER_MODULE = """
 import pathlib
 import torch
 from accumexp.callbacks import Callback
@@ -417,10 +417,10 @@ from accumexp.callbacks import Callback
 class Net(torch.nn.Module):
     def __init__(self, num_classes, inputs):
         super().__init__()
-        self.own = torch.nn.Linear(inputs, num_classes)
+        self.layer = torch.nn.Linear(inputs, num_classes)
 
     def forward(self, images):
-        return self.own(images.flatten(1))
+        return self.layer(images.flatten(1))
 
 class Descent(torch.optim.SGD):
     def __init__(self, params, lr, **options):
@@ -448,7 +448,7 @@ class Fault(Callback):
 @pytest.fixture
 def own_modules(tmp_path: Path) -> dict[str, str]:
     (tmp_path / "modules").mkdir()
-    (tmp_path / "modules" / "own.py").write_text(OWN)
+    (tmp_path / "modules" / "own.py").write_text(USER_MODULE)
     return environment(tmp_path / "modules")
 
 
@@ -468,7 +468,7 @@ def test_own_model_optimizer_metric_and_callback_work_by_target(
     assert done.code == 0, done
     run = only_run(tmp_path)
     best = load(run / "checkpoints" / "best.pt")
-    assert set(best["model"]) == {"own.weight", "own.bias"}
+    assert set(best["model"]) == {"layer.weight", "layer.bias"}
     assert best["optimizer"]["param_groups"][0]["own"] is True
     assert best["callbacks"]["checkpoint"]["best"] == best["evaluated"]["eval/f1"]
     assert (tmp_path / "updates").read_text() == str(UPDATES_AN_EPOCH)

@@ -190,9 +190,9 @@ def test_the_tasks_of_a_cluster_job_are_the_ranks(tmp_path: Path) -> None:
 def test_what_ranks_and_scales_cannot_be_is_said_by_key(overrides: list[str], expected: str) -> None:
     from accumexp.errors import UsageError
 
-    with pytest.raises(UsageError) as said:
+    with pytest.raises(UsageError) as error:
         composed(*overrides)
-    assert expected in str(said.value)
+    assert expected in str(error.value)
 
 
 def test_sizes_follow_from_each_other_over_ranks() -> None:

@@ -195,8 +195,8 @@ def test_a_model_of_own_classes_with_named_inputs_of_any_length(
     inputs = {"tokens": torch.tensor([[3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13]]), "mask": torch.ones(1, 11)}
     with torch.no_grad():
         expected = model(**inputs)
-    found = function.predict({name: tensor.numpy() for name, tensor in inputs.items()})
-    assert torch.equal(torch.from_numpy(found), expected)
+    predicted = function.predict({name: tensor.numpy() for name, tensor in inputs.items()})
+    assert torch.equal(torch.from_numpy(predicted), expected)
     assert {spec.name for spec in function.metadata.signature.inputs} == {"tokens", "mask"}
 
 

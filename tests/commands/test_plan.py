@@ -83,24 +83,24 @@ def allocated(work: Callable[[], Any], path: Path) -> int:
 
 def test_a_peak_is_what_the_allocator_had_at_once() -> None:
     before = torch.zeros(1000)
-    with measure_peak(CPU, held_bytes([before, before[:10], before])) as found:
+    with measure_peak(CPU, held_bytes([before, before[:10], before])) as memory:
         first = torch.zeros(500)
         second = torch.zeros(500)
         view = second[:3]
         del first, second
         third = torch.zeros(250)
-    assert found.start == 4000
-    assert found.changes == [2000, 2000, -2000, 1000]
-    assert found.peak == 8000 and found.end == found.alive[-1] == 7000
+    assert memory.start == 4000
+    assert memory.changes == [2000, 2000, -2000, 1000]
+    assert memory.peak == 8000 and memory.end == memory.alive[-1] == 7000
     assert view.shape == (3,) and third.shape == (250,)
 
 
 def test_a_prediction_is_the_largest_of_the_lines_at_every_place() -> None:
     def peak(changes: list[int]) -> Peak:
-        found = Peak(100)
-        found.changes = changes
-        found.peak = max(found.alive)
-        return found
+        memory = Peak(100)
+        memory.changes = changes
+        memory.peak = max(memory.alive)
+        return memory
 
     # 10 n bytes at one place, 200 at another: the peak is elsewhere at small sizes.
     small, large = peak([20, -20, 200, -200]), peak([40, -40, 200, -200])
@@ -217,11 +217,11 @@ def test_what_does_not_fit_is_never_tried(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(TrialRun, "whole", lambda self, steps: (tried.append(steps), whole(self, steps))[1])
     with trial_run(composed(*LENET)) as trial:
         limit = round(1.005 * Planner(trial).predicted_peak(4))
-    found = measure_frontier(composed(*LENET, f"accum.memory_limit={limit}"), 3, lambda stage: None, list)
-    assert found.chosen and found.chosen.steps == 4 and found.chosen.micro_batch == 24
-    assert [point.steps for point in found.points] == [1, 2, 3, 4, 8, 16, 32, 64, 96]
+    frontier = measure_frontier(composed(*LENET, f"accum.memory_limit={limit}"), 3, lambda stage: None, list)
+    assert frontier.chosen and frontier.chosen.steps == 4 and frontier.chosen.micro_batch == 24
+    assert [point.steps for point in frontier.points] == [1, 2, 3, 4, 8, 16, 32, 64, 96]
     assert sorted(tried) == [4, 8, 16, 32, 64, 96]
-    for point in found.points:
+    for point in frontier.points:
         assert point.fits == (point.steps >= 4) == (point.seconds is not None)
         assert point.micro_batch == -(-96 // point.steps)
 
@@ -233,10 +233,10 @@ def test_a_trial_that_does_not_fit_makes_the_micro_batch_smaller(monkeypatch: py
         tried.append(steps)
         if len(tried) == 1:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        found = whole(self, steps)
+        measurement = whole(self, steps)
         if len(tried) == 2:
-            found.update.peak = planner.limit.bytes + 1
-        return found
+            measurement.update.peak = planner.limit.bytes + 1
+        return measurement
 
     monkeypatch.setattr(TrialRun, "whole", patched)
     with trial_run(composed(*LENET)) as trial:
@@ -272,8 +272,8 @@ def test_a_trial_of_one_micro_batch_may_run_out_of_memory(monkeypatch: pytest.Mo
 def test_steps_that_another_rank_needs_and_that_do_not_fit_here_are_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def gathered(found: list[Any], own: Any) -> None:
-        found[:] = [own, (4, None)] if own[0] == 1 else [own, own]
+    def gathered(objects: list[Any], local: Any) -> None:
+        objects[:] = [local, (4, None)] if local[0] == 1 else [local, local]
 
     whole = TrialRun.whole
 
@@ -327,8 +327,8 @@ def test_an_error_of_the_model_is_not_taken_for_a_lack_of_memory(monkeypatch: py
         ),
     ],
 )
-def test_what_cannot_fit_is_refused_by_name(overrides: list[str], said: str) -> None:
-    with pytest.raises(UsageError, match=said):
+def test_what_cannot_fit_is_refused_by_name(overrides: list[str], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
         measure_steps(composed(*LENET, *overrides), RankInfo())
 
 
@@ -354,15 +354,15 @@ def test_a_floor_above_the_limit_names_what_the_smallest_micro_batch_needs() -> 
         (["accum.steps=auto", "accum=fsdp", "accum.processes=1"], "accum.steps=auto: a rank cannot try"),
     ],
 )
-def test_a_wrong_word_gets_one_line(overrides: list[str], said: str) -> None:
+def test_a_wrong_word_gets_one_line(overrides: list[str], message: str) -> None:
     with pytest.raises(UsageError) as error:
         composed("device=cpu", *overrides)
-    assert str(error.value).startswith(said) and "\n" not in str(error.value)
+    assert str(error.value).startswith(message) and "\n" not in str(error.value)
 
 
 def test_amounts_of_memory() -> None:
-    said = {"2GiB": 2**31, "500MiB": 500 * 2**20, "24GB": 24 * 10**9, "1.5 kib": 1536, "77": 77, 77: 77}
-    for text, expected in said.items():
+    amounts = {"2GiB": 2**31, "500MiB": 500 * 2**20, "24GB": 24 * 10**9, "1.5 kib": 1536, "77": 77, 77: 77}
+    for text, expected in amounts.items():
         assert in_bytes("key", text) == expected
     assert batch_sizes(64, "4", None) == (64, 4, 16)
     assert batch_sizes(None, "auto", None) == (
@@ -413,15 +413,15 @@ def test_auto_gives_the_bits_of_the_number_and_is_recorded_as_one(tmp_path: Path
     steps = int(record.params["accum.steps"])
     assert steps > 1 and f"accum.steps=auto: {steps} micro-batches of" in auto.stdout
     assert record.params["accum.micro_batch_size"] == str(-(-256 // steps))
-    said = record.tags["accumexp.plan"]
-    assert said.startswith(f"{steps} micro-batches") and "predicted" in said and "measured" in said
+    plan = record.tags["accumexp.plan"]
+    assert plan.startswith(f"{steps} micro-batches") and "predicted" in plan and "measured" in plan
     given = run_command("run", *common, f"accum.steps={steps}", folder=tmp_path / "given")
     assert given.code == 0, given
     other = only_run(tmp_path / "given")
     timed = ("perf/", "time")
-    for mine, theirs in zip(journal(run), journal(other), strict=True):
-        keys = [key for key in mine if not key.startswith(timed)]
-        assert [mine[key] for key in keys] == [theirs[key] for key in keys]
+    for row, expected in zip(journal(run), journal(other), strict=True):
+        keys = [key for key in row if not key.startswith(timed)]
+        assert [row[key] for key in keys] == [expected[key] for key in keys]
     more = run_command("run", f"resume={run}", "trainer.max_updates=10", folder=tmp_path / "auto")
     assert more.code == 0 and "accum.steps=auto" not in more.stdout, more
     assert only_run(tmp_path / "auto") == run and len(journal(run)) >= 10
@@ -431,9 +431,9 @@ def test_auto_gives_the_bits_of_the_number_and_is_recorded_as_one(tmp_path: Path
 def test_ranks_take_the_most_steps_that_any_of_them_needs(tmp_path: Path) -> None:
     from ..support.ranks import on_ranks
 
-    found = on_ranks(2, tmp_path, _agree)
-    assert found[0]["own"] == 1 < found[1]["own"] == found[0]["agreed"] == found[1]["agreed"]
-    assert found[0]["refused"] == found[1]["refused"] and "one sample" in found[0]["refused"]
+    results = on_ranks(2, tmp_path, _agree)
+    assert results[0]["needed"] == 1 < results[1]["needed"] == results[0]["agreed"] == results[1]["agreed"]
+    assert results[0]["refused"] == results[1]["refused"] and "one sample" in results[0]["refused"]
 
 
 def _agree() -> dict[str, Any]:
@@ -442,21 +442,21 @@ def _agree() -> dict[str, Any]:
     overrides = [*LENET, "accum=ddp", "accum.processes=2"]
 
     def config(limit: int | None) -> Config:
-        found = composed(*overrides)
-        accum = dataclasses.replace(found.accum, memory_limit=limit if rank else None)
-        return dataclasses.replace(found, accum=accum)
+        base = composed(*overrides)
+        accum = dataclasses.replace(base.accum, memory_limit=limit if rank else None)
+        return dataclasses.replace(base, accum=accum)
 
     with trial_run(config(None), rank_info) as trial:
         limit = round(1.005 * Planner(trial).predicted_peak(6))
     with trial_run(config(limit), rank_info) as trial:
-        own: Point = Planner(trial).choose()
+        needed: Point = Planner(trial).choose()
     point, _ = measure_steps(config(limit), rank_info)
     refused = ""
     try:
         measure_steps(config(1000), rank_info)
     except UsageError as error:
         refused = str(error)
-    return {"own": own.steps, "agreed": point.steps, "refused": refused}
+    return {"needed": needed.steps, "agreed": point.steps, "refused": refused}
 
 
 def test_plan_prints_draws_and_keeps_the_frontier(tmp_path: Path) -> None:
@@ -478,7 +478,7 @@ def test_plan_prints_draws_and_keeps_the_frontier(tmp_path: Path) -> None:
 
 
 def test_plan_refuses_in_one_line(tmp_path: Path) -> None:
-    for arguments, said in (
+    for arguments, message in (
         (["-m", "seed=0,1"], "--multirun: a plan is of one experiment, leave it out"),
         (["device=cpu", "accum.memory_limit=1KiB"], "accum.steps=auto: an update with one sample"),
         (["accum=fsdp", "device=cpu"], "accum=fsdp: a model in shards cannot be tried in one process"),
@@ -487,5 +487,5 @@ def test_plan_refuses_in_one_line(tmp_path: Path) -> None:
         (["replicas=5", "accum.steps=4"], "replicas=5: a plan is of one run, leave it out"),
     ):
         done = run_command("plan", *arguments, folder=tmp_path)
-        assert done.error().startswith(said), done
+        assert done.error().startswith(message), done
     assert not list(tmp_path.glob("outputs/*/*"))

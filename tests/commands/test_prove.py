@@ -13,7 +13,7 @@ from ..support.command import PACKAGE_PARENT, environment, journal, only_run, re
 QUICK = ["device=cpu", "model=mlp", "model.hidden=[16]", "data.image_size=8", "proof.updates=40"]
 BARE = [*QUICK, "tracking=none"]
 
-OWN = '''
+USER_MODULE = '''
 import torch
 from torch import nn
 
@@ -55,8 +55,8 @@ def failed(result: dict[str, Any]) -> set[str]:
 
 
 @pytest.fixture
-def own(tmp_path: Path) -> dict[str, str]:
-    (tmp_path / "own.py").write_text(OWN)
+def user_env(tmp_path: Path) -> dict[str, str]:
+    (tmp_path / "own.py").write_text(USER_MODULE)
     return environment(tmp_path)
 
 
@@ -136,8 +136,10 @@ def test_dropout_is_named_and_the_rest_proved_with_its_masks_fixed(tmp_path: Pat
     assert not failed(result)
 
 
-def test_law_10_batch_statistics_are_never_certified(tmp_path: Path, own: dict[str, str]) -> None:
-    done = run_command("prove", *BARE, "model._target_=own.Normed", "accum.steps=4", folder=tmp_path, env=own)
+def test_law_10_batch_statistics_are_never_certified(tmp_path: Path, user_env: dict[str, str]) -> None:
+    done = run_command(
+        "prove", *BARE, "model._target_=own.Normed", "accum.steps=4", folder=tmp_path, env=user_env
+    )
     assert done.code == 1, done.stdout
     result = certificate(tmp_path)
     assert result["verdict"] == "not proved"
@@ -150,22 +152,26 @@ def test_law_10_batch_statistics_are_never_certified(tmp_path: Path, own: dict[s
 
 
 def test_law_10_a_coupling_in_a_module_of_ones_own_is_found_by_experiment(
-    tmp_path: Path, own: dict[str, str]
+    tmp_path: Path, user_env: dict[str, str]
 ) -> None:
     model = ["model._target_=own.Normed", "+model.centred=true"]
-    done = run_command("prove", *BARE, *model, "accum.steps=2", folder=tmp_path, env=own)
+    done = run_command("prove", *BARE, *model, "accum.steps=2", folder=tmp_path, env=user_env)
     assert done.code == 1
     assert "centre (Centre): statistics over 64 of 128 samples" in certificate(tmp_path)["summary"]
 
 
-def test_law_10_a_loss_that_couples_samples_is_not_certified(tmp_path: Path, own: dict[str, str]) -> None:
-    done = run_command("prove", *BARE, "loss._target_=own.InfoNCE", "accum.steps=4", folder=tmp_path, env=own)
+def test_law_10_a_loss_that_couples_samples_is_not_certified(
+    tmp_path: Path, user_env: dict[str, str]
+) -> None:
+    done = run_command(
+        "prove", *BARE, "loss._target_=own.InfoNCE", "accum.steps=4", folder=tmp_path, env=user_env
+    )
     assert done.code == 1
     result = certificate(tmp_path)
     assert "loss (InfoNCE): couples samples" in result["summary"]
     (cause,) = result["causes"]
     assert cause["source"] == "coupling loss" and cause["effect"] > 1e-3
-    done = run_command("prove", *BARE, "loss._target_=own.InfoNCE", folder=tmp_path / "one", env=own)
+    done = run_command("prove", *BARE, "loss._target_=own.InfoNCE", folder=tmp_path / "one", env=user_env)
     assert done.code == 0, "one micro-batch is the larger batch"
 
 

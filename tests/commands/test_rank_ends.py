@@ -38,8 +38,8 @@ def test_law_8_a_stopped_run_of_two_ranks_goes_on_bit_for_bit(tmp_path: Path, st
     second = run_command("run", f"resume={run}", "trust=[tests]", folder=tmp_path / "parts")
     assert second.code == 0, second
     reference = only_run(tmp_path / "whole")
-    found, expected = saved_weights(run), saved_weights(reference)
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    weights, expected = saved_weights(run), saved_weights(reference)
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
     rows = [
         {k: v for k, v in row.items() if k.startswith(("train/", "eval/", "update"))} for row in journal(run)
     ]

@@ -66,7 +66,7 @@ Runs = list[tuple[Trainer, MemoryMetricsSink, Orders]]
 
 def built(overrides: list[str], joint: bool, act: Any = None) -> Runs:
     """A trainer on digits for each of `SEEDS`, in fp64 unless told otherwise; `act(seed, trainer)`."""
-    found: Runs = []
+    runs: Runs = []
     every = composed("device=cpu", "precision=fp64", "callbacks=none", *overrides)
     shared = shared_splits(every, placement(every, RankInfo()), "replicas") if joint else None
     for seed in SEEDS:
@@ -77,8 +77,8 @@ def built(overrides: list[str], joint: bool, act: Any = None) -> Runs:
         trainer = Experiment.build(config, splits=splits).trainer(memory)
         orders = Orders((lambda t, seed=seed: act(seed, t)) if act else lambda t: None)
         trainer.callbacks["orders"] = orders
-        found.append((trainer, memory, orders))
-    return found
+        runs.append((trainer, memory, orders))
+    return runs
 
 
 def both(
@@ -211,12 +211,12 @@ def by_label() -> ByLabel:
     return ByLabel(nn.CrossEntropyLoss())
 
 
-def own(name: str) -> list[str]:
+def model_overrides(name: str) -> list[str]:
     return [*MLP, f"model._target_={__name__}.{name}"]
 
 
 def test_a_parameter_of_a_single_number_is_clipped_with_the_others() -> None:
-    alone, together, errors = both("accum.steps=3", "trainer.clip_norm=0.3", model=own("Scaled"))
+    alone, together, errors = both("accum.steps=3", "trainer.clip_norm=0.3", model=model_overrides("Scaled"))
     assert errors == [None] * 3
     same(alone, together)
 
@@ -235,7 +235,9 @@ def test_what_a_loss_of_its_own_weighs_is_asked_for_each_replica() -> None:
 @pytest.mark.parametrize("optimizer", ["momentum", "adamw"])
 def test_statistics_tied_weights_and_unused_parameters_are_those_of_the_run_alone(optimizer: str) -> None:
     decay = "optimizer.weight_decay=0.1"
-    alone, together, _ = both("accum.steps=3", f"optimizer={optimizer}", decay, model=own("Mixed"))
+    alone, together, _ = both(
+        "accum.steps=3", f"optimizer={optimizer}", decay, model=model_overrides("Mixed")
+    )
     same(alone, together)
     for (trainer, _, _), (other, _, _) in zip(alone, together, strict=True):
         assert other.model.get_buffer("into.2.num_batches_tracked") == 3 * (4 * 3 + 1)
@@ -259,8 +261,8 @@ def test_in_fp32_and_bf16_they_differ_by_rounding_alone() -> None:
 def damage(seed: int, update: int) -> Any:
     """Makes one sample of one update of one replica infinite."""
 
-    def act(own: int, trainer: Trainer) -> None:
-        if own == seed and trainer.progress.update == update:
+    def act(replica_seed: int, trainer: Trainer) -> None:
+        if replica_seed == seed and trainer.progress.update == update:
             assert trainer.batch is not None
             assert isinstance(trainer.batch.inputs, Tensor)
             trainer.batch.inputs[5] = math.inf
@@ -450,10 +452,10 @@ def test_replicas_are_child_runs_each_as_its_seed_alone_leaves_it(tmp_path: Path
         assert child.status == "FINISHED" and child.tags["mlflow.parentRunId"] == parent.run_id
         assert (child.params["seed"], child.params["replicas"]) == (str(seed), "1")
         assert child.tags["accumexp.replicas"] == "3" and f"seed={seed}" in child.name
-    child, own = children[1], only_run(tmp_path / "alone")
+    child, alone_folder = children[1], only_run(tmp_path / "alone")
     folder = Path(child.tags["accumexp.folder"])
     assert folder.name == "seed=4"
-    configs = [(run / "config.yaml").read_text() for run in (folder, own)]
+    configs = [(run / "config.yaml").read_text() for run in (folder, alone_folder)]
     uri = f"  uri: sqlite:///{tmp_path / 'many' / 'mlflow.db'}\n"  # a sweep keeps to the store it began in
     assert configs[0].replace(uri, "  uri: null\n") == configs[1]
     assert child.artifacts == alone.artifacts and child.datasets == alone.datasets
@@ -463,14 +465,17 @@ def test_replicas_are_child_runs_each_as_its_seed_alone_leaves_it(tmp_path: Path
         if not key.startswith(("perf/", "final/s", "final/update_ms", "final/peak", "final/activation")):
             assert [v for _, v in child.points[key]] == pytest.approx([v for _, v in points], rel=EXACT)
     # A replica is a run: it goes on by itself, as the one that was alone does.
-    for base, run in (("many", folder), ("alone", own)):
+    for base, run in (("many", folder), ("alone", alone_folder)):
         more = run_command("run", f"resume={run}", "trainer.epochs=4", folder=tmp_path / base)
         assert more.code == 0, more
-    rows = [{k: v for k, v in row.items() if k[:5] in ("updat", "train", "eval/")} for row in journal(own)]
+    rows = [
+        {k: v for k, v in row.items() if k[:5] in ("updat", "train", "eval/")}
+        for row in journal(alone_folder)
+    ]
     assert len(rows) == 24
     for row, other in zip(rows, journal(folder), strict=True):
         assert {key: other[key] for key in row} == pytest.approx(row, rel=EXACT)
-    states = [torch.load(run / "checkpoints" / "update-00000020.pt") for run in (own, folder)]
+    states = [torch.load(run / "checkpoints" / "update-00000020.pt") for run in (alone_folder, folder)]
     assert torch.equal(*(state["random"]["torch"] for state in states))
 
 
@@ -488,11 +493,11 @@ def test_a_sweep_of_replicas_that_was_stopped_goes_on_where_it_was(tmp_path: Pat
     assert done.stdout.splitlines()[-1].endswith(f"sweep.resume={sweep} trust=[tests]")
     again = run_command("run", "-m", f"sweep.resume={sweep}", "trust=[tests]", folder=tmp_path / "cut")
     assert again.code == 0 and again.stdout.count("finished before") == 1, again
-    found, expected = sweep_runs(sweep), sweep_runs(whole)
-    assert [job.status for job in found] == ["FINISHED"] * 4
-    assert [job.overrides for job in found] == [job.overrides for job in expected]
-    assert [job.seed for job in found] == [0, 1, 0, 1]
-    for job, other in zip(found, expected, strict=True):
+    jobs, expected = sweep_runs(sweep), sweep_runs(whole)
+    assert [job.status for job in jobs] == ["FINISHED"] * 4
+    assert [job.overrides for job in jobs] == [job.overrides for job in expected]
+    assert [job.seed for job in jobs] == [0, 1, 0, 1]
+    for job, other in zip(jobs, expected, strict=True):
         rows, others = (journal(one.folder) for one in (job, other))
         assert [row["update"] for row in rows] == [row["update"] for row in others]
         for row, expected_row in zip(rows, others, strict=True):

@@ -145,8 +145,8 @@ def half(ran: dict[str, Ran], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where the report of a sweep goes of which one job is made to look as if it was still running."""
     from mlflow import MlflowClient
 
-    found = [one for one in records(ran["half rate"].base) if one.params.get("accum.steps") == "8"]
-    MlflowClient(f"sqlite:///{ran['half rate'].base}/mlflow.db").update_run(found[0].run_id, status="RUNNING")
+    runs = [one for one in records(ran["half rate"].base) if one.params.get("accum.steps") == "8"]
+    MlflowClient(f"sqlite:///{ran['half rate'].base}/mlflow.db").update_run(runs[0].run_id, status="RUNNING")
     return tmp_path_factory.mktemp("half")
 
 

@@ -42,10 +42,10 @@ class Swept:
 def swept(base: Path, *arguments: str) -> Swept:
     """`python -m accumexp.run -m <arguments>` in `base`."""
     done = run_command("run", "-m", *arguments, folder=base)
-    folder, found = only_sweep(base), records(base)
-    parents = [record for record in found if "mlflow.parentRunId" not in record.tags]
+    folder, runs = only_sweep(base), records(base)
+    parents = [record for record in runs if "mlflow.parentRunId" not in record.tags]
     assert len(parents) == 1, parents
-    return Swept(done, folder, parents[0], [record for record in found if record not in parents])
+    return Swept(done, folder, parents[0], [record for record in runs if record not in parents])
 
 
 def table(stdout: str) -> list[list[str]]:
@@ -181,10 +181,10 @@ def test_batch_size_question_sees_as_many_samples_at_a_rate_that_follows_the_bat
         cfg = compose("config", [QUESTION], return_hydra_config=True)
     params = {key: str(value).split(",") for key, value in cfg.hydra.sweeper.params.items()}
     assert math.prod(map(len, params.values())) == 25
-    found = {size: composed(QUESTION, f"data.batch_size={size}") for size in params["data.batch_size"]}
-    steps = {size: config.accum.steps for size, config in found.items()}
+    configs = {size: composed(QUESTION, f"data.batch_size={size}") for size in params["data.batch_size"]}
+    steps = {size: config.accum.steps for size, config in configs.items()}
     assert steps == {"32": 1, "64": 2, "128": 4, "256": 8, "512": 16}
-    for size, config in found.items():
+    for size, config in configs.items():
         assert config.trainer.epochs == 30 and config.trainer.max_updates is None
         assert config.optimizer["lr"] == pytest.approx(0.025 * math.sqrt(int(size) / 128))
 

@@ -69,7 +69,7 @@ def test_after_a_kill_of_the_launcher_every_job_is_finished_once(tmp_path: Path)
     )
     try:
         give_up = time.monotonic() + PATIENCE
-        while not (found := list(tmp_path.glob("multirun/*/*/*/summary.json"))) or len(found) < 3:
+        while not (summaries := list(tmp_path.glob("multirun/*/*/*/summary.json"))) or len(summaries) < 3:
             assert launcher.poll() is None and time.monotonic() < give_up
             time.sleep(0.05)
         launcher.kill()  # alone: its workers live on, each in a job
@@ -88,9 +88,9 @@ def test_after_a_kill_of_the_launcher_every_job_is_finished_once(tmp_path: Path)
         except ProcessLookupError:
             pass
     assert done.code == 0, done
-    found = records(tmp_path)
-    parents = [record for record in found if "mlflow.parentRunId" not in record.tags]
-    children = [record for record in found if record not in parents]
+    runs = records(tmp_path)
+    parents = [record for record in runs if "mlflow.parentRunId" not in record.tags]
+    children = [record for record in runs if record not in parents]
     assert [parent.status for parent in parents] == ["FINISHED"]
     assert parents[0].tags["accumexp.resumed"] == f"python -m accumexp.run -m sweep.resume={sweep}"
     assert {child.tags["mlflow.parentRunId"] for child in children} == {parents[0].run_id}
@@ -101,8 +101,8 @@ def test_after_a_kill_of_the_launcher_every_job_is_finished_once(tmp_path: Path)
     assert len(after) == 6 and len(list(sweep.glob("[0-9]*"))) == 6
     for folder, job in before.items():
         assert after[folder].run_id == job.run_id
-        told = f"job {folder.replace('_', ' ', 1)}: finished before" in done.stdout
-        assert told == (folder != half)
+        skipped = f"job {folder.replace('_', ' ', 1)}: finished before" in done.stdout
+        assert skipped == (folder != half)
     for key in ("accuracy", "loss", "eval_accuracy", "updates"):
         assert after[half].final[key] == finished.final[key]
     assert {job.final["updates"] for job in after.values()} == {44}
@@ -145,10 +145,10 @@ def test_law_8_a_killed_job_goes_on_to_the_bits_of_its_undisturbed_twin(tmp_path
         [(r["update"], r["train/loss"]) for r in journal(f) if "train/loss" in r] for f in (killed, twin)
     ]
     assert losses[0] == losses[1] and len(losses[0]) == 33
-    found = records(tmp_path)
-    (resumed,) = [record for record in found if record.run_id == between.run_id]
+    runs = records(tmp_path)
+    (resumed,) = [record for record in runs if record.run_id == between.run_id]
     assert resumed.status == "FINISHED" and resumed.tags["accumexp.resumed.15"] == "unchanged"
-    assert len(found) == 4 and {record.status for record in found} == {"FINISHED"}
+    assert len(runs) == 4 and {record.status for record in runs} == {"FINISHED"}
 
 
 # Several launches in one folder --------------------------------------------------------------------------
@@ -170,11 +170,11 @@ def test_the_bare_form_goes_through_all_that_the_launches_asked_for(tmp_path: Pa
     jobs = [next((tmp_path / "swept").glob(f"{number}_*")) for number in range(4)]
     for job in jobs[:2]:
         RunFolder(job).clear()
-    said = run("sweep.resume=swept", "report.margin=2")
-    found = ended(tmp_path / "swept")
-    assert sorted(found) == [job.name for job in jobs]
-    assert [found[job.name].launch for job in jobs] == [3, 4, 1, 2]
-    assert said.count(": finished before") == 2 and said.count("sweep   ") == 1
+    output = run("sweep.resume=swept", "report.margin=2")
+    finished = ended(tmp_path / "swept")
+    assert sorted(finished) == [job.name for job in jobs]
+    assert [finished[job.name].launch for job in jobs] == [3, 4, 1, 2]
+    assert output.count(": finished before") == 2 and output.count("sweep   ") == 1
 
 
 # The command line ----------------------------------------------------------------------------------------
@@ -210,9 +210,9 @@ def launched(sweep: Path, task: list[str], hydra: list[str], *jobs: str) -> int:
 
 
 def test_the_bare_form_takes_the_sweeps_own_overrides(sweep: Path) -> None:
-    own = ["seed=0", "name=${x}", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
-    assert only_line("-m", f"sweep.resume={sweep}") == ["-m", *own, *hydras(sweep)]
-    assert only_line("-m", f"sweep.resume={sweep}", "") == ["-m", *own, *hydras(sweep)]  # "$UNSET"
+    overrides = ["seed=0", "name=${x}", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
+    assert only_line("-m", f"sweep.resume={sweep}") == ["-m", *overrides, *hydras(sweep)]
+    assert only_line("-m", f"sweep.resume={sweep}", "") == ["-m", *overrides, *hydras(sweep)]  # "$UNSET"
 
 
 def test_what_the_bare_form_gives_hydra_anew_replaces_the_sweeps_own(sweep: Path) -> None:
@@ -244,9 +244,9 @@ def test_the_bare_form_runs_what_is_missing_of_all_launches(sweep: Path) -> None
 
 
 def test_settings_of_the_report_make_no_other_jobs_and_reach_the_report(sweep: Path) -> None:
-    own = ["seed=0", "name=${x}", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
+    overrides = ["seed=0", "name=${x}", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
     given = ["-m", f"sweep.resume={sweep}", "report.margin=2"]
-    assert command_lines(given) == ([["-m", *own, *hydras(sweep)]], {"report.margin": "2"})
+    assert command_lines(given) == ([["-m", *overrides, *hydras(sweep)]], {"report.margin": "2"})
     assert command_lines([*given, "seed=1"]) == ([["-m", "seed=1", *hydras(sweep)]], {"report.margin": "2"})
     assert job_folder_name(sweep, 0, 0, "a", ["seed=0", "report.margin=1"]) == "0_a"
     assert job_folder_name(sweep, 1, 0, "a", ["seed=0"]) == "0_a"
@@ -446,8 +446,8 @@ class Opened:
 
 
 def test_the_first_job_of_a_later_launch_opens_the_parent_again(tmp_path: Path) -> None:
-    for said in ("", "", "python -m accumexp.run again"):
-        begin_launch(tmp_path, Launch(said, [], []))
+    for command in ("", "", "python -m accumexp.run again"):
+        begin_launch(tmp_path, Launch(command, [], []))
     write_json(tmp_path / "sweep.json", {"run_id": "p", "experiment_id": "1", "uri": "u", "launch": 0})
     store: Any = Opened()
     for launch in (0, 2, 2):

@@ -78,9 +78,9 @@ def test_samples_are_runs_of_lines_of_the_librarys_files_in_their_order() -> Non
     where = begin = 0
     files = [path.read_bytes() for path in source_files(None, "train")[:20]]
     for text in texts:
-        while (found := files[where].find(text, begin)) < 0:
+        while (position := files[where].find(text, begin)) < 0:
             where, begin = where + 1, 0
-        begin = found + len(text)
+        begin = position + len(text)
         # Whole lines, but for one that is longer than a sample.
         assert text.endswith(b"\n") or len(text) == 64 or begin == len(files[where])
         assert b"\n\n" not in text
@@ -214,12 +214,12 @@ def test_accuracy_is_torchmetrics_own_and_counts_no_ignored_item(generator: torc
         targets = torch.randint(0, 7, shape, generator=generator)
         targets[torch.rand(shape, generator=generator) < 0.6] = IGNORED
         for ignored in (IGNORED, 2):
-            known = targets.where(targets >= 0, ignored)
+            labels = targets.where(targets >= 0, ignored)
             ours = Accuracy(ignored)
             theirs = MulticlassAccuracy(7, average="micro", ignore_index=ignored, validate_args=False)
             for part in (slice(0, 20), slice(20, 50)):
-                ours.update(outputs[part], known[part])
-                theirs.update(outputs[part], known[part])
+                ours.update(outputs[part], labels[part])
+                theirs.update(outputs[part], labels[part])
             assert float(ours.compute()) == float(theirs.compute()) > 0
     nothing = Accuracy()
     nothing.update(outputs, torch.full_like(targets, IGNORED))
@@ -261,7 +261,7 @@ def ragged() -> tuple[dict[str, Tensor], Tensor]:
     return {"input_ids": ids, "attention_mask": mask}, targets
 
 
-def told(gradient: dict[str, Tensor]) -> dict[str, Tensor]:
+def without_key_biases(gradient: dict[str, Tensor]) -> dict[str, Tensor]:
     """Without the biases of keys: they add the same to all of a query's scores, and have the gradient 0."""
     whole = sum(float(g.square().sum()) for g in gradient.values()) ** 0.5
     for name, value in gradient.items():
@@ -270,14 +270,14 @@ def told(gradient: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def larger_batch() -> dict[str, Tensor]:
-    return told(larger_batch_gradient(small_bert(), nn.CrossEntropyLoss(), *ragged()))
+    return without_key_biases(larger_batch_gradient(small_bert(), nn.CrossEntropyLoss(), *ragged()))
 
 
 @pytest.mark.parametrize("steps", [*STEPS, SAMPLES])
 def test_law_1_a_window_of_ragged_text_is_the_larger_batch(steps: int) -> None:
     model, (inputs, targets) = small_bert(), ragged()
     result = Window(model, nn.CrossEntropyLoss(), steps).backward(inputs, targets)
-    assert relative_error(told(gradients(model)), larger_batch()) <= 1e-12
+    assert relative_error(without_key_biases(gradients(model)), larger_batch()) <= 1e-12
     expected = nn.CrossEntropyLoss()(model(**inputs), targets).item()
     assert float(result.loss) == pytest.approx(expected, rel=1e-12)
     assert int(result.weight) == int((targets != IGNORED).sum()), "law 2: the window's own valid tokens"
@@ -288,12 +288,12 @@ def test_law_2_a_mean_of_means_is_another_gradient() -> None:
     inputs, targets = ragged()
     keep = (targets != IGNORED).any(1)  # the mean of no item is nan
     inputs, targets = {name: t[keep] for name, t in inputs.items()}, targets[keep]
-    expected = told(larger_batch_gradient(small_bert(), nn.CrossEntropyLoss(), inputs, targets))
+    expected = without_key_biases(larger_batch_gradient(small_bert(), nn.CrossEntropyLoss(), inputs, targets))
     model, sizes = small_bert(), split_sizes(len(targets), 5)
     cut: Any = split(inputs, sizes)
     for inputs_k, targets_k in zip(cut, targets.split(sizes), strict=True):
         (nn.CrossEntropyLoss()(model(**inputs_k), targets_k) / 5).backward()
-    assert relative_error(told(gradients(model)), expected) > 1e-2
+    assert relative_error(without_key_biases(gradients(model)), expected) > 1e-2
 
 
 def test_padding_and_a_sample_without_a_byte_to_guess_weigh_nothing() -> None:
@@ -304,7 +304,7 @@ def test_padding_and_a_sample_without_a_byte_to_guess_weigh_nothing() -> None:
     for model_inputs in (inputs, other):
         model.zero_grad()
         Window(model, nn.CrossEntropyLoss(), 5).backward(model_inputs, targets)
-        assert relative_error(told(gradients(model)), larger_batch()) <= 1e-12
+        assert relative_error(without_key_biases(gradients(model)), larger_batch()) <= 1e-12
     model.zero_grad()
     nothing = Window(model, nn.CrossEntropyLoss(), 1).backward(
         {name: t[5:6] for name, t in inputs.items()}, targets[5:6]
@@ -314,7 +314,7 @@ def test_padding_and_a_sample_without_a_byte_to_guess_weigh_nothing() -> None:
 
 def on_a_rank() -> dict[int, tuple[dict[str, Tensor], float, float]]:
     """For every number of steps: this rank's gradient, loss and weight."""
-    found = {}
+    results = {}
     for steps in STEPS:
         model, (inputs, targets) = data_parallel(small_bert()), ragged()
         shares = rank_share(SAMPLES, steps, dist.get_rank(), dist.get_world_size())
@@ -322,17 +322,17 @@ def on_a_rank() -> dict[int, tuple[dict[str, Tensor], float, float]]:
         window = Window(model, nn.CrossEntropyLoss(), steps)
         result = window.backward(map_tensors(lambda t, rows=rows: t[rows], inputs), targets[rows])
         gradient = {name: g.clone() for name, g in gradients(window.model).items()}
-        found[steps] = (gradient, float(result.loss), float(result.weight))
-    return found
+        results[steps] = (gradient, float(result.loss), float(result.weight))
+    return results
 
 
 @pytest.mark.parametrize("world", [1, 2])
 def test_law_2_the_tokens_of_all_ranks_are_counted(tmp_path: Path, world: int) -> None:
     expected, (inputs, targets) = larger_batch(), ragged()
     loss = nn.CrossEntropyLoss()(small_bert()(**inputs), targets).item()
-    for found in on_ranks(world, tmp_path, on_a_rank):
-        for steps, (gradient, value, weight) in found.items():
-            assert relative_error(told(gradient), expected) <= 1e-12, steps
+    for by_steps in on_ranks(world, tmp_path, on_a_rank):
+        for steps, (gradient, value, weight) in by_steps.items():
+            assert relative_error(without_key_biases(gradient), expected) <= 1e-12, steps
             assert value == pytest.approx(loss, rel=1e-12)
             assert weight == int((targets != IGNORED).sum())
 
@@ -361,8 +361,8 @@ def test_dropout_is_off_unless_asked_for_and_is_then_told() -> None:
     from accumexp.models import Bert
 
     assert not inequalities(Bert(20, 8, hidden=8), 8, 4)
-    told = inequalities(Bert(20, 8, hidden=8, dropout=0.1), 8, 4)
-    assert {found.kind for found in told} == {"Dropout"} and len(told) == 7
+    differences = inequalities(Bert(20, 8, hidden=8, dropout=0.1), 8, 4)
+    assert {difference.kind for difference in differences} == {"Dropout"} and len(differences) == 7
 
 
 class Hidden:
@@ -377,12 +377,12 @@ def without_transformers(*arguments: str) -> None:
     for name in [name for name in sys.modules if name.partition(".")[0] == "transformers"]:
         del sys.modules[name]  # torchmetrics imports it
     sys.meta_path.insert(0, Hidden())
-    found = metadata.Distribution.from_name
+    unpatched = metadata.Distribution.from_name
 
     def from_name(name: str) -> metadata.Distribution:
         if name == "transformers":
             raise metadata.PackageNotFoundError(name)
-        return found(name)
+        return unpatched(name)
 
     metadata.Distribution.from_name = from_name
     as_main("accumexp.run", list(arguments))
@@ -446,8 +446,8 @@ def test_text_bert_trains_and_its_updates_do_not_depend_on_steps() -> None:
         assert trainer.progress.update == 5
         rows[steps] = [memory.series(key) for key in ("train/loss", "train/accuracy", "eval/accuracy")]
     for steps in (3, 8):
-        for found, expected in zip(rows[steps], rows[1], strict=True):
-            assert found == [(update, pytest.approx(value, rel=1e-9)) for update, value in expected]
+        for points, expected in zip(rows[steps], rows[1], strict=True):
+            assert points == [(update, pytest.approx(value, rel=1e-9)) for update, value in expected]
 
 
 @pytest.mark.parametrize("noise", ["noise.NoiseScale", "sample_noise.SampleNoiseScale"])
@@ -483,8 +483,8 @@ def test_law_8_a_run_on_text_goes_on_bit_for_bit_and_is_evaluated(tmp_path: Path
     assert first.code == 143, first
     again = run_command("run", f"resume={only_run(stopped)}", "trust=[tests]", folder=stopped)
     assert again.code == 0 and not again.stderr, again
-    found, expected = saved_weights(only_run(stopped)), saved_weights(only_run(whole))
-    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    weights, expected = saved_weights(only_run(stopped)), saved_weights(only_run(whole))
+    assert all(torch.equal(weights[name], value) for name, value in expected.items())
     keys = ("train/loss", "train/accuracy", "eval/accuracy", "eval/ema_loss")
     rows = [
         [{key: row[key] for key in keys if key in row} for row in journal(only_run(f))]
@@ -513,5 +513,5 @@ def test_text_bert_over_two_ranks_is_the_run_of_one(tmp_path: Path) -> None:
         rows = journal(only_run(folder))
         losses.append([row["train/loss"] for row in rows if "train/loss" in row])
     assert len(losses[0]) == 10
-    for found in losses[1:]:
-        assert found == pytest.approx(losses[0], rel=1e-9)
+    for parallel_losses in losses[1:]:
+        assert parallel_losses == pytest.approx(losses[0], rel=1e-9)

@@ -12,7 +12,7 @@ from accumexp.training.checkpoint import find, load
 
 from ..support.command import environment, records, run_command
 
-OWN = """
+USER_MODULE = """
 import torch
 from torch import nn
 
@@ -32,26 +32,30 @@ SECRET = "s3cret-word"
 
 
 @pytest.fixture
-def own(tmp_path: Path) -> dict[str, str]:
-    (tmp_path / "own_net.py").write_text(OWN)
+def user_env(tmp_path: Path) -> dict[str, str]:
+    (tmp_path / "own_net.py").write_text(USER_MODULE)
     return environment(tmp_path, OWN_TOKEN=SECRET)
 
 
-def test_a_run_of_a_users_package_goes_on_once_it_is_trusted(tmp_path: Path, own: dict[str, str]) -> None:
-    done = run_command("run", *SMALL, *NET, "tracking=none", "hydra.run.dir=r", folder=tmp_path, env=own)
+def test_a_run_of_a_users_package_goes_on_once_it_is_trusted(
+    tmp_path: Path, user_env: dict[str, str]
+) -> None:
+    done = run_command("run", *SMALL, *NET, "tracking=none", "hydra.run.dir=r", folder=tmp_path, env=user_env)
     assert done.code == 0, done
     more = ["resume=r", "trainer.max_updates=5"]
-    line = run_command("run", *more, folder=tmp_path, env=own).error()
+    line = run_command("run", *more, folder=tmp_path, env=user_env).error()
     assert line.startswith("model._target_=own_net.Net: checkpoint ") and line.endswith("trust=[own_net]")
-    line = run_command("evaluate", "checkpoint=r", folder=tmp_path, env=own).error()
+    line = run_command("evaluate", "checkpoint=r", folder=tmp_path, env=user_env).error()
     assert line.endswith("trust=[own_net]")
     for trust in ("trust=[own_net]", "trust=own_net", "trust=true"):
-        done = run_command("evaluate", "checkpoint=r", trust, folder=tmp_path, env=own)
+        done = run_command("evaluate", "checkpoint=r", trust, folder=tmp_path, env=user_env)
         assert done.code == 0, done
     # What the user names is the user's own.
-    done = run_command("evaluate", "checkpoint=r", "model._target_=own_net.Net", folder=tmp_path, env=own)
+    done = run_command(
+        "evaluate", "checkpoint=r", "model._target_=own_net.Net", folder=tmp_path, env=user_env
+    )
     assert done.code == 0, done
-    done = run_command("run", *more, "trust=[own_net]", folder=tmp_path, env=own)
+    done = run_command("run", *more, "trust=[own_net]", folder=tmp_path, env=user_env)
     assert done.code == 0, done
     assert load(find(tmp_path / "r"))["progress"]["update"] == 5
 
@@ -67,9 +71,9 @@ def test_trust_is_of_a_file(tmp_path: Path) -> None:
     assert line.startswith("trust=") and "leave it out" in line
 
 
-def test_no_record_holds_a_value_from_the_environment(tmp_path: Path, own: dict[str, str]) -> None:
+def test_no_record_holds_a_value_from_the_environment(tmp_path: Path, user_env: dict[str, str]) -> None:
     arguments = [*SMALL, *NET, TOKEN, "hydra.run.dir=r", "tracking.system_metrics=false"]
-    done = run_command("run", *arguments, folder=tmp_path, env=own)
+    done = run_command("run", *arguments, folder=tmp_path, env=user_env)
     assert done.code == 0, done
     written = yaml.safe_load((tmp_path / "r" / "config.yaml").read_text())
     assert written["model"]["token"] == "${oc.env:OWN_TOKEN}"
@@ -81,21 +85,23 @@ def test_no_record_holds_a_value_from_the_environment(tmp_path: Path, own: dict[
 
     # A checkpoint may not read the environment: the user gives the value again, or trusts it.
     more = ["resume=r", "trainer.max_updates=5", "trust=[own_net]"]
-    line = run_command("run", *more, folder=tmp_path, env=own).error()
+    line = run_command("run", *more, folder=tmp_path, env=user_env).error()
     assert line.startswith("model.token=${oc.env:OWN_TOKEN}: reads the environment")
     assert "give ++model.token='${oc.env:OWN_TOKEN}' or trust=true" in line
-    done = run_command("run", *more, "++model.token='${oc.env:OWN_TOKEN}'", folder=tmp_path, env=own)
+    done = run_command("run", *more, "++model.token='${oc.env:OWN_TOKEN}'", folder=tmp_path, env=user_env)
     assert done.code == 0, done
     (record,) = records(tmp_path)
     assert record.tags["accumexp.resumed.3"] == "trainer.max_updates=5"
-    done = run_command("run", "resume=r", "trainer.max_updates=7", "trust=true", folder=tmp_path, env=own)
+    done = run_command(
+        "run", "resume=r", "trainer.max_updates=7", "trust=true", folder=tmp_path, env=user_env
+    )
     assert done.code == 0, done
     assert load(find(tmp_path / "r"))["config"]["model"]["token"] == "${oc.env:OWN_TOKEN}"
     assert holding(tmp_path) == []
 
 
-def test_no_message_or_sweep_holds_one(tmp_path: Path, own: dict[str, str]) -> None:
-    wrong = {**own, "OWN_TOKEN": "another-word"}
+def test_no_message_or_sweep_holds_one(tmp_path: Path, user_env: dict[str, str]) -> None:
+    wrong = {**user_env, "OWN_TOKEN": "another-word"}
     arguments = ["-m", *SMALL, *NET, TOKEN, "seed=0,1", "hydra.sweep.dir=s", "tracking.system_metrics=false"]
     done = run_command("run", *arguments, folder=tmp_path, env=wrong)
     assert done.code == 1, done
@@ -103,9 +109,9 @@ def test_no_message_or_sweep_holds_one(tmp_path: Path, own: dict[str, str]) -> N
     assert "another-word" not in done.stdout + done.stderr
     assert holding(tmp_path, "another-word") == []
     assert "trust=true" in done.stderr  # to go on with what reads the environment
-    line = run_command("run", "-m", "sweep.resume=s", folder=tmp_path, env=own).error()
+    line = run_command("run", "-m", "sweep.resume=s", folder=tmp_path, env=user_env).error()
     assert line.startswith("sweep.resume=s: ") and line.endswith("trust=true if the sweep is your own")
-    done = run_command("run", "-m", "sweep.resume=s", "trust=true", folder=tmp_path, env=own)
+    done = run_command("run", "-m", "sweep.resume=s", "trust=true", folder=tmp_path, env=user_env)
     assert done.code == 0, done
     assert holding(tmp_path) == []
     summary = json.loads(next((tmp_path / "s").glob("0_*/summary.json")).read_text())
@@ -115,8 +121,8 @@ def test_no_message_or_sweep_holds_one(tmp_path: Path, own: dict[str, str]) -> N
 def holding(folder: Path, secret: str = SECRET) -> list[str]:
     """The files below `folder`, by name or content, that hold the secret."""
     files = [path for path in folder.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")]
-    found = [path for path in files if secret in str(path) or secret.encode() in path.read_bytes()]
-    return [str(path.relative_to(folder)) for path in found]
+    leaks = [path for path in files if secret in str(path) or secret.encode() in path.read_bytes()]
+    return [str(path.relative_to(folder)) for path in leaks]
 
 
 def test_no_credential_is_sent_to_a_server_that_a_checkpoint_names(tmp_path: Path) -> None:

@@ -183,9 +183,9 @@ def loop_of(config: Configuration, loss: Callable[..., Any]) -> Callable[..., An
         ranks = window.sync.ranks
         if ranks.size > 1:
             share = rank_share(samples, steps, ranks.rank, ranks.size)
-            own = [number for part in share for number in part]
-            samples = len(own)
-            batch = tuple(map_tensors(lambda t: t[own or [0]], part) for part in batch)
+            rows = [number for part in share for number in part]
+            samples = len(rows)
+            batch = tuple(map_tensors(lambda t: t[rows or [0]], part) for part in batch)
         optimizer.zero_grad(set_to_none=not window.sync.keeps_gradients)
         result = window.backward(*batch, steps=steps, samples=samples)
         step()

@@ -305,8 +305,8 @@ def test_what_is_one_batch_and_what_are_two() -> None:
     ],
     ids=("no list", "no tuple", "tensor", "words", "no pair", "three", "sizes"),
 )
-def test_batches_of_no_form_are_refused(batch: Any, said: str) -> None:
-    with pytest.raises(ValueError, match=said):
+def test_batches_of_no_form_are_refused(batch: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         certify(right, classifier(), nn.CrossEntropyLoss(), batch, STEPS)
 
 
@@ -320,8 +320,8 @@ def test_batches_of_no_form_are_refused(batch: Any, said: str) -> None:
     ],
     ids=("none", "frozen", "lazy"),
 )
-def test_models_without_a_gradient_to_compare_are_refused(model: Any, said: str) -> None:
-    with pytest.raises(ValueError, match=said):
+def test_models_without_a_gradient_to_compare_are_refused(model: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         certify(right, model(), nn.CrossEntropyLoss(), samples(), STEPS)
 
 

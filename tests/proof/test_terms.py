@@ -51,8 +51,8 @@ def test_windows_in_fp64_are_proved(name: str) -> None:
 @pytest.mark.parametrize("name", [pytest.param("masked", marks=pytest.mark.slow), "next sample"])
 def test_windows_of_two_passes_are_proved_up_to_dropout(name: str) -> None:
     loss = LOSSES[name]
-    found = certified(loss, with_window(lambda: loss)(), setting(lambda: loss, dropped))
-    assert found == "proved up to dropout draws (2 (Dropout))"
+    summary = certified(loss, with_window(lambda: loss)(), setting(lambda: loss, dropped))
+    assert summary == "proved up to dropout draws (2 (Dropout))"
 
 
 class Contrast:
@@ -109,8 +109,8 @@ def undeclared(outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
 
 
 def test_a_term_that_couples_samples_without_saying_so_is_named() -> None:
-    found = certified(undeclared, with_window(lambda: undeclared)(), setting(lambda: undeclared))
-    assert "term 'balance' of 16 samples is not the mean of its micro-batches' by samples" in found
+    summary = certified(undeclared, with_window(lambda: undeclared)(), setting(lambda: undeclared))
+    assert "term 'balance' of 16 samples is not the mean of its micro-batches' by samples" in summary
 
 
 def test_a_logged_loss_without_a_term_is_named() -> None:
@@ -121,8 +121,8 @@ def test_a_logged_loss_without_a_term_is_named() -> None:
         with_window(ThreeTerms)()(model, optimizer, batch, steps)
         return logged
 
-    found = certified(ThreeTerms(), window, setting(ThreeTerms, batch=ragged))
-    assert "update 1: without term 'balance'" in found
+    summary = certified(ThreeTerms(), window, setting(ThreeTerms, batch=ragged))
+    assert "update 1: without term 'balance'" in summary
 
 
 def test_a_denominator_of_zero_is_named() -> None:
@@ -165,5 +165,5 @@ def test_a_norm_over_the_window_is_proved_within_the_rounding_of_fp32() -> None:
 
 
 def test_a_batch_norm_under_such_a_loss_is_still_named() -> None:
-    found = certified(next_sample, with_window(lambda: next_sample)(), setting(lambda: next_sample, normed))
-    assert found.startswith("not proved: 1 (BatchNorm1d): statistics over 4 of 16 samples")
+    summary = certified(next_sample, with_window(lambda: next_sample)(), setting(lambda: next_sample, normed))
+    assert summary.startswith("not proved: 1 (BatchNorm1d): statistics over 4 of 16 samples")

@@ -34,9 +34,9 @@ class Experts(nn.Module):
         best, chosen = chances.max(-1)
         hidden = x.new_zeros(len(x), 8)
         for k, expert in enumerate(self.experts):
-            mine = (chosen == k).nonzero().flatten()
-            if len(mine):
-                hidden = hidden.index_add(0, mine, best[mine, None] * expert(x[mine]))
+            rows = (chosen == k).nonzero().flatten()
+            if len(rows):
+                hidden = hidden.index_add(0, rows, best[rows, None] * expert(x[rows]))
         return self.head(torch.tanh(hidden)), chances
 
 

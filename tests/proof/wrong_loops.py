@@ -359,11 +359,11 @@ def counted_by_itself() -> TrainWindow:
 
 def lost_on_resume() -> TrainWindow:
     """After a resume it skips the micro-batches before the checkpoint, whose gradients were not saved."""
-    known: WeakSet[nn.Module] = WeakSet()
+    models: WeakSet[nn.Module] = WeakSet()
 
     def train_window(model, optimizer, batch, steps):
-        resumed = model not in known and bool(optimizer.state)
-        known.add(model)
+        resumed = model not in models and bool(optimizer.state)
+        models.add(model)
         for inputs, targets in split(batch)[steps // 2 if resumed else 0 :]:
             (cross_entropy(model(inputs), targets, reduction="sum") / len(batch[1])).backward()
         optimizer.step()

@@ -30,8 +30,8 @@ def shares(batch: Part, micro: int = MICRO) -> list[tuple[Part, bool]]:
     """(this rank's rows of a micro-batch, whether it is the window's last) for each micro-batch."""
     rank, size = dist.get_rank(), dist.get_world_size()
     parts = zip(batch[0].split(micro), batch[1].split(micro), strict=True)
-    own = [(inputs[rank::size], targets[rank::size]) for inputs, targets in parts]
-    return [(part, number == len(own) - 1) for number, part in enumerate(own)]
+    local_parts = [(inputs[rank::size], targets[rank::size]) for inputs, targets in parts]
+    return [(part, number == len(local_parts) - 1) for number, part in enumerate(local_parts)]
 
 
 def right(model, optimizer, batch, steps, schedule=None):
@@ -50,8 +50,8 @@ def right(model, optimizer, batch, steps, schedule=None):
 
 
 def right_tokens(model, optimizer, batch, steps):
-    own = [(targets != -100).sum() for (_, targets), _ in shares(batch)]
-    valid = torch.stack(own).sum()
+    counts = [(targets != -100).sum() for (_, targets), _ in shares(batch)]
+    valid = torch.stack(counts).sum()
     dist.all_reduce(valid)
     for (inputs, targets), last in shares(batch):
         with nullcontext() if last else model.no_sync():
@@ -87,9 +87,9 @@ def window_of(loss: Any) -> TrainWindow:
 def by_window(loss, model, optimizer, batch, steps):
     count = len(batch[1])
     steps = -(-count // MICRO)
-    own = [n for part in rank_share(count, steps, dist.get_rank(), dist.get_world_size()) for n in part]
+    rows = [n for part in rank_share(count, steps, dist.get_rank(), dist.get_world_size()) for n in part]
     window = Window(model, loss, steps)
-    inputs, targets = (map_tensors(lambda t: t[own], part) for part in batch)
+    inputs, targets = (map_tensors(lambda t: t[rows], part) for part in batch)
     result = window.backward(inputs, targets)
     optimizer.step()
     optimizer.zero_grad(set_to_none=not window.sync.keeps_gradients)
@@ -158,15 +158,15 @@ def scheduled_by_ranks(model, optimizer, batch, steps, schedule):
 
 def balance_of_ranks(model, optimizer, batch, steps):
     """Each rank balances the experts of its own samples: two passes, and the loss of this rank's outputs."""
-    own = shares(batch)
+    parts = shares(batch)
     with torch.no_grad():
-        outputs = [model(inputs) for (inputs, _), _ in own]
+        outputs = [model(inputs) for (inputs, _), _ in parts]
     leaf = torch.cat(outputs).requires_grad_()
-    targets = torch.cat([targets for (_, targets), _ in own])
+    targets = torch.cat([targets for (_, targets), _ in parts])
     share = len(targets) * dist.get_world_size() / len(batch[1])
     slopes = torch.autograd.grad(value_of(balanced, leaf, targets) * share, leaf)[0]
     start = 0
-    for (inputs, few), last in own:
+    for (inputs, few), last in parts:
         with nullcontext() if last else model.no_sync():
             model(inputs).backward(slopes[start : start + len(few)])
         start += len(few)
@@ -176,13 +176,13 @@ def balance_of_ranks(model, optimizer, batch, steps):
 
 def denominators_of_ranks(model, optimizer, batch, steps):
     """The masked term is divided by each rank's own number of targets."""
-    loss, own = ThreeTerms(), shares(batch)
+    loss, parts = ThreeTerms(), shares(batch)
     with torch.no_grad():
-        every = [loss.terms(model(inputs), targets) for (inputs, targets), _ in own]
+        every = [loss.terms(model(inputs), targets) for (inputs, targets), _ in parts]
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, every)
     window = [terms for of_rank in gathered for terms in of_rank]
-    for k, ((inputs, targets), last) in enumerate(own):
+    for k, ((inputs, targets), last) in enumerate(parts):
         with nullcontext() if last else model.no_sync():
             terms = loss.terms(model(inputs), targets)
             values = [

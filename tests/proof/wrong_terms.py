@@ -46,8 +46,8 @@ def changed(fault: Callable[..., Tensor], wrong: str = "balance") -> Callable[[]
     """A loop in which term `wrong` adds what `fault` makes of (term, k, its terms in all micro-batches)."""
 
     def share(name: str, term: Term, k: int, every: list[dict[str, Term]]) -> Tensor:
-        own = [terms[name] for terms in every]
-        return fault(term, k, own) if name == wrong else right_share(name, term, k, every)
+        named_terms = [terms[name] for terms in every]
+        return fault(term, k, named_terms) if name == wrong else right_share(name, term, k, every)
 
     return always(by_terms(share))
 

@@ -26,14 +26,14 @@ def shares(steps: int, samples: int) -> list[int]:
 
 def windows(how: str) -> dict[tuple[str, int], tuple[dict[str, Tensor], float]]:
     """Gradient and loss of a window of every case and number of steps."""
-    found = {}
+    results = {}
     for name, case in CASES.items():
         for steps in STEPS:
             model = case.model()
             wrapped = fully_sharded(model, torch.device("cpu")) if how == "sharded" else data_parallel(model)
             window = Window(wrapped, case.loss, steps)
-            own = shares(steps, SAMPLES)
-            inputs, targets = (map_tensors(lambda t, own=own: t[own], part) for part in case.batch())
+            rows = shares(steps, SAMPLES)
+            inputs, targets = (map_tensors(lambda t, rows=rows: t[rows], part) for part in case.batch())
             backward = Recovery(window).backward if how == "recovered" else window.backward
             result = backward(inputs, targets)
             named = wrapped.module if isinstance(wrapped, nn.parallel.DistributedDataParallel) else wrapped
@@ -41,8 +41,9 @@ def windows(how: str) -> dict[tuple[str, int], tuple[dict[str, Tensor], float]]:
             gradients = {
                 key: (g.full_tensor() if hasattr(g, "full_tensor") else g).clone() for key, g in whole.items()
             }
-            found[name, steps] = gradients, float(result.loss), {k: float(v) for k, v in result.terms.items()}
-    return found
+            terms = {k: float(v) for k, v in result.terms.items()}
+            results[name, steps] = gradients, float(result.loss), terms
+    return results
 
 
 @pytest.fixture(scope="module")
@@ -50,10 +51,10 @@ def replicated(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     return on_ranks(2, tmp_path_factory.mktemp("replicated"), windows, "replicated")
 
 
-def check(found: list[Any], name: str) -> None:
+def check(results: list[Any], name: str) -> None:
     expected, value = reference(CASES[name])
     bound = 1e-12 if CASES[name].passes == 1 else 1e-10
-    for rank in found:
+    for rank in results:
         for steps in STEPS:
             gradients, loss, terms = rank[name, steps]
             assert relative_error(gradients, expected) <= bound, steps
@@ -70,6 +71,6 @@ def test_law_11_two_ranks_are_the_whole_batch(replicated: list[Any], name: str) 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["sharded", "recovered"])
 def test_law_11_holds_for_shards_and_recovered_windows(tmp_path: Path, how: str) -> None:
-    found = on_ranks(2, tmp_path, windows, how)
+    results = on_ranks(2, tmp_path, windows, how)
     for name in CASES:
-        check(found, name)
+        check(results, name)

@@ -48,10 +48,10 @@ def test_all_ranks_see_the_estimate_of_all_micro_batches_alike(
     w, m, a = np.array(weight), np.stack(gradient), np.array(alone)
     whole = (w[:, None] * m).sum(0) / samples
     equations = [[w[a].sum(), a.sum()], [1.0, 1 / samples]]
-    known = [(w[a] * (m[a] ** 2).sum(1)).sum(), (whole**2).sum()]
-    square, variance = np.linalg.solve(equations, known)
-    for found in on_ranks(2, tmp_path, on_a_rank, how, "micro-batches", samples, steps):
-        assert found == pytest.approx((variance / square, variance, square), rel=1e-9)
+    right_sides = [(w[a] * (m[a] ** 2).sum(1)).sum(), (whole**2).sum()]
+    square, variance = np.linalg.solve(equations, right_sides)
+    for estimate in on_ranks(2, tmp_path, on_a_rank, how, "micro-batches", samples, steps):
+        assert estimate == pytest.approx((variance / square, variance, square), rel=1e-9)
 
 
 @pytest.mark.parametrize(("samples", "ranks"), [(41, 2), (3, 1)])
@@ -59,27 +59,27 @@ def test_the_ranks_samples_give_one_estimate(samples: int, ranks: int, tmp_path:
     model, (inputs, targets) = small_model(), classification(samples)
     each = []
     for rank in range(ranks):  # of 3 samples the second rank has one, which tells nothing
-        own = [i for part in rank_share(samples, 1, rank, 2) for i in part]
-        gradients = each_samples_gradient(model, inputs[own], targets[own])
-        each.append(of_parts(gradients, [1.0] * len(own), len(own))[1:])
+        rows = [i for part in rank_share(samples, 1, rank, 2) for i in part]
+        gradients = each_samples_gradient(model, inputs[rows], targets[rows])
+        each.append(of_parts(gradients, [1.0] * len(rows), len(rows))[1:])
     variance, square = np.mean(each, 0)
-    for found in on_ranks(2, tmp_path, on_a_rank, "adding", "samples", samples, 1):
-        assert found == pytest.approx((variance / square, variance, square), rel=1e-9)
+    for estimate in on_ranks(2, tmp_path, on_a_rank, "adding", "samples", samples, 1):
+        assert estimate == pytest.approx((variance / square, variance, square), rel=1e-9)
 
 
 def refusals() -> list[str]:
     """What both say of a fully sharded model."""
     window = Window(wrapped(small_model(), "sharded"), nn.CrossEntropyLoss(), 2)
     trainer: Any = SimpleNamespace(window=window, callbacks={})
-    said = []
+    messages = []
     for callback in (NoiseScale(), SampleNoiseScale()):
         with pytest.raises(UsageError) as refused:
             callback.check(trainer, "callbacks.noise")
-        said.append(str(refused.value))
+        messages.append(str(refused.value))
     assert dist.get_world_size() == 1
-    return said
+    return messages
 
 
 def test_shards_are_refused(tmp_path: Path) -> None:
-    for said in on_ranks(1, tmp_path, refusals)[0]:
-        assert said.startswith("callbacks.noise: accum=fsdp has no whole gradients")
+    for message in on_ranks(1, tmp_path, refusals)[0]:
+        assert message.startswith("callbacks.noise: accum=fsdp has no whole gradients")

@@ -92,10 +92,10 @@ def wrapped(model: nn.Module, how: str) -> nn.Module:
 
 
 def whole_gradients(model: nn.Module) -> dict[str, Tensor]:
-    found = {name.removeprefix("module."): p.grad for name, p in model.named_parameters()}
+    parameter_gradients = {name.removeprefix("module."): p.grad for name, p in model.named_parameters()}
     return {
         name: (g.full_tensor() if hasattr(g, "full_tensor") else g).clone()  # pyright: ignore
-        for name, g in found.items()
+        for name, g in parameter_gradients.items()
         if g is not None
     }
 
@@ -103,7 +103,7 @@ def whole_gradients(model: nn.Module) -> dict[str, Tensor]:
 def grid(how: str, case: str, samples: int, options: dict[str, Any]) -> dict[int, Any]:
     """For every number of steps, two windows in a row: gradient and loss of the second."""
     make, data, loss = CASES[case]
-    found = {}
+    results = {}
     for steps in STEPS:
         model = wrapped(make(), how)
         window = Window(model, loss, steps, **options)
@@ -111,8 +111,8 @@ def grid(how: str, case: str, samples: int, options: dict[str, Any]) -> dict[int
         window.backward(inputs, targets, samples=counted)
         model.zero_grad(set_to_none=not window.sync.keeps_gradients)
         result = window.backward(inputs, targets, samples=counted)
-        found[steps] = (whole_gradients(model), float(result.loss), float(result.weight))
-    return found
+        results[steps] = (whole_gradients(model), float(result.loss), float(result.weight))
+    return results
 
 
 @pytest.mark.parametrize("world", WORLDS)
@@ -123,8 +123,8 @@ def test_law_1_every_ranks_gradient_is_the_whole_batchs(tmp_path: Path, world: i
     criterion = token_loss if case == "tokens" else loss
     expected = larger_batch_gradient(make(), criterion, inputs, targets)
     expected_loss = criterion(make()(inputs), targets).item()
-    for found in on_ranks(world, tmp_path, grid, "adding", case, SAMPLES, {}):
-        for steps, (gradient, loss_value, weight) in found.items():
+    for by_steps in on_ranks(world, tmp_path, grid, "adding", case, SAMPLES, {}):
+        for steps, (gradient, loss_value, weight) in by_steps.items():
             assert relative_error(gradient, expected) <= 1e-12, steps
             assert loss_value == pytest.approx(expected_loss, rel=1e-12)
             if case == "tokens":
@@ -137,8 +137,8 @@ def test_law_1_holds_for_a_model_that_others_wrapped_and_for_a_sharded_one(tmp_p
     expected = larger_batch_gradient(Tokens(), token_loss, inputs, targets)
     options: list[dict[str, Any]] = [{}, {"reduce_every_micro_batch": True}]
     for number, option in enumerate(options if how == "sharded" else options[:1]):
-        for found in on_ranks(3, tmp_path / str(number), grid, how, "tokens", SAMPLES, option):
-            for steps, (gradient, _, _) in found.items():
+        for by_steps in on_ranks(3, tmp_path / str(number), grid, how, "tokens", SAMPLES, option):
+            for steps, (gradient, _, _) in by_steps.items():
                 assert relative_error(gradient, expected) <= 1e-12, steps
 
 
@@ -150,8 +150,8 @@ def test_law_3_a_window_with_fewer_samples_than_micro_batches_is_exact(
     """Ranks without a sample pad with one that weighs nothing."""
     inputs, targets = classification(samples)
     expected = larger_batch_gradient(small_model(), nn.CrossEntropyLoss(), inputs, targets)
-    for found in on_ranks(4, tmp_path, grid, how, "samples", samples, {}):
-        for gradient, _, weight in found.values():
+    for by_steps in on_ranks(4, tmp_path, grid, how, "samples", samples, {}):
+        for gradient, _, weight in by_steps.values():
             assert relative_error(gradient, expected) <= 1e-12
             assert weight == samples
 
@@ -159,8 +159,8 @@ def test_law_3_a_window_with_fewer_samples_than_micro_batches_is_exact(
 def test_padding_weighs_nothing_whatever_it_holds(tmp_path: Path) -> None:
     inputs, targets = classification(10)
     expected = larger_batch_gradient(small_model(), nn.CrossEntropyLoss(), inputs, targets)
-    for found in on_ranks(2, tmp_path, padded_by_the_caller):
-        assert relative_error(found, expected) <= 1e-12
+    for gradient in on_ranks(2, tmp_path, padded_by_the_caller):
+        assert relative_error(gradient, expected) <= 1e-12
 
 
 def padded_by_the_caller() -> dict[str, Tensor]:
@@ -190,8 +190,8 @@ def test_law_1_the_sum_of_means_does_not_depend_on_the_ranks(tmp_path: Path, wor
     for inputs_k, targets_k in pieces:
         part = larger_batch_gradient(small_model(), nn.CrossEntropyLoss(), inputs_k, targets_k)
         expected = {name: expected.get(name, 0) + value for name, value in part.items()}
-    for found in on_ranks(world, tmp_path, sums_of_means, steps):
-        assert relative_error(found, expected) <= 1e-12
+    for gradient in on_ranks(world, tmp_path, sums_of_means, steps):
+        assert relative_error(gradient, expected) <= 1e-12
 
 
 UPDATES = 20
@@ -211,8 +211,8 @@ def trained(how: str, steps: int) -> dict[str, Tensor]:
         optimizer.zero_grad(set_to_none=not window.sync.keeps_gradients)
         window.backward(inputs, targets, steps=now, samples=counted)
         step()
-    found = {name.removeprefix("module."): p.detach() for name, p in model.named_parameters()}
-    return {n: p.full_tensor() if hasattr(p, "full_tensor") else p for n, p in found.items()}  # pyright: ignore
+    weights = {name.removeprefix("module."): p.detach() for name, p in model.named_parameters()}
+    return {n: p.full_tensor() if hasattr(p, "full_tensor") else p for n, p in weights.items()}  # pyright: ignore
 
 
 def grid_trained(how: str) -> dict[int, dict[str, Tensor]]:
@@ -246,8 +246,8 @@ def test_law_1_weights_after_twenty_updates_are_the_larger_batchs(
     tmp_path: Path, how: str, world: int
 ) -> None:
     expected = plainly_trained()
-    for found in on_ranks(world, tmp_path, grid_trained, how):
-        for steps, weights in found.items():
+    for by_steps in on_ranks(world, tmp_path, grid_trained, how):
+        for steps, weights in by_steps.items():
             assert relative_error(weights, expected) <= 1e-9, steps
 
 
@@ -265,12 +265,12 @@ def counted(steps: int, bucket_mib: float) -> tuple[list[int], int]:
 
     model.register_comm_hook(None, hook)
     window = Window(model, nn.CrossEntropyLoss(), steps)
-    inputs, targets, own = own_part(classification(SAMPLES), steps)
+    inputs, targets, count = own_part(classification(SAMPLES), steps)
     seen: list[int] = []
     for _ in range(3):
         model.zero_grad(set_to_none=False)
         calls_now.clear()
-        window.backward(inputs, targets, samples=own, observe=lambda *_: seen.append(len(calls_now)))
+        window.backward(inputs, targets, samples=count, observe=lambda *_: seen.append(len(calls_now)))
         seen.append(-len(calls_now))
     return seen, len(buckets)
 
@@ -292,11 +292,11 @@ def profiled(steps: int) -> list[int]:
     """All-reduces in a window by the profiler, as the number of elements of each."""
     model = data_parallel(small_model())
     window = Window(model, nn.CrossEntropyLoss(), steps, local_loss=True)
-    inputs, targets, own = own_part(classification(SAMPLES), steps)
+    inputs, targets, count = own_part(classification(SAMPLES), steps)
     for _ in range(2):
-        window.backward(inputs, targets, samples=own)
+        window.backward(inputs, targets, samples=count)
     with torch.profiler.profile(record_shapes=True) as profile:
-        window.backward(inputs, targets, samples=own)
+        window.backward(inputs, targets, samples=count)
     events = [event for event in profile.events() or [] if event.name == "c10d::allreduce_"]
     shapes = [event.input_shapes[0] for event in events]
     return sorted(
@@ -313,9 +313,9 @@ def test_law_5_the_profiler_sees_one_gradient_and_one_weight(tmp_path: Path, ste
 
 def of_a_sum(reduction: Any) -> tuple[dict[str, Tensor], float]:
     model = data_parallel(small_model())
-    inputs, targets, own = own_part(classification(SAMPLES), 3)
+    inputs, targets, count = own_part(classification(SAMPLES), 3)
     window = Window(model, nn.CrossEntropyLoss(reduction="sum"), 3, reduction=reduction)
-    result = window.backward(inputs, targets, samples=own)
+    result = window.backward(inputs, targets, samples=count)
     return whole_gradients(model), float(result.loss)
 
 
@@ -324,9 +324,9 @@ def test_law_1_a_criterion_that_is_a_sum_is_divided_by_nothing(tmp_path: Path, r
     batch = classification(SAMPLES)
     expected = larger_batch_gradient(small_model(), nn.CrossEntropyLoss(reduction="sum"), *batch)
     loss = nn.functional.cross_entropy(small_model()(batch[0]), batch[1], reduction="sum").item()
-    for found, found_loss in on_ranks(2, tmp_path, of_a_sum, reduction):
-        assert relative_error(found, expected) <= 1e-12
-        assert found_loss == pytest.approx(loss, rel=1e-12)
+    for gradient, loss_value in on_ranks(2, tmp_path, of_a_sum, reduction):
+        assert relative_error(gradient, expected) <= 1e-12
+        assert loss_value == pytest.approx(loss, rel=1e-12)
 
 
 class Branches(nn.Module):
@@ -357,9 +357,9 @@ def test_fp32_buffers_agree_where_ranks_use_different_parameters(tmp_path: Path)
 
 def in_bf16(steps: int) -> dict[str, Tensor]:
     model = data_parallel(small_model().bfloat16())
-    inputs, targets, own = own_part(classification(64), steps)
+    inputs, targets, count = own_part(classification(64), steps)
     window = Window(model, nn.CrossEntropyLoss(), steps, fp32_buffers=True)
-    window.backward(inputs.bfloat16(), targets, samples=own)
+    window.backward(inputs.bfloat16(), targets, samples=count)
     return whole_gradients(model)
 
 
@@ -391,14 +391,14 @@ def test_rank_shares_are_a_partition_and_the_same_micro_batches_at_any_number_of
 def never_synchronised(steps: int) -> dict[str, Tensor]:
     """The last micro-batch in `no_sync` too: every rank keeps its own part."""
     model = data_parallel(small_model())
-    inputs, targets, own = own_part(classification(SAMPLES), steps)
+    inputs, targets, count = own_part(classification(SAMPLES), steps)
     window = Window(model, nn.CrossEntropyLoss(), steps)
     window.sync.micro_batch = lambda last: model.no_sync()  # type: ignore[method-assign]
-    window.backward(inputs, targets, samples=own)
+    window.backward(inputs, targets, samples=count)
     return whole_gradients(model)
 
 
 def test_a_window_that_never_synchronises_would_be_seen(tmp_path: Path) -> None:
     expected = larger_batch_gradient(small_model(), nn.CrossEntropyLoss(), *classification(SAMPLES))
-    found = on_ranks(2, tmp_path, never_synchronised, 3)
-    assert all(relative_error(gradient, expected) > 1e-3 for gradient in found)
+    rank_gradients = on_ranks(2, tmp_path, never_synchronised, 3)
+    assert all(relative_error(gradient, expected) > 1e-3 for gradient in rank_gradients)

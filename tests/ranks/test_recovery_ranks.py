@@ -44,15 +44,15 @@ def begin() -> None:
 
 
 def bits(model: DistributedDataParallel) -> dict[str, Any]:
-    found = left_behind(model.module)
-    return {name: value.clone() if isinstance(value, Tensor) else value for name, value in found.items()}
+    state = left_behind(model.module)
+    return {name: value.clone() if isinstance(value, Tensor) else value for name, value in state.items()}
 
 
 def disturbed(how: str, where: str) -> dict[str, Any]:
     """By place: what failed, what two windows leave on this rank, and how undisturbed ones differ."""
     gc.freeze()  # what the process began with: it is collected after every failure
-    found: dict[str, Any] = {}
-    inputs, targets, own = own_part(classification(SAMPLES), STEPS)
+    by_place: dict[str, Any] = {}
+    inputs, targets, count = own_part(classification(SAMPLES), STEPS)
     for name, places in PLACES.items():
         events: list[OutOfMemory] = []
         model = wrapped(stateful(Short(places[dist.get_rank()], where)), how)
@@ -61,7 +61,7 @@ def disturbed(how: str, where: str) -> dict[str, Any]:
         results = []
         for _ in range(2):
             model.zero_grad(set_to_none=False)
-            results.append(recovery.backward(inputs, targets, samples=own))
+            results.append(recovery.backward(inputs, targets, samples=count))
         left = bits(model)
         plain = wrapped(stateful(Short()), how)
         window = Window(plain, nn.CrossEntropyLoss(), MADE.get(name, 2 * STEPS))
@@ -69,12 +69,12 @@ def disturbed(how: str, where: str) -> dict[str, Any]:
         losses = []
         for _ in range(2):
             plain.zero_grad(set_to_none=False)
-            losses.append(float(window.backward(inputs, targets, samples=own).loss))
+            losses.append(float(window.backward(inputs, targets, samples=count).loss))
         right = bits(plain)
         different = [key for key in left if not same(left[key], right[key])]
         made = [(float(result.loss), result.steps, float(result.weight)) for result in results]
-        found[name] = (events, different, made, losses, left["grad 0.weight"])
-    return found
+        by_place[name] = (events, different, made, losses, left["grad 0.weight"])
+    return by_place
 
 
 def same(one: Any, other: Any) -> bool:
@@ -103,17 +103,17 @@ def test_out_of_memory_on_any_rank_gives_the_finer_windows_bits_on_all(
 
 def exact(samples: int) -> list[Any]:
     """Gradients where a rank has fewer samples than micro-batches, or none, and one rank fails."""
-    found = []
+    results = []
     for failing in (0, 1):
         if failing and samples < 2:
             continue  # rank 1 has only padding
         at = {1} if dist.get_rank() == failing else set()
         model = data_parallel(stateless(Short(at)))
         window = Window(model, nn.CrossEntropyLoss(), 2)
-        inputs, targets, own = own_part(classification(samples), 2)
-        result = Recovery(window).backward(inputs, targets, samples=own)
-        found.append((whole_gradients(model), result.steps, float(result.loss)))
-    return found
+        inputs, targets, count = own_part(classification(samples), 2)
+        result = Recovery(window).backward(inputs, targets, samples=count)
+        results.append((whole_gradients(model), result.steps, float(result.loss)))
+    return results
 
 
 @pytest.mark.parametrize("samples", [7, 61])
@@ -121,17 +121,17 @@ def test_law_3_ragged_shares_of_ranks_stay_exact(tmp_path: Path, samples: int) -
     batch = classification(samples)
     expected = larger_batch_gradient(stateless(Short()), nn.CrossEntropyLoss(), *batch)
     loss = nn.functional.cross_entropy(stateless(Short())(batch[0]), batch[1]).item()
-    for found in on_ranks(2, tmp_path, exact, samples):
-        assert len(found) == 2
-        for gradient, steps, own_loss in found:
+    for results in on_ranks(2, tmp_path, exact, samples):
+        assert len(results) == 2
+        for gradient, steps, own_loss in results:
             assert relative_error(gradient, expected) <= 1e-12
             assert own_loss == pytest.approx(loss, rel=1e-12) and steps == 4
 
 
 def alike() -> list[bool]:
     """Fp32 buffers, parameters that only one rank uses: as without trouble, to the bit."""
-    inputs, targets, own = own_part(classification(SAMPLES), STEPS)
-    found = []
+    inputs, targets, count = own_part(classification(SAMPLES), STEPS)
+    matches = []
 
     def both(make: Any, inputs: Tensor, **options: Any) -> None:
         gradients = []
@@ -141,10 +141,10 @@ def alike() -> list[bool]:
             backward = Recovery(window).backward if short else window.backward
             for _ in range(2):
                 model.zero_grad(set_to_none=False)
-                backward(inputs, targets, samples=own)
+                backward(inputs, targets, samples=count)
             gradients.append(whole_gradients(model))
         one, other = gradients
-        found.append(one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one))
+        matches.append(one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one))
 
     low = inputs.bfloat16()
     both(lambda short: data_parallel(stateless(short).bfloat16()), low, fp32_buffers=True)
@@ -157,7 +157,7 @@ def alike() -> list[bool]:
         return data_parallel(model, find_unused_parameters=True)
 
     both(branches, own_way)
-    return found
+    return matches
 
 
 def test_fp32_buffers_and_unused_parameters_are_as_in_the_finer_window(tmp_path: Path) -> None:
@@ -168,21 +168,21 @@ def shared(fp32_buffers: bool) -> list[bool]:
     """Whether this rank's statistics are the first one's in each of four windows."""
     model = data_parallel(nn.Sequential(nn.BatchNorm1d(6), nn.Linear(6, 5)).double())
     window = Window(model, nn.CrossEntropyLoss(), STEPS, fp32_buffers=fp32_buffers)
-    inputs, targets, own = own_part(classification(SAMPLES), STEPS)
-    found: list[bool] = []
+    inputs, targets, count = own_part(classification(SAMPLES), STEPS)
+    matches: list[bool] = []
 
     def look(module: Any, _: Any) -> None:
         if window.under_way == 0:
             first = module.running_mean.clone()
             dist.broadcast(first, 0)
-            found.append(torch.equal(first, module.running_mean))
+            matches.append(torch.equal(first, module.running_mean))
 
     model.module[0].register_forward_pre_hook(look)
     recovery = Recovery(window)
     for _ in range(4):
         model.zero_grad(set_to_none=False)
-        recovery.backward(inputs, targets, samples=own)
-    return found
+        recovery.backward(inputs, targets, samples=count)
+    return matches
 
 
 @pytest.mark.parametrize("fp32_buffers", [False, True])
@@ -207,31 +207,31 @@ class Weighed:
 
 
 def trouble() -> list[Any]:
-    found: list[Any] = []
-    inputs, targets, own = own_part(classification(SAMPLES), STEPS)
+    results: list[Any] = []
+    inputs, targets, count = own_part(classification(SAMPLES), STEPS)
     model = data_parallel(stateless(Short()))
-    result = Recovery(Window(model, Weighed(), STEPS)).backward(inputs, targets, samples=own)
-    found += [whole_gradients(model), float(result.weight)]
+    result = Recovery(Window(model, Weighed(), STEPS)).backward(inputs, targets, samples=count)
+    results += [whole_gradients(model), float(result.weight)]
     # The other rank could go on: it hears that this one cannot, at one sample.
     model = data_parallel(stateless(Short(range(99) if dist.get_rank() else ())))
     recovery = Recovery(Window(model, nn.CrossEntropyLoss(), 1))
     try:
         recovery.backward(inputs[: 4 - 2 * dist.get_rank()], targets[: 4 - 2 * dist.get_rank()])
     except torch.OutOfMemoryError as error:
-        found.append(str(error))
+        results.append(str(error))
     try:
         Recovery(Window(fully_sharded(stateless(Short()), CPU), nn.CrossEntropyLoss(), 1))
     except ValueError as error:
-        found.append(str(error))
+        results.append(str(error))
     model = data_parallel(nn.Sequential(nn.Identity(), nn.Linear(6, 5)))
     model.module[0] = nn.SyncBatchNorm(6)  # DDP takes none on a CPU
     window = Window(model, nn.CrossEntropyLoss(), 1)
     try:
         Recovery(window)
     except ValueError as error:
-        found.append(str(error))
-    found.append(OutOfMemoryHandler(window, recover=True).recovery is None)
-    return found
+        results.append(str(error))
+    results.append(OutOfMemoryHandler(window, recover=True).recovery is None)
+    return results
 
 
 def test_the_count_that_fails_and_the_sample_that_never_fits_hold_up_nobody(tmp_path: Path) -> None:
@@ -258,13 +258,13 @@ def counted(steps: int, bucket_mib: float) -> tuple[list[int], int, bool]:
 
     model.register_comm_hook(None, hook)
     recovery = Recovery(Window(model, nn.CrossEntropyLoss(), steps))
-    inputs, targets, own = own_part(classification(SAMPLES), steps)
+    inputs, targets, count = own_part(classification(SAMPLES), steps)
     during: list[int] = []
     after: list[int] = []
     for _ in range(3):
         model.zero_grad(set_to_none=False)
         calls.clear()
-        recovery.backward(inputs, targets, samples=own, observe=lambda *_: during.append(len(calls)))
+        recovery.backward(inputs, targets, samples=count, observe=lambda *_: during.append(len(calls)))
         after.append(len(calls))
     views = {p.grad.untyped_storage().data_ptr() for p in model.parameters() if p.grad is not None}
     return [*after, sum(during)], len(buckets), len(views) == len(buckets)

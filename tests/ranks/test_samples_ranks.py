@@ -60,8 +60,8 @@ def test_law_2_a_list_of_micro_batches_is_counted_over_all_ranks(tmp_path: Path,
         return (losses * given).sum() / given.sum()
 
     expected = larger_batch_gradient(small_model(), larger, inputs, targets)
-    for found in on_ranks(2, tmp_path, of_a_list, weighted):
-        assert relative_error(found, expected) <= 1e-12
+    for gradient in on_ranks(2, tmp_path, of_a_list, weighted):
+        assert relative_error(gradient, expected) <= 1e-12
 
 
 def evaluated(name: str, samples: int) -> dict[str, float]:
@@ -92,5 +92,5 @@ def evaluated(name: str, samples: int) -> dict[str, float]:
 def test_a_rank_without_samples_evaluates_with_the_others(tmp_path: Path, name: str) -> None:
     for samples in (3, 4):
         expected = evaluated(name, samples)
-        for found in on_ranks(4, tmp_path / str(samples), evaluated, name, samples):
-            assert found == pytest.approx(expected, rel=1e-12)
+        for values in on_ranks(4, tmp_path / str(samples), evaluated, name, samples):
+            assert values == pytest.approx(expected, rel=1e-12)

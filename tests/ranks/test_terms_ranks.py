@@ -50,7 +50,7 @@ def test_law_11_over_two_ranks(tmp_path: Path) -> None:
     model, inputs, targets = model_and_batch()
     for results in on_ranks(2, tmp_path, windows):
         assert len(results) == len(LOSSES) * len(WRAPPERS) * len(SPLITS)
-        for (name, wrapper, samples), (found, loss, terms) in results.items():
+        for (name, wrapper, samples), (gradient, loss, terms) in results.items():
             if samples == 1 and name == "next sample":
                 continue  # a single sample has no other one
             whole = inputs[:samples], targets[:samples]
@@ -59,7 +59,7 @@ def test_law_11_over_two_ranks(tmp_path: Path) -> None:
             if not value.isfinite():
                 continue  # a mask without items
             case = f"{name}, {wrapper}, {samples} samples"
-            assert relative_error(found, expected) <= 1e-12, case
+            assert relative_error(gradient, expected) <= 1e-12, case
             assert float(loss) == pytest.approx(float(value.detach()), rel=1e-12), case
             assert not terms or float(sum(terms.values())) == pytest.approx(float(loss), rel=1e-12), case
 

@@ -21,10 +21,10 @@ from ..unit.test_window_norm import error_of, net_and_batch
 # Samples of a window and its micro-batches; in the last one rank 1 has padding alone.
 SPLITS = [(13, 3), (6, 2), (2, 2)]
 WRAPPERS = ["sums", "averages", "recovery"]
-Found = tuple[dict[str, Tensor], dict[str, Tensor]]
+Outcome = tuple[dict[str, Tensor], dict[str, Tensor]]
 
 
-def window(wrapper: str, loss: object, samples: int, steps: int) -> Found:
+def window(wrapper: str, loss: object, samples: int, steps: int) -> Outcome:
     model, inputs, targets = net_and_batch(samples)
     window_batch_norm(model)
     wrapped = DistributedDataParallel(model) if wrapper == "averages" else data_parallel(model)
@@ -36,21 +36,21 @@ def window(wrapper: str, loss: object, samples: int, steps: int) -> Found:
     return gradients(model), dict(model.named_buffers())
 
 
-def windows() -> dict[tuple[str, int], Found]:
-    found = {
+def windows() -> dict[tuple[str, int], Outcome]:
+    outcomes = {
         (wrapper, samples): window(wrapper, nn.CrossEntropyLoss(), samples, steps)
         for wrapper in WRAPPERS
         for samples, steps in SPLITS
     }
     with pytest.raises(ValueError, match="features: Expected more than 1 value per channel"):
         window("sums", nn.CrossEntropyLoss(), 1, 1)
-    return found | {("coupled", 13): window("sums", LOSSES["next sample"], 13, 2)}
+    return outcomes | {("coupled", 13): window("sums", LOSSES["next sample"], 13, 2)}
 
 
 def test_two_ranks_are_the_larger_batch(tmp_path: Path) -> None:
-    for found in on_ranks(2, tmp_path, windows):
-        assert len(found) == len(WRAPPERS) * len(SPLITS) + 1
-        for (case, samples), (gradient, buffers) in found.items():
+    for outcomes in on_ranks(2, tmp_path, windows):
+        assert len(outcomes) == len(WRAPPERS) * len(SPLITS) + 1
+        for (case, samples), (gradient, buffers) in outcomes.items():
             loss = LOSSES["next sample"] if case == "coupled" else F.cross_entropy
             expected, left = larger_batch(net_and_batch(samples)[0], loss, *net_and_batch(samples)[1:])
             assert error_of(gradient, expected) <= 1e-12, case

@@ -70,8 +70,8 @@ class Record:
 
 def environment(*modules: Path, **changes: str) -> dict[str, str]:
     """This process's environment without what would change a command, with folders of own `modules`."""
-    own = ("HYDRA_", "MLFLOW_", "PYTHONWARNINGS", "PYTEST_")
-    result = {key: value for key, value in os.environ.items() if not key.startswith(own)}
+    prefixes = ("HYDRA_", "MLFLOW_", "PYTHONWARNINGS", "PYTEST_")
+    result = {key: value for key, value in os.environ.items() if not key.startswith(prefixes)}
     result["PYTHONPATH"] = os.pathsep.join(map(str, [*modules, PACKAGE_PARENT]))
     # Tests share few cores, and nothing here is large enough for a second thread.
     result["OMP_NUM_THREADS"] = "1"
@@ -136,16 +136,16 @@ def _run_here(case: Case) -> Done:
 
 def only_run(folder: Path) -> Path:
     """The folder of the only run that was started in `folder`."""
-    found = sorted(folder.glob("outputs/*/*"))
-    assert len(found) == 1, found
-    return found[0]
+    runs = sorted(folder.glob("outputs/*/*"))
+    assert len(runs) == 1, runs
+    return runs[0]
 
 
 def only_sweep(folder: Path) -> Path:
     """The folder of the only sweep that was started in `folder`."""
-    found = sorted(folder.glob("multirun/*/*"))
-    assert len(found) == 1, found
-    return found[0]
+    sweeps = sorted(folder.glob("multirun/*/*"))
+    assert len(sweeps) == 1, sweeps
+    return sweeps[0]
 
 
 def journal(run: Path) -> list[dict[str, Any]]:
@@ -164,27 +164,27 @@ def records(folder: Path) -> list[Record]:
     """The runs in the store that commands in `folder` write to, oldest first."""
     with _store(folder) as store:
         experiments = [experiment.experiment_id for experiment in store.search_experiments()]
-        found = store.search_runs(experiments)
-        return [_record(store, run) for run in sorted(found, key=lambda run: run.info.start_time)]
+        runs = store.search_runs(experiments)
+        return [_record(store, run) for run in sorted(runs, key=lambda run: run.info.start_time)]
 
 
 def record_of(run: Path) -> Record:
     """What MLflow holds of the run in folder `run`, whose store is in a folder above it."""
     store = next(parent for parent in run.parents if (parent / "mlflow.db").is_file())
-    found = [record for record in records(store) if record.tags.get("accumexp.folder") == str(run)]
-    assert len(found) == 1, found
-    return found[0]
+    matching = [record for record in records(store) if record.tags.get("accumexp.folder") == str(run)]
+    assert len(matching) == 1, matching
+    return matching[0]
 
 
 def ranked_models(folder: Path, record: Record) -> list[tuple[str, dict[str, float]]]:
     """Name and metrics of the run's logged models, the highest `eval/accuracy` first."""
     with _store(folder) as store:
-        found = store.search_logged_models(
+        models = store.search_logged_models(
             [record.experiment_id],
             filter_string=f"source_run_id = '{record.run_id}'",
             order_by=[{"field_name": "metrics.eval/accuracy", "ascending": False}],
         )
-        return [(m.name, {metric.key: metric.value for metric in m.metrics or []}) for m in found]
+        return [(m.name, {metric.key: metric.value for metric in m.metrics or []}) for m in models]
 
 
 @contextlib.contextmanager

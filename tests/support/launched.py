@@ -35,12 +35,12 @@ def saved_weights(run: Path) -> dict[str, torch.Tensor]:
 
 
 def ranks_alive() -> list[psutil.Process]:
-    found = []
+    processes = []
     for process in psutil.process_iter(["cmdline", "environ"]):
-        mine = (process.info["environ"] or {}).get("ACCUMEXP_TEST") == str(os.getpid())
-        if mine and process.status() != psutil.STATUS_ZOMBIE:
-            found.append(process)
-    return found
+        launched = (process.info["environ"] or {}).get("ACCUMEXP_TEST") == str(os.getpid())
+        if launched and process.status() != psutil.STATUS_ZOMBIE:
+            processes.append(process)
+    return processes
 
 
 def until(condition: Any, seconds: float = 90) -> None:

@@ -152,10 +152,10 @@ def survival() -> tuple[Tensor, Tensor]:
 
 
 def tokens() -> tuple[dict[str, Tensor], Tensor]:
-    found = torch.randint(0, CLASSES, (SAMPLES, 5), generator=generator())
+    targets = torch.randint(0, CLASSES, (SAMPLES, 5), generator=generator())
     lengths = torch.randint(0, 6, (SAMPLES, 1), generator=generator())
-    found = found.where(torch.arange(5) < lengths, -100)
-    return {"features": features(), "labels": found}, found
+    targets = targets.where(torch.arange(5) < lengths, -100)
+    return {"features": features(), "labels": targets}, targets
 
 
 def of_three() -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:

@@ -15,8 +15,8 @@ from accumexp.training.noise_scale import GradientNoise
 
 
 def flat_gradient(model: nn.Module, loss: Tensor) -> np.ndarray[Any, Any]:
-    found = torch.autograd.grad(loss, list(model.parameters()))
-    return torch.cat([g.reshape(-1) for g in found]).numpy()
+    gradients = torch.autograd.grad(loss, list(model.parameters()))
+    return torch.cat([g.reshape(-1) for g in gradients]).numpy()
 
 
 def of_parts(

@@ -22,15 +22,15 @@ def job(
 ) -> Job:
     """A job of 128 samples an update in fp32, whose params are its overrides and `params`."""
     written = parse_overrides(overrides)
-    known = {"data.batch_size": "128", "accum.steps": "1", "accum.processes": "1", "precision": "fp32"}
-    known.update({key: value for key, value in written.items() if "." in key or key == "seed"})
-    known.update({key.replace("__", "."): str(value) for key, value in params.items()})
+    all_params = {"data.batch_size": "128", "accum.steps": "1", "accum.processes": "1", "precision": "fp32"}
+    all_params.update({key: value for key, value in written.items() if "." in key or key == "seed"})
+    all_params.update({key.replace("__", "."): str(value) for key, value in params.items()})
     curve = [(update, loss) for update, loss in enumerate(losses, 1)]
     return Job(
         run_id="run-" + "-".join(overrides),
         status=status,
         overrides=written,
-        params=known,
+        params=all_params,
         final=dict(final or {}),
         tags=dict(tags or {}),
         curve=lambda key: curve if key == "train/loss" else [],

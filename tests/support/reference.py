@@ -39,11 +39,11 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-def relative_error(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+def relative_error(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
     """The largest relative 2-norm error over the parameters; all parameters must be there."""
-    assert found.keys() == expected.keys()
+    assert actual.keys() == expected.keys()
     return max(
-        ((found[name] - expected[name]).norm() / expected[name].norm().clamp_min(1e-300)).item()
+        ((actual[name] - expected[name]).norm() / expected[name].norm().clamp_min(1e-300)).item()
         for name in expected
     )
 

@@ -90,9 +90,9 @@ def stateless(short: Short, classes: int = 5) -> nn.Module:
 
 def left_behind(model: nn.Module) -> dict[str, Any]:
     """Gradients, buffers and random state, whose every bit a window decides."""
-    found: dict[str, Any] = {f"grad {n}": p.grad for n, p in model.named_parameters()}
-    found.update({f"buffer {n}": b.clone() for n, b in model.named_buffers()})
-    return {**found, "torch": torch.get_rng_state(), "python": random.getstate()}
+    state: dict[str, Any] = {f"grad {n}": p.grad for n, p in model.named_parameters()}
+    state.update({f"buffer {n}": b.clone() for n, b in model.named_buffers()})
+    return {**state, "torch": torch.get_rng_state(), "python": random.getstate()}
 
 
 def differing(one: dict[str, Any], other: dict[str, Any]) -> list[str]:

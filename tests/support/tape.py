@@ -39,8 +39,8 @@ class Tape:
         def replay() -> Any:
             self.replays += 1
             for operator, args, kwargs, made in recording.calls:
-                found = pytree.tree_leaves(operator(*args, **kwargs))
-                for old, new in zip(made, found, strict=True):
+                outputs = pytree.tree_leaves(operator(*args, **kwargs))
+                for old, new in zip(made, outputs, strict=True):
                     if isinstance(old, Tensor) and old.data_ptr() != new.data_ptr():
                         old.detach().copy_(new)
             return results
@@ -52,7 +52,7 @@ class _Recording(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[tuple[Any, Any, Any, list[Any]]] = []
-        self._own: set[int] = set()  # storages made while recording
+        self._created: set[int] = set()  # storages made while recording
         self._before: dict[int, tuple[Any, Any]] = {}  # others that were written to, as they were
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -62,20 +62,20 @@ class _Recording(TorchDispatchMode):
             raise RuntimeError("operation not permitted when stream is capturing")
         given = {**dict(zip((a.name for a in func._schema.arguments), args, strict=False)), **kwargs}
         for argument in func._schema.arguments:
-            said = argument.alias_info is not None and argument.alias_info.is_write
-            if said or argument.name in WRITES.get(name, ()):
+            declared = argument.alias_info is not None and argument.alias_info.is_write
+            if declared or argument.name in WRITES.get(name, ()):
                 for tensor in pytree.tree_leaves(given.get(argument.name)):
                     self._keep(tensor)
         there = {t.untyped_storage().data_ptr() for t in _tensors((args, kwargs))}
-        found = func(*args, **kwargs)
-        self._own |= {t.untyped_storage().data_ptr() for t in _tensors(found)} - there
-        self.calls.append((func, args, kwargs, pytree.tree_leaves(found)))
-        return found
+        result = func(*args, **kwargs)
+        self._created |= {t.untyped_storage().data_ptr() for t in _tensors(result)} - there
+        self.calls.append((func, args, kwargs, pytree.tree_leaves(result)))
+        return result
 
     def _keep(self, tensor: Any) -> None:
         if isinstance(tensor, Tensor):
             storage = tensor.untyped_storage()
-            if storage.data_ptr() not in self._own:
+            if storage.data_ptr() not in self._created:
                 self._before.setdefault(storage.data_ptr(), (storage, storage.clone()))
 
     def undo(self) -> None:

@@ -24,9 +24,9 @@ class Trouble(Callback):
         self, at: int, what: str, rank: int | None = None, steps: int | None = None, mark: str | None = None
     ) -> None:
         self.at, self.what, self.steps = at, what, steps
-        own = int(os.environ.get("RANK", "0"))
-        self.here = rank in (None, own)
-        self.mark = Path(f"{mark}-{own}") if mark else None
+        process_rank = int(os.environ.get("RANK", "0"))
+        self.here = rank in (None, process_rank)
+        self.mark = Path(f"{mark}-{process_rank}") if mark else None
 
     def update_end(self, trainer: Trainer) -> None:
         concerned = self.here and self.steps in (None, trainer.window.steps)

@@ -32,8 +32,8 @@ def swept(**lines: list[str]) -> Sweep:
     jobs = over_steps(lambda steps, seed: 0.9 + 0.001 * seed + 0.0001 * ((steps * seed) % 3))
     tagged = []
     for job in jobs.jobs:
-        own = lines.get(f"s{job.params['accum.steps']}", [])
-        line = own[job.seed] if job.seed < len(own) else ""
+        certificates = lines.get(f"s{job.params['accum.steps']}", [])
+        line = certificates[job.seed] if job.seed < len(certificates) else ""
         tagged.append(replace(job, tags={"accumexp.certificate": line} if line else {}))
     return replace(jobs, jobs=tagged)
 
@@ -58,9 +58,9 @@ def cells(report: Report, heading: str) -> list[str]:
     ],
     ids=str,
 )
-def test_a_group_says_what_all_its_runs_say(lines: list[str], said: str) -> None:
+def test_a_group_says_what_all_its_runs_say(lines: list[str], expected: str) -> None:
     (_, _, four) = group_jobs(swept(s4=lines).jobs)
-    assert certificate_cell(four) == said and len(said) <= MAX_CERTIFICATE
+    assert certificate_cell(four) == expected and len(expected) <= MAX_CERTIFICATE
 
 
 def test_the_column_stands_before_the_verdict_and_only_where_there_are_certificates(tmp_path: Path) -> None:
@@ -118,8 +118,12 @@ def test_the_page_has_every_line_whole_and_as_text(tmp_path: Path) -> None:
 def test_the_csv_of_jobs_has_them_by_job(tmp_path: Path) -> None:
     write(reported(swept(s2=["proved"] * 5, s4=[NOT])), tmp_path)
     with (tmp_path / "jobs.csv").open(newline="") as file:
-        found = {(row["accum.steps"], row["seed"]): row["certificate"] for row in csv.DictReader(file)}
-    assert found[("2", "3")] == "proved" and found[("4", "0")] == NOT and found[("4", "1")] == ""
+        certificates = {(row["accum.steps"], row["seed"]): row["certificate"] for row in csv.DictReader(file)}
+    assert (
+        certificates[("2", "3")] == "proved"
+        and certificates[("4", "0")] == NOT
+        and certificates[("4", "1")] == ""
+    )
     with (tmp_path / "groups.csv").open(newline="") as file:
         assert [row["certificate"] for row in csv.DictReader(file)] == ["", "proved", "proved 0 of 5"]
 
@@ -144,12 +148,12 @@ def test_equivalent_and_not_proved_are_both_said() -> None:
 
 def test_a_folders_jobs_bring_theirs(tmp_path: Path) -> None:
     (tmp_path / "0_job").mkdir()
-    told = {
+    summary = {
         "folder": str(tmp_path / "0_job"),
         "status": "FINISHED",
         "overrides": ["accum.steps=2"],
         "run_id": None,
     }
-    told["tags"] = {"accumexp.certificate": UP_TO}
-    (tmp_path / "0_job" / "summary.json").write_text(json.dumps(told))
+    summary["tags"] = {"accumexp.certificate": UP_TO}
+    (tmp_path / "0_job" / "summary.json").write_text(json.dumps(summary))
     assert [job.certificate for job in from_folder(tmp_path).jobs] == [UP_TO]

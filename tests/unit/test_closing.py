@@ -45,8 +45,8 @@ def over(folder: Path, launch: int, status: str, **more: Any) -> Path:
     job = folder / job_folder_name(folder, launch, 0, overrides[0], overrides)
     job.mkdir(exist_ok=True)
     final = {"accuracy": 0.9, "loss": 0.25, "updates": 4.0, "seconds": 1.0}
-    known = {"status": status, "overrides": overrides, "launch": launch, "run_id": None, "final": final}
-    write_json(job / "summary.json", {**known, **more})
+    summary = {"status": status, "overrides": overrides, "launch": launch, "run_id": None, "final": final}
+    write_json(job / "summary.json", {**summary, **more})
     return job
 
 
@@ -77,8 +77,8 @@ def test_a_job_that_another_launch_still_runs_is_left_to_it(
     (running / ".job.lock").touch()
     with FileLock(running / lock):
         close(sweep, launch=1)  # without an error
-    said = capsys.readouterr().out
-    assert "jobs of another launch still run: 0_seed=0\n" in said and "go on with" not in said
+    output = capsys.readouterr().out
+    assert "jobs of another launch still run: 0_seed=0\n" in output and "go on with" not in output
     assert [status(store, run) for run in (job, sweeps)] == ["RUNNING", "RUNNING"]
 
     with pytest.raises(TrainingError, match="1 of 2 jobs failed\n  job seed=0: died\ngo on with"):

@@ -32,8 +32,8 @@ def inputs_of(batch: Batch) -> Tensor:
     return batch.inputs
 
 
-def assert_same_batches(found: Batches, expected: Batches, epoch: int = 0) -> None:
-    pairs = list(zip(found.epoch(epoch), expected.epoch(epoch), strict=True))
+def assert_same_batches(actual: Batches, expected: Batches, epoch: int = 0) -> None:
+    pairs = list(zip(actual.epoch(epoch), expected.epoch(epoch), strict=True))
     assert len(pairs) == len(expected)
     for one, other in pairs:
         assert torch.equal(one.indices, other.indices)
@@ -223,8 +223,8 @@ def test_the_digits_are_scikit_learns(monkeypatch: pytest.MonkeyPatch) -> None:
     bunch: Any = load_digits()
     monkeypatch.setattr(Path, "is_file", lambda path: False)  # and where its file lies elsewhere
     asked = Digits(train=True, image_size=8)
-    for found, expected in zip(read.tensors, asked.tensors, strict=True):
-        assert torch.equal(found, expected)
+    for tensor, expected in zip(read.tensors, asked.tensors, strict=True):
+        assert torch.equal(tensor, expected)
     everything = torch.cat([read.tensors[1], Digits(train=False).tensors[1]])
     assert torch.equal(everything.bincount(), torch.from_numpy(bunch.target).bincount())
 

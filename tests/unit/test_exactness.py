@@ -18,9 +18,9 @@ def batch_norm_model() -> nn.Module:
 
 def test_law_10_batch_norm_is_named_and_does_differ() -> None:
     model = batch_norm_model()
-    (found,) = inequalities(model, samples=128, steps=4)
-    assert (found.module, found.kind) == ("1", "BatchNorm1d")
-    assert found.reason == "batch statistics over 32 of 128 samples"
+    (inequality,) = inequalities(model, samples=128, steps=4)
+    assert (inequality.module, inequality.kind) == ("1", "BatchNorm1d")
+    assert inequality.reason == "batch statistics over 32 of 128 samples"
     inputs, targets = torch.randn(128, 6, dtype=torch.float64), torch.randint(0, 3, (128,))
     nn.functional.cross_entropy(model(inputs), targets).backward()
     larger = {name: gradient.clone() for name, gradient in gradients(model).items()}
@@ -52,5 +52,5 @@ def test_law_10_nothing_is_named_where_the_window_is_the_larger_batch() -> None:
     ids=lambda module: type(module).__name__,
 )
 def test_law_10_every_kind_of_draw_and_statistic_is_named(module: nn.Module) -> None:
-    kinds = [found.kind for found in inequalities(nn.Sequential(module), samples=8, steps=2)]
+    kinds = [inequality.kind for inequality in inequalities(nn.Sequential(module), samples=8, steps=2)]
     assert kinds == [type(module).__name__]

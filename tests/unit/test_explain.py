@@ -13,7 +13,7 @@ from accumexp.conf import conf_dir
 from accumexp.config.explain import explain
 
 GLOBAL = "# @package _global_\n"
-MINE = GLOBAL + "defaults:\n  - override /model: null\nmodel: {_target_: mine.Model, width: 3}\n"
+EXPERIMENT = GLOBAL + "defaults:\n  - override /model: null\nmodel: {_target_: mine.Model, width: 3}\n"
 
 
 def explained(*overrides: str, files: Path | None = None) -> str:
@@ -57,7 +57,7 @@ def test_a_key_is_compared_with_those_of_the_composed_configuration(
 
 
 def test_a_key_is_compared_with_those_of_the_users_own_files(tmp_path: Path) -> None:
-    line = explained("experiment=mine", "model.widht=3", files=written(tmp_path, MINE))
+    line = explained("experiment=mine", "model.widht=3", files=written(tmp_path, EXPERIMENT))
     assert line.startswith("model.widht: no such key, did you mean model.width?")
 
 
@@ -84,7 +84,7 @@ def test_a_wrong_key_in_a_file_has_its_whole_path(content: str, says: str, tmp_p
     )
 
 
-@pytest.mark.parametrize("content", ["accum: {steps: 4}", MINE.removeprefix(GLOBAL)])
+@pytest.mark.parametrize("content", ["accum: {steps: 4}", EXPERIMENT.removeprefix(GLOBAL)])
 def test_a_file_without_a_package_line_is_told_of_it(content: str, tmp_path: Path) -> None:
     line = explained("experiment=mine", files=written(tmp_path, content))
     assert line.startswith("experiment/mine.yaml: ") and line.endswith("with the line # @package _global_")
@@ -94,7 +94,7 @@ def test_a_file_that_is_no_yaml_is_named_with_the_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    line = explained("experiment=mine", files=written(tmp_path, MINE + "accum: {steps: 4\nseed: 3\n"))
+    line = explained("experiment=mine", files=written(tmp_path, EXPERIMENT + "accum: {steps: 4\nseed: 3\n"))
     assert line.startswith("experiment/mine.yaml, line 6: expected ',' or '}', but got ':'")
     assert line.endswith("that begins in line 5")
 

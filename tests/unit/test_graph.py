@@ -54,10 +54,10 @@ class Again:
 
         def replay() -> Any:
             self.replays += 1
-            found = function()
+            results = function()
             if not kept:
-                kept.append(found)
-            for old, new in zip(tensors(kept[0]), tensors(found), strict=True):
+                kept.append(results)
+            for old, new in zip(tensors(kept[0]), tensors(results), strict=True):
                 old.detach().copy_(new.detach())
             return kept[0]
 
@@ -120,17 +120,17 @@ def test_a_replayed_run_is_the_run(
     monkeypatch: pytest.MonkeyPatch, options: list[str], kind: type[Again | Tape]
 ) -> None:
     plain, expected = plain_run(*options)
-    replayed, found, made = graphed_trainer(monkeypatch, *RUN, *options, kind=kind)
+    replayed, memory, made = graphed_trainer(monkeypatch, *RUN, *options, kind=kind)
     replayed.fit()
     assert made[-1].replays > 20
     # A rate on the device is fp32's, and AdamW multiplies it by the decay.
     off = relative_error(weights(replayed), plain)
     assert off <= 1e-6 if "optimizer=adamw" in options else not off
     for key in ("train/loss", "train/lr", "train/grad_norm", "train/accuracy", "eval/loss"):
-        assert dict(found.series(key)) == pytest.approx(dict(expected.series(key)), rel=1e-6), key
+        assert dict(memory.series(key)) == pytest.approx(dict(expected.series(key)), rel=1e-6), key
     if "accum.loss_scale=dynamic" in options:
-        assert found.series("accum/skipped_windows") == expected.series("accum/skipped_windows")
-        assert found.series("accum/skipped_windows")[-1][1] > 0
+        assert memory.series("accum/skipped_windows") == expected.series("accum/skipped_windows")
+        assert memory.series("accum/skipped_windows")[-1][1] > 0
     recordable = "optimizer=rmsprop" not in options
     step = replayed.step
     assert isinstance(step, GraphedStep) and can_be_recorded(step.step) is recordable
@@ -263,12 +263,12 @@ def test_a_compiled_model_trains_as_it_is() -> None:
     ]
     plain, expected = trainer_of(*options)
     plain.fit()
-    compiled, found = trainer_of(*options, "trainer.compile=true")
+    compiled, memory = trainer_of(*options, "trainer.compile=true")
     compiled.fit()
     assert compiled.model._compiled_call_impl is not None
     assert relative_error(weights(compiled), weights(plain)) <= 1e-11
     for key in ("train/loss", "eval/accuracy"):
-        assert dict(found.series(key)) == pytest.approx(dict(expected.series(key)), rel=1e-11)
+        assert dict(memory.series(key)) == pytest.approx(dict(expected.series(key)), rel=1e-11)
 
 
 def test_a_model_that_cannot_be_compiled_is_named_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -124,8 +124,8 @@ def test_a_module_that_changes_its_mode_is_not_replayed_in_the_old_one() -> None
         model.zero_grad(set_to_none=False)
         window.backward(inputs, targets)
         assert relative_error(gradients(model), gradients(plain)) <= 1e-12
-        found, expected = ({n: b.double() for n, b in m.named_buffers()} for m in (model, plain))
-        assert relative_error(found, expected) <= 1e-12
+        buffers, expected = ({n: b.double() for n, b in m.named_buffers()} for m in (model, plain))
+        assert relative_error(buffers, expected) <= 1e-12
     assert tape.recorded == 3
 
 
@@ -182,7 +182,7 @@ def test_a_step_is_recorded_anew_for_another_state_or_rate(change: str) -> None:
     assert relative_error(run(True), run(False)) <= 1e-6
 
 
-class Told(NamedTuple):
+class Outputs(NamedTuple):
     logits: Tensor
     hidden: Tensor
 
@@ -192,18 +192,20 @@ class Telling(nn.Module):
         super().__init__()
         self.layer = small_model()
 
-    def forward(self, inputs: Tensor) -> Told:
-        return Told(self.layer(inputs), inputs.sum(1))
+    def forward(self, inputs: Tensor) -> Outputs:
+        return Outputs(self.layer(inputs), inputs.sum(1))
 
 
 def test_what_is_observed_of_a_replay_has_its_type_and_stays() -> None:
     model, seen = Telling(), []
-    window = GraphedWindow(Window(model, lambda told, targets: CRITERION(told.logits, targets), 2), Tape())
+    window = GraphedWindow(
+        Window(model, lambda outputs, targets: CRITERION(outputs.logits, targets), 2), Tape()
+    )
     for number in range(FIRST + 2):
         inputs, targets = classification(8)
         model.zero_grad(set_to_none=False)
-        window.backward(inputs + number, targets, observe=lambda told, _: seen.append(told))
-    assert all(type(told) is Told for told in seen) and len(seen) == 2 * (FIRST + 2)
+        window.backward(inputs + number, targets, observe=lambda outputs, _: seen.append(outputs))
+    assert all(type(outputs) is Outputs for outputs in seen) and len(seen) == 2 * (FIRST + 2)
     for number in range(FIRST + 2):
-        found = torch.cat([told.hidden for told in seen[2 * number : 2 * number + 2]])
-        assert torch.equal(found, (classification(8)[0] + number).sum(1))
+        hidden = torch.cat([outputs.hidden for outputs in seen[2 * number : 2 * number + 2]])
+        assert torch.equal(hidden, (classification(8)[0] + number).sum(1))

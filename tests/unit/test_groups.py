@@ -48,8 +48,8 @@ def test_jobs_that_did_not_finish_are_in_no_group_but_count_for_what_varied() ->
     report = reported(sweep(*[Job(**{**vars(one), "final": {"accuracy": 0.9}}) for one in jobs]))
     assert [row.group.label for row in report.rows] == ["accum.steps=1"]
     assert [group.label for group in report.missing] == [f"accum.steps={number}" for number in (2, 3, 4)]
-    said = conclusion(report)
-    assert "nothing to compare it with." in said and said.endswith("2, 3 and 4 have no finished job.")
+    text = conclusion(report)
+    assert "nothing to compare it with." in text and text.endswith("2, 3 and 4 have no finished job.")
 
 
 def test_a_sweep_over_seeds_alone_is_one_group_of_its_steps() -> None:
@@ -73,8 +73,8 @@ def test_of_several_attempts_at_a_job_the_finished_one_counts() -> None:
 
 
 def chosen(*jobs: Job) -> list[str | None]:
-    found = reference_groups(group_jobs(jobs))
-    return [reference and reference.label for reference in found]
+    references = reference_groups(group_jobs(jobs))
+    return [reference and reference.label for reference in references]
 
 
 def test_groups_are_compared_with_their_like_of_the_fewest_micro_batches() -> None:
@@ -188,10 +188,10 @@ def test_equal_accuracy_of_another_training_is_different_and_says_where_it_leave
 
 
 def test_one_seed_that_parts_does_not_condemn_the_others() -> None:
-    found = over_steps(like, loss=rounding)
-    bad = [other for other in found.jobs if other.overrides == {"accum.steps": "2", "seed": "3"}]
+    base = over_steps(like, loss=rounding)
+    bad = [other for other in base.jobs if other.overrides == {"accum.steps": "2", "seed": "3"}]
     wrong = job("accum.steps=2", "seed=3", final=bad[0].final, losses=[half_rate(2, u) for u in range(1, 31)])
-    report = reported(sweep(*[wrong if other is bad[0] else other for other in found.jobs]), margin=1.0)
+    report = reported(sweep(*[wrong if other is bad[0] else other for other in base.jobs]), margin=1.0)
     assert report.verdict is Verdict.equivalent
 
 
@@ -352,8 +352,8 @@ def test_a_rate_that_follows_the_steps_unsaid_is_another_training() -> None:
 
 
 def test_a_group_that_is_missing_leaves_the_sweep_undecided() -> None:
-    found = over_steps(like, loss=rounding)
-    report = reported(sweep(*found.jobs, job("accum.steps=16", "seed=0", status="FAILED")), margin=1.0)
+    base = over_steps(like, loss=rounding)
+    report = reported(sweep(*base.jobs, job("accum.steps=16", "seed=0", status="FAILED")), margin=1.0)
     assert report.verdict is Verdict.undecided
     assert conclusion(report).endswith("accum.steps=16 has no finished job.")
 

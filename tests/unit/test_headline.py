@@ -36,19 +36,19 @@ def other(steps: int, update: int) -> float:
 
 
 def test_the_headline_parts_the_training_from_what_too_few_seeds_cannot_show() -> None:
-    found = headline(reported(over_steps(noisy, steps=(1, 4), seeds=3, loss=same)))
-    (training,) = found.established
+    summary = headline(reported(over_steps(noisy, steps=(1, 4), seeds=3, loss=same)))
+    (training,) = summary.established
     assert training == (
         "Same training: the losses of accum.steps=4 agree with accum.steps=1 to rounding up to update 30."
     )
-    accuracy, update = found.open
+    accuracy, update = summary.open
     assert re.fullmatch(
         r"Test accuracy: 3 seeds cannot show that accum.steps=4 is within 0.5 points of accum.steps=1; about "
         r"\d+ would, if there is no difference.",
         accuracy,
     )
     assert update.startswith("Same update: not proved")
-    assert found.command == "python -m accumexp.prove accum.steps=4 seed=0"
+    assert summary.command == "python -m accumexp.prove accum.steps=4 seed=0"
 
 
 @pytest.mark.parametrize(
@@ -64,8 +64,8 @@ def test_the_headline_parts_the_training_from_what_too_few_seeds_cannot_show() -
     ],
 )
 def test_what_is_shown_is_established(loss: Values, accuracy: Values, established: str) -> None:
-    found = headline(reported(over_steps(accuracy, steps=(1, 4), seeds=10, loss=loss)))
-    assert any(sentence.startswith(established) for sentence in found.established)
+    summary = headline(reported(over_steps(accuracy, steps=(1, 4), seeds=10, loss=loss)))
+    assert any(sentence.startswith(established) for sentence in summary.established)
 
 
 def test_certificates_replace_the_prompt_for_one() -> None:
@@ -75,10 +75,10 @@ def test_certificates_replace_the_prompt_for_one() -> None:
         for k in (1, 4)
         for s in range(3)
     ]
-    found = headline(reported(sweep(*jobs)))
-    assert "Same update: the windows of 3 of 6 runs are certified." in found.established
-    assert "Not proved: 3 of 6 runs have a certificate that says so." in found.established
-    assert found.command == "" and not any("update" in sentence for sentence in found.open[1:])
+    summary = headline(reported(sweep(*jobs)))
+    assert "Same update: the windows of 3 of 6 runs are certified." in summary.established
+    assert "Not proved: 3 of 6 runs have a certificate that says so." in summary.established
+    assert summary.command == "" and not any("update" in sentence for sentence in summary.open[1:])
     half = headline(reported(sweep(*jobs[:-1], replace(jobs[-1], tags={}))))
     assert half.command.startswith("python -m accumexp.prove accum.steps=4")
 

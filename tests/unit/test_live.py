@@ -40,7 +40,7 @@ def begun(folder: Path, number: int, launch: int = 0) -> Path:
     return job
 
 
-def told(job: Path, update: int, **values: float) -> None:
+def write_progress(job: Path, update: int, **values: float) -> None:
     named = {key.replace("_", "/", 1): value for key, value in values.items()}
     content = {"update": update, "total_updates": 400, "values": named, "time": time.time() + 0.01}
     write_json(job / "progress.json", content)
@@ -64,8 +64,8 @@ def test_the_view_names_running_jobs_totals_and_the_best(tmp_path: Path) -> None
     jobs = [begun(tmp_path, number) for number in range(5)]
     over(jobs[0], monitored=0.9)
     over(jobs[1], "FAILED", None)
-    told(jobs[2], 100, train_loss=0.5, eval_accuracy=0.8, perf_update_ms=20.0)
-    told(jobs[3], 300, train_loss=0.25, eval_accuracy=0.95)
+    write_progress(jobs[2], 100, train_loss=0.5, eval_accuracy=0.8, perf_update_ms=20.0)
+    write_progress(jobs[3], 300, train_loss=0.25, eval_accuracy=0.95)
     assert [job.number for job in seen.read()] == [0, 1]
     lines = drawn(seen, BEGAN + 30)
     bar = "━" * 5 + "╺" + "━" * 14
@@ -104,7 +104,7 @@ def test_a_thousand_jobs_fit_a_terminal_and_ended_ones_are_read_once(
         if number < 900:
             over(tmp_path / folder)
         else:
-            told(tmp_path / folder, 10)
+            write_progress(tmp_path / folder, 10)
     (tmp_path / "jobs.jsonl").write_text("\n".join(entries) + "\n")
     seen = watched(tmp_path, jobs=2000)
     assert len(seen.read()) == 900
@@ -122,7 +122,7 @@ def test_what_an_earlier_launch_left_is_not_taken_for_this_ones_end(tmp_path: Pa
     finished, failed, killed = (begun(tmp_path, number) for number in range(3))
     over(finished)
     over(failed, "FAILED")
-    told(killed, 300)
+    write_progress(killed, 300)
     over(killed, "KILLED")
     time.sleep(0.01)
     for number in range(3):
@@ -141,7 +141,7 @@ def test_what_an_earlier_launch_left_is_not_taken_for_this_ones_end(tmp_path: Pa
 
 def test_a_job_without_a_word_for_long_is_said_to_be_silent(tmp_path: Path) -> None:
     seen = watched(tmp_path)
-    told(begun(tmp_path, 0), 100, train_loss=0.5)
+    write_progress(begun(tmp_path, 0), 100, train_loss=0.5)
     seen.read()
     assert "silent" not in drawn(seen, time.time() + 10)[0]
     assert drawn(seen, time.time() + 45)[0].endswith("silent for 45.0 s")
@@ -174,14 +174,14 @@ def test_the_view_prints_a_line_for_every_job_that_ends(tmp_path: Path) -> None:
 
 
 def test_viewed_jobs_and_their_children_write_to_a_file_of_their_own(tmp_path: Path) -> None:
-    said = "import os\nfrom pathlib import Path\nimport sys\n"
-    said += "from accumexp.environment.console import console, output_to_log\n"
-    said += "with output_to_log(Path(sys.argv[1]), sys.argv[2] == '1'):\n"
-    said += "    console.print('mine')\n    sys.stdout.flush()\n"
-    said += "    os.system('echo a child')\n    print('wrong', file=sys.stderr)\n"
-    said += "print('after')\n"
+    script = "import os\nfrom pathlib import Path\nimport sys\n"
+    script += "from accumexp.environment.console import console, output_to_log\n"
+    script += "with output_to_log(Path(sys.argv[1]), sys.argv[2] == '1'):\n"
+    script += "    console.print('mine')\n    sys.stdout.flush()\n"
+    script += "    os.system('echo a child')\n    print('wrong', file=sys.stderr)\n"
+    script += "print('after')\n"
     for parallel_job in "10":
-        line = [sys.executable, "-c", said, str(tmp_path), parallel_job]
+        line = [sys.executable, "-c", script, str(tmp_path), parallel_job]
         done = subprocess.run(
             line, env=environment(**{VIEWED: "1"}), capture_output=True, text=True, check=True
         )
@@ -221,8 +221,8 @@ def test_progress_is_written_once_a_second_at_most(tmp_path: Path, monkeypatch: 
 
 def multirun(*overrides: str) -> DictConfig:
     with initialize_config_dir(conf_dir(), version_base="1.3"):
-        known = [override for override in overrides if "," not in override and "(" not in override]
-        config = compose("config", known, return_hydra_config=True)
+        fixed = [override for override in overrides if "," not in override and "(" not in override]
+        config = compose("config", fixed, return_hydra_config=True)
     config.hydra.overrides.task = [one for one in overrides if not one.startswith("hydra")]
     return config
 

@@ -111,24 +111,24 @@ def test_another_scale_of_the_gradient_is_no_other_noise(kind: str) -> None:
 def test_the_two_equations_are_without_bias(reduction: str, unseen: int) -> None:
     draws = np.random.default_rng(0)
     truth, spread, weight = np.array([0.6, -0.8]), 12.0, np.array([3.0, 2.0, 2.0, 7.0])
-    own = weight / weight.sum() if reduction == "mean" else np.ones(4)
-    found = []
+    factors = weight / weight.sum() if reduction == "mean" else np.ones(4)
+    estimates = []
     for _ in range(4000):
         means = truth + draws.normal(size=(4, 2)) * np.sqrt(spread / 2 / weight)[:, None]
-        whole = (own[:, None] * means).sum(0)
+        whole = (factors[:, None] * means).sum(0)
         alone = slice(0, 4 - unseen)
         squares = (weight[alone] * (means[alone] ** 2).sum(1)).sum()
         sums = Sums(
             squares=float(squares),
             weight_seen=float(weight[alone].sum()),
             seen=4 - unseen,
-            own=float(own.sum()),
-            own_square=float((own**2 / weight).sum()),
+            own=float(factors.sum()),
+            own_square=float((factors**2 / weight).sum()),
             weight=float(weight.sum()),
             samples=28,
         )
-        found.append(solved(sums, float((whole**2).sum())))
-    mean, error = np.mean(found, 0), np.std(found, 0) / math.sqrt(len(found))
+        estimates.append(solved(sums, float((whole**2).sum())))
+    mean, error = np.mean(estimates, 0), np.std(estimates, 0) / math.sqrt(len(estimates))
     assert np.all(np.abs(mean - [1.0, 2 * spread]) < 3 * error), (mean, error)
     assert np.all(error < [0.1, 0.6]), error
 
@@ -157,8 +157,8 @@ def test_the_samples_estimate_is_that_of_a_plain_loop(samples: int, chunk: int) 
         "data.batch_size=100", "trainer.max_updates=1", "accum.loss_scale=static", "accum.init_scale=1024",
     )  # fmt: skip
     batch: Any = next(iter(trainer.splits.train.epoch(0)))
-    found = each_samples_gradient(trainer.model, batch.inputs[:samples], batch.targets[:samples])
-    expected = of_parts(found, [1.0] * len(found), len(found))
+    gradients = each_samples_gradient(trainer.model, batch.inputs[:samples], batch.targets[:samples])
+    expected = of_parts(gradients, [1.0] * len(gradients), len(gradients))
     trainer.fit()
     callback = trainer.callbacks["noise"]
     assert isinstance(callback, SampleNoiseScale)
@@ -220,11 +220,11 @@ MAKERS: dict[str, Callable[[], GradientNoise]] = {
 def test_estimates_average_to_the_truth_of_a_regression(kind: str) -> None:
     toy, callback = Regression(), MAKERS[kind]()
     window = Window(toy.model, nn.MSELoss(), 4)
-    found = []
+    estimates = []
     for _ in range(400):
         look(callback, window, *toy.batch(31))  # 8, 8, 8 and 7
-        found.append(smoothed(callback)[1:])
-    mean, error = np.mean(found, 0), np.std(found, 0) / math.sqrt(len(found))
+        estimates.append(smoothed(callback)[1:])
+    mean, error = np.mean(estimates, 0), np.std(estimates, 0) / math.sqrt(len(estimates))
     assert np.all(np.abs(mean - [toy.variance, toy.square]) < 3 * error), (mean, error)
     assert np.all(error < [0.03 * toy.variance, 0.03 * toy.square]), "too few windows to tell"
 
@@ -233,15 +233,15 @@ def test_estimates_average_to_the_truth_of_a_regression(kind: str) -> None:
 def test_under_weights_the_variance_is_that_of_the_windows_gradient_times_its_samples(kind: str) -> None:
     toy, callback = Regression(), MAKERS[kind]()
     window = Window(toy.model, Weighed(), 2)
-    found, gradients = [], []
+    variances, gradients = [], []
     for _ in range(500):
         inputs, targets = toy.batch(31)
         heavy = torch.rand(31, 1, generator=toy.generator) < 0.3
         look(callback, window, inputs, torch.cat([targets, torch.where(heavy, 9.0, 1.0)], 1))
-        found.append(smoothed(callback)[1])
+        variances.append(smoothed(callback)[1])
         gradients.append(toy.model.weight.grad.clone())  # pyright: ignore[reportOptionalMemberAccess]
     drawn = 31 * float(torch.stack(gradients).var(0).sum())
-    assert np.mean(found) == pytest.approx(drawn, rel=0.15)
+    assert np.mean(variances) == pytest.approx(drawn, rel=0.15)
     assert drawn > 1.4 * toy.variance, "weights must have mattered"
 
 
@@ -258,16 +258,16 @@ STATEFUL = ["model.dropout=0.3", "optimizer=adamw", "accum.steps=3", "trainer.lo
     [(), ("data.resident=false", "data.workers=1"), ("model._target_=tests.unit.test_noise.Called",)],
 )
 def test_a_run_with_a_noise_scale_has_the_bits_of_one_without(kind: str, options: tuple[str, ...]) -> None:
-    found = []
+    runs = []
     for callback in ((), (KINDS[kind],)):
         trainer, memory = trainer_of(*STATEFUL, *options, *callback, "trainer.max_updates=13")
         trainer.fit()
-        found.append((weights(trainer), random_state(), memory.series("train/loss")))
+        runs.append((weights(trainer), random_state(), memory.series("train/loss")))
     assert memory.series("train/noise_scale")
-    assert all(torch.equal(value, found[1][0][name]) for name, value in found[0][0].items())
-    assert torch.equal(found[0][1]["torch"], found[1][1]["torch"])
-    assert found[0][1]["python"] == found[1][1]["python"]
-    assert found[0][2] == found[1][2]
+    assert all(torch.equal(value, runs[1][0][name]) for name, value in runs[0][0].items())
+    assert torch.equal(runs[0][1]["torch"], runs[1][1]["torch"])
+    assert runs[0][1]["python"] == runs[1][1]["python"]
+    assert runs[0][2] == runs[1][2]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -290,10 +290,10 @@ def test_law_8_a_resumed_run_logs_the_same_noise_scale(kind: str, tmp_path: Path
 def test_points_are_smoothed_apart_and_divided_last() -> None:
     callback = NoiseScale(decay=0.5)
     assert callback.count(2.0, 10.0)["train/noise_scale"] == pytest.approx(5.0)
-    found = callback.count(1.0, 40.0)
+    points = callback.count(1.0, 40.0)
     # Weights 1/4 and 1/2 of the older and the newer, over their sum.
     square, variance = (2.0 + 2 * 1.0) / 3, (10.0 + 2 * 40.0) / 3
-    assert [found[name] for name in NAMES] == pytest.approx([variance / square, variance, square])
+    assert [points[name] for name in NAMES] == pytest.approx([variance / square, variance, square])
     assert callback.count(-40.0, 1.0) == {} and callback.estimates == 3
     assert callback.count(math.nan, 1.0) == {} and callback.estimates == 3
     assert callback.count(400.0, 1.0).keys() == set(NAMES)
@@ -324,8 +324,8 @@ def test_one_micro_batch_is_too_few_and_it_says_so_once(caplog: pytest.LogCaptur
     trainer, memory = trainer_of(MICRO, "accum.steps=1", "trainer.max_updates=25")
     with caplog.at_level(logging.WARNING):
         trainer.fit()
-    said = [record.message for record in caplog.records if "noise_scale" in record.message]
-    assert len(said) == 1 and "accum.steps=2 or more" in said[0]
+    messages = [record.message for record in caplog.records if "noise_scale" in record.message]
+    assert len(messages) == 1 and "accum.steps=2 or more" in messages[0]
     assert memory.series("train/noise_scale") == []
 
 

@@ -88,11 +88,11 @@ def test_a_window_has_the_gradient_and_the_buffers_of_the_larger_batch(
     model, (inputs, targets) = normed(norm, ghost_size), images(samples)
     steps = steps_for(samples, BATCH, STEPS)
     last = samples if samples < BATCH else 0
-    said = inequalities(model, BATCH, STEPS, last=last)
+    differences = inequalities(model, BATCH, STEPS, last=last)
     if ghost_size and last not in (0, 3):  # halves of unlike micro-batches are no quarters of the batch
-        assert {found.kind for found in said} == {"GhostBatchNorm2d"}
+        assert {difference.kind for difference in differences} == {"GhostBatchNorm2d"}
         return
-    assert not said
+    assert not differences
     before = {name: value.clone() for name, value in model.named_buffers()}
     gradient, buffers = larger_batch(model, nn.functional.cross_entropy, inputs, targets)
     Window(model, nn.CrossEntropyLoss(), STEPS).backward(inputs, targets, steps=steps)
@@ -264,7 +264,7 @@ def test_law_10_ghost_is_named_where_its_groups_differ_and_only_there(
 def test_law_10_the_reasons_of_ghost() -> None:
     def reasons(ghost_size: int, samples: int, steps: int, **more: int) -> list[str]:
         model = nn.Sequential(GhostBatchNorm2d(3, ghost_size))
-        return [found.reason for found in inequalities(model, samples, steps, **more)]
+        return [difference.reason for difference in inequalities(model, samples, steps, **more)]
 
     assert reasons(32, 128, 4) == reasons(16, 128, 4) == reasons(32, 128, 4, last=37) == []
     assert reasons(32, 96, 4) == ["other groups of statistics in micro-batches of 24 than in all 96 samples"]
@@ -407,12 +407,14 @@ def test_a_resnet_with_batch_norm_is_torchvisions(channels: int) -> None:
 
     for ours, theirs in [(resnet18, torchvision.models.resnet18), (resnet50, torchvision.models.resnet50)]:
         torch.manual_seed(0)
-        mine = ours(num_classes=7, channels=channels)
+        model = ours(num_classes=7, channels=channels)
         torch.manual_seed(0)
         other = theirs(num_classes=7)
-        values = {name: v for name, v in mine.state_dict().items() if channels == 3 or name != "conv1.weight"}
+        values = {
+            name: v for name, v in model.state_dict().items() if channels == 3 or name != "conv1.weight"
+        }
         assert all(torch.equal(value, other.state_dict()[name]) for name, value in values.items())
-        first = mine.get_parameter("conv1.weight")
+        first = model.get_parameter("conv1.weight")
         assert first.shape == (64, channels, 7, 7)
         assert first.std().item() == pytest.approx((2 / (64 * 49)) ** 0.5, rel=0.1)  # He et al. 2015
 
@@ -426,8 +428,8 @@ def test_single_samples_have_gradients_under_frozen_statistics() -> None:
     ]
     trainer, memory = trainer_of("model=resnet18", "model.norm=frozen", *small)
     trainer.fit()
-    found = memory.series("train/gradient_variance")  # nothing where 8 samples say |G|^2 < 0
-    assert found and all(variance > 0 for _, variance in found)
+    variances = memory.series("train/gradient_variance")  # nothing where 8 samples say |G|^2 < 0
+    assert variances and all(variance > 0 for _, variance in variances)
     with pytest.raises(UsageError, match="no gradient of a single sample where GhostBatchNorm2d bn1"):
         trainer_of("model=resnet18", "model.norm=ghost", *small)
 

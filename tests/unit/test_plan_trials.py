@@ -38,9 +38,9 @@ def test_an_epoch_of_less_than_two_batches_is_tried_with_whole_ones(tmp_path: Pa
 
 def test_no_more_samples_are_planned_with_than_there_are(tmp_path: Path) -> None:
     config = composed(*FEW, "data.batch_size=5000")
-    found = measure_frontier(config, None, lambda stage: None, lambda steps: [1, 2, 8])
-    assert (found.batch_size, found.samples) == (5000, 1293)
-    for point in found.points:
+    frontier = measure_frontier(config, None, lambda stage: None, lambda steps: [1, 2, 8])
+    assert (frontier.batch_size, frontier.samples) == (5000, 1293)
+    for point in frontier.points:
         taken = taken_by(with_steps(config, point.steps), tmp_path / "trace", updates=2)
         assert point.measured == pytest.approx(taken, rel=0.02)
         assert taken <= point.predicted <= 1.1 * taken
@@ -128,10 +128,10 @@ def test_a_finest_split_that_does_not_run_is_named_with_its_reason(monkeypatch: 
         monkeypatch.setattr(TrialRun, "whole", refuses)
         with pytest.raises(UsageError) as refused:
             planner.choose()
-    said = (
+    message = (
         "accum.steps=auto: an update with one sample a micro-batch does not run (Expected more than 1 value"
     )
-    assert str(refused.value).startswith(said) and len(str(refused.value).splitlines()) == 1
+    assert str(refused.value).startswith(message) and len(str(refused.value).splitlines()) == 1
 
 
 def test_what_was_said_of_logging_before_is_true_again() -> None:

@@ -42,9 +42,9 @@ def crowd() -> Report:
 def test_what_goes_to_mlflow_is_of_a_size_and_form_it_takes(crowd: Report) -> None:
     from mlflow.utils.validation import MAX_TAG_VAL_LENGTH, _validate_metric_name
 
-    found = metrics(crowd)
-    assert len(found) == 60 * 3 + 59  # accuracy, its deviation, time; and the differences to the first
-    for name in found:
+    published = metrics(crowd)
+    assert len(published) == 60 * 3 + 59  # accuracy, its deviation, time; and the differences to the first
+    for name in published:
         _validate_metric_name(name)
         assert len(name) <= 250
     written = tags(crowd)
@@ -182,6 +182,6 @@ def test_brackets_in_a_value_are_no_markup() -> None:
 
 
 def test_the_parents_metrics_are_in_the_unit_of_the_jobs() -> None:
-    found = metrics(reported(over_steps(lambda k, s: 0.9 + 0.01 * k + 0.001 * s)))
-    assert found["final/accuracy/accum.steps 4"] == pytest.approx(0.942)
-    assert found["final/accuracy_difference/accum.steps 4"] == pytest.approx(0.03)
+    published = metrics(reported(over_steps(lambda k, s: 0.9 + 0.01 * k + 0.001 * s)))
+    assert published["final/accuracy/accum.steps 4"] == pytest.approx(0.942)
+    assert published["final/accuracy_difference/accum.steps 4"] == pytest.approx(0.03)

@@ -26,15 +26,15 @@ WORDS = {"accum.steps", "accum.memory_limit"}
 
 def types(node: Any, prefix: str = "") -> dict[str, set[str]]:
     """The types of all fields of a dataclass that name a number, by dotted key."""
-    found: dict[str, set[str]] = {}
+    by_key: dict[str, set[str]] = {}
     for item in dataclasses.fields(node):
         value, key = getattr(node, item.name), f"{prefix}{item.name}"
         named = set(str(item.type).replace("|", " ").split())
         if dataclasses.is_dataclass(value):
-            found |= types(value, f"{key}.")
+            by_key |= types(value, f"{key}.")
         elif {"int", "float"} & named:
-            found[key] = named
-    return found
+            by_key[key] = named
+    return by_key
 
 
 def test_law_12_every_number_in_the_schema_has_a_range() -> None:

@@ -49,12 +49,12 @@ def test_out_of_memory_in_any_micro_batch_gives_the_finer_windows_bits(where: st
     short = Short({k}, where)
     model = stateful(short)
     begin()
-    found: list[OutOfMemory] = []
-    recovery = Recovery(Window(model, nn.CrossEntropyLoss(), STEPS), found.append)
+    events: list[OutOfMemory] = []
+    recovery = Recovery(Window(model, nn.CrossEntropyLoss(), STEPS), events.append)
     result = recovery.backward(*classification(SAMPLES))
     assert not differing(left_behind(model), expected)
     assert (result.samples, result.steps, float(result.weight)) == (SAMPLES, 2 * STEPS, SAMPLES)
-    assert found == [OutOfMemory(rank=0, micro_batch=k, steps=STEPS, at_most=4)]
+    assert events == [OutOfMemory(rank=0, micro_batch=k, steps=STEPS, at_most=4)]
     assert short.calls == k + 1 + 2 * STEPS
 
 
@@ -83,11 +83,11 @@ def test_without_trouble_it_is_the_window_itself() -> None:
 
 def test_a_split_that_still_is_too_coarse_is_split_again_and_remembered() -> None:
     model = stateful(Short({3, 5}, "backward"))
-    found: list[OutOfMemory] = []
-    recovery = Recovery(Window(model, nn.CrossEntropyLoss(), 4), found.append)
+    events: list[OutOfMemory] = []
+    recovery = Recovery(Window(model, nn.CrossEntropyLoss(), 4), events.append)
     begin()
     assert recovery.backward(*classification(SAMPLES)).steps == 16
-    assert found == [OutOfMemory(0, 3, 4, 8), OutOfMemory(0, 1, 8, 4)]
+    assert events == [OutOfMemory(0, 3, 4, 8), OutOfMemory(0, 1, 8, 4)]
     assert not differing(left_behind(model), undisturbed(stateful(Short()), 16))
 
 
@@ -214,9 +214,9 @@ class Remembering(nn.Module):
         self.register_buffer("hidden", torch.zeros(5, dtype=torch.float64))
 
     def forward(self, inputs: Tensor) -> Tensor:
-        found = self.layer(inputs)
-        self.hidden = found.mean(0)
-        return found
+        outputs = self.layer(inputs)
+        self.hidden = outputs.mean(0)
+        return outputs
 
 
 def test_a_copy_of_a_buffer_is_part_of_no_graph() -> None:
@@ -239,7 +239,8 @@ def test_buffers_that_are_not_made_yet_are_no_hindrance() -> None:
         recovery.backward(*classification(SAMPLES))
         window.backward(*classification(SAMPLES))
     assert all(
-        torch.equal(mine, theirs) for mine, theirs in zip(model.buffers(), plain.buffers(), strict=True)
+        torch.equal(buffer, expected)
+        for buffer, expected in zip(model.buffers(), plain.buffers(), strict=True)
     )
     assert not relative_error(gradients(model), gradients(plain))
 
@@ -305,14 +306,14 @@ def test_saved_activations_are_those_of_the_window_that_was_made() -> None:
 
 
 def test_fp32_buffers_begin_anew() -> None:
-    found = []
+    grads = []
     for short, steps in ((Short({3}), 4), (Short(), 8)):
         model = stateless(short).bfloat16()
         inputs, targets = classification(SAMPLES)
         window = Window(model, nn.CrossEntropyLoss(), steps, fp32_buffers=True)
         Recovery(window).backward(inputs.bfloat16(), targets)
-        found.append(gradients(model))
-    assert all(torch.equal(found[0][name], found[1][name]) for name in found[1])
+        grads.append(gradients(model))
+    assert all(torch.equal(grads[0][name], grads[1][name]) for name in grads[1])
 
 
 @pytest.mark.parametrize("k", [0, 3])

@@ -21,7 +21,7 @@ from accumexp.training.preflight import try_example
 from ..support.experiments import composed, trainer_of
 from ..support.past_sweeps import job, reported, sweep
 
-OWN = (
+REGRESSION = (
     *(f"~data.{split}.{key}" for split in ("train", "test") for key in ("train", "image_size")),
     *(f"data.{split}._target_=tests.unit.test_regression.line" for split in ("train", "test")),
     *("data.num_classes=???", "model.inputs=3", "loss=mse", "metrics=regression", "data.batch_size=32"),
@@ -34,10 +34,10 @@ def line() -> TensorDataset:
 
 
 def test_a_regression_needs_no_classes_and_is_chosen_by_its_error() -> None:
-    config = composed("model=mlp", *OWN)
+    config = composed("model=mlp", *REGRESSION)
     assert config.data.num_classes is None and config.model["num_classes"] == 1
     assert (config.monitor, config.mode) == ("eval/mae", "min")
-    trainer, _ = trainer_of(*OWN, "accum.steps=4", "trainer.epochs=3")
+    trainer, _ = trainer_of(*REGRESSION, "accum.steps=4", "trainer.epochs=3")
     trainer.fit()
     errors = trainer.evaluate("test")
     assert 0 < errors["test/mae"] < errors["test/rmse"]
@@ -56,7 +56,7 @@ def test_a_regression_needs_no_classes_and_is_chosen_by_its_error() -> None:
 )
 def test_a_regression_with_the_loss_or_metric_of_classes_is_refused(left: str, says: str) -> None:
     with pytest.raises(UsageError, match=says):
-        try_example(Experiment.build(composed("model=mlp", "device=cpu", *OWN, left)))
+        try_example(Experiment.build(composed("model=mlp", "device=cpu", *REGRESSION, left)))
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,7 @@ def flat() -> nn.Module:
 def test_a_plan_names_the_loss_that_its_trial_fails_in() -> None:
     classes = ("device=cpu", f"model._target_={__name__}.flat", "loss=cross_entropy", "metrics=none")
     keys = ("~model.num_classes", "~model.inputs", "~model.hidden", "~model.dropout")
-    with trial_run(composed("model=mlp", *OWN, *classes, *keys, "accum.steps=auto")) as trial:
+    with trial_run(composed("model=mlp", *REGRESSION, *classes, *keys, "accum.steps=auto")) as trial:
         with pytest.raises(UsageError, match=r"^loss=CrossEntropyLoss: .*\(n,\)"):
             Planner(trial)
 

@@ -136,8 +136,8 @@ def test_every_kind_of_sample_gives_the_batches_of_pairs(
     kind: str, keys: dict[str, Any], resident: bool
 ) -> None:
     expected = read(splits_of("pair", resident=resident).train, 1)
-    found = read(splits_of(kind, resident=resident, **keys).train, 1)
-    for one, other in zip(found, expected, strict=True):
+    batches = read(splits_of(kind, resident=resident, **keys).train, 1)
+    for one, other in zip(batches, expected, strict=True):
         assert torch.equal(one[0], other[0]) and torch.equal(one[1], other[1])
 
 

@@ -119,18 +119,18 @@ def scaled(
     assert window.loss_scale is not None
     path, changed = [], []
     for number in range(windows):
-        own = [sample for part in rank_share(SAMPLES, steps, rank, ranks) for sample in part]
+        rows = [sample for part in rank_share(SAMPLES, steps, rank, ranks) for sample in part]
         inputs, targets = batch(number, overflows)
         optimizer.zero_grad(set_to_none=not window.sync.keeps_gradients)
         before = snapshot(model, optimizer)
-        window.backward(inputs[own], targets[own])
+        window.backward(inputs[rows], targets[rows])
         result = step(want_norm=True)
         changed.append(snapshot(model, optimizer) != before)
         assert result.overflow is not None and bool(result.overflow) == (number in overflows)
         assert result.norm is not None and (number in overflows or 0 < float(result.norm) < 10), "unscaled"
         path.append(float(window.loss_scale.scale))
-    found = {name.removeprefix("module."): p.detach() for name, p in model.named_parameters()}
-    whole = {n: p.full_tensor() if hasattr(p, "full_tensor") else p for n, p in found.items()}  # pyright: ignore
+    parameters = {name.removeprefix("module."): p.detach() for name, p in model.named_parameters()}
+    whole = {n: p.full_tensor() if hasattr(p, "full_tensor") else p for n, p in parameters.items()}  # pyright: ignore
     return whole, path, changed
 
 
@@ -195,10 +195,10 @@ def test_law_6_an_overflow_in_any_micro_batch_skips_the_window(steps: int, make_
         # The first window too, before the optimizer has any state.
         for overflows in ({3: sample}, {0: sample, 5: sample, 6: sample}):
             expected, path = by_hand(overflows, make_optimizer)
-            found, scales, changed = scaled(overflows, steps, make_optimizer)
+            parameters, scales, changed = scaled(overflows, steps, make_optimizer)
             assert scales == path
             assert changed == [window not in overflows for window in range(WINDOWS)]
-            assert relative_error(found, expected) <= 1e-12
+            assert relative_error(parameters, expected) <= 1e-12
 
 
 def every_place(how: str) -> dict[tuple[int, int, int], Any]:
@@ -216,9 +216,9 @@ def every_place(how: str) -> dict[tuple[int, int, int], Any]:
 
 @pytest.mark.parametrize("how", ["adding", pytest.param("sharded", marks=pytest.mark.slow)])
 def test_law_6_an_overflow_on_any_rank_skips_the_window_on_all(tmp_path: Path, how: str) -> None:
-    for found in on_ranks(2, tmp_path, every_place, how):
-        assert len(found) == 2 * 36
-        for (steps, k, rank), (values, scales, changed) in found.items():
+    for by_place in on_ranks(2, tmp_path, every_place, how):
+        assert len(by_place) == 2 * 36
+        for (steps, k, rank), (values, scales, changed) in by_place.items():
             sample = rank_share(SAMPLES, steps, rank, 2)[k].start
             expected, path = by_hand({1: sample}, momentum, windows=3)
             assert scales == path, (steps, k, rank)
@@ -280,8 +280,8 @@ def test_fp16_autocast_stays_within_its_rounding_of_fp32(steps: int) -> None:
     window = Window(model, nn.CrossEntropyLoss(), steps, autocast=torch.float16, loss_scale=scale)
     result = window.backward(images, labels)
     assert OptimizerStep(window, optimizer, clip_norm=1e6)(want_norm=True).overflow == torch.tensor(False)
-    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    assert relative_error(found, expected) <= 64 * 2**-11
+    scaled_gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert relative_error(scaled_gradients, expected) <= 64 * 2**-11
     assert result.loss.item() == pytest.approx(
         nn.functional.cross_entropy(model(images), labels).item(), rel=2**-8
     )

@@ -36,8 +36,8 @@ def test_nested_batches_are_cut_alike_and_without_copies() -> None:
     pieces = split(batch, [4, 3, 3])
     assert [batch_size(piece) for piece in pieces] == [4, 3, 3]
     rebuilt = [torch.cat(column) for column in zip(*(tensors(piece) for piece in pieces), strict=True)]
-    for found, whole, piece in zip(rebuilt, tensors(batch), tensors(pieces[0]), strict=True):
-        assert torch.equal(found, whole)
+    for joined, whole, piece in zip(rebuilt, tensors(batch), tensors(pieces[0]), strict=True):
+        assert torch.equal(joined, whole)
         assert piece.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
 
 

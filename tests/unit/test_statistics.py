@@ -25,26 +25,28 @@ def test_the_paired_equivalence_test_is_that_of_statsmodels() -> None:
     for _ in range(200):
         count = int(generator.integers(2, 30))
         reference = generator.normal(96, 1, count)
-        mine = reference + generator.normal(0.2, 0.6, count)
+        candidate = reference + generator.normal(0.2, 0.6, count)
         margin = float(generator.uniform(0.1, 2))
-        found = compare_pairs(mine - reference, margin)
-        expected, *_ = ttost_paired(mine, reference, -margin, margin)
-        assert found.p_equivalent == pytest.approx(expected, abs=1e-9)
-        described = DescrStatsW(mine - reference)
-        assert found.p_different == pytest.approx(described.ttest_mean(0)[1], abs=1e-9)
+        comparison = compare_pairs(candidate - reference, margin)
+        expected, *_ = ttost_paired(candidate, reference, -margin, margin)
+        assert comparison.p_equivalent == pytest.approx(expected, abs=1e-9)
+        described = DescrStatsW(candidate - reference)
+        assert comparison.p_different == pytest.approx(described.ttest_mean(0)[1], abs=1e-9)
         low, high = described.tconfint_mean(0.05)
-        assert (found.low, found.high) == pytest.approx((low, high), abs=1e-9)
-        assert (found.mean, found.std) == pytest.approx((described.mean, np.std(mine - reference, ddof=1)))
+        assert (comparison.low, comparison.high) == pytest.approx((low, high), abs=1e-9)
+        assert (comparison.mean, comparison.std) == pytest.approx(
+            (described.mean, np.std(candidate - reference, ddof=1))
+        )
 
 
 def test_a_groups_interval_is_that_of_statsmodels() -> None:
     from statsmodels.stats.weightstats import DescrStatsW
 
     values = np.random.default_rng(1).normal(97, 0.5, 7)
-    found = summarize(list(values), confidence=0.9)
+    summary = summarize(list(values), confidence=0.9)
     described = DescrStatsW(values)
-    assert (found.low, found.high) == pytest.approx(described.tconfint_mean(0.1), abs=1e-9)
-    assert (found.count, found.mean, found.std) == pytest.approx((7, values.mean(), values.std(ddof=1)))
+    assert (summary.low, summary.high) == pytest.approx(described.tconfint_mean(0.1), abs=1e-9)
+    assert (summary.count, summary.mean, summary.std) == pytest.approx((7, values.mean(), values.std(ddof=1)))
     alone = summarize([97.0])
     assert alone.mean == 97 and math.isnan(alone.std) and math.isnan(alone.low)
 
@@ -87,8 +89,8 @@ def test_the_power_is_that_of_simulated_sweeps(true: float) -> None:
     generator = np.random.default_rng(4)
     pairs, std, margin = 12, 0.6, 0.6
     draws = generator.normal(true, std, (1500, pairs))
-    found = np.mean([compare_pairs(row, margin).p_equivalent < 0.05 for row in draws])
-    assert equivalence_power(pairs, std, margin, 0.05, true) == pytest.approx(found, abs=0.04)
+    power = np.mean([compare_pairs(row, margin).p_equivalent < 0.05 for row in draws])
+    assert equivalence_power(pairs, std, margin, 0.05, true) == pytest.approx(power, abs=0.04)
 
 
 def test_the_seeds_needed_are_the_fewest_that_have_the_power() -> None:
@@ -148,9 +150,9 @@ def test_accuracies_of_few_samples_are_falsely_equivalent_no_more_often_than_pro
     sweeps, samples, margin, false = 2000, 360, 1.0, 0
     for _ in range(sweeps):
         reference = 100 * generator.binomial(samples, 0.98, 3) / samples
-        mine = 100 * generator.binomial(samples, 0.97, 3) / samples
-        found = compare_pairs(mine - reference, margin, resolution=100 / samples)
-        false += decide([found])[0].verdict is Verdict.equivalent
+        candidate = 100 * generator.binomial(samples, 0.97, 3) / samples
+        comparison = compare_pairs(candidate - reference, margin, resolution=100 / samples)
+        false += decide([comparison])[0].verdict is Verdict.equivalent
     assert 0 < false / sweeps <= 0.065
 
 

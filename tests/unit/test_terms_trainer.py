@@ -196,9 +196,9 @@ def test_a_graph_records_terms_but_no_second_pass(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(assembly, "graphs", on_the_cpu)
     long = ("trainer.max_updates=12", "trainer.graph=true")
-    found, memory = trained(*TASKS, *long)
+    graphed, memory = trained(*TASKS, *long)
     plain, expected = trained(*TASKS, *long[:1])
-    assert relative_error(weights(found), weights(plain)) <= 1e-12
+    assert relative_error(weights(graphed), weights(plain)) <= 1e-12
     for key in ("train/loss/digit", "train/loss/parity"):
         assert dict(memory.series(key)) == pytest.approx(dict(expected.series(key)), rel=1e-12)
     with pytest.raises(UsageError, match="^trainer.graph=true: the loss needs the outputs of the whole"):

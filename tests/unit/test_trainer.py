@@ -211,10 +211,10 @@ def test_law_4_everything_but_forward_and_backward_happens_once_an_update(steps:
     assert int(small_ema.n_averaged) == trainer.progress.update == 22
     assert small_log.series("train/lr") == large_log.series("train/lr")
     for key in ("train/loss", "train/grad_norm", "eval/loss"):
-        for (update, found), (same, expected) in zip(
+        for (update, value), (same, expected) in zip(
             small_log.series(key), large_log.series(key), strict=True
         ):
-            assert update == same and found == pytest.approx(expected, rel=1e-9)
+            assert update == same and value == pytest.approx(expected, rel=1e-9)
     assert max(norm for _, norm in small_log.series("train/grad_norm")) > 0.5, "clipping must have had work"
 
 
@@ -337,7 +337,7 @@ def test_a_loss_that_is_not_finite_fails_the_run_unless_told_otherwise() -> None
 def test_events_come_in_order_and_only_to_those_who_listen() -> None:
     happened: list[str] = []
 
-    class Told(Callback):
+    class Listener(Callback):
         def run_begin(self, trainer: Trainer) -> None:
             happened.append("run_begin")
 
@@ -366,7 +366,7 @@ def test_events_come_in_order_and_only_to_those_who_listen() -> None:
             happened.append("run_end")
 
     trainer, _ = trainer_of("trainer.epochs=1", "data.batch_size=1000", "trainer.log_every=2")
-    trainer.callbacks = {"told": Told(), "quiet": Callback()}
+    trainer.callbacks = {"listener": Listener(), "quiet": Callback()}
     trainer.fit()
     assert [len(listeners) for listeners in trainer._events.values()] == [1] * 9
     assert happened == [

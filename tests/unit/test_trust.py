@@ -17,7 +17,7 @@ from accumexp.config.trust import Trust, check_targets, impure, inert
 from accumexp.errors import UsageError, markdown_text
 from accumexp.training.known_targets import refusal_of_targets
 
-KNOWN = [
+TRUSTED_TARGETS = [
     ("model", "accumexp.models.MLP"),
     ("model", "accumexp.models.resnet18"),
     ("model", "torchvision.models.resnet18"),
@@ -71,7 +71,7 @@ def check(key: str, target: Any, trust: Trust = Trust(), given: tuple[str, ...] 
     check_targets(plain, "checkpoint x", given, trust, refusal_of_targets(plain))
 
 
-@pytest.mark.parametrize(("key", "target"), KNOWN)
+@pytest.mark.parametrize(("key", "target"), TRUSTED_TARGETS)
 def test_what_the_project_knows_needs_no_trust(key: str, target: str) -> None:
     check(key, target)
 

@@ -206,8 +206,8 @@ def test_models_of_several_inputs_and_named_inputs() -> None:
     for batch in ((inputs, scale), [inputs, scale], {"second": scale, "first": inputs}):
         model.zero_grad()
         Window(model, nn.CrossEntropyLoss(), 4).backward(batch, targets)
-        for found, right in zip(gradients(model).values(), expected, strict=True):
-            torch.testing.assert_close(found, right, rtol=1e-12, atol=1e-15)
+        for gradient, right in zip(gradients(model).values(), expected, strict=True):
+            torch.testing.assert_close(gradient, right, rtol=1e-12, atol=1e-15)
 
 
 @pytest.mark.parametrize("steps", [0, -1, 9])
@@ -282,8 +282,8 @@ def test_fp32_buffers_round_once_at_any_number_of_steps(steps: int) -> None:
         model.zero_grad()
         Window(model, nn.MSELoss(), steps, fp32_buffers=buffers).backward(inputs, targets)
         exact = {name: torch.stack(values).sum(0) for name, values in terms.items()}
-        found = {name: gradient.double() for name, gradient in gradients(model).items()}
-        errors[buffers] = relative_error(found, exact)
+        actual = {name: gradient.double() for name, gradient in gradients(model).items()}
+        errors[buffers] = relative_error(actual, exact)
     half_unit = torch.finfo(torch.bfloat16).eps / 2
     assert errors[True] <= half_unit * 1.01  # one rounding to bf16; the fp32 sum's own error is 2**-16 of it
     assert errors[False] > errors[True]
@@ -293,9 +293,9 @@ def test_autocast_keeps_fp32_gradients_close_to_fp32s() -> None:
     model, (inputs, targets) = small_model().float(), classification(32)
     expected = larger_batch_gradient(model, nn.CrossEntropyLoss(), inputs.float(), targets)
     Window(model, nn.CrossEntropyLoss(), 4, autocast=torch.bfloat16).backward(inputs.float(), targets)
-    found = gradients(model)
-    assert all(gradient.dtype is torch.float32 for gradient in found.values())
-    assert 1e-6 < relative_error(found, expected) < 0.05
+    actual = gradients(model)
+    assert all(gradient.dtype is torch.float32 for gradient in actual.values())
+    assert 1e-6 < relative_error(actual, expected) < 0.05
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
@@ -303,14 +303,14 @@ def test_autocast_keeps_fp32_gradients_close_to_fp32s() -> None:
 def test_law_2_a_window_of_known_weight_has_the_bits_of_one_that_counts(
     steps: int, reduction: Literal["mean", "sum"]
 ) -> None:
-    found = []
+    runs = []
     inputs, targets = classification(23)
     for weight in (None, 23.0):
         model = small_model()
         window = Window(model, nn.CrossEntropyLoss(), steps, reduction=reduction)
         result = window.backward(inputs, targets, weight=weight)
-        found.append([*gradients(model).values(), result.loss, torch.as_tensor(result.weight).double()])
-    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+        runs.append([*gradients(model).values(), result.loss, torch.as_tensor(result.weight).double()])
+    assert all(torch.equal(one, other) for one, other in zip(*runs, strict=True))
 
 
 def test_a_loss_of_its_own_is_used_as_it_is() -> None:

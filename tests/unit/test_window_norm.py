@@ -55,11 +55,11 @@ def net_and_batch(samples: int = 13, dimensions: int = 2, **options: Any) -> tup
     return model, inputs, torch.randint(0, 5, (samples,)).sort().values
 
 
-def error_of(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+def error_of(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
     """The largest error of a parameter, relative to the whole gradient: that of a bias before a norm is 0."""
-    assert found.keys() == expected.keys()
+    assert actual.keys() == expected.keys()
     norm = torch.stack([each.norm() for each in expected.values()]).norm()
-    return max(((found[name] - expected[name]).norm() / norm).item() for name in expected)
+    return max(((actual[name] - expected[name]).norm() / norm).item() for name in expected)
 
 
 def assert_larger_batch(model: nn.Module, loss: Any, inputs: Tensor, targets: Tensor, run: Any) -> None:
@@ -168,10 +168,10 @@ def test_draws_are_those_of_one_pass() -> None:
     window.backward(inputs, targets)
     assert torch.equal(torch.get_rng_state(), after)
     assert all(map(torch.equal, masks[-3:], drawn))
-    found = gradients(model)
+    actual = gradients(model)
     model[1] = Given()  # pyright: ignore[reportIndexIssue]
     gradient, _ = larger_batch(model, F.cross_entropy, inputs, targets)
-    assert error_of(found, gradient) <= 1e-12
+    assert error_of(actual, gradient) <= 1e-12
 
 
 def test_a_checkpointed_part() -> None:
@@ -218,13 +218,13 @@ def test_outside_of_a_window_it_is_torchs_batch_norm() -> None:
 
 
 def test_what_is_converted() -> None:
-    class Own(nn.BatchNorm2d):
+    class CustomBatchNorm2d(nn.BatchNorm2d):
         pass
 
-    model = nn.Sequential(nn.BatchNorm2d(2), Own(2), nn.SyncBatchNorm(2))
+    model = nn.Sequential(nn.BatchNorm2d(2), CustomBatchNorm2d(2), nn.SyncBatchNorm(2))
     weight = model[0].weight
     assert window_batch_norm(model) is model and model[0].weight is weight
-    assert [type(module) for module in model] == [WindowBatchNorm2d, Own, nn.SyncBatchNorm]
+    assert [type(module) for module in model] == [WindowBatchNorm2d, CustomBatchNorm2d, nn.SyncBatchNorm]
     with pytest.raises(ValueError, match="1: a lazy BatchNorm has no channels yet"):
         window_batch_norm(nn.Sequential(nn.ReLU(), nn.LazyBatchNorm2d()))
 

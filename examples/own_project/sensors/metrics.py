@@ -15,14 +15,14 @@ class FaultF1(Metric):
 
     def __init__(self) -> None:
         super().__init__()
-        for name in ("hits", "found", "faults"):
+        for name in ("hits", "predicted", "faults"):
             self.add_state(name, torch.tensor(0), dist_reduce_fx="sum")
 
     def update(self, outputs: Tensor, targets: Tensor) -> None:
-        found = (outputs > 0) & (targets != PADDING)
-        self.hits += (found & (targets == 1)).sum()
-        self.found += found.sum()
+        predicted = (outputs > 0) & (targets != PADDING)
+        self.hits += (predicted & (targets == 1)).sum()
+        self.predicted += predicted.sum()
         self.faults += (targets == 1).sum()
 
     def compute(self) -> Tensor:
-        return 2 * self.hits / (self.found + self.faults).clamp(min=1)
+        return 2 * self.hits / (self.predicted + self.faults).clamp(min=1)
