@@ -9,7 +9,8 @@ import runpy
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
@@ -25,7 +26,7 @@ from .config.explain import explain
 from .environment.launch import RankError
 from .environment.ranks import RankInfo, exit_immediately, skip_group_teardown
 from .errors import TrainingError, UsageError, masked, print_error
-from .sweeps.hydra_sweep import file_flags
+from .sweeps.hydra_sweep import file_flags, runs_in_parallel
 
 # Read before `hydra_app` sets it for Hydra, and handed on to the processes in which a launcher runs jobs.
 WANTS_TRACEBACK = os.environ.get("ACCUMEXP_TRACEBACK", os.environ.get("HYDRA_FULL_ERROR")) == "1"
@@ -132,7 +133,7 @@ def hydra_app(task: Callable[[Any], Any]) -> None:
     unusual = (*CONFIG_FLAGS, COMPLETION)
     own_files = any("hydra" in argument or argument.startswith(unusual) for argument in sys.argv[1:])
     try:
-        with nullcontext() if own_files else _composed_once():
+        with _jobs_composed_once(), nullcontext() if own_files else _composed_once():
             hydra.main(config_path=conf_dir(), config_name="config", version_base="1.3")(task)()
     except (HydraException, OmegaConfBaseException, YAMLError) as error:
         raise UsageError(explain(error)) from error
@@ -154,11 +155,47 @@ def _composed_once() -> Iterator[None]:
     from hydra._internal.config_loader_impl import ConfigLoaderImpl
     from hydra._internal.hydra import Hydra
 
+    get_mode = (Hydra, "get_mode", lambda self, config_name, overrides: None)
+    with _replaced(get_mode, (ConfigLoaderImpl, "get_group_options", _group_options)):
+        yield
+
+
+@contextmanager
+def _jobs_composed_once() -> Iterator[None]:
+    """Runs a sweep's jobs with the configurations by which all of them were checked before the first.
+
+    Hydra composes a job once to check it and again to run it, 0.1 s each. It keeps the configurations of
+    the jobs that have run until the sweep's end, so that these need no more memory. A launcher that runs
+    jobs in other processes composes them there.
+    """
+    from hydra._internal.config_loader_impl import ConfigLoaderImpl
+    from hydra.plugins.sweeper import Sweeper
+
+    compose = ConfigLoaderImpl.load_sweep_config
+    checked: dict[tuple[str, ...], list[Any]] = defaultdict(list)
+
+    def check(sweeper: Any, batch: Sequence[Sequence[str]]) -> None:
+        keep = not runs_in_parallel(sweeper.config.hydra.launcher)
+        for overrides in batch:
+            config = compose(sweeper.hydra_context.config_loader, sweeper.config, list(overrides))
+            if keep:
+                checked[tuple(overrides)].append(config)
+
+    def take(loader: Any, master_config: Any, sweep_overrides: list[str]) -> Any:
+        kept = checked[tuple(sweep_overrides)]
+        return kept.pop() if kept else compose(loader, master_config, sweep_overrides)
+
+    with _replaced(
+        (Sweeper, "validate_batch_is_legal", check), (ConfigLoaderImpl, "load_sweep_config", take)
+    ):
+        yield
+
+
+@contextmanager
+def _replaced(*methods: tuple[type, str, Callable[..., Any]]) -> Iterator[None]:
+    """Replaces methods, each given as (class, name, replacement), until the end."""
     with ExitStack() as restored:
-        for owner, name, replacement in (
-            (Hydra, "get_mode", lambda self, config_name, overrides: None),
-            (ConfigLoaderImpl, "get_group_options", _group_options),
-        ):
+        for owner, name, replacement in methods:
             restored.callback(setattr, owner, name, getattr(owner, name))
             setattr(owner, name, replacement)
         yield

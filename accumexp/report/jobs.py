@@ -159,16 +159,17 @@ def from_store(store: Store, parent: PastRun, folder: Path | None = None) -> Swe
     by_run_id = {run.run_id: run for run in local_runs if run.run_id}
     runs = jobs_of(store, parent)
     jobs = infer_overrides([_from_run(store, run, by_run_id.get(run.run_id)) for run in runs])
-    with_run = {frozenset(job.overrides.items()) for job in jobs}
+    with_run = {_identity(job.overrides) for job in jobs}
     if local:
-        others = [_from_summary(run) for run in local_runs]
+        left = (run for run in local_runs if _identity(parse_overrides(run.overrides)) not in with_run)
+        jobs += map(_from_summary, left)
     else:
         refused = json.loads(parent.tags.get("accumexp.refused", "[]"))
         others = [
             Job(None, "FAILED", parse_overrides(entry["overrides"]), error=entry["error"])
             for entry in refused
         ]
-    jobs += [job for job in others if frozenset(job.overrides.items()) not in with_run]
+        jobs += [job for job in others if _identity(job.overrides) not in with_run]
     ends = [run.ended for run in runs if run.ended]
     started = min((run.started for run in runs), default=parent.started)
     command = parent.tags.get("accumexp.command", "")
@@ -226,8 +227,12 @@ def best_attempts(jobs: Iterable[Job]) -> list[Job]:
     """One attempt per job: the newest finished one, or the newest if none has finished."""
     attempts: dict[frozenset[tuple[str, str]], list[Job]] = {}
     for job in jobs:
-        attempts.setdefault(frozenset(job.overrides.items()), []).append(job)
+        attempts.setdefault(_identity(job.overrides), []).append(job)
     return [max(group, key=lambda job: (job.finished, job.started)) for group in attempts.values()]
+
+
+def _identity(overrides: dict[str, str]) -> frozenset[tuple[str, str]]:
+    return frozenset(overrides.items())
 
 
 def parse_overrides(overrides: Iterable[str]) -> dict[str, str]:

@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -158,8 +159,13 @@ class Delivery:
 
     def _linked(self, checkpoint: Path, folder: str) -> bool:
         """Whether the checkpoint is now an artifact of the run as a link, which needs no room on the disk."""
-        root = local_folder(self.store.client.get_run(self.run_id).info.artifact_uri)
+        root = self._artifacts
         return root is not None and link(checkpoint, root / folder / checkpoint.name)
+
+    @cached_property
+    def _artifacts(self) -> Path | None:
+        """The folder of the run's artifacts, None if it is not on this machine."""
+        return local_folder(self.store.client.get_run(self.run_id).info.artifact_uri)
 
     @contextmanager
     def _upload(self, size: int) -> Iterator[None]:
@@ -183,37 +189,40 @@ class Delivery:
         if name in self.models:
             return
         # One that an earlier try began is completed.
-        model_id = next((model.model_id for model in self._logged_models() if model.name == name), None)
-        if model_id is None:
-            model_id = client.create_logged_model(
-                self.store.experiment_id,
-                name=name,
-                source_run_id=self.run_id,
-                tags={"accumexp.checkpoint": entry["checkpoint"], **entry.get("model tags", {})},
-                model_type="checkpoint",
-            ).model_id
-        self._send_model_files(entry, model_id)
+        begun = next((model for model in self._logged_models() if model.name == name), None)
+        model = begun or client.create_logged_model(
+            self.store.experiment_id,
+            name=name,
+            source_run_id=self.run_id,
+            tags={"accumexp.checkpoint": entry["checkpoint"], **entry.get("model tags", {})},
+            model_type="checkpoint",
+        )
+        model_id = model.model_id
+        self._send_model_files(entry, model)
         client.log_batch(self.run_id, [Metric(*point, model_id=model_id) for point in entry["values"]])
-        outputs = client.get_run(self.run_id).outputs
-        if model_id not in [output.model_id for output in outputs.model_outputs]:
+        if begun is None or not self._is_output(model_id):
             client.log_outputs(self.run_id, [LoggedModelOutput(model_id, entry["step"])])
         client.finalize_logged_model(model_id, LoggedModelStatus.READY)
         self.models[name] = model_id
 
-    def _send_model_files(self, entry: Entry, model_id: str) -> None:
+    def _is_output(self, model_id: str) -> bool:
+        outputs = self.store.client.get_run(self.run_id).outputs.model_outputs
+        return model_id in [output.model_id for output in outputs]
+
+    def _send_model_files(self, entry: Entry, model: Any) -> None:
         """Sends what `mlflow.pytorch` and `mlflow.pyfunc` open; a local store links to the checkpoint."""
         checkpoint = self.folder / entry.get("weights", "")
         if not checkpoint.is_file():  # an entry of an earlier version, or the checkpoint is gone
             log.warning("tracking: %s is not there any more, %s has no files", checkpoint, entry["model"])
             return
-        root = local_folder(self.store.client.get_logged_model(model_id).artifact_location)
+        root = local_folder(model.artifact_location)
         described = read_json(self.folder / entry["inputs"]) if entry.get("inputs") else {}
         with TemporaryDirectory(prefix="accumexp-model-") as name, self._upload(checkpoint.stat().st_size):
             folder = Path(name)
-            write_description(folder, model_id, self.run_id, described)
+            write_description(folder, model.model_id, self.run_id, described)
             if root is None or not link(checkpoint, root / DATA / WEIGHTS):
                 write_model_alone(checkpoint, folder / DATA / WEIGHTS)
-            self.store.client.log_model_artifacts(model_id, name)
+            self.store.client.log_model_artifacts(model.model_id, name)
 
     def _delete_models(self, names: Sequence[str]) -> None:
         """Deletes logged models, but for those that the user has registered."""

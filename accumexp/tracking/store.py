@@ -12,7 +12,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 from filelock import FileLock
 
@@ -20,6 +19,7 @@ from ..config.schema import TrackingConfig
 from ..errors import UsageError, first_line
 from .addresses import URI, check_address, check_server
 from .names import legal_name
+from .new_database import make_database
 from .run_folder import RunFolder, RunStatus
 from .ui import run_page, sweep_page, sweep_view
 
@@ -206,12 +206,7 @@ class Store:
             raise UsageError(f"{key}={self.uri}: the folder {self._database.parent} is not there")
         with self._alone():
             if self._database is not None and not _is_begun(self._database):
-                # A process that is killed among the migrations leaves a database that none can open.
-                for left in self._database.parent.glob(f"{self._database.name}.*.new*"):
-                    left.unlink(missing_ok=True)
-                new = Path(f"{self._database}.{uuid4().hex[:8]}.new")
-                MlflowClient(f"sqlite:///{new}").search_experiments(max_results=1)
-                os.replace(new, self._database)
+                make_database(self._database)
             client = MlflowClient(self.uri)
             if not self.on_server:
                 client.search_experiments(max_results=1)
