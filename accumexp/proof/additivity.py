@@ -21,6 +21,7 @@ from .larger_batch import call, loss_weight, mean_loss
 from .loss_items import (
     has_samples,
     ignore_index_of,
+    is_mask,
     item_counts,
     leaves,
     likely_counts,
@@ -215,7 +216,9 @@ class _Batch:
         for where, tree in trees:
             tensors = leaves(tree)
             for number, leaf in enumerate(tensors):
-                if not has_samples(leaf, self.samples) or where != "targets" and leaf.is_floating_point():
+                if not has_samples(leaf, self.samples):
+                    continue
+                if where != "targets" and leaf.is_floating_point() and not is_mask(leaf):
                     continue
                 for description, count in kinds(leaf, where, len(tensors) == 1, ignore_index_of(self.loss)):
                     yield description, functools.partial(self._count, tree, number, count)

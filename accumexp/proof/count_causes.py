@@ -9,8 +9,7 @@ from .certificate import Cause, Counts
 from .count_wording import WHOLE_GRADIENT, counts_in_words
 from .counts import Decomposition, decompose
 from .evidence import Failure
-from .extra_terms import clipping_in_words, gradient_in_one, term_in_words
-from .larger_batch import norm
+from .extra_terms import clipping_in_words, term_in_words
 from .loss_items import has_samples, ignore_index_of, leaves, likely_counts
 from .nested import batch_size
 from .problem import Problem
@@ -166,8 +165,9 @@ def samples_in_words(problem: Problem, failure: Failure) -> str:
         return ""
     if proportional := _proportional(problem, single, fit.counts):
         return proportional
-    least, most = min(fit.counts), max(fit.counts)
-    at = fit.counts.index(least), fit.counts.index(most)
+    counts = [0.0 if abs(count) <= single.count_tolerance else count for count in fit.counts]
+    least, most = min(counts), max(counts)
+    at = counts.index(least), counts.index(most)
     span = f"from {least:.3g} times (sample {at[0]}) to {most:.3g} times (sample {at[1]})"
     return f"its samples count unevenly, {span}"
 
@@ -192,18 +192,3 @@ def _proportional(problem: Problem, single: Decomposition, counts: list[float]) 
                 if alike([count / weight for count, weight in zip(counts, weights, strict=True)]):
                     return f"its samples count by {text.format(number(leaf))}, not alike"
     return ""
-
-
-def single_micro_batch_in_words(problem: Problem, failure: Failure, parts: Decomposition) -> str:
-    """Whether the loop is right with a single micro-batch, in words; "" if that is not known."""
-    single = gradient_in_one(problem, parts)
-    if single is None:
-        return ""
-    expected = failure.expected.gradient
-    error = norm({name: single[name] - g.double() for name, g in expected.items()}) / (norm(expected) or 1.0)
-    if error <= parts.tolerance:
-        return (
-            "with steps=1 the same loop is right: something is computed over a micro-batch that should be "
-            "computed over the window"
-        )
-    return f"with steps=1 the same loop is off by {error:.2g}: it computes another loss than the one given"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -11,6 +12,7 @@ from .larger_batch import norm
 from .nested import batch_size
 
 OWN_WEIGHT = "divide every micro-batch's sum by the window's own weight"
+COMPLETE = "divide or unscale the complete gradient, once"
 WHOLE_GRADIENT = "the gradient"
 EVERY_MICRO_BATCH = (
     "go back through every micro-batch with all parameters requiring gradients, and neither reset nor "
@@ -74,12 +76,24 @@ def counts_in_words(
     if len(values) == 1 and len(wrong) < windows:
         where = _micro_batches(parts, wrong)
         return f"in {subject} {where} counts {counts[wrong[0]]:.4g} times instead of once", OWN_WEIGHT
+    if (ratio := _common_ratio(parts, counts)) is not None:
+        reason = f"micro-batches count {_list(counts)}: each one multiplies what .grad holds by {ratio:.4g}"
+        return reason if subject == WHOLE_GRADIENT else f"in {subject} {reason}", COMPLETE
     every = _list(counts)
     if parts.ranks > 1:
         every = "; ".join(f"rank {r}: {_list(each)}" for r, each in enumerate(by_rank))
     reason = f"micro-batches count {every} of what they weigh"
     reason = reason if subject == WHOLE_GRADIENT else f"in {subject} {reason}"
     return reason, f"{OWN_WEIGHT}, and clip the whole window's gradient"
+
+
+def _common_ratio(parts: Decomposition, counts: Sequence[float]) -> float | None:
+    """By what every micro-batch multiplies the gradient so far, if that explains the `counts`."""
+    if parts.ranks > 1 or len(counts) < 3 or not all(counts):
+        return None
+    ratios = [count / later for count, later in itertools.pairwise(counts)]
+    alike = max(ratios) - min(ratios) <= max(1e-5, parts.count_tolerance) * max(map(abs, ratios))
+    return ratios[0] if alike else None
 
 
 def _lost(parts: Decomposition, by_rank: list[list[float]], subject: str) -> tuple[str, str] | None:
@@ -170,6 +184,7 @@ def _uniform(parts: Decomposition, count: float, subject: str, whole: bool, why:
         (1 / windows, f"divided by {windows} twice"),
         (1 / steps, f"divided by {steps} twice"),
         (windows / (steps * ranks) / steps, f"divided by {steps} twice"),
+        (1 / (sum(parts.weights) or 1.0), f"divided by {sum(parts.weights):g} items twice"),
     ]
     near = max(1e-6, parts.count_tolerance)
     rounded = bool(why)

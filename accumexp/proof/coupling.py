@@ -142,6 +142,8 @@ def loss_couples(problem: Problem, batch: WholeBatch, by_targets: bool = False) 
         moved = _gradient_at(problem, outputs, (batch[0], map_tensors(changed, batch[1])))
     else:
         moved = _gradient_at(problem, map_tensors(changed, outputs), batch)
+    if original is None or moved is None:
+        return 0.0
     pairs = [(a[:half], b[:half]) for a, b, rows in zip(original, moved, by_sample, strict=True) if rows]
     change = sum(float((b - a).square().sum()) for a, b in pairs)
     size = sum(float(a.square().sum()) for a, _ in pairs)
@@ -164,6 +166,8 @@ def whole_batch_outputs(problem: Problem, batch: WholeBatch) -> list[str]:
 
     outputs = outputs_on(slice(None))
     gradients = _gradient_at(problem, outputs, batch)
+    if gradients is None:
+        return []
     suspects = {
         path: leaf
         for (path, leaf), gradient in zip(_floats_by_path(outputs), gradients, strict=True)
@@ -202,8 +206,11 @@ def loss_bytes(problem: Problem, batch: WholeBatch) -> int:
     return saved.peak_bytes
 
 
-def _gradient_at(problem: Problem, outputs: Any, batch: WholeBatch) -> list[Tensor]:
-    """The gradient of the mean loss with respect to every floating point tensor in `outputs`."""
+def _gradient_at(problem: Problem, outputs: Any, batch: WholeBatch) -> list[Tensor] | None:
+    """The gradient of the mean loss with respect to every floating point tensor in `outputs`.
+
+    None for a loss that needs the model's graph, such as a penalty on gradients by the model's inputs.
+    """
     leaves: list[Tensor] = []
 
     def leaf(tensor: Tensor) -> Tensor:
@@ -219,7 +226,10 @@ def _gradient_at(problem: Problem, outputs: Any, batch: WholeBatch) -> list[Tens
         draws.modules.start_pass(inputs)
         # A copy of each leaf, which a loss may write into.
         copies = map_tensors(lambda tensor: leaf(tensor).clone(), outputs)
-        value = mean_loss(loss, copies, cloned(targets))
+        try:
+            value = mean_loss(loss, copies, cloned(targets))
+        except RuntimeError:
+            return None
         gradients = torch.autograd.grad(value, leaves, allow_unused=True)
     return [torch.zeros_like(x) if g is None else g for x, g in zip(leaves, gradients, strict=True)]
 

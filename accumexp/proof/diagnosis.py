@@ -13,7 +13,7 @@ import torch
 
 from .additivity import loss_average
 from .certificate import Cause, Counts, number
-from .count_causes import counts_causes, samples_in_words, single_micro_batch_in_words
+from .count_causes import counts_causes, samples_in_words
 from .counts import Decomposition, decompose
 from .coupling import NEGLIGIBLE, coupling_modules, loss_couples, whole_batch_outputs
 from .evidence import Failure
@@ -21,11 +21,13 @@ from .float64 import DOUBLE
 from .gradients import compare_window
 from .loss_terms import name_of
 from .micro_batches import even_micro_batches, is_partition
+from .model_causes import modes_cause, without_gradient_cause
 from .nested import batch_size
+from .new_loops import new_loop_in_words
 from .problem import Problem, copy_in
 from .ranks import all_gather, world_size
 from .rounding import larger_batch_of
-from .term_causes import not_a_sum_cause, term_causes
+from .term_causes import WHOLE_WINDOW_LOSS, not_a_mean_cause, not_a_sum_cause, term_causes
 
 # Sources of causes that say what is wrong, but not where: other experiments are tried too.
 UNEXPLAINED = ("unknown", "another loss", "underflow")
@@ -33,10 +35,6 @@ WITHOUT_STATISTICS = (
     "take a norm without statistics over samples (GroupNorm), or over groups that both share "
     "(ghost batch norm), or freeze the statistics; accumexp's window can take those of the whole window "
     "(accumexp.accum.window_batch_norm, model.norm=window)"
-)
-WHOLE_WINDOW_LOSS = (
-    "compute the loss on all outputs of the window at once, then go back through the micro-batches "
-    "(Gao et al., arXiv 2101.06983)"
 )
 WHOLE_WINDOW_OUTPUT = (
     "return what it is computed from, a row for each sample, and compute it in the loss on all outputs of "
@@ -66,8 +64,12 @@ def diagnose(problem: Problem, failure: Failure, first_window: bool) -> tuple[li
     causes += explained
     if not explained and (cause := _changed_buffers_cause(failure)):
         return [*causes, cause], counts
+    if not explained and (cause := modes_cause(problem, failure) or without_gradient_cause(failure)):
+        return [*causes, cause], counts
     if not explained and not failure.precision:
         causes += _coupled(problem, failure) + _coupling_loss(problem, failure, parts)
+        if not causes and parts is not None and (cause := not_a_mean_cause(problem, failure, parts)):
+            causes.append(cause)
     return (causes or [_unexplained(problem, failure, parts)]), counts
 
 
@@ -283,7 +285,7 @@ def _unexplained(problem: Problem, failure: Failure, parts: Decomposition | None
             reason += underflow
     else:
         samples = samples_in_words(problem, failure)
-        texts = [samples, single_micro_batch_in_words(problem, failure, parts)]
+        texts = [samples, new_loop_in_words(problem, failure, parts)]
         reason += "".join(f"; {text}" for text in texts if text)
         if samples:
             source, advice = (

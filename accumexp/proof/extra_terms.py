@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 
 import torch
 
 from .counts import Decomposition
-from .float64 import DOUBLE
 from .larger_batch import Gradient, clamped, clipped, dot, norm
 from .nested import batch_size
-from .observation import observe
-from .problem import Problem, TrainingState, cast, rows
+from .new_loops import gradient_of_new_loop
+from .problem import Problem, rows
 from .rounding import larger_batch_of, part_gradient, perturbed_model, transformed
 
+OWN_WINDOW = "give the optimizer the gradient of the window that it ends"
 ZERO = "set the gradients of all parameters to zero before each window"
 MOVE_ONCE = "move the weights once, along the whole window's gradient, then compute the window again"
 ONCE = "add it once a window, or divide it by the number of micro-batches as the loss is"
@@ -37,7 +35,8 @@ def term_in_words(problem: Problem, parts: Decomposition, names: list[str]) -> t
     if norm(rest) <= parts.tolerance * size:
         return None
     return (
-        _carried_over(parts, rest, size)
+        _of_the_window_before(parts, names, size)
+        or _carried_over(parts, rest, size)
         or _decay(problem, parts, rest, size, gradient)
         or _unmoved(problem, parts, rest, size, gradient)
         or _moved_by_each(problem, parts, names, size)
@@ -56,6 +55,16 @@ def _factor(rest: Gradient, term: Gradient, size: float, tolerance: float) -> fl
     left = norm({name: value - factor * term[name] for name, value in rest.items()})
     explained = left <= tolerance * max(size, abs(factor) * math.sqrt(square))
     return factor if explained and left <= LEFT * norm(rest) else None
+
+
+def _of_the_window_before(parts: Decomposition, names: list[str], size: float) -> tuple[str, str] | None:
+    """Whether the gradient is the one of the window before, and this window's own is not in it."""
+    gradient = {name: parts.gradient[name] for name in names}
+    factor = _factor(gradient, parts.failure.previous or {}, size, parts.tolerance)
+    if factor is None:
+        return None
+    times = "" if abs(factor - 1) < 0.01 else f", {factor:.3g}-fold"
+    return f"the gradient is that of the window before{times}: this window's does not count", OWN_WINDOW
 
 
 def _carried_over(parts: Decomposition, rest: Gradient, size: float) -> tuple[str, str] | None:
@@ -99,7 +108,7 @@ def _decay(
             return f"{reason}: divided by {number}" if divided else reason, WHOLE_OF_IT
         if factor < 0:
             return f"{-factor:.4g} times {what} is missing in {gradient}", WHOLE_OF_IT
-        single = gradient_in_one(problem, parts)
+        single = gradient_of_new_loop(problem, parts, steps=1)
         once = None if single is None else {name: single[name] - _sum(parts, name) for name in rest}
         per_window = _factor(once, term, size, parts.tolerance) if once is not None else None
         if per_window is not None and abs(factor - number * per_window) <= 1e-3 * abs(factor):
@@ -175,21 +184,6 @@ def _labels_of_others(
         "the targets of samples 0, 1, 2, 3, ..."
     )
     return reason, "cut inputs and targets in the same way"
-
-
-def gradient_in_one(problem: Problem, parts: Decomposition) -> Gradient | None:
-    """The gradient of the loop's single micro-batch of the failing batch, from the same weights.
-
-    None if the loop fails on it, or if there are several ranks.
-    """
-    if parts.ranks > 1:
-        return None
-    single = replace(problem, model=copy.deepcopy(parts.failure.model), steps=1)
-    try:
-        gradient = observe(TrainingState(single, DOUBLE), cast(parts.failure.batch, DOUBLE)).gradient
-    except Exception:
-        return None
-    return None if gradient is None else {name: g.double() for name, g in gradient.items()}
 
 
 def clipping_in_words(problem: Problem, parts: Decomposition, names: list[str]) -> tuple[str, str] | None:

@@ -28,12 +28,16 @@ class ForwardPass:
         samples: their numbers; None if its rows are not in the batch.
         size: number of samples.
         random_state: hash of torch's generator states before it.
+        training: names of the model's modules in train mode.
+        draws: whether it changes the generator; not known of a part of the model, and taken as so.
         backward: whether a gradient came back to its outputs.
     """
 
     samples: list[int] | None
     size: int
     random_state: bytes
+    training: set[str]
+    draws: bool = True
     backward: bool = False
 
 
@@ -123,7 +127,8 @@ class ForwardPasses:
 
     def _pass(self, samples: list[int] | None, inputs: Any) -> ForwardPass:
         size = row_count(inputs) if samples is None else len(samples)
-        begun = ForwardPass(samples, size, random_state(self._device))
+        training = {name for name, module in self._model.named_modules() if module.training}
+        begun = ForwardPass(samples, size, random_state(self._device), training)
         self._on_pass(begun, [tensor for tensor in tensors(inputs) if not is_transformed(tensor)])
         return begun
 
@@ -133,6 +138,9 @@ class ForwardPasses:
             return
         begun = self._open.pop()
         if begun is not None:
+            if module is self._model:
+                with outside_transforms():
+                    begun.draws = random_state(self._device) != begun.random_state
             for tensor in tensors(outputs):
                 if is_transformed(tensor):
                     begun.backward = True  # a transform of torch.func always goes back

@@ -28,7 +28,7 @@ def item_counts(
     Arguments and results are those of `likely_counts`.
     """
     yield from likely_counts(leaf, where, alone, ignore_index)
-    if not alone and _is_mask(leaf):
+    if not alone and is_mask(leaf):
         return
     for value in leaf.unique()[:VALUES].tolist():
         yield f"{{:g}} {where} other than {value:g}", functools.partial(_other_than, value)
@@ -50,7 +50,7 @@ def likely_counts(
     """
     if leaf.is_floating_point():
         yield f"{{:g}} {where} that are not nan", functools.partial(_other_than, math.nan)
-    if not alone and _is_mask(leaf):
+    if not alone and is_mask(leaf):
         yield f"the {{:g}} elements of a mask among the {where}", functools.partial(_other_than, 0)
         return
     if not leaf.is_floating_point():
@@ -66,7 +66,7 @@ def likely_counts(
             yield text, lambda rows, v=value: _other_than(v, rows[:, 1:])
 
 
-def _is_mask(leaf: Tensor) -> bool:
+def is_mask(leaf: Tensor) -> bool:
     return bool(((leaf == 0) | (leaf == 1)).all())
 
 

@@ -44,7 +44,8 @@ class Observation:
         rates: learning rate of every parameter group in the first step.
         micro_batches: sample numbers of each forward pass; None for one with rows that are not in the batch.
         sizes: number of samples in each forward pass.
-        random_states: hash of torch's generator states before each forward pass.
+        random_states: hash of torch's generator states before each forward pass that draws.
+        training: names of the modules in train mode in each forward pass.
         arrived: sum in fp64 of the gradients that autograd delivered, before rounding into `.grad`.
         arrived_norms: sums of their 2-norms.
         arrivals: how often gradients arrived at a parameter, at most.
@@ -69,6 +70,7 @@ class Observation:
     micro_batches: list[list[int] | None] = field(default_factory=list)
     sizes: list[int] = field(default_factory=list)
     random_states: list[bytes] = field(default_factory=list)
+    training: list[set[str]] = field(default_factory=list)
     arrived: Gradient = field(default_factory=dict)
     arrived_norms: dict[str, float] = field(default_factory=dict)
     arrivals: int = 0
@@ -137,7 +139,6 @@ def observing(
         begun_passes.append(begun)
         observation.micro_batches.append(begun.samples)
         observation.sizes.append(begun.size)
-        observation.random_states.append(begun.random_state)
         if saved is not None:
             inputs_alive.extend(inputs)
             saved.exclude(inputs)
@@ -205,7 +206,8 @@ def observing(
     }
     observation.micro_batches = [each.samples for each in passes.passes]
     observation.sizes = [each.size for each in passes.passes]
-    observation.random_states = [each.random_state for each in passes.passes]
+    observation.random_states = [each.random_state for each in passes.passes if each.draws]
+    observation.training = [each.training for each in passes.passes]
 
 
 def _sizes(tensors_by_name: Mapping[str, Tensor]) -> dict[str, float]:

@@ -67,7 +67,9 @@ def find_causes(
         # Statistics that the first micro-batch gives all others are no micro-batch's own.
         given = {cause.where for cause in others if cause.source == state_causes.FIRST_ALONE}
         causes = [each for each in causes if each.source != "batch statistics" or each.where not in given]
-        causes = [*causes, *others] if explained or not others else others
+        # That a stop is noticed does not tell why the gradient is wrong.
+        unexplained = not explained and all(cause.source == "resume" for cause in others)
+        causes = [*causes, *others] if explained or unexplained else others
     except Exception as error:
         text = f"the search for the cause failed: {type(error).__name__}: {' '.join(str(error).split())}"
         causes.append(Cause("unknown", "", text, math.nan, "", "the checks that failed stand without it"))

@@ -11,9 +11,10 @@ from .counts import Decomposition
 from .coupling import NEGLIGIBLE
 from .evidence import Failure
 from .float64 import DOUBLE
-from .larger_batch import loss_and_terms
+from .larger_batch import loss_and_terms, norm
 from .loss_scopes import scope_cause
 from .loss_shares import SharesByTerm
+from .loss_terms import name_of
 from .nested import batch_size, cloned, map_tensors
 from .problem import Problem, copy_in, rows
 from .ranks import all_gather
@@ -25,6 +26,12 @@ SHOWN = "the terms' own gradients times those counts leave nothing of it"
 DECLARE = (
     "return its total and its weight, or set couples = True on a loss whose samples depend on each other"
 )
+WHOLE_WINDOW_LOSS = (
+    "compute the loss on all outputs of the window at once, then go back through the micro-batches "
+    "(Gao et al., arXiv 2101.06983)"
+)
+# Largest share of the difference from the larger batch that the micro-batches' own losses may leave.
+NEGLIGIBLE_REST = 0.01
 # Terms that are named one by one.
 NAMED = 4
 
@@ -86,6 +93,21 @@ def not_a_sum_cause(problem: Problem, failure: Failure, parts: Decomposition) ->
         shown = f"{right[0] / right[1]:.6g} on the batch, {added[0] / added[1]:.6g} by micro-batches"
         return failure.cause("loss average", reason, shown, DECLARE)
     return None
+
+
+def not_a_mean_cause(problem: Problem, failure: Failure, parts: Decomposition) -> Cause | None:
+    """The cause if the micro-batches' own losses make the gradient: the loss is no mean over samples."""
+    fit = parts.fit(parts.gradient)
+    if fit is None or not all(map(parts.is_one, fit.counts)) or parts.shares is not None:
+        return None
+    exact = failure.expected.larger.gradient
+    off = {name: torch.stack([part[name] for part in parts.parts]).sum(0) - exact[name] for name in exact}
+    if norm(parts.rest()) > NEGLIGIBLE_REST * norm(off):
+        return None  # rounding, say, of which the parts have as little as the larger batch
+    samples = batch_size(failure.batch)
+    reason = f"loss ({name_of(problem.loss)}) of {samples} samples is not the mean of its micro-batches'"
+    shown = "the gradients of the loss on each micro-batch leave nothing of it"
+    return failure.cause("loss average", reason, shown, WHOLE_WINDOW_LOSS)
 
 
 def _in_words(parts: Decomposition, name: str, counts: list[float]) -> str:

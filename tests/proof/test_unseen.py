@@ -66,6 +66,17 @@ WORDS = {
     "overflow_ignored": "in any micro-batch does not skip the window: it changes all 4 parameters",
     "overflow_hidden": "an overflow in micro-batch 0, 1 or 2 does not skip the window",
     "new_scaler_every_window": "the loss scale never moves",
+    "gradient_of_the_window_before": "that of the window before: this window's does not count, from update 2",
+    "gradient_two_windows_late": "a loop that has just begun is right on this window",
+    "dropout_in_the_first_alone": "the model is in eval mode in micro-batch 1, 2, 3, not in the others",
+    "hardest_of_each_micro_batch": "loss (half_of_the_largest): couples samples",
+    "frequencies_of_each_micro_batch": "(by_frequency) of 24 samples is not the mean of its micro-batches'",
+    "slopes_of_each_micro_batch": "of 24 samples is not the mean of its micro-batches'",
+    "tied_weight_divided_by_module": "divided by 64 items twice",
+    "unscaled_after_every_micro_batch": "each one multiplies what .grad holds by 0.0625",
+    "inputs_with_a_gradient": "the larger batch gives net.body.weight, net.body.bias no gradient",
+    "mask_of_each_micro_batch": "elements of a mask among the outputs, not 24 samples",
+    "hidden_state_kept_in_the_window": "the model's outputs in micro-batch 1, 2, 3 are not those on",
 }
 BY_NAME = {case.name: case for case in CASES}
 

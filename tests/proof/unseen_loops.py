@@ -3,6 +3,7 @@
 from tests.proof import (
     unseen_architectures,
     unseen_buffers,
+    unseen_causes,
     unseen_clipping,
     unseen_coupled,
     unseen_cut,
@@ -39,5 +40,6 @@ MODULES = (
     unseen_models,
     unseen_architectures,
     unseen_networks,
+    unseen_causes,
 )
 CASES: list[Case] = [case for module in MODULES for case in module.BOOK]
