@@ -34,9 +34,9 @@ class OneGradientPerTerm(SeveralDenominators):
         self._coefficients: dict[str, float] = {}
 
     def value_and_share(self, k: int, outputs: object, targets: Nested) -> tuple[Tensor, Tensor]:
-        terms = self.loss.terms(outputs, targets)
-        late = {name: term for name, term in terms.items() if self._key(name, term) not in self._weights}
-        self._late, self._names = late, list(terms)
+        terms = self._terms_of(k, outputs, targets)
+        late = {name: terms[name] for name in self._late_of(terms)}
+        self._late = late
         self._latest = {name: term for name, term in terms.items() if name not in late}
         first = next(iter(terms.values())).total.reshape(())
         self._dtype = first.dtype
@@ -76,20 +76,21 @@ class OneGradientPerTerm(SeveralDenominators):
 
     def add_last(self, agree: Callable[..., bool] | None) -> None:
         """Divides the late terms' gradients by their weights over all ranks, and adds them to `.grad`."""
-        names = tuple(self._coefficients)
-        self.loss.late = names
-        if not names:
-            return
-        if agree is not None:
+        if agree is not None and (self.loss.names is None or self._names.late):
             agree(False, more=True)
-        summed = self._over_ranks(
-            {f"{kind} {name}": self._numbers[name, kind] for name, kind in self._numbers}
-        )
-        for name in names:
-            weight, rank_total = summed[f"weight {name}"], self._numbers[name, "total"]
+        self._names.agree()
+        keys = [(name, kind) for name in self._names.late for kind in ("total", "weight")]
+        if not keys:
+            return
+        # A rank may lack a term.
+        none = torch.zeros((), dtype=self._dtype, device=self._device)
+        numbers = {key: self._numbers.get(key, none) for key in keys}
+        summed = self._over_ranks({f"{kind} {name}": numbers[name, kind] for name, kind in keys})
+        for name in self._names.late:
+            weight, rank_total = summed[f"weight {name}"], numbers[name, "total"]
             total = torch.as_tensor(summed[f"total {name}"]).to(rank_total)
             self._weights[name] = weight
-            share = self._coefficients[name] * reciprocal_of(weight, rank_total)
+            share = self._coefficients.get(name, 0.0) * reciprocal_of(weight, rank_total)
             self._totals[name] = rank_total * share
             # The derivative of total / weight by the weight is -total / weight^2.
             self._add((name, "total"), share)

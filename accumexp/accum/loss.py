@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from torch.nn.modules.loss import _Loss
 
 from .batch import Nested, batch_size
+from .refusals import LossRefused
 from .terms import SeveralTerms, TermsLoss, as_terms, sum_of, terms_loss
 
 REDUCTIONS = ("mean", "sum", "none", "batchmean")
@@ -68,6 +69,11 @@ class MeanOverSamples(_CriterionLoss):
         if isinstance(loss, Mapping):
             self.returns_terms = True
             return sum_of(as_terms(loss, targets)) * batch_size(targets)
+        if not isinstance(loss, Tensor):
+            kind = type(loss).__name__
+            raise LossRefused(
+                f"the loss returned a {kind}: a tensor, or a mapping of terms by name, is needed"
+            )
         return (loss.mean() if loss.dim() else loss) * batch_size(targets)
 
 

@@ -22,6 +22,7 @@ from .batch import Nested, tensors
 from .forward_state import ForwardState, Generators
 from .memory import SavedActivations, measure_activations
 from .norm_levels import Call, Marked, check_norms, groups_of, levels_of
+from .refusals import ModelRefused
 from .sync import Sync
 from .window_batch import WindowBatch
 from .window_norm import Statistics, WindowBatchNorm, normalised
@@ -33,6 +34,10 @@ OTHER, OTHER_FP64 = 1e-2, 1e-6
 OTHER_CALLS = (
     "a norm over the window has to be called in every micro-batch, in the same order; the model calls it "
     "depending on the data or on draws"
+)
+UNSEEN = (
+    "this norm over the window takes part in the loss in a way that its first passes did not show: give "
+    "use_reentrant=False where the model is checkpointed, and let every micro-batch use the norm's output"
 )
 
 
@@ -73,6 +78,7 @@ class WindowNorms:
         self._start = ForwardState(parts, self._parameter.device)
         self._statistics: dict[Call, Statistics] = {}  # of the window, in the order of the calls
         self._sums: dict[Call, Tensor] = {}  # (2, channels) for each call
+        self._complete = False  # whether all sums are known
         # Of the pass:
         self._micro_batch = 0
         self._counts: dict[int, int] = {}  # calls of each module in this forward
@@ -108,7 +114,7 @@ class WindowNorms:
         if self._collected is not None:
             statistics = self._collect(call, statistics, input, padding)
         if statistics is None:
-            raise ValueError(f"{self._name(call)}: {OTHER_CALLS}")
+            raise ModelRefused(f"{self._name(call)}: {OTHER_CALLS}")
         if self._comparing and not padding:
             difference = Statistics.of(input).mean - self._means[self._micro_batch, call]
             self._differences.append((difference / (statistics.variance + module.eps).sqrt()).abs().max())
@@ -121,8 +127,18 @@ class WindowNorms:
         if self._kept is not None:
             self._kept_before[call] = self._kept.live_bytes
         # The sums are those at the time of the backward: a graph may be kept while they are found.
-        sums = (lambda: None) if padding else partial(self._sums.get, call)
+        sums = (lambda: None) if padding else partial(self._sums_of, call)
         return normalised(module, input, statistics, sums, mark)
+
+    def _sums_of(self, call: Call) -> Tensor | None:
+        """The sums of a call, in its backward; None while they are being found.
+
+        Raises:
+            RuntimeError: if they were not found, because the sweeps saw no graph from the loss to the call.
+        """
+        if self._complete and call not in self._sums:
+            raise ModelRefused(f"{self._name(call)}: {UNSEEN}")
+        return self._sums.get(call)
 
     def _collect(self, call: Call, statistics: Statistics | None, input: Tensor, padding: bool) -> Statistics:
         """In a pass for statistics: those to normalise `input` by.
@@ -151,7 +167,7 @@ class WindowNorms:
         if torch._C._current_graph_task_id() != -1:  # the second forward of a checkpointed part
             if self._counts.get(number) == 1:
                 return number, 0
-            raise RuntimeError(f"{self._name((number, 0))}: called several times and checkpointed")
+            raise ModelRefused(f"{self._name((number, 0))}: called several times and checkpointed")
         before = self._counts.get(number, 0)
         self._counts[number] = before + 1
         return number, before
@@ -180,7 +196,7 @@ class WindowNorms:
         for order in self._orders:
             for call, other in zip_longest(calls, order):
                 if call != other:
-                    raise ValueError(f"{self._name(call or other)}: {OTHER_CALLS}")
+                    raise ModelRefused(f"{self._name(call or other)}: {OTHER_CALLS}")
         for call in calls:
             self._target = call
             if self._statistics:
@@ -206,7 +222,7 @@ class WindowNorms:
                 [Statistics.unpacked(each) for each in ranks.gather(statistics.packed())]
             )
         if self._values < 2 and float(statistics.count) < 2:
-            raise ValueError(f"{self._name(call)}: Expected more than 1 value per channel when training")
+            raise ModelRefused(f"{self._name(call)}: Expected more than 1 value per channel when training")
         return statistics
 
     def _wait_for_ranks(self) -> None:
@@ -231,6 +247,7 @@ class WindowNorms:
                 self._comparing = False
                 self._check()
             self.sweeps += 1
+        self._complete = True
         self._start.restore()
 
     def _value(self, k: int, inputs: Nested, targets: Nested, wanted: set[Call], value_of: ValueOf) -> Marked:
@@ -283,7 +300,7 @@ class WindowNorms:
     def _check(self) -> None:
         tolerance = OTHER_FP64 if self._parameter.dtype is torch.float64 else OTHER
         if self._differences and float(torch.stack(self._differences).max()) > tolerance:
-            raise RuntimeError(
+            raise ModelRefused(
                 "a second forward pass gave other means than the first; the model draws from NumPy or from a "
                 "generator of its own, or changes what is neither a parameter nor a buffer"
             )

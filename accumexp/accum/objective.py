@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -11,7 +11,9 @@ from torch import Tensor
 from .batch import Nested, batch_size
 from .denominators import Denominators, as_number, reciprocal_of
 from .loss import WindowLoss
+from .refusals import LossRefused
 from .sync import Sync
+from .term_names import REMEDY, TermNames, check_counts
 from .terms import CoupledLoss, SampleMean, SeveralTerms, Term, sum_of
 from .two_passes import FirstPass, GivenGradients, WindowOutputs, floating
 from .window_batch import WindowBatch
@@ -118,36 +120,47 @@ class SeveralDenominators(Objective):
         self._dtype = torch.float32  # of the totals
         self._totals: dict[str, Tensor] = {}  # by term: of this rank, detached
         self._latest: Mapping[str, Term] = {}
-        self._names: list[str] = []  # in the order of the loss
         self._late_totals: dict[str, Tensor] = {}  # of late terms, over all ranks
-        parts = [loss.weights(targets) for targets in batch.targets]
-        counted = {name: sum((part[name] for part in parts[1:]), parts[0][name]) for name in parts[0]}
+        counted: dict[str, Tensor | float] = {}
+        for targets in batch.targets:
+            for name, weight in loss.weights(targets).items():
+                counted[name] = counted[name] + weight if name in counted else weight
+        self._names = TermNames(loss, sync.ranks, list(counted))
         self._weights = self._over_ranks({SAMPLES: float(sum(batch.sizes)), **counted})
 
     def prepare(self, first_pass: FirstPass) -> None:
         sums: dict[str, Tensor | float] = {}
-        late: list[str] = []
+        first = self.loss.names is None
 
         def add(k: int, outputs: Any, targets: Nested) -> None:
             terms = self.loss.terms(outputs, targets)
-            late[:] = [name for name, term in terms.items() if self._key(name, term) not in self._weights]
-            for name in late if self.batch.sizes[k] else ():
+            if not self.batch.sizes[k]:
+                return
+            late = self._late_of(terms)
+            self._names.add(terms, late)
+            for name in [name for name in terms if name in self._names.counted or name in late]:
                 for kind, number in (("total", terms[name].total), ("weight", terms[name].weight)):
                     sums[f"{kind} {name}"] = sums.get(f"{kind} {name}", 0.0) + number
 
         first_pass.run(add)
-        self.loss.late = tuple(late)
-        if not late:
+        if first or self._names.late:
+            first_pass.agree()
+        self._names.agree()
+        late = self._names.late
+        counted = self._names.counted if first else []
+        added = [*late, *counted]
+        if not added:
             return
-        first_pass.agree()
-        keys = [f"{kind} {name}" for name in late for kind in ("total", "weight")]
+        keys = [f"{kind} {name}" for name in added for kind in ("total", "weight")]
         summed = self._over_ranks({key: sums.get(key, 0.0) for key in keys})
+        returned = {name: summed[f"weight {name}"] for name in counted}
+        check_counts({name: self._weights[name] for name in counted}, returned)
         for name in late:
             self._weights[name] = summed[f"weight {name}"]
             self._late_totals[name] = torch.as_tensor(summed[f"total {name}"])
 
     def value_and_share(self, k: int, outputs: Any, targets: Nested) -> tuple[Tensor, Tensor]:
-        terms = self.loss.terms(outputs, targets)
+        terms = self._terms_of(k, outputs, targets)
         values = []
         for name, term in terms.items():
             total = term.total.reshape(())
@@ -159,7 +172,7 @@ class SeveralDenominators(Objective):
                 slope = -self._late_totals[name].to(total.dtype) * self._reciprocal(name, term, total)
                 weight = term.weight.reshape(())
                 values.append((weight - weight.detach()) * slope * factor)
-        self._latest, self._names = terms, list(terms)
+        self._latest = terms
         value = sum(values[1:], values[0])
         return value, torch.ones_like(value)
 
@@ -171,17 +184,32 @@ class SeveralDenominators(Objective):
         self._latest = {}
 
     def mean(self) -> Tensor:
-        parts = list(self.terms().values())
-        return sum(parts[1:], parts[0])
+        return _sum(self.terms().values())
 
     def terms(self) -> Mapping[str, Tensor]:
         # A rank of padding alone has no totals, and adds zeros to the others'.
         zero = torch.zeros((), dtype=self._dtype, device=self._device)
-        return {name: self._totals.get(name, zero.clone()) for name in self._names}
+        return {name: self._totals.get(name, zero.clone()) for name in self.loss.names or ()}
 
     @property
     def weight(self) -> Tensor | float:
         return self._weights[SAMPLES]
+
+    def _terms_of(self, k: int, outputs: Any, targets: Nested) -> Mapping[str, Term]:
+        """The terms of micro-batch `k`, in a pass with backward."""
+        terms = self.loss.terms(outputs, targets)
+        self._names.check_coefficients(terms)
+        if not self.passes and self.batch.sizes[k]:
+            self._names.add(terms, self._late_of(terms))
+        return terms
+
+    def add_last(self, agree: Callable[..., bool] | None) -> None:
+        if not self.passes:
+            self._names.agree()
+
+    def _late_of(self, terms: Mapping[str, Term]) -> list[str]:
+        """Those of `terms` whose weights are not known yet."""
+        return [name for name, term in terms.items() if self._key(name, term) not in self._weights]
 
     def _key(self, name: str, term: Term) -> str:
         return SAMPLES if isinstance(term, SampleMean) else name
@@ -189,7 +217,7 @@ class SeveralDenominators(Objective):
     def _reciprocal(self, name: str, term: Term, like: Tensor) -> Tensor:
         key = self._key(name, term)
         if key not in self._weights:
-            raise ValueError(f"the loss returned a term {name!r} that it did not return before")
+            raise LossRefused(f"the loss returned a term {name!r} that it did not return before: {REMEDY}")
         return reciprocal_of(self._weights[key], like)
 
     def _over_ranks(self, sums: Mapping[str, Tensor | float]) -> dict[str, Tensor | float]:
@@ -245,8 +273,7 @@ class Coupled(Objective):
         return value, torch.ones_like(value)
 
     def mean(self) -> Tensor:
-        parts = list(self._terms.values())
-        return sum(parts[1:], parts[0])
+        return _sum(self._terms.values())
 
     def terms(self) -> Mapping[str, Tensor]:
         return self._terms if len(self._terms) > 1 else {}
@@ -254,3 +281,9 @@ class Coupled(Objective):
     @property
     def weight(self) -> Tensor | float:
         return self._samples
+
+
+def _sum(parts: Iterable[Tensor]) -> Tensor:
+    """The sum of `parts`, in memory of its own: a window adds it and them over the ranks, in place."""
+    first, *others = parts
+    return sum(others, first.clone())

@@ -45,6 +45,14 @@ class Ranks:
         dist.all_gather(gathered, tensor.contiguous(), self.group)
         return gathered
 
+    def objects(self, value: Any) -> list[Any]:
+        """The objects of all ranks, in their order. The hosts wait for each other."""
+        if self.size == 1:
+            return [value]
+        gathered: list[Any] = [None] * self.size
+        dist.all_gather_object(gathered, value, self.group)
+        return gathered
+
     def sum_soon(self, tensor: Tensor) -> Callable[[], None]:
         """Starts `sum` asynchronously. Returns a function that waits for it."""
         work: Any = dist.all_reduce(tensor, dist.ReduceOp.SUM, self.group, async_op=True)

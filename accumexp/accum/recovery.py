@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from .batch import Nested, batch_size
+from .choose_objective import trained_parameters
 from .forward_state import ForwardState
 from .memory import is_out_of_memory
 from .sync import DataParallelSync
@@ -80,6 +81,8 @@ class Recovery:
             return "a fully sharded model waits for all ranks in every forward: none goes back alone"
         if window.reduction == "sum":
             return "a sum of micro-batch means grows with the micro-batches: more of them are another update"
+        if trained_parameters(window.loss):
+            return "the loss has parameters, whose gradients are not restored: make them the model's"
         if window.sync.ranks.size > 1:
             parts = [part for part in (window.model, window.loss) if isinstance(part, nn.Module)]
             if any(isinstance(module, nn.SyncBatchNorm) for part in parts for module in part.modules()):

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .batch import Nested, batch_size
+from .refusals import LossRefused
 
 
 class Term(NamedTuple):
@@ -87,13 +88,19 @@ class SeveralTerms(_Terms):
 
     def __init__(self, criterion: Any) -> None:
         super().__init__(criterion)
-        # The terms whose weights depend on the outputs; None before the first window.
+        # All terms, and those whose weights depend on the outputs; None before the first window.
+        self.names: tuple[str, ...] | None = None
         self.late: tuple[str, ...] | None = None
 
     def weights(self, targets: Any) -> Mapping[str, Tensor | float]:
-        """The weights that depend on the targets alone, by term."""
+        """The weights that depend on the targets alone, by term.
+
+        Raises:
+            ValueError: for a weight that is not one number.
+        """
         counted = getattr(self.criterion, "weights", None)
-        return {} if counted is None else counted(targets)
+        weights = {} if counted is None else counted(targets)
+        return {name: _one_weight(name, weight) for name, weight in weights.items()}
 
     def terms(self, outputs: Any, targets: Any) -> Mapping[str, Term]:
         terms = getattr(self.criterion, "terms", self.criterion)
@@ -129,19 +136,39 @@ def as_terms(value: Any, targets: Any) -> dict[str, Term]:
     """
     if not isinstance(value, Mapping) or not value:
         kind = "an empty mapping" if isinstance(value, Mapping) else f"a {type(value).__name__}"
-        raise ValueError(f"a loss of several terms returns a mapping of terms by name, not {kind}")
+        raise LossRefused(f"a loss of several terms returns a mapping of terms by name, not {kind}")
     terms = {}
     for name, term in value.items():
         if isinstance(term, Tensor):
             count = batch_size(targets)
-            term = SampleMean(term * count, float(count))
+            term = SampleMean(_wide(term) * count, float(count))
         if not isinstance(term, Term):
-            raise ValueError(f"term {name!r} is a {type(term).__name__}: a tensor or a Term is needed")
+            raise LossRefused(f"term {name!r} is a {type(term).__name__}: a tensor or a Term is needed")
+        if not isinstance(term.total, Tensor):
+            kind = type(term.total).__name__
+            raise LossRefused(f"term {name!r} has a total that is a {kind}: a tensor is needed")
         if term.total.numel() != 1:
             shape = tuple(term.total.shape)
-            raise ValueError(f"term {name!r} has a total of shape {shape}: one number is needed")
-        terms[str(name)] = term
+            raise LossRefused(f"term {name!r} has a total of shape {shape}: one number is needed")
+        terms[str(name)] = term._replace(total=_wide(term.total), weight=_one_weight(name, term.weight))
     return terms
+
+
+def _wide(total: Tensor) -> Tensor:
+    """`total` as a floating-point number of fp32 or more: it is divided by the weight of a window."""
+    if not total.is_floating_point():
+        return total.to(torch.get_default_dtype())
+    return total.float() if total.element_size() < 4 else total
+
+
+def _one_weight(name: object, weight: Tensor | float) -> Tensor | float:
+    """`weight`, where it is one number; a bool as an integer, because bools add up to a bool."""
+    if not isinstance(weight, Tensor):
+        return weight
+    if weight.numel() != 1:
+        shape = tuple(weight.shape)
+        raise LossRefused(f"term {name!r} has a weight of shape {shape}: their sum is needed")
+    return weight.long() if weight.dtype is torch.bool else weight
 
 
 def sum_of(terms: Mapping[str, Term]) -> Tensor:

@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 from .batch import Nested
 from .forward_state import ForwardState, Generators
 from .ranks import Ranks
+from .refusals import ModelRefused
 from .sync import Sync
 from .window_batch import WindowBatch
 
@@ -102,7 +103,7 @@ class FirstPass:
         differences = torch.stack(self._differences).tolist()
         other = [k for k, difference in enumerate(differences) if difference > tolerance]
         if other:
-            raise RuntimeError(
+            raise ModelRefused(
                 f"micro-batch {other[0]}: its second forward pass gave other outputs than the first; the "
                 "model draws from NumPy or a generator of its own, or changes what is neither a parameter "
                 "nor a buffer"
@@ -126,7 +127,7 @@ class WindowOutputs:
         """Adds the values of micro-batch `k`; those of padding have no rows."""
         leaves, spec = pytree.tree_flatten(values)
         if self._spec is not None and spec != self._spec:
-            raise ValueError(f"micro-batch {k} has outputs or targets of another structure than the first")
+            raise ModelRefused(f"micro-batch {k} has outputs or targets of another structure than the first")
         self._spec = spec
         self._leaves.append([self._rows(k, leaf) for leaf in leaves])
 
@@ -134,7 +135,7 @@ class WindowOutputs:
         if not isinstance(leaf, Tensor):
             return leaf
         if not leaf.dim():
-            raise ValueError(
+            raise ModelRefused(
                 "the loss couples samples, so it is computed on the outputs of the whole window, and one of "
                 "them has no dimension of samples: a number for each micro-batch cannot be joined"
             )
@@ -161,7 +162,7 @@ class WindowOutputs:
             alone = [torch.cat(column) for column in columns]
         except RuntimeError as error:
             shapes = sorted({tuple(part.shape[1:]) for column in columns for part in column})
-            raise ValueError(
+            raise ModelRefused(
                 f"the loss couples samples, and the window's outputs cannot be joined: shapes {shapes} of "
                 "one sample in its micro-batches; pad them alike"
             ) from error

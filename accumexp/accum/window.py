@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .batch import Nested, call
 from .buffers import Fp32Buffers
-from .choose_objective import LateWeights, check_late_weights, objective_of, passes_of
+from .choose_objective import LateWeights, check_late_weights, check_loss_parameters, objective_of, passes_of
 from .forward_state import ForwardState
 from .loss import MeanOverSamples, WindowLoss, window_loss
 from .norm_levels import check_norms
@@ -58,8 +58,7 @@ class Window:
             communication, but no unsharded gradient is kept between micro-batches.
         local_loss: do not add the other ranks' loss to the result, which saves a collective.
         late_weights: how the weights of terms are counted that depend on the outputs: in a "first_pass"
-            without gradients, or by "gradients", one buffer of the size of the gradient, and one backward of
-            every micro-batch, for each such term.
+            without gradients, or by "gradients", a buffer and a backward of every micro-batch for each term.
 
     Attributes:
         model: the model without its wrapper.
@@ -102,6 +101,7 @@ class Window:
         self.steps = steps
         self.reduction: Reduction = reduction
         self._use_loss(window_loss(loss))
+        check_loss_parameters(self.loss, self.sync, loss_scale)
         self.autocast = autocast
         self.loss_scale = loss_scale
         self.local_loss = local_loss
@@ -112,7 +112,7 @@ class Window:
         self.under_way = 0
         self._objective: Objective | None = None
         self._norms: WindowNorms | None = None
-        self._called = False  # whether the loss was called once
+        self._called = False  # whether the loss was called once, and by the kind that it is
         self._compared = False  # whether the two passes of a window were compared once
         self._buffers = Fp32Buffers(model.parameters()) if fp32_buffers else None
 
@@ -163,6 +163,8 @@ class Window:
             pass  # which holds the graph of the first micro-batch
         assert start is not None and self._objective is not None
         self._objective.wait()
+        if agree is not None:  # of a rank that has failed, the next collective would be another one
+            agree(False, more=True)
         start.restore()
         self._use_loss(window_loss(self.loss))
         return self._with_norms(batch, weight, observe, agree)
@@ -188,7 +190,6 @@ class Window:
         observe: Observer | None,
         agree: Callable[..., bool] | None,
     ) -> WindowResult:
-        self._called = True
         by_step = self.reduction == "sum"
         objective = objective_of(self.loss, self.sync, batch, by_step, weight, self.late_weights)
         self._objective = objective
@@ -263,6 +264,7 @@ class Window:
         value = self._objective.value_and_share(k, outputs, targets)
         if getattr(self.loss, "returns_terms", False):
             raise _ReturnsTerms
+        self._called = True
         return value
 
     def _first_pass(self, batch: WindowBatch, agree: Callable[..., bool] | None) -> FirstPass:

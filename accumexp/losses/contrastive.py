@@ -55,7 +55,13 @@ def supervised_contrastive(outputs: Tensor, targets: Tensor, temperature: float 
 
     Returns:
         Shape ().
+
+    Raises:
+        ValueError: for outputs or targets of other shapes.
     """
+    if outputs.dim() not in (2, 3) or targets.shape != outputs.shape[:1]:
+        shapes = f"{tuple(outputs.shape)} and {tuple(targets.shape)}"
+        raise ValueError(f"embeddings (n, d) or (n, views, d) and classes (n,) are needed, not {shapes}")
     if outputs.dim() == 3:
         targets = targets.repeat_interleave(outputs.shape[1])
     embeddings = F.normalize(outputs.flatten(0, -2), dim=1)

@@ -14,16 +14,24 @@ PARTS = ("loss", "coefficient", "output", "target")
 
 
 class _Part(NamedTuple):
+    name: str
     loss: Any
     coefficient: float
     output: str | int | None
     target: str | int | None
 
     def of(self, outputs: Any) -> Any:
-        return outputs if self.output is None else outputs[self.output]
+        return outputs if self.output is None else self._taken(outputs, "output", self.output)
 
     def of_targets(self, targets: Any) -> Any:
-        return targets if self.target is None else targets[self.target]
+        return targets if self.target is None else self._taken(targets, "target", self.target)
+
+    def _taken(self, values: Any, kind: str, key: str | int) -> Any:
+        try:
+            return values[key]
+        except (KeyError, IndexError, TypeError) as error:
+            there = ", ".join(map(str, values)) if hasattr(values, "keys") else type(values).__name__
+            raise ValueError(f"terms.{self.name}.{kind}={key}: is not in the {kind}s ({there})") from error
 
 
 class Sum(nn.Module):
@@ -94,7 +102,11 @@ def _part(name: str, given: Any) -> _Part:
     loss = window_loss(given["loss"])
     if not getattr(loss, "counts", True):
         raise ValueError(f"terms.{name}: a sum over samples has no denominator, give reduction=mean")
-    return _Part(loss, float(given.get("coefficient", 1.0)), given.get("output"), given.get("target"))
+    try:
+        coefficient = float(given.get("coefficient", 1.0))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"terms.{name}.coefficient={given['coefficient']}: a number is needed") from error
+    return _Part(name, loss, coefficient, given.get("output"), given.get("target"))
 
 
 def _inner(name: str, key: str) -> str:

@@ -32,9 +32,16 @@ def cox(outputs: Tensor, targets: Any, ties: str = "breslow") -> Tensor:
 
     Returns:
         Shape ().
+
+    Raises:
+        ValueError: for outputs or targets of other shapes.
     """
     hazards = outputs.reshape(-1)
-    times, events = targets.unbind(1) if isinstance(targets, Tensor) else targets
+    times, events = _times_and_events(targets)
+    if outputs.shape[1:] not in ((), (1,)) or not len(hazards) == times.numel() == events.numel():
+        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in (outputs, times, events))
+        raise ValueError(f"hazards (n,) or (n, 1), times (n,) and events (n,) are needed, not {shapes}")
+    times, events = times.reshape(-1), events.reshape(-1)
     order = times.argsort(descending=True)
     hazards, times, observed = hazards[order], times[order], events[order] != 0
     places = torch.arange(len(times), device=times.device)
@@ -72,3 +79,13 @@ class Cox(Coupled):
 
     def forward(self, outputs: Tensor, targets: Any) -> Tensor:
         return cox(outputs, targets, self.ties)
+
+
+def _times_and_events(targets: Any) -> tuple[Tensor, Tensor]:
+    if isinstance(targets, Tensor):
+        if targets.dim() != 2 or targets.shape[1] != 2:
+            raise ValueError(f"pairs (time, event) of shape (n, 2) are needed, not {tuple(targets.shape)}")
+        return targets[:, 0], targets[:, 1]
+    if not isinstance(targets, tuple | list) or len(targets) != 2:
+        raise ValueError(f"a pair (times, events) is needed, not a {type(targets).__name__}")
+    return targets[0], targets[1]

@@ -106,7 +106,8 @@ def _restored_gradients(value: Tensor, except_for: set[nn.Parameter]) -> Iterato
         seen.add(node)
         variable = getattr(node, "variable", None)  # of a leaf
         if isinstance(variable, Tensor) and variable not in except_for:
-            others.append((variable, None if variable.grad is None else variable.grad.clone()))
+            others.append((variable, variable.grad))
+            variable.grad = None
         nodes.extend(following for following, _ in node.next_functions)
     try:
         yield

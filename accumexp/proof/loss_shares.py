@@ -56,12 +56,13 @@ class SharesByTerm(LossShares):
 
     def __init__(self, loss: Any, parts: Sequence[tuple[dict[str, Term], int]]) -> None:
         self.loss = loss
-        self.terms = tuple(parts[0][0])
-        sums = {name: [terms[name].sums(samples) for terms, samples in parts] for name in self.terms}
+        first = {name: term for terms, _ in reversed(parts) for name, term in terms.items()}
+        self.terms = tuple(dict.fromkeys(name for terms, _ in parts for name in terms))
+        sums = {name: [_sums(terms.get(name), first[name], n) for terms, n in parts] for name in self.terms}
         self.totals = {name: torch.stack([total for total, _ in each]).sum() for name, each in sums.items()}
         self.weights = {name: torch.stack([w for _, w in each]).sum() for name, each in sums.items()}
         self.part_weights = {name: [float(w) for _, w in each] for name, each in sums.items()}
-        self.coefficients = {name: parts[0][0][name].coefficient for name in self.terms}
+        self.coefficients = {name: first[name].coefficient for name in self.terms}
 
     def of(self, numbers: Sequence[int], terms: Collection[str] | None = None) -> ShareLoss:
         def share(outputs: Any, targets: Any) -> Tensor:
@@ -234,3 +235,11 @@ def _gradients(value: Tensor, leaves: Sequence[Tensor]) -> Sequence[Tensor | Non
     if not value.requires_grad:
         return [None] * len(leaves)
     return torch.autograd.grad(value, leaves, allow_unused=True, retain_graph=True)
+
+
+def _sums(term: Term | None, like: Term, samples: int) -> tuple[Tensor, Tensor]:
+    """(total, weight) of a term in a part of the batch, zeros if the part has no such term."""
+    if term is not None:
+        return term.sums(samples)
+    total, weight = like.sums(samples)
+    return torch.zeros_like(total), torch.zeros_like(weight)

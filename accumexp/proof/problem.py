@@ -117,15 +117,17 @@ class Problem:
         if not isinstance(self.loss, nn.Module):
             yield self.loss
             return
-        original = {name: value.data for name, value in _tensors_of(self.loss)}
+        original = {name: (value.data, value.grad) for name, value in _tensors_of(self.loss)}
         wide = torch.promote_types(dtype, torch.float32)
         for _, value in _tensors_of(self.loss):  # copies: the loss may change its buffers in place
+            value.grad = None  # of a parameter: a gradient has its parameter's dtype
             value.data = value.data.to(wide if value.is_floating_point() else value.dtype, copy=True)
         try:
             yield self.loss
         finally:
             for name, value in _tensors_of(self.loss):
-                value.data = original[name]
+                value.grad = None
+                value.data, value.grad = original[name]
 
     def outside(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """Copies of the tensors in `state`, floating point ones in `dtype`."""

@@ -18,6 +18,7 @@ from torch.nn.parameter import is_lazy
 
 from ..accum import call, is_out_of_memory, tensors
 from ..accum.batch import map_tensors, rank_share, steps_for
+from ..accum.choose_objective import trained_parameters
 from ..accum.loss import ClassIndexLoss, WeightedSamples
 from ..accum.terms import has_terms
 from ..accum.window_norm import WindowBatchNorm
@@ -84,6 +85,15 @@ def check_window_norms(experiment: Experiment) -> None:
             raise UsageError(f"{key}: the model has BatchNorm over the window, and {reason}; leave it out")
 
 
+def check_loss_parameters(experiment: Experiment) -> None:
+    """Raises a `UsageError` for a loss with trained parameters: an optimizer gets those of the model."""
+    if names := trained_parameters(experiment.criterion):
+        raise UsageError(
+            f"loss ({experiment.config.loss['_target_']}): no optimizer trains its parameters "
+            f"{', '.join(names)}; make them parameters of the model, or set their requires_grad to false"
+        )
+
+
 def try_example(experiment: Experiment, split: str = "train") -> Any:
     """Tries model, loss and metrics on a few samples of `split`, as an evaluation does.
 
@@ -99,6 +109,7 @@ def try_example(experiment: Experiment, split: str = "train") -> Any:
     example, when = getattr(splits, split).example, f"on samples of data.{split}"
     if example is None or any(map(is_lazy, [*model.parameters(), *model.buffers()])):
         return None
+    check_loss_parameters(experiment)
     inputs, targets = example
     outputs = None
     device = tensors(targets)[0].device

@@ -20,6 +20,7 @@ from ..accum import (
     Window,
     WindowResult,
 )
+from ..accum.refusals import Refused
 from ..accum.sync import FrozenLater, unused_parameters
 from ..data import Batch, Splits
 from ..environment.device import wait_for
@@ -156,7 +157,8 @@ class Trainer:
         """Trains until the last update or a stop request, from wherever `progress` is.
 
         Raises:
-            TrainingError: for a loss of inf or nan with `check_finite`, or a model that torch cannot compile.
+            TrainingError: for a loss of inf or nan with `check_finite`, a model that torch cannot compile, or
+                a loss or model of which a window is refused.
         """
         try:
             with closing(self.batches()) as batches:
@@ -164,6 +166,8 @@ class Trainer:
                     self.update(batch)
         except FrozenLater as error:
             raise TrainingError(str(error)) from error
+        except Refused as error:
+            raise TrainingError(f"{error.key}: {error}") from error
         except RuntimeError as error:
             if unused := unused_parameters(error, self.model):
                 remedy = "with accum=ddp take accum.recover=true or accum.find_unused_parameters=true"

@@ -16,7 +16,7 @@ from accumexp.proof.loss_terms import read_terms
 from accumexp.prove.experiment import prove_experiment
 
 from ..support.experiments import composed
-from ..unit.test_terms import LOSSES
+from ..unit.test_terms import LOSSES, Scaled
 from .wrong_loops import Setting, classifier, samples, split
 from .wrong_terms import (
     ThreeTerms,
@@ -40,6 +40,12 @@ def certified(loss: Any, loop: Any, of: Setting, **options: Any) -> str:
 def test_windows_of_terms_and_of_coupled_samples_are_proved(name: str, steps: int) -> None:
     loss = LOSSES[name]
     assert certified(loss, with_window(lambda: loss)(), setting(lambda: loss), steps=steps) == "proved"
+
+
+def test_a_loss_with_a_parameter_of_its_own_is_read() -> None:
+    loss = Scaled()
+    loss.temperature.grad = torch.tensor(3.0)
+    assert certified(loss, with_window(lambda: loss)(), setting(lambda: loss)) == "proved"
 
 
 @pytest.mark.parametrize("name", ["means", "next sample"])

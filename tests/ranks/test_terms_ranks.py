@@ -15,7 +15,7 @@ from accumexp.accum import Recovery, Window, data_parallel, rank_share
 
 from ..support.ranks import on_ranks
 from ..support.reference import gradients, relative_error
-from ..unit.test_terms import LOSSES, larger_batch, model_and_batch, value_of
+from ..unit.test_terms import LOSSES, Scaled, TooLarge, larger_batch, model_and_batch, value_of
 
 # Samples of a window and its micro-batches; in the last one rank 1 has padding alone.
 SPLITS = [(101, 3), (6, 2), (1, 1)]
@@ -93,3 +93,50 @@ def both_buffers() -> list[list[Tensor]]:
 def test_buffers_after_two_passes_are_those_of_one(tmp_path: Path) -> None:
     for coupled, plain in on_ranks(2, tmp_path, both_buffers):
         assert all(torch.equal(one, other) for one, other in zip(coupled, plain, strict=True))
+
+
+def parted() -> dict[tuple[str, str], tuple[dict[str, Tensor], Tensor, dict[str, Tensor]]]:
+    """Each rank has the targets of its own half of the classes; one of them runs out of memory at first."""
+    results = {}
+    for name in ("masked", "some"):
+        for wrapper in ("sums", "recovery", "gradients"):
+            model, inputs, targets = model_and_batch()
+            if wrapper == "recovery" and dist.get_rank() == 1:
+                model.register_forward_pre_hook(TooLarge(20))
+            late: Any = "gradients" if wrapper == "gradients" else "first_pass"
+            window = Window(data_parallel(model), LOSSES[name], 2, late_weights=late)
+            half = slice(51) if dist.get_rank() == 0 else slice(51, None)
+            backward = Recovery(window).backward if wrapper == "recovery" else window.backward
+            backward(inputs[half], targets[half])
+            model.zero_grad(set_to_none=False)
+            result = backward(inputs[half], targets[half])
+            results[name, wrapper] = gradients(model), result.loss, dict(result.terms)
+    return results
+
+
+def test_a_rank_may_lack_a_term_and_another_may_lack_memory(tmp_path: Path) -> None:
+    model, inputs, targets = model_and_batch()
+    for results in on_ranks(2, tmp_path, parted):
+        assert len(results) == 6
+        for (name, wrapper), (gradient, loss, terms) in results.items():
+            expected = larger_batch(model, LOSSES[name], inputs, targets)
+            value = float(value_of(LOSSES[name], model(inputs), targets).detach())
+            assert relative_error(gradient, expected) <= 1e-12, (name, wrapper)
+            assert float(loss) == pytest.approx(value, rel=1e-12)
+            assert len(terms) == 3
+            assert float(sum(terms.values())) == pytest.approx(value, rel=1e-12)
+
+
+def refused_parameters() -> str:
+    try:
+        Window(data_parallel(model_and_batch()[0]), Scaled(), 2)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def test_parameters_of_a_loss_are_refused_on_several_ranks(tmp_path: Path) -> None:
+    for message in on_ranks(2, tmp_path, refused_parameters):
+        assert message.startswith(
+            "temperature: gradients of a loss's parameters are not added over the ranks"
+        )

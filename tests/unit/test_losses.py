@@ -189,3 +189,31 @@ def test_a_model_of_transformers_is_used_as_it_is() -> None:
 def test_what_is_no_loss_is_refused_by_name(make: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize(
+    ("loss", "outputs", "targets", "message"),
+    [
+        (supervised_contrastive, (6, 3), torch.zeros(6, 1), r"not \(6, 3\) and \(6, 1\)"),
+        (cox, (6, 3), (torch.ones(6), torch.ones(6)), r"not \(6, 3\), \(6,\), \(6,\)"),
+        (cox, (6,), torch.ones(6), r"of shape \(n, 2\) are needed, not \(6,\)"),
+        (cox, (6,), torch.ones(6, 3), r"of shape \(n, 2\) are needed, not \(6, 3\)"),
+        (cox, (6,), (torch.ones(5), torch.ones(5)), "are needed, not"),
+    ],
+)
+def test_shapes_that_a_loss_does_not_take_are_named(
+    loss: Any, outputs: tuple[int, ...], targets: Any, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        loss(torch.randn(outputs), targets)
+
+
+def test_a_coefficient_that_is_no_number_is_named() -> None:
+    with pytest.raises(ValueError, match=r"terms\.digit\.coefficient=high: a number is needed"):
+        Sum({"digit": {"loss": nn.MSELoss(), "coefficient": "high"}})
+
+
+def test_a_part_that_is_not_there_is_named() -> None:
+    loss = Sum({"digit": {"loss": nn.MSELoss(), "output": "nope"}})
+    with pytest.raises(ValueError, match=r"terms\.digit\.output=nope: is not in the outputs \(one, two\)"):
+        loss({"one": torch.ones(2), "two": torch.ones(2)}, torch.ones(2))

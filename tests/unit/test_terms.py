@@ -49,6 +49,23 @@ class Masked:
         }
 
 
+def routed(outputs: Tensor, targets: Tensor) -> dict[str, Term]:
+    """One term alone, whose weight depends on the outputs."""
+    chosen = outputs.argmax(1) < 3
+    losses = F.cross_entropy(outputs, targets, reduction="none")
+    return {"routed": Term((losses * chosen).sum(), chosen.sum(), -0.5)}
+
+
+def some(outputs: Tensor, targets: Tensor) -> dict[str, Tensor | Term]:
+    """Terms that a batch has only where it has items of theirs: the targets are sorted."""
+    losses = F.cross_entropy(outputs, targets, reduction="none")
+    terms: dict[str, Tensor | Term] = {"size": outputs.square().mean()}
+    for name, items in (("low", targets < 2), ("high", targets > 3)):
+        if items.any():
+            terms[name] = Term((losses * items).sum(), items.sum(), 0.7)
+    return terms
+
+
 class NextSample:
     """InfoNCE of every sample with the next one in the batch as its positive."""
 
@@ -92,11 +109,13 @@ def larger_batch(model: nn.Module, loss: Any, inputs: Tensor, targets: Tensor) -
 
 
 LOSSES: dict[str, Any] = {"means": means, "masked": Masked(), "next sample": NextSample(), "balance": balance}
+LOSSES |= {"routed": routed, "some": some}
 
 
 @pytest.mark.parametrize("steps", STEPS)
 @pytest.mark.parametrize(
-    ("name", "late_weights"), [*((name, "first_pass") for name in LOSSES), ("masked", "gradients")]
+    ("name", "late_weights"),
+    [*((name, "first_pass") for name in LOSSES), *((n, "gradients") for n in ("masked", "routed", "some"))],
 )
 def test_law_11_the_gradient_is_that_of_the_whole_batch(name: str, late_weights: Any, steps: int) -> None:
     model, inputs, targets = model_and_batch()
@@ -177,6 +196,20 @@ def test_a_function_that_turns_out_to_return_terms_draws_once() -> None:
         (lambda outputs, targets: {}, "an empty mapping"),
         (lambda outputs, targets: {"a": 1.0}, "term 'a' is a float"),
         (lambda outputs, targets: {"a": Term(outputs.sum(1), 1.0)}, "term 'a' has a total of shape"),
+        (lambda outputs, targets: {"a": Term(outputs.sum(), targets > 1)}, "term 'a' has a weight of shape"),
+        (lambda outputs, targets: {"a": Term(outputs.sum(), 1.0, outputs.mean())}, "with a gradient"),
+        (
+            lambda outputs, targets: {"a": Term(outputs.sum(), 1.0, float(targets[-1]))},
+            "coefficients 2 and 4",
+        ),
+        (
+            lambda outputs, targets: (
+                {"b": outputs.mean()} | means(outputs, targets) if targets[0] else means(outputs, targets)
+            ),
+            "term 'b' is a mean over samples that some",
+        ),
+        (lambda outputs, targets: (outputs.mean(), targets), "the loss returned a tuple"),
+        (lambda outputs, targets: None, "the loss returned a NoneType"),
     ],
 )
 def test_a_wrong_term_is_named(loss: Callable[..., Any], message: str) -> None:
@@ -235,3 +268,119 @@ def test_one_gradient_for_each_late_term_needs_no_first_pass() -> None:
 def test_a_wrong_choice_for_late_weights_is_named(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Window(model_and_batch()[0], Masked(), 2, **options)
+
+
+class Counted:
+    """A loss that counts `weights` for its term "a", which weighs the samples."""
+
+    def __init__(self, weights: dict[str, Any]) -> None:
+        self.counted = weights
+
+    def weights(self, targets: Tensor) -> dict[str, Any]:
+        return self.counted
+
+    def terms(self, outputs: Tensor, targets: Tensor) -> dict[str, Term]:
+        return {"a": Term(outputs.square().sum(), len(targets))}
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ({"a": 300}, "term 'a': weights.targets. counts 300 in the window, and .* weigh 101"),
+        ({"b": 7}, "term 'b': weights.targets. counts 7 in the window, and .* weigh 0"),
+        ({"a": torch.ones(3)}, "term 'a' has a weight of shape"),
+    ],
+)
+def test_weights_that_the_terms_do_not_have_are_refused(weights: dict[str, Any], message: str) -> None:
+    model, inputs, targets = model_and_batch()
+    with pytest.raises(ValueError, match=message):
+        Window(model, Counted(weights), 2).backward(inputs, targets)
+
+
+def test_an_integer_is_a_mean_as_well() -> None:
+    model, inputs, targets = model_and_batch()
+
+    def loss(outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        return means(outputs, targets) | {"count": torch.tensor(2)}
+
+    result = Window(model, loss, 3).backward(inputs, targets)
+    assert float(result.terms["count"]) == pytest.approx(2, rel=1e-6)
+
+
+def test_bools_add_up_to_their_number() -> None:
+    class Loss(Counted):
+        def weights(self, targets: Tensor) -> dict[str, Tensor]:
+            return {"a": (targets >= 0).any()}
+
+        def terms(self, outputs: Tensor, targets: Tensor) -> dict[str, Term]:
+            return {"a": Term(outputs.square().sum(), (targets >= 0).any())}
+
+    model, inputs, targets = model_and_batch()
+    parts = list(zip(inputs.split(40), targets.split(40), strict=True))
+    result = Window(model, Loss({}), 3).backward(parts)
+    expected = float(model(inputs).square().sum().detach()) / 3
+    assert float(result.loss) == pytest.approx(expected, rel=1e-12)
+
+
+def test_totals_below_fp32_are_divided_in_fp32() -> None:
+    """A window's 1 / weight has no exact bf16 number, and is not rounded to one."""
+    model, inputs, targets = model_and_batch()
+    model, inputs = model.bfloat16(), inputs.bfloat16()
+    by_loss = []
+    for loss in (
+        lambda o, t: {"a": Term(o.sum(), len(o))},
+        lambda o, t: {"a": Term(o.float().sum(), len(o))},
+    ):
+        model.zero_grad()
+        Window(model, loss, 1).backward(inputs, targets)
+        by_loss.append(gradients(model))
+    assert all(torch.equal(each, by_loss[1][name]) for name, each in by_loss[0].items())
+
+
+class TooLarge:
+    """A hook that has no memory for more than `most` samples."""
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+
+    def __call__(self, module: nn.Module, inputs: tuple[Tensor]) -> None:
+        if len(inputs[0]) > self.most:
+            raise torch.OutOfMemoryError("out of memory")
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_first_window_that_does_not_fit_is_repeated(name: str) -> None:
+    model, inputs, targets = model_and_batch()
+    expected = larger_batch(model, LOSSES[name], inputs, targets)
+    model.register_forward_pre_hook(TooLarge(20))
+    result = Recovery(Window(model, LOSSES[name], 2)).backward(inputs, targets)
+    assert result.steps == 8
+    assert relative_error(gradients(model), expected) <= 1e-12
+
+
+class Scaled(nn.Module):
+    """A cross entropy with a temperature of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.temperature = nn.Parameter(torch.ones(()))
+
+    def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(outputs * self.temperature, targets)
+
+
+def test_parameters_of_a_loss_are_refused_where_their_gradient_would_be_wrong() -> None:
+    model, inputs, targets = model_and_batch()
+    loss = Scaled().double()
+    Window(model, loss, 3).backward(inputs, targets)
+    assert loss.temperature.grad is not None
+    accumulated = gradients(loss)
+    loss.zero_grad()
+    loss(model(inputs), targets).backward()
+    assert relative_error(accumulated, gradients(loss)) <= 1e-12
+    with pytest.raises(ValueError, match="temperature: gradients of a loss's parameters are not divided"):
+        Window(model, loss, 3, loss_scale=LossScale())
+    with pytest.raises(ValueError, match="whose gradients are not restored"):
+        Recovery(Window(model, loss, 3))
+    loss.requires_grad_(False)
+    Recovery(Window(model, loss, 3, loss_scale=LossScale()))

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from accumexp.accum import Term
 from accumexp.data import DigitViews, ResidentBatches, TwoViews
 from accumexp.data.replica_batches import PlannedBatches
 from accumexp.data.transforms import keyed_uniforms
 from accumexp.environment.ranks import RankInfo
-from accumexp.errors import UsageError
+from accumexp.errors import TrainingError, UsageError
 from accumexp.losses import load_balance
 from accumexp.training import experiment as assembly
 from accumexp.training import graph_check
@@ -240,3 +241,32 @@ def test_a_linear_probe_is_the_least_squares_classifier() -> None:
     fitted = torch.linalg.lstsq(rows, wanted).solution
     accuracy = ((features[1] @ fitted).argmax(1) == labels[1]).double().mean().item()
     assert values["test/probe_accuracy"] == pytest.approx(accuracy) and accuracy > 0.3
+
+
+class Varying:
+    """A term whose coefficient is another in every micro-batch."""
+
+    def terms(self, outputs: Tensor, targets: Tensor) -> dict[str, Term]:
+        total = F.cross_entropy(outputs, targets, reduction="sum")
+        return {"scaled": Term(total, len(targets), float(outputs.detach().std()))}
+
+
+class Scaled(nn.Module):
+    """A cross entropy with a temperature of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.temperature = nn.Parameter(torch.ones(()))
+
+    def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(outputs * self.temperature, targets)
+
+
+def test_a_refusal_in_the_middle_of_a_run_is_one_line() -> None:
+    with pytest.raises(TrainingError, match="^loss: term 'scaled' has the coefficients .*: multiply total"):
+        trained(*FEW, f"loss._target_={__name__}.Varying", "accum.steps=4")
+
+
+def test_parameters_of_a_loss_that_no_optimizer_trains_are_refused() -> None:
+    with pytest.raises(UsageError, match="no optimizer trains its parameters temperature; make them"):
+        trained(*FEW, f"loss._target_={__name__}.Scaled")

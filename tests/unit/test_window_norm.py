@@ -291,3 +291,18 @@ def test_the_proof_knows_it_from_statistics_of_a_micro_batch(over_window: bool) 
     model = window_batch_norm(model) if over_window else model
     certificate = certify(train_window, model.float(), loss, (inputs.float(), targets), 4)
     assert (certificate.verdict == "proved") == over_window
+
+
+def test_a_reentrant_checkpoint_is_refused() -> None:
+    """Its first forward has no graph, so that the sums of its norms are not found."""
+
+    class Checkpointed(Net):
+        def forward(self, inputs: Tensor) -> Tensor:
+            stem = checkpoint(self.stem, inputs.clone().requires_grad_(), use_reentrant=True)
+            return self.head(self.features((self.block(stem) + self.shortcut(stem)).flatten(2).mean(2)))
+
+    torch.manual_seed(0)
+    model, (_, inputs, targets) = Checkpointed().double(), net_and_batch()
+    window = Window(window_batch_norm(model), nn.CrossEntropyLoss(), 3)
+    with pytest.raises(RuntimeError, match=r"stem\.1: .*give use_reentrant=False"):
+        window.backward(inputs, targets)
