@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,7 +22,7 @@ def described_inputs(inputs: Any, outputs: Any, ragged: bool = False) -> dict[st
     if columns is None:
         return {}
     of_outputs = None if outputs is None else _columns(outputs, "output")
-    values = {name: _array(tensor[:1]).tolist() for name, tensor in columns.items()}
+    values = {name: _numbers(_array(tensor[:1])) for name, tensor in columns.items()}
     return {
         "signature": {
             "inputs": [_spec(name, tensor, ragged) for name, tensor in columns.items()],
@@ -48,6 +49,13 @@ def _columns(batch: Any, prefix: str) -> dict[str, Tensor] | None:
 def _array(tensor: Tensor) -> Any:
     tensor = tensor.detach().cpu()
     return (tensor.float() if tensor.dtype is torch.bfloat16 else tensor).numpy()  # NumPy has no bfloat16
+
+
+def _numbers(array: np.ndarray) -> list[Any]:
+    """`array` as nested lists; its floats with the digits that their type needs, as JSON writes all 17."""
+    if array.dtype.kind != "f":
+        return array.tolist()
+    return np.array([float(str(number)) for number in array.flat]).reshape(array.shape).tolist()
 
 
 def _spec(name: str, tensor: Tensor, ragged: bool) -> dict[str, Any]:
