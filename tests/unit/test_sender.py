@@ -20,6 +20,9 @@ from accumexp.tracking.run_folder import RunFolder, RunStatus
 
 from ..support.stores import Faults, config_at, history, opened
 
+# Seconds for a store that works: a loaded machine may hold it up for longer than `impatient` waits.
+LONG = 60
+
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
@@ -52,7 +55,7 @@ def log_losses(tracker: MLflowTracker, count: int, first: int = 1) -> None:
 
 
 def test_points_are_sent_in_batches_and_all_of_them(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sender, "DATABASE_PATIENCE", 60)
+    monkeypatch.setattr(sender, "DATABASE_PATIENCE", LONG)
     tracker = opened(folder, flush_points=700, flush_seconds=1e9)
     faults = Faults(tracker.store)
     log_losses(tracker, 699)
@@ -70,8 +73,9 @@ def test_points_are_sent_in_batches_and_all_of_them(folder: Path, monkeypatch: p
 
 @pytest.mark.parametrize("mode", ["refuse", "lose"])
 def test_an_outage_is_two_lines_and_loses_nothing(
-    folder: Path, caplog: pytest.LogCaptureFixture, mode: str
+    folder: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, mode: str
 ) -> None:
+    monkeypatch.setattr(sender, "DATABASE_PATIENCE", LONG)
     tracker = opened(folder, flush_seconds=0.0)
     faults = Faults(tracker.store)
     faults.mode = mode
@@ -225,8 +229,11 @@ def test_sync_names_what_it_cannot_use(folder: Path) -> None:
     assert run.unsent.exists()
 
 
-def test_a_resumed_run_sends_what_was_left_and_doubles_no_point(folder: Path) -> None:
+def test_a_resumed_run_sends_what_was_left_and_doubles_no_point(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tracker = left(folder)
+    monkeypatch.setattr(sender, "DATABASE_PATIENCE", LONG)
     run = RunFolder(folder / "run")
     with run.unsent.open("a") as file:
         file.write('{"points": [["train/loss"')  # as a kill leaves it
@@ -261,7 +268,7 @@ def test_a_file_that_cannot_be_sent_holds_back_nothing_else(
 def test_the_end_after_a_second_signal_waits_only_shortly(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sender, "DATABASE_PATIENCE", 60)
+    monkeypatch.setattr(sender, "DATABASE_PATIENCE", LONG)
     monkeypatch.setattr(sender, "INTERRUPTED_PATIENCE", 0.1)
     tracker = opened(folder)
     faults = Faults(tracker.store)
@@ -301,12 +308,13 @@ def test_a_removed_database_is_said(folder: Path, caplog: pytest.LogCaptureFixtu
 def test_a_store_that_takes_entries_slowly_is_waited_for(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(sender, "DATABASE_PATIENCE", 2)
     tracker = opened(folder)
     faults = Faults(tracker.store)
     send = faults._client.set_tag
 
     def slow(*arguments: str) -> None:
-        time.sleep(0.15)
+        time.sleep(0.4)
         send(*arguments)
 
     monkeypatch.setattr(faults, "set_tag", slow, raising=False)
@@ -347,6 +355,7 @@ def test_what_is_left_is_counted_in_words() -> None:
 def test_the_load_of_the_machine_is_sent_too_and_goes_on_at_a_resume(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(sender, "DATABASE_PATIENCE", LONG)
     monkeypatch.setattr("accumexp.tracking.system_metrics.INTERVAL", 0.05)
     (folder / "run").mkdir()
     run, config = RunFolder(folder / "run"), config_at(folder)
@@ -417,7 +426,10 @@ def test_a_retry_that_is_given_up_loses_no_file(folder: Path, monkeypatch: pytes
     assert [entry["file"] for entry in read_unsent(folder / "run" / "unsent.jsonl")[1]] == ["one", "two"]
 
 
-def test_a_file_that_is_gone_is_a_line(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_file_that_is_gone_is_a_line(
+    folder: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sender, "DATABASE_PATIENCE", LONG)
     tracker = opened(folder)
     tracker.artifact(folder / "run" / "gone")
     tracker.end(RunStatus.FINISHED)
@@ -426,7 +438,8 @@ def test_a_file_that_is_gone_is_a_line(folder: Path, caplog: pytest.LogCaptureFi
     assert not (folder / "run" / "unsent.jsonl").exists()
 
 
-def test_a_thread_without_work_waits(folder: Path) -> None:
+def test_a_thread_without_work_waits(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sender, "DATABASE_PATIENCE", LONG)
     tracker = opened(folder, flush_seconds=0.0)
     log_losses(tracker, 1)
     until(lambda: len(history(tracker, "train/loss")) == 1)
