@@ -318,7 +318,7 @@ def test_an_error_of_the_model_is_not_taken_for_a_lack_of_memory(monkeypatch: py
 
 
 @pytest.mark.parametrize(
-    ("overrides", "said"),
+    ("overrides", "message"),
     [
         (["accum.memory_limit=1MiB"], r"accum.steps=auto: an update with one sample .* the limit is 1.0 MiB"),
         (
@@ -341,7 +341,7 @@ def test_a_floor_above_the_limit_names_what_the_smallest_micro_batch_needs() -> 
 
 
 @pytest.mark.parametrize(
-    ("overrides", "said"),
+    ("overrides", "message"),
     [
         (["accum.steps=four"], "accum.steps=four: a number of micro-batches, or auto"),
         (["accum.steps=0"], "accum.steps=0: at least 1"),

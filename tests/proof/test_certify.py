@@ -293,7 +293,7 @@ def test_what_is_one_batch_and_what_are_two() -> None:
 
 
 @pytest.mark.parametrize(
-    ("batch", "said"),
+    ("batch", "message"),
     [
         ([], "an empty list"),
         ((), "an empty tuple"),
@@ -312,7 +312,7 @@ def test_batches_of_no_form_are_refused(batch: Any, message: str) -> None:
 
 @pytest.mark.filterwarnings("ignore:Lazy modules")
 @pytest.mark.parametrize(
-    ("model", "said"),
+    ("model", "message"),
     [
         (nn.ReLU, "model: it has no parameters"),
         (lambda: nn.Linear(6, 5).requires_grad_(False), "none of its parameters requires a gradient"),

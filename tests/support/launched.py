@@ -43,7 +43,7 @@ def ranks_alive() -> list[psutil.Process]:
     return processes
 
 
-def until(condition: Any, seconds: float = 90) -> None:
+def until(condition: Any, seconds: float = 240) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end

@@ -44,7 +44,7 @@ def cells(report: Report, heading: str) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("lines", "said"),
+    ("lines", "expected"),
     [
         (["proved"] * 5, "proved"),
         ([UP_TO] * 5, UP_TO),
