@@ -69,21 +69,19 @@ class SweepJob:
         number, name = number_of(job_folder), output.name.partition("_")[2]
         if number < 0:
             number, name = int(hydra.job.num), slug(",".join(task))
-        arguments, launched_here = launched_sweep.arguments, launched_sweep.folder == folder
-        if launched_here:
-            batch, varied = launched_sweep.jobs, launched_sweep.varied
-        else:
-            multirun = folder / "multirun.yaml"  # written by Hydra's sweeper before the first job
-            written: Any = read_yaml(multirun) if multirun.exists() else None
-            task_lines, hydra_lines = typed_overrides(written.hydra if written else hydra)
-            batch, varied = count_jobs(hydra.sweeper, task_lines)
-            if launched_sweep.folder is None:
-                typed = [override for override in hydra_lines if override.partition("=")[0] not in ADDED]
-                arguments = ["-m", *task_lines, *typed]
+        multirun = folder / "multirun.yaml"  # written by Hydra's sweeper before the first job
+        written: Any = read_yaml(multirun) if multirun.exists() else None
+        task_lines, hydra_lines = typed_overrides(written.hydra if written else hydra)
+        arguments = list(launched_sweep.arguments or sys.argv[1:])
+        if launched_sweep.folder is None:
+            typed = [override for override in hydra_lines if override.partition("=")[0] not in ADDED]
+            arguments = ["-m", *task_lines, *typed]
+        batch, varied = count_jobs(hydra.sweeper, task_lines)
         if batch is not None:
             batch = min(batch, hydra.sweeper.get("max_batch_size") or batch)
+        launched_here = launched_sweep.folder == folder
         return cls(
-            *(number, name, folder, task, command_line(arguments or sys.argv[1:]), batch),
+            *(number, name, folder, task, command_line(arguments), batch),
             parallel=runs_in_parallel(hydra.launcher),
             launch=launch,
             turn=int(hydra.job.num) + 1,

@@ -49,14 +49,12 @@ class LaunchedSweep:
         folder: the sweep's folder, None before a launch has begun.
         launches: the numbers of the launches that this process has begun.
         jobs: the number of jobs of the newest launch, None if the sweeper is not Hydra's own.
-        varied: the keys in which these jobs differ.
     """
 
     arguments: Sequence[str] = ()
     folder: Path | None = None
     launches: tuple[int, ...] = ()
     jobs: int | None = None
-    varied: Sequence[str] = ()
     _view: LiveView | None = None
     _locks: list[FileLock] = field(default_factory=list)
 
@@ -64,8 +62,7 @@ class LaunchedSweep:
         """Prepares for a new command with these arguments."""
         self.stop_view()
         self.release()
-        self.arguments, self.folder, self.launches = arguments, None, ()
-        self.jobs, self.varied = None, ()
+        self.arguments, self.folder, self.launches, self.jobs = arguments, None, (), None
 
     def begin(self, config: DictConfig) -> int:
         """Records a launch of the sweep that `config` describes, shows its view, and returns its number.
@@ -82,12 +79,10 @@ class LaunchedSweep:
         lock.acquire()
         self._locks.append(lock)
         self.folder, self.launches = folder, (*self.launches, number)
-        self.jobs, self.varied = count_jobs(config.hydra.sweeper, overrides["task"])
+        self.jobs, varied = count_jobs(config.hydra.sweeper, overrides["task"])
         self.stop_view()  # of the launch before
         if runs_in_parallel(config.hydra.launcher) and config.trainer.progress is not False:
-            self._view = LiveView.on_terminal(
-                folder, number, self.jobs, self.varied, config.monitor, config.mode
-            )
+            self._view = LiveView.on_terminal(folder, number, self.jobs, varied, config.monitor, config.mode)
         return number
 
     def release(self) -> None:
