@@ -35,9 +35,9 @@ OTHER_CALLS = (
     "a norm over the window has to be called in every micro-batch, in the same order; the model calls it "
     "depending on the data or on draws"
 )
-UNSEEN = (
-    "this norm over the window takes part in the loss in a way that its first passes did not show: give "
-    "use_reentrant=False where the model is checkpointed, and let every micro-batch use the norm's output"
+NO_SUMS = (
+    "the passes before the backward found no path from the loss to this norm over the window: use checkpoint "
+    "with use_reentrant=False, and let the loss of every micro-batch depend on the norm's output"
 )
 
 
@@ -134,10 +134,10 @@ class WindowNorms:
         """The sums of a call, in its backward; None while they are being found.
 
         Raises:
-            RuntimeError: if they were not found, because the sweeps saw no graph from the loss to the call.
+            ModelRefused: if they were not found, because the sweeps saw no graph from the loss to the call.
         """
         if self._complete and call not in self._sums:
-            raise ModelRefused(f"{self._name(call)}: {UNSEEN}")
+            raise ModelRefused(f"{self._name(call)}: {NO_SUMS}")
         return self._sums.get(call)
 
     def _collect(self, call: Call, statistics: Statistics | None, input: Tensor, padding: bool) -> Statistics:

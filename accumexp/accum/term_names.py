@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -15,6 +16,15 @@ REMEDY = "return every term in every batch, with total and weight 0 where it has
 
 # Difference of a weight that is counted twice, relative to it, that rounding cannot explain.
 TOLERANCE = 1e-2
+
+
+class _Pass(NamedTuple):
+    """What the micro-batches of a rank had in one pass."""
+
+    names: list[str]
+    late: list[str]
+    means: dict[str, int]  # by mean over samples: the micro-batches that have it
+    micro_batches: int
 
 
 class TermNames:
@@ -68,7 +78,7 @@ class TermNames:
                     )
                 continue
             first = self._coefficients.setdefault(name, coefficient)
-            if first == first and first != coefficient:
+            if first != coefficient and not math.isnan(first):
                 raise LossRefused(
                     f"term {name!r} has the coefficients {first:g} and {coefficient:g} in micro-batches of "
                     "one window: multiply total by what varies"
@@ -80,14 +90,13 @@ class TermNames:
         Raises:
             ValueError: on all ranks, for a mean over samples that some micro-batches do not have.
         """
-        partial = [name for name, count in self._in.items() if count < self._micro_batches]
+        passes = [_Pass(self._names, self.late, self._in, self._micro_batches)]
         if self.loss.names is None:
-            every = self.ranks.objects((self._names, self.late, list(self._in), self._micro_batches, partial))
-            self._names = _united([*(names for names, *_ in every), self.counted])
-            self.late = _united(late for _, late, *_ in every)
-            means = _united(means for _, _, means, *_ in every)
-            partial = _united(partial for *_, partial in every)
-            partial += [m for m in means if any(n and m not in held for _, _, held, n, _ in every)]
+            passes = self.ranks.objects(passes[0])
+            self._names = _united([*(each.names for each in passes), self.counted])
+            self.late = _united(each.late for each in passes)
+        means = _united(each.means for each in passes)
+        partial = [m for m in means if any(each.means.get(m, 0) < each.micro_batches for each in passes)]
         if partial:
             raise LossRefused(
                 f"term {partial[0]!r} is a mean over samples that some micro-batches do not have: return it "

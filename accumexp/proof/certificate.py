@@ -254,6 +254,11 @@ def number(value: float) -> str:
     return f"{value:.3g}" if 0.001 <= abs(value) < 1000 else f"{value:.1e}"
 
 
+def first_names(names: Sequence[str]) -> str:
+    """The first three of `names`, in words."""
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+
 def _finite(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)

@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 
 from .additivity import loss_average
-from .certificate import Cause, Counts, number
+from .certificate import Cause, Counts, first_names, number
 from .count_causes import counts_causes, samples_in_words
 from .counts import Decomposition, decompose
 from .coupling import NEGLIGIBLE, coupling_modules, loss_couples, whole_batch_outputs
@@ -129,7 +129,7 @@ def _moved_cause(problem: Problem, failure: Failure) -> Cause | None:
     if problem.perturb is not None or not any(all_gather(bool(observation.moved_before))):
         return None
     passes, factor, names = observation.moved_before, observation.moved_by, observation.moved
-    which = "the weights" if len(names) == len(failure.expected.gradient) else _named(names)
+    which = "the weights" if len(names) == len(failure.expected.gradient) else first_names(names)
     change = f"multiplied by {factor:.6g}" if factor is not None else "changed"
     places = ", ".join(map(str, passes[:6]))
     reason = (
@@ -138,16 +138,12 @@ def _moved_cause(problem: Problem, failure: Failure) -> Cause | None:
     return failure.cause("weights", reason, "", "change weights once, after the window's last micro-batch")
 
 
-def _named(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-
-
 def _changed_buffers_cause(failure: Failure) -> Cause | None:
     """The cause if the loop changes buffers before the window's last micro-batch."""
     changed = all_gather(failure.observation.changed_buffers)[0]
     if not changed:
         return None
-    names = _named(sorted({name for each in changed.values() for name in each}))
+    names = first_names(sorted({name for each in changed.values() for name in each}))
     places = ", ".join(map(str, changed))
     reason = f"the loop changes buffer {names} within the window, before micro-batch {places}"
     return failure.cause("buffers", reason, "", "change it once, after the window's last micro-batch")

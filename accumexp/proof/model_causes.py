@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
-from .certificate import Cause
+from .certificate import Cause, first_names
 from .evidence import Failure
 from .problem import Problem
 from .ranks import all_gather, world_size
 from .rounding import norms_of_errors
 
-NAMED = 3
-
 
 def modes_cause(problem: Problem, failure: Failure) -> Cause | None:
     """The cause if modules are in another mode (train or eval) in some micro-batches than in others."""
-    modes = all_gather(failure.observation.training)[0]
     right = {name for name, module in problem.model.named_modules() if module.training}
-    differing = {number: each ^ right for number, each in enumerate(modes) if each != right}
-    if not differing or len(differing) == len(modes):
+    by_rank = all_gather(failure.observation.training)
+    mixed = [
+        rank for rank, modes in enumerate(by_rank) if 0 < sum(each != right for each in modes) < len(modes)
+    ]
+    if not mixed:
         return None
+    rank, modes = mixed[0], by_rank[mixed[0]]
+    differing = {number: each ^ right for number, each in enumerate(modes) if each != right}
     names = sorted(set().union(*differing.values()))
     smallest = [name for name in names if not any(other.startswith(f"{name}.") for other in names)]
     kinds = [f"{name} ({type(problem.model.get_submodule(name)).__name__})" for name in smallest]
-    where = "the model is" if "" in names else f"{_named(kinds)} {'is' if len(kinds) == 1 else 'are'}"
+    where = "the model is" if "" in names else f"{first_names(kinds)} {'is' if len(kinds) == 1 else 'are'}"
     first, changed = next(iter(differing.items()))
     mode = "train" if changed & modes[first] else "eval"
-    places = ", ".join(map(str, differing))
+    places = ", ".join(map(str, differing)) + (f" of rank {rank}" if world_size() > 1 else "")
     reason = f"{where} in {mode} mode in micro-batch {places}, not in the others"
     return failure.cause("modes", reason, "", "keep every module's mode for all of the window")
 
@@ -38,13 +40,9 @@ def without_gradient_cause(failure: Failure) -> Cause | None:
     names = [name for name in expected if not errors[name] <= bounds[name]]
     if not names or any(bool(expected[name].any()) for name in names):
         return None
-    reason = f"the larger batch gives {_named(names)} no gradient, and the loop does"
+    reason = f"the larger batch gives {first_names(names)} no gradient, and the loop does"
     advice = (
         "call the model in the loop as on the whole batch: a part under no_grad, or a checkpoint with "
         "use_reentrant=True whose inputs need no gradients, gives none"
     )
     return failure.cause("without a gradient", reason, "", advice)
-
-
-def _named(names: list[str]) -> str:
-    return ", ".join(names[:NAMED]) + (", ..." if len(names) > NAMED else "")

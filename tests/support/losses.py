@@ -58,6 +58,17 @@ class OwnLoss(OneHead):
         return {"loss": F.cross_entropy(logits.movedim(-1, 1), labels), "logits": logits}
 
 
+class ScaledCrossEntropy(nn.Module):
+    """A cross entropy with a temperature of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.temperature = nn.Parameter(torch.ones(()))
+
+    def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(outputs * self.temperature, targets)
+
+
 class RoutedTokens:
     """Each expert's loss is the mean over the tokens that are routed to it: denominators of the outputs."""
 

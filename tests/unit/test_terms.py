@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from accumexp.accum import LossScale, Recovery, Term, Window
 
+from ..support.losses import ScaledCrossEntropy
 from ..support.reference import gradients, relative_error
 
 SAMPLES = 101
@@ -358,20 +359,9 @@ def test_a_first_window_that_does_not_fit_is_repeated(name: str) -> None:
     assert relative_error(gradients(model), expected) <= 1e-12
 
 
-class Scaled(nn.Module):
-    """A cross entropy with a temperature of its own."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.temperature = nn.Parameter(torch.ones(()))
-
-    def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        return F.cross_entropy(outputs * self.temperature, targets)
-
-
 def test_parameters_of_a_loss_are_refused_where_their_gradient_would_be_wrong() -> None:
     model, inputs, targets = model_and_batch()
-    loss = Scaled().double()
+    loss = ScaledCrossEntropy().double()
     Window(model, loss, 3).backward(inputs, targets)
     assert loss.temperature.grad is not None
     accumulated = gradients(loss)

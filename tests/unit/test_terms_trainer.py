@@ -251,17 +251,6 @@ class Varying:
         return {"scaled": Term(total, len(targets), float(outputs.detach().std()))}
 
 
-class Scaled(nn.Module):
-    """A cross entropy with a temperature of its own."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.temperature = nn.Parameter(torch.ones(()))
-
-    def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        return F.cross_entropy(outputs * self.temperature, targets)
-
-
 def test_a_refusal_in_the_middle_of_a_run_is_one_line() -> None:
     with pytest.raises(TrainingError, match="^loss: term 'scaled' has the coefficients .*: multiply total"):
         trained(*FEW, f"loss._target_={__name__}.Varying", "accum.steps=4")
@@ -269,4 +258,4 @@ def test_a_refusal_in_the_middle_of_a_run_is_one_line() -> None:
 
 def test_parameters_of_a_loss_that_no_optimizer_trains_are_refused() -> None:
     with pytest.raises(UsageError, match="no optimizer trains its parameters temperature; make them"):
-        trained(*FEW, f"loss._target_={__name__}.Scaled")
+        trained(*FEW, "loss._target_=tests.support.losses.ScaledCrossEntropy")
