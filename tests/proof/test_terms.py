@@ -16,7 +16,8 @@ from accumexp.proof.loss_terms import read_terms
 from accumexp.prove.experiment import prove_experiment
 
 from ..support.experiments import composed
-from ..unit.test_terms import LOSSES, Scaled
+from ..support.losses import ScaledCrossEntropy
+from ..unit.test_terms import LOSSES
 from .wrong_loops import Setting, classifier, samples, split
 from .wrong_terms import (
     ThreeTerms,
@@ -43,7 +44,7 @@ def test_windows_of_terms_and_of_coupled_samples_are_proved(name: str, steps: in
 
 
 def test_a_loss_with_a_parameter_of_its_own_is_read() -> None:
-    loss = Scaled()
+    loss = ScaledCrossEntropy()
     loss.temperature.grad = torch.tensor(3.0)
     assert certified(loss, with_window(lambda: loss)(), setting(lambda: loss)) == "proved"
 

@@ -13,9 +13,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from accumexp.accum import Recovery, Window, data_parallel, rank_share
 
+from ..support.losses import ScaledCrossEntropy
 from ..support.ranks import on_ranks
 from ..support.reference import gradients, relative_error
-from ..unit.test_terms import LOSSES, Scaled, TooLarge, larger_batch, model_and_batch, value_of
+from ..unit.test_terms import LOSSES, TooLarge, larger_batch, model_and_batch, value_of
 
 # Samples of a window and its micro-batches; in the last one rank 1 has padding alone.
 SPLITS = [(101, 3), (6, 2), (1, 1)]
@@ -129,7 +130,7 @@ def test_a_rank_may_lack_a_term_and_another_may_lack_memory(tmp_path: Path) -> N
 
 def refused_parameters() -> str:
     try:
-        Window(data_parallel(model_and_batch()[0]), Scaled(), 2)
+        Window(data_parallel(model_and_batch()[0]), ScaledCrossEntropy(), 2)
     except ValueError as error:
         return str(error)
     return ""
