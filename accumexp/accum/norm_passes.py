@@ -36,8 +36,8 @@ OTHER_CALLS = (
     "depending on the data or on draws"
 )
 NO_SUMS = (
-    "the passes before the backward found no path from the loss to this norm over the window: use checkpoint "
-    "with use_reentrant=False, and let the loss of every micro-batch depend on the norm's output"
+    "the passes before the backward found no path from the loss to this norm over the window: give "
+    "use_reentrant=False to checkpoint, and let the loss of every micro-batch depend on the norm's output"
 )
 
 
