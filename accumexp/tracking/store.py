@@ -257,7 +257,7 @@ class Store:
     def _alone(self) -> Iterator[None]:
         """Holds a lock: processes that create the tables of one new database at once fail."""
         if self._database is not None:
-            with FileLock(f"{self._database}.lock", timeout=120):
+            with FileLock(f"{self._database}.lock", timeout=300):
                 yield
         elif self.uri.startswith("postgresql"):
             from sqlalchemy import NullPool, create_engine, text

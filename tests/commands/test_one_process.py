@@ -109,4 +109,4 @@ def test_data_workers_that_outlive_a_killed_run_do_not_hold_it(tmp_path: Path) -
     (tmp_path / "slow").unlink()
     done = run_command("run", "resume=run", "trust=[tests]", folder=tmp_path)
     assert done.code == 0, done
-    assert time.monotonic() - begun < 60
+    assert time.monotonic() - begun < 180

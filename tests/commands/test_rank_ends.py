@@ -89,7 +89,7 @@ def test_a_killed_rank_ends_its_job_and_the_sweep_goes_on(tmp_path: Path) -> Non
     began = time.monotonic()
     killer, env = trouble("SIGKILL", 5, rank=1, mark=tmp_path / "mark"), environment(**FRESH_RANKS)
     done = run_command("run", "-m", *options, killer, folder=tmp_path, env=env)
-    assert done.code == 1 and time.monotonic() - began < 120
+    assert done.code == 1 and time.monotonic() - began < 300
     (error,) = [line for line in done.stderr.splitlines() if line.startswith("  job ")]
     assert "seed=0" in error and "rank 1 (process" in error and "SIGKILL" in error
     states = {record.params.get("seed", "sweep"): record.status for record in records(tmp_path)}
@@ -139,10 +139,10 @@ def test_a_signal_ends_all_ranks_and_leaves_no_process(
         assert len(ranks_alive()) >= 3
         run.send_signal(number)
         asked = time.monotonic()
-        out, err = run.communicate(timeout=60)
+        out, err = run.communicate(timeout=120)
         took = time.monotonic() - asked
     assert run.returncode == code and f"stopped by {number.name}" in out, (out, err)
-    assert took < 15, took  # 1 s on a quiet machine
+    assert took < 40, took  # 1 s on a quiet machine
     assert not ranks_alive()
     assert [record.status for record in records(tmp_path)] == ["KILLED"]
     assert find(only_run(tmp_path)).is_file()

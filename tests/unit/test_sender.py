@@ -106,9 +106,9 @@ def test_training_never_waits_for_a_store_that_hangs(
     (folder / "run" / "last.pt").write_text("weights")
     tracker.checkpoint(folder / "run" / "last.pt", 1000, {"eval/loss": 0.5})
     tracker.flush()
-    assert time.monotonic() - start < 0.3
-    tracker.end(RunStatus.FINISHED)
     assert time.monotonic() - start < 2
+    tracker.end(RunStatus.FINISHED)
+    assert time.monotonic() - start < 5
     (line,) = lines_of(caplog)
     assert "1001 points, 1 tags, 1 files, 1 logged models and the end of the run did not reach" in line
     assert line.endswith("(no answer)")
@@ -284,7 +284,7 @@ def test_the_end_after_a_second_signal_waits_only_shortly(
             tracker.end(RunStatus.FINISHED)
     start = time.monotonic()
     tracker.end(RunStatus.KILLED)
-    assert time.monotonic() - start < 2
+    assert time.monotonic() - start < 5
     faults.answering.set()
     statuses = [
         entry["status"] for entry in read_unsent(folder / "run" / "unsent.jsonl")[1] if "status" in entry

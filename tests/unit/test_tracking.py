@@ -41,7 +41,7 @@ def test_a_new_store_opened_by_several_processes_at_once_loses_nothing(tmp_path:
     config = config_at(tmp_path)
     command = [sys.executable, "-c", WRITER, str(config.uri)]
     writers = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(8)]
-    run_ids = [writer.communicate(timeout=240)[0].strip() for writer in writers]
+    run_ids = [writer.communicate(timeout=480)[0].strip() for writer in writers]
     assert [writer.returncode for writer in writers] == [0] * 8
     client = Store(config).client
     for run_id in run_ids:
