@@ -58,7 +58,7 @@ def _rank(
                 store=store,
                 rank=rank,
                 world_size=size,
-                timeout=timedelta(seconds=60),
+                timeout=timedelta(seconds=180),
             )
             torch.save(function(*arguments), folder / f"result-{rank}.pt")
             dist.barrier()
