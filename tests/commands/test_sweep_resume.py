@@ -19,8 +19,8 @@ from accumexp.tracking.run_folder import RunFolder, RunStatus
 from accumexp.training.checkpoint import find, load
 
 from ..support.command import Record, environment, journal, only_sweep, records, run_command
+from ..support.same_run import STATEFUL
 from ..support.trouble import trouble
-from .test_resume import STATEFUL
 
 SMALL = ["model=mlp", "trainer.epochs=20", "tracking.system_metrics=false", "trainer.log_every=4"]
 # Each ends after 4 of 20 epochs, of its own will.
