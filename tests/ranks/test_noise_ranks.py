@@ -19,7 +19,7 @@ from accumexp.training.sample_noise_scale import SampleNoiseScale
 from ..support.noise import each_samples_gradient, flat_gradient, look, of_parts, smoothed
 from ..support.ranks import on_ranks
 from ..support.reference import classification, small_model
-from .test_ranks import own_part, wrapped
+from .windows import own_part, wrapped
 
 
 def on_a_rank(how: str, kind: str, samples: int, steps: int) -> tuple[float, float, float]:

@@ -19,7 +19,7 @@ from accumexp.training.out_of_memory import OutOfMemoryHandler
 from ..support.ranks import on_ranks
 from ..support.reference import classification, larger_batch_gradient, relative_error
 from ..support.short import Short, left_behind, stateful, stateless
-from .test_ranks import CPU, Branches, own_part, whole_gradients
+from .windows import CPU, Branches, own_part, whole_gradients
 
 SAMPLES, STEPS = 64, 4
 # Where each rank fails: micro-batches by the number of the forward pass, counted on through retries.

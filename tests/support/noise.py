@@ -13,6 +13,10 @@ from torch import Tensor, nn
 from accumexp.accum import Window
 from accumexp.training.noise_scale import GradientNoise
 
+NAMES = ("train/noise_scale", "train/gradient_variance", "train/gradient_square")
+MICRO = "+callbacks.noise._target_=accumexp.training.noise_scale.NoiseScale"
+SAMPLE = "+callbacks.noise._target_=accumexp.training.sample_noise_scale.SampleNoiseScale"
+
 
 def flat_gradient(model: nn.Module, loss: Tensor) -> np.ndarray[Any, Any]:
     gradients = torch.autograd.grad(loss, list(model.parameters()))

@@ -61,3 +61,18 @@ def over_steps(
 
 def reported(jobs: Sweep, **settings: Any) -> Report:
     return make_report(jobs, ReportConfig(**settings))
+
+
+def rounding(steps: int, update: int) -> float:
+    """A loss that differs by rounding alone in other steps than 1."""
+    return 2.0 / update * (1 + 1e-7 * (steps > 1) * (update % 3))
+
+
+def half_rate(steps: int, update: int) -> float:
+    """A loss that differs by 1 % in other steps than 1, from the second update on."""
+    return 2.0 / update * (1 + 0.01 * (steps > 1) * (update > 1))
+
+
+def like(steps: int, seed: int) -> float:
+    """An accuracy that depends on the steps by less than 0.1 points."""
+    return 0.97 + 0.001 * seed + 0.0004 * ((seed * 7 + steps) % 3 - 1)

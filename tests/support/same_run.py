@@ -12,6 +12,13 @@ from accumexp.training.checkpoint import find, load
 
 from .command import Record, journal
 
+# All that has a state: dropout draws, moments, a schedule, averaged weights, the best value so far.
+STATEFUL = [
+    *("model=mlp", "model.dropout=0.3", "optimizer=adamw", "callbacks=ema", "callbacks.ema.decay=0.9"),
+    *("scheduler=warmup_cosine", "scheduler.warmup_updates=7", "accum.steps=3", "trainer.epochs=3"),
+    *("trainer.log_every=4", "tracking.system_metrics=false"),
+]
+
 # A measured time or amount of memory differs from run to run.
 MEASURED = {"final/seconds", "final/samples_per_second", "final/update_ms", "final/peak_memory_mib"}
 

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from accumexp.training.callbacks import Callback
 from accumexp.training.trainer import Trainer
 
+SAMPLES, STEPS = 64, 8
+
 WORDS = "CUDA out of memory. Tried to allocate 2.00 GiB"
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,9 @@ from accumexp.tracking.run_folder import RunFolder
 
 from .command import environment
 from .forked import forked
+
+# Seconds for a store that works: a loaded machine may hold it up for longer than `impatient` waits.
+LONG = 60
 
 
 def config_at(folder: Path, **settings: Any) -> TrackingConfig:
@@ -77,3 +82,19 @@ class Faults:
             return answer
 
         return call
+
+
+def until(condition: Callable[[], bool], seconds: float = 20) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def losses(count: int, first: int = 1) -> list[tuple[int, float]]:
+    return [(update, float(update)) for update in range(first, first + count)]
+
+
+def log_losses(tracker: MLflowTracker, count: int, first: int = 1) -> None:
+    for update, loss in losses(count, first):
+        tracker.log(update, {"train/loss": loss})

@@ -10,8 +10,8 @@ from accumexp.config.loading import with_steps
 from accumexp.plan.planner import Planner
 from accumexp.plan.trial_run import trial_run
 
-from ..commands.test_plan import AUTO, taken_by
 from ..support.experiments import composed
+from ..support.planned import AUTO, taken_by
 
 MLP = [*AUTO, "model=mlp", "model.hidden=[8]", "data.image_size=8", "metrics=none", "monitor=eval/loss"]
 PAIRS = [*MLP, "loss=supervised_contrastive", "data.eval_batch_size=16"]

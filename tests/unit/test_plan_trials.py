@@ -18,8 +18,8 @@ from accumexp.plan.planner import Planner
 from accumexp.plan.trial_run import TrialRun, trial_run
 from accumexp.training.callbacks import Callback
 
-from ..commands.test_plan import AUTO, LENET, taken_by
 from ..support.experiments import composed
+from ..support.planned import AUTO, LENET, taken_by
 
 FEW = [*AUTO, "model=mlp", "model.hidden=[8]", "optimizer=adam", "data.eval_batch_size=64"]
 
