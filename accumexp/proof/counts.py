@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .evidence import Failure
 from .float64 import DOUBLE
-from .larger_batch import Gradient, clip_factor
+from .larger_batch import Gradient, clip_factor, norm
 from .loss_shares import loss_shares
 from .micro_batches import MicroBatches, rank_micro_batches
 from .nested import batch_size
@@ -194,6 +194,12 @@ class Decomposition:
         """The largest error of a count that rounding explains."""
         return max(1e-6, 4 * self.tolerance)
 
+    def _is_complete(self) -> bool:
+        """Whether the micro-batches' parts are all of the larger batch's gradient."""
+        exact = self.failure.expected.larger.gradient
+        left = {name: g.double() - sum(part[name] for part in self.parts) for name, g in exact.items()}
+        return norm(left) <= self.tolerance * norm(exact)
+
     def unseen_and_doubled(self) -> tuple[list[int], list[int]]:
         """The samples of the batch in no micro-batch, and in more than one."""
         samples = range(batch_size(self.failure.batch))
@@ -202,6 +208,8 @@ class Decomposition:
             return [], []  # equal samples cannot be told apart
         occurrences = Counter(n for each in self.micro_batches for numbers in each for n in numbers)
         unseen = [number for number in samples if number not in occurrences]
+        if unseen and self._is_complete():
+            unseen = []  # ignored ones, or of weight 0
         return unseen, [number for number, count in sorted(occurrences.items()) if count > 1]
 
 

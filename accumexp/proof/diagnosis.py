@@ -116,11 +116,19 @@ def _not_finite_cause(failure: Failure) -> Cause | None:
 
 
 def _evenly_cut(problem: Problem, failure: Failure, parts: Decomposition | None) -> Decomposition | None:
-    """The decomposition into even micro-batches, where the passes that were seen do not have all samples."""
-    samples = batch_size(failure.batch)
-    if parts is None or world_size() > 1 or is_partition(parts.micro_batches, samples):
+    """The decomposition into even micro-batches, where the passes that were seen do not have all samples.
+
+    Where their rows are not the batch's (packed samples, pairs one after the other) if as many are due.
+    """
+    samples, observation = batch_size(failure.batch), failure.observation
+    even = even_micro_batches(problem, samples)
+    if world_size() > 1 or observation.gradient is None:
         return None
-    return Decomposition(problem, failure, even_micro_batches(problem, samples))
+    if parts is None and len(observation.sizes) != len(even[0]):
+        return None
+    if parts is not None and is_partition(parts.micro_batches, samples):
+        return None
+    return Decomposition(problem, failure, even)
 
 
 def _moved_cause(problem: Problem, failure: Failure) -> Cause | None:

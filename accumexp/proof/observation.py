@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ..accum.memory import SavedActivations, measure_activations
 from .compilation import outside_graphs
@@ -189,7 +191,7 @@ def observing(
         passes = ForwardPasses(state.inner, SampleIds(batch[0], None, batch[1]), before_pass)
         stack.enter_context(passes.hooks)
         stack.enter_context(state.inner.register_forward_hook(outside_graphs(after_forward)))
-        stack.enter_context(state.optimizer.register_step_pre_hook(before_step))
+        stack.enter_context(_last_step_hook(state.optimizer, before_step))
         for name, parameter in state.parameters().items() if arrivals else ():
             if parameter.requires_grad:
                 stack.enter_context(parameter.register_hook(partial(record_arrival, name)))
@@ -208,6 +210,21 @@ def observing(
     observation.sizes = [each.size for each in passes.passes]
     observation.random_states = [each.random_state for each in passes.passes if each.draws]
     observation.training = [each.training for each in passes.passes]
+
+
+@contextmanager
+def _last_step_hook(optimizer: Optimizer, hook: Callable[..., Any]) -> Iterator[None]:
+    """Calls `hook` before a step of `optimizer`, after the loop's own hooks, which may change gradients."""
+    handle = optimizer.register_step_pre_hook(hook)
+
+    def move_to_the_end(stepped: Optimizer, *_: Any) -> None:
+        if stepped is optimizer:
+            hooks = optimizer._optimizer_step_pre_hooks
+            hooks[handle.id] = hooks.pop(handle.id)
+
+    # Hooks of all optimizers are called before those of one.
+    with handle, register_optimizer_step_pre_hook(move_to_the_end):
+        yield
 
 
 def _sizes(tensors_by_name: Mapping[str, Tensor]) -> dict[str, float]:

@@ -17,6 +17,7 @@ from .certificate import Check, excess
 from .coupling import loss_bytes
 from .float64 import DOUBLE
 from .larger_batch import relative_error, whole_batch_pass
+from .micro_batches import rows_are_others, share_of
 from .nested import tensors
 from .observation import Observation, observe
 from .problem import Problem, TrainingState, WholeBatch, cast, copy_in, rows
@@ -66,7 +67,9 @@ def activations_check(problem: Problem, batch: WholeBatch) -> Check | None:
         return None
     model = copy_in(problem.model, DOUBLE)
     larger = _saved_bytes(problem, model, batch)
-    largest = max(observation.sizes)
+    if not larger:
+        return None  # a linear model needs its inputs alone
+    largest = share_of(problem) if rows_are_others(observation, batch) else max(observation.sizes)
     # What a sample needs may depend on its length.
     largest_ones = [numbers for numbers in observation.micro_batches if numbers and len(numbers) == largest]
     numbered = [torch.tensor(numbers, device=problem.device) for numbers in largest_ones]

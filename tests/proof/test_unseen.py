@@ -76,6 +76,9 @@ WORDS = {
     "unscaled_after_every_micro_batch": "each one multiplies what .grad holds by 0.0625",
     "inputs_with_a_gradient": "the larger batch gives net.body.weight, net.body.bias no gradient",
     "mask_of_each_micro_batch": "elements of a mask among the outputs, not 24 samples",
+    "mean_of_packed_tokens": "micro-batches count alike, though they weigh",
+    "mean_of_judged_pairs": "micro-batches count alike, though they weigh (5, 5, 4, 5)",
+    "last_sample_hidden_by_clamping": "samples: off by 1 instead of 0",
     "hidden_state_kept_in_the_window": "the model's outputs in micro-batch 1, 2, 3 are not those on",
 }
 BY_NAME = {case.name: case for case in CASES}

@@ -15,6 +15,7 @@ from tests.proof import (
     unseen_precision,
     unseen_random,
     unseen_right_loops,
+    unseen_rows,
     unseen_scalers,
     unseen_state,
     unseen_steps,
@@ -41,5 +42,6 @@ MODULES = (
     unseen_architectures,
     unseen_networks,
     unseen_causes,
+    unseen_rows,
 )
 CASES: list[Case] = [case for module in MODULES for case in module.BOOK]
