@@ -6,6 +6,7 @@ kept by parameter: their size is the number of micro-batches.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -26,6 +27,8 @@ from .sample_ids import SampleIds
 
 # Elements of a gradient for each micro-batch from which on any counts of them may be told.
 ENOUGH = 4
+# Micro-batches of which every choice is tried: 256 of them fit two elements by chance once in 10^9 times.
+MOST_CHOSEN = 8
 
 
 @dataclass(frozen=True)
@@ -140,17 +143,18 @@ class Decomposition:
         if not square:
             counted = [float(gram[k, k] == 0) for k in range(len(self.parts))]
             return Fit([0.0] * len(counted)) if not all(counted) else None
-        enough = sum(self.gradient[name].numel() for name in names) >= ENOUGH * len(self.parts)
-        for counts in self._candidates(gram, right, enough):
+        elements = sum(self.gradient[name].numel() for name in names)
+        for counts in self._candidates(gram, right, elements):
             left = square - 2 * float(counts @ right) + float(counts @ gram @ counts)
             residual = (max(left, 0.0) / square) ** 0.5
             if residual <= max(self.tolerance, 1e-7):
                 return Fit([float(count) for count in counts], residual=residual)
         return None
 
-    def _candidates(self, gram: Tensor, right: Tensor, enough: bool) -> Iterator[Tensor]:
-        """Counts to try, common mistakes first; any counts if there are `enough` elements to tell them."""
+    def _candidates(self, gram: Tensor, right: Tensor, elements: int) -> Iterator[Tensor]:
+        """Counts to try, common mistakes first; any counts if there are enough `elements` to tell them."""
         number = len(self.parts)
+        enough = elements >= ENOUGH * number
         ones = torch.ones(number, dtype=DOUBLE)
         yield ones
         mean = sum(self.weights) / number
@@ -179,6 +183,9 @@ class Decomposition:
             reduced = columns.T @ gram @ columns
             if int(torch.linalg.matrix_rank(reduced, hermitian=True)) == 2:
                 yield columns @ torch.linalg.solve(reduced, columns.T @ right)
+        if not enough and elements > 1 and number <= MOST_CHOSEN:  # some do not count
+            for chosen in itertools.product((0.0, 1.0), repeat=number):
+                yield torch.tensor(chosen, dtype=DOUBLE)
         if enough and int(torch.linalg.matrix_rank(gram, hermitian=True)) == number:
             yield torch.linalg.lstsq(gram, right.unsqueeze(1), driver="gelsd").solution[:, 0]
 

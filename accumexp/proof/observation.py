@@ -41,6 +41,7 @@ class Observation:
         initial: what `.grad` holds when the window begins, by parameter name; empty for zeros.
         moved_before: forward passes before which parameters are not what they were in the pass before.
         changed_buffers: names of buffers that change between two forward passes, by the second's number.
+        changed_outside: names of the tensors in `Problem.state` that do, in the same way.
         moved: names of those that change first.
         moved_by: by what all parameters are multiplied before the first of them; None if not all alike.
         rates: learning rate of every parameter group in the first step.
@@ -66,6 +67,7 @@ class Observation:
     initial: Gradient = field(default_factory=dict)
     moved_before: list[int] = field(default_factory=list)
     changed_buffers: dict[int, list[str]] = field(default_factory=dict)
+    changed_outside: dict[int, list[str]] = field(default_factory=dict)
     moved: list[str] = field(default_factory=list)
     moved_by: float | None = None
     rates: list[float] = field(default_factory=list)
@@ -123,6 +125,8 @@ def observing(
     sizes_before: dict[str, float] = {}
     buffers: dict[str, float] = {}  # after the last forward pass
 
+    versions: dict[str, int] = {}  # of tensors outside the model, before the last forward pass
+
     def after_forward(*_: Any) -> None:
         if torch.is_grad_enabled():
             buffers.update(_sizes(state.buffers()))
@@ -138,6 +142,10 @@ def observing(
         now = _sizes(state.buffers())
         if changed := [name for name, size in now.items() if size != buffers.get(name, size)]:
             observation.changed_buffers[len(observation.sizes)] = changed
+        outside = state.problem.outside_versions()
+        if versions and (changed := [name for name in outside if outside[name] != versions[name]]):
+            observation.changed_outside[len(observation.sizes)] = changed
+        versions.update(outside)
         begun_passes.append(begun)
         observation.micro_batches.append(begun.samples)
         observation.sizes.append(begun.size)

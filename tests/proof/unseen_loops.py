@@ -2,6 +2,7 @@
 
 from tests.proof import (
     unseen_architectures,
+    unseen_backward,
     unseen_buffers,
     unseen_causes,
     unseen_clipping,
@@ -43,5 +44,6 @@ MODULES = (
     unseen_networks,
     unseen_causes,
     unseen_rows,
+    unseen_backward,
 )
 CASES: list[Case] = [case for module in MODULES for case in module.BOOK]
