@@ -190,6 +190,62 @@ def second_head_every_other_time(model, optimizer, batch, steps):
     optimizer.step()
 
 
+class Detachable(TwoHeads):
+    detached = False
+
+    def forward(self, x):
+        hidden = torch.tanh(self.body(x))
+        return self.first(hidden), self.second(hidden.detach() if self.detached else hidden)
+
+
+@BOOK.wrong("parameters", model=lambda: seeded(Detachable), loss=of_both, optimizer=sgd)
+def second_head_detached_later(model, optimizer, batch, steps):
+    """the second head gives the body no gradient in all micro-batches but the first"""
+    optimizer.zero_grad()
+    for number, (x, y) in enumerate(micro_batches(batch, steps)):
+        model.detached = number > 0
+        (of_both(model(x), y) * len(x) / len(batch[0])).backward()
+    model.detached = False
+    optimizer.step()
+
+
+@BOOK.wrong("buffer", optimizer=sgd)
+def inputs_in_one_buffer(model, optimizer, batch, steps):
+    """all micro-batches pass through one buffer, which is overwritten before the only backward pass"""
+    parts = micro_batches(batch, steps)
+    buffer, total = torch.empty_like(parts[0][0]), torch.zeros(())
+    for x, y in parts:
+        buffer.data[: len(x)] = x
+        outputs = model(buffer.detach()[: len(x)])
+        total = total + F.cross_entropy(outputs, y, reduction="sum") / len(batch[0])
+    optimizer.zero_grad()
+    total.backward()
+    optimizer.step()
+
+
+def many_words():
+    return seeded(lambda: Tagger(words=60, sparse=True))
+
+
+def rare_words():
+    ids, labels = sentences(words=60)
+    return ids, labels
+
+
+@BOOK.wrong("sparse", model=many_words, batch=rare_words, loss=TokenMean(), optimizer=sgd)
+def rows_overwritten(model: Any, optimizer, batch, steps):
+    """a word's row of the gradient is that of the last micro-batch that has it, not the sum"""
+    rows = torch.zeros_like(model.embed.weight)
+    for ids, labels in micro_batches(batch, steps):
+        (token_total(model(ids), labels) / (batch[1] != -100).sum()).backward()
+        own = model.embed.weight.grad.coalesce()
+        rows[own.indices()[0]] = own.values()
+        model.embed.weight.grad = None
+    model.embed.weight.grad = rows
+    optimizer.step()
+    optimizer.zero_grad()
+
+
 def with_penalty(outputs, targets):
     return {"loss": F.cross_entropy(outputs, targets), "z": 0.1 * outputs.logsumexp(1).square().mean()}
 
