@@ -8,6 +8,7 @@ from tests.proof import (
     unseen_clipping,
     unseen_coupled,
     unseen_cut,
+    unseen_delivered,
     unseen_division,
     unseen_micro_batches,
     unseen_models,
@@ -45,5 +46,6 @@ MODULES = (
     unseen_causes,
     unseen_rows,
     unseen_backward,
+    unseen_delivered,
 )
 CASES: list[Case] = [case for module in MODULES for case in module.BOOK]
