@@ -139,14 +139,28 @@ def check_schedule(
     step = getattr(schedule, "step", None)
     if step is None:
         raise ValueError(f"scheduler: {kind} has no step()")
-    needed = [
-        name
-        for name, parameter in inspect.signature(step).parameters.items()
-        if parameter.default is parameter.empty
-        and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
-    ]
-    if needed:
+    if needed := _needed(step):
         raise ValueError(
             f"scheduler: {kind}.step() needs {', '.join(needed)}; the rate has to follow from the number of "
             "updates alone: leave the schedule out for the proof, or take one whose step() needs nothing"
         )
+
+
+def check_optimizer(model: nn.Module, optimizer: Callable[[list[nn.Parameter]], Optimizer]) -> None:
+    """Raises a ValueError if the optimizer's `step()` cannot be called without arguments."""
+    made = optimizer(list(copy.deepcopy(model).parameters()))
+    if needed := _needed(made.step):
+        raise ValueError(
+            f"optimizer: {type(made).__name__}.step() needs {', '.join(needed)}; the update has to follow "
+            "from the window's gradient alone: certify the loop with another optimizer, such as SGD"
+        )
+
+
+def _needed(function: Callable[..., Any]) -> list[str]:
+    """The arguments that `function` cannot be called without."""
+    return [
+        name
+        for name, parameter in inspect.signature(function).parameters.items()
+        if parameter.default is parameter.empty
+        and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+    ]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
-from .arguments import batches_of, check_model, check_schedule, told_apart
+from .arguments import batches_of, check_model, check_optimizer, check_schedule, told_apart
 from .certificate import Certificate
 from .checks import Proof
 from .problem import Problem, Scaling, TrainWindow, WholeBatch, forked_rng
@@ -87,8 +87,8 @@ def certify(
 
     Raises:
         ValueError: for a batch that cannot be split into `steps`, a larger batch without a finite gradient,
-            `updates` below 1, a model without trainable parameters or with lazy ones, a schedule whose
-            `step()` needs arguments.
+            `updates` below 1, a model without trainable parameters or with lazy ones, an optimizer or a
+            schedule whose `step()` needs arguments.
     """
     if updates < 1:
         raise ValueError(f"updates={updates}: without an update that is followed there is nothing to certify")
@@ -118,6 +118,8 @@ def certify(
     if steps < 1 or problem.samples < steps * world_size():
         raise ValueError(f"steps={steps}: a batch of {problem.samples} samples cannot be split into them")
     with forked_rng(problem.device), torch.enable_grad():
+        if prepare is None:
+            check_optimizer(model, optimizer)
         check_schedule(model, optimizer, scheduler)
         certificate = Proof(problem, progress or (lambda stage: None)).certificate(updates)
         return replace(certificate, notes=[*notes, *certificate.notes])

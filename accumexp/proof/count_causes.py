@@ -148,6 +148,21 @@ def _explained(
     return counts_in_words(parts, wrong, WHOLE_GRADIENT, whole), parts.by_rank(wrong)
 
 
+def lost_in_words(problem: Problem, failure: Failure, parts: Decomposition) -> str:
+    """The micro-batches that do not count in the gradients of some parameters, in words; "" for none."""
+    if parts.ranks > 1:
+        return ""
+    lost: dict[str, list[str]] = {}
+    for name in _levels(problem, failure, parts)[-1]:
+        fit = parts.fit([name])
+        left_out = parts.lost(fit.counts) if fit is not None else []
+        if fit is not None and 0 < len(left_out) < len(fit.counts):
+            if all(k in left_out or parts.is_one(count) for k, count in enumerate(fit.counts)):
+                which = ", ".join(map(str, left_out[:6])) + (", ..." if len(left_out) > 6 else "")
+                lost.setdefault(f"micro-batch {which} of {len(fit.counts)} does not count", []).append(name)
+    return "; ".join(f"in {_subject(names)} {which}" for which, names in lost.items())
+
+
 def _subject(names: list[str]) -> str:
     if len(names) <= NAMED:
         return f"the gradient of {', '.join(names)}"

@@ -46,7 +46,8 @@ def counts_in_words(
         return reason, "cut the batch into micro-batches that do not overlap"
     if parts.ranks > 1 and (unreduced := _unreduced(parts, by_rank, subject)):
         return unreduced
-    if lost := _lost(parts, by_rank, subject):
+    ratio = _common_ratio(parts, counts)
+    if ratio is None and (lost := _lost(parts, by_rank, subject)):
         return lost
     rounded = _rounded_weights(parts, counts)
     if max(counts) - min(counts) <= parts.count_tolerance * max(map(abs, counts)):
@@ -76,9 +77,12 @@ def counts_in_words(
     if len(values) == 1 and len(wrong) < windows:
         where = _micro_batches(parts, wrong)
         return f"in {subject} {where} counts {counts[wrong[0]]:.4g} times instead of once", OWN_WEIGHT
-    if (ratio := _common_ratio(parts, counts)) is not None:
+    if ratio is not None:
         reason = f"micro-batches count {_list(counts)}: each one multiplies what .grad holds by {ratio:.4g}"
         return reason if subject == WHOLE_GRADIENT else f"in {subject} {reason}", COMPLETE
+    if why := _growing_denominator(parts, counts):
+        reason = f"micro-batches count {_list(counts)} of what they weigh: {why}"
+        return (reason if subject == WHOLE_GRADIENT else f"in {subject} {reason}"), OWN_WEIGHT
     every = _list(counts)
     if parts.ranks > 1:
         every = "; ".join(f"rank {r}: {_list(each)}" for r, each in enumerate(by_rank))
@@ -89,11 +93,34 @@ def counts_in_words(
 
 def _common_ratio(parts: Decomposition, counts: Sequence[float]) -> float | None:
     """By what every micro-batch multiplies the gradient so far, if that explains the `counts`."""
-    if parts.ranks > 1 or len(counts) < 3 or not all(counts):
+    near = parts.count_tolerance
+    if parts.ranks > 1 or len(counts) < 3 or not counts[-1] or abs(counts[-2]) <= near:
         return None
-    ratios = [count / later for count, later in itertools.pairwise(counts)]
-    alike = max(ratios) - min(ratios) <= max(1e-5, parts.count_tolerance) * max(map(abs, ratios))
-    return ratios[0] if alike else None
+    ratio = counts[-2] / counts[-1]
+    powers = [counts[-1] * ratio**k for k in reversed(range(len(counts)))]
+    alike = all(abs(a - b) <= max(1e-5 * abs(b), near) for a, b in zip(counts, powers, strict=True))
+    return ratio if alike and abs(ratio - 1) > near else None
+
+
+def _growing_denominator(parts: Decomposition, counts: Sequence[float]) -> str:
+    """What each micro-batch is divided by, where it depends on those before it, in words; "" if unknown."""
+    total, near = sum(parts.weights), max(1e-5, parts.count_tolerance)
+    if parts.ranks > 1 or len(counts) < 3 or not total:
+        return ""
+    shares = [count * weight / total for count, weight in zip(counts, parts.weights, strict=True)]
+    so_far = list(itertools.accumulate(parts.weights))
+
+    def are(values: Sequence[float]) -> bool:
+        return all(abs(share - value) <= near for share, value in zip(shares, values, strict=True))
+
+    if all(so_far) and are([weight / sum_ for weight, sum_ in zip(parts.weights, so_far, strict=True)]):
+        return "each one is divided by the weight of those up to it, not by the window's"
+    if are([1 / (k + 1) for k in range(len(shares))]):
+        return "each one's mean is divided by the number of those up to it"
+    new, last = shares[-1], len(shares) - 1
+    if 0 < new < 1 and are([(new if k else 1) * (1 - new) ** (last - k) for k in range(last + 1)]):
+        return f"a moving average, in which each one's mean has a weight of {new:.4g}"
+    return ""
 
 
 def _lost(parts: Decomposition, by_rank: list[list[float]], subject: str) -> tuple[str, str] | None:
@@ -103,7 +130,9 @@ def _lost(parts: Decomposition, by_rank: list[list[float]], subject: str) -> tup
         return (f"{subject} is zero", EVERY_MICRO_BATCH) if lost else None
     left = [k for k in range(len(flat)) if k not in lost]
     factor = flat[left[0]]
-    times = "" if all(parts.is_one(flat[k]) for k in left) else f", {factor:.4g} times"
+    alike = all(abs(flat[k] - factor) <= parts.count_tolerance * abs(factor) for k in left)
+    counted = f"{factor:.4g}" if alike else _list([flat[k] for k in left])
+    times = "" if all(parts.is_one(flat[k]) for k in left) else f", {counted} times"
     where = _micro_batches(parts, lost)
     reason = f"{where} of {len(flat)} does not count"
     if len(left) == 1 and len(flat) > 2:

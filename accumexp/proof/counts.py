@@ -6,6 +6,7 @@ kept by parameter: their size is the number of micro-batches.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from .evidence import Failure
 from .float64 import DOUBLE
-from .larger_batch import Gradient, clip_factor
+from .larger_batch import Gradient, clip_factor, norm
 from .loss_shares import loss_shares
 from .micro_batches import MicroBatches, rank_micro_batches
 from .nested import batch_size
@@ -26,6 +27,8 @@ from .sample_ids import SampleIds
 
 # Elements of a gradient for each micro-batch from which on any counts of them may be told.
 ENOUGH = 4
+# Micro-batches of which every choice is tried: 256 of them fit two elements by chance once in 10^9 times.
+MOST_CHOSEN = 8
 
 
 @dataclass(frozen=True)
@@ -140,17 +143,18 @@ class Decomposition:
         if not square:
             counted = [float(gram[k, k] == 0) for k in range(len(self.parts))]
             return Fit([0.0] * len(counted)) if not all(counted) else None
-        enough = sum(self.gradient[name].numel() for name in names) >= ENOUGH * len(self.parts)
-        for counts in self._candidates(gram, right, enough):
+        elements = sum(self.gradient[name].numel() for name in names)
+        for counts in self._candidates(gram, right, elements):
             left = square - 2 * float(counts @ right) + float(counts @ gram @ counts)
             residual = (max(left, 0.0) / square) ** 0.5
             if residual <= max(self.tolerance, 1e-7):
                 return Fit([float(count) for count in counts], residual=residual)
         return None
 
-    def _candidates(self, gram: Tensor, right: Tensor, enough: bool) -> Iterator[Tensor]:
-        """Counts to try, common mistakes first; any counts if there are `enough` elements to tell them."""
+    def _candidates(self, gram: Tensor, right: Tensor, elements: int) -> Iterator[Tensor]:
+        """Counts to try, common mistakes first; any counts if there are enough `elements` to tell them."""
         number = len(self.parts)
+        enough = elements >= ENOUGH * number
         ones = torch.ones(number, dtype=DOUBLE)
         yield ones
         mean = sum(self.weights) / number
@@ -179,6 +183,9 @@ class Decomposition:
             reduced = columns.T @ gram @ columns
             if int(torch.linalg.matrix_rank(reduced, hermitian=True)) == 2:
                 yield columns @ torch.linalg.solve(reduced, columns.T @ right)
+        if not enough and elements > 1 and number <= MOST_CHOSEN:  # some do not count
+            for chosen in itertools.product((0.0, 1.0), repeat=number):
+                yield torch.tensor(chosen, dtype=DOUBLE)
         if enough and int(torch.linalg.matrix_rank(gram, hermitian=True)) == number:
             yield torch.linalg.lstsq(gram, right.unsqueeze(1), driver="gelsd").solution[:, 0]
 
@@ -194,6 +201,12 @@ class Decomposition:
         """The largest error of a count that rounding explains."""
         return max(1e-6, 4 * self.tolerance)
 
+    def _is_complete(self) -> bool:
+        """Whether the micro-batches' parts are all of the larger batch's gradient."""
+        exact = self.failure.expected.larger.gradient
+        left = {name: g.double() - sum(part[name] for part in self.parts) for name, g in exact.items()}
+        return norm(left) <= self.tolerance * norm(exact)
+
     def unseen_and_doubled(self) -> tuple[list[int], list[int]]:
         """The samples of the batch in no micro-batch, and in more than one."""
         samples = range(batch_size(self.failure.batch))
@@ -202,6 +215,8 @@ class Decomposition:
             return [], []  # equal samples cannot be told apart
         occurrences = Counter(n for each in self.micro_batches for numbers in each for n in numbers)
         unseen = [number for number in samples if number not in occurrences]
+        if unseen and self._is_complete():
+            unseen = []  # ignored ones, or of weight 0
         return unseen, [number for number, count in sorted(occurrences.items()) if count > 1]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -148,6 +149,33 @@ def loss_couples(problem: Problem, batch: WholeBatch, by_targets: bool = False) 
     change = sum(float((b - a).square().sum()) for a, b in pairs)
     size = sum(float(a.square().sum()) for a, _ in pairs)
     return (change / size) ** 0.5 if size else 0.0
+
+
+def loss_adds(
+    problem: Problem, batch: WholeBatch, parts: Sequence[Sequence[int]], weights: Sequence[float]
+) -> bool:
+    """Whether the loss's gradients at the outputs of `parts` of the batch are those on all of it.
+
+    Args:
+        weights: of the parts in the loss.
+    """
+    batch = cast(batch, DOUBLE)
+    outputs = larger_batch_of(problem, copy_in(problem.model, DOUBLE), batch).outputs
+    samples, total = batch_size(batch), sum(weights)
+    whole = _gradient_at(problem, outputs, batch)
+    if whole is None or not all(each.dim() and len(each) == samples for each in whole) or not total:
+        return False
+    size = sum(float(each.square().sum()) for each in whole)
+    off = 0.0
+    for numbers, weight in zip(parts, weights, strict=True):
+        index = torch.tensor(numbers, device=problem.device)
+        part = map_tensors(lambda t, index=index: t[index] if t.dim() else t, outputs)
+        own = _gradient_at(problem, part, rows(batch, index))
+        if own is None:
+            return False
+        pairs = zip(own, whole, strict=True)
+        off += sum(float((a * weight / total - b[index]).square().sum()) for a, b in pairs)
+    return off <= NEGLIGIBLE**2 * size
 
 
 def whole_batch_outputs(problem: Problem, batch: WholeBatch) -> list[str]:

@@ -13,15 +13,16 @@ import torch
 
 from .additivity import loss_average
 from .certificate import Cause, Counts, first_names, number
-from .count_causes import counts_causes, samples_in_words
+from .count_causes import counts_causes, lost_in_words, samples_in_words
 from .counts import Decomposition, decompose
 from .coupling import NEGLIGIBLE, coupling_modules, loss_couples, whole_batch_outputs
 from .evidence import Failure
 from .float64 import DOUBLE
 from .gradients import compare_window
+from .hand_changes import changed_state_cause
 from .loss_terms import name_of
 from .micro_batches import even_micro_batches, is_partition
-from .model_causes import modes_cause, without_gradient_cause
+from .model_causes import backward_cause, modes_cause, without_gradient_cause
 from .nested import batch_size
 from .new_loops import new_loop_in_words
 from .problem import Problem, copy_in
@@ -62,14 +63,14 @@ def diagnose(problem: Problem, failure: Failure, first_window: bool) -> tuple[li
     if parts is not None and (average := _average_cause(problem, failure, parts, counts)):
         explained = [average]
     causes += explained
-    if not explained and (cause := _changed_buffers_cause(failure)):
+    if not explained and (cause := _changed_buffers_cause(failure) or changed_state_cause(problem, failure)):
         return [*causes, cause], counts
     if not explained and (cause := modes_cause(problem, failure) or without_gradient_cause(failure)):
         return [*causes, cause], counts
     if not explained and not failure.precision:
         causes += _coupled(problem, failure) + _coupling_loss(problem, failure, parts)
         if not causes and parts is not None and (cause := not_a_mean_cause(problem, failure, parts)):
-            causes.append(cause)
+            causes.append(backward_cause(problem, failure, parts) or cause)
     return (causes or [_unexplained(problem, failure, parts)]), counts
 
 
@@ -116,11 +117,19 @@ def _not_finite_cause(failure: Failure) -> Cause | None:
 
 
 def _evenly_cut(problem: Problem, failure: Failure, parts: Decomposition | None) -> Decomposition | None:
-    """The decomposition into even micro-batches, where the passes that were seen do not have all samples."""
-    samples = batch_size(failure.batch)
-    if parts is None or world_size() > 1 or is_partition(parts.micro_batches, samples):
+    """The decomposition into even micro-batches, where the passes that were seen do not have all samples.
+
+    Where their rows are not the batch's (packed samples, pairs one after the other) if as many are due.
+    """
+    samples, observation = batch_size(failure.batch), failure.observation
+    even = even_micro_batches(problem, samples)
+    if world_size() > 1 or observation.gradient is None:
         return None
-    return Decomposition(problem, failure, even_micro_batches(problem, samples))
+    if parts is None and len(observation.sizes) != len(even[0]):
+        return None
+    if parts is not None and is_partition(parts.micro_batches, samples):
+        return None
+    return Decomposition(problem, failure, even)
 
 
 def _moved_cause(problem: Problem, failure: Failure) -> Cause | None:
@@ -281,7 +290,8 @@ def _unexplained(problem: Problem, failure: Failure, parts: Decomposition | None
             reason += underflow
     else:
         samples = samples_in_words(problem, failure)
-        texts = [samples, new_loop_in_words(problem, failure, parts)]
+        lost = lost_in_words(problem, failure, parts)
+        texts = [lost, samples, new_loop_in_words(problem, failure, parts)]
         reason += "".join(f"; {text}" for text in texts if text)
         if samples:
             source, advice = (

@@ -14,15 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .certificate import Check, excess
-from .evidence import updates_in_words
-from .larger_batch import relative_error
+from .certificate import Cause, Check, excess, first_names
+from .evidence import Failure, updates_in_words
+from .larger_batch import norm, relative_error
 from .micro_batches import passes_of
 from .nested import batch_size
 from .observation import observe
 from .problem import Problem, TrainingState, WholeBatch, copy_in, rows
 from .ranks import all_gather, worst
-from .rounding import U64
+from .rounding import U64, larger_batch_of
 
 IN_ONE = (
     "what the loop changes by hand, against the same loop with one micro-batch: 8 times what another order "
@@ -167,3 +167,32 @@ def hand_changed(
     actual = changes.values(state)
     alike = {name for name in names if relative_error(actual[name], in_one[name]) <= CLOSE}
     return frozenset(set.intersection(*all_gather(alike)))
+
+
+def changed_state_cause(problem: Problem, failure: Failure) -> Cause | None:
+    """The cause if tensors in `state=` that the gradient depends on change before the last micro-batch."""
+    changed = all_gather(failure.observation.changed_outside)[0]
+    names = sorted({name for each in changed.values() for name in each})
+    outside = dict(failure.observation.outside)
+    exact = failure.expected.larger.gradient
+
+    def matters(name: str) -> bool:
+        value = outside[name]
+        if not value.is_floating_point():
+            return False
+        waves = torch.arange(value.numel(), device=value.device).add(1).sin().view_as(value)
+        moved = value + 0.01 * (1 + value.abs()) * waves.to(value.dtype)
+        with problem.outside_as({**outside, name: moved}):
+            gradient = larger_batch_of(problem, copy.deepcopy(failure.model), failure.batch).gradient
+        off = {key: g.double() - exact[key].double() for key, g in gradient.items()}
+        return norm(off) > failure.tolerance * norm(exact)
+
+    names = [name for name in names if matters(name)]
+    if failure.precision or not names:
+        return None
+    places = ", ".join(str(number) for number, each in changed.items() if set(names) & set(each))
+    reason = (
+        f"the loop changes state {first_names(names)} within the window, before micro-batch {places}, and "
+        "the gradient depends on it"
+    )
+    return failure.cause("state", reason, "", "change it once, after the window's last micro-batch")

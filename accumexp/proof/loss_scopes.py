@@ -40,7 +40,9 @@ def scope_cause(problem: Problem, failure: Failure, parts: Decomposition) -> Cau
         what = "it"
     times = "" if parts.is_one(factor) else f", and counts {factor:.4g} times"
     reason = f"couples samples: {what} is computed on {where}, not on the window's{times}"
-    if what == "it" and not loss_couples(problem, failure.batch) > NEGLIGIBLE:
+    by_outputs = loss_couples(problem, failure.batch)
+    by_targets = loss_couples(problem, failure.batch, by_targets=True)
+    if what == "it" and by_targets > NEGLIGIBLE and not by_outputs > NEGLIGIBLE:
         reason += (
             ". Samples are coupled by their targets alone, as by rewards that are normalised with a mean and "
             "a deviation"

@@ -64,8 +64,7 @@ def is_partition(micro_batches: MicroBatches, samples: int) -> bool:
 
 def even_micro_batches(problem: Problem, samples: int) -> MicroBatches:
     """The samples in order, cut into micro-batches of the problem's size."""
-    size = -(-problem.samples // (problem.steps * world_size()))
-    return [[part.tolist() for part in torch.arange(samples).split(size)]]
+    return [[part.tolist() for part in torch.arange(samples).split(share_of(problem))]]
 
 
 def passes_of(observation: Observation, batch: WholeBatch) -> int:
@@ -75,6 +74,17 @@ def passes_of(observation: Observation, batch: WholeBatch) -> int:
     return max(1, round(len(observation.sizes) / times))
 
 
+def share_of(problem: Problem) -> int:
+    """The samples of a whole micro-batch, as asked for."""
+    return -(-problem.samples // (problem.steps * world_size()))
+
+
+def rows_are_others(observation: Observation, batch: WholeBatch) -> bool:
+    """Whether this rank passes rows that are not the batch's samples, and another number of them."""
+    known = all(numbers is not None for numbers in observation.micro_batches)
+    return not known and sum(observation.sizes) != batch_size(batch)
+
+
 def micro_batches_made(
     problem: Problem, batch: WholeBatch, observation: Observation
 ) -> tuple[int, int] | None:
@@ -82,7 +92,13 @@ def micro_batches_made(
 
     Of several ranks the one that is furthest from the problem's steps.
     """
-    every = all_gather((passes_of(observation, batch), max(observation.sizes, default=0)))
+    share = share_of(problem)
+    count, largest = passes_of(observation, batch), max(observation.sizes, default=0)
+    fewest = -(-batch_size(batch) // share)
+    if rows_are_others(observation, batch) and fewest <= len(observation.sizes) <= problem.steps:
+        # Packed samples, pairs in turn or padding: their number does not tell how often they come.
+        count, largest = len(observation.sizes), share
+    every = all_gather((count, largest))
     if not any(largest for _, largest in every):
         return None
     return max(every, key=lambda each: abs(each[0] - problem.steps))
@@ -97,7 +113,7 @@ def micro_batches_check(problem: Problem, observation: Observation, batch: Whole
     if made is None:
         return None
     count, largest = made
-    share = -(-problem.samples // (problem.steps * world_size()))
+    share = share_of(problem)
     off = 0 if count < problem.steps and largest <= share else abs(count - problem.steps)
     detail = f"steps={problem.steps} asked, {count} made, the largest of {largest} samples"
     if off and (parts := _parts_in_words(problem, batch, share)):
@@ -147,7 +163,7 @@ class MicroBatchesMade:
             return
         steps, samples = self.problem.steps, batch_size(batch)
         count, largest = made
-        share = -(-self.problem.samples // (steps * world_size()))
+        share = share_of(self.problem)
         if smaller:
             fewest = -(-samples // (2 * share * world_size()))
             off, made_of = max(0, fewest - count), f"{count} made of {samples} samples"

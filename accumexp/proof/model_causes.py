@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from torch import nn
+
 from .certificate import Cause, first_names
+from .counts import Decomposition
+from .coupling import loss_adds
 from .evidence import Failure
 from .problem import Problem
 from .ranks import all_gather, world_size
@@ -46,3 +50,31 @@ def without_gradient_cause(failure: Failure) -> Cause | None:
         "use_reentrant=True whose inputs need no gradients, gives none"
     )
     return failure.cause("without a gradient", reason, "", advice)
+
+
+def backward_cause(problem: Problem, failure: Failure, parts: Decomposition) -> Cause | None:
+    """The cause if samples are coupled by the model's backward pass alone: outputs and loss are right."""
+    every = [numbers for each in parts.micro_batches for numbers in each]
+    if not loss_adds(problem, failure.batch, every, parts.weights):
+        return None
+    exact, bounds = failure.expected.larger.gradient, failure.expected.bounds
+    names = [
+        name
+        for name, g in exact.items()
+        if not float((sum(part[name] for part in parts.parts) - g.double()).norm()) <= bounds[name]
+    ]
+    if not names:
+        return None
+    counting = [
+        f"{name} ({type(module).__name__})"
+        for name, module in problem.model.named_modules()
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.scale_grad_by_freq
+    ]
+    why = f": scale_grad_by_freq=True in {first_names(counting)}" if counting else ""
+    reason = (
+        f"the model's backward pass couples samples: the gradient of {first_names(names)} on the batch is "
+        f"not the sum of its micro-batches', and outputs and loss are right{why}"
+    )
+    shown = "the loss's gradients at the outputs of each micro-batch are those on the whole batch"
+    advice = "leave what a module makes of its gradient to transform_gradient=, once for the window"
+    return failure.cause("coupling backward", reason, shown, advice)

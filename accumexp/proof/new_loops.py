@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .counts import Decomposition
+from .deliveries import delivered_in_words, places_in_words
 from .evidence import Failure
 from .float64 import DOUBLE
 from .larger_batch import Gradient, norm
@@ -22,6 +23,7 @@ from .rounding import larger_batch_of
 
 # Relative error up to which outputs are the same: in fp64, or in fp32 where the model computes in it.
 SAME = 1e-5
+OVER_A_MICRO_BATCH = "something is computed over a micro-batch that should be computed over the window"
 
 
 def gradient_of_new_loop(problem: Problem, parts: Decomposition, steps: int) -> Gradient | None:
@@ -56,25 +58,36 @@ def new_loop_in_words(problem: Problem, failure: Failure, parts: Decomposition) 
     single = error(1)
     text = f"with steps=1 the same loop is off by {single:.2g}: it computes another loss than the one given"
     if single <= parts.tolerance:
-        text = (
-            "with steps=1 the same loop is right: something is computed over a micro-batch that should be "
-            "computed over the window"
-        )
-    outputs = _outputs_in_words(problem, failure)
-    return "; ".join(filter(None, (outputs, "" if math.isnan(single) else text)))
+        text = f"with steps=1 the same loop is right: {OVER_A_MICRO_BATCH}"
+    differing = _differing_outputs(problem, failure)
+    outputs, (delivered, others) = "", ("", [])
+    if differing is not None:
+        outputs = "the model's outputs are right: the fault is in the loss or after it"
+    if differing:
+        places = places_in_words(differing)
+        outputs = f"the model's outputs in micro-batch {places} are not those on the whole batch"
+    else:
+        delivered, others = delivered_in_words(parts, _new(problem, failure, problem.steps))
+    if single <= parts.tolerance and (delivered or differing):
+        text = "with steps=1 the same loop is right"
+        if 0 not in (differing or others or [0]):
+            text += ": something changes from one micro-batch to the next"
+        elif not delivered:
+            text += f": {OVER_A_MICRO_BATCH}"
+    return "; ".join(filter(None, (outputs, delivered, "" if math.isnan(single) else text)))
 
 
 def _new(problem: Problem, failure: Failure, steps: int) -> TrainingState:
     return TrainingState(replace(problem, model=copy.deepcopy(failure.model), steps=steps), DOUBLE)
 
 
-def _outputs_in_words(problem: Problem, failure: Failure) -> str:
-    """In which micro-batches the model's outputs are not those on the whole batch; "" if not known."""
+def _differing_outputs(problem: Problem, failure: Failure) -> list[int] | None:
+    """The micro-batches in which the model's outputs are not those on the whole batch; None if not known."""
     if world_size() > 1 or problem.perturb is not None:
-        return ""
+        return None
     passes = _passes(problem, failure)
     if passes is None:
-        return ""
+        return None
     whole = _floats(larger_batch_of(problem, copy.deepcopy(failure.model), failure.batch).outputs)
     samples = batch_size(failure.batch)
     differing = []
@@ -82,14 +95,11 @@ def _outputs_in_words(problem: Problem, failure: Failure) -> str:
         due = [each[numbers] if each.dim() and len(each) == samples else None for each in whole]
         shapes = [None if each is None else each.shape for each in due]
         if shapes != [each.shape for each in outputs]:
-            return ""  # outputs without samples, or of another size than on the whole batch
+            return None  # outputs without samples, or of another size than on the whole batch
         pairs = zip(outputs, due, strict=True)
         if not all(bool((a - b).norm() <= SAME * b.norm()) for a, b in pairs if b is not None):
             differing.append(number)
-    if not differing:
-        return "the model's outputs are right: the fault is in the loss or after it"
-    places = ", ".join(map(str, differing[:6])) + (", ..." if len(differing) > 6 else "")
-    return f"the model's outputs in micro-batch {places} are not those on the whole batch"
+    return differing
 
 
 def _passes(problem: Problem, failure: Failure) -> list[tuple[list[int], list[Tensor]]] | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ..accum.memory import SavedActivations, measure_activations
 from .compilation import outside_graphs
@@ -39,6 +41,7 @@ class Observation:
         initial: what `.grad` holds when the window begins, by parameter name; empty for zeros.
         moved_before: forward passes before which parameters are not what they were in the pass before.
         changed_buffers: names of buffers that change between two forward passes, by the second's number.
+        changed_outside: names of the tensors in `Problem.state` that do, in the same way.
         moved: names of those that change first.
         moved_by: by what all parameters are multiplied before the first of them; None if not all alike.
         rates: learning rate of every parameter group in the first step.
@@ -64,6 +67,7 @@ class Observation:
     initial: Gradient = field(default_factory=dict)
     moved_before: list[int] = field(default_factory=list)
     changed_buffers: dict[int, list[str]] = field(default_factory=dict)
+    changed_outside: dict[int, list[str]] = field(default_factory=dict)
     moved: list[str] = field(default_factory=list)
     moved_by: float | None = None
     rates: list[float] = field(default_factory=list)
@@ -121,6 +125,8 @@ def observing(
     sizes_before: dict[str, float] = {}
     buffers: dict[str, float] = {}  # after the last forward pass
 
+    versions: dict[str, int] = {}  # of tensors outside the model, before the last forward pass
+
     def after_forward(*_: Any) -> None:
         if torch.is_grad_enabled():
             buffers.update(_sizes(state.buffers()))
@@ -136,6 +142,10 @@ def observing(
         now = _sizes(state.buffers())
         if changed := [name for name, size in now.items() if size != buffers.get(name, size)]:
             observation.changed_buffers[len(observation.sizes)] = changed
+        outside = state.problem.outside_versions()
+        if versions and (changed := [name for name in outside if outside[name] != versions[name]]):
+            observation.changed_outside[len(observation.sizes)] = changed
+        versions.update(outside)
         begun_passes.append(begun)
         observation.micro_batches.append(begun.samples)
         observation.sizes.append(begun.size)
@@ -189,7 +199,7 @@ def observing(
         passes = ForwardPasses(state.inner, SampleIds(batch[0], None, batch[1]), before_pass)
         stack.enter_context(passes.hooks)
         stack.enter_context(state.inner.register_forward_hook(outside_graphs(after_forward)))
-        stack.enter_context(state.optimizer.register_step_pre_hook(before_step))
+        stack.enter_context(_last_step_hook(state.optimizer, before_step))
         for name, parameter in state.parameters().items() if arrivals else ():
             if parameter.requires_grad:
                 stack.enter_context(parameter.register_hook(partial(record_arrival, name)))
@@ -208,6 +218,21 @@ def observing(
     observation.sizes = [each.size for each in passes.passes]
     observation.random_states = [each.random_state for each in passes.passes if each.draws]
     observation.training = [each.training for each in passes.passes]
+
+
+@contextmanager
+def _last_step_hook(optimizer: Optimizer, hook: Callable[..., Any]) -> Iterator[None]:
+    """Calls `hook` before a step of `optimizer`, after the loop's own hooks, which may change gradients."""
+    handle = optimizer.register_step_pre_hook(hook)
+
+    def move_to_the_end(stepped: Optimizer, *_: Any) -> None:
+        if stepped is optimizer:
+            hooks = optimizer._optimizer_step_pre_hooks
+            hooks[handle.id] = hooks.pop(handle.id)
+
+    # Hooks of all optimizers are called before those of one.
+    with handle, register_optimizer_step_pre_hook(move_to_the_end):
+        yield
 
 
 def _sizes(tensors_by_name: Mapping[str, Tensor]) -> dict[str, float]:

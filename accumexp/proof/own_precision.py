@@ -15,7 +15,7 @@ from .addition import addition_check
 from .certificate import Check, Series, worst_check
 from .evidence import Failure, updates_in_words
 from .float64 import DOUBLE
-from .gradients import Comparison, compare, first_update, measured_loss_scale
+from .gradients import Comparison, compare, compare_window, first_update, measured_loss_scale
 from .larger_batch import Gradient, clamped, clipped, dot, norm, unclamped
 from .loss_shares import LossShares, loss_shares
 from .micro_batches import even_micro_batches, is_partition, rank_micro_batches
@@ -66,6 +66,19 @@ def precision_checks(problem: Problem, name: str) -> list[Check]:
         additions += [addition] if addition else []
     checks = [worst_check(gradients)]
     return [*checks, worst_check(additions)] if additions else checks
+
+
+def failure_in_another_order(problem: Problem) -> Failure | None:
+    """The failure in fp64 of the windows that `precision_checks` makes, whose samples are shuffled."""
+    for number in range(WINDOWS):
+        batch, _ = shuffled(problem.batches[number % len(problem.batches)], number)
+        comparison, observation, expected = compare_window(problem, batch)
+        if not comparison.equal:
+            model = copy_in(problem.model, DOUBLE)
+            failure = Failure(cast(batch, DOUBLE), observation, expected, comparison, model)
+            failure.window = "the batch's samples in another order"
+            return failure
+    return None
 
 
 def compare_own_precision(

@@ -33,7 +33,7 @@ from .window_checks import STATISTICS, buffer_errors
 EVERY_UNTIL = 10
 SELDOM = 10
 SCHEDULED = "the schedule is stepped once an update"
-EVERY_SAMPLE = "every sample of the batch is passed to the model in its window"
+EVERY_SAMPLE = "every sample is passed to the model in its window, or the gradient shows that it counts"
 LOGGED = "fp64 rounding of the larger batch's mean loss, and of one that is added up in fp32: (N+1) u of it"
 
 
@@ -93,17 +93,20 @@ class Float64Replay(Replay):
     def _compare(self, batch: WholeBatch, observation: Observation) -> None:
         number = self.updates + 1
         smaller = self._is_smaller(batch)
-        if number <= EVERY_UNTIL or number % self._interval == 0 or smaller:
+        missing = self._missing_samples(batch, observation)
+        if number <= EVERY_UNTIL or number % self._interval == 0 or smaller or missing:
             expected = expected_update(self.problem, batch, self.model, self.problem.clip_norm)
             figures = [expected.size, expected.loss, expected.loss_bound, *expected.bounds.values()]
             if not all(all_gather(all(map(math.isfinite, figures)))):
                 self.diverged = True
                 return
-            self._compare_gradient(number, batch, observation, expected)
+            equal = self._compare_gradient(number, batch, observation, expected)
             self._compare_buffers(number, expected)
+            if equal and not self._gradient_hides_samples:
+                missing = 0
         self.updates = number
         self._previous = observation.gradient
-        self._record("samples", self._missing_samples(batch, observation))
+        self._record("samples", missing)
         self._record("number of updates", abs(observation.steps - 1))
         self._made.compare(number, batch, observation, smaller)
         self._repeated.append((number, repeated_draws(self.problem, observation)))
@@ -136,7 +139,7 @@ class Float64Replay(Replay):
 
     def _compare_gradient(
         self, number: int, batch: WholeBatch, observation: Observation, expected: ExpectedUpdate
-    ) -> None:
+    ) -> bool:
         self.clipped += self.problem.clip_norm is not None and expected.size > self.problem.clip_norm
         comparison = compare(observation.gradient, expected)
         self._comparisons.append((number, comparison))
@@ -166,6 +169,12 @@ class Float64Replay(Replay):
             # What arrives may be a sum that the loop divides later: windows of the same weight are compared.
             self._scales.append((number, scale, weight))
             self.scale_is_measured &= arrives_scaled(observation, expected.larger.gradient)
+        return comparison.equal
+
+    @property
+    def _gradient_hides_samples(self) -> bool:
+        """Whether a gradient may be right without a sample that counts: clamped elements are alike."""
+        return self.problem.clip_value is not None or self.problem.transform_gradient is not None
 
     def _compare_buffers(self, number: int, expected: ExpectedUpdate) -> None:
         """Compares the buffers after the loop's window with those after the larger batch."""
@@ -192,6 +201,11 @@ class Float64Replay(Replay):
             self._loss = check if self._loss is None else worst_check([self._loss, check])
 
     def _missing_samples(self, batch: WholeBatch, observation: Observation) -> int:
+        """The samples that the model is not seen to receive, or by how much the number of rows is off.
+
+        Some add nothing (ignored targets, a weight of 0), others come by another way (packed into one row,
+        cut and padded, through a copy of the model). Then the gradient tells that all of them count.
+        """
         sizes = sum(map(sum, all_gather(observation.sizes)))
         micro_batches = list(chain.from_iterable(all_gather(observation.micro_batches)))
         if any(numbers is None for numbers in micro_batches):

@@ -11,7 +11,7 @@ from .evidence import Failure
 from .loop_causes import loop_causes
 from .loss_scale_causes import loss_scale_cause
 from .overflows import Overflow
-from .own_precision import OwnPrecisionReplay
+from .own_precision import OwnPrecisionReplay, failure_in_another_order
 from .problem import Problem
 from .replay_float64 import Float64Replay
 
@@ -54,6 +54,9 @@ def find_causes(
     own_replayed = own_replay.failure if own_replay is not None else None
     # The first window, else the first update in fp64, else a smaller window or one in the own precision.
     failure = next((each for each in [*whole, replayed, *windows, own_replayed] if each is not None), None)
+    if failure is None and any(check.name.startswith("gradient, ") for check in failed):
+        failure = failure_in_another_order(problem)
+        windows = [*windows, *([failure] if failure is not None else [])]
     if failure is not None and replayed is not None and not failure.updates:
         failure.follow(replayed)
     try:

@@ -39,10 +39,17 @@ NAMED = 4
 def term_causes(problem: Problem, failure: Failure, parts: Decomposition) -> tuple[list[Cause], list[Counts]]:
     """The causes that terms explain, and how often their micro-batches count. A collective call.
 
-    None if the micro-batches' whole gradients explain it, or if nothing does.
+    None if the micro-batches' whole gradients explain it, or if nothing does. Uneven counts of a loss that
+    couples samples may be those of its values on micro-batches.
     """
-    if parts.shares is None or all(all_gather(parts.fit(parts.gradient) is not None)):
+    fitted = parts.fit(parts.gradient)
+    uneven = fitted is not None and max(fitted.counts) - min(fitted.counts) > parts.count_tolerance
+    explained, any_uneven = (all_gather(fitted is not None), all_gather(uneven))
+    if parts.shares is None or (all(explained) and not (problem.couples and any(any_uneven))):
         return [], []
+    if all(explained):
+        cause = scope_cause(problem, failure, parts)
+        return all_gather(([cause] if cause else [], []))[0]
     if cause := scope_cause(problem, failure, parts):
         result: tuple[list[Cause], list[Counts]] = [cause], []
     else:
@@ -121,9 +128,12 @@ def _in_words(parts: Decomposition, name: str, counts: list[float]) -> str:
     if why := _denominators_in_words(parts, name, counts):
         return why
     lost = [k for k in counted if _near(parts, counts[k], 0.0)]
-    if lost and all(parts.is_one(counts[k]) for k in counted if k not in lost):
-        return f"of {_micro_batches(parts, lost)} does not count"
-    listed = ", ".join(f"{count:.4g}" for count in counts[:6]) + (", ..." if len(counts) > 6 else "")
+    left = [counts[k] for k in counted if k not in lost]
+    if lost and all(_near(parts, count, left[0]) for count in left):
+        times = "" if parts.is_one(left[0]) else f", and that of the others {left[0]:.4g} times"
+        return f"of {_micro_batches(parts, lost)} does not count{times}"
+    shown = [0.0 if k in lost else count for k, count in enumerate(counts)]
+    listed = ", ".join(f"{count:.4g}" for count in shown[:6]) + (", ..." if len(shown) > 6 else "")
     return f"counts ({listed}) times in micro-batches of {_list(weights_of(parts, name))}"
 
 

@@ -325,6 +325,11 @@ def test_models_without_a_gradient_to_compare_are_refused(model: Any, message: s
         certify(right, model(), nn.CrossEntropyLoss(), samples(), STEPS)
 
 
+def test_an_optimizer_that_needs_a_closure_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"optimizer: LBFGS.step\(\) needs closure"):
+        certify(right, classifier(), cross_entropy, samples(), STEPS, optimizer=torch.optim.LBFGS)
+
+
 def test_a_schedule_that_needs_more_than_updates_is_refused() -> None:
     with pytest.raises(ValueError, match=r"scheduler: ReduceLROnPlateau.step\(\) needs metrics"):
         certify(right, classifier(), cross_entropy, samples(), STEPS, scheduler=ReduceLROnPlateau)

@@ -76,6 +76,23 @@ WORDS = {
     "unscaled_after_every_micro_batch": "each one multiplies what .grad holds by 0.0625",
     "inputs_with_a_gradient": "the larger batch gives net.body.weight, net.body.bias no gradient",
     "mask_of_each_micro_batch": "elements of a mask among the outputs, not 24 samples",
+    "mean_of_packed_tokens": "micro-batches count alike, though they weigh",
+    "mean_of_judged_pairs": "micro-batches count alike, though they weigh (5, 5, 4, 5)",
+    "last_sample_hidden_by_clamping": "samples: off by 1 instead of 0",
+    "tokens_so_far": "each one is divided by the weight of those up to it",
+    "moving_average_of_gradients": "a moving average, in which each one's mean has a weight of 0.3",
+    "unscaled_by_1024_each_time": "each one multiplies what .grad holds by 0.0009766",
+    "root_of_each_micro_batch": "it is computed on each micro-batch's samples, not on the window's",
+    "words_scaled_by_frequency": "scale_grad_by_freq=True in embed (Embedding)",
+    "gradient_normalised_in_backward": "couples samples: the gradient of body.weight, body.bias on the batch",
+    "factors_in_turn": "the gradient of a: micro-batch 1, 3 of 4 does not count",
+    "second_head_every_other_time": "of second.weight, second.bias micro-batch 1, 3 of 4 does not count",
+    "second_head_detached_later": "micro-batch 1, 2, 3 delivers is not that of its samples, as others' is",
+    "inputs_in_one_buffer": "the inputs of micro-batch 0, 1, 2 are overwritten before its backward pass",
+    "rows_overwritten": "delivers its own gradient: the fault is in what the loop makes of it",
+    "penalty_in_the_last_alone": "of micro-batch 0, 1, 2 does not count, and that of the others 4 times",
+    "queue_filled_by_micro_batch": "changes state queue.keys within the window, before micro-batch 1, 2, 3",
+    "stops_when_the_loss_is_large": "never seen, in a window of the batch's samples in another order",
     "hidden_state_kept_in_the_window": "the model's outputs in micro-batch 1, 2, 3 are not those on",
 }
 BY_NAME = {case.name: case for case in CASES}
@@ -133,6 +150,10 @@ def test_equal_rates_do_not_tell_after_which_update_the_schedule_is_stepped_twic
 def test_names_are_unique() -> None:
     assert len(BY_NAME) == len(CASES)
     assert BY_NAME.keys() >= WORDS.keys()
+
+
+def test_samples_are_coupled_by_their_targets_alone_only_where_these_change_the_loss() -> None:
+    assert "by their targets alone" not in str(certified(BY_NAME["declared_half_of_the_largest"], updates=2))
 
 
 @pytest.mark.parametrize(

@@ -2,11 +2,13 @@
 
 from tests.proof import (
     unseen_architectures,
+    unseen_backward,
     unseen_buffers,
     unseen_causes,
     unseen_clipping,
     unseen_coupled,
     unseen_cut,
+    unseen_delivered,
     unseen_division,
     unseen_micro_batches,
     unseen_models,
@@ -15,6 +17,7 @@ from tests.proof import (
     unseen_precision,
     unseen_random,
     unseen_right_loops,
+    unseen_rows,
     unseen_scalers,
     unseen_state,
     unseen_steps,
@@ -41,5 +44,8 @@ MODULES = (
     unseen_architectures,
     unseen_networks,
     unseen_causes,
+    unseen_rows,
+    unseen_backward,
+    unseen_delivered,
 )
 CASES: list[Case] = [case for module in MODULES for case in module.BOOK]

@@ -10,8 +10,11 @@ from tests.proof.unseen_common import (
     adam,
     generator,
     images,
+    micro_batches,
     momentum,
+    seeded,
     sentences,
+    sgd,
     two_layers,
     values,
 )
@@ -83,6 +86,25 @@ class Pictures(nn.Module):
 @BOOK.right_case("model")
 def deep_supervision():
     return plain(Pictures, lambda out, y: sum(F.cross_entropy(o, y) for o in out), batch=images)
+
+
+def flattened():
+    layers = nn.Conv2d(2, 4, 3), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(16, 3)
+    return seeded(lambda: nn.Sequential(*layers))
+
+
+def two_channels():
+    g = generator(12)
+    return torch.randn(8, 2, 4, 4, generator=g), torch.randint(0, 3, (8,), generator=g)
+
+
+@BOOK.right("model", model=flattened, batch=two_channels, optimizer=sgd)
+def loop_in_another_layout(model, optimizer, batch, steps):
+    for x, y in micro_batches(batch, steps):
+        outputs = model(x.contiguous(memory_format=torch.channels_last))
+        (F.cross_entropy(outputs, y, reduction="sum") / len(batch[0])).backward()
+    optimizer.step()
+    optimizer.zero_grad()
 
 
 class Packed(nn.Module):
