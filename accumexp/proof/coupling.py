@@ -170,10 +170,10 @@ def loss_adds(
     for numbers, weight in zip(parts, weights, strict=True):
         index = torch.tensor(numbers, device=problem.device)
         part = map_tensors(lambda t, index=index: t[index] if t.dim() else t, outputs)
-        own = _gradient_at(problem, part, rows(batch, index))
-        if own is None:
+        gradients = _gradient_at(problem, part, rows(batch, index))
+        if gradients is None:
             return False
-        pairs = zip(own, whole, strict=True)
+        pairs = zip(gradients, whole, strict=True)
         off += sum(float((a * weight / total - b[index]).square().sum()) for a, b in pairs)
     return off <= NEGLIGIBLE**2 * size
 

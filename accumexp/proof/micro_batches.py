@@ -81,8 +81,8 @@ def share_of(problem: Problem) -> int:
 
 def rows_are_others(observation: Observation, batch: WholeBatch) -> bool:
     """Whether this rank passes rows that are not the batch's samples, and another number of them."""
-    known = all(numbers is not None for numbers in observation.micro_batches)
-    return not known and sum(observation.sizes) != batch_size(batch)
+    unknown = any(numbers is None for numbers in observation.micro_batches)
+    return unknown and sum(observation.sizes) != batch_size(batch)
 
 
 def micro_batches_made(

@@ -68,14 +68,14 @@ REFUSED = {
 @pytest.mark.slow
 def test_what_cannot_be_trained_together_is_refused_in_a_line_and_leaves_nothing(tmp_path: Path) -> None:
     line = ["replicas=2", *MLP, *SMALL, "precision=fp64"]
-    asked = [
+    refused = [
         *REFUSED.items(),
         (f"resume={tmp_path}", "no checkpoint"),
         ("replicas=0", "replicas=0: at least 1"),
     ]
-    cases = [Case("run", [*line, one], str(tmp_path / str(k))) for k, (one, _) in enumerate(asked)]
+    cases = [Case("run", [*line, one], str(tmp_path / str(k))) for k, (one, _) in enumerate(refused)]
     cases.append(Case("prove", line, str(tmp_path / "prove")))
-    reasons = [*(reason for _, reason in asked), "a certificate is of one run"]
+    reasons = [*(reason for _, reason in refused), "a certificate is of one run"]
     for case, done, reason in zip(cases, run_many(cases, tmp_path / "scratch"), reasons, strict=True):
         assert reason in done.error(), (case, done)
         assert left_behind(Path(case.folder)) == [], case

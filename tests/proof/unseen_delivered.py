@@ -118,9 +118,9 @@ def rows_overwritten(model: Any, optimizer, batch, steps):
     rows = torch.zeros_like(model.embed.weight)
     for ids, labels in micro_batches(batch, steps):
         (token_total(model(ids), labels) / (batch[1] != -100).sum()).backward()
-        own: Any = model.embed.weight.grad
-        own = own.coalesce()
-        rows[own.indices()[0]] = own.values()
+        gradient: Any = model.embed.weight.grad
+        gradient = gradient.coalesce()
+        rows[gradient.indices()[0]] = gradient.values()
         model.embed.weight.grad = None
     model.embed.weight.grad = rows
     optimizer.step()
